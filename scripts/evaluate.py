@@ -1,0 +1,272 @@
+#!/usr/bin/env python
+"""How far does a LoRA move the base model towards the style it was taught, on nouns it was never shown?
+
+    python scripts/evaluate.py --base assets/tiny-sdxl-icons --lora out/my-lora/pytorch_lora_weights.safetensors \\
+        --out out/my-lora/evaluation
+
+The same prompts are drawn from the same noise at every LoRA strength. The style distance (unbiased KID in a layer of a
+small CLIP) to real pictures of the same nouns is taken at each; its floor is the distance of the training pictures
+themselves, so
+
+    share of the gap closed = (base - lora) / (base - floor)            0 = nothing learned, 1 = as good as real
+
+Writes grid.png (rows: nouns; columns: base, strengths, a real picture) and evaluation.json. Needs no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from trainkit.errors import Problem, exit_with_message, refuse  # noqa: E402
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
+    from PIL.Image import Image
+
+ASSETS = ROOT / "assets"
+MIN_PICTURES = 100  # below this the distance is too noisy to compare two LoRAs
+GRID_ROWS = 10
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+@dataclass(frozen=True)
+class Real:
+    """A real picture of the style."""
+
+    noun: str
+    path: Path
+    caption: str
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A picture to draw; `copy` tells pictures of one noun apart."""
+
+    noun: str
+    prompt: str
+    copy: int
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    refuse(problems(args))
+    reference = of_nouns(read_reference(args.reference), args.nouns)
+    wanted = enough(reference, args.prompt)
+    started = time.monotonic()
+    drawn = dict(draw(args, wanted))
+    seconds = time.monotonic() - started
+    result = measure(args, drawn, reference) | {"pictures": len(wanted), "seconds": round(seconds, 1)}
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    grid(drawn, wanted, reference).save(args.out / "grid.png")
+    print(table(result, args.out))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    described = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=described, allow_abbrev=False)
+    add = parser.add_argument
+    add("--base", required=True, metavar="MODEL", help="SDXL model folder or Hub id the LoRA was trained on")
+    add("--lora", required=True, type=Path, metavar="FILE", help="LoRA file, Diffusers or WebUI layout")
+    add("--reference", type=Path, default=ASSETS / "icons-3d-reference", metavar="DIR",
+        help="real pictures of the style that were not trained on, with metadata.jsonl (file_name, noun, text)")
+    add("--training", type=Path, default=ASSETS / "icons-3d", metavar="DIR", help="the pictures trained on")
+    add("--clip", type=Path, default=ASSETS / "tiny-clip-icons", metavar="DIR", help="CLIP model that judges")
+    add("--prompt", help='such as "3d icon in the style of TOK, a {noun}"; default: the caption of each real picture')
+    add("--strengths", type=numbers, default=(0.0, 0.5, 1.0), metavar="A,B,..", help="LoRA strengths (0: the base)")
+    add("--nouns", type=words, default=None, metavar="A,B,..", help="default: every noun of the reference")
+    add("--seed", type=int, default=0, help="starting noise depends on this, the noun and nothing else")
+    add("--steps", type=int, default=20, help="denoising steps")
+    add("--guidance_scale", type=float, default=4.0, help="classifier-free guidance")
+    add("--batch_size", type=int, default=25, help="prompts drawn at once")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="precision of the pipeline")
+    add("--out", required=True, type=Path, metavar="DIR", help="folder for grid.png and evaluation.json")
+    add("--debug", action="store_true", help="show a traceback for user errors")
+    args = parser.parse_args(argv)
+    args.strengths = tuple(sorted({0.0, *args.strengths}, key=abs))  # the share needs the base, untouched: first
+    return args
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What can be wrong, and what is real
+
+
+def problems(args: argparse.Namespace) -> Iterator[Problem]:
+    if not args.lora.is_file():
+        yield Problem(f"no LoRA file {args.lora}", "--lora", "the LoRA is what is evaluated",
+                      "give the path of a .safetensors file that a training run wrote")
+    for flag in ("training", "clip", "reference"):
+        if not getattr(args, flag).is_dir():
+            yield Problem(f"no folder {getattr(args, flag)}", f"--{flag}", "the style distance needs it",
+                          f"give an existing folder, or leave --{flag} out to use the shipped one", kind="data")
+    if args.prompt and "{noun}" not in args.prompt:
+        yield Problem(f"no {{noun}} in {args.prompt!r}", "--prompt", "each picture is drawn for one noun",
+                      'write for instance --prompt "icon of a {noun}"')
+    if args.training.is_dir() and not pictures_in(args.training):
+        yield Problem(f"no picture in {args.training}", "--training", "they give the floor of the style distance",
+                      f"put {', '.join(sorted(PICTURE_SUFFIXES))} files there", kind="data")
+    if args.reference.is_dir():
+        yield from reference_problems(args)
+
+
+def reference_problems(args: argparse.Namespace) -> Iterator[Problem]:
+    index = args.reference / "metadata.jsonl"
+    if not index.is_file():
+        yield Problem(f"no {index}", "--reference", "it says which noun each picture shows",
+                      'write one line a picture: {"file_name": "cat.png", "noun": "cat", "text": "a cat"}', kind="data")
+        return
+    known = {real.noun for real in read_reference(args.reference)}
+    missing = sorted(set(args.nouns or ()) - known)
+    if missing:
+        yield Problem(f"no real picture of {', '.join(missing)}", "--nouns", "both sides must show the same nouns",
+                      f"choose among the {len(known)} nouns in {index}")
+
+
+def read_reference(folder: Path) -> list[Real]:
+    lines = (folder / "metadata.jsonl").read_text("utf-8").splitlines()
+    rows = [json.loads(line) for line in lines if line.strip()]
+    return [Real(row["noun"], folder / row["file_name"], row["text"]) for row in rows]
+
+
+def of_nouns(reference: list[Real], nouns: Sequence[str] | None) -> list[Real]:
+    return [real for real in reference if nouns is None or real.noun in nouns]
+
+
+def enough(reference: list[Real], template: str | None) -> list[Wanted]:
+    """Each noun as often as it takes to reach MIN_PICTURES."""
+    prompts = {real.noun: template.replace("{noun}", real.noun) if template else real.caption for real in reference}
+    copies = -(-MIN_PICTURES // len(prompts))
+    return [Wanted(noun, prompt, copy) for copy in range(copies) for noun, prompt in prompts.items()]
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
+
+
+def opened(path: Path) -> Image:
+    """The picture on white: an alpha channel must not let hidden colours through."""
+    from PIL import Image
+
+    picture = Image.open(path).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Drawing
+
+
+def draw(args: argparse.Namespace, wanted: list[Wanted]) -> Iterator[tuple[float, list[Image]]]:
+    """Every noun at every strength, from the same noise -> (strength, pictures)."""
+    pipe = load(args)
+    parts = ["unet", "text_encoder", "text_encoder_2"]
+    for strength in args.strengths:
+        if strength == 0:
+            yield strength, pictures_of(pipe, args, wanted)
+            continue
+        pipe.load_lora_weights(str(args.lora.parent), weight_name=args.lora.name)
+        pipe.fuse_lora(components=parts, lora_scale=strength)  # as fast as the base while drawing
+        yield strength, pictures_of(pipe, args, wanted)
+        pipe.unfuse_lora(components=parts)
+        pipe.unload_lora_weights()
+
+
+def load(args: argparse.Namespace) -> StableDiffusionXLPipeline:
+    import torch
+    from diffusers import StableDiffusionXLPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = StableDiffusionXLPipeline.from_pretrained(
+        args.base, torch_dtype=getattr(torch, args.dtype), use_safetensors=True, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def pictures_of(pipe: StableDiffusionXLPipeline, args: argparse.Namespace, wanted: list[Wanted]) -> list[Image]:
+    from trainkit import rng
+
+    pictures: list[Image] = []
+    for start in range(0, len(wanted), args.batch_size):
+        some = wanted[start : start + args.batch_size]
+        pictures += pipe(
+            [w.prompt for w in some], num_inference_steps=args.steps, guidance_scale=args.guidance_scale,
+            generator=[rng.generator("evaluate", args.seed, w.noun, w.copy) for w in some],
+        ).images
+    return pictures
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measuring and showing
+
+
+def measure(args: argparse.Namespace, drawn: dict[float, list[Image]], reference: list[Real]) -> dict[str, object]:
+    """Distances at each strength, the floor, and the share of the gap between them that each strength closes."""
+    from trainkit.evaluation import style_distance
+
+    real = [opened(r.path) for r in reference]
+    training = [opened(path) for path in pictures_in(args.training)]
+    floor = style_distance(training, real, args.clip)
+    distance = {strength: style_distance(pictures, real, args.clip) for strength, pictures in drawn.items()}
+    gap = distance[0.0] - floor
+    return {
+        "base": Path(args.base).name if Path(args.base).is_dir() else args.base,
+        "lora": args.lora.name, "lora_sha256": hashlib.sha256(args.lora.read_bytes()).hexdigest(),
+        "prompt": args.prompt or "captions of the reference", "seed": args.seed, "steps": args.steps,
+        "guidance_scale": args.guidance_scale,
+        "reference_pictures": len(real), "training_pictures": len(training), "floor": floor,
+        "strengths": [{"strength": s, "style_distance": d,
+                       "share_of_gap_closed": (distance[0.0] - d) / gap if gap > 0 else None}
+                      for s, d in distance.items()],
+    }
+
+
+def grid(drawn: dict[float, list[Image]], wanted: list[Wanted], reference: list[Real]) -> Image:
+    """Ten nouns spread over the list; the last column is a real picture of the noun, for comparison only."""
+    from trainkit.preview import sheet
+
+    real = {r.noun: r.path for r in reference}
+    first = [i for i, w in enumerate(wanted) if w.copy == 0]
+    shown = first[:: max(1, len(first) // GRID_ROWS)][:GRID_ROWS]
+    rows = [[*(pictures[i] for pictures in drawn.values()), opened(real[wanted[i].noun])] for i in shown]
+    columns = ["base" if s == 0 else f"LoRA {s:g}" for s in drawn]
+    shared = os.path.commonprefix([wanted[i].prompt for i in shown])
+    return sheet(rows, columns=[*columns, "real"], names=[wanted[i].noun for i in shown], title=f"{shared.strip()} …")
+
+
+def table(result: dict, out: Path) -> str:
+    lines = [f"style distance to {result['reference_pictures']} real pictures, {result['pictures']} drawn a strength",
+             f"{'':<14}{'distance':>10}{'gap closed':>12}"]
+    for row in result["strengths"]:
+        name = "base" if row["strength"] == 0 else f"LoRA {row['strength']:g}"
+        share = row["share_of_gap_closed"]
+        closed = "" if row["strength"] == 0 or share is None else f"{share:>11.0%}"
+        lines.append(f"{name:<14}{row['style_distance']:>10.4f} {closed}")
+    lines.append(f"{'floor':<14}{result['floor']:>10.4f}   the training pictures themselves")
+    return "\n".join([*lines, f"drawn in {result['seconds']:.0f} s; see {out / 'grid.png'}"])
+
+
+if __name__ == "__main__":
+    exit_with_message(main)

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Make .venv hold exactly constraints.txt. Re-entrant: does nothing when the requirement files have not changed.
+# Used by quickstart.sh and test.sh; run it alone to only install. PYTHON=python3.12 picks another interpreter.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+PYTHON=${PYTHON:-python3}
+"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+  echo "install: Python 3.11 or newer is needed, $PYTHON is $("$PYTHON" -V 2>&1). Next: PYTHON=python3.11 bash $0" >&2
+  exit 2
+}
+[ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
+
+wanted=$(cat requirements.txt constraints.txt | sha256sum | cut -d' ' -f1)
+if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
+  echo "install: into .venv (about 2 GB, a few minutes; once)"
+  # torch first: the pin decides between the CPU and the CUDA build, and nothing after it may choose another.
+  .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+  .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements.txt
+  echo "$wanted" > .venv/installed
+fi

@@ -1,0 +1,124 @@
+"""Run a trainer as a user does, cheaply: `forked` pays the imports once a session, `launched` is the real thing."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAINER = "train_dreambooth_lora_sdxl_advanced"
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    output: str
+
+
+def make_pictures(folder: Path, *, n: int = 6, captions: bool = True) -> Path:
+    """`n` small pictures of different sizes and colours, with metadata.jsonl unless `captions` is off."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(n):
+        h, w = 40 + 8 * (i % 3), 40 + 12 * (i % 2)
+        ground = np.full((h, w, 3), 255, np.uint8)
+        ground[8:-8, 8:-8] = rng.integers(0, 255, 3)
+        Image.fromarray(ground).save(folder / f"p{i}.png")
+        lines.append(json.dumps({"file_name": f"p{i}.png", "text": f"3d icon in the style of TOK, thing {i}"}))
+    if captions:
+        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    return folder
+
+
+def command(model: Path, data: Path, out: Path, **changes: object) -> list[str]:
+    """A short complete command line; `changes` override or add flags, None removes one, True is a bare switch."""
+    flags: dict[str, object] = dict(
+        pretrained_model_name_or_path=model, instance_data_dir=data, instance_prompt="3d icon in the style of TOK",
+        output_dir=out, resolution=32, train_batch_size=2, max_train_steps=2, rank=2, seed=0, report_to="none",
+        learning_rate=1e-3, lr_warmup_steps=0,
+    )
+    flags |= changes
+    return [f"--{k}" if v is True else f"--{k}={v}" for k, v in flags.items() if v is not None and v is not False]
+
+
+def forked(argv: list[str], *, trainer: str = TRAINER, log: Path, kill_after_line: str | None = None) -> Done:
+    """Run the trainer's main in a forked child: the real code path without nine seconds of imports."""
+    module = preloaded(trainer)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        _child(module, argv, trainer, log)
+    if kill_after_line:
+        _kill_when(pid, log, kill_after_line)
+    _, status = os.waitpid(pid, 0)
+    code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+    return Done(code, log.read_text("utf-8", errors="replace"))
+
+
+def preloaded(trainer: str):
+    """The trainer's module, with the slow libraries imported into this process."""
+    for name in ("diffusers", "transformers", "peft", "accelerate", "datasets"):
+        importlib.import_module(name)
+    from diffusers import StableDiffusionXLPipeline  # noqa: F401  (lazy attribute: the import is the point)
+
+    return importlib.import_module(trainer)
+
+
+def _child(module, argv: list[str], trainer: str, log: Path) -> None:
+    """Never returns: the child must not run pytest's own exit code."""
+    import traceback
+
+    from trainkit.errors import exit_with_message
+
+    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    sys.argv = [f"{trainer}.py", *argv]
+    code = 0
+    try:
+        exit_with_message(module.main)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _kill_when(pid: int, log: Path, pattern: str, *, timeout: float = 60) -> None:
+    end = time.monotonic() + timeout
+    while time.monotonic() < end and os.waitpid(pid, os.WNOHANG) == (0, 0):
+        if re.search(pattern, log.read_text("utf-8", errors="replace")) if log.exists() else False:
+            os.kill(pid, signal.SIGKILL)
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"the run ended or hung before printing {pattern!r}")
+
+
+def launched(command_line: list[str], *, env: dict[str, str] | None = None, timeout: float = 300) -> Done:
+    """Run a command in the project's folder with the venv's tools first on PATH."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    full = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"} | (env or {})
+    done = subprocess.run(
+        command_line, cwd=ROOT, env=full, timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )
+    return Done(done.returncode, done.stdout)
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]

@@ -1,0 +1,51 @@
+"""Small pictures whose pixels say where they come from, and the options and rows that go with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from PIL import Image
+
+from trainkit.data.images import content_digest, decode
+from trainkit.data.rows import Row
+
+DATA = dict(
+    instance_data_dir=None, dataset_name=None, dataset_config_name=None, cache_dir=None, image_column="image",
+    caption_column=None, instance_prompt="a photo of TOK", repeats=1, resolution=32, center_crop=False,
+    random_flip=False, image_interpolation_mode="lanczos", cache_latents=False, cached_crops=4,
+)
+
+
+def data_options(**changes: object) -> SimpleNamespace:
+    """DataOptions as far as the data room reads them."""
+    return SimpleNamespace(**{**DATA, **{k: str(v) if isinstance(v, Path) else v for k, v in changes.items()}})
+
+
+def marked(number: int, h: int, w: int) -> Image.Image:
+    """Red = `number`, green = column, blue = line: every pixel knows its picture and its place."""
+    y, x = np.mgrid[:h, :w]
+    return Image.fromarray(np.stack([np.full((h, w), number), x, y], axis=-1).astype(np.uint8))
+
+
+def marked_folder(folder: Path, n: int) -> Path:
+    """`n` marked pictures of different shapes with sidecar captions 'picture <number>'."""
+    folder.mkdir()
+    for i in range(n):
+        h, w = (32, 33 + i) if i % 2 else (33 + i, 32)
+        marked(i, h, w).save(folder / f"{i:03}.png")
+        (folder / f"{i:03}.txt").write_text(f"picture {i}\n")
+    return folder
+
+
+def row_of(path: Path, *, caption: str = "", repeat: int = 0) -> Row:
+    data = path.read_bytes()
+    w, h = decode(data).size
+    return Row(path.name, path, caption, (h, w), content_digest(data), repeat)
+
+
+def open_files() -> int:
+    """Open file handles of this process, where Linux tells; else 0."""
+    handles = Path("/proc/self/fd")
+    return len(list(handles.iterdir())) if handles.exists() else 0

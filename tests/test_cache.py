@@ -1,0 +1,209 @@
+"""Latents are encoded once, keyed by content, and no crash or rival can leave a wrong one behind."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.pictures import marked, marked_folder, open_files, row_of
+from trainkit.data import cache
+from trainkit.data.cache import DiskStore, Latents, MemoryStore, Store, cache_latents, content_key
+from trainkit.data.images import CropPolicy, load_picture
+from trainkit.data.rows import Row
+from trainkit.errors import UserError
+
+POLICY = CropPolicy(resolution=32, center_crop=True)
+
+
+def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Stands in for a VAE: 8x8 block means [B,3,4,4]."""
+    mean = torch.nn.functional.avg_pool2d(pixels, 8)
+    return mean, mean - 5
+
+
+def fill(rows: list[Row], store: Store, policy: CropPolicy = POLICY, **changes: object) -> tuple[Latents, int]:
+    """(the latents, how many had to be encoded)."""
+    counts = [0]
+    how = dict(seed=0, identity="vae", progress=lambda done, total: counts.append(done)) | changes
+    return cache_latents(rows, policy, encode, store, **how), counts[-1]
+
+
+def folder_rows(folder: Path, n: int = 5) -> list[Row]:
+    return [row_of(path) for path in sorted(marked_folder(folder, n).glob("*.png"))]
+
+
+@pytest.mark.parametrize("policy", [
+    POLICY, replace(POLICY, random_flip=True),
+    CropPolicy(resolution=32, random_flip=True, cached_crops=3, interpolation="bilinear"),
+])
+@pytest.mark.parametrize("batch_size, num_workers", [(1, 0), (4, 0), (3, 2)])
+def test_a_cached_visit_is_the_live_one(tmp_path: Path, policy: CropPolicy, batch_size: int, num_workers: int) -> None:
+    rows = folder_rows(tmp_path / "d")
+    latents, _ = fill(rows, MemoryStore(), policy, batch_size=batch_size, num_workers=num_workers)
+    for row in rows:
+        for epoch in range(6):
+            plan = policy.plan(row, seed=0, epoch=epoch)
+            live = encode(policy.pixels(load_picture(row), plan)[None])
+            for kept, wanted in zip(latents(row, plan), live, strict=True):
+                torch.testing.assert_close(kept, wanted[0], rtol=0, atol=1e-6)
+
+
+def test_nothing_is_encoded_twice(tmp_path: Path) -> None:
+    rows, store = folder_rows(tmp_path / "d"), DiskStore(tmp_path / "cache")
+    assert fill(rows, store)[1] == 5
+    assert fill(rows, store)[1] == fill(rows, DiskStore(tmp_path / "cache"))[1] == 0
+    repeats = [replace(row, repeat=i) for row in rows for i in range(3)]
+    assert fill(repeats, store)[1] == 0, "repeats with the same crop share an entry"
+
+
+def test_a_square_picture_is_cached_once_however_many_crops(tmp_path: Path) -> None:
+    marked(1, 40, 40).save(tmp_path / "a.png")
+    assert fill([row_of(tmp_path / "a.png")], MemoryStore(), CropPolicy(resolution=32, cached_crops=4))[1] == 1
+
+
+def test_whatever_changes_is_rebuilt_and_nothing_else(tmp_path: Path) -> None:
+    rows, store = folder_rows(tmp_path / "d"), DiskStore(tmp_path / "cache")
+    fill(rows, store)
+    marked(200, 50, 32).save(rows[2].source)  # new pixels under the old name
+    changed = [row_of(row.source) for row in rows]
+    assert fill(changed, store)[1] == 1, "pixels"
+    assert fill([replace(row, caption="new", id="renamed", share=0.5) for row in changed], store)[1] == 0
+    assert fill(changed, store, replace(POLICY, random_flip=True))[1] == 5, "only the mirrored ones are new"
+    assert fill(changed, store, replace(POLICY, resolution=16))[1] == 5, "resolution"
+    assert fill(changed, store, replace(POLICY, interpolation="box"))[1] == 5, "filter"
+    assert fill(changed, store, identity={"vae": "other"})[1] == 5, "VAE"
+    assert fill(changed, store, dtype=torch.float16)[1] == 5, "number format"
+    assert fill(changed, store)[1] == 0, "the first entries are still there"
+
+
+def test_a_code_change_that_matters_rebuilds_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, store = folder_rows(tmp_path / "d"), MemoryStore()
+    fill(rows, store)
+    monkeypatch.setattr(cache, "VERSION", cache.VERSION + 1)
+    assert fill(rows, store)[1] == 5
+
+
+def test_content_keys_tell_parts_apart() -> None:
+    keys = [content_key(*parts) for parts in [("a", "b"), ("ab",), ("a", ["b"]), (1,), ("1",), ({"x": 1, "y": 2},)]]
+    assert len(set(keys)) == len(keys) and content_key({"y": 2, "x": 1}) == keys[-1]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_infinity_are_never_cached(tmp_path: Path, bad: float) -> None:
+    rows, store = folder_rows(tmp_path / "d"), MemoryStore()
+
+    def overflow(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        mean, logvar = encode(pixels)
+        return mean, logvar * bad
+
+    with pytest.raises(UserError, match=r"000\.png") as caught:
+        cache_latents(rows, POLICY, overflow, store, seed=0, identity="vae")
+    assert caught.value.problems[0].kind == "nonfinite" and not store.entries
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 200, None])
+def test_a_damaged_entry_is_rebuilt(tmp_path: Path, damage: bytes | None) -> None:
+    rows, store = folder_rows(tmp_path / "d"), DiskStore(tmp_path / "cache")
+    latents, _ = fill(rows, store)
+    path = store._path(latents.key(rows[0], POLICY.plan(rows[0], seed=0, epoch=0)))
+    path.write_bytes(path.read_bytes()[:-1] if damage is None else damage)
+    with pytest.raises(UserError, match="damaged"):
+        latents(rows[0], POLICY.plan(rows[0], seed=0, epoch=0))
+    assert fill(rows, store)[1] == 1
+
+
+def in_child(work: object, *args: object) -> int:
+    """Fork a child that runs `work(*args)` -> its process id."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            work(*args)
+            status = 0
+        finally:
+            os._exit(status)
+    return pid
+
+
+BIG = {"mean": torch.arange(100_000.0), "logvar": torch.arange(100_000.0) + 1}
+
+
+def put_many(folder: Path, n: int) -> None:
+    store = DiskStore(folder)
+    for i in range(n):
+        store.put(content_key(i), {name: t + i for name, t in BIG.items()})
+
+
+def intact(folder: Path, n: int) -> int:
+    """How many entries are there; fails when one of them is not what was put."""
+    store, there = DiskStore(folder), 0
+    for i in range(n):
+        if content_key(i) in store:
+            there += 1
+            entry = store.get(content_key(i))
+            assert all(torch.equal(entry[name], t + i) for name, t in BIG.items())
+    return there
+
+
+def test_kill_9_while_caching_leaves_only_whole_entries(tmp_path: Path) -> None:
+    seen = []
+    for attempt in range(10):
+        child = in_child(put_many, tmp_path / "cache", 40)
+        time.sleep(0.01 + 0.007 * attempt)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        seen.append(intact(tmp_path / "cache", 40))
+    assert any(0 < n < 40 for n in seen), "no kill hit the middle: the test proves nothing"
+
+
+def test_two_processes_may_cache_at_once(tmp_path: Path) -> None:
+    children = [in_child(put_many, tmp_path / "cache", 30) for _ in range(2)]
+    while os.waitpid(children[0], os.WNOHANG) == (0, 0):
+        intact(tmp_path / "cache", 30)
+    assert os.waitstatus_to_exitcode(os.waitpid(children[1], 0)[1]) == 0
+    assert intact(tmp_path / "cache", 30) == 30
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+def test_drafts_of_a_killed_run_are_swept_but_a_live_ones_are_not(tmp_path: Path) -> None:
+    (tmp_path / "ab").mkdir()
+    old, young = tmp_path / "ab" / ".x.safetensors.1-a.tmp", tmp_path / "ab" / ".y.safetensors.2-b.tmp"
+    for draft in (old, young):
+        draft.touch()
+    os.utime(old, (0, 0))
+    DiskStore(tmp_path)
+    assert young.exists() and not old.exists()
+
+
+def test_a_full_disk_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = DiskStore(tmp_path)
+
+    def no_space(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache, "save_tensors", no_space)
+    with pytest.raises(UserError, match="No space left") as caught:
+        store.put("aa00", BIG)
+    assert caught.value.exit_code == 74
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's memory counters")
+def test_a_disk_store_costs_no_memory(tmp_path: Path) -> None:
+    def resident_mb() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+
+    put_many(tmp_path, 80)  # 61 MiB
+    store, handles = DiskStore(tmp_path), open_files()
+    store.get(content_key(0))
+    before = resident_mb()
+    total = sum(float(store.get(content_key(i))["mean"].sum()) for i in range(80))
+    assert total and resident_mb() - before < 6
+    assert open_files() == handles and len(pickle.dumps(store)) < 1000

@@ -1,0 +1,404 @@
+"""Checkpoints under attack: killed at every stage and at random, damaged in a dozen ways, on a full disk."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import pickletools
+import random
+import shutil
+import signal
+import stat
+import time
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+
+from trainkit import checkpoints as room
+from trainkit import files, manifest, shelf
+from trainkit.checkpoints import Checkpoints, Stage
+from trainkit.errors import UserError
+
+STAGES = get_args(Stage)
+
+
+class Part:
+    """State that is a function of the step, so that any mixture of two checkpoints shows."""
+
+    def __init__(self, size: int = 300):
+        self.size, self.step = size, 0
+
+    def pack(self):
+        tensors = {"w": torch.full((self.size,), float(self.step)), "k": torch.tensor(self.step),
+                   "h": torch.full((3,), self.step, dtype=torch.bfloat16), "q": torch.zeros(4, dtype=torch.uint8)}
+        return tensors, {"step": self.step, "lr": 0.1 + self.step, "none": None}
+
+    def unpack(self, tensors, data):
+        assert torch.equal(tensors["w"], torch.full((self.size,), float(data["step"])))
+        assert tensors["k"] == data["step"] and tensors["h"].dtype == torch.bfloat16
+        assert data["lr"] == 0.1 + data["step"] and data["none"] is None
+        self.step = data["step"]
+
+
+def make(out: Path, *, keep=None, size=300, extra=None, **fingerprint) -> tuple[Checkpoints, Part]:
+    part = Part(size)
+    pins = {"rank": 4, "model": {"name": "tiny", "hash": "ab"}} | fingerprint
+    return Checkpoints(out, keep=keep, fingerprint=pins, extra=extra, adapters=part, optimizer=Part(5)), part
+
+
+def save_steps(out: Path, *steps: int, keep=None) -> None:
+    points, part = make(out, keep=keep)
+    for step in steps:
+        part.step = step
+        points.save(step)
+
+
+def resumed(out: Path, which: str | None = "latest", **kwargs) -> int:
+    points, part = make(out, **kwargs)
+    step = points.resume(which)
+    assert part.step == step
+    return step
+
+
+def forked(child) -> int:
+    """Run `child` in a fork of this process; -> its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        child()
+    finally:
+        os._exit(1)
+
+
+def hidden(out: Path) -> list[str]:
+    return sorted(p.name for p in out.glob(".*"))
+
+
+def test_what_is_saved_comes_back_and_files_are_the_announced_ones(tmp_path):
+    save_steps(tmp_path, 2, 4)
+    assert resumed(tmp_path) == 4
+    names = {p.name for p in (tmp_path / "checkpoint-4").iterdir()}
+    assert names == {"adapters.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
+    assert json.loads((tmp_path / "latest.json").read_text()) == {"checkpoint": "checkpoint-4", "step": 4}
+    assert shelf.pointed(tmp_path) == "checkpoint-4" and hidden(tmp_path) == []
+
+
+def test_extra_files_are_in_the_manifest(tmp_path):
+    points, _ = make(tmp_path, extra=lambda folder: (folder / "lora.safetensors").write_bytes(b"weights"))
+    folder = points.save(1)
+    assert "lora.safetensors" in manifest.check(folder)["files"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("keep", [1, None])
+def test_a_kill_at_any_stage_costs_at_most_the_checkpoint_being_written(tmp_path, stage, keep):
+    save_steps(tmp_path, 2, 4, keep=keep)
+
+    def child():
+        room.reached = lambda at, step: os.kill(os.getpid(), signal.SIGKILL) if at == stage else None
+        save_steps(tmp_path, 6, keep=keep)
+
+    _, status = os.waitpid(forked(child), 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    for folder in shelf.Shelf(tmp_path).all():
+        assert shelf.is_whole(folder), f"{folder.name} is visible but not whole"
+    assert resumed(tmp_path, keep=keep) == (4 if stage in STAGES[:4] else 6)
+    assert hidden(tmp_path) == []
+    points, part = make(tmp_path, keep=keep)
+    points.resume("latest")
+    part.step = 8
+    points.save(8)
+    assert resumed(tmp_path) == 8
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_kill_while_replacing_the_same_step_keeps_one_of_the_two(tmp_path, stage):
+    save_steps(tmp_path, 4)
+
+    def child():
+        room.reached = lambda at, step: os.kill(os.getpid(), signal.SIGKILL) if at == stage else None
+        save_steps(tmp_path, 4, keep=1)
+
+    os.waitpid(forked(child), 0)
+    assert resumed(tmp_path) == 4 and hidden(tmp_path) == []
+
+
+def test_a_kill_between_the_two_renames_of_a_replacement_is_finished_on_resume(tmp_path):
+    save_steps(tmp_path, 4)
+    shutil.copytree(tmp_path / "checkpoint-4", tmp_path / ".tmp-checkpoint-4.aaaa")
+    (tmp_path / "checkpoint-4").rename(tmp_path / ".trash-checkpoint-4.bbbb")
+    assert resumed(tmp_path) == 4 and hidden(tmp_path) == []
+
+
+def test_thirty_kills_at_random_moments_lose_no_finished_checkpoint(tmp_path):
+    chance = random.Random(0)
+    for _ in range(30):
+        read, write = os.pipe()
+
+        def child(write=write):
+            points, part = make(tmp_path, keep=2, size=20_000)
+            step = points.resume("latest")
+            while True:
+                part.step = step = step + 1
+                points.save(step)
+                os.write(write, step.to_bytes(4, "big"))
+
+        pid = forked(child)
+        os.close(write)
+        with os.fdopen(read, "rb", buffering=0) as pipe:
+            first = pipe.read(4)  # at least one checkpoint a child, however slow the machine is
+            time.sleep(chance.uniform(0, 0.06))
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            announced = int.from_bytes((first + (pipe.read() or b""))[-4:], "big")
+        assert announced <= resumed(tmp_path, keep=2, size=20_000) <= announced + 1
+
+
+def test_with_one_kept_there_is_a_whole_checkpoint_at_every_instant(tmp_path):
+    save_steps(tmp_path, 1, keep=1)
+    pid = forked(lambda: save_steps(tmp_path, *range(2, 10_000), keep=1))
+    try:
+        for _ in range(60):
+            # the second look is for a folder that was pruned between being listed and being read
+            assert any(any(map(shelf.is_whole, shelf.Shelf(tmp_path).all())) for _ in range(2))
+            time.sleep(0.005)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert resumed(tmp_path) > 3
+
+
+def truncate(p: Path): p.write_bytes(p.read_bytes()[:-7])
+def empty(p: Path): p.write_bytes(b"")
+def zero(p: Path): p.write_bytes(bytes(p.stat().st_size))
+def grow(p: Path): p.write_bytes(p.read_bytes() + b"\0")
+
+
+def flip(p: Path):
+    data = bytearray(p.read_bytes())
+    data[len(data) // 2] ^= 1
+    p.write_bytes(bytes(data))
+
+
+def swap(p: Path):
+    """Take the file of the other checkpoint."""
+    p.write_bytes((p.parent.parent / "checkpoint-2" / p.name).read_bytes())
+
+
+DAMAGES = [(damage, name) for name in ("adapters.safetensors", "state.json", "manifest.json")
+           for damage in (truncate, empty, zero, grow, flip, swap, Path.unlink)]
+
+
+@pytest.mark.parametrize("damage, name", DAMAGES, ids=[f"{d.__name__}-{n}" for d, n in DAMAGES])
+def test_damage_is_found_named_and_the_one_before_is_used(tmp_path, caplog, damage, name):
+    save_steps(tmp_path, 2, 4)
+    damage(tmp_path / "checkpoint-4" / name)
+    with caplog.at_level(logging.WARNING):
+        assert resumed(tmp_path) == 2
+    blamed = "adapters.safetensors" if (damage, name) == (swap, "manifest.json") else name
+    assert f"skipping checkpoint-4: {blamed}" in caplog.text
+    with pytest.raises(UserError, match="damaged"):
+        save_steps(tmp_path / "b", 2, 4)
+        damage(tmp_path / "b" / "checkpoint-4" / name)
+        resumed(tmp_path / "b", "checkpoint-4")
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_damaged(tmp_path):
+    save_steps(tmp_path, 2)
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-9")
+    assert resumed(tmp_path) == 2
+
+
+def test_when_every_checkpoint_is_damaged_nothing_starts_anew_by_itself(tmp_path):
+    save_steps(tmp_path, 2, 4)
+    for step in (2, 4):
+        flip(tmp_path / f"checkpoint-{step}" / "state.json")
+    with pytest.raises(UserError, match="none of the 2 checkpoints is whole") as caught:
+        resumed(tmp_path)
+    assert caught.value.exit_code == 74 and "state.json" in str(caught.value)
+
+
+def test_retention_of_one_keeps_the_verified_one_when_the_newest_is_spoiled(tmp_path, monkeypatch, caplog):
+    save_steps(tmp_path, 2, keep=1)
+    spoil = lambda at, step: flip(tmp_path / "checkpoint-4" / "state.json") if at == "point" else None  # noqa: E731
+    monkeypatch.setattr(room, "reached", spoil)
+    save_steps(tmp_path, 4, keep=1)
+    assert "does not read back" in caplog.text
+    assert resumed(tmp_path) == 2
+
+
+def test_retention_counts_whole_checkpoints_only(tmp_path):
+    save_steps(tmp_path, 2, 4, 6)
+    flip(tmp_path / "checkpoint-6" / "state.json")
+    save_steps(tmp_path, 8, keep=2)
+    assert [p.name for p in shelf.Shelf(tmp_path).all()] == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
+    save_steps(tmp_path, 10, keep=2)
+    assert [p.name for p in shelf.Shelf(tmp_path).all()] == ["checkpoint-8", "checkpoint-10"]
+
+
+def test_pruning_deletes_only_folders_of_ours_and_follows_no_link(tmp_path):
+    out, foreign = tmp_path / "out", tmp_path / "data"
+    foreign.mkdir()
+    (foreign / "picture.png").write_bytes(b"precious")
+    save_steps(out, 2)
+    (out / "checkpoint-1").symlink_to(foreign)
+    (out / "checkpoint-0").mkdir()
+    (out / "checkpoint-0" / "notes.txt").write_text("mine")
+    (out / "checkpoint-best").mkdir()
+    save_steps(out, 4, keep=1)
+    assert (foreign / "picture.png").exists() and (out / "checkpoint-0" / "notes.txt").exists()
+    assert (out / "checkpoint-best").exists() and not (out / "checkpoint-2").exists()
+
+
+def test_a_failed_delete_is_a_warning_and_is_tried_again(tmp_path, monkeypatch, caplog):
+    save_steps(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *a, **k: (_ for _ in ()).throw(PermissionError("busy")))
+        save_steps(tmp_path, 4, keep=1)
+    assert "tries again" in caplog.text and len(hidden(tmp_path)) == 1
+    save_steps(tmp_path, 6, keep=1)
+    assert hidden(tmp_path) == [] and resumed(tmp_path) == 6
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize("nth", [1, 2, 3, 4])
+def test_a_full_disk_leaves_the_old_checkpoint_and_no_litter(tmp_path, monkeypatch, code, nth):
+    save_steps(tmp_path, 2)
+    calls, real = [], files.atomic_write
+
+    def failing(path, data):
+        calls.append(path)
+        if len(calls) == nth:
+            path.with_name("half").write_bytes(data[:10])
+            raise OSError(code, os.strerror(code), str(path))
+        real(path, data)
+
+    monkeypatch.setattr(files, "atomic_write", failing)
+    monkeypatch.setattr(manifest, "write_json", files.write_json)
+    with pytest.raises(UserError) as caught:
+        save_steps(tmp_path, 4, keep=1)
+    assert caught.value.exit_code == 74 and os.strerror(code) in str(caught.value)
+    monkeypatch.undo()
+    assert hidden(tmp_path) == [] and resumed(tmp_path) == 2
+
+
+def test_too_little_space_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    save_steps(tmp_path, 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 100, 0))
+    with pytest.raises(UserError, match="no room"):
+        save_steps(tmp_path, 4)
+    assert hidden(tmp_path) == []
+
+
+def test_a_real_full_disk_is_reported_by_name(tmp_path):
+    """RLIMIT_FSIZE makes the kernel refuse the write itself (EFBIG)."""
+    import resource
+
+    save_steps(tmp_path, 2)
+
+    def child():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        points, part = make(tmp_path, size=100_000)
+        part.step = 4
+        try:
+            points.save(4)
+        except UserError as error:
+            os._exit(error.exit_code)
+
+    _, status = os.waitpid(forked(child), 0)
+    assert os.waitstatus_to_exitcode(status) == 74
+    assert hidden(tmp_path) == [] and resumed(tmp_path) == 2
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_modes_follow_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        save_steps(tmp_path / "out", 2)
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "out").rglob("*"):
+        full = 0o777 if path.is_dir() else 0o666
+        assert stat.S_IMODE(path.stat().st_mode) == full & ~umask, path
+
+
+def test_no_file_is_a_pickle(tmp_path):
+    save_steps(tmp_path, 2)
+    for path in filter(Path.is_file, tmp_path.rglob("*")):
+        data = path.read_bytes()
+        assert data[:2] != b"\x80\x02" and data[:2] != b"PK", path
+        with pytest.raises((ValueError, UnicodeError)):
+            list(pickletools.genops(data))
+
+
+@pytest.mark.parametrize("change", [{"rank": 8}, {"model": {"name": "tiny", "hash": "cd"}}, {"resolution": 512}])
+def test_the_checkpoint_of_another_run_is_refused_field_by_field(tmp_path, change):
+    save_steps(tmp_path, 2)
+    with pytest.raises(UserError) as caught:
+        resumed(tmp_path, **change)
+    field = next(iter(change)) + (".hash" if "model" in change else "")
+    assert field in str(caught.value) and caught.value.exit_code == 2
+    assert (tmp_path / "checkpoint-2").exists(), "a refusal moves nothing"
+
+
+def test_tuples_in_a_fingerprint_are_equal_after_json(tmp_path):
+    points, _ = make(tmp_path, betas=(0.9, 0.99))
+    points.save(1)
+    assert make(tmp_path, betas=(0.9, 0.99))[0].resume("latest") == 1
+
+
+def test_a_named_checkpoint_that_is_missing_is_an_error(tmp_path):
+    save_steps(tmp_path, 2)
+    for which in ("checkpoint-3", str(tmp_path / "elsewhere" / "checkpoint-3")):
+        with pytest.raises(UserError, match="no such checkpoint") as caught:
+            resumed(tmp_path, which)
+        assert caught.value.exit_code == 2 and "checkpoint-2" in str(caught.value)
+
+
+def test_latest_with_no_checkpoint_starts_at_zero_and_says_so(tmp_path, caplog):
+    assert resumed(tmp_path) == 0
+    assert caplog.text.count("NO CHECKPOINT") == 1
+
+
+def test_a_checkpoint_can_be_named_by_path_from_another_folder(tmp_path):
+    save_steps(tmp_path / "a", 2)
+    save_steps(tmp_path / "b", 7)
+    assert resumed(tmp_path / "b", str(tmp_path / "a" / "checkpoint-2")) == 2
+    assert shelf.Shelf(tmp_path / "b").all() == [], "steps of the other run are set aside"
+
+
+def test_going_back_sets_the_newer_ones_aside_and_latest_follows(tmp_path, caplog):
+    save_steps(tmp_path, 2, 4, 6)
+    assert resumed(tmp_path, "checkpoint-2") == 2
+    assert [p.name for p in shelf.Shelf(tmp_path).all()] == ["checkpoint-2"]
+    assert sorted(p.name for p in tmp_path.glob("earlier/*/*")) == ["checkpoint-4", "checkpoint-6"]
+    assert "checkpoint-4, checkpoint-6" in caplog.text
+
+
+def test_a_fresh_start_does_not_mix_with_the_checkpoints_of_an_earlier_run(tmp_path):
+    save_steps(tmp_path, 100)
+    points, part = make(tmp_path, keep=1)
+    assert points.resume(None) == 0
+    part.step = 2
+    points.save(2)
+    assert resumed(tmp_path) == 2
+
+
+def test_saving_one_step_twice_in_a_row_writes_once(tmp_path):
+    points, _ = make(tmp_path)
+    first = points.save(2)
+    before = (first / "manifest.json").stat().st_mtime_ns
+    assert points.save(2) == first and (first / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_a_part_that_is_missing_from_a_checkpoint_is_refused(tmp_path):
+    save_steps(tmp_path, 2)
+    points = Checkpoints(tmp_path, fingerprint=make(tmp_path)[0].fingerprint, adapters=Part())
+    with pytest.raises(UserError, match="other parts"):
+        points.resume("latest")

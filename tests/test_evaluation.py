@@ -1,0 +1,100 @@
+"""The style distance: a KID one can check by hand, and features that depend on the picture alone."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from trainkit.evaluation import features, kid, style_distance, to_pixels
+
+
+def kid_by_loops(x: np.ndarray, y: np.ndarray) -> float:
+    """The estimator as the paper writes it, pair by pair."""
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> float:
+        return (a @ b / len(a) + 1) ** 3
+
+    def within(rows: np.ndarray) -> float:
+        pairs = [kernel(rows[i], rows[j]) for i in range(len(rows)) for j in range(len(rows)) if i != j]
+        return sum(pairs) / len(pairs)
+
+    return within(x) + within(y) - 2 * float(np.mean([[kernel(a, b) for b in y] for a in x]))
+
+
+@pytest.fixture(scope="module")
+def clip_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random CLIP of the shipped layout; the claims below hold for any weights."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    torch.manual_seed(0)
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = tower | {"vocab_size": 64, "bos_token_id": 62, "eos_token_id": 63, "pad_token_id": 63, "projection_dim": 16}
+    vision = tower | {"image_size": 64, "patch_size": 16, "projection_dim": 16}
+    folder = tmp_path_factory.mktemp("clip")
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
+    CLIPImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
+    return str(folder)
+
+
+def noise_pictures(count: int, seed: int, low: int = 0) -> list[Image.Image]:
+    drawn = np.random.default_rng(seed).integers(low, 256, (count, 64, 64, 3), dtype=np.uint8)
+    return [Image.fromarray(pixels) for pixels in drawn]
+
+
+def test_kid_equals_the_paper_s_formula_pair_by_pair():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(7, 5)), rng.normal(0.3, 1, size=(9, 5))
+    assert kid(torch.from_numpy(x), torch.from_numpy(y)) == pytest.approx(kid_by_loops(x, y), rel=1e-12)
+
+
+def test_kid_of_two_constant_sets_has_its_closed_value():
+    x, y = torch.tensor([[1.0], [1.0]]), torch.tensor([[0.0], [0.0]])
+    assert kid(x, y) == pytest.approx((1 + 1) ** 3 + 1 - 2 * 1)  # k(1,1) = 8, k(0,0) = 1, k(1,0) = 1
+
+
+def test_kid_is_centred_on_zero_for_two_halves_of_one_distribution():
+    halves = [torch.randn(200, 16, generator=torch.Generator().manual_seed(seed)).split(100) for seed in range(20)]
+    values = torch.tensor([kid(x, y) for x, y in halves])
+    assert abs(values.mean()) < 3 * values.std() / len(values) ** 0.5
+    shifted = [kid(x, y + 0.5) for x, y in halves]
+    assert min(shifted) > values.max()
+
+
+def test_kid_does_not_depend_on_order_or_on_which_set_comes_first():
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(11, 4, generator=generator), torch.randn(13, 4, generator=generator)
+    shuffled = kid(x[torch.randperm(11, generator=generator)], y.flip(0))
+    assert shuffled == pytest.approx(kid(x, y), rel=1e-12) == pytest.approx(kid(y, x), rel=1e-12)
+
+
+def test_kid_refuses_sets_it_cannot_compare():
+    with pytest.raises(ValueError, match=r"\[1, 4\]"):
+        kid(torch.zeros(1, 4), torch.zeros(3, 4))
+    with pytest.raises(ValueError, match="needs"):
+        kid(torch.zeros(3, 4), torch.zeros(3, 5))
+
+
+def test_features_of_a_picture_do_not_depend_on_its_batch(clip_dir: str):
+    from trainkit.evaluation import load_clip
+
+    model, mean, std = load_clip(clip_dir)
+    pictures = noise_pictures(5, seed=0)
+    layer = "vision_model.encoder.layers.0"
+    together = features(pictures, model, layer, mean=mean, std=std)
+    singly = features(pictures, model, layer, mean=mean, std=std, batch=1)
+    assert together.shape == (5, 32)
+    torch.testing.assert_close(together, singly)
+    with pytest.raises(AttributeError):
+        features(pictures, model, "vision_model.encoder.layers.9")
+
+
+def test_transparent_pixels_count_as_white():
+    clear = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    assert torch.equal(to_pixels([clear], 64), torch.ones(1, 3, 64, 64))
+
+
+def test_style_distance_tells_another_style_from_the_same_one(clip_dir: str):
+    layer = "vision_model.encoder.layers.0"
+    same = style_distance(noise_pictures(40, 1), noise_pictures(40, 2), clip_dir, layer)
+    other = style_distance(noise_pictures(40, 1), noise_pictures(40, 2, low=128), clip_dir, layer)
+    assert other > 20 * abs(same)

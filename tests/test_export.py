@@ -1,0 +1,230 @@
+"""Exported files: stock loaders read the trained weights from them, and a file that differs is found out."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainkit import export
+from trainkit.adapters import Adapters, add_lora
+from trainkit.errors import UserError
+from trainkit.families import sdxl
+from trainkit.files import load_tensors, save_tensors
+from trainkit.options import LoraOptions, ModelOptions
+
+METADATA = {"ss_output_name": "icons", "modelspec.title": "icons", "ss_seed": "0"}
+Tensors = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def family(tiny_sdxl: Path) -> sdxl.SDXL:
+    options = ModelOptions(pretrained_model_name_or_path=str(tiny_sdxl))
+    return sdxl.load(options, device=torch.device("cpu"), weight_dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_sdxl: Path):
+    from diffusers import StableDiffusionXLPipeline
+
+    return StableDiffusionXLPipeline.from_pretrained(tiny_sdxl)
+
+
+def trained(family: sdxl.SDXL, *, size: float = 0.05, **options: object) -> Adapters:
+    """Adapters as after training: B away from zero."""
+    settings = LoraOptions(**{"rank": 4, "lora_alpha": 6, **options})
+    adapters = add_lora(copy.deepcopy(family.unet), settings, targets=family.lora_targets, seed=0)
+    g = torch.Generator().manual_seed(7)
+    for path in adapters.layers:
+        B = adapters.factors(path)[1]
+        B.data.copy_(torch.randn(B.shape, generator=g) * size)
+    return adapters
+
+
+@pytest.fixture(scope="module")
+def adapters(family: sdxl.SDXL) -> Adapters:
+    return trained(family, lora_layers="all-linear")
+
+
+def write(adapters: Adapters, family: sdxl.SDXL, folder: Path) -> tuple[Path, Path]:
+    ours, others = folder / "pytorch_lora_weights.safetensors", folder / "icons.safetensors"
+    export.write_diffusers(adapters, ours, METADATA)
+    export.write_kohya(adapters, family, others, METADATA)
+    return ours, others
+
+
+def header(path: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+@torch.no_grad()
+def output(unet: torch.nn.Module) -> Tensor:
+    g = torch.Generator().manual_seed(1)
+    added = {"text_embeds": torch.randn(1, 32, generator=g), "time_ids": torch.full((1, 6), 64.0)}
+    z, text = torch.randn(1, 4, 16, 16, generator=g), torch.randn(1, 77, 56, generator=g)
+    return unet(z, torch.tensor([500]), encoder_hidden_states=text, added_cond_kwargs=added).sample
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"lora_layers": "all-linear"}, {"lora_alpha": 4}, {"rank": 1, "lora_alpha": 3},
+    {"lora_unet_blocks": "up_blocks.0.attentions.1,mid_block", "lora_layers": "attention+ff"}], ids=str)
+def test_the_stock_pipeline_draws_with_both_files_what_was_trained(family, pipeline, tmp_path, options):
+    adapters = trained(family, **options)
+    wanted, base = output(adapters.unet), output(family.unet)
+    effect = (wanted - base).abs().max()
+    assert effect > 1e-3
+    ours, half = write(adapters, family, tmp_path)
+    full = tmp_path / "fp32.safetensors"
+    export.write_kohya(adapters, family, full, METADATA, dtype=torch.float32)
+    for path, tolerance in ((ours, 1e-4), (full, 1e-4), (half, 0.03)):
+        pipeline.load_lora_weights(tmp_path, weight_name=path.name)
+        found = output(pipeline.unet.eval())
+        pipeline.unload_lora_weights()
+        assert (found - wanted).abs().max() < tolerance * effect, path.name
+    assert torch.equal(output(pipeline.unet), base), "the next case starts from the base"
+
+
+def test_both_files_verify(adapters, family, tmp_path):
+    ours, others = write(adapters, family, tmp_path)
+    assert export.verify(ours, adapters) <= 1e-6
+    assert 0 < export.verify(others, adapters) <= 1e-3
+
+
+def test_the_diffusers_file_needs_no_alpha_and_says_so(adapters, family, tmp_path):
+    """Readers that ignore the header's alpha are right, and those that read it find alpha = rank."""
+    ours, _ = write(adapters, family, tmp_path)
+    tensors, metadata = load_tensors(ours), header(ours)
+    path = next(iter(adapters.layers))
+    A, B = (tensors[f"unet.{path}.lora_{letter}.weight"] for letter in "AB")
+    torch.testing.assert_close((B @ A).double(), adapters.delta_weight(path), rtol=1e-5, atol=1e-8)
+    config = json.loads(metadata["lora_adapter_metadata"])
+    assert config["unet.r"] == config["unet.lora_alpha"] == 4
+    assert sorted(config["unet.target_modules"]) == sorted(adapters.layers)
+    assert {t.dtype for t in tensors.values()} == {torch.float32} and len(tensors) == 2 * len(adapters.layers)
+
+
+def test_the_webui_file_is_kohyas_rule_in_fp16(adapters, family, tmp_path):
+    _, others = write(adapters, family, tmp_path)
+    tensors = load_tensors(others)
+    name = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    down, up, alpha = (tensors[f"{name}.{part}"] for part in ("lora_down.weight", "lora_up.weight", "alpha"))
+    assert down.dtype == up.dtype == torch.float16 and alpha.ndim == 0
+    found = (up.double() @ down.double()) * (alpha.item() / down.shape[0])
+    wanted = adapters.delta_weight("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q")
+    assert (found - wanted).abs().max() <= 1e-3 * wanted.abs().max()
+    assert len(tensors) == 3 * len(adapters.layers)
+    assert all(key.startswith(("lora_unet_input_blocks", "lora_unet_middle_block", "lora_unet_output_blocks"))
+               for key in tensors)
+
+
+def test_the_webui_header_has_what_model_browsers_read(adapters, family, tmp_path):
+    ours, others = write(adapters, family, tmp_path)
+    metadata = header(others)
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert metadata["ss_base_model_version"] == "sdxl_base_v1-0" and metadata["ss_network_module"] == "networks.lora"
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "6.0")
+    assert metadata["modelspec.resolution"] == "64x64" and metadata["modelspec.prediction_type"] == "epsilon"
+    data = others.read_bytes()
+    digest = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little"):]).hexdigest()
+    assert metadata["sshs_model_hash"] == digest and metadata["modelspec.hash_sha256"] == f"0x{digest}"
+    for path in (ours, others):
+        assert METADATA.items() <= header(path).items() and header(path)["format"] == "pt"
+        assert str(family.path) not in str(header(path)), "the header travels; folder names stay at home"
+
+
+def test_a_young_adapter_keeps_its_digits_in_fp16(family, tmp_path):
+    adapters = trained(family, size=1e-7)
+    _, others = write(adapters, family, tmp_path)
+    assert export.verify(others, adapters) <= 1e-3
+
+
+def test_an_untrained_adapter_is_written_and_verified(family, tmp_path):
+    adapters = trained(family, size=0.0)
+    assert [export.verify(path, adapters) for path in write(adapters, family, tmp_path)] == [0.0, 0.0]
+
+
+def change(name_end: str, edit: Callable[[Tensor], Tensor]) -> Callable[[Tensors], None]:
+    def damage(tensors: Tensors) -> None:
+        key = next(k for k in tensors if k.endswith(name_end))
+        tensors[key] = edit(tensors[key])
+    return damage
+
+
+def drop(name_end: str) -> Callable[[Tensors], Tensor]:
+    return lambda tensors: tensors.pop(next(k for k in tensors if k.endswith(name_end)))
+
+
+def one_value(t: Tensor) -> Tensor:
+    t[0, 0] += 0.5
+    return t
+
+
+def not_a_number(t: Tensor) -> Tensor:
+    return t * float("nan")
+
+
+DAMAGE = {  # file: what may go wrong with it
+    0: [change("lora_A.weight", one_value), change("lora_B.weight", not_a_number), drop("lora_B.weight"),
+        lambda t: t.clear(), lambda t: t.update({"unet.conv_in.lora_A.weight": torch.zeros(1)}),
+        lambda t: t.update({"unet.nowhere.lora_A.weight": torch.zeros(4, 8),
+                            "unet.nowhere.lora_B.weight": torch.zeros(8, 4)})],
+    1: [change("lora_down.weight", one_value), change("alpha", lambda t: t * 1.5), drop(".alpha"),
+        change("lora_up.weight", lambda t: t[:-1]), lambda t: t.update({"lora_te1_x.alpha": torch.ones(())})],
+}
+
+
+@pytest.mark.parametrize("which, damage", [(which, d) for which in DAMAGE for d in DAMAGE[which]])
+def test_a_file_that_differs_from_the_trained_weights_is_found_out(adapters, family, tmp_path, which, damage):
+    path = write(adapters, family, tmp_path)[which]
+    tensors = load_tensors(path)
+    damage(tensors)
+    save_tensors(path, tensors)
+    with pytest.raises(UserError, match="does not hold what was trained") as caught:
+        export.verify(path, adapters)
+    assert caught.value.exit_code == 74
+
+
+def test_swapped_modules_are_found_out(adapters, family, tmp_path):
+    """Both modules have the same shape: only the values can tell."""
+    _, path = write(adapters, family, tmp_path)
+    tensors = load_tensors(path)
+    q, k = ("lora_unet_middle_block_1_transformer_blocks_0_attn1_to_" + end for end in ("q", "k"))
+    for part in (".lora_down.weight", ".lora_up.weight"):
+        tensors[q + part], tensors[k + part] = tensors[k + part], tensors[q + part]
+    save_tensors(path, tensors)
+    with pytest.raises(UserError, match="2 of"):
+        export.verify(path, adapters)
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_have_the_mode_the_umask_asks_for(adapters, family, tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        paths = write(adapters, family, tmp_path)
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in paths] == [mode, mode]
+
+
+def test_a_disk_that_refuses_is_a_users_problem(adapters, family, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError) as caught:
+        export.write_diffusers(adapters, tmp_path / "file" / "x.safetensors", {})
+    assert caught.value.exit_code == 74
+
+
+def test_balancing_changes_no_product():
+    A, B = torch.randn(4, 9), torch.randn(6, 4) * 1e-9
+    down, up = export.balanced(A, B)
+    assert torch.equal(up @ down, B @ A)
+    assert 0.25 < down.abs().max() / up.abs().max() < 4

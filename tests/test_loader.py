@@ -1,0 +1,144 @@
+"""What belongs together stays together, and batches do not depend on workers, ranks or restarts."""
+
+from __future__ import annotations
+
+import pickle
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.pictures import data_options, marked_folder, open_files
+from trainkit.data.batch import Batch, Sample
+from trainkit.data.cache import Guarded, MemoryStore, cache_latents
+from trainkit.data.images import CropPolicy
+from trainkit.data.loader import Pictures, micro_batches
+from trainkit.data.order import Order
+from trainkit.data.rows import read_rows
+from trainkit.errors import UserError
+
+POLICY = CropPolicy(resolution=32, random_flip=True, cached_crops=3, interpolation="nearest")
+
+
+def corner(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """An encoder that keeps the first pixel, in levels: (number, column, line) of its picture."""
+    mean = (pixels[:, :, :1, :1] + 1) * 127.5
+    return mean, mean
+
+
+def pictures_of(folder: Path, *, cached: bool, repeats: int = 1, policy: CropPolicy = POLICY) -> Pictures:
+    rows, problems = read_rows(data_options(instance_data_dir=folder, repeats=repeats))
+    assert not problems
+    latents = cache_latents(rows, policy, corner, MemoryStore(), seed=5, identity="corner") if cached else None
+    return Pictures(rows, policy, seed=5, latents=latents)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return marked_folder(tmp_path_factory.mktemp("data") / "d", 25)
+
+
+def assert_belongs_together(batch: Batch, i: int, marker: Tensor, pictures: Pictures) -> None:
+    """`marker`: number, column and line of the first pixel; check caption, sizes and crop against them."""
+    number, column, line = marker.round().long().tolist()
+    h, w = (32, 33 + number) if number % 2 else (33 + number, 32)
+    slot = batch.slots[i]
+    flip = pictures.policy.plan(pictures.rows[slot.row], seed=5, epoch=slot.epoch).flip
+    _, _, top, left, *target = batch.time_ids[i].long().tolist()
+    assert batch.prompts[i] == pictures.rows[slot.row].caption == f"picture {number}"
+    assert batch.time_ids[i, :2].tolist() == [h, w] and target == [32, 32]
+    assert (line, column) == (top, w - 1 - left if flip else left)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_latent_caption_size_and_crop_belong_together_over_1000_shuffled_samples(folder: Path, cached: bool) -> None:
+    pictures = pictures_of(folder, cached=cached, repeats=2)
+    seen = 0
+    for _, micros in micro_batches(pictures, Order(pictures.rows, 20, seed=1), accumulation=2, stop_step=50):
+        for batch in micros:
+            markers = batch.mean[:, :, 0, 0] if cached else (batch.pixels[:, :, 0, 0] + 1) * 127.5
+            assert (batch.pixels is None) == cached and batch.num_instance == 20
+            for i, marker in enumerate(markers):
+                assert_belongs_together(batch, i, marker, pictures)
+                seen += 1
+    assert seen == 1000
+
+
+def same(a: Batch | Sample, b: Batch | Sample) -> bool:
+    return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y
+               for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_workers_change_nothing(folder: Path, cached: bool) -> None:
+    pictures = pictures_of(folder, cached=cached)
+    order = Order(pictures.rows, 4, seed=1)
+    alone, helped = (list(micro_batches(pictures, order, accumulation=2, stop_step=8, num_workers=n)) for n in (0, 2))
+    assert [step for step, _ in alone] == [step for step, _ in helped] == list(range(8))
+    for (_, some), (_, others) in zip(alone, helped, strict=True):
+        assert len(some) == len(others) == 2 and all(map(same, some, others))
+
+
+def test_a_resumed_run_sees_the_batches_of_an_uninterrupted_one(folder: Path) -> None:
+    pictures = pictures_of(folder, cached=False)
+
+    def batches(start_step: int) -> list[tuple[int, Batch]]:
+        order = Order(pictures.rows, 4, seed=1)
+        steps = micro_batches(pictures, order, accumulation=2, start_step=start_step, stop_step=12)
+        return [(step, batch) for step, micros in steps for batch in micros]
+
+    whole = batches(0)
+    for k in (1, 7):
+        rest = batches(k)
+        assert [step for step, _ in rest] == [step for step in range(k, 12) for _ in range(2)]
+        assert all(same(a, b) for (_, a), (_, b) in zip(whole[2 * k:], rest, strict=True))
+
+
+def test_two_processes_share_one_global_batch(folder: Path) -> None:
+    pictures = pictures_of(folder, cached=True)
+    order = Order(pictures.rows, 8, seed=1)
+    alone = micro_batches(pictures, order, stop_step=6)
+    ranks = [micro_batches(pictures, order, rank=r, world=2, stop_step=6) for r in range(2)]
+    for (_, [one]), *halves in zip(alone, *ranks, strict=True):
+        assert one.slots == tuple(s for _, [half] in halves for s in half.slots)
+        assert torch.equal(one.mean, torch.cat([half.mean for _, [half] in halves]))
+        assert one.keys(0) == [key for _, [half] in halves for key in half.keys(0)]
+        assert {half.num_instance for _, [half] in halves} == {one.num_instance}
+
+
+def test_without_a_last_step_it_never_ends(folder: Path) -> None:
+    pictures = pictures_of(folder, cached=True)
+    steps = islice(micro_batches(pictures, Order(pictures.rows, 5, seed=1), start_step=95), 10)
+    assert [(step, batch.slots[0].epoch) for step, [batch] in steps] == [(step, step // 5) for step in range(95, 105)]
+
+
+def test_the_global_generator_does_not_move(folder: Path) -> None:
+    pictures = pictures_of(folder, cached=False)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(micro_batches(pictures, Order(pictures.rows, 4, seed=1), stop_step=2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_picture_that_vanishes_is_a_user_error_from_any_worker(tmp_path: Path, num_workers: int) -> None:
+    pictures = pictures_of(marked_folder(tmp_path / "d", 4), cached=False)
+    (tmp_path / "d" / "002.png").unlink()
+    with pytest.raises(UserError, match=r"002\.png") as caught:
+        list(micro_batches(pictures, Order(pictures.rows, 2, seed=1), stop_step=4, num_workers=num_workers))
+    assert caught.value.exit_code == 3 and caught.value.problems[0].fix
+
+
+def test_pictures_reach_spawned_workers(folder: Path) -> None:
+    pictures = pictures_of(folder, cached=False)
+    slot, = Order(pictures.rows, 1, seed=1).slots(0)[0]
+    assert same(pickle.loads(pickle.dumps(Guarded(pictures)))[slot], pictures[slot])
+
+
+def test_files_are_closed_after_each_visit(folder: Path) -> None:
+    pictures = pictures_of(folder, cached=False)
+    before = open_files()
+    list(micro_batches(pictures, Order(pictures.rows, 5, seed=1), stop_step=10))
+    assert open_files() == before

@@ -1,0 +1,178 @@
+"""Previews: bitwise repeatable, what the stock pipeline draws, and without a trace in the training."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from trainkit import preview, rng
+from trainkit.adapters import add_lora
+from trainkit.families import sdxl
+from trainkit.families.text import FrozenText
+from trainkit.preview import Previews, evaluating, preview_prompts, sheet, tile_px
+
+PROMPT = "3d icon in the style of TOK, a red dog"
+SIDE = 32  # pixels
+
+
+def options(*, prompt: str | None = PROMPT, images: int = 2) -> SimpleNamespace:
+    return SimpleNamespace(validation_prompt=prompt, num_validation_images=images)
+
+
+def load(folder: Path, *, dtype: torch.dtype = torch.float32) -> sdxl.SDXL:
+    model = SimpleNamespace(pretrained_model_name_or_path=str(folder), pretrained_vae_model_name_or_path=None,
+                            revision=None, variant=None)
+    return sdxl.load(model, device=torch.device("cpu"), weight_dtype=dtype)
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preview, "STEPS", 3)
+
+
+@pytest.fixture(scope="module")
+def family(tiny_sdxl: Path) -> sdxl.SDXL:
+    """In training: adapters that do something, with dropout, the text encoders gone, the VAE put away."""
+    loaded = load(tiny_sdxl)
+    lora = SimpleNamespace(rank=2, lora_alpha=None, lora_dropout=0.5, lora_layers="attention", lora_unet_blocks=None)
+    adapters = add_lora(loaded.unet, lora, targets=loaded.lora_targets, seed=0)
+    with torch.no_grad():
+        for path in adapters.layers:
+            B = adapters.factors(path)[1]
+            B.copy_(torch.randn(B.shape, generator=rng.generator("test", path)) / 10)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def encoded(family: sdxl.SDXL) -> FrozenText:
+    text = FrozenText(family, [*preview_prompts(options()), "a cat"])
+    family.free_text_encoders()
+    return text
+
+
+def make(family: sdxl.SDXL, encoded: FrozenText, folder: Path, **changes) -> Previews:
+    return Previews(family, options(**changes), encoded, folder, seed=42, resolution=SIDE)
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_the_same_step_twice_gives_the_same_bytes(family, encoded, tmp_path):
+    previews = make(family, encoded, tmp_path)
+    first = [path.read_bytes() for path in previews.draw(5)]
+    torch.rand(3)  # whatever training draws in between
+    assert [path.read_bytes() for path in previews.draw(5)] == first
+    one, two, _ = (pixels(path) for path in previews.draw(5))
+    assert (one != two).any(), "two seeds, two pictures"
+
+
+def test_a_picture_depends_on_its_own_seed_only(family, encoded, tmp_path):
+    alone = make(family, encoded, tmp_path / "a", images=1).draw(1)[0]
+    beside_another = make(family, encoded, tmp_path / "b", images=2).draw(1)[0]
+    assert (pixels(alone) == pixels(beside_another)).all()
+
+
+def test_drawing_leaves_no_trace_in_training(family, encoded, tmp_path):
+    """Modes, gradients' switches, random states and the next training forward are as if nothing had been drawn."""
+    unet = family.unet
+    unet.mid_block.eval()  # a part in another mode than the rest
+    modes = [m.training for m in unet.modules()]
+    trainable = [p.requires_grad for p in unet.parameters()]
+    before = training_forward(family, encoded)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    make(family, encoded, tmp_path).draw(1)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert (np.random.get_state()[1] == states[2]).all()
+    assert [m.training for m in unet.modules()] == modes
+    assert [p.requires_grad for p in unet.parameters()] == trainable
+    assert torch.equal(training_forward(family, encoded), before)
+    unet.train()
+
+
+def training_forward(family: sdxl.SDXL, encoded: FrozenText) -> torch.Tensor:
+    """With dropout on, from a pinned generator whose state is put back."""
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    level = SimpleNamespace(cond=torch.tensor([500]))
+    z = torch.randn(1, family.latent_channels, 8, 8)
+    time_ids = torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]])
+    out = family.denoise(z, level, text=encoded([PROMPT]), time_ids=time_ids).detach()
+    torch.set_rng_state(state)
+    return out
+
+
+@pytest.mark.parametrize("zeros", [True, False], ids=["zeros", "encoded empty prompt"])
+def test_previews_are_what_the_stock_pipeline_draws(tiny_sdxl, tmp_path, zeros):
+    """Same prompt, same noise, the repository's own parts, whichever way it treats the empty negative prompt."""
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_sdxl, folder)
+    stock = StableDiffusionXLPipeline.from_pretrained(folder, force_zeros_for_empty_prompt=zeros)
+    stock.register_to_config(force_zeros_for_empty_prompt=zeros)
+    stock.save_config(folder)
+    stock.scheduler = DPMSolverMultistepScheduler.from_config(stock.scheduler.config)
+    noise = rng.normal((4, SIDE // 4, SIDE // 4), [(42, 1)], name="preview")
+    size = {"height": SIDE, "width": SIDE}
+    expected = stock(PROMPT, latents=noise, num_inference_steps=3, guidance_scale=preview.GUIDANCE, **size).images[0]
+    family = load(folder)
+    drawn = make(family, FrozenText(family, preview_prompts(options())), tmp_path, images=1).draw(1)[0]
+    assert np.abs(pixels(drawn).astype(int) - np.asarray(expected).astype(int)).max() <= 1
+
+
+def test_half_precision_bases_are_drawn_too(tiny_sdxl, tmp_path):
+    family = load(tiny_sdxl, dtype=torch.bfloat16)
+    drawn = make(family, FrozenText(family, preview_prompts(options())), tmp_path, images=1).draw(1)[0]
+    assert pixels(drawn).std() > 0
+
+
+def test_pictures_carry_their_prompt_and_seed(family, encoded, tmp_path):
+    paths = make(family, encoded, tmp_path).draw(500)
+    names = ["step_000500_p01_s42.png", "step_000500_p01_s43.png", "step_000500.png"]
+    assert [p.relative_to(tmp_path / "samples").as_posix() for p in paths] == names
+    first, *settings = Image.open(paths[1]).info["parameters"].splitlines()
+    assert first == PROMPT
+    assert "Seed: 43" in settings[0] and f"Size: {SIDE}x{SIDE}" in settings[0]
+
+
+def test_without_a_prompt_nothing_is_drawn_or_encoded(family, encoded, tmp_path):
+    assert make(family, encoded, tmp_path / "out", prompt=None).draw(1) == []
+    assert not (tmp_path / "out").exists()
+    assert preview_prompts(options(prompt=None)) == []
+    assert not make(family, encoded, tmp_path, prompt=None).due(1, last=True)
+
+
+def test_modes_come_back_after_a_failure():
+    module = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout().eval())
+    with pytest.raises(RuntimeError), evaluating(module):
+        assert not module[0].training
+        raise RuntimeError
+    assert module.training and module[0].training and not module[1].training
+
+
+@pytest.mark.parametrize("side, tile", [(32, 192), (64, 192), (128, 256), (512, 512), (1024, 512)])
+def test_small_pictures_are_enlarged_by_whole_factors_and_large_ones_reduced(side, tile):
+    assert tile_px(side) == tile
+
+
+def test_a_sheet_shows_every_picture_at_its_place():
+    colours = [["#ff0000", "#00ff00"], ["#0000ff", "#ffff00"]]
+    rows = [[Image.new("RGB", (64, 64), c) for c in row] for row in colours]
+    page = sheet(rows, columns=["base", "LoRA"], names=["cat", "a noun of many words that must be wrapped"], title="t")
+    found = [page.getpixel((page.width - 40 - 202 * (1 - c), page.height - 60 - 202 * (1 - r)))
+             for r in (0, 1) for c in (0, 1)]
+    assert found == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
+
+
+def test_previews_are_due_every_so_many_steps_and_after_the_last(family, encoded, tmp_path):
+    previews = Previews(family, options(), encoded, tmp_path, seed=42, resolution=SIDE, every=50)
+    assert [s for s in range(1, 121) if previews.due(s, last=s == 120)] == [50, 100, 120]

@@ -1,0 +1,218 @@
+"""The end of a run: files that hold the trained weights, a card whose snippet runs, uploads by name."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from pydantic import SecretStr
+
+from tests.made_up_run import make_run
+from tests.test_report import HOSTILE
+from trainkit import publish as room
+from trainkit import rng
+from trainkit.adapters import Adapters, add_lora
+from trainkit.errors import UserError
+from trainkit.families import sdxl
+from trainkit.publish import problems, publish, uploads, write_card
+from trainkit.report.facts import RunFacts
+
+TOKEN = "hf_plantedSecretToken123456"
+
+
+def options(folder: Path, **changes) -> SimpleNamespace:
+    defaults = dict(output_dir=str(folder), push_to_hub=False, hub_model_id=None, hub_token=None, hub_private=True)
+    return SimpleNamespace(**defaults | changes)
+
+
+@pytest.fixture(scope="module")
+def family(tiny_sdxl: Path) -> sdxl.SDXL:
+    model = SimpleNamespace(pretrained_model_name_or_path=str(tiny_sdxl), pretrained_vae_model_name_or_path=None,
+                            revision=None, variant=None)
+    return sdxl.load(model, device=torch.device("cpu"), weight_dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def adapters(family: sdxl.SDXL) -> Adapters:
+    lora = SimpleNamespace(rank=2, lora_alpha=1, lora_dropout=0.0, lora_layers="attention", lora_unet_blocks=None)
+    made = add_lora(family.unet, lora, targets=family.lora_targets, seed=0)
+    with torch.no_grad():
+        for path in made.layers:
+            B = made.factors(path)[1]
+            B.copy_(torch.randn(B.shape, generator=rng.generator("test", path)) / 10)
+    return made
+
+
+def card(folder: Path) -> tuple[dict, str]:
+    _, matter, body = write_card(folder).read_text("utf-8").split("---\n", 2)
+    return yaml.safe_load(matter), body
+
+
+def python_block(body: str) -> str:
+    return re.search(r"```python\n(.*?\n)```", body, re.DOTALL)[1]
+
+
+def test_a_run_ends_with_verified_files_a_card_and_a_report(family, adapters, tmp_path):
+    folder = make_run(tmp_path / "my-icons")
+    files = publish(options(folder), family, adapters, num_images=22)
+    assert [f.name for f in files] == ["pytorch_lora_weights.safetensors", "my-icons.safetensors", "README.md",
+                                       "report.html"]
+    matter, body = card(folder)
+    for file in RunFacts(folder).files:
+        assert file.sha256 in body and file.sha256 in (folder / "report.html").read_text("utf-8")
+    assert matter["base_model"] == "assets/tiny-sdxl-icons" or matter["base_model"] == "tiny-sdxl-icons"
+    assert matter["tags"] == ["text-to-image", "diffusers", "lora", "template:sd-lora", "stable-diffusion-xl"]
+    assert matter["widget"][0] == {"text": "3d icon in the style of TOK, a dog",
+                                   "output": {"url": "samples/step_000030_p01_s0.png"}}
+
+
+def test_the_cards_snippet_draws_a_picture(family, adapters, tiny_sdxl, tmp_path, monkeypatch):
+    """As a user would: in the LoRA's folder, with the base model's folder beside the files."""
+    folder = make_run(tmp_path / "run", pretrained_model_name_or_path=str(tiny_sdxl))
+    publish(options(folder), family, adapters, num_images=22)
+    (folder / tiny_sdxl.name).symlink_to(tiny_sdxl)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("diffusers.utils.logging._tqdm_active", False)
+    snippet = python_block(card(folder)[1])
+    exec(snippet.replace(").images[0]", ", num_inference_steps=2).images[0]"), {})
+    assert Image.open("picture.png").size == (64, 64)
+
+
+def test_a_file_that_does_not_hold_the_trained_weights_ends_the_run_badly(family, adapters, tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "run")
+    write = room.write_kohya
+
+    def damaged(*args) -> None:
+        write(*args)
+        path = args[2]
+        data = bytearray(path.read_bytes())
+        data[-2:] = b"\x00\x7c"  # an infinity in the last tensor
+        path.write_bytes(bytes(data))
+
+    monkeypatch.setattr(room, "write_kohya", damaged)
+    with pytest.raises(UserError) as caught:
+        publish(options(folder), family, adapters, num_images=22)
+    assert caught.value.problems[0].kind == "disk" and "run.safetensors" in str(caught.value)
+
+
+def test_hostile_prompts_change_neither_metadata_nor_snippet_nor_layout(tmp_path):
+    prompt = HOSTILE + "\nlicense: mit\n```\n# Heading | cell"
+    matter, body = card(make_run(tmp_path / "run", instance_prompt=prompt, validation_prompt=prompt))
+    assert matter["instance_prompt"] == prompt and matter["license"] == "other"
+    texts = [node.value for node in ast.walk(ast.parse(python_block(body))) if isinstance(node, ast.Constant)]
+    assert prompt in texts, "the snippet draws exactly this prompt"
+    outside = re.sub(r"```.*?\n```|`[^`\n]*`", "", body, flags=re.DOTALL)
+    assert "\n# Heading" not in body and not re.search(r"(?<!\\)<", outside)
+
+
+def test_card_and_report_name_no_private_folder(tmp_path):
+    matter, body = card(make_run(tmp_path / "run", pretrained_model_name_or_path="/home/anna/models/base",
+                                 dataset_name="/home/anna/cats"))
+    assert "anna" not in body + str(matter) and str(tmp_path) not in body
+    assert matter["base_model"] == "base"
+
+
+@pytest.mark.parametrize("base_card, licence", [
+    ("---\nlicense: mit\n---\n# base", "mit"), ("---\ntags: [a]\n---\n", "other"), ("# no front matter", "other"),
+])
+def test_the_licence_is_the_base_models_own_or_said_to_be_unknown(tmp_path, base_card, licence):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_text(base_card, "utf-8")
+    matter, body = card(make_run(tmp_path / "run", pretrained_model_name_or_path=str(base)))
+    assert matter["license"] == licence
+    assert ("was not found" in body) == (licence == "other")
+
+
+# -- the Hub -----------------------------------------------------------------------------------------------------------
+
+
+class FakeHub:
+    """Records what would be sent."""
+
+    calls: dict[str, object] = {}
+
+    def __init__(self, token: str | None = None):
+        type(self).calls = {"token": token}
+
+    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> SimpleNamespace:
+        self.calls.update(repo_id=repo_id, private=private)
+        return SimpleNamespace(repo_id=repo_id, url=f"https://hub/{repo_id}")
+
+    def create_commit(self, repo_id: str, *, operations: list, commit_message: str) -> None:
+        self.calls["files"] = sorted(op.path_in_repo for op in operations)
+
+
+@pytest.fixture
+def cluttered(tmp_path: Path) -> Path:
+    """A run directory with everything that must stay at home."""
+    folder = make_run(tmp_path / "run", samples=(30,))
+    for name in ("checkpoint-500/adapters.safetensors", "logs/events.out", "earlier/metrics.jsonl", "wandb/debug.log",
+                 "cache/latents.safetensors", "someone_elses.safetensors", ".env", "samples/notes.txt"):
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"private")
+    return folder
+
+
+def test_only_named_files_are_uploaded_to_a_private_repository(family, adapters, cluttered, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
+    asked = options(cluttered, push_to_hub=True, hub_model_id="anna/icons", hub_token=SecretStr(TOKEN))
+    publish(asked, family, adapters, num_images=22)
+    assert FakeHub.calls == {
+        "token": TOKEN, "repo_id": "anna/icons", "private": True,
+        "files": ["README.md", "pytorch_lora_weights.safetensors", "report.html", "run.safetensors",
+                  "samples/step_000030.png", "samples/step_000030_p01_s0.png", "samples/step_000030_p01_s1.png"],
+    }
+
+
+def test_the_token_is_in_no_file(family, adapters, cluttered, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
+    publish(options(cluttered, push_to_hub=True, hub_token=SecretStr(TOKEN)), family, adapters, num_images=22)
+    assert not [p for p in cluttered.rglob("*") if p.is_file() and TOKEN.encode() in p.read_bytes()]
+
+
+def test_samples_that_are_links_stay_at_home(cluttered):
+    (cluttered / "samples" / "step_000031.png").symlink_to("/etc/hostname")
+    assert not [p for p in uploads(cluttered, []) if p.is_symlink()]
+
+
+def test_a_failed_upload_says_what_is_safe_and_hides_the_token(family, adapters, cluttered, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise ConnectionError(f"401 for Bearer {TOKEN}")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse)
+    with pytest.raises(UserError) as caught:
+        publish(options(cluttered, push_to_hub=True, hub_token=SecretStr(TOKEN)), family, adapters, num_images=22)
+    assert TOKEN not in str(caught.value) and "--resume_from_checkpoint latest" in str(caught.value)
+    assert (cluttered / "pytorch_lora_weights.safetensors").exists() and (cluttered / "README.md").exists()
+
+
+@pytest.mark.parametrize("changes, complaints", [
+    ({}, 0),
+    ({"push_to_hub": True}, 1),
+    ({"push_to_hub": True, "hub_token": SecretStr(TOKEN)}, 0),
+    ({"push_to_hub": True, "hub_token": SecretStr(TOKEN), "hub_model_id": "a b/c"}, 1),
+    ({"push_to_hub": True, "hub_model_id": "a/b/c"}, 2),
+])
+def test_what_would_fail_at_the_upload_is_said_at_the_start(tmp_path, monkeypatch, changes, complaints):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    assert len(list(problems(options(tmp_path / "run", **changes)))) == complaints
+
+
+def test_files_follow_the_umask(tmp_path):
+    old = os.umask(0o027)
+    try:
+        path = write_card(make_run(tmp_path / "run"))
+    finally:
+        os.umask(old)
+    assert path.stat().st_mode & 0o777 == 0o640
+    shutil.rmtree(tmp_path / "run")

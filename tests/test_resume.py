@@ -1,0 +1,102 @@
+"""A run that is stopped anywhere and resumed is, bit for bit, the run that was not stopped."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.harness import ROOT, TRAINER, command, forked, make_pictures, metrics
+
+MODES = {
+    "mid-epoch with accumulation": dict(train_batch_size=2, gradient_accumulation_steps=2),
+    "dropout and live crops": dict(lora_dropout=0.2, random_flip=True),
+    "cached crops and prodigy": dict(cache_latents=True, random_flip=True, optimizer="prodigy", learning_rate=1.0),
+    "8-bit adam and cosine": dict(use_8bit_adam=True, lr_scheduler="cosine", rank=64, lora_layers="all-linear"),
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pictures(tmp_path_factory.mktemp("data"), n=5)
+
+
+def same_tensors(a: Path, b: Path) -> None:
+    one, two = load_file(a), load_file(b)
+    assert one.keys() == two.keys()
+    unequal = [k for k in one if not torch.equal(one[k], two[k])]
+    assert not unequal, f"{len(unequal)} of {len(one)} tensors differ, {unequal[0]} among them"
+
+
+def same_checkpoint(a: Path, b: Path) -> None:
+    files = sorted(p.name for p in a.glob("*.safetensors"))
+    assert files == sorted(p.name for p in b.glob("*.safetensors")) and files
+    for name in files:
+        same_tensors(a / name, b / name)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_resumed_equals_uninterrupted(mode, tiny_sdxl, pictures, tmp_path):
+    """7 steps at once = 3 steps, stop, 4 steps: weights, optimizer state and logged losses, exactly."""
+
+    def run(out: str, **changes: object) -> None:
+        options = MODES[mode] | {"checkpointing_steps": 1, "lr_scheduler": "constant"} | MODES[mode] | changes
+        done = forked(command(tiny_sdxl, pictures, tmp_path / out, **options), log=tmp_path / f"{out}.log")
+        assert done.code == 0, done.output
+
+    run("whole", max_train_steps=7)
+    run("parts", max_train_steps=7, stop_after_steps=3)
+    run("parts", max_train_steps=7, resume_from_checkpoint="latest")
+    same_checkpoint(tmp_path / "whole" / "checkpoint-7", tmp_path / "parts" / "checkpoint-7")
+    losses = [{m["step"]: m["loss"] for m in metrics(tmp_path / d) if "loss" in m} for d in ("whole", "parts")]
+    assert losses[0] == losses[1] and len(losses[0]) == 7
+
+
+def test_two_runs_with_one_seed_are_bitwise_equal_and_another_seed_differs(tiny_sdxl, pictures, tmp_path):
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        done = forked(command(tiny_sdxl, pictures, tmp_path / out, seed=seed), log=tmp_path / "log")
+        assert done.code == 0, done.output
+    name = "pytorch_lora_weights.safetensors"
+    same_tensors(tmp_path / "a" / name, tmp_path / "b" / name)
+    with pytest.raises(AssertionError):
+        same_tensors(tmp_path / "a" / name, tmp_path / "c" / name)
+
+
+def test_kill_9_in_training_loses_at_most_one_interval(tiny_sdxl, pictures, tmp_path):
+    out = tmp_path / "out"
+    argv = command(tiny_sdxl, pictures, out, max_train_steps=60, checkpointing_steps=2, checkpoints_total_limit=2)
+    killed = forked(argv, log=tmp_path / "log", kill_after_line="checkpoint-6")
+    assert killed.code == -signal.SIGKILL
+    resumed = forked([*argv, "--resume_from_checkpoint=latest", "--stop_after_steps=12"], log=tmp_path / "log2")
+    assert resumed.code == 0, resumed.output
+    whole = command(tiny_sdxl, pictures, tmp_path / "whole", max_train_steps=60, checkpointing_steps=12)
+    assert forked([*whole, "--stop_after_steps=12"], log=tmp_path / "log3").code == 0
+    same_checkpoint(out / "checkpoint-12", tmp_path / "whole" / "checkpoint-12")
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_exits(sent, code, tiny_sdxl, pictures, tmp_path):
+    out = tmp_path / "out"
+    argv = command(tiny_sdxl, pictures, out, max_train_steps=5000, checkpointing_steps=5000)
+    line = [sys.executable, f"{TRAINER}.py", *argv]
+    run = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_metrics(out, run)
+    run.send_signal(sent)
+    assert run.wait(timeout=60) == code
+    saved = [p for p in out.glob("checkpoint-*") if (p / "manifest.json").is_file()]
+    assert len(saved) == 1
+
+
+def wait_for_metrics(out: Path, run: subprocess.Popen, *, timeout: float = 120) -> None:
+    end = time.monotonic() + timeout
+    while time.monotonic() < end and run.poll() is None:
+        if (out / "metrics.jsonl").is_file() and metrics(out):
+            return
+        time.sleep(0.05)
+    raise AssertionError("the run logged no step")

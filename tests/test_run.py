@@ -1,0 +1,599 @@
+"""The run around the loop: exact gradients on one or two ranks, bad steps, signals, the lock, records, the line."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from trainkit import progress as line_room
+from trainkit import ranks
+from trainkit.checkpoints import Checkpoints
+from trainkit.errors import UserError
+from trainkit.gradients import Gradients, clip, total_norm
+from trainkit.lock import OutputLock
+from trainkit.progress import Pace, Progress
+from trainkit.record import Metrics, redact, redacted_command
+from trainkit.run import Run, due, start_run
+from trainkit.signals import Signals
+from trainkit.trackers import chosen_trackers
+
+SECRET = "hf_abcdefghijklmnop"
+
+
+class Secret(SimpleNamespace):
+    def get_secret_value(self) -> str:
+        return self.value
+
+
+class Options(SimpleNamespace):
+    """Stands in for an OptionSet: what the run reads of it."""
+
+    origins = {"rank": "command line"}
+
+    def flat(self):
+        return {"rank": 8, "hub_token": "***", "note": f"leaked {SECRET}", "prompt": None}
+
+
+def options(out: Path, **run) -> Options:
+    defaults = dict(
+        output_dir=str(out), seed=3, report_to="none", logging_dir="logs", hub_token=Secret(value=SECRET),
+        checkpointing_steps=2, max_skipped_steps=2,
+    )
+    return Options(
+        run=SimpleNamespace(global_batch=lambda world: 2 * world, **defaults | run), optimizer=SimpleNamespace(max_grad_norm=1.0),
+        precision=SimpleNamespace(mixed_precision=run.pop("precision", "no"), allow_tf32=False),
+    )
+
+
+class Optim:
+    """A plain SGD behind the four verbs an update uses."""
+
+    def __init__(self, params, lr=0.1):
+        self.inner = torch.optim.SGD(params, lr=lr)
+        self.steps = []
+
+    def set_lr(self, step):
+        self.steps.append(step)
+
+    def step(self):
+        self.inner.step()
+
+    def zero_grad(self):
+        self.inner.zero_grad(set_to_none=True)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state():
+    yield
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "lora"
+
+
+def linear(seed=0):
+    torch.manual_seed(seed)
+    return nn.Linear(4, 3)
+
+
+def rows(n=8):
+    return torch.randn(n, 4, generator=torch.Generator().manual_seed(1))
+
+
+def records(out):
+    return json.loads((out / "run.json").read_text())
+
+
+# -- updates ----------------------------------------------------------------------------------------------------------
+
+
+def one_update(parts, model=None, **kwargs):
+    """Weights after one update from `parts`, each a micro-batch of rows."""
+    model = model or linear()
+    gradients, optimizer = Gradients(torch.device("cpu"), **kwargs), Optim(model.parameters())
+    for part in parts:
+        gradients.backward((model(part) ** 2).sum() / 8)
+    done = gradients.update(optimizer, model.parameters(), step=0, max_grad_norm=0.5)
+    return model, done
+
+
+@pytest.mark.parametrize("cut", [1, 2, 8])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(cut):
+    whole, one = one_update([rows()])
+    parts, many = one_update(rows().chunk(cut))
+    torch.testing.assert_close(parts.weight, whole.weight, rtol=1e-6, atol=1e-7)
+    assert many.loss == pytest.approx(one.loss) and many.grad_norm == pytest.approx(one.grad_norm)
+
+
+def test_the_reported_norm_is_the_one_before_clipping_and_the_step_obeys_the_clip():
+    before = linear()
+    after, done = one_update([rows()])
+    moved = torch.cat([(a - b).flatten() for a, b in zip(after.parameters(), before.parameters(), strict=True)])
+    assert done.grad_norm > 0.5
+    assert moved.norm().item() == pytest.approx(0.1 * 0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e3, None])
+def test_clipping_is_that_of_torch(limit):
+    ours, theirs = linear(), linear()
+    for model in (ours, theirs):
+        (model(rows()) ** 2).sum().backward()
+    expected = nn.utils.clip_grad_norm_(theirs.parameters(), limit or math.inf)
+    grads = [p.grad for p in ours.parameters()]
+    assert total_norm(grads) == pytest.approx(expected.item())
+    clip(grads, total_norm(grads), limit)
+    for mine, other in zip(grads, theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other.grad, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_never_touches_weights(bad, where):
+    model, gradients = linear(), Gradients(torch.device("cpu"))
+    optimizer, before = Optim(model.parameters()), [p.clone() for p in model.parameters()]
+    loss = (model(rows()) ** 2).sum()
+    gradients.backward(loss + bad if where == "loss" else loss)
+    if where == "gradient":
+        model.bias.grad[1] = bad
+    done = gradients.update(optimizer, model.parameters(), step=4, max_grad_norm=1.0)
+    assert done.skipped and gradients.skipped == 1 and optimizer.steps == []
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    assert model.weight.grad is None, "the bad gradient must not leak into the next step"
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_with_its_history():
+    model = linear()
+    gradients = Gradients(torch.device("cpu"), max_skipped=2, last_checkpoint=lambda: "checkpoint-40")
+    optimizer = Optim(model.parameters())
+
+    def step(number, factor):
+        gradients.backward((model(rows()) ** 2).mean() * factor)
+        gradients.update(optimizer, model.parameters(), step=number, max_grad_norm=1.0)
+
+    for number, factor in enumerate([1.0, math.nan, math.nan, 1.0, math.nan, math.nan]):
+        step(number, factor)
+    with pytest.raises(UserError, match="3 steps in a row") as caught:
+        step(6, math.nan)
+    assert caught.value.exit_code == 5 and "step 7" in str(caught.value) and "checkpoint-40" in str(caught.value)
+    assert optimizer.steps == [0, 3]
+
+
+def test_fp16_overflow_lowers_the_scale_and_is_not_counted_as_divergence():
+    model, gradients = linear(), Gradients(torch.device("cpu"), fp16=True, max_skipped=0)
+    optimizer = Optim(model.parameters())
+    for _ in range(3):
+        gradients.backward((model(rows()) ** 2).sum() * 1e36)  # the scaled gradient overflows, the loss does not
+        gradients.update(optimizer, model.parameters(), step=0, max_grad_norm=1.0)
+    assert gradients.skipped == 3 and gradients.scaler.get_scale() == 2.0**16 / 8
+
+
+def test_fp16_scaling_does_not_change_the_update():
+    plain, _ = one_update([rows()])
+    scaled, done = one_update([rows()], fp16=True)
+    torch.testing.assert_close(scaled.weight, plain.weight, rtol=1e-6, atol=1e-7)
+    assert done.loss < 100, "the loss is reported unscaled"
+
+
+def test_scale_and_counters_survive_a_restart():
+    first, model = Gradients(torch.device("cpu"), fp16=True), linear()
+    first.backward((model(rows()) ** 2).sum() * math.nan)
+    first.update(Optim(model.parameters()), model.parameters(), step=0, max_grad_norm=1.0)
+    tensors, data = first.pack()
+    second = Gradients(torch.device("cpu"), fp16=True)
+    second.unpack(tensors, json.loads(json.dumps(data)))
+    assert (second.skipped, second.in_a_row, second.scaler.get_scale()) == (1, 1, 2.0**15)
+    second.backward((model(rows()) ** 2).sum())
+    assert second.scaler.get_scale() == 2.0**15
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def on_two_ranks(work) -> list:
+    """Run `work(rank)` on two gloo processes forked from here -> what each returned (JSON)."""
+    port, children = free_port(), []
+    for rank in range(2):
+        read, write = os.pipe()
+        if (pid := os.fork()) == 0:
+            answer = "null"
+            try:
+                torch.distributed.init_process_group(
+                    "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+                answer = json.dumps(work(rank))
+            except BaseException as error:  # a child must not return into pytest
+                answer = json.dumps(repr(error))
+            finally:
+                os.write(write, answer.encode())
+                os._exit(0)
+        os.close(write)
+        children.append((pid, read))
+    answers = []
+    for pid, read in children:
+        with os.fdopen(read, "rb") as pipe:
+            answers.append(json.loads(pipe.read()))
+        os.waitpid(pid, 0)
+    return answers
+
+
+def test_two_ranks_make_the_update_of_one_and_agree_on_the_loss():
+    alone, expected = one_update([rows()])
+
+    def work(rank):
+        model, done = one_update(rows().chunk(2)[rank].chunk(2))
+        return [model.weight.flatten().tolist(), done.loss, done.grad_norm]
+
+    for weights, loss, norm in on_two_ranks(work):
+        torch.testing.assert_close(torch.tensor(weights), alone.weight.detach().flatten(), rtol=1e-6, atol=1e-7)
+        assert loss == pytest.approx(expected.loss) and norm == pytest.approx(expected.grad_norm)
+
+
+def test_a_bad_gradient_on_one_rank_skips_the_step_on_both_and_votes_are_shared():
+    def work(rank):
+        model = linear()
+        gradients, optimizer = Gradients(torch.device("cpu")), Optim(model.parameters())
+        gradients.backward((model(rows()) ** 2).sum() * (math.nan if rank else 1.0))
+        done = gradients.update(optimizer, model.parameters(), step=0, max_grad_norm=1.0, votes=[float(rank), 0.0])
+        return [torch.equal(model.weight, linear().weight), done.skipped, done.votes]
+
+    assert on_two_ranks(work) == [[True, True, [1.0, 0.0]]] * 2
+
+
+def test_a_parameter_without_gradient_on_one_rank_does_not_hang_the_other():
+    def work(rank):
+        model = linear()
+        gradients, optimizer = Gradients(torch.device("cpu")), Optim(model.parameters())
+        gradients.backward(model.weight.sum() + (model.bias.sum() if rank else 0))
+        gradients.update(optimizer, model.parameters(), step=0, max_grad_norm=None)
+        return (linear().bias - model.bias).tolist()
+
+    for moved in on_two_ranks(work):
+        assert moved == pytest.approx([0.1] * 3, rel=1e-5)
+
+
+def test_only_rank_0_computes_and_every_rank_gets_the_answer():
+    assert on_two_ranks(lambda rank: ranks.from_main(lambda: f"made on {rank}")) == ["made on 0"] * 2
+
+
+class Weights:
+    """A tensor to save."""
+
+    def __init__(self, value: float):
+        self.value = torch.tensor([value])
+
+    def pack(self):
+        return {"w": self.value}, {}
+
+    def unpack(self, tensors, data):
+        self.value = tensors["w"]
+
+
+def test_on_two_ranks_one_writes_and_both_resume_from_it(out):
+    def work(rank):
+        out.mkdir(exist_ok=True)
+        Checkpoints(out, fingerprint={}, weights=Weights(7.0 + rank)).save(2)
+        assert (out / "checkpoint-2").is_dir(), "no rank may go on before the checkpoint stands"
+        fresh = Weights(0.0)
+        return [Checkpoints(out, fingerprint={}, weights=fresh).resume("latest"), fresh.value.item()]
+
+    assert on_two_ranks(work) == [[2, 7.0], [2, 7.0]]
+
+
+# -- the run ----------------------------------------------------------------------------------------------------------
+
+
+def train(run: Run, *, steps=4, start=0, after=lambda step: None):
+    """A whole loop on a tiny model."""
+    model = linear()
+    optimizer = Optim(model.parameters())
+    run.begin(start, steps)
+    for step in range(start, steps):
+        run.backward((model(rows()) ** 2).mean())
+        run.log(step + 1, run.update(optimizer, model.parameters(), step=step) | {"lr/unet": 0.1})
+        after(step + 1)
+        if run.stopping:
+            run.end_if_asked(step + 1, run.out_dir / f"checkpoint-{step + 1}")
+
+
+def test_a_run_directory_explains_itself(out):
+    with start_run(options(out)) as run:
+        assert records(out)["status"] == "running"
+        train(run)
+    told = records(out)
+    assert (told["status"], told["exit_code"], told["step"], told["total_steps"]) == ("done", 0, 4, 4)
+    assert told["options"]["rank"] == {"value": 8, "origin": "command line"}
+    assert told["options"]["prompt"] == {"value": None, "origin": "default"}
+    assert told["versions"]["torch"] and told["seconds"] > 0 and told["name"] == "lora" and told["global_batch"] == 2
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in lines] == [1, 2, 3, 4] and [row["images"] for row in lines] == [2, 4, 6, 8]
+    assert {"loss", "grad_norm", "lr/unet", "skipped", "seconds"} <= lines[0].keys()
+
+
+@pytest.mark.parametrize("error, status, code", [
+    (RuntimeError("bug"), "failed", 1), (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "memory", 4),
+])
+def test_the_record_says_how_a_run_ended(out, error, status, code):
+    with pytest.raises((RuntimeError, UserError)) as caught, start_run(options(out)):
+        raise error
+    assert (records(out)["status"], records(out)["exit_code"]) == (status, code)
+    if status == "memory":
+        assert caught.value.exit_code == 4 and "--gradient_checkpointing" in str(caught.value)
+
+
+def test_an_output_folder_that_is_a_file_is_refused_by_name(out):
+    out.write_text("mine")
+    with pytest.raises(UserError, match="cannot write lora") as caught:
+        start_run(options(out))
+    assert caught.value.exit_code == 74 and out.read_text() == "mine"
+
+
+def test_tensorboard_and_the_record_hold_no_token(out, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--hub_token", "plain-secret", f"--hub_token={SECRET}"])
+    with start_run(options(out, report_to="tensorboard")) as run:
+        train(run)
+        assert sys.argv == ["train.py", "--hub_token", "***", "--hub_token=***"]
+    written = list(filter(Path.is_file, out.rglob("*")))
+    assert any(p.name == "hparams.yml" for p in written)
+    for path in written:
+        content = path.read_bytes()
+        assert SECRET.encode() not in content and b"plain-secret" not in content, path
+    assert "***" in (out / "run.json").read_text()
+
+
+def test_tensorboard_gets_every_number_and_the_pictures(out):
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with start_run(options(out, report_to="tensorboard")) as run:
+        train(run)
+        run.log_images(4, {"validation": [Image.new("RGB", (8, 8), "red")] * 2})
+    [folder] = out.glob("logs/*")
+    events = EventAccumulator(str(folder)).Reload()
+    assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4] and "lr/unet" in events.Tags()["scalars"]
+    assert events.Tags()["images"] == ["validation"]
+
+
+def test_wandb_works_offline(out, monkeypatch):
+    pytest.importorskip("wandb")
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_CONSOLE": "off"}.items():
+        monkeypatch.setenv(name, value)
+    with start_run(options(out, report_to="wandb")) as run:
+        train(run)
+    [folder] = out.glob("wandb/offline-run-*")
+    for path in filter(Path.is_file, folder.rglob("*")):
+        assert SECRET.encode() not in path.read_bytes(), path
+
+
+def test_a_tracker_that_is_not_installed_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else object())
+    assert chosen_trackers("all") == ["tensorboard"] and chosen_trackers("none") == []
+    with pytest.raises(UserError, match="pip install wandb"):
+        chosen_trackers("wandb")
+
+
+def test_a_resumed_run_replaces_the_rows_after_its_start_and_goes_on_with_the_clock(out):
+    with start_run(options(out)) as run:
+        train(run, steps=4)
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # a kill in the middle of a line
+    with start_run(options(out)) as run:
+        train(run, steps=6, start=2)
+        assert run.seconds > json.loads((out / "metrics.jsonl").read_text().splitlines()[1])["seconds"]
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert (records(out)["start_step"], records(out)["step"]) == (2, 6)
+
+
+def test_a_fresh_run_keeps_the_metrics_of_an_earlier_one(out):
+    out.mkdir()
+    (out / "metrics.jsonl").write_text('{"step": 9}\n')
+    assert Metrics(out).begin(0) == 0.0
+    assert not (out / "metrics.jsonl").exists() and len(list(out.glob("earlier/metrics-*.jsonl"))) == 1
+
+
+def test_the_seed_of_a_checkpoint_must_be_the_runs(out):
+    with start_run(options(out)) as run:
+        tensors, data = run.pack()
+        run.unpack(tensors, json.loads(json.dumps(data)))
+        with pytest.raises(UserError, match="--seed 9"):
+            run.unpack(tensors, data | {"seed": 9})
+
+
+@pytest.mark.parametrize("precision, dtype", [("no", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_precision_names_the_weights_and_the_autocast(out, precision, dtype):
+    with start_run(options(out, precision=precision)) as run:
+        assert run.weight_dtype == dtype
+        with run.autocast():
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+        assert (run.gradients.scaler is not None) == (precision == "fp16")
+
+
+def test_cadence():
+    assert [s for s in range(7) if due(s, 3)] == [3, 6]
+    assert due(5, 3, last=True) and not due(5, None) and not due(0, 3)
+
+
+# -- signals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, code", [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
+def test_a_signal_finishes_the_step_and_gives_the_exit_code(out, name, code):
+    number, done = getattr(signal, name), []
+    before = signal.getsignal(number)
+
+    def after(step):
+        done.append(step)
+        if step == 2:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(UserError) as caught, start_run(options(out)) as run:
+        train(run, steps=9, after=after)
+    assert caught.value.exit_code == code and done == [1, 2, 3]
+    assert "checkpoint-3" in str(caught.value) and "--resume_from_checkpoint latest" in str(caught.value)
+    assert records(out)["status"] == ("stopped" if code == 130 else "preempted") and records(out)["exit_code"] == code
+    assert signal.getsignal(number) == before, "handlers must be given back"
+
+
+def test_a_signal_before_the_first_step_ends_the_run_where_it_is(out):
+    with pytest.raises(UserError, match="nothing to save") as caught, start_run(options(out)):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert caught.value.exit_code == 75
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    if (pid := os.fork()) == 0:
+        signals = Signals()
+        signals.install()
+        signals.patient = True
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+
+
+def test_a_wish_is_no_workers_business():
+    signals = Signals()
+    signals.install()
+    if (pid := os.fork()) == 0:
+        os.kill(os.getpid(), signal.SIGINT)
+        os._exit(7 if signals.wish is None else 1)
+    signals.restore()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal")
+def test_the_death_of_the_launcher_is_a_sigterm(tmp_path):
+    trainer = ("import os, signal, sys, time; from trainkit.signals import Signals, end_with_launcher\n"
+               "s = Signals(); s.patient = True; s.install(); end_with_launcher(); print('up', flush=True)\n"
+               "for _ in range(200):\n"
+               "    if s.wish: open(sys.argv[1], 'w').write(s.wish); break\n"
+               "    time.sleep(0.05)\n")
+    launcher = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {trainer!r}, sys.argv[1]]).wait()"
+    mark = tmp_path / "wish"
+    process = subprocess.Popen(
+        [sys.executable, "-c", launcher, str(mark)], stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent,
+        env=os.environ | {"ACCELERATE_MIXED_PRECISION": "no"},
+    )
+    assert process.stdout.readline() == b"up\n"
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while not mark.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.05)
+    assert mark.read_text() == "preempted"
+
+
+# -- the lock ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_in_the_folder_is_refused_within_a_second_naming_the_first(out):
+    out.mkdir()
+    ready, go = os.pipe()
+    if (pid := os.fork()) == 0:
+        lock = OutputLock(out)
+        lock.acquire()
+        os.write(go, b"1")
+        time.sleep(30)
+        os._exit(0)
+    os.read(ready, 1)
+    begun = time.monotonic()
+    with pytest.raises(UserError, match="another run") as caught:
+        start_run(options(out))
+    assert time.monotonic() - begun < 1 and f"process {pid} on" in str(caught.value) and caught.value.exit_code == 2
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with start_run(options(out)):
+        assert json.loads((out / ".run.owner.json").read_text())["pid"] == os.getpid()
+
+
+def test_the_lock_is_given_back(out):
+    for _ in range(2):
+        with start_run(options(out)):
+            pass
+
+
+# -- the line ---------------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_line_tells_step_loss_rate_speed_images_time_and_note(monkeypatch):
+    monkeypatch.setattr(line_room, "memory", lambda: "0.7 GB")
+    pace = Pace(400, 0)
+    pace.mark(1, 100.0)  # the first step took 100 s of compiling
+    pace.mark(101, 120.0)
+    values = {"lr/unet": 1.0, "d/unet": 2e-5, "images": 404.0}
+    assert line_room.line(pace, 0.08421, values, note="next save 200") == (
+        "101/400 · loss 0.0842 · d·lr 2.0e-05 · 5.00 it/s · 404 images · 1:00 left · 0.7 GB · next save 200")
+
+
+def test_on_a_terminal_the_line_is_rewritten_and_log_records_stand_above_it():
+    stream = Terminal()
+    progress = Progress(stream)
+    progress.begin(0, 3)
+    progress.update(1, {"loss": 0.5})
+    line_room.LineHandler(progress).emit(logging.makeLogRecord({"msg": "saved", "levelname": "INFO"}))
+    progress.update(3, {"loss": 0.5})
+    progress.close()
+    text = stream.getvalue()
+    assert text.count("\n") == 2 and "\rINFO saved\n" in text and text.endswith("\n")
+
+
+def test_in_a_log_file_the_line_appears_seldom_and_at_the_end():
+    stream = io.StringIO()
+    progress = Progress(stream)
+    progress.begin(0, 50)
+    for step in range(1, 51):
+        progress.update(step, {"loss": 1.0})
+    assert [text.split("/")[0] for text in stream.getvalue().splitlines()] == ["1", "50"]
+    assert "\r" not in stream.getvalue()
+
+
+def test_a_loss_that_is_not_finite_does_not_spoil_the_shown_average():
+    progress = Progress(io.StringIO())
+    for step, loss in enumerate([1.0, math.nan, 1.0], 1):
+        progress.update(step, {"loss": loss})
+    assert progress.loss == pytest.approx(1.0)
+
+
+# -- secrets ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [
+    f"token {SECRET} here", "https://user:letmein@example.org/x", "key AKIAABCDEFGHIJKLMNOP", "sk-0123456789abcdefghij",
+])
+def test_tokens_are_masked_wherever_they_stand(text):
+    masked = redact(text)
+    assert "***" in masked
+    assert not any(secret in masked for secret in (SECRET, "letmein", "AKIAABCD", "0123456789abc"))
+
+
+def test_the_environments_keys_are_masked_too(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    assert redact("logged in with 0123456789abcdef") == "logged in with ***"
+    assert redacted_command(["t.py", "--hub_token"]) == ["t.py", "--hub_token"]

@@ -1,0 +1,130 @@
+"""The shape of the code is a promise: functions fit on a screen, imports go one way, --help imports no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("trainkit/**/*.py"), *ROOT.glob("scripts/**/*.py")])
+BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.AsyncFor, ast.AsyncWith)
+
+# The layers of README's tree, lowest first. A room imports rooms of its own layer or below.
+LAYERS = (
+    {"errors", "files", "rng"},
+    {"options", "diffusion", "objective", "optim", "evaluation", "lean_lora"},
+    {"data", "families", "adapters", "pivotal"},
+    {"checkpoints", "export", "progress", "signals", "trackers", "lock"},
+    {"run", "preview", "report"},
+    {"publish"},
+)
+LIGHT = {  # third-party packages a room may import at module level, where the rule is stricter than its layer
+    "errors": set(), "options": {"pydantic", "yaml", "tomllib"}, "rng": {"torch"}, "diffusion": {"torch"},
+    "objective": {"torch"}, "optim": {"torch"},
+}
+
+
+@dataclass(frozen=True)
+class Function:
+    where: str
+    lines: int
+    nesting: int
+
+
+def depth(node: ast.AST) -> int:
+    """Deepest nesting of blocks below `node`; `elif` does not nest, inner functions are counted on their own."""
+    deepest = 0
+    for name, value in ast.iter_fields(node):
+        for child in value if isinstance(value, list) else [value]:
+            if not isinstance(child, ast.AST) or isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+                continue
+            is_elif = isinstance(node, ast.If) and isinstance(child, ast.If) and name == "orelse" and len(value) == 1
+            deepest = max(deepest, depth(child) + (isinstance(child, BLOCKS) and not is_elif))
+    return deepest
+
+
+def code_lines(node: ast.FunctionDef) -> int:
+    """Lines from `def` to the end, docstring excepted: prose is welcome, code is rationed."""
+    first = node.body[0]
+    doc = first.end_lineno - first.lineno + 1 if ast.get_docstring(node) else 0
+    return node.end_lineno - node.lineno + 1 - doc
+
+
+def functions() -> list[Function]:
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                where = f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
+                found.append(Function(where, code_lines(node), depth(node)))
+    return found
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT / "trainkit").parts[0].removesuffix(".py")
+
+
+def module_imports(path: Path, *, everywhere: bool) -> set[str]:
+    """Dotted names a file imports; at module level only unless `everywhere`. TYPE_CHECKING blocks do not count."""
+    tree = ast.parse(path.read_text("utf-8"))
+    nodes = ast.walk(tree) if everywhere else tree.body
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_functions_fit_on_a_screen():
+    too_big = [f for f in functions() if f.lines > 40 or f.nesting > 3]
+    assert not too_big, "split: " + ", ".join(f"{f.where} ({f.lines} lines, nesting {f.nesting})" for f in too_big)
+
+
+def test_every_room_has_a_layer():
+    rooms = {room(p) for p in ROOT.glob("trainkit/**/*.py")} - {"__init__"}
+    assert rooms <= set().union(*LAYERS), f"give a layer to {rooms - set().union(*LAYERS)}"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("trainkit/**/*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    imported = {n.split(".")[1] for n in module_imports(path, everywhere=True) if n.startswith("trainkit.")}
+    upward = {n for n in imported if n in level and level[n] > level.get(room(path), 0)}
+    assert not upward, f"{path.name} imports upward: {upward}"
+    names = module_imports(path, everywhere=True)
+    assert not any(n.startswith(("train_", "scripts")) for n in names), "nothing imports a trainer"
+
+
+@pytest.mark.parametrize("name", sorted(LIGHT))
+def test_light_rooms_stay_light(name):
+    for path in [p for p in ROOT.glob("trainkit/**/*.py") if room(p) == name]:
+        roots = {n.split(".")[0] for n in module_imports(path, everywhere=False)}
+        heavy = roots - set(sys.stdlib_module_names) - LIGHT[name] - {"trainkit"}
+        assert not heavy, f"{path.name} imports {heavy} at module level"
+
+
+@pytest.mark.parametrize("trainer", sorted(ROOT.glob("train_*.py")), ids=lambda p: p.name)
+def test_trainers_import_only_options_and_errors_at_module_level(trainer):
+    ours = ("trainkit.options", "trainkit.errors")
+    others = {n.split(".")[0] for n in module_imports(trainer, everywhere=False) if not n.startswith(ours)}
+    assert others <= set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("trainer", sorted(ROOT.glob("train_*.py")), ids=lambda p: p.name)
+def test_help_imports_no_torch(trainer):
+    code = (
+        "import runpy, sys; sys.argv = [sys.argv[1], '--help']\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(trainer)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--pretrained_model_name_or_path" in done.stdout

@@ -1,0 +1,35 @@
+"""Two real gloo processes train what one process trains on the same global batch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from tests.harness import TRAINER, command, launched, make_pictures, metrics
+
+
+def test_two_processes_equal_one(tiny_sdxl, tmp_path):
+    pictures = make_pictures(tmp_path / "data", n=5)
+    one = command(tiny_sdxl, pictures, tmp_path / "one", train_batch_size=4, max_train_steps=3, checkpointing_steps=3)
+    two = command(tiny_sdxl, pictures, tmp_path / "two", train_batch_size=1, gradient_accumulation_steps=2,
+                  max_train_steps=3, checkpointing_steps=3)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    for line in ([sys.executable, f"{TRAINER}.py", *one], [*torchrun, f"{TRAINER}.py", *two]):
+        done = launched(line, env={"ACCELERATE_USE_CPU": "1"})
+        assert done.code == 0, done.output
+    assert [m["step"] for m in metrics(tmp_path / "two") if "loss" in m] == [1, 2, 3], "only rank 0 writes"
+    close(tmp_path / "one", tmp_path / "two")
+
+
+def close(a: Path, b: Path) -> None:
+    name = "pytorch_lora_weights.safetensors"
+    one, two = load_file(a / name), load_file(b / name)
+    assert one.keys() == two.keys()
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=2e-6, msg=lambda m, k=key: f"{k}: {m}")
+    assert any(t.abs().max() > 1e-4 for k, t in one.items() if "lora_B" in k), "nothing was trained: a vacuous test"
+    losses = [[m["loss"] for m in metrics(d) if "loss" in m] for d in (a, b)]
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=0)

@@ -1,0 +1,109 @@
+"""A random SDXL-layout model folder, small enough for every test: three levels, two text encoders, own vocabulary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from trainkit import rng
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+WORDS = """a an the of in on and with photo picture icon style red green blue dog cat house sun moon star tree fish bird
+apple flower car boat TOK 3d toy smooth shiny flat drawing white background""".lower().split()
+MAX_LENGTH = 77
+TEXT_WIDTHS = (24, 32)  # CLIP-L's and CLIP-G's part; their sum is the UNet's cross-attention width
+LATENT_CHANNELS = 4
+FIRST_SEED = 20261121
+
+
+def build_tiny_sdxl(folder: Path, *, prediction_type: Literal["epsilon", "v_prediction"] = "epsilon",
+                    widths: Sequence[int] = (32, 64, 64), eos_in_config: bool = True) -> Path:
+    """Write a random model in the Diffusers layout of SDXL -> its folder. The same weights at every call.
+
+    widths         channels of the UNet's three levels, multiples of 32
+    eos_in_config  False writes `eos_token_id` 2 into the text encoders, as SDXL's released configs have it
+    """
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading",
+        prediction_type=prediction_type,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.seed_of("tiny", FIRST_SEED))
+        first, second = (tiny_tokenizer(folder / f".words_{k}", pad) for k, pad in enumerate((EOS, "!")))
+        eos = first.eos_token_id if eos_in_config else 2
+        pipe = StableDiffusionXLPipeline(
+            vae=tiny_vae(), unet=tiny_unet(widths), scheduler=scheduler, tokenizer=first, tokenizer_2=second,
+            text_encoder=tiny_text_encoder(len(first), TEXT_WIDTHS[0], projected=False, eos=eos, pad=eos),
+            text_encoder_2=tiny_text_encoder(len(second), TEXT_WIDTHS[1], projected=True, eos=eos, pad=0),
+            add_watermarker=False,
+        )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def tiny_tokenizer(folder: Path, pad_token: str):
+    """A CLIP byte-pair tokenizer that knows WORDS whole and spells everything else."""
+    from transformers import CLIPTokenizer
+
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = [chr(byte) for byte in printable] + [chr(256 + k) for k in range(256 - len(printable))]
+    merges = list(dict.fromkeys(merge for word in WORDS for merge in merges_of(word)))
+    vocabulary = [*symbols, *(s + "</w>" for s in symbols), *("".join(m) for m in merges), BOS, EOS]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({word: k for k, word in enumerate(vocabulary)}), "utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n", "utf-8")
+    tokenizer = CLIPTokenizer.from_pretrained(
+        folder, model_max_length=MAX_LENGTH, bos_token=BOS, eos_token=EOS, unk_token=EOS, pad_token=pad_token)
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    return tokenizer
+
+
+def merges_of(word: str) -> list[tuple[str, str]]:
+    """Merges that build `word` from left to right."""
+    pieces = [*word[:-1], word[-1] + "</w>"]
+    return [("".join(pieces[:k]), pieces[k]) for k in range(1, len(pieces))]
+
+
+def tiny_text_encoder(vocabulary: int, width: int, *, projected: bool, eos: int, pad: int):
+    """Three layers, so that the penultimate hidden state and one skipped layer exist."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3,
+        num_attention_heads=2, max_position_embeddings=MAX_LENGTH, projection_dim=width, bos_token_id=vocabulary - 2,
+        eos_token_id=eos, pad_token_id=pad, hidden_act="gelu" if projected else "quick_gelu",
+    )
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+
+
+def tiny_vae():
+    """Four pixels per latent, 64 px -> 16 latents."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(16, 16, 32), down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8, sample_size=64, scaling_factor=0.6,
+    )
+
+
+def tiny_unet(widths: Sequence[int]):
+    """SDXL's block layout: no attention on the first level, more transformer layers on the last."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=16, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, block_out_channels=tuple(widths),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), layers_per_block=2,
+        transformer_layers_per_block=(1, 1, 2), attention_head_dim=tuple(w // 32 for w in widths),
+        cross_attention_dim=sum(TEXT_WIDTHS), use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + TEXT_WIDTHS[1],
+    )

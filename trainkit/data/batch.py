@@ -1,0 +1,70 @@
+"""What belongs together travels together: a row's pixels or latents, its caption, its sizes and its weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from trainkit.rng import Key
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One place in one optimizer step: which row fills it and at which visit (epoch) of that row."""
+
+    step: int
+    index: int  # 0 .. global_batch - 1, the same on 1 or N processes
+    row: int  # position in the list of rows, repeats included
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row made ready for one slot. Exactly one of `pixels` and `mean` is set."""
+
+    slot: Slot
+    prompt: str
+    time_ids: Tensor  # [6]  original h, w · crop top, left · target h, w  (pixels)
+    share: float  # 1 for instances, prior_loss_weight for class images
+    pixels: Tensor | None = None  # [3,H,W] in -1..1
+    mean: Tensor | None = None  # [C,h,w] of the VAE posterior
+    logvar: Tensor | None = None  # [C,h,w]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch on one rank. Exactly one of `pixels` and `mean` is set."""
+
+    slots: tuple[Slot, ...]
+    prompts: tuple[str, ...]  # B captions, one per row
+    time_ids: Tensor  # [B,6]
+    share: Tensor  # [B]
+    num_instance: int  # instance rows in the whole optimizer step, all ranks and micro-batches: the loss divisor
+    pixels: Tensor | None = None  # [B,3,H,W]
+    mean: Tensor | None = None  # [B,C,h,w]
+    logvar: Tensor | None = None  # [B,C,h,w]
+
+    def keys(self, seed: int) -> list[Key]:
+        """One randomness key per row: (seed, optimizer step, slot in the global batch)."""
+        return [(seed, s.step, s.index) for s in self.slots]
+
+    def to(self, device: torch.device) -> Batch:
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+
+def collate(samples: Sequence[Sample], num_instance: int) -> Batch:
+    """Stack samples of one shape -> Batch."""
+
+    def stack(name: str) -> Tensor | None:
+        values = [getattr(s, name) for s in samples]
+        return None if values[0] is None else torch.stack(values)
+
+    return Batch(
+        slots=tuple(s.slot for s in samples), prompts=tuple(s.prompt for s in samples),
+        time_ids=torch.stack([s.time_ids for s in samples]), share=torch.tensor([s.share for s in samples]),
+        num_instance=num_instance, pixels=stack("pixels"), mean=stack("mean"), logvar=stack("logvar"),
+    )

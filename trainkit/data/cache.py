@@ -1,0 +1,242 @@
+"""Latents encoded once: a VAE posterior (mean, log-variance) for every way a picture may be seen, keyed by content.
+
+The key covers all that the posterior depends on, so an entry is never stale: a changed picture, crop, resolution,
+filter, VAE or number format simply has another key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from trainkit.data.images import CropPlan, CropPolicy, load_picture
+from trainkit.errors import Problem, UserError
+from trainkit.files import Json, disk_errors, load_tensors, save_tensors
+from trainkit.rng import generator
+
+if TYPE_CHECKING:
+    from trainkit.data.rows import Row
+
+VERSION = 1  # raise it when pixels or posteriors of the same key would come out differently
+STALE_SECONDS = 86_400  # unfinished files of a killed run are swept after a day: a live one is renamed within seconds
+VIEWS_AT_ONCE = 8  # of one picture in memory; at 1024 pixels a view takes 12 MiB
+
+Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # pixels [B,3,H,W] -> mean, logvar [B,C,h,w]
+Item = TypeVar("Item")
+
+
+class Store(Protocol):
+    """A key -> named tensors table."""
+
+    def __contains__(self, key: str) -> bool: ...
+
+    def get(self, key: str) -> dict[str, Tensor]: ...
+
+    def put(self, key: str, tensors: dict[str, Tensor]) -> None: ...
+
+
+class MemoryStore:
+    """Entries in main memory, for one run."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, dict[str, Tensor]] = {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.entries
+
+    def get(self, key: str) -> dict[str, Tensor]:
+        return self.entries[key]
+
+    def put(self, key: str, tensors: dict[str, Tensor]) -> None:
+        self.entries[key] = tensors
+
+
+class DiskStore:
+    """Entries in a folder, one safetensors file each, for many runs and many processes at once.
+
+    A file appears under its name only when it is whole; reading maps it into memory, so the store costs no RAM.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+
+    def __contains__(self, key: str) -> bool:
+        """Whether an intact entry is there; a damaged one (a power cut) counts as absent and is written anew."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self._path(key), framework="pt"):
+                return True
+        except (OSError, SafetensorError):
+            return False
+
+    def get(self, key: str) -> dict[str, Tensor]:
+        from safetensors import SafetensorError
+
+        path = self._path(key)
+        try:
+            return load_tensors(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(Problem("a cached latent is gone or damaged", f"{path}", f"{error}",
+                                    "start the same command again: it is rebuilt", kind="disk")) from error
+
+    def put(self, key: str, tensors: dict[str, Tensor]) -> None:
+        path = self._path(key)
+        with disk_errors(path):
+            path.parent.mkdir(exist_ok=True)
+            save_tensors(path, tensors)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def _sweep(self) -> None:
+        for draft in self.folder.glob("??/.*.tmp"):
+            with suppress(FileNotFoundError):  # another process has just renamed or swept it
+                if time.time() - draft.stat().st_mtime > STALE_SECONDS:
+                    draft.unlink()
+
+
+def open_store(folder: str | Path | None) -> Store:
+    """Where latents and text embeddings are kept: a folder shared by runs, or this process's memory."""
+    return MemoryStore() if folder is None else DiskStore(folder)
+
+
+def content_key(*parts: Json) -> str:
+    """128-bit hex digest of plain data: equal parts, equal key, on every machine and in every run."""
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+class Latents:
+    """(row, plan) -> the VAE's posterior for what that visit sees."""
+
+    def __init__(self, store: Store, policy: CropPolicy, *, identity: Json, dtype: torch.dtype = torch.float32):
+        self.store, self.policy, self.identity, self.dtype = store, policy, identity, dtype
+
+    def key(self, row: Row, plan: CropPlan) -> str:
+        crop = [*plan.resized, plan.top, plan.left, plan.flip]
+        seen = [row.digest, crop, self.policy.resolution, self.policy.interpolation]
+        return content_key(VERSION, seen, self.identity, str(self.dtype))
+
+    def __call__(self, row: Row, plan: CropPlan) -> tuple[Tensor, Tensor]:
+        """-> mean, logvar [C,h,w] fp32."""
+        entry = self.store.get(self.key(row, plan))
+        return entry["mean"].float(), entry["logvar"].float()
+
+    def put(self, key: str, mean: Tensor, logvar: Tensor) -> None:
+        posterior = {"mean": mean, "logvar": logvar}  # copied: a slice would keep its whole batch alive
+        self.store.put(key, {k: v.detach().to("cpu", self.dtype, copy=True) for k, v in posterior.items()})
+
+
+def cache_latents(
+    rows: Sequence[Row], policy: CropPolicy, encode: Encode, store: Store, *, seed: int, identity: Json,
+    batch_size: int = 1, num_workers: int = 0, dtype: torch.dtype = torch.float32,
+    progress: Callable[[int, int], None] | None = None,
+) -> Latents:
+    """Encode every variant of every row that the store lacks; `progress(done, total)` counts those.
+
+    `identity` is plain data that changes when the VAE does. With batch_size 1 an entry does not depend, to the last
+    bit, on which others were missing. Raises UserError naming the picture when the VAE gives NaN or infinity.
+    """
+    latents = Latents(store, policy, identity=identity, dtype=dtype)
+    wanted = {latents.key(row, plan): (row, plan) for row in rows for plan in policy.variants(row, seed)}
+    missing = [(key, row, plan) for key, (row, plan) in wanted.items() if key not in store]
+    loader = DataLoader(Guarded(_Views(policy, missing)), batch_size=None, collate_fn=_as_is, num_workers=num_workers,
+                        generator=generator("latent cache"))  # its own: the global one must not move with the loader
+    done = 0
+    for views in _chunks(chain.from_iterable(unguarded(loader)), batch_size):
+        for view, mean, logvar in zip(views, *encode(torch.stack([view.pixels for view in views])), strict=True):
+            _refuse_nonfinite(view.name, mean, logvar)
+            latents.put(view.key, mean, logvar)
+        done += len(views)
+        if progress:
+            progress(done, len(missing))
+    return latents
+
+
+@dataclass(frozen=True)
+class _View:
+    key: str
+    name: str  # the row's id
+    pixels: Tensor  # [3,H,W] in -1..1
+
+
+class _Views(Dataset[list[_View]]):
+    """The missing variants, one item a picture, so that each is decoded and resized once."""
+
+    def __init__(self, policy: CropPolicy, missing: Iterable[tuple[str, Row, CropPlan]]):
+        pictures: dict[str, list[tuple[str, Row, CropPlan]]] = {}
+        for key, row, plan in missing:
+            pictures.setdefault(row.digest, []).append((key, row, plan))
+        self.policy = policy
+        self.items = [some for every in pictures.values() for some in _chunks(iter(every), VIEWS_AT_ONCE)]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> list[_View]:
+        keys, rows, plans = zip(*self.items[index], strict=True)
+        pixels = self.policy.views(load_picture(rows[0]), plans)  # [V,3,H,W]
+        return [_View(key, row.id, view) for key, row, view in zip(keys, rows, pixels, strict=True)]
+
+
+def _refuse_nonfinite(name: str, mean: Tensor, logvar: Tensor) -> None:
+    if not (mean.isfinite().all() and logvar.isfinite().all()):
+        raise UserError(Problem(
+            f"the VAE turns picture {name} into NaN or infinity", "--cache_latents",
+            "its weights are damaged, or its activations overflow the number format it runs in; nothing was cached",
+            "--pretrained_vae_model_name_or_path ANOTHER_VAE", kind="nonfinite"))
+
+
+def _chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    while chunk := list(islice(items, size)):
+        yield chunk
+
+
+class Guarded(Dataset[Item | UserError], Generic[Item]):
+    """A dataset whose user errors are returned, to be raised by `unguarded` in the main process.
+
+    A DataLoader worker would raise them again with their text as the only argument, and lose kind and parts.
+    """
+
+    def __init__(self, inner: Dataset[Item]):
+        self.inner = inner
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> Item | UserError:
+        try:
+            return self.inner[index]
+        except UserError as error:
+            return error
+
+
+def _as_is(item: Item) -> Item:
+    """A DataLoader's collate_fn that leaves items alone."""
+    return item
+
+
+def unguarded(loader: DataLoader[Item | UserError]) -> Iterator[Item]:
+    """The loader's items; raises the user errors among them. Its workers end with this iterator, whatever ends it."""
+    items = iter(loader)
+    try:
+        for item in items:
+            if isinstance(item, UserError):
+                raise item
+            yield item
+    finally:
+        del items  # else a traceback that holds this frame keeps the workers, and forked children try to join them

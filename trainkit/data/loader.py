@@ -1,0 +1,101 @@
+"""From slots to batches: each slot's row is made ready, alone or in worker processes, and comes grouped by step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import count, islice
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from trainkit.data.batch import Batch, Sample, Slot, collate
+from trainkit.data.cache import Guarded, Latents, Store, cache_latents, unguarded
+from trainkit.data.images import CropPolicy, load_picture
+from trainkit.data.order import Order
+from trainkit.errors import UserError
+from trainkit.rng import generator
+
+if TYPE_CHECKING:
+    from trainkit.data.rows import Row
+    from trainkit.options import DataOptions
+
+log = logging.getLogger(__name__)
+
+
+class Family(Protocol):
+    """What the data room asks of a model family."""
+
+    identity: Mapping[str, str]
+
+    def encode_pixels(self, pixels: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class Pictures(Dataset[Sample]):
+    """Slot -> Sample: the row's caption, sizes and share, with its pixels, or its cached posterior given `latents`."""
+
+    def __init__(self, rows: Sequence[Row], policy: CropPolicy, *, seed: int, latents: Latents | None = None):
+        self.rows, self.policy, self.seed, self.latents = rows, policy, seed, latents
+
+    @property
+    def live(self) -> bool:
+        """Whether the VAE has to encode at every visit."""
+        return self.latents is None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, slot: Slot) -> Sample:
+        row = self.rows[slot.row]
+        plan = self.policy.plan(row, seed=self.seed, epoch=slot.epoch)
+        sample = partial(Sample, slot=slot, prompt=row.caption, share=row.share,
+                         time_ids=self.policy.time_ids(row, plan))
+        if self.latents is None:
+            return sample(pixels=self.policy.pixels(load_picture(row), plan))
+        mean, logvar = self.latents(row, plan)
+        return sample(mean=mean, logvar=logvar)
+
+
+def ready_pictures(
+    rows: Sequence[Row], options: DataOptions, family: Family, store: Store, *, seed: int, num_workers: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Pictures:
+    """The rows as --cache_latents and its companions want them: encoded now into `store`, or at each visit.
+
+    family  offers encode_pixels (pixels [B,3,H,W] -> mean, logvar [B,C,h,w]) and identity["vae"]
+    """
+    policy = CropPolicy.from_options(options)
+    if not options.cache_latents:
+        return Pictures(rows, policy, seed=seed)
+    if not policy.cacheable:
+        log.warning("--cached_crops 0: fresh random crops cannot be cached, so the VAE runs at every visit")
+        return Pictures(rows, policy, seed=seed)
+    latents = cache_latents(rows, policy, family.encode_pixels, store, seed=seed, identity=family.identity["vae"],
+                            num_workers=num_workers, progress=progress and partial(progress, "caching latents"))
+    return Pictures(rows, policy, seed=seed, latents=latents)
+
+
+def micro_batches(
+    pictures: Pictures, order: Order, *, rank: int = 0, world: int = 1, accumulation: int = 1, start_step: int = 0,
+    stop_step: int | None = None, num_workers: int = 0,
+) -> Iterator[tuple[int, list[Batch]]]:
+    """(step, this rank's micro-batches of that step) from `start_step` up to, without, `stop_step`; None never ends.
+
+    The batches do not depend on num_workers, and what a step holds does not depend on where the run started. Raises
+    UserError when a picture can no longer be read.
+    """
+    steps = partial(range, start_step, stop_step) if stop_step is not None else partial(count, start_step)
+    slots = (micro for s in steps() for micro in order.slots(s, rank=rank, world=world, accumulation=accumulation))
+    loader = DataLoader(Guarded(pictures), batch_sampler=slots, num_workers=num_workers,
+                        collate_fn=partial(_collate, num_instance=order.global_batch),
+                        generator=generator("loader"))  # its own: the global one must not move with the loader
+    batches = unguarded(loader)
+    for step in steps():
+        yield step, list(islice(batches, accumulation))
+
+
+def _collate(samples: Sequence[Sample | UserError], num_instance: int) -> Batch | UserError:
+    errors = [sample for sample in samples if isinstance(sample, UserError)]
+    return errors[0] if errors else collate(samples, num_instance)

@@ -1,0 +1,63 @@
+"""Errors a user can act on: what is wrong, where, why, and the next command. One message lists them all."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["usage", "data", "memory", "nonfinite", "disk", "preempted", "stopped"]
+
+EXIT_CODES: dict[Kind, int] = {
+    "usage": 2, "data": 3, "memory": 4, "nonfinite": 5, "disk": 74, "preempted": 75, "stopped": 130,
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that stands in the way. `fix` is a command or an edit the user can make now."""
+
+    what: str
+    where: str
+    why: str
+    fix: str
+    kind: Kind = "usage"
+
+    def __str__(self) -> str:
+        return f"{self.what}\n      where: {self.where}\n      why:   {self.why}\n      next:  {self.fix}"
+
+
+class UserError(Exception):
+    """Stops the run with one message for all `problems`; usage problems decide the exit code when kinds mix."""
+
+    def __init__(self, *problems: Problem):
+        assert problems, "UserError needs at least one problem"
+        super().__init__("\n".join(str(p) for p in problems))
+        self.problems = problems
+
+    @property
+    def exit_code(self) -> int:
+        return min(EXIT_CODES[p.kind] for p in self.problems)
+
+    def report(self) -> str:
+        head = "cannot go on" if len(self.problems) == 1 else f"cannot go on: {len(self.problems)} problems"
+        return "\n".join([f"{head}:"] + [f"  {i}. {p}" for i, p in enumerate(self.problems, 1)])
+
+
+def refuse(problems: Iterable[Problem]) -> None:
+    """Raise one UserError naming every problem; do nothing when there is none."""
+    found = tuple(problems)
+    if found:
+        raise UserError(*found)
+
+
+def exit_with_message(main: Callable[[], None]) -> None:
+    """Run `main`; a UserError becomes its report on stderr and its exit code (a traceback only with --debug)."""
+    try:
+        main()
+    except UserError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(error.report(), file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,60 @@
+"""Prompts into conditioning: frozen text encoders are asked once per distinct prompt, then they may go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trainkit.data.cache import MemoryStore, Store, content_key
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+    from trainkit.families.sdxl import SDXL
+
+PROMPTS_AT_ONCE = 16
+
+
+def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
+    """Ids as the stock pipelines make them: BOS, text, EOS, padding to the tokenizer's length -> [B,T]."""
+    return tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
+                     return_tensors="pt").input_ids
+
+
+class FrozenText:
+    """Encodes each distinct prompt once; afterwards `text(prompts)` only looks up.
+
+    family    anything with `encode_prompts`, `text_identity` and `device`
+    store     where embeddings are kept (a disk store keeps memory flat); host memory by default
+
+    Prompts are sorted and encoded in groups that depend on the set of prompts alone, and a group is encoded whole or
+    not at all: matrix products may round differently in batches of other sizes, and a restarted run must see the same
+    bits as an uninterrupted one.
+    """
+
+    def __init__(self, family: SDXL, prompts: Iterable[str], store: Store | None = None, clip_skip: int | None = None):
+        self.device = family.device
+        self.store = MemoryStore() if store is None else store
+        distinct = sorted(set(prompts))
+        self.keys = {p: content_key("text", family.text_identity, clip_skip, p) for p in distinct}
+        for start in range(0, len(distinct), PROMPTS_AT_ONCE):
+            self._encode(family, distinct[start : start + PROMPTS_AT_ONCE], clip_skip)
+
+    @torch.no_grad()
+    def _encode(self, family: SDXL, prompts: list[str], clip_skip: int | None) -> None:
+        if all(self.keys[p] in self.store for p in prompts):
+            return
+        embeds, pooled = family.encode_prompts(prompts, clip_skip)  # [B,T,D], [B,P]
+        for prompt, e, p in zip(prompts, embeds.cpu(), pooled.cpu(), strict=True):
+            self.store.put(self.keys[prompt], {"embeds": e.clone(), "pooled": p.clone()})
+
+    def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """-> embeds [B,T,D], pooled [B,P] on the device, a row per prompt."""
+        unknown = set(prompts) - self.keys.keys()
+        assert not unknown, f"not encoded before training: {sorted(unknown)}"
+        found = [self.store.get(self.keys[p]) for p in prompts]
+        embeds, pooled = (torch.stack([f[name] for f in found]) for name in ("embeds", "pooled"))
+        return embeds.to(self.device), pooled.to(self.device)

@@ -1,0 +1,120 @@
+"""Files that are whole or absent: written beside their place, flushed to the disk, then renamed into it.
+
+Every file and folder gets the mode the umask asks for. (safetensors' own `save_file` writes 0600 whatever the umask,
+huggingface/safetensors#782, so tensors are serialised to bytes and written here.)
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trainkit.errors import Problem, UserError
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+DISK_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
+    errno.EEXIST,
+}
+SPACE_MARGIN = 1.2  # free bytes asked for per byte about to be written
+SPACE_RESERVE = 32 * 2**20  # bytes left for logs and previews
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's list of names, so that a rename in it survives a power cut."""
+    if os.name == "nt":  # Windows cannot open folders; NTFS journals renames itself
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file and folder under `folder`, and `folder` itself."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write `data` to `path`: readers see the old content or the new, never a part; a failure leaves no litter."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with draft.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, data: Json) -> None:
+    atomic_write(path, (json.dumps(data, indent=1) + "\n").encode())
+
+
+def read_json(path: Path) -> Json:
+    return json.loads(path.read_bytes())
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file; dtypes and bits are kept, devices and strides are not."""
+    from safetensors.torch import save
+
+    flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    atomic_write(path, save(flat, dict(metadata) if metadata else None))
+
+
+def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path, device=str(device))
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def require_space(folder: Path, size: int) -> None:
+    """Refuse to start writing `size` bytes where they would not fit."""
+    needed, free = int(size * SPACE_MARGIN) + SPACE_RESERVE, shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(Problem(
+            what=f"no room for a checkpoint: {needed / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free",
+            where=str(folder), kind="disk",
+            why=f"a checkpoint of {size / 2**20:.0f} MiB must be complete before an older one may be deleted",
+            fix="free some space, or give --output_dir on a larger disk; then --resume_from_checkpoint latest",
+        ))
+
+
+@contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Turn what a disk can do to us (full, over quota, read-only, a file in the way) into a UserError on `target`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise UserError(Problem(
+            what=f"cannot write {target.name}: {os.strerror(error.errno)}", where=str(error.filename or target),
+            why="nothing that was complete has been touched; the unfinished file is removed", kind="disk",
+            fix="free some space or mend the permissions, then --resume_from_checkpoint latest",
+        )) from error

@@ -1,0 +1,158 @@
+"""From losses to one safe update: sum over ranks, check, clip, step.
+
+A step whose loss or gradient is not finite never reaches the weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from trainkit import ranks
+from trainkit.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from trainkit.files import Json
+
+log = logging.getLogger(__name__)
+
+HISTORY = 20  # losses kept for the message when a run diverges
+
+
+class Steppable(Protocol):
+    """What an update needs of an optimizer; see trainkit.optim.Optim."""
+
+    inner: torch.optim.Optimizer
+
+    def set_lr(self, step: int) -> None: ...
+
+    def step(self) -> None: ...
+
+    def zero_grad(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer step did."""
+
+    loss: float  # of the whole step: all ranks, all micro-batches
+    grad_norm: float  # before clipping
+    skipped: bool
+    votes: tuple[float, ...]  # the votes given, summed over ranks
+
+
+class Gradients:
+    """Collects the gradients of one optimizer step and applies them once.
+
+    Data parallel without a wrapper: trainable tensors are few megabytes, so their gradients are *summed* over ranks
+    in one all-reduce per optimizer step. Losses are already divided by the step's number of rows over all ranks,
+    so the sum is the gradient one process would compute, whichever modules the tensors live in.
+    With fp16 a GradScaler keeps small gradients from rounding to zero; the sum comes before its check, so that every
+    rank finds the same overflow.
+    """
+
+    def __init__(
+        self, device: torch.device, *, fp16: bool = False, max_skipped: int = 10,
+        last_checkpoint: Callable[[], str | None] = lambda: None,
+    ):
+        self.device, self.max_skipped, self.last_checkpoint = device, max_skipped, last_checkpoint
+        self.scaler = torch.amp.GradScaler(device.type) if fp16 else None
+        self.loss = torch.zeros((), device=device)
+        self.history: deque[float] = deque(maxlen=HISTORY)
+        self.skipped = 0  # in the whole run
+        self.in_a_row = 0
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a micro-batch's share of the step's loss (a scalar) to the gradients."""
+        self.loss += loss.detach()
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def update(
+        self, optimizer: Steppable, parameters: Iterable[Tensor], *, step: int, max_grad_norm: float | None,
+        votes: Sequence[float] = (),
+    ) -> Update:
+        """Apply optimizer step `step` (from 0), or skip it on every rank when loss or gradient are not finite.
+
+        Raises UserError(kind="nonfinite") when more than `max_skipped` steps in a row were skipped.
+        """
+        params = [p for p in parameters if p.requires_grad]
+        loss, *summed = self._sum_over_ranks(params, votes).tolist()
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer.inner)
+        grads = [p.grad for p in params if p.grad is not None]
+        norm = total_norm(grads)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            clip(grads, norm, max_grad_norm)
+            optimizer.set_lr(step)
+            optimizer.step()
+        self._close(optimizer, loss)
+        self._count(step, loss, norm, finite=finite)
+        return Update(loss, norm, skipped=not finite, votes=tuple(summed))
+
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Json]]:
+        scaler = None if self.scaler is None else self.scaler.state_dict()
+        return {}, {"scaler": scaler, "skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def unpack(self, tensors: dict[str, Tensor], data: dict[str, Json]) -> None:
+        self.skipped, self.in_a_row = data["skipped"], data["in_a_row"]
+        if self.scaler is not None and data["scaler"] is not None:
+            self.scaler.load_state_dict(data["scaler"])
+
+    def _sum_over_ranks(self, params: Sequence[Tensor], votes: Sequence[float]) -> Tensor:
+        """Sum gradients in place -> [1 + len(votes)]: loss and votes, summed too."""
+        tail = torch.cat([self.loss.view(1), torch.tensor(votes, device=self.device)])
+        if ranks.world() == 1:
+            return tail
+        for p in params:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        grads = [p.grad for p in params]
+        flat = ranks.sum_over_ranks(torch.cat([*(g.flatten().float() for g in grads), tail]))  # [N]
+        *pieces, tail = flat.split([*(g.numel() for g in grads), len(tail)])
+        for grad, piece in zip(grads, pieces, strict=True):
+            grad.copy_(piece.view_as(grad))
+        return tail
+
+    def _close(self, optimizer: Steppable, loss: float) -> None:
+        if self.scaler is not None:
+            self.scaler.update()
+        optimizer.zero_grad()
+        self.loss = torch.zeros_like(self.loss)
+        self.history.append(loss)
+
+    def _count(self, step: int, loss: float, norm: float, *, finite: bool) -> None:
+        if finite:
+            self.in_a_row = 0
+            return
+        self.skipped += 1
+        scale = 1.0 if self.scaler is None else self.scaler.get_scale()
+        self.in_a_row += not (math.isfinite(loss) and scale > 1)  # a scaler looking for its scale is no news
+        log.warning("step %d skipped: loss %g, gradient norm %g; weights are unchanged", step + 1, loss, norm)
+        if self.in_a_row > self.max_skipped:
+            raise UserError(Problem(
+                what=f"{self.in_a_row} steps in a row were not finite, the last one step {step + 1}", kind="nonfinite",
+                where="losses before it: " + ", ".join(f"{x:.4g}" for x in self.history),
+                why="the weights are those of the last finite step; more steps would not change them",
+                fix="lower --learning_rate, or use --mixed_precision bf16 or no; the last checkpoint is "
+                    f"{self.last_checkpoint() or 'none: start again'}",
+            ))
+
+
+def total_norm(grads: Sequence[Tensor]) -> float:
+    """2-norm of all gradients as one vector. One wait for the device; a LoRA's hundreds of tensors in one call."""
+    assert grads, "no parameter got a gradient"
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))).item()
+
+
+def clip(grads: Sequence[Tensor], norm: float, limit: float | None) -> None:
+    """Scale `grads` in place so that their total norm is at most `limit` (None: no limit)."""
+    scale = 1.0 if limit is None else limit / (norm + 1e-6)  # the same guard against 0 as torch's clip_grad_norm_
+    if scale < 1:
+        torch._foreach_mul_(grads, scale)

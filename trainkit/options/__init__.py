@@ -1,0 +1,23 @@
+"""Options: one frozen model a concern, from which the command line, config files and docs/flags.md are made.
+
+Importing this room imports neither torch nor any model library, so that `--help` answers at once.
+"""
+
+from trainkit.options.base import REDACTED, Concern, Flag
+from trainkit.options.inputs import DataOptions, ModelOptions, PivotalOptions, PriorOptions, TextOptions
+from trainkit.options.optionset import OptionSet, parse
+from trainkit.options.running import RunOptions, ValidationOptions
+from trainkit.options.sources import PRESETS
+from trainkit.options.training import LoraOptions, ObjectiveOptions, OptimizerOptions, PrecisionOptions
+
+CONCERNS: dict[str, type[Concern]] = {
+    "model": ModelOptions, "data": DataOptions, "prior": PriorOptions, "text": TextOptions, "pivotal": PivotalOptions,
+    "lora": LoraOptions, "objective": ObjectiveOptions, "optimizer": OptimizerOptions, "precision": PrecisionOptions,
+    "validation": ValidationOptions, "run": RunOptions,
+}
+
+__all__ = [
+    "CONCERNS", "PRESETS", "REDACTED", "Concern", "DataOptions", "Flag", "LoraOptions", "ModelOptions",
+    "ObjectiveOptions", "OptimizerOptions", "OptionSet", "PivotalOptions", "PrecisionOptions", "PriorOptions",
+    "RunOptions", "TextOptions", "ValidationOptions", "parse",
+]

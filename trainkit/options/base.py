@@ -1,0 +1,142 @@
+"""What an option is: a frozen pydantic field whose name is the flag and whose help, unit and limits travel with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
+
+REDACTED = "***"
+
+Value = str | int | float | bool | None
+
+
+def opt(
+    default: object, help: str, *, unit: str = "", not_yet: str = "", differs: str = "", **limits: Any,
+) -> Any:  # as pydantic's Field, which stands as the default of a field of any type
+    """A field of a concern.
+
+    `unit` is what the flag's value counts ("steps", "pixels", "0..1"); `not_yet` names the feature whose absence makes
+    any other value than the default refused; `differs` says where we leave the Diffusers script and why; `limits` are
+    pydantic's (ge, gt, le, lt, min_length).
+    """
+    extra = {"unit": unit, "not_yet": not_yet, "differs": differs}
+    return Field(default, description=help, json_schema_extra=extra, **limits)
+
+
+def required(help: str, **settings: Any) -> Any:
+    """A field the user must give."""
+    return opt(..., help, **settings)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One command line flag, read off a field of a concern."""
+
+    name: str
+    concern: str  # name of the concern in the option set, also the table's name in a config file
+    field: FieldInfo
+
+    @property
+    def kind(self) -> object:
+        """The type a value has when there is one: `int | None` -> int."""
+        annotation = self.field.annotation
+        if get_origin(annotation) in (Union, UnionType):
+            return next(arg for arg in get_args(annotation) if arg is not NoneType)
+        return annotation
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
+
+    @property
+    def optional(self) -> bool:
+        return NoneType in get_args(self.field.annotation)
+
+    @property
+    def required(self) -> bool:
+        return self.field.is_required()
+
+    @property
+    def default(self) -> Value:
+        return None if self.required else self.field.default
+
+    @property
+    def secret(self) -> bool:
+        return self.kind is SecretStr
+
+    @property
+    def is_switch(self) -> bool:
+        return self.kind is bool
+
+    @property
+    def help(self) -> str:
+        assert self.field.description, f"--{self.name} has no help"
+        return self.field.description
+
+    @property
+    def metavar(self) -> str:
+        return "CHOICE" if self.choices else self.note("unit").upper().replace(" ", "_") or "TEXT"
+
+    @property
+    def takes(self) -> str:
+        """What a value looks like, in words."""
+        return " or ".join(filter(None, [", ".join(self.choices[:-1]), *self.choices[-1:]])) or self.metavar
+
+    @property
+    def limits(self) -> str:
+        """The range of a number, such as "≥ 1, ≤ 4096"; a length says nothing here."""
+        signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+        bounds = [(sign, getattr(limit, name)) for limit in self.field.metadata for name, sign in signs.items()
+                  if hasattr(limit, name)]
+        return ", ".join(f"{sign} {bound}" for sign, bound in bounds)
+
+    def note(self, name: Literal["unit", "not_yet", "differs"]) -> str:
+        extra = self.field.json_schema_extra
+        assert isinstance(extra, dict), f"--{self.name} must be made by opt()"
+        return str(extra[name])
+
+
+class Concern(BaseModel):
+    """Options that belong together; frozen, so that what was asked for is what a run's record says."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def flags(cls, concern: str) -> Iterator[Flag]:
+        return (Flag(name, concern, field) for name, field in cls.model_fields.items())
+
+    @classmethod
+    def title(cls) -> str:
+        return (cls.__doc__ or "").partition("\n")[0]
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read(cls, value: object, info: ValidationInfo) -> object:
+        """Spellings that mean one value: any case in a choice, "none" for no value; and no number out of true."""
+        assert info.field_name
+        flag = Flag(info.field_name, "", cls.model_fields[info.field_name])
+        if flag.choices:
+            return _read_choice(value, flag)
+        if isinstance(value, bool) and flag.kind in (int, float):
+            raise ValueError("true and false are not numbers")
+        if flag.optional and flag.kind is not str and _is_none(value):
+            return None
+        return value
+
+
+def _read_choice(value: object, flag: Flag) -> object:
+    if value is False and "no" in flag.choices:
+        return "no"  # YAML 1.1 reads a bare `no` as false
+    if not isinstance(value, str):
+        return value
+    lowered = value.lower()
+    return None if flag.optional and lowered == "none" and "none" not in flag.choices else lowered
+
+
+def _is_none(value: object) -> bool:
+    return isinstance(value, str) and value.lower() == "none"

@@ -1,0 +1,101 @@
+"""argparse, generated from the options: upstream's names, `--no_x` for every switch, dashes for underscores."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import NoReturn
+
+from trainkit.errors import Problem, UserError
+from trainkit.options.base import Flag
+
+MISSING = object()  # stands for the value of a flag that was given none
+HELP_WIDTH = 100
+HELP_INDENT = 34
+
+EPILOG = """\
+A value is taken from the command line, else from the environment (LORA_RANK for --rank), else from
+the --config file, else from the --preset, else it is the default; --print_config tells which.
+Dashes work for underscores; every switch has a --no_ twin and takes =True or =False.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(Problem("the command line cannot be read", "command line", message, "see --help"))
+
+
+def make_parser(flags: Iterable[Flag], description: str, titles: Mapping[str, str]) -> argparse.ArgumentParser:
+    """A parser that leaves every value as it was written and every flag that was not given out of the namespace."""
+    parser = _Parser(
+        description=description, epilog=EPILOG, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        usage="%(prog)s --flag VALUE ...", formatter_class=_Formatter,
+    )
+    for concern, members in groupby(flags, key=lambda flag: flag.concern):
+        group = parser.add_argument_group(titles[concern])
+        for flag in members:
+            _add(group, flag)
+    return parser
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=HELP_INDENT, width=HELP_WIDTH)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """`--rank RANK`, `--[no_]cache_latents`; a bare --rank is read too, but only to say that a value is missing."""
+        name = action.option_strings[-1]
+        if action.const == "true":
+            return f"--[no_]{action.dest}"
+        return f"{name} {action.metavar}" if action.metavar else ", ".join(action.option_strings)
+
+
+def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
+    text = help_text(flag).replace("%", "%%")
+    if not flag.is_switch:
+        group.add_argument(f"--{flag.name}", nargs="?", const=MISSING, metavar=flag.metavar, help=text)
+        return
+    group.add_argument(f"--{flag.name}", nargs="?", const="true", help=text)
+    group.add_argument(f"--no_{flag.name}", dest=flag.name, action="store_const", const="false", help=argparse.SUPPRESS)
+
+
+def help_text(flag: Flag) -> str:
+    """Meaning, default, and whether it waits for a feature."""
+    notes = ["required" if flag.required else f"default: {shown(flag.default)}"]
+    if feature := flag.note("not_yet"):
+        notes.append(f"not yet: {feature}")
+    choices = f": {flag.takes}" if flag.choices else ""
+    return f"{flag.help}{choices} ({'; '.join(notes)})"
+
+
+def shown(value: object) -> str:
+    """A value as the user would write it; `none` where there is none."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def underscored(argv: Sequence[str]) -> list[str]:
+    """--instance-data-dir=x -> --instance_data_dir=x; values stay as they are."""
+    return [_underscore(word) if word.startswith("--") else word for word in argv]
+
+
+def _underscore(word: str) -> str:
+    name, sign, value = word.partition("=")
+    return word if " " in name else "--" + name[2:].replace("-", "_") + sign + value
+
+
+def split_leftovers(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names of unknown flags, and words that belong to no flag; a word right after an unknown flag is its value."""
+    unknown: list[str] = []
+    strays: list[str] = []
+    after_unknown = False
+    for word in words:
+        is_flag = word.startswith("-") and " " not in word
+        if is_flag:
+            unknown.append(word.lstrip("-").partition("=")[0])
+        elif not after_unknown:
+            strays.append(word)
+        after_unknown = is_flag and "=" not in word
+    return unknown, strays

@@ -1,0 +1,131 @@
+"""A trainer's options: one frozen field for each concern, read from every source, checked as one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from pydantic import BaseModel, ConfigDict, PrivateAttr, SecretStr, ValidationError
+
+from trainkit.errors import Problem, refuse
+from trainkit.options import rules
+from trainkit.options.base import REDACTED, Concern, Flag, Value
+from trainkit.options.sources import Layer, nearest, read_layers
+from trainkit.options.text import config_text
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+
+class OptionSet(BaseModel):
+    """Subclass it with one field a concern: `class Options(OptionSet): model: ModelOptions; data: DataOptions`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        names = [name for kind in cls.concerns().values() for name in kind.model_fields]
+        assert len(set(names)) == len(names), f"{cls.__name__}: two concerns share a flag"
+
+    @classmethod
+    def concerns(cls) -> dict[str, type[Concern]]:
+        return {name: field.annotation for name, field in cls.model_fields.items()}  # type: ignore[misc]
+
+    @classmethod
+    def flags(cls) -> dict[str, Flag]:
+        """Every flag by name, in the order of --help."""
+        return {flag.name: flag for concern, kind in cls.concerns().items() for flag in kind.flags(concern)}
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Where each flag's value came from: command line, environment, config FILE, preset NAME or default."""
+        return {name: self._origins.get(name, "default") for name in self.flags()}
+
+    def flat(self) -> dict[str, Value]:
+        """Every value by flag, fit for JSON; a token is replaced by ***."""
+        return _flat({name: getattr(self, name) for name in self.concerns()})
+
+    def problems(self) -> Iterator[Problem]:
+        """Values that contradict each other, and flags whose feature is not there yet."""
+        return rules.problems(self.flags().values(), self.flat(), self.origins)
+
+    def notices(self) -> list[str]:
+        """Sentences for the log about values that have no effect."""
+        flags, values = self.flags(), self.flat()
+        chosen = {name for name, origin in self._origins.items()
+                  if not origin.startswith("preset ") and values[name] != flags[name].default}
+        return list(rules.notices(values, chosen))
+
+
+Options = TypeVar("Options", bound=OptionSet)
+
+
+def parse(cls: type[Options], argv: Sequence[str] | None = None, *, description: str) -> Options:
+    """Options from the command line (sys.argv when None), environment, --config, --preset and defaults.
+
+    Raises one UserError for everything that keeps a value from being read: unknown flags and keys, missing and unfit
+    values. Contradictions between readable values are left to `OptionSet.problems`, so that a trainer can report them
+    together with those of its model and data. Exits 0 after --help and --print_config.
+    """
+    flags = cls.flags()
+    titles = {name: kind.title() for name, kind in cls.concerns().items()}
+    words = sys.argv[1:] if argv is None else argv
+    layers, problems = read_layers(words, flags, titles=titles, description=description)
+    sources = {name: layer for layer in reversed(layers) for name in layer.values}
+    origins = {name: layer.origin for name, layer in sources.items()}
+    built: dict[str, Concern] = {}
+    for concern, kind in cls.concerns().items():
+        values = {name: sources[name].values[name] for name in kind.model_fields if name in sources}
+        part, errors = _build(kind, values)
+        built |= {concern: part} if part else {}
+        problems += [_unfit(flags[str(error["loc"][0])], error, sources) for error in errors]
+    if problems:
+        refuse([*problems, *rules.problems(flags.values(), _flat(built), origins)])
+    options = cls(**built)
+    options._origins.update(origins)
+    return _print_config(options) if options.flat().get("print_config") else options
+
+
+def _build(kind: type[Concern], values: Mapping[str, object]) -> tuple[Concern | None, list[ErrorDetails]]:
+    """The concern and what was wrong with its values; defaults stand in for those, None when one is required."""
+    try:
+        return kind(**values), []
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+    unfit = {error["loc"][0] for error in errors}
+    if any(kind.model_fields[str(name)].is_required() for name in unfit):
+        return None, errors
+    return kind(**{name: value for name, value in values.items() if name not in unfit}), errors
+
+
+def _flat(concerns: Mapping[str, Concern]) -> dict[str, Value]:
+    pairs = [pair for concern in concerns.values() for pair in concern]
+    return {name: REDACTED if isinstance(value, SecretStr) else value for name, value in pairs}
+
+
+def _print_config(options: OptionSet) -> NoReturn:
+    sys.stdout.write(config_text(options.flags(), options.flat(), options.origins))
+    raise SystemExit(0)
+
+
+def _unfit(flag: Flag, error: ErrorDetails, sources: Mapping[str, Layer]) -> Problem:
+    """A value its field refuses, in the user's words."""
+    if error["type"] == "missing":
+        return Problem(f"--{flag.name} is missing", "command line, environment and config", flag.help,
+                       f"add --{flag.name} {flag.metavar}")
+    written = REDACTED if flag.secret else repr(error["input"])
+    why = error["msg"].removeprefix("Value error, ").replace("Input should", "it should").partition(", unable")[0]
+    return Problem(f"--{flag.name} cannot be {written}", sources[flag.name].spelling(flag.name), why,
+                   _better(flag, str(error["input"])))
+
+
+def _better(flag: Flag, written: str) -> str:
+    if flag.choices:
+        match = nearest(written.lower(), flag.choices)
+        return f"choose {flag.takes}" + (f"; did you mean --{flag.name} {match}?" if match else "")
+    if flag.is_switch:
+        return f"--{flag.name} or --no_{flag.name}"
+    example = f", for example the default {flag.default}" if flag.default is not None else ""
+    return f"give --{flag.name} {flag.takes}{example}"

@@ -1,0 +1,83 @@
+"""The concerns around training: previews, and the run itself."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import SecretStr
+
+from trainkit.options.base import Concern, opt
+
+
+class ValidationOptions(Concern):
+    """Previews"""
+
+    validation_prompt: str | None = opt(None, "prompt of the preview pictures; without it there are none")
+    num_validation_images: int = opt(4, "pictures a preview", unit="pictures", ge=1)
+    validation_epochs: int = opt(50, "a preview every so many epochs", unit="epochs", ge=1)
+    validation_steps: int | None = opt(
+        None, "a preview every so many optimizer steps, instead of --validation_epochs", unit="steps", ge=1)
+
+    def every(self, rows: int, global_batch: int) -> int:
+        """Optimizer steps between previews; rows with repeats."""
+        return self.validation_steps or self.validation_epochs * math.ceil(rows / global_batch)
+
+
+class RunOptions(Concern):
+    """The run"""
+
+    output_dir: str = opt(
+        "lora-dreambooth-model", "folder of everything the run writes; its last part names the LoRA file", unit="path",
+        min_length=1, differs="absolute and nested paths work")
+    seed: int = opt(
+        0, "noise, crops, order and initial weights follow from it", unit="number", ge=0,
+        differs="0, not unset: a run that was not seeded can be repeated and resumed exactly too")
+    train_batch_size: int = opt(4, "pictures in a micro-batch on one device", unit="pictures", ge=1)
+    gradient_accumulation_steps: int = opt(1, "micro-batches in an optimizer step", unit="micro-batches", ge=1)
+    num_train_epochs: int = opt(1, "visits to the whole data set", unit="epochs", ge=1)
+    max_train_steps: int | None = opt(None, "optimizer steps, instead of --num_train_epochs", unit="steps", ge=1)
+    stop_after_steps: int | None = opt(
+        None, "save and stop after so many finished steps of a longer run; resuming goes on", unit="steps", ge=1)
+    checkpointing_steps: int = opt(500, "a checkpoint every so many optimizer steps", unit="steps", ge=1)
+    checkpoints_total_limit: int | None = opt(
+        None, "newest checkpoints to keep; without it all", unit="checkpoints", ge=1,
+        differs="old ones go only after the new one is safe")
+    resume_from_checkpoint: str | None = opt(
+        None, "'latest', a name such as checkpoint-500, or a path", unit="path or name", min_length=1,
+        differs="a path is taken as it is; the run goes on bit for bit")
+    max_skipped_steps: int = opt(
+        10, "optimizer steps in a row that may be skipped for a gradient that is not finite", unit="steps", ge=0)
+    dataloader_num_workers: int = opt(0, "processes that prepare pictures; 0 does it in the main one",
+                                      unit="processes", ge=0)
+    logging_dir: str = opt("logs", "folder of the trackers' logs under --output_dir", unit="path", min_length=1)
+    report_to: Literal["tensorboard", "wandb", "all", "none"] = opt(
+        "tensorboard", "trackers; metrics.jsonl is written in any case",
+        differs="wandb may be used with --hub_token: the token is left out of every record")
+    push_to_hub: bool = opt(False, "upload the finished files to the Hub")
+    hub_model_id: str | None = opt(
+        None, "repository on the Hub; without it the last part of --output_dir", unit="name", min_length=1)
+    hub_token: SecretStr | None = opt(
+        None, "token for the upload; HF_TOKEN in the environment is the safer place", unit="token", min_length=1)
+    hub_private: bool = opt(True, "make the repository private", differs="private unless --no_hub_private")
+    local_rank: int = opt(-1, "set by launchers; the environment's LOCAL_RANK counts", unit="rank", ge=-1)
+    compat: Literal["diffusers"] | None = opt(
+        None, "repeat the algebra of the Diffusers script where ours differs, to compare with its runs")
+    preset: str | None = opt(None, "start from a named set of values: style, face", unit="name", min_length=1)
+    config: str | None = opt(
+        None, "TOML, YAML or JSON file of flags, flat or in tables named as the groups here", unit="file", min_length=1)
+    print_config: bool = opt(False, "print every value and where it came from, in TOML, and stop")
+    debug: bool = opt(False, "show a traceback with an error message")
+
+    def global_batch(self, world: int) -> int:
+        """Pictures in an optimizer step over all processes and micro-batches."""
+        return self.train_batch_size * self.gradient_accumulation_steps * world
+
+    def last_step(self, total: int) -> int:
+        """Finished steps at which this session ends: the run's `total`, or earlier with --stop_after_steps."""
+        return min(total, self.stop_after_steps or total)
+
+    def total_steps(self, rows: int, world: int) -> int:
+        """Optimizer steps of the run: --max_train_steps, or ceil(epochs · rows / global batch); rows with repeats."""
+        assert rows > 0, "no rows"
+        return self.max_train_steps or math.ceil(self.num_train_epochs * rows / self.global_batch(world))

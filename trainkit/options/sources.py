@@ -1,0 +1,197 @@
+"""Where values come from: command line > environment > config file > preset > default."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tomllib
+from argparse import ArgumentParser
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainkit.errors import Problem
+from trainkit.options.base import Flag
+from trainkit.options.cli import MISSING, make_parser, split_leftovers, underscored
+
+ENV_PREFIX = "LORA_"
+
+PRESETS: dict[str, dict[str, str | int | float | bool]] = {
+    # A style from about twenty pictures: a small rank and Prodigy finding the rate; larger ranks learn the pictures.
+    "style": {
+        "rank": 8, "optimizer": "prodigy", "learning_rate": 1.0, "lr_scheduler": "constant", "lr_warmup_steps": 0,
+        "snr_gamma": 5.0, "train_batch_size": 3, "max_train_steps": 1000,
+    },
+    # A face from about six photographs: rank 32 (64 gives airbrushed skin), 120 steps a photograph.
+    "face": {
+        "rank": 32, "optimizer": "prodigy", "learning_rate": 1.0, "lr_scheduler": "constant", "lr_warmup_steps": 0,
+        "snr_gamma": 5.0, "train_batch_size": 1, "num_train_epochs": 120,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The values one source gives, by flag, still as they were written."""
+
+    origin: str
+    values: Mapping[str, object]
+
+    def spelling(self, flag: str) -> str:
+        """How the user finds the value: `environment: LORA_RANK`."""
+        return f"{self.origin}: " + (ENV_PREFIX + flag.upper() if self.origin == "environment" else f"--{flag}")
+
+
+def read_layers(
+    argv: Sequence[str], flags: Mapping[str, Flag], *, titles: Mapping[str, str], description: str
+) -> tuple[list[Layer], list[Problem]]:
+    """Every source that says something, strongest first, and what could not be read. `titles` is by concern."""
+    command, problems = _command_line(argv, flags, make_parser(flags.values(), description, titles))
+    environment, more = _environment(flags)
+    problems += more
+    layers = [Layer("command line", command), Layer("environment", environment)]
+    if (path := first_value(layers, "config")) is not None:
+        values, more = _config(Path(str(path)), flags, titles)
+        layers.append(Layer(f"config {path}", values))
+        problems += more
+    if (name := first_value(layers, "preset")) is not None:
+        if name in PRESETS:
+            layers.append(Layer(f"preset {name}", {k: v for k, v in PRESETS[str(name)].items() if k in flags}))
+        else:
+            problems.append(_unknown_preset(str(name), layers))
+    return layers, problems
+
+
+def first_value(layers: Sequence[Layer], flag: str) -> object:
+    return next((layer.values[flag] for layer in layers if flag in layer.values), None)
+
+
+def nearest(word: str, known: Sequence[str]) -> str | None:
+    """The known name `word` most likely means: the only one it begins, else the most alike."""
+    begun = [name for name in known if name.startswith(word)]
+    alike = begun if len(begun) == 1 else difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+    return alike[0] if alike else None
+
+
+def _command_line(
+    argv: Sequence[str], flags: Mapping[str, Flag], parser: ArgumentParser
+) -> tuple[dict[str, object], list[Problem]]:
+    found, leftovers = parser.parse_known_args(underscored(argv))
+    values = vars(found)
+    problems = [_without_value(flags[name]) for name, value in values.items() if value is MISSING]
+    unknown, strays = split_leftovers(leftovers)
+    known = list(flags) + [f"no_{name}" for name, flag in flags.items() if flag.is_switch]
+    problems += [_unknown(f"--{word}", nearest(word, known), "command line", "flag") for word in unknown]
+    problems += [_stray(strays)] if strays else []
+    return {name: value for name, value in values.items() if value is not MISSING}, problems
+
+
+def _environment(flags: Mapping[str, Flag]) -> tuple[dict[str, object], list[Problem]]:
+    """Variables LORA_<FLAG>; an empty one counts as unset, one that is nearly a flag's name as a slip."""
+    values: dict[str, object] = {}
+    problems = []
+    for variable, value in os.environ.items():
+        word = variable.removeprefix(ENV_PREFIX).lower()
+        if not variable.startswith(ENV_PREFIX) or not value:
+            continue
+        if word in flags:
+            values[word] = value
+        elif match := nearest(word, list(flags)):
+            problems.append(_unknown(variable, match, "environment", "variable", prefix=ENV_PREFIX))
+    return values, problems
+
+
+def _config(
+    path: Path, flags: Mapping[str, Flag], concerns: Container[str]
+) -> tuple[dict[str, object], list[Problem]]:
+    try:
+        data = _load(path)
+    except (OSError, ValueError) as error:
+        return {}, [_unreadable_config(path, error)]
+    values: dict[str, object] = {}
+    problems = []
+    for table, written, value in _entries(data, concerns):
+        name = written.replace("-", "_")
+        where = f"config {path}" + (f", [{table}]" if table else "")
+        if name not in flags or name == "config":
+            problems.append(_unknown(written, nearest(name, list(flags)), where, "key", prefix=""))
+        elif table not in (None, flags[name].concern):
+            problems.append(_wrong_table(name, flags[name].concern, where))
+        elif name in values:
+            problems.append(_twice(name, where))
+        else:
+            values[name] = value
+    return values, problems
+
+
+def _entries(data: Mapping[str, object], concerns: Container[str]) -> Iterator[tuple[str | None, str, object]]:
+    """(table or None, key, value) of a config: flat keys and tables named after concerns."""
+    for key, value in data.items():
+        if key in concerns and isinstance(value, dict):
+            yield from ((key, str(inner), leaf) for inner, leaf in value.items())
+        else:
+            yield None, str(key), value
+
+
+def _load(path: Path) -> dict[str, object]:
+    """The table in a config file; ValueError when it is not one."""
+    text = path.read_text(encoding="utf-8")
+    match path.suffix.lower():
+        case ".toml":
+            data = tomllib.loads(text)
+        case ".json":
+            data = json.loads(text)
+        case ".yaml" | ".yml":
+            data = _load_yaml(text)
+        case suffix:
+            raise ValueError(f"{suffix or 'no ending'} is not one of .toml, .yaml, .yml, .json")
+    if not isinstance(data, dict):
+        raise ValueError("it holds no table of flags")
+    return data
+
+
+def _load_yaml(text: str) -> object:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+
+
+def _without_value(flag: Flag) -> Problem:
+    return Problem(f"--{flag.name} has no value", "command line", f"it takes {flag.takes}",
+                   f"write --{flag.name} VALUE, or leave it out")
+
+
+def _unknown(written: str, match: str | None, where: str, noun: str, *, prefix: str = "--") -> Problem:
+    match = match and (prefix + match.upper() if prefix == ENV_PREFIX else prefix + match)
+    fix = f"did you mean {match}? otherwise remove it" if match else "remove it; --help lists all flags"
+    return Problem(f"unknown {noun} {written}", where, f"no {noun} has this name", fix)
+
+
+def _stray(words: Sequence[str]) -> Problem:
+    return Problem(f"belonging to no flag: {' '.join(words)}", "command line", "a value with blanks needs quotes",
+                   'quote the whole value: --instance_prompt "a photo of TOK dog"')
+
+
+def _unreadable_config(path: Path, error: Exception) -> Problem:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return Problem(f"cannot read the config file {path}", "--config", reason, "mend the file or give another path")
+
+
+def _wrong_table(name: str, concern: str, where: str) -> Problem:
+    return Problem(f"{name} stands in the wrong table", where, f"it belongs to [{concern}]",
+                   f"move it to [{concern}] or above all tables")
+
+
+def _twice(name: str, where: str) -> Problem:
+    return Problem(f"{name} is given twice", where, "which of the two counts would be a guess", "remove one")
+
+
+def _unknown_preset(name: str, layers: Sequence[Layer]) -> Problem:
+    layer = next(layer for layer in layers if "preset" in layer.values)
+    match = nearest(name, list(PRESETS))
+    return Problem(f"unknown preset {name!r}", layer.spelling("preset"), f"presets are {', '.join(PRESETS)}",
+                   f"--preset {match or next(iter(PRESETS))}")

@@ -1,0 +1,228 @@
+"""Pictures during training: the same prompts from the same starting noise at every step, so only the adapter changes.
+
+Also the one place that draws labelled sheets of pictures, for these previews and for the evaluation script.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor, nn
+
+from trainkit import rng
+from trainkit.families.pretrained import empty_device_cache
+from trainkit.files import atomic_write
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
+
+    from trainkit.families.sdxl import SDXL
+    from trainkit.options import ValidationOptions
+
+STEPS = 25  # denoising steps of the Diffusers trainers' validation
+GUIDANCE = 5.0  # the stock SDXL pipeline's default
+TILE_PX = (192, 512)  # a sheet shows no picture smaller or larger than this
+
+Encoded = Callable[[list[str]], tuple[Tensor, Tensor]]  # prompts -> embeds [B,T,D], pooled [B,P]
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One picture to draw at every step."""
+
+    prompt: str
+    number: int  # of the prompt, from 1
+    seed: int
+
+    def file_name(self, step: int) -> str:
+        return f"step_{step:06d}_p{self.number:02d}_s{self.seed}.png"
+
+
+def preview_prompts(options: ValidationOptions) -> list[str]:
+    """What must be encoded before the text encoders are freed: the user's prompt and the empty negative one."""
+    return [options.validation_prompt, ""] if options.validation_prompt else []
+
+
+class Previews:
+    """Draws `num_validation_images` pictures of the validation prompt; without a prompt, none.
+
+    The stock SDXL pipeline is put together from the training run's own UNet; text comes encoded, because the encoders
+    are gone. Starting noise depends on the picture's seed alone, so two steps differ by what was learned in between.
+    No global random state is read or advanced, and the UNet's modes are as before afterwards.
+    """
+
+    def __init__(self, family: SDXL, options: ValidationOptions, encoded: Encoded, output_dir: str | Path, *,
+                 seed: int, resolution: int, every: int = 0):
+        self.family, self.encoded, self.resolution, self.every = family, encoded, resolution, every
+        self.folder = Path(output_dir) / "samples"
+        count = options.num_validation_images if options.validation_prompt else 0
+        self.shots = [Shot(options.validation_prompt, 1, seed + k) for k in range(count)]
+
+    def due(self, step: int, *, last: bool) -> bool:
+        """Whether previews are due after `step` finished steps: every `every` steps, and after the last."""
+        return bool(self.shots) and (last or bool(self.every) and step % self.every == 0)
+
+    def draw(self, step: int) -> list[Path]:
+        """Write samples/step_<step>_p<prompt>_s<seed>.png and the grid samples/step_<step>.png -> paths, grid last."""
+        if not self.shots:
+            return []
+        self.folder.mkdir(parents=True, exist_ok=True)
+        pictures = self._pictures()
+        paths = [self.folder / shot.file_name(step) for shot in self.shots]
+        for path, shot, picture in zip(paths, self.shots, pictures, strict=True):
+            save_png(path, picture, self._parameters(shot, picture))
+        grid = self.folder / f"step_{step:06d}.png"
+        save_png(grid, self._grid(step, pictures), self._parameters(self.shots[0], pictures[0]))
+        return [*paths, grid]
+
+    def _pictures(self) -> list[Image.Image]:
+        family, dtype = self.family, self.family.weight_dtype
+        precision = torch.autocast(family.device.type, dtype=dtype, enabled=dtype != torch.float32)
+        pipe = live_pipeline(family)
+        with evaluating(family.unet), precision:
+            latents = [self._latents(pipe, shot) for shot in self.shots]  # N × [1,C,h,w]
+        with visiting(family.vae, family.device):
+            pictures = [picture for one in latents for picture in family.decode(one)]
+        empty_device_cache()
+        return pictures
+
+    def _latents(self, pipe: StableDiffusionXLPipeline, shot: Shot) -> Tensor:
+        """One finished latent -> [1,C,h,w]; one at a time, so that a preview never needs more memory than training."""
+        side = self.resolution // self.family.vae_factor
+        noise = rng.normal((self.family.latent_channels, side, side), [(shot.seed, shot.number)], name="preview")
+        embeds, pooled = self.encoded([shot.prompt])
+        empty, empty_pooled = self._negative(pipe, embeds, pooled)
+        return pipe(
+            prompt_embeds=embeds, pooled_prompt_embeds=pooled, negative_prompt_embeds=empty,
+            negative_pooled_prompt_embeds=empty_pooled, latents=noise.to(embeds.device),
+            height=self.resolution, width=self.resolution, num_inference_steps=STEPS, guidance_scale=GUIDANCE,
+            generator=rng.generator("preview-step", shot.seed, shot.number), output_type="latent",
+        ).images
+
+    def _negative(self, pipe: StableDiffusionXLPipeline, embeds: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """The unconditional text as the checkpoint was trained: zeros, or the encoded empty prompt."""
+        if pipe.config.force_zeros_for_empty_prompt:
+            return torch.zeros_like(embeds), torch.zeros_like(pooled)
+        return self.encoded([""])
+
+    def _grid(self, step: int, pictures: Sequence[Image.Image]) -> Image.Image:
+        columns = [f"seed {shot.seed}" for shot in self.shots]
+        return sheet([pictures], columns=columns, names=[self.shots[0].prompt], title=f"step {step}")
+
+    def _parameters(self, shot: Shot, picture: Image.Image) -> str:
+        """The text WebUI's PNG-info tab reads: prompt on the first line, settings on the last."""
+        return (f"{shot.prompt}\nSteps: {STEPS}, Sampler: DPM++ 2M, CFG scale: {GUIDANCE}, Seed: {shot.seed}, "
+                f"Size: {picture.width}x{picture.height}")
+
+
+def live_pipeline(family: SDXL) -> StableDiffusionXLPipeline:
+    """The stock pipeline around the UNet in training: no text encoders, no VAE, DPM-Solver++ as upstream validates."""
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
+
+    repo = StableDiffusionXLPipeline.load_config(family.path)
+    config = {k: v for k, v in family.scheduler_config.items() if k != "variance_type"}  # learned variance: not here
+    scheduler = DPMSolverMultistepScheduler.from_config(config, prediction_type=family.schedule.prediction_type)
+    pipe = StableDiffusionXLPipeline(
+        vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=family.unet,
+        scheduler=scheduler, force_zeros_for_empty_prompt=repo.get("force_zeros_for_empty_prompt", True),
+        add_watermarker=False,
+    )
+    pipe.vae_scale_factor = family.vae_factor  # otherwise guessed as 8, for want of a VAE
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Dropout off inside; every submodule back in its own mode afterwards, whatever happens."""
+    modes = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, mode in modes.items():
+            child.training = mode
+
+
+@contextmanager
+def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """`module` on `device` inside, back home afterwards."""
+    home = next(module.parameters()).device
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)
+
+
+def save_png(path: Path, picture: Image.Image, parameters: str) -> None:
+    """A PNG with its prompt and seed in the text chunk `parameters`; readers never see half a file."""
+    info, buffer = PngInfo(), io.BytesIO()
+    info.add_text("parameters", parameters)
+    picture.save(buffer, format="PNG", pnginfo=info)
+    atomic_write(path, buffer.getvalue())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Labelled sheets
+
+PAPER, INK, FAINT, EDGE = "#f4f5f7", "#16181d", "#5d6470", "#d5d9e0"
+GAP, MARGIN, NAME_CHARS, LINE = 10, 24, 24, 20  # pixels, pixels, characters a line, pixels a line
+
+
+def sheet(rows: Sequence[Sequence[Image.Image]], *, columns: Sequence[str], names: Sequence[str],
+          title: str) -> Image.Image:
+    """A labelled contact sheet: `names` on the left of `rows`, `columns` above, `title` on top.
+
+    rows     pictures, one list per row, each as long as `columns`
+    Small pictures are enlarged and large ones reduced until a tile is within TILE_PX.
+    """
+    assert len(names) == len(rows) and all(len(row) == len(columns) for row in rows), "a label per row and column"
+    tile = tile_px(max(max(picture.size) for row in rows for picture in row))
+    labels = [textwrap.wrap(name, NAME_CHARS)[: tile // LINE] for name in names]
+    left = MARGIN + (max(width_px(line) for label in labels for line in label) + 2 * GAP if any(labels) else 0)
+    top = MARGIN + 3 * LINE + GAP
+    size = (left + len(columns) * (tile + GAP) - GAP + MARGIN, top + len(rows) * (tile + GAP) - GAP + MARGIN)
+    page = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(page)
+    draw.text((MARGIN, MARGIN), title, fill=INK, font=font(20))
+    for c, column in enumerate(columns):
+        draw.text((left + c * (tile + GAP) + tile // 2, top - GAP), column, fill=FAINT, font=font(), anchor="ms")
+    for r, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        y = top + r * (tile + GAP)
+        draw.multiline_text((MARGIN, y + tile // 2), "\n".join(label), fill=INK, font=font(), anchor="lm")
+        for c, picture in enumerate(row):
+            paste(page, picture, (left + c * (tile + GAP), y), tile)
+    return page
+
+
+def tile_px(side: int) -> int:
+    """Side of a tile for pictures of `side` pixels: a whole multiple of a small side, a large side cut down."""
+    smallest, largest = TILE_PX
+    return min(largest, side * -(-smallest // side))
+
+
+def paste(page: Image.Image, picture: Image.Image, corner: tuple[int, int], tile: int) -> None:
+    """The picture, scaled to fit and centred in its tile, with a hairline edge (pictures on white need one)."""
+    x, y = corner
+    scale = tile / max(picture.size)
+    fitted = picture.convert("RGB").resize([max(1, round(s * scale)) for s in picture.size], Image.Resampling.LANCZOS)
+    page.paste(fitted, (x + (tile - fitted.width) // 2, y + (tile - fitted.height) // 2))
+    ImageDraw.Draw(page).rectangle((x - 1, y - 1, x + tile, y + tile), outline=EDGE)
+
+
+def font(size: int = 14) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def width_px(text: str) -> int:
+    return round(font().getlength(text))

@@ -1,0 +1,220 @@
+"""The end of a run: weight files checked against the trained weights, model card, report and, when asked, the Hub."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from trainkit.errors import Problem, UserError
+from trainkit.export import verify, write_diffusers, write_kohya
+from trainkit.files import Json, atomic_write
+from trainkit.record import redact
+from trainkit.report import SampleStep, environment, sample_steps, write_report
+from trainkit.report.facts import DIFFUSERS_FILE, RunFacts
+
+if TYPE_CHECKING:
+    from trainkit.adapters import Adapters
+    from trainkit.families.sdxl import SDXL
+    from trainkit.options import RunOptions
+
+log = logging.getLogger(__name__)
+
+TAGS = ("text-to-image", "diffusers", "lora", "template:sd-lora", "stable-diffusion-xl")
+LICENCES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"}  # of bases on the Hub; a folder tells its own
+HUB_ID = re.compile(r"([\w-][\w.-]{0,95}/)?[\w-][\w.-]{0,95}", re.ASCII)
+FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
+SETTINGS = {  # name in the card: flag; nothing here holds a path
+    "Resolution, pixels": "resolution", "Rank": "rank", "Alpha": "lora_alpha", "Layers": "lora_layers",
+    "Blocks": "lora_unet_blocks", "Optimizer": "optimizer", "Learning rate": "learning_rate",
+    "Schedule": "lr_scheduler", "Warm-up, steps": "lr_warmup_steps", "Batch size": "train_batch_size",
+    "Accumulation": "gradient_accumulation_steps", "Min-SNR gamma": "snr_gamma", "Noise offset": "noise_offset",
+    "Random flips": "random_flip", "CLIP skip": "clip_skip", "Mixed precision": "mixed_precision", "Seed": "seed",
+}
+
+
+def problems(options: RunOptions) -> Iterator[Problem]:
+    """What would make the upload fail after hours of training."""
+    if not options.push_to_hub:
+        return
+    from huggingface_hub import get_token
+
+    if options.hub_token is None and get_token() is None:
+        yield Problem("no token for the Hub", "--push_to_hub", "an upload needs to know who you are",
+                      "run `hf auth login` once, or set HF_TOKEN in the environment")
+    name = repo_id(options)
+    if not HUB_ID.fullmatch(name):
+        yield Problem(f"{name!r} is no repository name", "--hub_model_id", "the Hub allows letters, digits, . _ and -",
+                      "give --hub_model_id owner/name")
+
+
+def publish(options: RunOptions, family: SDXL, adapters: Adapters, *, num_images: int | None = None) -> list[Path]:
+    """Write the final files into --output_dir, verify them, and upload them when asked -> the files, weights first.
+
+    num_images  pictures trained on, without repeats, for the file's header
+    Raises UserError when a written file does not hold the trained weights, or when the upload fails; by then every
+    file is complete on the disk.
+    """
+    folder = Path(options.output_dir)
+    weights = write_weights(folder, family, adapters, num_images=num_images)
+    files = [*weights, write_card(folder), write_report(folder)]
+    if options.push_to_hub:
+        token = options.hub_token.get_secret_value() if options.hub_token else None
+        url = push(folder, uploads(folder, weights), repo_id=repo_id(options), private=options.hub_private, token=token)
+        log.info("uploaded to %s", url)
+    return files
+
+
+def write_weights(folder: Path, family: SDXL, adapters: Adapters, *, num_images: int | None) -> list[Path]:
+    """The Diffusers file and the one for ComfyUI and WebUIs, each read back and compared with the adapters."""
+    run = RunFacts(folder)
+    ours, others = folder / DIFFUSERS_FILE, folder / f"{run.name}.safetensors"
+    metadata = header(run, num_images=num_images)
+    write_diffusers(adapters, ours, metadata)
+    write_kohya(adapters, family, others, metadata)
+    for path in (ours, others):
+        error = verify(path, adapters)
+        log.info("%s holds the trained weights (largest error %.1e of its ΔW)", path.name, error)
+    return [ours, others]
+
+
+def header(run: RunFacts, *, num_images: int | None) -> dict[str, str]:
+    """What the files say about their run: strings only, no path.
+
+    Source: kohya-ss/sd-scripts, library/train_util.py and train_network.py (ss_* keys); Stability-AI/ModelSpec 1.0.1.
+    """
+    side, visits = run.option("resolution"), (num_images or 0) * int(run.option("repeats") or 1)
+    values = {
+        "ss_output_name": run.name, "ss_sd_model_name": run.base_model, "ss_resolution": f"({side}, {side})",
+        "ss_num_train_images": num_images, "ss_steps": run.step, "ss_max_train_steps": run.total_steps,
+        "ss_num_epochs": math.ceil(run.step * int(run.record["global_batch"]) / visits) if visits else None,
+        "ss_seed": run.record["seed"], "ss_learning_rate": run.option("learning_rate"),
+        "ss_optimizer": run.option("optimizer"), "ss_lr_scheduler": run.option("lr_scheduler"),
+        "ss_lr_warmup_steps": run.option("lr_warmup_steps"), "ss_min_snr_gamma": run.option("snr_gamma"),
+        "ss_noise_offset": run.option("noise_offset"), "ss_clip_skip": run.option("clip_skip"),
+        "ss_batch_size_per_device": run.option("train_batch_size"),
+        "ss_gradient_accumulation_steps": run.option("gradient_accumulation_steps"),
+        "modelspec.title": run.name, "modelspec.date": run.record["started"],
+        "modelspec.trigger_phrase": run.trigger, "modelspec.description": f"LoRA for {run.base_model}",
+        "modelspec.tags": "lora, text-to-image",
+    }
+    return {key: str(value) for key, value in values.items() if value not in (None, "")}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model card
+
+
+def write_card(folder: Path) -> Path:
+    """README.md: front matter for the Hub, how to use the LoRA in three places, settings, hashes."""
+    run, samples = RunFacts(folder), sample_steps(folder)
+    licence = licence_of(run)
+    matter = yaml.safe_dump(front_matter(run, samples, licence), sort_keys=False, allow_unicode=True, width=1000)
+    env = environment(autoescape=False)
+    env.filters |= {"text": text, "code": code, "steps": mixed}
+    purposes = {f.name: "Diffusers" if f.name == DIFFUSERS_FILE else "ComfyUI, A1111, Forge" for f in run.files}
+    card = env.get_template("card.md").render(
+        run=run, samples=samples, samples_grid=f"samples/step_{samples[-1].step:06d}.png" if samples else "",
+        usage=run.usage, files=run.files, purposes=purposes, settings=settings(run), dataset=hub_dataset(run),
+        licence=licence, base_is_local=Path(run.base_path).is_dir(), front_matter=matter,
+    )
+    path = folder / "README.md"
+    atomic_write(path, card.encode("utf-8"))
+    return path
+
+
+def front_matter(run: RunFacts, samples: Sequence[SampleStep], licence: str | None) -> dict[str, Json]:
+    """The card's metadata. See huggingface.co/docs/hub/model-cards."""
+    pictures = samples[-1].pictures if samples else ()
+    matter: dict[str, Json] = {
+        "base_model": run.base_model, "library_name": "diffusers", "license": licence or "other",
+        "instance_prompt": run.trigger, "pipeline_tag": "text-to-image", "tags": list(TAGS),
+    }
+    if pictures:
+        matter["widget"] = [{"text": run.validation_prompt, "output": {"url": p.file}} for p in pictures]
+    return matter
+
+
+def licence_of(run: RunFacts) -> str | None:
+    """Licence of the base model: from the card in its folder, or known for its Hub name."""
+    card = Path(run.base_path) / "README.md"
+    if not card.is_file():
+        return LICENCES.get(run.base_model)
+    match = FRONT_MATTER.match(card.read_text("utf-8"))
+    matter = yaml.safe_load(match[1]) if match else None
+    found = matter.get("license") if isinstance(matter, dict) else None
+    return str(found) if found else None
+
+
+def hub_dataset(run: RunFacts) -> str | None:
+    """The data set's name if it is one on the Hub; a folder's name is private."""
+    name = str(run.option("dataset_name") or "")
+    return name if HUB_ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def settings(run: RunFacts) -> dict[str, str]:
+    """The rows of the card's table; options that are off are left out."""
+    values = {name: run.option(flag) for name, flag in SETTINGS.items()} | {"Steps": run.step}
+    return {name: str(value) for name, value in values.items() if value not in (None, False, "")}
+
+
+def text(value: Json) -> str:
+    """Words in Markdown that mean themselves: on one line, no markup, no HTML."""
+    return re.sub(r"([\\`*_{}\[\]<>|#!&~])", r"\\\1", " ".join(str(value).split()))
+
+
+def code(value: Json) -> str:
+    """A literal in Markdown; a backtick, which would end it, becomes an apostrophe, and | would end a table's cell."""
+    return f"`{' '.join(str(value).split()).replace('`', chr(39)).replace('|', '/')}`"
+
+
+def mixed(step: str) -> str:
+    """A sentence with literals between backticks."""
+    return "".join(code(part) if k % 2 else spaced_text(part) for k, part in enumerate(step.split("`")))
+
+
+def spaced_text(part: str) -> str:
+    """`text` that keeps the space at both ends."""
+    return f"{' ' if part[:1].isspace() else ''}{text(part)}{' ' if part[-1:].isspace() else ''}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hub
+
+
+def repo_id(options: RunOptions) -> str:
+    return options.hub_model_id or Path(options.output_dir).name
+
+
+def uploads(folder: Path, weights: Sequence[Path]) -> list[Path]:
+    """What goes to the Hub, by name: never checkpoints, logs, caches, run.json or files that were there before.
+
+    A list, not patterns: the Hub client's `*` matches across folders, so `*.safetensors` would send checkpoints too.
+    """
+    samples = sorted(p for p in (folder / "samples").glob("step_*.png") if not p.is_symlink())
+    return [*weights, folder / "README.md", folder / "report.html", *samples]
+
+
+def push(folder: Path, files: Sequence[Path], *, repo_id: str, private: bool, token: str | None) -> str:
+    """Create the repository if need be and upload exactly `files` in one commit -> its URL."""
+    import httpx
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi(token=token)
+    operations = [CommitOperationAdd(path_in_repo=f.relative_to(folder).as_posix(), path_or_fileobj=f) for f in files]
+    try:
+        repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.create_commit(repo.repo_id, operations=operations, commit_message="LoRA, model card, samples, report")
+    except (OSError, httpx.HTTPError) as error:
+        reason = redact(str(error), [token] if token else [])
+        raise UserError(Problem(
+            what=f"the upload to {repo_id} failed: {reason}", where="--push_to_hub",
+            why=f"every file is complete in {folder}; only the upload is missing",
+            fix="run `hf auth login`, then the same command with --resume_from_checkpoint latest: it only publishes",
+        )) from error
+    return repo.url

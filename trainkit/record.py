@@ -1,0 +1,135 @@
+"""A run directory explains itself: run.json (what was asked, where it came from, on what) and metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import re
+import secrets
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+
+from trainkit.files import Json, atomic_write, write_json
+
+log = logging.getLogger(__name__)
+
+PACKAGES = (
+    "torch", "diffusers", "transformers", "peft", "accelerate", "datasets", "safetensors", "prodigyopt",
+    "bitsandbytes", "pillow", "numpy",
+)
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}|\bsk-[A-Za-z0-9_-]{16,}|\bAKIA[0-9A-Z]{16}\b|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+MASK = "***"
+
+
+def versions() -> dict[str, str]:
+    """Versions of python and of those packages that are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def redact(text: str, known: Iterable[str] = ()) -> str:
+    """`text` without access tokens: those in `known`, those in the environment, and anything shaped like one."""
+    for value in (*known, *(os.environ.get(name, "") for name in SECRET_VARIABLES)):
+        if len(value) >= 4:
+            text = text.replace(value, MASK)
+    return TOKEN.sub(MASK, text)
+
+
+def redact_json(data: Json, known: Iterable[str] = ()) -> Json:
+    """The same for every string in a JSON value."""
+    known = tuple(known)
+    if isinstance(data, str):
+        return redact(data, known)
+    if isinstance(data, Mapping):
+        return {str(k): redact_json(v, known) for k, v in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [redact_json(v, known) for v in data]
+    return data if data is None or isinstance(data, (bool, int, float)) else redact(str(data), known)
+
+
+def redacted_command(argv: list[str]) -> list[str]:
+    """The command line with the value of --hub_token masked."""
+    shown = [re.sub(r"^(--hub_token=).*", rf"\1{MASK}", a) for a in argv]
+    for i, flag in enumerate(argv[:-1]):
+        if flag == "--hub_token":
+            shown[i + 1] = MASK
+    return [redact(a) for a in shown]
+
+
+class Record:
+    """run.json: written when the run starts, completed when it ends however it ends.
+
+    {run_id, name, status, exit_code, started, ended, seconds, step, seed, world, device, precision, command, versions,
+     options: {flag: {value, origin}}, total_steps, start_step, global_batch, and what `add` was given}
+    """
+
+    def __init__(self, out_dir: Path, **facts: Json):
+        self.path = out_dir / "run.json"
+        self.data = {
+            "run_id": secrets.token_hex(6), "name": out_dir.resolve().name, "status": "running", "exit_code": None,
+            "started": timestamp(), "ended": None, "seconds": None, "step": None, **facts,
+            "command": redacted_command(sys.argv), "versions": versions(),
+        }
+        self.write()
+
+    def add(self, **facts: Json) -> None:
+        """Add what became known later: data set, model hash, number of steps."""
+        self.data |= redact_json(facts)
+        self.write()
+
+    def finish(self, *, status: str, exit_code: int, seconds: float, step: int) -> None:
+        self.add(status=status, exit_code=exit_code, ended=timestamp(), seconds=seconds, step=step)
+
+    def write(self) -> None:
+        write_json(self.path, self.data)
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object per optimizer step, in order of steps, even across restarts."""
+
+    def __init__(self, out_dir: Path):
+        self.path = out_dir / "metrics.jsonl"
+
+    def begin(self, start: int) -> float:
+        """Drop rows after step `start`, which will be written again -> seconds of training up to there.
+
+        At 0 the whole file, which is another run's, moves to earlier/.
+        """
+        if not self.path.exists():
+            return 0.0
+        if start == 0:
+            earlier = self.path.parent / "earlier"
+            earlier.mkdir(exist_ok=True)
+            self.path.rename(earlier / f"metrics-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}.jsonl")
+            return 0.0
+        rows = [row for row in map(parsed, self.path.read_text().splitlines()) if row and row["step"] <= start]
+        atomic_write(self.path, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+        return rows[-1]["seconds"] if rows else 0.0
+
+    def write(self, values: Mapping[str, Json]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def parsed(line: str) -> dict[str, Json] | None:
+    """One row; None for a row that a kill cut short."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def timestamp() -> str:
+    """Local time with its offset: 2026-11-21T22:05:09+0100."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

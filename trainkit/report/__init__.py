@@ -1,0 +1,196 @@
+"""report.html: one offline page that tells how a run went, from its run.json, metrics.jsonl and samples/.
+
+`facts` reads and cleans what a run left behind, `charts` draws lines, this file puts the page together. The page makes
+no request: styles, script and pictures are inside, and its content security policy allows nothing else.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+from PIL import Image
+
+from trainkit.files import atomic_write
+from trainkit.report.charts import Chart, line_chart, number, smoothed
+from trainkit.report.facts import RunFacts
+
+TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
+SAMPLE = re.compile(r"step_(\d+)_p(\d+)_s(\d+)\.png")
+MAX_SAMPLE_STEPS = 24  # steps on the slider: the first, the last and others spread between
+EMBED_PX, EMBED_BYTES = 512, 96 * 1024  # larger pictures go in as thumbnails; the full ones stay beside the page
+
+
+@dataclass(frozen=True)
+class Tile:
+    label: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    file: str  # relative to the page
+    caption: str
+    size: str
+    data: str  # data URI
+
+
+@dataclass(frozen=True)
+class SampleStep:
+    step: int
+    pictures: tuple[Picture, ...]
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write `folder`/report.html from what lies in the run directory -> its path. Can be repeated at any time."""
+    folder = Path(folder)
+    run = RunFacts(folder)
+    css, js = ((TEMPLATES / name).read_text("utf-8") for name in ("report.css", "report.js"))
+    page = environment(autoescape=True).get_template("report.html").render(
+        run=run, tiles=tiles(run), samples=sample_steps(folder), charts=charts(run), usage=run.usage, files=run.files,
+        machine=machine(run), css=Markup(css), js=Markup(js), policy=policy(css, js),
+    )
+    path = folder / "report.html"
+    atomic_write(path, page.encode("utf-8"))
+    return path
+
+
+def environment(*, autoescape: bool) -> Environment:
+    """Templates of this project; a name that is not given is an error."""
+    env = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=autoescape, undefined=StrictUndefined,
+                      trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    env.filters["inline_code"] = inline_code
+    return env
+
+
+def policy(css: str, js: str) -> str:
+    """Content security policy: this style, this script, embedded pictures, nothing else."""
+    style, script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (css, js))
+    return (f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; img-src data:; "
+            "base-uri 'none'; form-action 'none'")
+
+
+def inline_code(text: str) -> Markup:
+    """`word` -> <code>word</code>, everything escaped."""
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Numbers
+
+
+def tiles(run: RunFacts) -> list[Tile]:
+    return [tile for tile in (*progress_tiles(run), *resource_tiles(run)) if tile.value]
+
+
+def progress_tiles(run: RunFacts) -> Iterator[Tile]:
+    loss = smoothed(column(run, "loss"))
+    if loss:
+        yield Tile("Loss, smoothed", number(loss[-1][1]), f"{number(loss[0][1])} at the start")
+    yield Tile("Steps", f"{run.step:,}", f"of {run.total_steps:,}" if run.total_steps else "")
+    if run.seconds:
+        yield Tile("Time", duration(run.seconds), f"{run.step / run.seconds:.2g} steps a second")
+
+
+def resource_tiles(run: RunFacts) -> Iterator[Tile]:
+    last = run.metrics[-1] if run.metrics else {}
+    if "images" in last:
+        yield Tile("Pictures seen", f"{last['images']:,.0f}", f"{last['images'] / max(1, run.step):.3g} a step")
+    if last.get("skipped"):
+        yield Tile("Skipped steps", f"{last['skipped']:.0f}", "loss or gradient not finite")
+
+
+def charts(run: RunFacts) -> list[Chart]:
+    """Loss, learning rate of each group (times Prodigy's d where there is one), gradient norm; what was logged."""
+    loss, norm = column(run, "loss"), column(run, "grad_norm")
+    found = []
+    if loss:
+        smooth = smoothed(loss)
+        found.append(line_chart("Loss", smooth, raw=loss, wide=True, summary=f"{number(smooth[-1][1])} at the end",
+                                explanation="The faint line is the loss itself, the strong one its running mean."))
+    for name in group_names(run):
+        rate = effective_rate(run, name)
+        found.append(line_chart(f"Learning rate, {name}", rate, summary=f"{number(rate[-1][1])} at the end"))
+    if norm:
+        smooth = smoothed(norm)
+        found.append(line_chart("Gradient norm, before clipping", smooth, raw=norm,
+                                summary=f"{number(smooth[-1][1])} at the end"))
+    return found
+
+
+def group_names(run: RunFacts) -> list[str]:
+    keys = dict.fromkeys(key for row in run.metrics for key in row if key.startswith("lr/"))
+    return [key.removeprefix("lr/") for key in keys]
+
+
+def effective_rate(run: RunFacts, name: str) -> list[tuple[float, float]]:
+    """lr · d: Prodigy's own factor d belongs to the step size, and its lr alone looks stuck at 1."""
+    return [(row["step"], row[f"lr/{name}"] * row.get(f"d/{name}", 1.0)) for row in run.metrics if f"lr/{name}" in row]
+
+
+def column(run: RunFacts, key: str) -> list[tuple[float, float]]:
+    return [(row["step"], row[key]) for row in run.metrics if key in row]
+
+
+def machine(run: RunFacts) -> dict[str, str]:
+    found = {
+        "device": run.record.get("device"), "processes": run.record.get("world"),
+        "precision": run.record.get("precision"), "seed": run.record.get("seed"),
+    }
+    return {key: str(value) for key, value in found.items() if value is not None}
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def sample_steps(folder: Path) -> list[SampleStep]:
+    """The single pictures in samples/, by step; at most MAX_SAMPLE_STEPS steps."""
+    by_step: dict[int, list[Path]] = {}
+    for path in sorted((folder / "samples").glob("step_*.png")):
+        if match := SAMPLE.fullmatch(path.name):
+            by_step.setdefault(int(match[1]), []).append(path)
+    return [SampleStep(step, tuple(picture(path) for path in by_step[step])) for step in spread(sorted(by_step))]
+
+
+def spread(steps: list[int]) -> list[int]:
+    if len(steps) <= MAX_SAMPLE_STEPS:
+        return steps
+    return [steps[round(k * (len(steps) - 1) / (MAX_SAMPLE_STEPS - 1))] for k in range(MAX_SAMPLE_STEPS)]
+
+
+def picture(path: Path) -> Picture:
+    _, number_, seed = SAMPLE.fullmatch(path.name).groups()
+    with Image.open(path) as image:
+        size = f"{image.width} × {image.height}"
+        small = max(image.size) <= EMBED_PX and path.stat().st_size <= EMBED_BYTES
+        data = data_uri("png", path.read_bytes()) if small else data_uri("webp", thumbnail(image))
+    caption = f"seed {seed}" if int(number_) == 1 else f"prompt {int(number_)}, seed {seed}"
+    return Picture(f"samples/{path.name}", caption, size, data)
+
+
+def thumbnail(image: Image.Image) -> bytes:
+    small, buffer = image.convert("RGB"), io.BytesIO()
+    small.thumbnail((EMBED_PX, EMBED_PX), Image.Resampling.LANCZOS)
+    small.save(buffer, format="WEBP", quality=85)
+    return buffer.getvalue()
+
+
+def data_uri(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,129 @@
+"""Line charts as inline SVG: no library, no request, readable in light and dark."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+Points = list[tuple[float, float]]  # (step, value), steps rising
+
+MAX_POINTS = 400  # a chart's lines are thinned to this many
+LEFT, RIGHT, TOP, BOTTOM = 48, 10, 8, 24  # pixels around the plot
+
+
+@dataclass(frozen=True)
+class Chart:
+    title: str
+    summary: str  # shown beside the title while nothing is pointed at
+    explanation: str
+    svg: Markup
+    points_json: str  # [[x, y, text], ...] in the svg's units, for the value under the pointer
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Maps data to pixels."""
+
+    width: int
+    height: int
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+
+    def x(self, step: float) -> float:
+        low, high = self.x_range
+        return LEFT + (step - low) / (high - low) * (self.width - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        low, high = self.y_range
+        inside = (min(max(value, low), high) - low) / (high - low)
+        return self.height - BOTTOM - inside * (self.height - TOP - BOTTOM)
+
+    def line(self, points: Points, name: str) -> str:
+        where = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
+        return f'<polyline class="{name}" points="{where}"/>'
+
+
+def line_chart(title: str, points: Points, *, raw: Points | None = None, summary: str = "", explanation: str = "",
+               wide: bool = False) -> Chart:
+    """`points` as a strong line, `raw` as a faint one behind it; raw spikes above the 98th percentile are cut off."""
+    points, raw = thinned(points), thinned(raw or [])
+    high = max([y for _, y in points] + [percentile([y for _, y in raw], 0.98)])
+    low = min([y for _, y in points] + [percentile([y for _, y in raw], 0.02)])
+    ticks = nice_ticks(*((low, high) if high - low > 0.02 * abs(high) else (0, high * 1.25 or 1)))
+    x_range = (points[0][0], max(points[-1][0], points[0][0] + 1))
+    frame = Frame(1040 if wide else 500, 270 if wide else 210, x_range, (ticks[0], ticks[-1]))
+    parts = [*grid(frame, ticks), frame.line(raw, "raw"), frame.line(points, "main"), marker(frame)]
+    near = [[round(frame.x(x), 1), round(frame.y(y), 1), f"step {x:.0f}: {number(y)}"] for x, y in points]
+    svg = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
+        frame.width, frame.height, title, Markup("".join(parts)))
+    return Chart(title, summary, explanation, svg, json.dumps(near))
+
+
+def grid(frame: Frame, ticks: Sequence[float]) -> list[str]:
+    """Horizontal lines with their values; first, middle and last step below."""
+    right, floor = frame.width - RIGHT, frame.height - BOTTOM
+    parts = []
+    for k, tick in enumerate(ticks):
+        y = frame.y(tick)
+        parts.append(f'<line class="{"grid" if k else "axis"}" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{number(tick)}</text>')
+    first, last = frame.x_range
+    for step, anchor in ((first, "start"), ((first + last) / 2, "middle"), (last, "end")):
+        x = frame.x(step)
+        parts.append(f'<text x="{x:.1f}" y="{floor + 18}" text-anchor="{anchor}">{step:,.0f}</text>')
+    return parts
+
+
+def marker(frame: Frame) -> str:
+    floor = frame.height - BOTTOM
+    return f'<line class="hair" x1="0" x2="0" y1="{TOP}" y2="{floor}"/><circle class="dot" r="4.5" cx="0" cy="0"/>'
+
+
+def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Round numbers that enclose [low, high], about `count` steps apart."""
+    assert high > low, (low, high)
+    rough = (high - low) / count
+    unit = 10 ** math.floor(math.log10(rough))
+    step = next(unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [k * step for k in range(first, last + 1)]
+
+
+def thinned(points: Points) -> Points:
+    """At most MAX_POINTS points: means of equal stretches, the first and the last as they are."""
+    if len(points) <= MAX_POINTS:
+        return points
+    inner, buckets = points[1:-1], MAX_POINTS - 2
+    cuts = [round(k * len(inner) / buckets) for k in range(buckets + 1)]
+    groups = [inner[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    means = [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+    return [points[0], *means, points[-1]]
+
+
+def smoothed(points: Points) -> Points:
+    """Exponential mean over about a twentieth of the run, corrected for its start (Kingma & Ba 2015, algorithm 1)."""
+    decay = 1 - 1 / max(10, len(points) / 20)
+    mean, weight, out = 0.0, 0.0, []
+    for x, y in points:
+        mean, weight = decay * mean + (1 - decay) * y, decay * weight + (1 - decay)
+        out.append((x, mean / weight))
+    return out
+
+
+def percentile(values: list[float], share: float) -> float:
+    """nan-free and empty-safe; for no values a number that never wins min or max."""
+    if not values:
+        return -math.inf if share > 0.5 else math.inf
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def number(value: float) -> str:
+    """Three significant digits: 0.0412, 1,640, 1e-4."""
+    if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -1,0 +1,224 @@
+"""What may be told about a run: its record and metrics, read from the run directory and cleaned of private paths."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from trainkit.files import Json, read_json
+
+PATHS = {  # options whose value is a place on this machine
+    "instance_data_dir", "class_data_dir", "output_dir", "logging_dir", "cache_dir", "latent_cache_dir", "config",
+    "resume_from_checkpoint",
+}
+PATHS_OR_NAMES = {"pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name"}
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Changed:
+    """An option that is not at its default."""
+
+    flag: str
+    value: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    name: str
+    size: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Interface:
+    """How to use the LoRA in one user interface; words between backticks are literal."""
+
+    name: str
+    steps: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Usage:
+    diffusers: str
+    interfaces: tuple[Interface, ...]
+
+
+class RunFacts:
+    """run.json and metrics.jsonl of `folder`, as a report or a model card may show them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.record: dict[str, Json] = read_json(folder / "run.json")
+        self.metrics = list(read_metrics(folder / "metrics.jsonl"))
+
+    def option(self, flag: str) -> Json:
+        """Resolved value of a flag, None for a flag the run did not have."""
+        return self.record["options"].get(flag, {}).get("value")
+
+    @property
+    def name(self) -> str:
+        return str(self.record["name"])
+
+    @property
+    def base_path(self) -> str:
+        return str(self.option("pretrained_model_name_or_path"))
+
+    @property
+    def base_model(self) -> str:
+        return public("pretrained_model_name_or_path", self.base_path)
+
+    @property
+    def trigger(self) -> str:
+        return str(self.option("instance_prompt") or "")
+
+    @property
+    def validation_prompt(self) -> str:
+        return str(self.option("validation_prompt") or "")
+
+    @property
+    def step(self) -> int:
+        return int(self.metrics[-1]["step"]) if self.metrics else int(self.record["step"] or 0)
+
+    @property
+    def total_steps(self) -> int | None:
+        total = self.record.get("total_steps")
+        return int(total) if total else None
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall time of the run; while it still runs, the time of the last logged step."""
+        seconds = self.record.get("seconds") or (self.metrics[-1].get("seconds") if self.metrics else None)
+        return float(seconds) if seconds else None
+
+    @property
+    def ended_well(self) -> bool:
+        return self.record["status"] == "done" or (self.record["status"] == "running" and self.all_steps_made)
+
+    @property
+    def all_steps_made(self) -> bool:
+        return self.total_steps is not None and self.step >= self.total_steps
+
+    @property
+    def status(self) -> str:
+        return "finished" if self.ended_well else str(self.record["status"])
+
+    @property
+    def started(self) -> str:
+        """`2026-11-21 22:05`."""
+        return str(self.record["started"] or "")[:16].replace("T", " ")
+
+    @cached_property
+    def changed(self) -> list[Changed]:
+        options: dict[str, dict[str, Json]] = self.record["options"]
+        return [Changed(flag, shown(public(flag, o["value"])), origin_shown(o["origin"]))
+                for flag, o in options.items() if o["origin"] != "default"]
+
+    @property
+    def command(self) -> str:
+        """A command line that repeats the run, private folders reduced to their names."""
+        script = re.split(r"[\\/]", str(self.record["command"][0]))[-1]
+        return " ".join(["python", script, *(f"--{c.flag}={shlex.quote(c.value)}" for c in self.changed)])
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return dict(self.record["versions"])
+
+    @property
+    def hub_name(self) -> str | None:
+        """`owner/name` when the files were meant for the Hub."""
+        name = self.option("hub_model_id")
+        return str(name) if name and "/" in str(name) else None
+
+    @cached_property
+    def files(self) -> list[WrittenFile]:
+        """The weight files at the top of the run directory, the one for Diffusers first."""
+        paths = sorted(self.folder.glob("*.safetensors"), key=lambda p: (p.name != DIFFUSERS_FILE, p.name))
+        return [WrittenFile(p.name, bytes_shown(p.stat().st_size), sha256(p)) for p in paths]
+
+    @cached_property
+    def usage(self) -> Usage:
+        prompt = self.validation_prompt or self.trigger
+        return Usage(diffusers_snippet(self.base_model, self.hub_name or ".", prompt), interfaces(self))
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, float]]:
+    """One dict of finite numbers per logged step; a line cut short by a kill is left out."""
+    if not path.exists():
+        return
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            yield {k: v for k, v in row.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+
+
+def public(flag: str, value: Json) -> Json:
+    """An option's value without the folders it lies in: these are nobody's business once a file is shared."""
+    if not isinstance(value, str) or flag not in PATHS | PATHS_OR_NAMES:
+        return value
+    if flag in PATHS_OR_NAMES and HUB_NAME.fullmatch(value) and not Path(value).exists():
+        return value
+    return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+
+
+def shown(value: Json) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def origin_shown(origin: Json) -> str:
+    """`config FILE` may name a folder."""
+    kind, _, rest = str(origin).partition(" ")
+    return f"{kind} {public('config', rest)}" if kind == "config" else str(origin)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def bytes_shown(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{max(1, round(size / 2**10))} KiB"
+
+
+def diffusers_snippet(base: str, lora: str, prompt: str) -> str:
+    """Python that loads the LoRA; user text goes in as string literals."""
+    base, lora, prompt = (json.dumps(text, ensure_ascii=False) for text in (base, lora, prompt))
+    return f"""import torch
+from diffusers import StableDiffusionXLPipeline
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+dtype = torch.float16 if device == "cuda" else torch.float32
+pipe = StableDiffusionXLPipeline.from_pretrained({base}, torch_dtype=dtype).to(device)
+pipe.load_lora_weights({lora}, weight_name="{DIFFUSERS_FILE}", adapter_name="lora")
+pipe.set_adapters("lora", 1.0)  # strength
+image = pipe({prompt}).images[0]
+image.save("picture.png")
+"""
+
+
+def interfaces(run: RunFacts) -> tuple[Interface, ...]:
+    file = f"{run.name}.safetensors"
+    comfy = (
+        f"Put `{file}` into `ComfyUI/models/loras/`.",
+        f"Add a `Load LoRA` node behind `Load Checkpoint` ({run.base_model}) and choose the file.",
+        "Set `strength_model` to 1. `strength_clip` changes nothing: the text encoders were not trained.",
+        f"Write `{run.trigger}` in the positive prompt.",
+    )
+    webui = (
+        f"Put `{file}` into `models/Lora/` and press Refresh in the Lora tab.",
+        f"Load the base model {run.base_model}.",
+        f"Prompt: `{run.trigger} <lora:{run.name}:1>`",
+    )
+    return Interface("ComfyUI", comfy), Interface("A1111 / Forge", webui)

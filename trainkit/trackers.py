@@ -1,0 +1,92 @@
+"""TensorBoard and Weights & Biases through accelerate, and what else writes to the screen."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainkit.errors import Problem, UserError
+from trainkit.files import Json
+from trainkit.record import redacted_command
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from PIL.Image import Image
+
+KNOWN = ("tensorboard", "wandb")
+FLUSH_SECONDS = 10
+
+
+def chosen_trackers(report_to: str) -> list[str]:
+    """--report_to as a list of names: "all" means those that are installed. Raises UserError for a missing package."""
+    installed = [name for name in KNOWN if importlib.util.find_spec(name)]
+    if report_to in ("none", "all"):
+        return installed if report_to == "all" else []
+    if report_to not in installed:
+        raise UserError(Problem(
+            what=f"--report_to {report_to}: the package is not installed", where="--report_to",
+            why="nothing would be logged there", fix=f"pip install {report_to}, or --report_to none",
+        ))
+    return [report_to]
+
+
+def start_trackers(accelerator: Accelerator, project: str, options: Mapping[str, Json], *, out_dir: Path) -> None:
+    """Open the trackers the accelerator was made with. `options` must hold no secret.
+
+    W&B records sys.argv by itself, so a token on the command line is masked there first.
+    """
+    sys.argv[1:] = redacted_command(sys.argv)[1:]
+    plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in options.items()}
+    try:
+        accelerator.init_trackers(project, plain, {
+            "wandb": {"dir": str(out_dir), "name": out_dir.name}, "tensorboard": {"flush_secs": FLUSH_SECONDS},
+        })
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "wandb":
+            raise
+        raise UserError(Problem(
+            what=f"Weights & Biases would not start: {error}", where="--report_to wandb",
+            why="it needs a login, or to be told to stay offline",
+            fix="wandb login, or WANDB_MODE=offline in the environment, or --report_to tensorboard",
+        )) from error
+
+
+def log_values(accelerator: Accelerator, values: Mapping[str, float], *, step: int) -> None:
+    """Numbers to every tracker. accelerate flushes TensorBoard at each call (4 ms a step); its writer does in time."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            for name, value in values.items():
+                tracker.writer.add_scalar(name, value, step)
+        else:
+            tracker.log(dict(values), step=step)
+
+
+def log_images(accelerator: Accelerator, images: Mapping[str, list[Image]], *, step: int) -> None:
+    """Pictures of one size per name, to every tracker that shows pictures."""
+    import numpy as np
+
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            stacks = {k: np.stack([np.asarray(picture.convert("RGB")) for picture in v]) for k, v in images.items()}
+            tracker.log_images(stacks, step=step, dataformats="NHWC")  # [N,H,W,3]
+        elif tracker.name == "wandb":
+            tracker.log_images(images, step=step)
+
+
+def quiet_libraries() -> None:
+    """Loading bars and advice of the libraries would tear the progress line; their errors still show."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", message=".*torchvision.*")
+    from diffusers.utils import logging as diffusers_log
+    from transformers.utils import logging as transformers_log
+
+    for room in (diffusers_log, transformers_log):
+        room.set_verbosity_error()
+        room.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
