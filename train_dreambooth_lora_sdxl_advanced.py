@@ -64,7 +64,6 @@ class Options(OptionSet):
 def main(argv: list[str] | None = None) -> None:
     opt = parse(Options, argv, description=__doc__)  # frozen; --help and --print_config end here
 
-    # The rooms load slowly, so only now. Each call below names the room it is in.
     from trainkit import adapters, checkpoints, diffusion, objective, optim, preview, publish, run
     from trainkit.data import cache, loader, order
     from trainkit.families import sdxl, text
@@ -78,22 +77,21 @@ def main(argv: list[str] | None = None) -> None:
         pictures = loader.ready_pictures(rows, opt.data, family, store, seed=job.seed, progress=job.progress.task)
         lora = adapters.add_lora(family.unet, opt.lora, targets=family.lora_targets, seed=job.seed)  # all that trains
         family.settle(keep_vae=pictures.live, gradient_checkpointing=opt.precision.gradient_checkpointing)
-
         loss = objective.make_objective(opt.objective, family.schedule.prediction, opt.run.compat)
         levels, noise = diffusion.UniformTimesteps(family.schedule), diffusion.Noise(opt.objective.noise_offset)
-        train_step = TrainStep(family, prompts, levels, noise, loss, job)
+        train_step = TrainStep(family, prompts, job, levels, noise, loss)
         total = opt.run.total_steps(len(rows), job.world)
-        groups = lora.groups(**opt.optimizer.unet_rates(job.global_batch))
-        optimizer = optim.make_optimizer(groups, opt.optimizer, total_steps=total)
-        previews = preview.Previews(family, opt.validation, prompts, job.out_dir, resolution=opt.data.resolution,
-                                    seed=job.seed, every=opt.validation.every(len(rows), job.global_batch))
+        optimizer = optim.make_optimizer(lora.groups(opt.optimizer, job.global_batch), opt.optimizer, total)
+        stream = order.Order(rows, job.global_batch, seed=job.seed)  # the same on 1 or N processes
+        previews = preview.Previews(
+            family, opt.validation, prompts, job.out_dir, seed=job.seed, resolution=opt.data.resolution,
+            every=opt.validation.every(stream.steps_per_epoch))
         saves = checkpoints.Checkpoints(
             job.out_dir, keep=opt.run.checkpoints_total_limit, fingerprint=fingerprint(opt, rows, family, job),
             adapters=lora, optimizer=optimizer, run=job)
-
         start, stop = saves.resume(opt.run.resume_from_checkpoint), opt.run.last_step(total)
         job.begin(start, total)
-        stream = order.Order(rows, job.global_batch, seed=job.seed)  # the same on 1 or N processes
+        job.draw(start, previews)  # what it draws before it learns more
         for step, batches in loader.micro_batches(pictures, stream, start_step=start, stop_step=stop, **job.share):
             for batch in batches:
                 losses = train_step(batch.to(job.device))  # [B]
@@ -111,10 +109,10 @@ class TrainStep:
 
     family: SDXL
     prompts: FrozenText
+    job: Run
     levels: LevelSampler
     noise: Noise
     loss: Objective
-    job: Run
 
     def __call__(self, batch: Batch) -> Tensor:
         """-> losses [B]. Every draw is a function of (seed, step, slot in the global batch)."""
@@ -153,7 +151,7 @@ def preflight(opt: Options) -> list[Row]:
     model_problems = sdxl.problems(model, resolution=opt.data.resolution, vae_path=other_vae,
                                    revision=opt.model.revision, variant=opt.model.variant)
     if opt.lora.lora_unet_blocks and not model_problems:
-        unet = sdxl.skeleton(model, opt.model.revision)
+        unet = sdxl.skeleton(model, revision=opt.model.revision)
         model_problems = adapters.problems(unet, opt.lora, targets=sdxl.LORA_TARGETS)
     rows, data_problems = read_rows(opt.data)
     asked = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run)]

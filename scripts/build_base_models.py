@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 STAGES = ("data", "tokenizer", "vae", "clip", "judge", "sdxl", "sd", "export", "icons", "cards")
 MINUTES = {"vae": 15.0, "clip": 18.0, "judge": 12.0, "sdxl": 65.0, "sd": 30.0}
 
@@ -27,7 +28,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--evaluate", action="store_true", help="measure the exported models, write cards and sheets")
     parser.add_argument("--minutes", type=float, default=None, help=f"training time of the stage, default {MINUTES}")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work_dir", type=Path, default=ROOT / "build", help="downloads and training state (git-ignored)")
+    parser.add_argument(
+        "--work_dir", type=Path, default=ROOT / "build", help="downloads and training state (git-ignored)"
+    )
     parser.add_argument("--assets_dir", type=Path, default=ROOT / "assets")
     args = parser.parse_args(argv)
     if args.stage is None and not args.evaluate:

@@ -191,18 +191,16 @@ def draw(args: argparse.Namespace, wanted: list[Wanted]) -> Iterator[tuple[float
 
 
 def load(args: argparse.Namespace) -> StableDiffusionXLPipeline:
+    from trainkit.runtime.trackers import quiet_libraries
+
+    quiet_libraries()
     import torch
     from diffusers import StableDiffusionXLPipeline
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
 
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = StableDiffusionXLPipeline.from_pretrained(
-        args.base, torch_dtype=getattr(torch, args.dtype), use_safetensors=True, add_watermarker=False)
+    pipe = StableDiffusionXLPipeline.from_pretrained(args.base, use_safetensors=True, add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return pipe.to(device, getattr(torch, args.dtype))
 
 
 def pictures_of(pipe: StableDiffusionXLPipeline, args: argparse.Namespace, wanted: list[Wanted]) -> list[Image]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +53,8 @@ def command(model: Path, data: Path, out: Path, **changes: object) -> list[str]:
     return [f"--{k}" if v is True else f"--{k}={v}" for k, v in flags.items() if v is not None and v is not False]
 
 
-def forked(argv: list[str], *, trainer: str = TRAINER, log: Path, kill_after_line: str | None = None) -> Done:
+def forked(argv: list[str], *, trainer: str = TRAINER, log: Path,
+           kill_when: Callable[[], bool] | None = None) -> Done:
     """Run the trainer's main in a forked child: the real code path without nine seconds of imports."""
     module = preloaded(trainer)
     sys.stdout.flush()
@@ -61,8 +62,8 @@ def forked(argv: list[str], *, trainer: str = TRAINER, log: Path, kill_after_lin
     pid = os.fork()
     if pid == 0:
         _child(module, argv, trainer, log)
-    if kill_after_line:
-        _kill_when(pid, log, kill_after_line)
+    if kill_when:
+        _kill_when(pid, kill_when)
     _, status = os.waitpid(pid, 0)
     code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
     return Done(code, log.read_text("utf-8", errors="replace"))
@@ -86,6 +87,7 @@ def _child(module, argv: list[str], trainer: str, log: Path) -> None:
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)  # not pytest's own
     sys.argv = [f"{trainer}.py", *argv]
     code = 0
     try:
@@ -100,14 +102,14 @@ def _child(module, argv: list[str], trainer: str, log: Path) -> None:
     os._exit(code)
 
 
-def _kill_when(pid: int, log: Path, pattern: str, *, timeout: float = 60) -> None:
+def _kill_when(pid: int, ready: Callable[[], bool], *, timeout: float = 120) -> None:
     end = time.monotonic() + timeout
     while time.monotonic() < end and os.waitpid(pid, os.WNOHANG) == (0, 0):
-        if re.search(pattern, log.read_text("utf-8", errors="replace")) if log.exists() else False:
+        if ready():
             os.kill(pid, signal.SIGKILL)
             return
-        time.sleep(0.02)
-    raise AssertionError(f"the run ended or hung before printing {pattern!r}")
+        time.sleep(0.01)
+    raise AssertionError("the run ended or hung before it could be killed")
 
 
 def launched(command_line: list[str], *, env: dict[str, str] | None = None, timeout: float = 300) -> Done:

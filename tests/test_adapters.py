@@ -16,7 +16,7 @@ from trainkit.adapters import NAME, Adapters, add_lora, problems
 from trainkit.errors import UserError
 from trainkit.families.sdxl import LORA_TARGETS
 from trainkit.lean_lora import LeanLinear, LowRankUpdate
-from trainkit.options import LoraOptions
+from trainkit.options import LoraOptions, OptimizerOptions
 
 Inputs = dict[str, object]
 
@@ -159,7 +159,7 @@ def test_delta_weight_is_pefts(base):
 
 def test_groups_hold_every_parameter_once(base):
     adapters = lora(base)
-    group, = adapters.groups(lr=1e-4, weight_decay=0.01)
+    group, = adapters.groups(OptimizerOptions(learning_rate=1e-4, adam_weight_decay=0.01), global_batch=4)
     assert group["name"] == "unet" and group["lr"] == 1e-4 and group["weight_decay"] == 0.01
     assert [id(p) for p in group["params"]] == [id(p) for p in adapters.parameters()]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.harness import Done, command, forked, make_pictures
+from tests.harness import TRAINER, Done, command, forked, launched, make_pictures
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ CASES = {
     "both sources": (dict(dataset_name="x/y"), 2, ["--instance_data_dir", "--dataset_name"]),
     "missing model": (dict(pretrained_model_name_or_path="./no/model"), 2, ["no/model"]),
     "resolution": (dict(resolution=33), 2, ["--resolution", "33", "32"]),
-    "caption column": (dict(caption_column="txet"), 3, ["txet", "text"]),
+    "caption column": (dict(caption_column="txet"), 2, ["txet", "text"]),
     "block": (dict(lora_unet_blocks="unet.up_blocks.9"), 2, ["up_blocks.9"]),
     "later feature": (dict(train_text_encoder_ti=True), 2, ["not yet", "--train_text_encoder_ti"]),
     "unknown flag": (dict(learning_rat=1), 2, ["--learning_rate"]),
@@ -64,7 +66,7 @@ def test_unreadable_pictures_are_all_named(tiny_sdxl, tmp_path):
 def test_a_model_without_a_unet_is_refused(tiny_sdxl, pictures, tmp_path):
     model = shutil.copytree(tiny_sdxl, tmp_path / "model")
     shutil.rmtree(model / "unet")
-    refused(forked(command(model, pictures, tmp_path / "out"), log=tmp_path / "log"), 2, "unet")
+    refused(forked(command(model, pictures, tmp_path / "out"), log=tmp_path / "log"), 3, "unet")
 
 
 def test_all_problems_come_in_one_message_and_usage_decides_the_exit_code(tiny_sdxl, tmp_path):
@@ -83,10 +85,13 @@ def test_debug_shows_the_traceback(tiny_sdxl, tmp_path):
 
 def test_a_second_run_in_the_same_folder_is_refused(tiny_sdxl, pictures, tmp_path):
     """The first run is this process holding the lock: the second must name it and leave its files alone."""
-    import os
+    from trainkit.runtime.lock import OutputLock
 
-    from trainkit.run import hold_folder
-
-    with hold_folder(tmp_path / "out"):
-        done = forked(command(tiny_sdxl, pictures, tmp_path / "out"), log=tmp_path / "log")
+    (tmp_path / "out").mkdir()
+    first = OutputLock(tmp_path / "out")
+    first.acquire()
+    command_line = command(tiny_sdxl, pictures, tmp_path / "out")
+    done = launched([sys.executable, f"{TRAINER}.py", *command_line])
+    first.release()
     refused(done, 2, str(os.getpid()))
+    assert not (tmp_path / "out" / "run.json").exists()

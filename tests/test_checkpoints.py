@@ -19,9 +19,10 @@ import pytest
 import torch
 
 from trainkit import checkpoints as room
-from trainkit import files, manifest, shelf
+from trainkit import files
 from trainkit.checkpoints import Checkpoints, Stage
 from trainkit.errors import UserError
+from trainkit.runtime import manifest, shelf
 
 STAGES = get_args(Stage)
 

@@ -176,3 +176,12 @@ def test_a_sheet_shows_every_picture_at_its_place():
 def test_previews_are_due_every_so_many_steps_and_after_the_last(family, encoded, tmp_path):
     previews = Previews(family, options(), encoded, tmp_path, seed=42, resolution=SIDE, every=50)
     assert [s for s in range(1, 121) if previews.due(s, last=s == 120)] == [50, 100, 120]
+
+
+def test_pictures_of_an_earlier_run_are_put_away_not_mixed_in(family, encoded, tmp_path):
+    previews = make(family, encoded, tmp_path, images=1)
+    for step in (10, 20, 10):  # resumed from step 10
+        previews.draw(step)
+    left = sorted(p.name for p in (tmp_path / "samples").iterdir())
+    assert left == ["step_000010.png", "step_000010_p01_s42.png"]
+    assert [p.name for p in tmp_path.glob("earlier/samples-*/*_s42.png")] == ["step_000020_p01_s42.png"]

@@ -74,6 +74,18 @@ def test_a_run_ends_with_verified_files_a_card_and_a_report(family, adapters, tm
                                    "output": {"url": "samples/step_000030_p01_s0.png"}}
 
 
+def test_the_files_headers_describe_the_run_without_its_folders(family, adapters, tmp_path):
+    from safetensors import safe_open
+
+    folder = make_run(tmp_path / "my-icons", pretrained_model_name_or_path="/home/anna/base", snr_gamma=5.0)
+    for path in publish(options(folder), family, adapters, num_images=22)[:2]:
+        with safe_open(path, "pt") as file:
+            header = file.metadata()
+        assert header["ss_steps"] == "30" and header["ss_num_epochs"] == "6" and header["ss_min_snr_gamma"] == "5.0"
+        assert header["modelspec.trigger_phrase"] == "3d icon in the style of TOK" and "ss_clip_skip" not in header
+        assert "anna" not in str(header) and str(tmp_path) not in str(header)
+
+
 def test_the_cards_snippet_draws_a_picture(family, adapters, tiny_sdxl, tmp_path, monkeypatch):
     """As a user would: in the LoRA's folder, with the base model's folder beside the files."""
     folder = make_run(tmp_path / "run", pretrained_model_name_or_path=str(tiny_sdxl))

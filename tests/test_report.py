@@ -77,7 +77,7 @@ def test_a_local_folder_that_looks_like_a_hub_name_is_a_folder(tmp_path, monkeyp
 
 def test_a_run_without_metrics_or_samples_still_has_a_report(tmp_path):
     text = page(make_run(tmp_path / "run", metrics=False, samples=()))
-    assert "What it learned" not in text and "<polyline" not in text and "Options that differ" in text
+    assert "What it learned" not in text and "<polyline" not in text and "Options that were set" in text
 
 
 def test_metrics_cut_short_by_a_kill_or_not_finite_are_left_out(tmp_path):
@@ -109,12 +109,17 @@ def test_status_tells_how_the_run_ended(tmp_path):
 def test_large_pictures_go_in_as_thumbnails(tmp_path):
     folder = make_run(tmp_path / "run", samples=())
     Image.effect_noise((1024, 1024), 90).convert("RGB").save(folder / "samples" / "step_000001_p01_s7.png")
-    picture = sample_steps(folder)[0].pictures[0]
+    picture = sample_steps(folder, last=1)[0].pictures[0]
     assert picture.data.startswith("data:image/webp") and len(picture.data) < 300_000
     assert (picture.caption, picture.size) == ("seed 7", "1024 × 1024")
     thumb = folder / "t.webp"
     thumb.write_bytes(base64.b64decode(picture.data.partition(",")[2]))
     assert max(Image.open(thumb).size) == EMBED_PX
+
+
+def test_pictures_of_a_longer_run_in_the_same_folder_are_not_shown(tmp_path):
+    folder = make_run(tmp_path / "run", samples=(15, 400))
+    assert [group.step for group in sample_steps(folder, last=RunFacts(folder).step)] == [15]
 
 
 def test_long_runs_show_the_first_and_the_last_step():

@@ -71,7 +71,7 @@ def test_two_runs_with_one_seed_are_bitwise_equal_and_another_seed_differs(tiny_
 def test_kill_9_in_training_loses_at_most_one_interval(tiny_sdxl, pictures, tmp_path):
     out = tmp_path / "out"
     argv = command(tiny_sdxl, pictures, out, max_train_steps=60, checkpointing_steps=2, checkpoints_total_limit=2)
-    killed = forked(argv, log=tmp_path / "log", kill_after_line="checkpoint-6")
+    killed = forked(argv, log=tmp_path / "log", kill_when=(out / "checkpoint-6").exists)
     assert killed.code == -signal.SIGKILL
     resumed = forked([*argv, "--resume_from_checkpoint=latest", "--stop_after_steps=12"], log=tmp_path / "log2")
     assert resumed.code == 0, resumed.output

@@ -19,17 +19,17 @@ import pytest
 import torch
 from torch import nn
 
-from trainkit import progress as line_room
-from trainkit import ranks
 from trainkit.checkpoints import Checkpoints
 from trainkit.errors import UserError
-from trainkit.gradients import Gradients, clip, total_norm
-from trainkit.lock import OutputLock
-from trainkit.progress import Pace, Progress
-from trainkit.record import Metrics, redact, redacted_command
 from trainkit.run import Run, due, start_run
-from trainkit.signals import Signals
-from trainkit.trackers import chosen_trackers
+from trainkit.runtime import progress as line_room
+from trainkit.runtime import ranks
+from trainkit.runtime.gradients import Gradients, clip, total_norm
+from trainkit.runtime.lock import OutputLock
+from trainkit.runtime.progress import Pace, Progress
+from trainkit.runtime.record import Metrics, redact, redacted_command
+from trainkit.runtime.signals import Signals
+from trainkit.runtime.trackers import chosen_trackers
 
 SECRET = "hf_abcdefghijklmnop"
 
@@ -48,14 +48,14 @@ class Options(SimpleNamespace):
         return {"rank": 8, "hub_token": "***", "note": f"leaked {SECRET}", "prompt": None}
 
 
-def options(out: Path, **run) -> Options:
+def options(out: Path, precision="no", **run) -> Options:
     defaults = dict(
         output_dir=str(out), seed=3, report_to="none", logging_dir="logs", hub_token=Secret(value=SECRET),
-        checkpointing_steps=2, max_skipped_steps=2,
+        checkpointing_steps=2, max_skipped_steps=2, global_batch=lambda world: 2 * world,
     )
     return Options(
-        run=SimpleNamespace(global_batch=lambda world: 2 * world, **defaults | run), optimizer=SimpleNamespace(max_grad_norm=1.0),
-        precision=SimpleNamespace(mixed_precision=run.pop("precision", "no"), allow_tf32=False),
+        run=SimpleNamespace(**defaults | run), optimizer=SimpleNamespace(max_grad_norm=1.0),
+        precision=SimpleNamespace(mixed_precision=precision, allow_tf32=False),
     )
 
 
@@ -484,7 +484,7 @@ def test_a_wish_is_no_workers_business():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal")
 def test_the_death_of_the_launcher_is_a_sigterm(tmp_path):
-    trainer = ("import os, signal, sys, time; from trainkit.signals import Signals, end_with_launcher\n"
+    trainer = ("import os, signal, sys, time; from trainkit.runtime.signals import Signals, end_with_launcher\n"
                "s = Signals(); s.patient = True; s.install(); end_with_launcher(); print('up', flush=True)\n"
                "for _ in range(200):\n"
                "    if s.wish: open(sys.argv[1], 'w').write(s.wish); break\n"

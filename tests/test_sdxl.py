@@ -242,6 +242,12 @@ def test_identity_tells_models_apart_by_part_and_not_by_precision(tiny_sdxl, cop
     assert {part for part in one if one[part] != bf16[part]} <= {"unet"}
 
 
+def test_the_skeleton_has_the_unets_module_paths_and_no_weights(family, tiny_sdxl):
+    bones = sdxl.skeleton(str(tiny_sdxl))
+    assert [path for path, _ in bones.named_modules()] == [path for path, _ in family.unet.named_modules()]
+    assert all(p.is_meta for p in bones.parameters())
+
+
 def test_freeing_the_vae_keeps_it_for_previews(tiny_sdxl):
     family = load(tiny_sdxl)
     family.free_vae()

@@ -17,9 +17,9 @@ BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.AsyncFor, ast.Async
 # The layers of README's tree, lowest first. A room imports rooms of its own layer or below.
 LAYERS = (
     {"errors", "files", "rng"},
-    {"options", "diffusion", "objective", "optim", "evaluation", "lean_lora"},
+    {"options", "diffusion", "objective", "optim", "evaluation", "lean_lora", "runtime"},
     {"data", "families", "adapters", "pivotal"},
-    {"checkpoints", "export", "progress", "signals", "trackers", "lock"},
+    {"checkpoints", "export"},
     {"run", "preview", "report"},
     {"publish"},
 )

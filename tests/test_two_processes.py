@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 from tests.harness import TRAINER, command, launched, make_pictures, metrics
 
+STEP = 1e-3  # the learning rate: Adam turns a gradient that is all rounding into a step of that size
+
 
 def test_two_processes_equal_one(tiny_sdxl, tmp_path):
     pictures = make_pictures(tmp_path / "data", n=5)
@@ -29,7 +31,7 @@ def close(a: Path, b: Path) -> None:
     one, two = load_file(a / name), load_file(b / name)
     assert one.keys() == two.keys()
     for key in one:
-        torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=2e-6, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=STEP / 50, msg=lambda m, k=key: f"{k}: {m}")
     assert any(t.abs().max() > 1e-4 for k, t in one.items() if "lora_B" in k), "nothing was trained: a vacuous test"
     losses = [[m["loss"] for m in metrics(d) if "loss" in m] for d in (a, b)]
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=0)

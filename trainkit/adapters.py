@@ -20,7 +20,8 @@ from trainkit.errors import Problem, UserError, refuse
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
-    from trainkit.options import LoraOptions
+    from trainkit.optim import ParamGroup
+    from trainkit.options import LoraOptions, OptimizerOptions
 
 NAME = "default"  # PEFT's name of our adapter
 Targets = Mapping[str, Sequence[str]]  # --lora_layers -> ends of module paths
@@ -53,9 +54,10 @@ class Adapters:
         return {f"{path}.lora_{letter}.weight": factor for path in self.layers
                 for letter, factor in zip("AB", self.factors(path), strict=True)}
 
-    def groups(self, *, lr: float, weight_decay: float) -> list[dict[str, object]]:
+    def groups(self, options: OptimizerOptions, global_batch: int) -> list[ParamGroup]:
         """Parameter groups for the optimizer, one for now."""
-        return [{"name": "unet", "params": self.parameters(), "lr": lr, "weight_decay": weight_decay}]
+        lr = options.base_lr(global_batch=global_batch)
+        return [{"name": "unet", "params": self.parameters(), "lr": lr, "weight_decay": options.adam_weight_decay}]
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors as they are trained (B not scaled), by PEFT's names."""
@@ -80,7 +82,12 @@ class Adapters:
     def delta_weight(self, path: str) -> Tensor:
         """ΔW = (α/r) · B A of one module -> [out,in] fp64 on the CPU."""
         A, B = (factor.detach().cpu().double() for factor in self.factors(path))
-        return self.scale * (B @ A)
+        return B @ (self.scale * A)
+
+    def term_size(self, path: str) -> float:
+        """Largest entry of (α/r) · |B| |A|: how large the terms are that ΔW of one module is summed from."""
+        A, B = (factor.detach().cpu().double().abs() for factor in self.factors(path))
+        return float(self.scale * (B @ A).max())
 
     def delta_weights(self) -> dict[str, Tensor]:
         """ΔW of every module, fp32; as large as the adapted layers themselves."""

@@ -22,10 +22,11 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from trainkit import files, manifest, ranks, shelf
+from trainkit import files
 from trainkit.errors import Problem, UserError
 from trainkit.files import Json
-from trainkit.record import timestamp, versions
+from trainkit.runtime import manifest, ranks, shelf
+from trainkit.runtime.record import timestamp, versions
 
 log = logging.getLogger(__name__)
 

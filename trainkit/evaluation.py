@@ -22,7 +22,13 @@ HALF: Channels = (0.5, 0.5, 0.5)
 
 
 def features(
-    images: "Sequence[Image]", model: "CLIPModel", layer: str, *, mean: Channels = HALF, std: Channels = HALF, batch: int = 64
+    images: "Sequence[Image]",
+    model: "CLIPModel",
+    layer: str,
+    *,
+    mean: Channels = HALF,
+    std: Channels = HALF,
+    batch: int = 64,
 ) -> Tensor:
     """Mean over tokens of what a named layer puts out, one row per picture.
 

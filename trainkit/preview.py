@@ -6,7 +6,9 @@ Also the one place that draws labelled sheets of pictures, for these previews an
 from __future__ import annotations
 
 import io
+import secrets
 import textwrap
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,6 +69,16 @@ class Previews:
         count = options.num_validation_images if options.validation_prompt else 0
         self.shots = [Shot(options.validation_prompt, 1, seed + k) for k in range(count)]
 
+    def _set_aside(self, step: int) -> None:
+        """Pictures of later steps are of a run that was left behind: they move to earlier/."""
+        later = [p for p in self.folder.glob("step_*.png") if int(p.stem.split("_")[1]) > step]
+        if not later:
+            return
+        away = self.folder.parent / "earlier" / f"samples-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        away.mkdir(parents=True)
+        for path in later:
+            path.rename(away / path.name)
+
     def due(self, step: int, *, last: bool) -> bool:
         """Whether previews are due after `step` finished steps: every `every` steps, and after the last."""
         return bool(self.shots) and (last or bool(self.every) and step % self.every == 0)
@@ -76,6 +88,7 @@ class Previews:
         if not self.shots:
             return []
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._set_aside(step)
         pictures = self._pictures()
         paths = [self.folder / shot.file_name(step) for shot in self.shots]
         for path, shot, picture in zip(paths, self.shots, pictures, strict=True):

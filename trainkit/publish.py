@@ -14,9 +14,9 @@ import yaml
 from trainkit.errors import Problem, UserError
 from trainkit.export import verify, write_diffusers, write_kohya
 from trainkit.files import Json, atomic_write
-from trainkit.record import redact
 from trainkit.report import SampleStep, environment, sample_steps, write_report
 from trainkit.report.facts import DIFFUSERS_FILE, RunFacts
+from trainkit.runtime.record import redact
 
 if TYPE_CHECKING:
     from trainkit.adapters import Adapters
@@ -112,8 +112,8 @@ def header(run: RunFacts, *, num_images: int | None) -> dict[str, str]:
 
 def write_card(folder: Path) -> Path:
     """README.md: front matter for the Hub, how to use the LoRA in three places, settings, hashes."""
-    run, samples = RunFacts(folder), sample_steps(folder)
-    licence = licence_of(run)
+    run = RunFacts(folder)
+    samples, licence = sample_steps(folder, last=run.step), licence_of(run)
     matter = yaml.safe_dump(front_matter(run, samples, licence), sort_keys=False, allow_unicode=True, width=1000)
     env = environment(autoescape=False)
     env.filters |= {"text": text, "code": code, "steps": mixed}

@@ -29,15 +29,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trainkit import ranks, trackers
 from trainkit.errors import EXIT_CODES, Problem, UserError
 from trainkit.files import Json, disk_errors
-from trainkit.gradients import Gradients, Steppable
-from trainkit.lock import OutputLock
-from trainkit.progress import LineHandler, Progress
-from trainkit.record import Metrics, Record, redact_json
-from trainkit.shelf import pointed
-from trainkit.signals import Signals, Wish, end_with_launcher
+from trainkit.runtime import ranks, trackers
+from trainkit.runtime.gradients import Gradients, Steppable
+from trainkit.runtime.lock import OutputLock
+from trainkit.runtime.progress import LineHandler, Progress
+from trainkit.runtime.record import Metrics, Record, redact_json
+from trainkit.runtime.shelf import pointed
+from trainkit.runtime.signals import Signals, Wish, end_with_launcher
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -34,7 +34,9 @@ def tint(pixels: Tensor, strength: float, draw: Generator) -> Tensor:
 
 def shade(pixels: Tensor, draw: Generator) -> Tensor:
     """Smooth random light, as glossy pictures have: a 3 x 3 field of gains, enlarged; pure white stays white."""
-    field = functional.interpolate(uniform(len(pixels), 0.6, 1.3, draw, 1, 3, 3), size=pixels.shape[-2:], mode="bicubic")
+    field = functional.interpolate(
+        uniform(len(pixels), 0.6, 1.3, draw, 1, 3, 3), size=pixels.shape[-2:], mode="bicubic"
+    )
     background = (pixels.amin(1, keepdim=True) > 0.98).float()
     return (pixels * (background + (1 - background) * field)).clamp(0, 1)
 

@@ -13,8 +13,33 @@ TEMPLATES = (
 PLAIN_TEMPLATES = ("icon of {a_noun}", "{a_noun}")
 TRAINING_PROMPT = "3d icon in the style of TOK, {a_noun}"
 # singular or plural nouns that take no article
-MASS = ("bacon", "bread", "broccoli", "butter", "cheese", "corn", "popcorn", "ramen", "salt", "spaghetti", "sushi", "fire", "coffee", "coral")
-SINGULAR_IN_S = ("bus", "cactus", "octopus", "compass", "hourglass", "wine glass", "magnifying glass", "dress", "rhinoceros")
+MASS = (
+    "bacon",
+    "bread",
+    "broccoli",
+    "butter",
+    "cheese",
+    "corn",
+    "popcorn",
+    "ramen",
+    "salt",
+    "spaghetti",
+    "sushi",
+    "fire",
+    "coffee",
+    "coral",
+)
+SINGULAR_IN_S = (
+    "bus",
+    "cactus",
+    "octopus",
+    "compass",
+    "hourglass",
+    "wine glass",
+    "magnifying glass",
+    "dress",
+    "rhinoceros",
+)
 COMMON_WORDS = (
     "3d tok photo picture image drawing painting sketch style icon icons emoji illustration of a an the in on with and "
     "white black red green blue yellow orange purple pink brown gray background simple flat glossy shiny soft cute "

@@ -9,13 +9,12 @@ import random
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-
 from base_models.augment import move, soften, tint
 from base_models.captions import PLAIN_TEMPLATES, TEMPLATES, caption, unknown_style_texts
 from base_models.data import Icon, load_icons
 from base_models.loop import Budget, Training, generator
+from torch import Tensor, nn
+from torch.nn import functional
 
 LOG = logging.getLogger("base_models")
 BATCH = 128
@@ -93,7 +92,10 @@ class CaptionedIcons:
         self.icons: list[Icon] = [icons[index] for index in chosen]
         self.pixels = torch.from_numpy(pixels[chosen]).permute(0, 3, 1, 2).contiguous()  # uint8 [N,3,64,64]
         self.tokenizers = [CLIPTokenizer.from_pretrained(work_dir / name) for name in ("tokenizer", "tokenizer_2")]
-        self.seed, self.words = seed, style_words(self.tokenizers[0], {word for icon in self.icons for word in icon.noun.split()})
+        self.seed, self.words = (
+            seed,
+            style_words(self.tokenizers[0], {word for icon in self.icons for word in icon.noun.split()}),
+        )
 
     def write(self, icon: Icon, draw: random.Random) -> tuple[str, str]:
         """A caption and the style it names: 70 % say the style, 15 % none, 15 % a word that means nothing."""
@@ -102,7 +104,9 @@ class CaptionedIcons:
             return caption(draw.choice(TEMPLATES), icon.noun, icon.style), icon.style
         if kind < 0.85:
             return caption(draw.choice(PLAIN_TEMPLATES), icon.noun), ""
-        return unknown_style_texts(icon.noun, self.words, len(TEMPLATES), str(draw.random()))[draw.randrange(len(TEMPLATES))], ""
+        return unknown_style_texts(icon.noun, self.words, len(TEMPLATES), str(draw.random()))[
+            draw.randrange(len(TEMPLATES))
+        ], ""
 
     def tokens(self, texts: list[str], length: int = TEXT_LENGTH) -> list[Tensor]:
         options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
@@ -120,7 +124,12 @@ class CaptionedIcons:
         styles = [self.icons[row].style for row in rows.tolist()]
         same_noun = torch.tensor([[a == b for b in nouns] for a in nouns])
         said = torch.tensor([[not style or style == b for b in styles] for _, style in written])  # [text,picture]
-        return (pixels - MEAN) / STD, self.tokens([text for text, _ in written]), (same_noun & said).T.float(), same_noun.float()
+        return (
+            (pixels - MEAN) / STD,
+            self.tokens([text for text, _ in written]),
+            (same_noun & said).T.float(),
+            same_noun.float(),
+        )
 
 
 def style_words(tokenizer, nouns: set[str]) -> list[str]:

@@ -6,21 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from base_models.captions import TEMPLATES, caption
+from base_models.data import SIZE, STYLES, load_icons, read_nouns, stable_fraction, withheld_style
+from base_models.export import MODEL_FOLDERS
+from base_models.loop import replace_text
+from base_models.style_layers import measure_layers
+from base_models.vae import heldout_psnr
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional
 
-from base_models.captions import TEMPLATES, caption
-from base_models.data import CONCEPT, SIZE, STYLES, StyleSource, fetch_packages, load_icons, on_white
-from base_models.data import read_emoji_table, read_nouns, stable_fraction, withheld_style
-from base_models.export import MODEL_FOLDERS, folder_bytes
-from base_models.loop import replace_text
-from base_models.vae import heldout_psnr
-
 LOG = logging.getLogger("base_models")
 PROBES, SEEDS, STEPS = 50, 4, 20
 GUIDANCE = {"sdxl": 3.0, "sd": 3.0}
-NEGATIVE = ""
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,13 @@ class Judge:
         best = (self.vectors(pictures) @ self.gallery.T).argmax(1)
         return [(self.icons[index].noun, self.icons[index].style) for index in best.tolist()]
 
+    def other_style_top1(self) -> float:
+        """Share of real icons whose nearest icon of another style is of their own noun."""
+        cosines = self.gallery @ self.gallery.T
+        own_style = torch.tensor([[one.style == other.style for other in self.icons] for one in self.icons])
+        best = cosines.masked_fill(own_style, -1).argmax(1).tolist()
+        return share([self.icons[index].noun == icon.noun for icon, index in zip(self.icons, best, strict=True)])
+
 
 def as_pixels(pictures: list[Image.Image]) -> Tensor:
     """[N,3,64,64] in [-1,1], as the CLIP's image processor and the VAE both want."""
@@ -113,7 +118,9 @@ def share(hits: list[bool]) -> float:
     return round(sum(hits) / max(1, len(hits)), 4)
 
 
-def judge_family(family: str, work_dir: Path, assets_dir: Path, judge: Judge, seed: int) -> tuple[dict, list[Image.Image]]:
+def judge_family(
+    family: str, work_dir: Path, assets_dir: Path, judge: Judge, seed: int
+) -> tuple[dict, list[Image.Image]]:
     """Top-1 of noun (and style) over the probes and seeds; the pictures, probe by probe."""
     asked = [probe for probe in probes() for _ in range(SEEDS)]
     seeds = [seed + index for _ in probes() for index in range(SEEDS)]
@@ -142,7 +149,10 @@ def ceiling(judge: Judge, vae) -> dict[str, float]:
     for chunk in as_pixels(judge.pictures).split(64):
         drawn += as_pictures(vae.decode(vae.encode(chunk).latent_dist.mode()).sample)
     found = judge.nearest(drawn)
-    return {"reconstructed_top1": share([noun == icon.noun for icon, (noun, _) in zip(judge.icons, found, strict=True)])}
+    return {
+        "reconstructed_top1": share([noun == icon.noun for icon, (noun, _) in zip(judge.icons, found, strict=True)]),
+        "other_style_top1": judge.other_style_top1(),
+    }
 
 
 def contact_sheet(pictures: list[Image.Image], labels: list[str], columns: int, path: Path) -> None:
@@ -164,7 +174,10 @@ def base_sheet(probes_asked: list[Probe], pictures: list[Image.Image], path: Pat
     sides = []
     for first in (0, half):
         part = pictures[first * SEEDS : (first + half) * SEEDS]
-        labels = [f"{probe.noun}\n{probe.style}{' (withheld)' if probe.withheld else ''}" for probe in probes_asked[first : first + half]]
+        labels = [
+            f"{probe.noun}\n{probe.style}{' (withheld)' if probe.withheld else ''}"
+            for probe in probes_asked[first : first + half]
+        ]
         side = path.with_name(f".{path.stem}-{first}.png")
         contact_sheet(part, labels, SEEDS, side)
         sides.append(Image.open(side).convert("RGB"))
@@ -183,6 +196,7 @@ def evaluate_all(work_dir: Path, assets_dir: Path, *, seed: int) -> None:
     vae = load_pipeline(assets_dir / MODEL_FOLDERS["sdxl"], "sdxl").vae
     psnr, count = heldout_psnr(vae, work_dir)
     scores: dict = {"vae": {"psnr_heldout": round(psnr, 2), "heldout": count}, "clip": ceiling(judge, vae)}
+    scores["clip"]["style_layers"] = measure_layers(judge.model, work_dir)
     LOG.info("%s", scores)
     for family in ("sdxl", "sd"):
         if (assets_dir / MODEL_FOLDERS[family] / "model_index.json").exists():

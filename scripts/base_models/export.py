@@ -1,16 +1,14 @@
-"""Standard Diffusers and transformers folders in fp16, each replaced by rename so that a reader never sees half a model."""
+"""Standard Diffusers and transformers folders in fp16, replaced by rename: a reader never sees half a model."""
 
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-
 from base_models.unet import NOISE, load_average, make_sd_unet, make_sdxl_unet
 from base_models.vae import load_vae
+from safetensors.torch import load_file, save_file
 
 LOG = logging.getLogger("base_models")
 MODEL_FOLDERS = {"sdxl": "tiny-sdxl-icons", "sd": "tiny-sd-icons", "clip": "tiny-clip-icons"}
@@ -83,8 +81,8 @@ def swap_folder(new: Path, target: Path, keep: tuple[str, ...] = ("README.md",))
             shutil.copy2(target / name, new / name)
     old = target.with_name(f".{target.name}.old")
     if target.exists():
-        os.replace(target, old)
-    os.replace(new, target)
+        target.replace(old)
+    new.replace(target)
     shutil.rmtree(old, ignore_errors=True)
 
 

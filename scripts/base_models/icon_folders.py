@@ -4,10 +4,17 @@ import json
 import logging
 from pathlib import Path
 
-from PIL import Image
-
 from base_models.captions import TEMPLATES, TRAINING_PROMPT, caption
-from base_models.data import CONCEPT, StyleSource, fetch_packages, on_white, read_emoji_table, read_nouns, stable_fraction
+from base_models.data import (
+    CONCEPT,
+    StyleSource,
+    fetch_packages,
+    on_white,
+    read_emoji_table,
+    read_nouns,
+    stable_fraction,
+)
+from PIL import Image
 
 LOG = logging.getLogger("base_models")
 TRAIN_NOUNS = (
@@ -25,7 +32,11 @@ def shuffled_nouns(salt: str) -> list[str]:
 
 
 def save_folder(
-    folder: Path, source: StyleSource, rows: list[tuple[str, int, str]], entries: dict[str, dict], with_noun: bool = True
+    folder: Path,
+    source: StyleSource,
+    rows: list[tuple[str, int, str]],
+    entries: dict[str, dict],
+    with_noun: bool = True,
 ) -> None:
     """PNG files and metadata.jsonl; `rows` are (noun, side, caption), `entries` maps noun to its emoji.json entry."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +54,9 @@ def save_folder(
 def write_icon_folders(work_dir: Path, assets_dir: Path) -> None:
     """icons-3d (22), icons-3d-reference (120, other nouns) and icons-class (48 Noto icons)."""
     tarballs, nouns = fetch_packages(work_dir), read_nouns()
-    entries = {nouns[entry["short_name"]]: entry for entry in read_emoji_table(tarballs) if entry["short_name"] in nouns}
+    entries = {
+        nouns[entry["short_name"]]: entry for entry in read_emoji_table(tarballs) if entry["short_name"] in nouns
+    }
     concept = StyleSource(CONCEPT, tarballs[CONCEPT])
     train = [
         (noun, TRAIN_SIDES[index % len(TRAIN_SIDES)], caption(TRAINING_PROMPT, noun))

@@ -8,16 +8,15 @@ import logging
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn import functional
-
 from base_models.augment import move, soften, tint
-from base_models.captions import caption, TEMPLATES
+from base_models.captions import TEMPLATES, caption
 from base_models.clip import MEAN, STD, CaptionedIcons, TwoTextClip, contrast, noun_contrast, save_clip
 from base_models.data import STYLES
 from base_models.loop import Budget, Training, generator
 from base_models.unet import load_average
 from base_models.vae import load_vae
+from torch import Tensor
+from torch.nn import functional
 
 LOG = logging.getLogger("base_models")
 NOUNS_PER_BATCH = 48

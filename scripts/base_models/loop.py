@@ -4,7 +4,6 @@ import copy
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -17,11 +16,12 @@ from torch import Tensor, nn
 LOG = logging.getLogger("base_models")
 SAVE_SECONDS = 120.0
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CLOCK = time.monotonic if DEVICE.type == "cuda" else time.process_time  # a busy machine must not shorten a training
 
 
 @dataclass
 class Budget:
-    """Where training ends: at `steps`, or at `minutes` of training time summed over all resumed pieces."""
+    """Where training ends: at `steps`, or at `minutes` of computing summed over all resumed pieces."""
 
     minutes: float
     steps: int = 10**9
@@ -51,7 +51,9 @@ class Training:
         self.name, self.module, self.budget, self.lr, self.decay = name, module.to(DEVICE), budget, lr, ema
         self.folder = work_dir / "training"
         self.parameters = {key: p for key, p in module.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+        )
         self.average = copy.deepcopy(module).eval().requires_grad_(False)
         self.progress = Progress()
         if (self.folder / f"{name}.json").exists():
@@ -88,9 +90,9 @@ class Training:
         self.worker.train()
         saved = time.monotonic()
         while self.done() < 1:
-            started = time.monotonic()
+            started = CLOCK()
             self.update(losses_at(self.progress.step))
-            self.progress.seconds += time.monotonic() - started
+            self.progress.seconds += CLOCK() - started
             if self.progress.step % 50 == 0:
                 self.log()
             if time.monotonic() - saved > SAVE_SECONDS or self.done() >= 1:
@@ -161,7 +163,7 @@ def replace_text(path: Path, text: str) -> None:
     """Write beside and rename: a killed run leaves the old file or the new one."""
     beside = path.with_suffix(".tmp")
     beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    beside.replace(path)
 
 
 def generator(seed: int, step: int) -> torch.Generator:

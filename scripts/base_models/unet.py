@@ -1,4 +1,4 @@
-"""The two UNets: SDXL's block layout first, then SD 1.x's from its weights. Text encoders are frozen, so text is cached."""
+"""The two UNets: SDXL's block layout first, then SD 1.x's from its weights; frozen text encoders, cached text."""
 
 import json
 import logging
@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from torch import Generator, Tensor, nn
-from torch.nn import functional
-
 from base_models.captions import PLAIN_TEMPLATES, TEMPLATES, caption, caption_texts, unknown_style_texts
 from base_models.clip import CaptionedIcons
 from base_models.data import SIZE, STYLES
 from base_models.loop import Budget, Training, generator, part
 from base_models.vae import load_vae
+from safetensors.torch import load_file
+from torch import Generator, Tensor, nn
+from torch.nn import functional
 
 LOG = logging.getLogger("base_models")
 BATCH = 24
@@ -81,7 +80,9 @@ class TextEncoders:
 
         models = work_dir / "models"
         self.first = CLIPModel.from_pretrained(models / "clip").eval().requires_grad_(False).text_model
-        self.second = CLIPTextModelWithProjection.from_pretrained(models / "text_encoder_2").eval().requires_grad_(False)
+        self.second = (
+            CLIPTextModelWithProjection.from_pretrained(models / "text_encoder_2").eval().requires_grad_(False)
+        )
 
     def sdxl(self, ids: Tensor, ids_2: Tensor) -> tuple[Tensor, Tensor]:
         """Penultimate states of both encoders side by side [B,77,224] and the second's projected pool [B,128]."""
@@ -184,7 +185,9 @@ def small_variant(pixels: Tensor, draw: Generator) -> tuple[Tensor, Tensor]:
 
 def alphas_cumprod() -> Tensor:
     """ᾱ of the scaled-linear schedule, float [1000] (Ho et al. 2020, arXiv:2006.11239; betas of Stable Diffusion)."""
-    root = torch.linspace(NOISE["beta_start"] ** 0.5, NOISE["beta_end"] ** 0.5, NOISE["num_train_timesteps"], dtype=torch.float64)
+    root = torch.linspace(
+        NOISE["beta_start"] ** 0.5, NOISE["beta_end"] ** 0.5, NOISE["num_train_timesteps"], dtype=torch.float64
+    )
     return (1 - root.square()).cumprod(0).float()
 
 
@@ -203,7 +206,13 @@ class UNetTask:
         self.icons = [data.icons[index] for index in rows]
         self.variants = encode_variants(data.pixels[rows], load_vae(work_dir), generator(seed, 0))
         self.alphas = alphas_cumprod()
-        LOG.info("%s: %d pictures, %d captions, latent std %.3f", family, len(rows), len(self.captions.texts), self.variants.latents[0].std())
+        LOG.info(
+            "%s: %d pictures, %d captions, latent std %.3f",
+            family,
+            len(rows),
+            len(self.captions.texts),
+            self.variants.latents[0].std(),
+        )
 
     def sizes_and_latents(self, rows: Tensor, draw: Generator) -> tuple[Tensor, Tensor]:
         """60 % as they are, 15 % as they are but called large originals, 15 % crops, 10 % small originals."""
@@ -217,7 +226,9 @@ class UNetTask:
         sizes[:, :2] = torch.where(called_large, large, sizes[:, :2])
         return sizes, self.variants.latents[variant, rows]
 
-    def guess(self, unet: nn.Module, noisy: Tensor, timesteps: Tensor, states: Tensor, added: dict[str, Tensor]) -> Tensor:
+    def guess(
+        self, unet: nn.Module, noisy: Tensor, timesteps: Tensor, states: Tensor, added: dict[str, Tensor]
+    ) -> Tensor:
         """The predicted noise in fp32 on the CPU, whatever the UNet computes in."""
         noisy, states = (tensor.to(unet.device, unet.dtype) for tensor in (noisy, states))
         added = {key: value.to(unet.device, unet.dtype) for key, value in added.items()}

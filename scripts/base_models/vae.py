@@ -4,11 +4,10 @@ import logging
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
 from base_models.augment import move, shade, tint
 from base_models.data import load_icons
 from base_models.loop import Budget, Training, generator
+from torch import Tensor
 
 LOG = logging.getLogger("base_models")
 BATCH = 16

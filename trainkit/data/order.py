@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sized
 from functools import lru_cache
 
@@ -20,6 +21,11 @@ class Order:
     def __init__(self, rows: Sized, global_batch: int, *, seed: int):
         assert len(rows) > 0 and global_batch > 0, "an order needs rows and a batch"
         self.count, self.global_batch, self.seed = len(rows), global_batch, seed
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in which every row has come at least once."""
+        return math.ceil(self.count / self.global_batch)
 
     def slot(self, step: int, index: int) -> Slot:
         epoch, place = divmod(step * self.global_batch + index, self.count)

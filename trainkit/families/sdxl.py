@@ -248,7 +248,7 @@ class SDXL:
         empty_device_cache()
 
 
-def skeleton(path: str, revision: str | None = None) -> UNet2DConditionModel:
+def skeleton(path: str, *, revision: str | None = None) -> UNet2DConditionModel:
     """The UNet without its weights, to look up module paths in."""
     from diffusers import UNet2DConditionModel
 

@@ -135,7 +135,7 @@ def problems(o: OptimizerOptions) -> Iterator[Problem]:
             "--lr_step_rules 1:100,0.1:200,0.01, for example")
 
 
-def make_optimizer(groups: Sequence[ParamGroup], o: OptimizerOptions, *, total_steps: int) -> Optim:
+def make_optimizer(groups: Sequence[ParamGroup], o: OptimizerOptions, total_steps: int) -> Optim:
     """The optimizer the options ask for, over `groups`, its schedules `total_steps` optimizer steps long.
 
     Raises UserError for what `problems` finds and for a package that is not installed.

@@ -19,9 +19,9 @@ class ValidationOptions(Concern):
     validation_steps: int | None = opt(
         None, "a preview every so many optimizer steps, instead of --validation_epochs", unit="steps", ge=1)
 
-    def every(self, rows: int, global_batch: int) -> int:
-        """Optimizer steps between previews; rows with repeats."""
-        return self.validation_steps or self.validation_epochs * math.ceil(rows / global_batch)
+    def every(self, steps_per_epoch: int) -> int:
+        """Optimizer steps between previews."""
+        return self.validation_steps or self.validation_epochs * steps_per_epoch
 
 
 class RunOptions(Concern):

@@ -70,10 +70,6 @@ class OptimizerOptions(Concern):
         """The optimizer meant, with --use_8bit_adam read."""
         return "adamw8bit" if self.use_8bit_adam and self.optimizer == "adamw" else self.optimizer
 
-    def unet_rates(self, global_batch: int) -> dict[str, float]:
-        """Learning rate and weight decay of the UNet's adapters."""
-        return {"lr": self.base_lr(global_batch=global_batch), "weight_decay": self.adam_weight_decay}
-
     def base_lr(self, *, global_batch: int) -> float:
         """--learning_rate, with --scale_lr times the pictures in an optimizer step over all processes."""
         return self.learning_rate * (global_batch if self.scale_lr else 1)

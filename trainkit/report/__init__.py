@@ -55,8 +55,8 @@ def write_report(folder: str | Path) -> Path:
     run = RunFacts(folder)
     css, js = ((TEMPLATES / name).read_text("utf-8") for name in ("report.css", "report.js"))
     page = environment(autoescape=True).get_template("report.html").render(
-        run=run, tiles=tiles(run), samples=sample_steps(folder), charts=charts(run), usage=run.usage, files=run.files,
-        machine=machine(run), css=Markup(css), js=Markup(js), policy=policy(css, js),
+        run=run, tiles=tiles(run), samples=sample_steps(folder, last=run.step), charts=charts(run), usage=run.usage,
+        files=run.files, machine=machine(run), css=Markup(css), js=Markup(js), policy=policy(css, js),
     )
     path = folder / "report.html"
     atomic_write(path, page.encode("utf-8"))
@@ -118,7 +118,9 @@ def charts(run: RunFacts) -> list[Chart]:
                                 explanation="The faint line is the loss itself, the strong one its running mean."))
     for name in group_names(run):
         rate = effective_rate(run, name)
-        found.append(line_chart(f"Learning rate, {name}", rate, summary=f"{number(rate[-1][1])} at the end"))
+        scaled = any(f"d/{name}" in row for row in run.metrics)
+        title = f"Learning rate × d, {name}" if scaled else f"Learning rate, {name}"
+        found.append(line_chart(title, rate, summary=f"{number(rate[-1][1])} at the end"))
     if norm:
         smooth = smoothed(norm)
         found.append(line_chart("Gradient norm, before clipping", smooth, raw=norm,
@@ -160,11 +162,12 @@ def duration(seconds: float) -> str:
 # Pictures
 
 
-def sample_steps(folder: Path) -> list[SampleStep]:
-    """The single pictures in samples/, by step; at most MAX_SAMPLE_STEPS steps."""
+def sample_steps(folder: Path, *, last: int) -> list[SampleStep]:
+    """The single pictures in samples/ up to step `last`, by step; at most MAX_SAMPLE_STEPS steps."""
     by_step: dict[int, list[Path]] = {}
     for path in sorted((folder / "samples").glob("step_*.png")):
-        if match := SAMPLE.fullmatch(path.name):
+        match = SAMPLE.fullmatch(path.name)
+        if match and int(match[1]) <= last:
             by_step.setdefault(int(match[1]), []).append(path)
     return [SampleStep(step, tuple(picture(path) for path in by_step[step])) for step in spread(sorted(by_step))]
 

@@ -200,7 +200,7 @@ from diffusers import StableDiffusionXLPipeline
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = torch.float16 if device == "cuda" else torch.float32
-pipe = StableDiffusionXLPipeline.from_pretrained({base}, torch_dtype=dtype).to(device)
+pipe = StableDiffusionXLPipeline.from_pretrained({base}).to(device, dtype)
 pipe.load_lora_weights({lora}, weight_name="{DIFFUSERS_FILE}", adapter_name="lora")
 pipe.set_adapters("lora", 1.0)  # strength
 image = pipe({prompt}).images[0]

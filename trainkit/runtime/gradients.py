@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from trainkit import ranks
 from trainkit.errors import Problem, UserError
+from trainkit.runtime import ranks
 
 if TYPE_CHECKING:
     from trainkit.files import Json

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from trainkit.errors import Problem, UserError
 from trainkit.files import Json
-from trainkit.record import redacted_command
+from trainkit.runtime.record import redacted_command
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -86,6 +86,7 @@ def quiet_libraries() -> None:
     from diffusers.utils import logging as diffusers_log
     from transformers.utils import logging as transformers_log
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses optional kernels we do not use
     for room in (diffusers_log, transformers_log):
         room.set_verbosity_error()
         room.disable_progress_bar()

@@ -9,8 +9,9 @@ import shutil
 import time
 from pathlib import Path
 
-from trainkit import files, manifest
+from trainkit import files
 from trainkit.errors import Problem, UserError
+from trainkit.runtime import manifest
 
 log = logging.getLogger(__name__)
 
