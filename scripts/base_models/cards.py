@@ -60,8 +60,9 @@ def data_section(work_dir: Path) -> str:
     return f"""## Data
 
 {nouns} nouns in three drawing styles, {len(named)} pictures on white at 64 px; captions name noun and style in four
-wordings ("icon of a fox in the style of noto", "fox, twemoji style icon", …). The UNets never saw {withheld} of the pairs
-(every noun kept at least one style), the CLIP and the autoencoder saw all. No model saw the 3-D style of `assets/icons-3d`.
+wordings ("icon of a fox in the style of noto", "fox, twemoji style icon", …). The UNets never saw {withheld} of the
+pairs (every noun kept at least one style), the CLIP and the autoencoder saw all. No model saw the 3-D style of
+`assets/icons-3d`.
 
 {table(("style in captions", "package (npm)", "version", "pictures"), rows)}
 
@@ -134,11 +135,13 @@ def clip_scores(scores: dict) -> str:
     )
     return f"""## Measured
 
-Real icons through the autoencoder: the nearest of the 903 real icons is of their noun for {clip["reconstructed_top1"]:.1%}.
-Real icons: the nearest icon *of another style* is of their noun for {clip["other_style_top1"]:.1%}.
+The nearest of the 903 real icons has the right noun
 
-**The style layer.** KID between styles over the same 301 nouns against KID between two random halves (different nouns) of
-one style. A good layer separates the styles and is blind to the nouns; the trainers' `STYLE_LAYER` is the one in bold.
+- for real icons that went through the autoencoder: {clip["reconstructed_top1"]:.1%};
+- for real icons, when icons of their own style do not count: {clip["other_style_top1"]:.1%}.
+
+**The style layer.** KID between styles over the same 301 nouns, against KID between two random halves (different nouns)
+of one style. A good layer tells styles apart and is blind to nouns; `trainkit.evaluation.STYLE_LAYER` is in bold.
 
 {table(head, rows)}
 """

@@ -1,7 +1,7 @@
 """A CLIP-format byte-pair tokenizer of about 4,000 entries, cut from CLIP's own merges.
 
 Kept words get exactly the pieces CLIP gives them: byte-pair encoding applies the earliest merge that fits, the cut
-keeps the order, and it keeps every merge that the encoding of a kept word uses (Sennrich et al. 2016, arXiv:1508.07909).
+keeps the order, and it keeps every merge that encoding a kept word uses (Sennrich et al. 2016, arXiv:1508.07909).
 """
 
 import gzip
