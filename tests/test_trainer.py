@@ -1,0 +1,240 @@
+"""The trainer's own step and promises: what gets gradients, what the loss is, what may not change on resume."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.harness import command, forked, make_pictures
+from tests.tiny import build_tiny_sdxl
+from train_dreambooth_lora_sdxl_advanced import TrainStep
+from trainkit import rng
+from trainkit.adapters import Adapters, add_lora
+from trainkit.data.batch import Batch
+from trainkit.data.cache import MemoryStore
+from trainkit.data.loader import Pictures, micro_batches, ready_pictures
+from trainkit.data.order import Order
+from trainkit.data.rows import read_rows
+from trainkit.diffusion import Noise, UniformTimesteps
+from trainkit.families import sdxl
+from trainkit.families.text import FrozenText
+from trainkit.objective import make_objective
+from trainkit.optim import make_optimizer
+from trainkit.options import DataOptions, LoraOptions, ModelOptions, ObjectiveOptions, OptimizerOptions
+from trainkit.runtime.gradients import Gradients
+
+SEED, GLOBAL_BATCH, GAMMA = 3, 8, 5.0
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Rig:
+    """The trainer's objects, put together as its main does, without a run around them."""
+
+    step: TrainStep
+    lora: Adapters
+    pictures: Pictures
+    encoders: tuple[nn.Module, ...]  # the family itself has let go of them
+
+    def batches(self, *, accumulation: int = 1, step: int = 1) -> list[Batch]:
+        """The micro-batches of one optimizer step; five pictures and a batch of eight, so step 1 begins mid-epoch."""
+        order = Order(self.pictures.rows, GLOBAL_BATCH, seed=SEED)
+        ((_, found),) = micro_batches(
+            self.pictures, order, accumulation=accumulation, start_step=step, stop_step=step + 1)
+        return found
+
+    def backward(self, **which: int) -> Gradients:
+        """The gradients of one optimizer step, on the parameters."""
+        gradients = Gradients(CPU)
+        for batch in self.batches(**which):
+            gradients.backward(self.step(batch).sum() / batch.num_instance)
+        return gradients
+
+
+def rig(model: Path, data: Path, *, gamma: float | None = None) -> Rig:
+    options = DataOptions(instance_data_dir=str(data), instance_prompt="TOK", resolution=32, random_flip=True)
+    rows, problems = read_rows(options)
+    assert not problems
+    base = ModelOptions(pretrained_model_name_or_path=str(model))
+    family = sdxl.load(base, device=CPU, weight_dtype=torch.float32)
+    encoders, prompts = family.text_encoders, FrozenText(family, [row.caption for row in rows])
+    pictures = ready_pictures(rows, options, family, MemoryStore(), seed=SEED)
+    lora = add_lora(family.unet, LoraOptions(rank=2), targets=family.lora_targets, seed=SEED)
+    family.settle(keep_vae=True)
+    job = SimpleNamespace(seed=SEED, autocast=nullcontext)
+    loss = make_objective(ObjectiveOptions(snr_gamma=gamma), family.schedule.prediction)
+    step = TrainStep(family, prompts, job, UniformTimesteps(family.schedule), Noise(), loss)
+    return Rig(step, lora, pictures, encoders)
+
+
+def train_a_little(lora: Adapters) -> None:
+    """B away from zero: with B = 0, A gets no gradient."""
+    with torch.no_grad():
+        for path in lora.layers:
+            lora.factors(path)[1].normal_(std=0.05, generator=rng.generator("nudge", path))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pictures(tmp_path_factory.mktemp("data") / "pictures", n=5)
+
+
+@pytest.fixture(scope="module")
+def v_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_sdxl(tmp_path_factory.mktemp("tiny") / "v", prediction_type="v_prediction")
+
+
+# -- the step ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_train_step_gives_gradients_to_every_adapter_and_to_nothing_else(tiny_sdxl, data):
+    trained = rig(tiny_sdxl, data)
+    train_a_little(trained.lora)
+    own = {id(p) for p in trained.lora.parameters()}
+    family = trained.step.family
+    others = [p for part in (family.unet, family.vae, *trained.encoders) for p in part.parameters() if id(p) not in own]
+    before = [p.clone() for p in others]
+    gradients = trained.backward()
+    assert all(p.grad.abs().max() > 0 for p in trained.lora.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in others)
+    options = OptimizerOptions(learning_rate=0.1)
+    optimizer = make_optimizer(trained.lora.groups(options, GLOBAL_BATCH), options, 1)
+    gradients.update(optimizer, trained.lora.parameters(), step=0, max_grad_norm=1.0)
+    assert all(torch.equal(p, old) for p, old in zip(others, before, strict=True))
+
+
+def test_one_global_batch_gives_one_gradient_however_it_is_cut(tiny_sdxl, data):
+    trained = rig(tiny_sdxl, data, gamma=GAMMA)
+    train_a_little(trained.lora)
+    found = {}
+    for accumulation in (1, 2, 8):  # micro-batches of 8, 4 and 1
+        loss = trained.backward(accumulation=accumulation).loss
+        found[accumulation] = torch.cat([loss.view(1), *(p.grad.flatten() for p in trained.lora.parameters())]).double()
+        for parameter in trained.lora.parameters():
+            parameter.grad = None
+    for accumulation in (2, 8):
+        error = (found[accumulation] - found[1]).norm() / found[1].norm()
+        assert error < 1e-6, f"{accumulation} micro-batches: {error:.1e} away from one"
+
+
+@pytest.mark.parametrize("kind", ["epsilon, plain", "v, Min-SNR"])
+def test_the_loss_is_the_formula_on_stock_parts(kind, tiny_sdxl, v_model, data):
+    """A fresh adapter changes nothing, so the base model by itself must give the step's losses."""
+    model, gamma = (tiny_sdxl, None) if kind == "epsilon, plain" else (v_model, GAMMA)
+    fresh = rig(model, data, gamma=gamma)
+    (batch,) = fresh.batches()
+    with torch.no_grad():
+        torch.testing.assert_close(fresh.step(batch), losses_by_hand(model, batch, gamma))
+
+
+def losses_by_hand(model: Path, batch: Batch, gamma: float | None) -> Tensor:
+    """Stock pipeline, stock scheduler, and the draws that belong to (seed, step, slot) -> losses [B]."""
+    from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(model)
+    schedule = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
+    keys = [(SEED, slot.step, slot.index) for slot in batch.slots]
+    t = (rng.uniform(keys, "timestep").double() * 1000).long()  # [B]
+    posterior = pipe.vae.encode(batch.pixels).latent_dist
+    drawn = rng.normal(posterior.mean.shape[1:], keys, name="posterior")
+    x0 = (posterior.mean + posterior.std * drawn) * pipe.vae.config.scaling_factor  # [B,C,h,w]
+    n = rng.normal(x0.shape[1:], keys, name="noise")
+    embeds, _, pooled, _ = pipe.encode_prompt(list(batch.prompts), do_classifier_free_guidance=False)
+    out = pipe.unet(schedule.add_noise(x0, n, t), t, encoder_hidden_states=embeds,
+                    added_cond_kwargs={"text_embeds": pooled, "time_ids": batch.time_ids}).sample
+    is_v = schedule.config.prediction_type == "v_prediction"
+    target = schedule.get_velocity(x0, n, t) if is_v else n
+    mse = F.mse_loss(out, target, reduction="none").mean((1, 2, 3))
+    snr = schedule.alphas_cumprod[t] / (1 - schedule.alphas_cumprod[t])
+    return mse if gamma is None else mse * snr.clamp(max=gamma) / (snr + is_v)
+
+
+def test_a_v_prediction_model_learns_a_batch_with_finite_losses(v_model, data):
+    trained = rig(v_model, data, gamma=GAMMA)
+    options = OptimizerOptions(learning_rate=1e-2)
+    optimizer = make_optimizer(trained.lora.groups(options, GLOBAL_BATCH), options, 4)
+    losses = []
+    for step in range(4):
+        gradients = trained.backward()  # the same batch and the same noise each time
+        done = gradients.update(optimizer, trained.lora.parameters(), step=step, max_grad_norm=1.0)
+        losses.append(done.loss)
+    assert torch.tensor(losses).isfinite().all() and losses == sorted(losses, reverse=True)
+
+
+def test_polynomial_decay_ends_at_the_same_rate_in_every_group():
+    """1e-7 whatever a group starts at; PyTorch's default rate of the optimizer, 1e-3, plays no part."""
+    options = OptimizerOptions(lr_scheduler="polynomial", lr_warmup_steps=0)
+    groups = [{"name": name, "params": [nn.Parameter(torch.zeros(1))], "lr": lr, "weight_decay": 0.0}
+              for name, lr in (("unet", 1e-4), ("text", 5e-6))]
+    optimizer = make_optimizer(groups, options, 10)
+    optimizer.set_lr(10)
+    assert optimizer.describe() == pytest.approx({"lr/unet": 1e-7, "lr/text": 1e-7})
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_would_change_the_training_is_refused_on_resume_by_name(tiny_sdxl, data, tmp_path):
+    def run(pictures: Path = data, **changes: object):
+        argv = command(tiny_sdxl, pictures, tmp_path / "out", **changes)
+        return forked(argv, log=tmp_path / "log")
+
+    assert run(max_train_steps=1).code == 0
+    edited = shutil.copytree(data, tmp_path / "edited")
+    shutil.copy(edited / "p1.png", edited / "p0.png")
+    cases = {
+        "rank": dict(rank=4), "resolution": dict(resolution=64), "seed": dict(seed=1),
+        "optimizer": dict(optimizer="prodigy", learning_rate=1.0), "pictures": dict(pictures=edited),
+    }
+    for name, changes in cases.items():
+        done = run(resume_from_checkpoint="latest", max_train_steps=2, **changes)
+        assert done.code == 2 and "Traceback" not in done.output, done.output
+        assert name in done.output.partition("where:")[0] + done.output.partition("why:")[2], done.output
+    assert run(resume_from_checkpoint="latest", max_train_steps=2).code == 0, "the refusals spoiled nothing"
+
+
+@pytest.fixture
+def no_second_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Every UNet that is loaded leaves a line in the file; a pipeline that is loaded fails."""
+    from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+    loaded, load = tmp_path / "loaded", UNet2DConditionModel.from_pretrained
+
+    def counted(*args: object, **kwargs: object):
+        with loaded.open("a") as file:
+            file.write("unet\n")
+        return load(*args, **kwargs)
+
+    def refused(*args: object, **kwargs: object):
+        raise AssertionError("a second pipeline was loaded")
+
+    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", counted)
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", refused)
+    yield loaded
+
+
+def test_a_run_loads_the_model_once_and_previews_and_ends_with_it(tiny_sdxl, data, no_second_model, tmp_path):
+    argv = command(tiny_sdxl, data, tmp_path / "out", max_train_steps=1, validation_prompt="a TOK cat",
+                   num_validation_images=1)
+    done = forked(argv, log=tmp_path / "log")
+    assert done.code == 0, done.output
+    assert no_second_model.read_text() == "unet\n"
+    assert (tmp_path / "out" / "samples" / "step_000001.png").is_file()
+
+
+def test_flags_without_effect_are_said_in_the_log(tiny_sdxl, data, tmp_path):
+    argv = command(tiny_sdxl, data, tmp_path / "out", max_train_steps=1, class_prompt="a toy",
+                   enable_xformers_memory_efficient_attention=True)
+    done = forked(argv, log=tmp_path / "log")
+    assert done.code == 0, done.output
+    for notice in ("--class_prompt has no effect", "--enable_xformers_memory_efficient_attention"):
+        assert notice in done.output, done.output
