@@ -146,6 +146,10 @@ def preflight(opt: Options) -> list[Row]:
     from trainkit import adapters, optim, publish
     from trainkit.data.rows import read_rows
     from trainkit.families import sdxl
+    from trainkit.runtime.startup import leave_out
+
+    if opt.optimizer.algorithm != "adamw8bit":
+        leave_out("bitsandbytes")
 
     model, other_vae = opt.model.pretrained_model_name_or_path, opt.model.pretrained_vae_model_name_or_path
     model_problems = sdxl.problems(model, resolution=opt.data.resolution, vae_path=other_vae,

@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,9 +37,9 @@ CASES = {
 # declaring the two schemas first lets its transforms import.
 PEER = """
 import runpy, sys, torch
-for name, args in (("nms", "Tensor dets, Tensor scores, float iou_threshold"),
-                   ("qnms", "Tensor dets, Tensor scores, float iou_threshold")):
-    torch.library.Library("torchvision", "FRAGMENT").define(f"{name}({args}) -> Tensor")
+library = torch.library.Library("torchvision", "FRAGMENT")
+for name in ("nms", "qnms"):
+    library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 sys.path.append(sys.argv.pop(1))
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -69,9 +70,10 @@ def timed(command: list[str], *, steps: int, cwd: Path) -> Timing:
     seen: dict[int, float] = {}
     pattern = re.compile(rf"(\d+)/{steps}\b")
     screen, its_end = pty.openpty()
+    termios.tcsetwinsize(its_end, (50, 200))  # a terminal without a width shows no bar
     start = time.monotonic()
     run = subprocess.Popen(command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=its_end, stderr=its_end,
-                           env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"})
+                           env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
     os.close(its_end)
     text = b""
     while chunk := _read(screen):
@@ -95,7 +97,7 @@ def _read(screen: int) -> bytes:
         return b""
 
 
-def floor(model: Path, *, batch: int, latent: int, rounds: int = 15) -> dict[str, float]:
+def floor(model: Path, *, batch: int, latent: int, rounds: int = 3) -> dict[str, float]:
     """Median seconds of forward + backward of the bare UNet, with PEFT's adapter layers, and with ours."""
     code = Path(__file__).with_name("benchmark_floor.py")
     line = [sys.executable, str(code), str(model), str(batch), str(latent), str(rounds)]
@@ -113,21 +115,25 @@ def plain_folder(source: Path, target: Path) -> Path:
     return target
 
 
-def compare(args: argparse.Namespace, work: Path) -> dict[str, dict[str, list[Timing]]]:
+def compare(args: argparse.Namespace, work: Path) -> tuple[dict[str, dict[str, list[Timing]]], dict[str, float]]:
+    """Timings by case and by who, and the floor, all taken in turn."""
     places = dict(plain=plain_folder(args.data, work / "plain"), captioned=args.data)
     found: dict[str, dict[str, list[Timing]]] = {case: {"ours": [], "peer": []} for case in args.cases}
+    floors: list[dict[str, float]] = []
     for turn, case in ((t, c) for t in range(args.rounds) for c in args.cases):
+        floors.append(floor(args.model, batch=args.batch, latent=args.resolution // args.vae_factor))
         data = [word.format(**places) for word in CASES[case]]
         for who in ("ours", "peer") if args.peer else ("ours",):
             out = work / f"{case}-{who}-{turn}"
             head = [str(TRAINER)] if who == "ours" else ["-c", PEER, str(args.peer_site), str(args.peer)]
             line = [sys.executable, *head, *data,
-                    *flags(args.model, out, steps=args.steps, batch=args.batch, resolution=args.resolution)]
+                    *flags(args.model, out, steps=args.steps, batch=args.batch, resolution=args.resolution),
+                    *(f"--{flag}" for flag in args.extra)]
             timing = timed(line, steps=args.steps, cwd=ROOT)
             found[case][who].append(timing)
             print(f"{case:10} {who:5} {timing.step_seconds:.4f} s/step, first step {timing.first_step_seconds:.1f} s, "
                   f"peak {timing.peak_mib:.0f} MiB", flush=True)
-    return found
+    return found, {kind: statistics.median(f[kind] for f in floors) for kind in floors[0]}
 
 
 def report(found: dict[str, dict[str, list[Timing]]], floors: dict[str, float]) -> None:
@@ -155,11 +161,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--resolution", type=int, default=64)
+    parser.add_argument("--vae_factor", type=int, default=4, help="pixels a side per latent: 4 here, 8 in real SDXL")
+    parser.add_argument("--extra", nargs="*", default=[], help="more flags for both, such as cache_latents")
     args = parser.parse_args()
-    factor = 4 if "tiny" in args.model.name else 8
     with tempfile.TemporaryDirectory() as work:
-        found = compare(args, Path(work))
-    floors = floor(args.model, batch=args.batch, latent=args.resolution // factor)
+        found, floors = compare(args, Path(work))
     print("\nfloor, s/step: " + ", ".join(f"{k} {v:.4f}" for k, v in floors.items()))
     report(found, floors)
 

@@ -597,3 +597,4 @@ def test_the_environments_keys_are_masked_too(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
     assert redact("logged in with 0123456789abcdef") == "logged in with ***"
     assert redacted_command(["t.py", "--hub_token"]) == ["t.py", "--hub_token"]
+    assert redacted_command(["--hub-token", "abc", "--hub-token=abc"]) == ["--hub-token", "***", "--hub-token=***"]

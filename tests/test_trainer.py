@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.harness import command, forked, make_pictures
+from tests.harness import Done, command, forked, make_pictures
 from tests.tiny import build_tiny_sdxl
 from train_dreambooth_lora_sdxl_advanced import TrainStep
 from trainkit import rng
@@ -60,16 +61,19 @@ class Rig:
         return gradients
 
 
-def rig(model: Path, data: Path, *, gamma: float | None = None) -> Rig:
-    options = DataOptions(instance_data_dir=str(data), instance_prompt="TOK", resolution=32, random_flip=True)
+def rig(model: Path, data: Path, *, gamma: float | None = None, dtype: torch.dtype = torch.float32,
+        cached: bool = False) -> Rig:
+    options = DataOptions(instance_data_dir=str(data), instance_prompt="TOK", resolution=32, random_flip=True,
+                          cache_latents=cached)
     rows, problems = read_rows(options)
     assert not problems
     base = ModelOptions(pretrained_model_name_or_path=str(model))
-    family = sdxl.load(base, device=CPU, weight_dtype=torch.float32)
+    family = sdxl.load(base, device=CPU, weight_dtype=dtype)
     encoders, prompts = family.text_encoders, FrozenText(family, [row.caption for row in rows])
     pictures = ready_pictures(rows, options, family, MemoryStore(), seed=SEED)
     lora = add_lora(family.unet, LoraOptions(rank=2), targets=family.lora_targets, seed=SEED)
-    family.settle(keep_vae=True)
+    family.unet.to(dtype)  # the adapters too
+    family.settle(keep_vae=pictures.live)
     job = SimpleNamespace(seed=SEED, autocast=nullcontext)
     loss = make_objective(ObjectiveOptions(snr_gamma=gamma), family.schedule.prediction)
     step = TrainStep(family, prompts, job, UniformTimesteps(family.schedule), Noise(), loss)
@@ -112,18 +116,20 @@ def test_a_train_step_gives_gradients_to_every_adapter_and_to_nothing_else(tiny_
     assert all(torch.equal(p, old) for p, old in zip(others, before, strict=True))
 
 
-def test_one_global_batch_gives_one_gradient_however_it_is_cut(tiny_sdxl, data):
-    trained = rig(tiny_sdxl, data, gamma=GAMMA)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-9), (torch.float32, 2e-5)], ids=str)
+def test_one_global_batch_gives_one_gradient_however_it_is_cut(dtype, limit, tiny_sdxl, data):
+    """8 micro-batches of 1, 2 of 4 and 1 of 8: the same sum. In fp32 kernels round differently at each batch size."""
+    trained = rig(tiny_sdxl, data, gamma=GAMMA, dtype=dtype, cached=True)
     train_a_little(trained.lora)
-    found = {}
-    for accumulation in (1, 2, 8):  # micro-batches of 8, 4 and 1
-        loss = trained.backward(accumulation=accumulation).loss
-        found[accumulation] = torch.cat([loss.view(1), *(p.grad.flatten() for p in trained.lora.parameters())]).double()
-        for parameter in trained.lora.parameters():
-            parameter.grad = None
-    for accumulation in (2, 8):
-        error = (found[accumulation] - found[1]).norm() / found[1].norm()
-        assert error < 1e-6, f"{accumulation} micro-batches: {error:.1e} away from one"
+    whole, halves, singles = (gradient(trained, accumulation) for accumulation in (1, 2, 8))
+    assert (halves - whole).norm() < limit * whole.norm()
+    assert (singles - whole).norm() < limit * whole.norm()
+
+
+def gradient(trained: Rig, accumulation: int) -> Tensor:
+    trained.lora.unet.zero_grad(set_to_none=True)
+    trained.backward(accumulation=accumulation)
+    return torch.cat([p.grad.flatten() for p in trained.lora.parameters()])
 
 
 @pytest.mark.parametrize("kind", ["epsilon, plain", "v, Min-SNR"])
@@ -183,23 +189,24 @@ def test_polynomial_decay_ends_at_the_same_rate_in_every_group():
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_would_change_the_training_is_refused_on_resume_by_name(tiny_sdxl, data, tmp_path):
-    def run(pictures: Path = data, **changes: object):
-        argv = command(tiny_sdxl, pictures, tmp_path / "out", **changes)
+def test_what_would_change_the_training_is_refused_on_resume_by_name(tiny_sdxl, tmp_path):
+    pictures = make_pictures(tmp_path / "data", n=3)
+
+    def run(**changes: object) -> Done:
+        argv = command(tiny_sdxl, pictures, tmp_path / "out", max_train_steps=1, **changes)
         return forked(argv, log=tmp_path / "log")
 
-    assert run(max_train_steps=1).code == 0
-    edited = shutil.copytree(data, tmp_path / "edited")
-    shutil.copy(edited / "p1.png", edited / "p0.png")
-    cases = {
-        "rank": dict(rank=4), "resolution": dict(resolution=64), "seed": dict(seed=1),
-        "optimizer": dict(optimizer="prodigy", learning_rate=1.0), "pictures": dict(pictures=edited),
-    }
-    for name, changes in cases.items():
-        done = run(resume_from_checkpoint="latest", max_train_steps=2, **changes)
-        assert done.code == 2 and "Traceback" not in done.output, done.output
-        assert name in done.output.partition("where:")[0] + done.output.partition("why:")[2], done.output
-    assert run(resume_from_checkpoint="latest", max_train_steps=2).code == 0, "the refusals spoiled nothing"
+    assert run().code == 0
+    for flag, value in {"rank": 4, "resolution": 64, "optimizer": "prodigy"}.items():
+        refused(run(resume_from_checkpoint="latest", **{flag: value}), name=f"flags.{flag}")
+    shutil.copy(pictures / "p1.png", pictures / "p0.png")
+    refused(run(resume_from_checkpoint="latest"), name="pictures")
+
+
+def refused(done: Done, *, name: str) -> None:
+    """The message names exactly what differs, and nothing else does."""
+    assert done.code == 2 and "Traceback" not in done.output, done.output
+    assert re.findall(r"([\w.]+): checkpoint ", done.output) == [name], done.output
 
 
 @pytest.fixture
@@ -228,7 +235,8 @@ def test_a_run_loads_the_model_once_and_previews_and_ends_with_it(tiny_sdxl, dat
     done = forked(argv, log=tmp_path / "log")
     assert done.code == 0, done.output
     assert no_second_model.read_text() == "unet\n"
-    assert (tmp_path / "out" / "samples" / "step_000001.png").is_file()
+    samples = {path.name for path in (tmp_path / "out" / "samples").iterdir()}
+    assert {"step_000000.png", "step_000001.png"} <= samples, "drawn before the first step and after the last"
 
 
 def test_flags_without_effect_are_said_in_the_log(tiny_sdxl, data, tmp_path):

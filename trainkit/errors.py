@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -53,11 +54,22 @@ def refuse(problems: Iterable[Problem]) -> None:
 
 
 def exit_with_message(main: Callable[[], None]) -> None:
-    """Run `main`; a UserError becomes its report on stderr and its exit code (a traceback only with --debug)."""
+    """Run `main`; a UserError becomes its report on stderr and its exit code (a traceback only with --debug).
+
+    Of several processes the first tells the whole story and the others one line each.
+    """
     try:
         main()
     except UserError as error:
-        if "--debug" in sys.argv:
+        if debugging():
             raise
-        print(error.report(), file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(error.report() if rank == "0" else f"rank {rank}: {error.problems[0].what}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def debugging() -> bool:
+    """Whether a traceback was asked for: read before, and whether or not, the options can be parsed."""
+    yes = ("1", "true", "yes", "on")
+    words = [word.lower() for word in sys.argv]
+    return "--debug" in words or any(f"--debug={y}" in words for y in yes) or os.environ.get("LORA_DEBUG", "") in yes

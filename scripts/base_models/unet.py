@@ -55,7 +55,7 @@ def make_sd_unet():
         layers_per_block=2,
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        attention_head_dim=2,
+        attention_head_dim=(2, 3, 3, 1),  # heads, as in SD 1.x
         cross_attention_dim=96,
         norm_num_groups=16,
     )
@@ -257,43 +257,16 @@ class UNetTask:
         return {"noise": (error * snr.clamp(max=SNR_GAMMA).sqrt() / snr).mean()}
 
 
-def sd_name(name: str) -> str:
-    """Where an SDXL weight goes in SD: the innermost level is new there, so the up blocks move by one."""
-    head, dot, rest = name.partition(".")
-    if head != "up_blocks":
-        return name
-    index, _, tail = rest.partition(".")
-    return f"up_blocks.{int(index) + 1}.{tail}"
-
-
-def fit(old: Tensor, like: Tensor, name: str) -> Tensor:
-    """A linear projection becomes a 1x1 convolution; to_k and to_v keep the columns of the first text encoder."""
-    if old.dim() == 2 and like.dim() == 4:
-        return old[:, :, None, None]
-    return old[:, : like.shape[1]] if "attn2.to_" in name and old.dim() == 2 else old
-
-
-@torch.no_grad()
-def copy_fitting(given: dict[str, Tensor], target: nn.Module) -> int:
-    """Copy every SDXL weight whose place and shape fit; returns how many did."""
-    wanted, copied = target.state_dict(), 0
-    for name, old in given.items():
-        like = wanted.get(sd_name(name))
-        if like is not None and fit(old, like, name).shape == like.shape:
-            like.copy_(fit(old, like, name))
-            copied += 1
-    return copied
-
-
 def train_unet(work_dir: Path, family: str, *, minutes: float, seed: int) -> None:
     from diffusers.models.attention_processor import AttnProcessor
 
     torch.manual_seed(seed)
     unet = make_sdxl_unet() if family == "sdxl" else make_sd_unet()
-    if family == "sd":
-        copied = copy_fitting(load_average(work_dir, "sdxl"), unet)
-        LOG.info("sd starts with %d of its %d tensors from sdxl", copied, len(unet.state_dict()))
     task = UNetTask(work_dir, family, seed)
+    if family == "sd" and not (work_dir / "training" / "sd.json").exists():
+        from base_models.inherit import inherit
+
+        inherit(work_dir, unet, seed)
     unet.set_attn_processor(AttnProcessor())  # bf16 fused attention is 6x slower backwards on a CPU than two matmuls
     training = Training(family, unet, work_dir, budget=Budget(minutes), lr=1.2e-3, half=True)
     training.run(lambda step: task.losses(training.worker, step))

@@ -23,7 +23,7 @@ PACKAGES = (
     "bitsandbytes", "pillow", "numpy",
 )
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}|\bsk-[A-Za-z0-9_-]{16,}|\bAKIA[0-9A-Z]{16}\b|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
-SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "LORA_HUB_TOKEN", "WANDB_API_KEY")
 MASK = "***"
 
 
@@ -59,10 +59,10 @@ def redact_json(data: Json, known: Iterable[str] = ()) -> Json:
 
 
 def redacted_command(argv: list[str]) -> list[str]:
-    """The command line with the value of --hub_token masked."""
-    shown = [re.sub(r"^(--hub_token=).*", rf"\1{MASK}", a) for a in argv]
+    """The command line with the value of --hub_token, in either spelling, masked."""
+    shown = [re.sub(r"^(--hub[_-]token=).*", rf"\1{MASK}", a) for a in argv]
     for i, flag in enumerate(argv[:-1]):
-        if flag == "--hub_token":
+        if flag in ("--hub_token", "--hub-token"):
             shown[i + 1] = MASK
     return [redact(a) for a in shown]
 

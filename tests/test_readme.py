@@ -1,0 +1,117 @@
+"""What README and docs say is so: their commands run, and every link, path, flag and test they name exists."""
+
+from __future__ import annotations
+
+import re
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import ROOT, launched
+from train_dreambooth_lora_sdxl_advanced import Options
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = [*PAGES, *sorted({*ROOT.glob("*.md")} - {*PAGES}), ROOT / "assets" / "README.md"]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FEW = {"STEPS": "8", "DENOISING_STEPS": "1"}  # what scripts/quickstart.sh reads
+OTHER_TOOLS = {"num_processes", "cpu", "nproc_per_node"}  # accelerate launch and torchrun
+IS_THIS_SUITE = "scripts/test.sh"
+
+
+def named(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
+    """(language, code) of the fenced blocks in these languages; "" is a block without one."""
+    return [(m[1], m[2]) for m in FENCE.finditer(page.read_text("utf-8")) if m[1] in languages]
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+PAGES_TO_RUN = [page for page in PAGES if blocks(page, "bash", "python")]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The repository as links, so that runs/ is not written into it; .venv is what runs this test, nothing installs."""
+    for entry in ROOT.iterdir():
+        if not entry.name.startswith(".") and entry.name not in ("runs", "build", "scripts"):
+            (tmp_path / entry.name).symlink_to(entry)
+    (tmp_path / ".venv").symlink_to(Path(sysconfig.get_path("scripts")).parent)
+    (tmp_path / "scripts").mkdir()
+    for script in (ROOT / "scripts").iterdir():
+        (tmp_path / "scripts" / script.name).symlink_to(script)
+    (tmp_path / "scripts" / "install.sh").unlink()
+    (tmp_path / "scripts" / "install.sh").write_text("# installed: this test is running\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES_TO_RUN, ids=named)
+def test_every_block_runs_in_order_and_leaves_what_the_page_says(page, checkout):
+    for language, code in blocks(page, "bash", "python"):
+        if IS_THIS_SUITE in code:
+            continue
+        short = re.sub(r"--max_train_steps=\d+", "--max_train_steps=2", code)
+        run = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [".venv/bin/python", "-c"]
+        done = launched(["env", "-C", str(checkout), *run, short], env=FEW, timeout=900)
+        assert done.code == 0, f"{named(page)}:\n{code}\n{done.output}"
+    promised = re.findall(r"`(runs/[\w./-]+)`", page.read_text("utf-8"))
+    assert [path for path in promised if not (checkout / path).exists()] == []
+
+
+def test_the_quick_start_reads_what_shortens_it_here():
+    script = (ROOT / "scripts" / "quickstart.sh").read_text("utf-8")
+    assert all(f"${{{name}:-" in script for name in FEW)
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=named)
+def test_every_relative_link_leads_to_a_file(page):
+    prose = FENCE.sub("", page.read_text("utf-8"))
+    targets = re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", prose)
+    files = [target.partition("#")[0] for pair in targets for target in pair if "://" not in target]
+    assert [file for file in files if file and not (page.parent / file).exists()] == []
+
+
+def test_every_path_in_the_readmes_tree_exists():
+    (tree,) = [code for _, code in blocks(PAGES[0], "") if "├──" in code]
+    entries = list(tree_entries(tree))
+    assert len(entries) > 20
+    assert [path for path in entries if not any(place.exists() for place in path)] == []
+
+
+def tree_entries(tree: str) -> Iterator[tuple[Path, ...]]:
+    """Where each name of the tree may lie: an entry in its folder; a file named beside it, in it or next to it."""
+    folders = [ROOT]
+    for indent, text in re.findall(r"^((?:│   |    )*)[├└]── (.+)$", tree, re.MULTILINE):
+        folder = folders[len(indent) // 4]
+        head, _, remark = text.partition("  ")
+        for name in head.split(" · "):
+            yield (folder / name.strip(),)
+        inner = folder / head.strip()
+        folders[len(indent) // 4 + 1:] = [inner]
+        for name in re.findall(r"[\w-]+(?:\.(?:py|sh|md)\b|/(?=[\s:]))", remark):
+            yield (inner / name, folder / name)
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=named)
+def test_every_flag_exists(page):
+    flags = Options.flags()
+    known = OTHER_TOOLS | {"help", *flags} | {f"no_{name}" for name, flag in flags.items() if flag.is_switch}
+    for script in (ROOT / "scripts").glob("*.py"):
+        known |= set(re.findall(r"\badd(?:_argument)?\(\s*\"--(\w+)\"", script.read_text("utf-8")))
+    written = {name.replace("-", "_") for name in re.findall(r"(?<![\w-])--([a-z][\w-]*)", page.read_text("utf-8"))}
+    stems = {name for name in written if name.endswith("_")}  # `--no_…`
+    assert sorted(written - stems - known) == []
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=named)
+def test_every_test_that_a_page_names_exists(page):
+    cited = re.findall(r"\b(test_\w+)\.py::(\w+)", page.read_text("utf-8"))
+    sources = {file: (ROOT / "tests" / f"{file}.py").read_text("utf-8") for file, _ in cited}
+    assert [f"{file}.py::{name}" for file, name in cited if f"def {name}(" not in sources[file]] == []
