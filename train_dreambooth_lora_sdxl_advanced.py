@@ -74,29 +74,29 @@ def main(argv: list[str] | None = None) -> None:
                            prediction_type=opt.objective.prediction_type, compat=opt.run.compat)  # frozen
         store = cache.open_store(opt.data.latent_cache_dir)
         prompts = text.FrozenText(family, captions(opt, rows), store, opt.text.clip_skip)  # each encoded once
-        pictures = loader.ready_pictures(rows, opt.data, family, store, seed=job.seed, progress=job.progress.task)
+        family.free_text_encoders()
+        pictures = loader.ready_pictures(rows, opt.data, family, store, **job.loading)
         lora = adapters.add_lora(family.unet, opt.lora, targets=family.lora_targets, seed=job.seed)  # all that trains
         family.settle(keep_vae=pictures.live, gradient_checkpointing=opt.precision.gradient_checkpointing)
+        levels = diffusion.make_levels(opt.objective, family.schedule)
         loss = objective.make_objective(opt.objective, family.schedule.prediction, opt.run.compat)
-        levels, noise = diffusion.UniformTimesteps(family.schedule), diffusion.Noise(opt.objective.noise_offset)
-        train_step = TrainStep(family, prompts, job, levels, noise, loss)
-        total = opt.run.total_steps(len(rows), job.world)
+        train_step = TrainStep(family, prompts, job, levels, diffusion.Noise(opt.objective.noise_offset), loss)
+        total, stop = opt.run.ends(len(rows), job.world)  # finished steps of the run, and of this session
         optimizer = optim.make_optimizer(lora.groups(opt.optimizer, job.global_batch), opt.optimizer, total)
         stream = order.Order(rows, job.global_batch, seed=job.seed)  # the same on 1 or N processes
         previews = preview.Previews(
             family, opt.validation, prompts, job.out_dir, seed=job.seed, resolution=opt.data.resolution,
             every=opt.validation.every(stream.steps_per_epoch))
         saves = checkpoints.Checkpoints(
-            job.out_dir, keep=opt.run.checkpoints_total_limit, fingerprint=fingerprint(opt, rows, family, job),
+            job.out_dir, keep=opt.run.checkpoints_total_limit, fingerprint=fingerprint(opt, rows, family, job, total),
             adapters=lora, optimizer=optimizer, run=job)
-        start, stop = saves.resume(opt.run.resume_from_checkpoint), opt.run.last_step(total)
-        job.begin(start, total)
-        job.draw(start, previews)  # what it draws before it learns more
+        start = saves.resume(opt.run.resume_from_checkpoint, stop=stop)
+        job.begin(start, total, previews)
         for step, batches in loader.micro_batches(pictures, stream, start_step=start, stop_step=stop, **job.share):
             for batch in batches:
                 losses = train_step(batch.to(job.device))  # [B]
                 job.backward(losses.sum() / batch.num_instance)
-            stats = job.update(optimizer, lora.parameters(), step=step)
+            stats = job.update(optimizer, step=step)
             job.log(step + 1, stats | optimizer.describe())
             after_step(step + 1, opt, job=job, saves=saves, previews=previews, last=step + 1 == stop)
         if stop == total:
@@ -132,13 +132,15 @@ class TrainStep:
 
 
 def after_step(done: int, opt: Options, *, job: Run, saves: Checkpoints, previews: Previews, last: bool) -> None:
-    """What is due after `done` finished steps: save (and end there when a signal asked for it), draw."""
+    """What is due after `done` finished steps: save (and end there when a signal asked for it), draw, a last look."""
     from trainkit.run import due
 
     if due(done, opt.run.checkpointing_steps, last=last) or job.stopping:
-        job.end_if_asked(done, saves.save(done))
+        job.end_if_asked(done, saves.save(done, prune=job.healthy))
     if previews.due(done, last=last):
         job.draw(done, previews)
+    if last:
+        job.require_progress()
 
 
 def preflight(opt: Options) -> list[Row]:
@@ -153,7 +155,8 @@ def preflight(opt: Options) -> list[Row]:
 
     model, other_vae = opt.model.pretrained_model_name_or_path, opt.model.pretrained_vae_model_name_or_path
     model_problems = sdxl.problems(model, resolution=opt.data.resolution, vae_path=other_vae,
-                                   revision=opt.model.revision, variant=opt.model.variant)
+                                   revision=opt.model.revision, variant=opt.model.variant,
+                                   clip_skip=opt.text.clip_skip, prediction_type=opt.objective.prediction_type)
     if opt.lora.lora_unet_blocks and not model_problems:
         unet = sdxl.skeleton(model, revision=opt.model.revision)
         model_problems = adapters.problems(unet, opt.lora, targets=sdxl.LORA_TARGETS)
@@ -170,15 +173,26 @@ def captions(opt: Options, rows: list[Row]) -> list[str]:
     return [row.caption for row in rows] + preview_prompts(opt.validation)
 
 
-def fingerprint(opt: Options, rows: list[Row], family: SDXL, job: Run) -> dict[str, object]:
+# What decides the bits of a run beside model, pictures and seed. Rates and decays may be changed on resume.
+DECISIVE = (
+    "resolution", "center_crop", "random_flip", "image_interpolation_mode", "cache_latents", "cached_crops",
+    "clip_skip", "rank", "lora_alpha", "lora_dropout", "lora_layers", "lora_unet_blocks", "prediction_type",
+    "snr_gamma", "noise_offset", "compat", "optimizer", "use_8bit_adam", "lr_scheduler",
+)
+
+
+def fingerprint(opt: Options, rows: list[Row], family: SDXL, job: Run, total: int) -> dict[str, object]:
     """What a checkpoint and the run that resumes it must agree on, or going on would not be going on."""
     from trainkit.data.cache import content_key
 
-    free = {"latent_cache_dir", "cache_dir"}  # where things are kept, not what they are
-    concerns = (opt.data, opt.text, opt.lora, opt.objective, opt.optimizer)
-    flags = {k: v for concern in concerns for k, v in concern.model_dump(mode="json").items() if k not in free}
-    pictures = content_key([(row.id, row.digest, row.caption, row.repeat) for row in rows])
-    return {"base_model": family.identity, "pictures": pictures, "global_batch": job.global_batch, "flags": flags}
+    flags = opt.flat()
+    return {
+        "base model": family.identity, "pictures and captions": content_key(*[
+            (row.id, row.digest, row.caption, row.repeat) for row in rows]),
+        "pictures in a step": job.global_batch, "--seed": job.seed, "--mixed_precision": job.precision,
+        "steps": None if opt.optimizer.lr_scheduler.startswith("constant") else total,  # a decay depends on its length
+        **{f"--{flag}": flags[flag] for flag in DECISIVE},
+    }
 
 
 if __name__ == "__main__":

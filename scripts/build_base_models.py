@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 STAGES = ("data", "tokenizer", "vae", "clip", "judge", "sdxl", "sd", "export", "icons", "cards")
-MINUTES = {"vae": 15.0, "clip": 18.0, "judge": 12.0, "sdxl": 65.0, "sd": 30.0}
+MINUTES = {"vae": 11.0, "clip": 17.0, "judge": 15.0, "sdxl": 81.0, "sd": 25.0}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

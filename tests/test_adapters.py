@@ -132,6 +132,12 @@ def test_a_block_that_matches_nothing_is_refused_with_the_nearest_names(base, wr
         add_lora(copy.deepcopy(base), options, targets=LORA_TARGETS, seed=0)
 
 
+@pytest.mark.parametrize("listed", [" , ", ",", "  "])
+def test_a_list_that_names_no_block_is_refused_and_does_not_mean_all(base, listed):
+    problem, = problems(base, LoraOptions(lora_unet_blocks=listed), targets=LORA_TARGETS)
+    assert "no block" in problem.what and problem.kind == "usage"
+
+
 def test_the_nearest_name_to_a_slip_is_the_block_that_was_meant(base):
     options = LoraOptions(lora_unet_blocks="unet.up_blocks.0.attention.1")
     assert "unet.up_blocks.0.attentions.1" in problems(base, options, targets=LORA_TARGETS)[0].fix
@@ -153,8 +159,21 @@ def test_packed_adapters_continue_bit_for_bit_and_others_are_refused(base):
 def test_delta_weight_is_pefts(base):
     adapters = lora(base, rank=4, lora_alpha=6)
     train_a_little(adapters)
-    for path, delta in adapters.delta_weights().items():
-        torch.testing.assert_close(delta, adapters.layers[path].get_delta_weight(NAME))
+    for path, layer in adapters.layers.items():
+        torch.testing.assert_close(adapters.delta_weight(path).float(), layer.get_delta_weight(NAME))
+
+
+def test_whatever_peft_trains_in_a_layer_is_trained_saved_and_resumed(base):
+    """A DoRA layer has a magnitude beside A and B."""
+    from peft import LoraConfig
+
+    unet = copy.deepcopy(base)
+    unet.add_adapter(LoraConfig(r=2, target_modules=["mid_block.attentions.0.proj_in"], use_dora=True))
+    adapters = Adapters(unet, rank=2, alpha=2)
+    path = "mid_block.attentions.0.proj_in"
+    assert [*adapters.named_parameters()][:2] == [f"{path}.lora_A.weight", f"{path}.lora_B.weight"]
+    assert {id(p) for p in adapters.parameters()} == {id(p) for p in unet.parameters() if p.requires_grad}
+    assert len(adapters.parameters()) == 3 and adapters.pack()[0].keys() == adapters.named_parameters().keys()
 
 
 def test_groups_hold_every_parameter_once(base):

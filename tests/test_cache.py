@@ -6,11 +6,13 @@ import os
 import pickle
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from tests.pictures import marked, marked_folder, open_files, row_of
@@ -109,15 +111,55 @@ def test_nan_and_infinity_are_never_cached(tmp_path: Path, bad: float) -> None:
     assert caught.value.problems[0].kind == "nonfinite" and not store.entries
 
 
-@pytest.mark.parametrize("damage", [b"", b"\0" * 200, None])
-def test_a_damaged_entry_is_rebuilt(tmp_path: Path, damage: bytes | None) -> None:
+DAMAGE = {
+    "empty": lambda data: b"",
+    "zeros": lambda data: b"\0" * 200,
+    "cut": lambda data: data[:-1],
+    "64 bytes of the payload overwritten": lambda data: data[:-64] + b"\xff" * 64,
+    "no digest": lambda data: save(load(data)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_entry_is_rebuilt(tmp_path: Path, damage: str) -> None:
     rows, store = folder_rows(tmp_path / "d"), DiskStore(tmp_path / "cache")
     latents, _ = fill(rows, store)
     path = store._path(latents.key(rows[0], POLICY.plan(rows[0], seed=0, epoch=0)))
-    path.write_bytes(path.read_bytes()[:-1] if damage is None else damage)
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
     with pytest.raises(UserError, match="damaged"):
         latents(rows[0], POLICY.plan(rows[0], seed=0, epoch=0))
     assert fill(rows, store)[1] == 1
+
+
+def be_rank(rank: int, monkeypatch: pytest.MonkeyPatch, at_barrier: Callable[[], object]) -> None:
+    monkeypatch.setattr(cache.ranks, "world", lambda: 2)
+    monkeypatch.setattr(cache.ranks, "rank", lambda: rank)
+    monkeypatch.setattr(cache.ranks, "barrier", at_barrier)
+
+
+def encoded_by_two_ranks(rows: list[Row], stores: tuple[Store, Store], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many views each rank encodes; rank 1 runs while rank 0 waits."""
+    counts = [0, 0]
+
+    def run(rank: int, at_barrier: Callable[[], object]) -> None:
+        def counting(pixels: Tensor) -> tuple[Tensor, Tensor]:
+            counts[rank] += 1
+            return encode(pixels)
+
+        be_rank(rank, monkeypatch, at_barrier)
+        cache_latents(rows, POLICY, counting, stores[rank], seed=0, identity="vae")
+
+    run(0, at_barrier=lambda: run(1, at_barrier=lambda: None))
+    return counts
+
+
+def test_ranks_share_the_work_where_they_share_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, shared = folder_rows(tmp_path / "d"), DiskStore(tmp_path / "cache")
+    assert encoded_by_two_ranks(rows, (shared, shared), monkeypatch) == [3, 2]
+    assert encoded_by_two_ranks(rows, (shared, shared), monkeypatch) == [0, 0]
+    assert encoded_by_two_ranks(rows, (MemoryStore(), MemoryStore()), monkeypatch) == [5, 0], "rank 0 waits for nobody"
+    apart = DiskStore(tmp_path / "a"), DiskStore(tmp_path / "b")
+    assert encoded_by_two_ranks(rows, apart, monkeypatch) == [5, 5], "each machine needs every entry"
 
 
 def in_child(work: object, *args: object) -> int:

@@ -21,7 +21,7 @@ import torch
 from trainkit import checkpoints as room
 from trainkit import files
 from trainkit.checkpoints import Checkpoints, Stage
-from trainkit.errors import UserError
+from trainkit.errors import Problem, UserError
 from trainkit.runtime import manifest, shelf
 
 STAGES = get_args(Stage)
@@ -47,7 +47,7 @@ class Part:
 
 def make(out: Path, *, keep=None, size=300, extra=None, **fingerprint) -> tuple[Checkpoints, Part]:
     part = Part(size)
-    pins = {"rank": 4, "model": {"name": "tiny", "hash": "ab"}} | fingerprint
+    pins = {"--rank": 4, "model": {"name": "tiny", "hash": "ab"}} | fingerprint
     return Checkpoints(out, keep=keep, fingerprint=pins, extra=extra, adapters=part, optimizer=Part(5)), part
 
 
@@ -171,7 +171,7 @@ def test_with_one_kept_there_is_a_whole_checkpoint_at_every_instant(tmp_path):
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    assert resumed(tmp_path) > 3
+    assert resumed(tmp_path) > 1, "the child saved while we looked"
 
 
 def truncate(p: Path): p.write_bytes(p.read_bytes()[:-7])
@@ -240,6 +240,23 @@ def test_retention_counts_whole_checkpoints_only(tmp_path):
     assert [p.name for p in shelf.Shelf(tmp_path).all()] == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
     save_steps(tmp_path, 10, keep=2)
     assert [p.name for p in shelf.Shelf(tmp_path).all()] == ["checkpoint-8", "checkpoint-10"]
+
+
+def test_a_save_that_may_not_prune_leaves_older_checkpoints_to_the_next_one(tmp_path):
+    points, part = make(tmp_path, keep=1)
+    for step, prune, left in ((2, True, [2]), (4, False, [2, 4]), (6, True, [6])):
+        part.step = step
+        points.save(step, prune=prune)
+        assert [shelf.step_of(p) for p in shelf.Shelf(tmp_path).all()] == left
+
+
+def test_a_save_reads_its_own_files_back_once_and_those_of_older_checkpoints_never(tmp_path, monkeypatch):
+    read, real = [], manifest._sha256
+    monkeypatch.setattr(manifest, "_sha256", lambda path: read.append(path) or real(path))
+    save_steps(tmp_path, 2, 4, 6, 8, keep=3)
+    assert len(read) == 4 * 3 * 2, "3 files, hashed when sealed and when read back"
+    read.clear()
+    assert resumed(tmp_path) == 8 and len(read) == 3
 
 
 def test_pruning_deletes_only_folders_of_ours_and_follows_no_link(tmp_path):
@@ -338,13 +355,13 @@ def test_no_file_is_a_pickle(tmp_path):
             list(pickletools.genops(data))
 
 
-@pytest.mark.parametrize("change", [{"rank": 8}, {"model": {"name": "tiny", "hash": "cd"}}, {"resolution": 512}])
+@pytest.mark.parametrize("change", [{"--rank": 8}, {"model": {"name": "tiny", "hash": "cd"}}, {"resolution": 512}])
 def test_the_checkpoint_of_another_run_is_refused_field_by_field(tmp_path, change):
     save_steps(tmp_path, 2)
     with pytest.raises(UserError) as caught:
         resumed(tmp_path, **change)
     field = next(iter(change)) + (".hash" if "model" in change else "")
-    assert field in str(caught.value) and caught.value.exit_code == 2
+    assert caught.value.problems[0].why.startswith(f"{field}: checkpoint ") and caught.value.exit_code == 2
     assert (tmp_path / "checkpoint-2").exists(), "a refusal moves nothing"
 
 
@@ -360,6 +377,36 @@ def test_a_named_checkpoint_that_is_missing_is_an_error(tmp_path):
         with pytest.raises(UserError, match="no such checkpoint") as caught:
             resumed(tmp_path, which)
         assert caught.value.exit_code == 2 and "checkpoint-2" in str(caught.value)
+
+
+def test_a_path_that_leads_nowhere_is_not_taken_for_a_name(tmp_path, monkeypatch):
+    save_steps(tmp_path, 2)
+    monkeypatch.chdir(tmp_path.parent)
+    for which in ("/no/such/place/checkpoint-2", "./checkpoint-2", "elsewhere/checkpoint-2"):
+        with pytest.raises(UserError, match="no such checkpoint") as caught:
+            resumed(tmp_path, which)
+        assert caught.value.exit_code == 2 and caught.value.problems[0].where == str(Path(which))
+    assert resumed(tmp_path, "checkpoint-2") == resumed(tmp_path, f"{tmp_path.name}/checkpoint-2") == 2
+
+
+class Refusing(Part):
+    """Finds out only when it is unpacked that the checkpoint is not for this run."""
+
+    def unpack(self, tensors, data):
+        raise UserError(Problem("trained with prodigy", "--optimizer", "", ""))
+
+
+@pytest.mark.parametrize("which", ["checkpoint-2", "elsewhere"])
+@pytest.mark.parametrize("parts", [{"optimizer": Refusing(), "adapters": Part()}, {"adapters": Part()}], ids=len)
+def test_a_refused_resume_moves_nothing(tmp_path, which, parts):
+    out = tmp_path / "out"
+    save_steps(tmp_path, 9)
+    save_steps(out, 2, 4, 6)
+    points = Checkpoints(out, fingerprint=make(out)[0].fingerprint, **parts)
+    with pytest.raises(UserError):
+        points.resume(which if which != "elsewhere" else str(tmp_path / "checkpoint-9"))
+    assert [p.name for p in shelf.Shelf(out).all()] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert not (out / "earlier").exists()
 
 
 def test_latest_with_no_checkpoint_starts_at_zero_and_says_so(tmp_path, caplog):

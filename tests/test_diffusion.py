@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from trainkit.diffusion import PREDICTIONS, Eps, Level, Noise, NoiseSchedule, UniformTimesteps, V
+from trainkit.diffusion import PREDICTIONS, Eps, Level, Noise, NoiseSchedule, UniformTimesteps, V, make_levels
 from trainkit.errors import UserError
+from trainkit.options import ObjectiveOptions
 
 KEYS = [(7, 3, i) for i in range(5)]
 
@@ -74,6 +75,11 @@ def test_draws_reach_the_first_and_the_last_timestep_and_no_further():
     almost_one = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))
     level = UniformTimesteps(NoiseSchedule(alphas(), "epsilon"))(torch.stack([torch.tensor(0.0), almost_one]))
     assert level.cond.tolist() == [0, 999]
+
+
+def test_the_options_levels_are_uniform_timesteps_of_the_schedule():
+    schedule, u = NoiseSchedule(alphas(), "epsilon"), torch.linspace(0, 0.999, 50)
+    assert torch.equal(make_levels(ObjectiveOptions(), schedule)(u).cond, UniformTimesteps(schedule)(u).cond)
 
 
 def test_every_timestep_is_drawn_equally_often():

@@ -82,7 +82,7 @@ def test_features_of_a_picture_do_not_depend_on_its_batch(clip_dir: str):
     layer = "vision_model.encoder.layers.0"
     together = features(pictures, model, layer, mean=mean, std=std)
     singly = features(pictures, model, layer, mean=mean, std=std, batch=1)
-    assert together.shape == (5, 32)
+    assert together.shape == (5, 64)  # mean and deviation of 32 channels
     torch.testing.assert_close(together, singly)
     with pytest.raises(AttributeError):
         features(pictures, model, "vision_model.encoder.layers.9")

@@ -96,8 +96,8 @@ def test_the_stock_pipeline_draws_with_both_files_what_was_trained(family, pipel
 
 def test_both_files_verify(adapters, family, tmp_path):
     ours, others = write(adapters, family, tmp_path)
-    assert export.verify(ours, adapters) <= 1e-6
-    assert 0 < export.verify(others, adapters) <= 1e-3
+    assert export.verify(ours, adapters, layout="diffusers") <= 1e-6
+    assert 0 < export.verify(others, adapters, layout="webui") <= 1e-3
 
 
 def test_the_diffusers_file_needs_no_alpha_and_says_so(adapters, family, tmp_path):
@@ -142,15 +142,69 @@ def test_the_webui_header_has_what_model_browsers_read(adapters, family, tmp_pat
         assert str(family.path) not in str(header(path)), "the header travels; folder names stay at home"
 
 
-def test_a_young_adapter_keeps_its_digits_in_fp16(family, tmp_path):
-    adapters = trained(family, size=1e-7)
+@pytest.mark.parametrize("size", [1e-4, 1e-7, 1e-9, 1e-30, 1e-38, 1e5])
+def test_an_adapter_of_any_size_keeps_its_digits(family, tmp_path, size):
+    """A short Prodigy run, or a learning rate of 1e-9, ends with a B far below what fp16 can hold."""
+    adapters = trained(family, size=size)
+    ours, others = write(adapters, family, tmp_path)
+    assert export.verify(ours, adapters, layout="diffusers") <= 1e-6
+    assert export.verify(others, adapters, layout="webui") <= 1e-3
+
+
+def test_modules_are_fp16_unless_their_numbers_leave_its_normal_range(family, tmp_path):
+    adapters = trained(family)
+    small = [*adapters.layers][3]
+    adapters.factors(small)[1].data.mul_(1e-10)
     _, others = write(adapters, family, tmp_path)
-    assert export.verify(others, adapters) <= 1e-3
+    full = {name.partition(".")[0] for name, t in load_tensors(others).items()
+            if t.dtype == torch.float32 and not name.endswith(".alpha")}
+    assert full == {family.webui_name(small)}
+
+
+def test_one_column_far_below_the_others_rounds_to_subnormals_and_is_no_error(family, tmp_path):
+    """The shape of a young Prodigy run: entries of very different size in one factor."""
+    adapters = trained(family, size=1e-6)
+    for path in adapters.layers:
+        adapters.factors(path)[1].data[:, 1:].mul_(1e-4)
+        adapters.factors(path)[0].data[0].mul_(1e-5)
+    _, others = write(adapters, family, tmp_path)
+    export.verify(others, adapters, layout="webui")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("sizes", [(1.0, 1.0), (1e-4, 1e-6), (1e-7, 1.0)])
+def test_rounding_stays_within_its_bound_and_the_bound_is_tight(dtype, sizes):
+    g = torch.Generator().manual_seed(0)
+    A, B = (torch.randn(shape, generator=g, dtype=torch.float64) * size
+            for shape, size in zip(((4, 90), (60, 4)), sizes, strict=True))
+    found = export.Factors(A.to(dtype), B.to(dtype), 1.5)
+    error = (found.delta_weight() - 1.5 * (B @ A)).abs()
+    assert (error <= found.rounding()).all()
+    assert (error / found.rounding()).max() > 0.1
+
+
+def test_a_small_error_in_a_large_fp32_file_is_found_out(adapters, family, tmp_path):
+    """Five units in the seventh digit of one number are more than rounding."""
+    path, _ = write(adapters, family, tmp_path)
+    tensors = load_tensors(path)
+    name = next(n for n in tensors if n.endswith("lora_B.weight"))
+    tensors[name][0] *= 1 + 3e-6
+    save_tensors(path, tensors)
+    with pytest.raises(UserError, match="does not hold what was trained"):
+        export.verify(path, adapters, layout="diffusers")
+
+
+def test_a_file_of_the_other_layout_is_found_out(adapters, family, tmp_path):
+    ours, others = write(adapters, family, tmp_path)
+    for path, layout in ((ours, "webui"), (others, "diffusers")):
+        with pytest.raises(UserError, match="does not hold what was trained"):
+            export.verify(path, adapters, layout=layout)
 
 
 def test_an_untrained_adapter_is_written_and_verified(family, tmp_path):
     adapters = trained(family, size=0.0)
-    assert [export.verify(path, adapters) for path in write(adapters, family, tmp_path)] == [0.0, 0.0]
+    ours, others = write(adapters, family, tmp_path)
+    assert export.verify(ours, adapters, layout="diffusers") == export.verify(others, adapters, layout="webui") == 0.0
 
 
 def change(name_end: str, edit: Callable[[Tensor], Tensor]) -> Callable[[Tensors], None]:
@@ -179,7 +233,9 @@ DAMAGE = {  # file: what may go wrong with it
         lambda t: t.update({"unet.nowhere.lora_A.weight": torch.zeros(4, 8),
                             "unet.nowhere.lora_B.weight": torch.zeros(8, 4)})],
     1: [change("lora_down.weight", one_value), change("alpha", lambda t: t * 1.5), drop(".alpha"),
-        change("lora_up.weight", lambda t: t[:-1]), lambda t: t.update({"lora_te1_x.alpha": torch.ones(())})],
+        change("lora_up.weight", lambda t: t[:-1]), change("lora_up.weight", lambda t: t[:, :-1]),
+        change("lora_down.weight", lambda t: t * float("inf")),
+        lambda t: t.update({"lora_te1_x.alpha": torch.ones(())})],
 }
 
 
@@ -190,7 +246,7 @@ def test_a_file_that_differs_from_the_trained_weights_is_found_out(adapters, fam
     damage(tensors)
     save_tensors(path, tensors)
     with pytest.raises(UserError, match="does not hold what was trained") as caught:
-        export.verify(path, adapters)
+        export.verify(path, adapters, layout=("diffusers", "webui")[which])
     assert caught.value.exit_code == 74
 
 
@@ -203,7 +259,7 @@ def test_swapped_modules_are_found_out(adapters, family, tmp_path):
         tensors[q + part], tensors[k + part] = tensors[k + part], tensors[q + part]
     save_tensors(path, tensors)
     with pytest.raises(UserError, match="2 of"):
-        export.verify(path, adapters)
+        export.verify(path, adapters, layout="webui")
 
 
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
@@ -228,3 +284,9 @@ def test_balancing_changes_no_product():
     down, up = export.balanced(A, B)
     assert torch.equal(up @ down, B @ A)
     assert 0.25 < down.abs().max() / up.abs().max() < 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e-44])
+def test_balancing_survives_any_number(value):
+    down, up = export.balanced(torch.ones(4, 9), torch.full((6, 4), value))
+    assert torch.equal((up @ down).isfinite(), torch.full((6, 9), value < 1))

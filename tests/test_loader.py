@@ -66,6 +66,16 @@ def test_latent_caption_size_and_crop_belong_together_over_1000_shuffled_samples
     assert seen == 1000
 
 
+def test_the_loss_divisor_is_what_the_order_counts_in_each_step(folder: Path) -> None:
+    class Uneven(Order):
+        def num_instance(self, step: int) -> int:
+            return 3 + step
+
+    pictures = pictures_of(folder, cached=True)
+    steps = micro_batches(pictures, Uneven(pictures.rows, 4, seed=1), accumulation=2, stop_step=3)
+    assert [[batch.num_instance for batch in micros] for _, micros in steps] == [[3, 3], [4, 4], [5, 5]]
+
+
 def same(a: Batch | Sample, b: Batch | Sample) -> bool:
     return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y
                for x, y in zip(vars(a).values(), vars(b).values(), strict=True))

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trainkit.errors import UserError
-from trainkit.optim import OPTIMIZERS, make_optimizer
-from trainkit.optim.schedules import SCHEDULES, Plan
+from trainkit.optim import OPTIMIZERS, make_optimizer, problems
+from trainkit.optim.schedules import SCHEDULES, Plan, parse_rules
 from trainkit.options import OptimizerOptions
 
 RULES = "1:10,0.1:20,0.01"
@@ -250,6 +250,28 @@ def test_a_missing_package_is_named_with_its_pip_command(name, package, monkeypa
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f"pip install {package}"):
         optim_for(model(), name)
+    problem, = problems(options(optimizer=name))
+    assert problem.fix == f"pip install {package}"
+
+
+def test_a_package_that_was_never_installed_is_found_missing_without_an_import(monkeypatch):
+    monkeypatch.delitem(sys.modules, "prodigyopt", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [])
+    assert [p.fix for p in problems(options(optimizer="prodigy"))] == ["pip install prodigyopt"]
+
+
+@pytest.mark.parametrize("rules", [
+    "1e:10,1", "1.2.3:10,1", "1:10,", ",1", "1", "", "1:1.5,1", "1:-1,1", "nan:10,1", "1:10,inf", "1:10:20,1",
+    "1e999:9,1", "1:10,-1", "1_0:10,1", "1:10, 1", "--:1,1"])
+def test_step_rules_that_do_not_parse_are_refused_and_never_followed(rules):
+    found = list(problems(options(lr_scheduler="piecewise_constant", lr_step_rules=rules)))
+    assert [p.where for p in found] == ["--lr_step_rules"]
+    with pytest.raises(ValueError, match="is not"):
+        parse_rules(rules)
+
+
+def test_step_rules_are_read_in_any_order_and_notation():
+    assert parse_rules(".1:20,1.:10,1e-2") == ([(10, 1.0), (20, 0.1)], 0.01)
 
 
 def test_use_8bit_adam_is_adamw8bit():

@@ -402,6 +402,7 @@ def test_messages_carry_no_links_and_no_library_words():
     "--seed=1.5", "--validation_epochs=0", "--validation_steps=0", "--cached_crops=-1", "--clip_skip=-1",
     "--mixed_precision=fp8", "--lr_scheduler=cosin", "--prediction_type=x", "--instance_data_dir=",
     "--lora_layers=all", "--compat=kohya", "--image_interpolation_mode=area", "--max_skipped_steps=-1",
+    f"--seed={2**63}", "--instance_prompt=", "--instance_prompt= \t",
 ])
 def test_values_out_of_range_are_refused(argument):
     name = argument[2:].partition("=")[0]
@@ -434,7 +435,6 @@ def test_an_abbreviation_is_named_but_not_taken():
 
 @pytest.mark.parametrize(("argv", "said"), [
     (["--use_8bit_adam", "--optimizer=prodigy"], "--use_8bit_adam with --optimizer prodigy"),
-    (["--latent_cache_dir=c"], "--latent_cache_dir without --cache_latents"),
 ])
 def test_contradictions_are_refused(argv, said):
     assert list(refused(*argv)) == [said]
@@ -450,6 +450,16 @@ def test_flags_without_effect_are_said_to_be(argv, flag):
     options = read(*argv)
     assert not list(options.problems())
     assert [n.startswith(flag) for n in options.notices()] == [True]
+
+
+def test_captions_are_kept_in_a_latent_cache_without_cache_latents():
+    options = read("--latent_cache_dir=c")
+    assert not list(options.problems()) and not options.notices()
+
+
+def test_the_largest_seed_and_a_fraction_of_alpha_are_taken():
+    options = read(f"--seed={2**63 - 1}", "--lora_alpha=0.5")
+    assert (options.run.seed, options.lora.lora_alpha) == (2**63 - 1, 0.5)
 
 
 def test_a_plain_command_gives_no_notice():

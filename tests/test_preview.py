@@ -61,6 +61,10 @@ def make(family: sdxl.SDXL, encoded: FrozenText, folder: Path, **changes) -> Pre
     return Previews(family, options(**changes), encoded, folder, seed=42, resolution=SIDE)
 
 
+def first(drawn: dict[Path, Image.Image]) -> Path:
+    return next(iter(drawn))
+
+
 def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
@@ -75,8 +79,8 @@ def test_the_same_step_twice_gives_the_same_bytes(family, encoded, tmp_path):
 
 
 def test_a_picture_depends_on_its_own_seed_only(family, encoded, tmp_path):
-    alone = make(family, encoded, tmp_path / "a", images=1).draw(1)[0]
-    beside_another = make(family, encoded, tmp_path / "b", images=2).draw(1)[0]
+    alone = first(make(family, encoded, tmp_path / "a", images=1).draw(1))
+    beside_another = first(make(family, encoded, tmp_path / "b", images=2).draw(1))
     assert (pixels(alone) == pixels(beside_another)).all()
 
 
@@ -125,18 +129,18 @@ def test_previews_are_what_the_stock_pipeline_draws(tiny_sdxl, tmp_path, zeros):
     size = {"height": SIDE, "width": SIDE}
     expected = stock(PROMPT, latents=noise, num_inference_steps=3, guidance_scale=preview.GUIDANCE, **size).images[0]
     family = load(folder)
-    drawn = make(family, FrozenText(family, preview_prompts(options())), tmp_path, images=1).draw(1)[0]
+    drawn = first(make(family, FrozenText(family, preview_prompts(options())), tmp_path, images=1).draw(1))
     assert np.abs(pixels(drawn).astype(int) - np.asarray(expected).astype(int)).max() <= 1
 
 
 def test_half_precision_bases_are_drawn_too(tiny_sdxl, tmp_path):
     family = load(tiny_sdxl, dtype=torch.bfloat16)
-    drawn = make(family, FrozenText(family, preview_prompts(options())), tmp_path, images=1).draw(1)[0]
+    drawn = first(make(family, FrozenText(family, preview_prompts(options())), tmp_path, images=1).draw(1))
     assert pixels(drawn).std() > 0
 
 
 def test_pictures_carry_their_prompt_and_seed(family, encoded, tmp_path):
-    paths = make(family, encoded, tmp_path).draw(500)
+    paths = [*make(family, encoded, tmp_path).draw(500)]
     names = ["step_000500_p01_s42.png", "step_000500_p01_s43.png", "step_000500.png"]
     assert [p.relative_to(tmp_path / "samples").as_posix() for p in paths] == names
     first, *settings = Image.open(paths[1]).info["parameters"].splitlines()
@@ -145,7 +149,7 @@ def test_pictures_carry_their_prompt_and_seed(family, encoded, tmp_path):
 
 
 def test_without_a_prompt_nothing_is_drawn_or_encoded(family, encoded, tmp_path):
-    assert make(family, encoded, tmp_path / "out", prompt=None).draw(1) == []
+    assert make(family, encoded, tmp_path / "out", prompt=None).draw(1) == {}
     assert not (tmp_path / "out").exists()
     assert preview_prompts(options(prompt=None)) == []
     assert not make(family, encoded, tmp_path, prompt=None).due(1, last=True)
@@ -178,10 +182,42 @@ def test_previews_are_due_every_so_many_steps_and_after_the_last(family, encoded
     assert [s for s in range(1, 121) if previews.due(s, last=s == 120)] == [50, 100, 120]
 
 
-def test_pictures_of_an_earlier_run_are_put_away_not_mixed_in(family, encoded, tmp_path):
-    previews = make(family, encoded, tmp_path, images=1)
-    for step in (10, 20, 10):  # resumed from step 10
-        previews.draw(step)
-    left = sorted(p.name for p in (tmp_path / "samples").iterdir())
-    assert left == ["step_000010.png", "step_000010_p01_s42.png"]
-    assert [p.name for p in tmp_path.glob("earlier/samples-*/*_s42.png")] == ["step_000020_p01_s42.png"]
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def with_pictures(folder: Path, *steps: int) -> Path:
+    (folder / "samples").mkdir(parents=True)
+    for step in steps:
+        for name in (f"step_{step:06d}.png", f"step_{step:06d}_p01_s42.png"):
+            Image.new("RGB", (8, 8)).save(folder / "samples" / name)
+    return folder
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, None], ids=["drawing", "without previews"])
+@pytest.mark.parametrize("start, stay", [(10, [0, 10]), (0, []), (99, [0, 10, 20])])
+def test_pictures_of_an_earlier_run_are_put_away_not_mixed_in(family, encoded, tmp_path, prompt, start, stay):
+    """Those of steps a resumed run has not reached; all of them when a run starts afresh, drawing or not."""
+    folder = with_pictures(tmp_path, 0, 10, 20)
+    (folder / "samples" / "step_by_step.png").write_bytes(b"the user's")
+    make(family, encoded, folder, prompt=prompt).begin(start)
+    left = [f"step_{s:06d}{end}.png" for s in stay for end in ("", "_p01_s42")]
+    assert names(folder / "samples") == sorted([*left, "step_by_step.png"])
+    assert len([*folder.glob("earlier/samples-*/*.png")]) == 6 - len(left)
+
+
+def test_what_was_drawn_comes_back_as_it_was_written(family, encoded, tmp_path):
+    drawn = make(family, encoded, tmp_path).draw(1)
+    assert all((np.asarray(picture) == pixels(path)).all() for path, picture in drawn.items())
+
+
+def test_previews_read_the_pipeline_of_the_runs_own_revision(family, monkeypatch):
+    from diffusers import StableDiffusionXLPipeline
+
+    seen = []
+    load_config = StableDiffusionXLPipeline.load_config
+    monkeypatch.setattr(StableDiffusionXLPipeline, "load_config",
+                        lambda path, **asked: seen.append(asked["revision"]) or load_config(path))
+    monkeypatch.setattr(family, "revision", "v1", raising=False)
+    preview.live_pipeline(family)
+    assert seen == ["v1"]

@@ -22,6 +22,7 @@ from trainkit import rng
 from trainkit.adapters import Adapters, add_lora
 from trainkit.errors import UserError
 from trainkit.families import sdxl
+from trainkit.files import atomic_write
 from trainkit.publish import problems, publish, uploads, write_card
 from trainkit.report.facts import RunFacts
 
@@ -115,6 +116,36 @@ def test_a_file_that_does_not_hold_the_trained_weights_ends_the_run_badly(family
     assert caught.value.problems[0].kind == "disk" and "run.safetensors" in str(caught.value)
 
 
+def test_only_rank_0_writes_and_uploads_and_the_others_wait_for_it(family, adapters, tmp_path, monkeypatch):
+    waited = []
+    monkeypatch.setattr("trainkit.runtime.ranks.is_main", lambda: False)
+    monkeypatch.setattr("trainkit.runtime.ranks.barrier", lambda: waited.append(1))
+    monkeypatch.setattr("huggingface_hub.HfApi", None)  # calling it would fail
+    folder = make_run(tmp_path / "run")
+    before = sorted(folder.rglob("*"))
+    asked = options(folder, push_to_hub=True, hub_token=SecretStr(TOKEN))
+    assert publish(asked, family, adapters, num_images=22) == []
+    assert sorted(folder.rglob("*")) == before and waited == [1]
+
+
+def test_a_failure_on_rank_0_does_not_leave_the_others_waiting(family, adapters, tmp_path, monkeypatch):
+    waited = []
+    monkeypatch.setattr("trainkit.runtime.ranks.barrier", lambda: waited.append(1))
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
+    folder = make_run(tmp_path / "run")
+    with pytest.raises(UserError, match="offline"):
+        publish(options(folder, push_to_hub=True, hub_token=SecretStr(TOKEN)), family, adapters, num_images=22)
+    assert waited == [1]
+
+
+def test_only_the_runs_own_files_are_described(family, adapters, tmp_path):
+    folder = make_run(tmp_path / "run")
+    (folder / "someone_elses.safetensors").write_bytes(b"private")
+    publish(options(folder), family, adapters, num_images=22)
+    assert [f.name for f in RunFacts(folder).files] == ["pytorch_lora_weights.safetensors", "run.safetensors"]
+    assert "someone_elses" not in (folder / "README.md").read_text("utf-8")
+
+
 def test_hostile_prompts_change_neither_metadata_nor_snippet_nor_layout(tmp_path):
     prompt = HOSTILE + "\nlicense: mit\n```\n# Heading | cell"
     matter, body = card(make_run(tmp_path / "run", instance_prompt=prompt, validation_prompt=prompt))
@@ -134,11 +165,13 @@ def test_card_and_report_name_no_private_folder(tmp_path):
 
 @pytest.mark.parametrize("base_card, licence", [
     ("---\nlicense: mit\n---\n# base", "mit"), ("---\ntags: [a]\n---\n", "other"), ("# no front matter", "other"),
+    ("---\nlicense: [mit\n---\n", "other"), ("---\nlicense: mit\ndate: 2024-99-99\n---\n", "other"),
+    ("---\nlicense: [mit, other]\n---\n", "other"), ("---\nlicense: caf\u00e9\n---\n".encode("latin-1"), "other"),
 ])
 def test_the_licence_is_the_base_models_own_or_said_to_be_unknown(tmp_path, base_card, licence):
     base = tmp_path / "base"
     base.mkdir()
-    (base / "README.md").write_text(base_card, "utf-8")
+    (base / "README.md").write_bytes(base_card if isinstance(base_card, bytes) else base_card.encode())
     matter, body = card(make_run(tmp_path / "run", pretrained_model_name_or_path=str(base)))
     assert matter["license"] == licence
     assert ("was not found" in body) == (licence == "other")
@@ -197,6 +230,16 @@ def test_samples_that_are_links_stay_at_home(cluttered):
     assert not [p for p in uploads(cluttered, []) if p.is_symlink()]
 
 
+def test_pictures_of_a_longer_run_in_the_same_folder_stay_at_home(family, adapters, cluttered, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
+    for name in ("step_000400.png", "step_000400_p01_s0.png", "step_other.png"):
+        shutil.copy(cluttered / "samples" / "step_000030.png", cluttered / "samples" / name)
+    publish(options(cluttered, push_to_hub=True, hub_token=SecretStr(TOKEN)), family, adapters, num_images=22)
+    assert [f for f in FakeHub.calls["files"] if "samples" in f] == [
+        "samples/step_000030.png", "samples/step_000030_p01_s0.png", "samples/step_000030_p01_s1.png"]
+    assert "step_000400" not in (cluttered / "README.md").read_text("utf-8")
+
+
 def test_a_failed_upload_says_what_is_safe_and_hides_the_token(family, adapters, cluttered, monkeypatch):
     def refuse(self, *args, **kwargs):
         raise ConnectionError(f"401 for Bearer {TOKEN}")
@@ -218,6 +261,21 @@ def test_a_failed_upload_says_what_is_safe_and_hides_the_token(family, adapters,
 def test_what_would_fail_at_the_upload_is_said_at_the_start(tmp_path, monkeypatch, changes, complaints):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     assert len(list(problems(options(tmp_path / "run", **changes)))) == complaints
+
+
+@pytest.mark.parametrize("name, what", [
+    ("pytorch_lora_weights", "taken"), ("Pytorch_Lora_Weights", "taken"), ("sub/../pytorch_lora_weights/", "taken"),
+    ("x" * 222, "too long"), ("é" * 111, "too long"), ("x" * 300, "too long"),
+])
+def test_a_folder_whose_name_cannot_name_the_webui_file_is_refused(tmp_path, name, what):
+    problem, = problems(options(tmp_path / name))
+    assert what in problem.what and problem.kind == "usage" and "--output_dir" in problem.where
+
+
+def test_the_longest_name_that_is_taken_can_be_written(tmp_path):
+    name = "x" * 221
+    assert not list(problems(options(tmp_path / name)))
+    atomic_write(tmp_path / f"{name}.safetensors", b"")
 
 
 def test_files_follow_the_umask(tmp_path):

@@ -118,6 +118,13 @@ def test_sidecars_in_any_encoding_become_one_line(tmp_path: Path, caplog: pytest
     assert "c.v1.txt (utf-16)" in caplog.text and "d.v1.txt (cp1252)" in caplog.text and "a.v1" not in caplog.text
 
 
+def test_half_a_surrogate_pair_in_metadata_never_reaches_a_tokenizer(tmp_path: Path) -> None:
+    marked(1, 20, 20).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a \\ud800cat \\ud83d\\udc08"}\n')
+    row, = rows_of(tmp_path)
+    assert row.caption == "a cat 🐈" and row.caption.encode()
+
+
 def test_a_caption_shared_by_two_pictures_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("a.png", "a.jpg"):
         marked(1, 20, 20).save(tmp_path / name)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,8 +21,9 @@ import pytest
 import torch
 from torch import nn
 
+from trainkit import files
 from trainkit.checkpoints import Checkpoints
-from trainkit.errors import UserError
+from trainkit.errors import Problem, UserError, exit_with_message
 from trainkit.run import Run, due, start_run
 from trainkit.runtime import progress as line_room
 from trainkit.runtime import ranks
@@ -47,6 +50,9 @@ class Options(SimpleNamespace):
     def flat(self):
         return {"rank": 8, "hub_token": "***", "note": f"leaked {SECRET}", "prompt": None}
 
+    def notices(self):
+        return ["--class_prompt has no effect: 100% of it"]
+
 
 def options(out: Path, precision="no", **run) -> Options:
     defaults = dict(
@@ -67,9 +73,10 @@ class Optim:
         self.steps = []
 
     def set_lr(self, step):
-        self.steps.append(step)
+        self.rated = step
 
     def step(self):
+        self.steps.append(self.rated)
         self.inner.step()
 
     def zero_grad(self):
@@ -111,7 +118,7 @@ def one_update(parts, model=None, **kwargs):
     gradients, optimizer = Gradients(torch.device("cpu"), **kwargs), Optim(model.parameters())
     for part in parts:
         gradients.backward((model(part) ** 2).sum() / 8)
-    done = gradients.update(optimizer, model.parameters(), step=0, max_grad_norm=0.5)
+    done = gradients.update(optimizer, step=0, max_grad_norm=0.5)
     return model, done
 
 
@@ -153,7 +160,7 @@ def test_a_step_that_is_not_finite_never_touches_weights(bad, where):
     gradients.backward(loss + bad if where == "loss" else loss)
     if where == "gradient":
         model.bias.grad[1] = bad
-    done = gradients.update(optimizer, model.parameters(), step=4, max_grad_norm=1.0)
+    done = gradients.update(optimizer, step=4, max_grad_norm=1.0)
     assert done.skipped and gradients.skipped == 1 and optimizer.steps == []
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
     assert model.weight.grad is None, "the bad gradient must not leak into the next step"
@@ -166,14 +173,15 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_its_history():
 
     def step(number, factor):
         gradients.backward((model(rows()) ** 2).mean() * factor)
-        gradients.update(optimizer, model.parameters(), step=number, max_grad_norm=1.0)
+        gradients.update(optimizer, step=number, max_grad_norm=1.0)
 
     for number, factor in enumerate([1.0, math.nan, math.nan, 1.0, math.nan, math.nan]):
         step(number, factor)
     with pytest.raises(UserError, match="3 steps in a row") as caught:
         step(6, math.nan)
     assert caught.value.exit_code == 5 and "step 7" in str(caught.value) and "checkpoint-40" in str(caught.value)
-    assert optimizer.steps == [0, 3]
+    assert "before step 5 " in str(caught.value), "where the row of bad steps began"
+    assert optimizer.steps == [0, 3] and optimizer.rated == 6, "a skipped step has a rate too"
 
 
 def test_fp16_overflow_lowers_the_scale_and_is_not_counted_as_divergence():
@@ -181,7 +189,7 @@ def test_fp16_overflow_lowers_the_scale_and_is_not_counted_as_divergence():
     optimizer = Optim(model.parameters())
     for _ in range(3):
         gradients.backward((model(rows()) ** 2).sum() * 1e36)  # the scaled gradient overflows, the loss does not
-        gradients.update(optimizer, model.parameters(), step=0, max_grad_norm=1.0)
+        gradients.update(optimizer, step=0, max_grad_norm=1.0)
     assert gradients.skipped == 3 and gradients.scaler.get_scale() == 2.0**16 / 8
 
 
@@ -195,7 +203,7 @@ def test_fp16_scaling_does_not_change_the_update():
 def test_scale_and_counters_survive_a_restart():
     first, model = Gradients(torch.device("cpu"), fp16=True), linear()
     first.backward((model(rows()) ** 2).sum() * math.nan)
-    first.update(Optim(model.parameters()), model.parameters(), step=0, max_grad_norm=1.0)
+    first.update(Optim(model.parameters()), step=0, max_grad_norm=1.0)
     tensors, data = first.pack()
     second = Gradients(torch.device("cpu"), fp16=True)
     second.unpack(tensors, json.loads(json.dumps(data)))
@@ -253,7 +261,7 @@ def test_a_bad_gradient_on_one_rank_skips_the_step_on_both_and_votes_are_shared(
         model = linear()
         gradients, optimizer = Gradients(torch.device("cpu")), Optim(model.parameters())
         gradients.backward((model(rows()) ** 2).sum() * (math.nan if rank else 1.0))
-        done = gradients.update(optimizer, model.parameters(), step=0, max_grad_norm=1.0, votes=[float(rank), 0.0])
+        done = gradients.update(optimizer, step=0, max_grad_norm=1.0, votes=[float(rank), 0.0])
         return [torch.equal(model.weight, linear().weight), done.skipped, done.votes]
 
     assert on_two_ranks(work) == [[True, True, [1.0, 0.0]]] * 2
@@ -264,7 +272,7 @@ def test_a_parameter_without_gradient_on_one_rank_does_not_hang_the_other():
         model = linear()
         gradients, optimizer = Gradients(torch.device("cpu")), Optim(model.parameters())
         gradients.backward(model.weight.sum() + (model.bias.sum() if rank else 0))
-        gradients.update(optimizer, model.parameters(), step=0, max_grad_norm=None)
+        gradients.update(optimizer, step=0, max_grad_norm=None)
         return (linear().bias - model.bias).tolist()
 
     for moved in on_two_ranks(work):
@@ -302,14 +310,14 @@ def test_on_two_ranks_one_writes_and_both_resume_from_it(out):
 # -- the run ----------------------------------------------------------------------------------------------------------
 
 
-def train(run: Run, *, steps=4, start=0, after=lambda step: None):
+def train(run: Run, *, steps=4, start=0, stop=None, factor=1.0, after=lambda step: None):
     """A whole loop on a tiny model."""
     model = linear()
     optimizer = Optim(model.parameters())
     run.begin(start, steps)
-    for step in range(start, steps):
-        run.backward((model(rows()) ** 2).mean())
-        run.log(step + 1, run.update(optimizer, model.parameters(), step=step) | {"lr/unet": 0.1})
+    for step in range(start, stop or steps):
+        run.backward((model(rows()) ** 2).mean() * factor)
+        run.log(step + 1, run.update(optimizer, step=step) | {"lr/unet": 0.1})
         after(step + 1)
         if run.stopping:
             run.end_if_asked(step + 1, run.out_dir / f"checkpoint-{step + 1}")
@@ -331,20 +339,23 @@ def test_a_run_directory_explains_itself(out):
 
 @pytest.mark.parametrize("error, status, code", [
     (RuntimeError("bug"), "failed", 1), (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "memory", 4),
+    (RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried"), "memory", 4),
+    (MemoryError(), "memory", 4), (OSError(errno.ENOMEM, "mmap"), "memory", 4),
 ])
 def test_the_record_says_how_a_run_ended(out, error, status, code):
-    with pytest.raises((RuntimeError, UserError)) as caught, start_run(options(out)):
+    with pytest.raises((type(error), UserError)) as caught, start_run(options(out)):
         raise error
     assert (records(out)["status"], records(out)["exit_code"]) == (status, code)
     if status == "memory":
         assert caught.value.exit_code == 4 and "--gradient_checkpointing" in str(caught.value)
 
 
-def test_an_output_folder_that_is_a_file_is_refused_by_name(out):
+@pytest.mark.parametrize("below", ["", "a/b"])
+def test_an_output_folder_that_is_a_file_is_refused_by_name(out, below):
     out.write_text("mine")
-    with pytest.raises(UserError, match="cannot write lora") as caught:
-        start_run(options(out))
-    assert caught.value.exit_code == 74 and out.read_text() == "mine"
+    with pytest.raises(UserError, match=f"{re.escape(str(out))} is a file") as caught:
+        start_run(options(out / below))
+    assert caught.value.exit_code == 2 and out.read_text() == "mine"
 
 
 def test_tensorboard_and_the_record_hold_no_token(out, monkeypatch):
@@ -380,6 +391,7 @@ def test_wandb_works_offline(out, monkeypatch):
     with start_run(options(out, report_to="wandb")) as run:
         train(run)
     [folder] = out.glob("wandb/offline-run-*")
+    assert not (out / "logs").exists(), "TensorBoard's folder"
     for path in filter(Path.is_file, folder.rglob("*")):
         assert SECRET.encode() not in path.read_bytes(), path
 
@@ -411,14 +423,6 @@ def test_a_fresh_run_keeps_the_metrics_of_an_earlier_one(out):
     assert not (out / "metrics.jsonl").exists() and len(list(out.glob("earlier/metrics-*.jsonl"))) == 1
 
 
-def test_the_seed_of_a_checkpoint_must_be_the_runs(out):
-    with start_run(options(out)) as run:
-        tensors, data = run.pack()
-        run.unpack(tensors, json.loads(json.dumps(data)))
-        with pytest.raises(UserError, match="--seed 9"):
-            run.unpack(tensors, data | {"seed": 9})
-
-
 @pytest.mark.parametrize("precision, dtype", [("no", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_precision_names_the_weights_and_the_autocast(out, precision, dtype):
     with start_run(options(out, precision=precision)) as run:
@@ -431,6 +435,171 @@ def test_precision_names_the_weights_and_the_autocast(out, precision, dtype):
 def test_cadence():
     assert [s for s in range(7) if due(s, 3)] == [3, 6]
     assert due(5, 3, last=True) and not due(5, None) and not due(0, 3)
+
+
+# -- disk and refusals ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EACCES,
+                                  errno.ENAMETOOLONG])
+def test_a_disk_error_anywhere_in_a_run_is_told_as_one(out, code):
+    with pytest.raises(UserError, match=os.strerror(code)) as caught, start_run(options(out)):
+        raise OSError(code, os.strerror(code), "samples/step_000001.png")
+    assert caught.value.exit_code == 74 and "samples/step_000001.png" in str(caught.value)
+    assert (records(out)["status"], records(out)["exit_code"]) == ("disk", 74)
+
+
+def test_a_file_that_is_missing_by_our_mistake_stays_a_bug(out):
+    with pytest.raises(FileNotFoundError), start_run(options(out)) as run:
+        (run.out_dir / "nothing").read_text()
+
+
+def test_a_full_disk_under_the_metrics_is_told_by_name(out):
+    said = "cannot write metrics.jsonl: No space left"
+    with pytest.raises(UserError, match=said) as caught, start_run(options(out)) as run:
+        (out / "metrics.jsonl").symlink_to("/dev/full")
+        run.log(1, {"loss": 1.0})
+    assert caught.value.exit_code == 74 and records(out)["status"] == "disk"
+
+
+def refuse_writing(monkeypatch, name: str) -> None:
+    """Every write of a file called `name` fails as on a full disk."""
+    real = files.atomic_write
+
+    def failing(path, data):
+        if path.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        real(path, data)
+
+    monkeypatch.setattr(files, "atomic_write", failing)
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("bug"), UserError(Problem("nan", "", "", "", kind="nonfinite"))])
+def test_a_run_that_cannot_write_its_end_gives_everything_back_and_tells_the_first_error(out, monkeypatch, error):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(type(error) if error else UserError) as caught, start_run(options(out)):
+        refuse_writing(monkeypatch, "run.json")
+        if error is not None:
+            raise error
+    assert caught.value is error or caught.value.exit_code == 74
+    assert signal.getsignal(signal.SIGTERM) == before and not (out / ".run.owner.json").exists()
+    monkeypatch.undo()
+    with start_run(options(out)):
+        pass
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_a_folder_that_cannot_be_locked_is_told_as_a_disk_error(out, monkeypatch, code):
+    def refused(*args, **kwargs):
+        raise OSError(code, os.strerror(code), str(out / ".run.lock"))
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refused)
+    with pytest.raises(UserError, match=os.strerror(code)) as caught:
+        start_run(options(out))
+    assert caught.value.exit_code == 74
+
+
+def test_a_lock_whose_owner_cannot_be_written_is_given_back(out, monkeypatch):
+    refuse_writing(monkeypatch, ".run.owner.json")
+    with pytest.raises(UserError, match="No space left"):
+        start_run(options(out))
+    monkeypatch.undo()
+    with start_run(options(out)):
+        pass
+
+
+def test_a_logging_dir_that_cannot_be_is_refused_and_everything_given_back(out):
+    handlers = list(logging.getLogger().handlers)
+    with pytest.raises(UserError, match="--logging_dir") as caught:
+        start_run(options(out, report_to="tensorboard", logging_dir="/proc/nope"))
+    assert caught.value.exit_code == 74 and "/proc/nope" in str(caught.value)
+    assert (records(out)["status"], records(out)["exit_code"]) == ("disk", 74)
+    assert logging.getLogger().handlers == handlers and not (out / ".run.owner.json").exists()
+
+
+def test_a_command_that_is_refused_keeps_the_record_of_the_run_before_it(out):
+    with start_run(options(out)) as run:
+        train(run)
+    before = (out / "run.json").read_bytes()
+    with pytest.raises(UserError), start_run(options(out)) as run:
+        raise UserError(Problem("other rank", "", "", ""))
+    assert (out / "run.json").read_bytes() == before
+    with start_run(options(out)) as run:
+        train(run, steps=5)
+    assert records(out)["step"] == 5
+
+
+def test_a_first_command_that_is_refused_says_so(out):
+    with pytest.raises(UserError), start_run(options(out)):
+        raise UserError(Problem("no such model", "", "", ""))
+    assert (records(out)["status"], records(out)["exit_code"]) == ("usage", 2)
+
+
+@pytest.mark.parametrize("flag", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"])
+def test_what_the_launcher_wants_and_we_do_not_use_is_refused(out, monkeypatch, flag):
+    monkeypatch.setenv(flag, "true")
+    with pytest.raises(UserError, match="not yet") as caught:
+        start_run(options(out))
+    assert caught.value.exit_code == 2 and not out.exists()
+
+
+def test_flags_without_effect_are_warned_of_once(out, caplog):
+    with start_run(options(out)):
+        pass
+    [told] = [r for r in caplog.records if "--class_prompt" in r.getMessage()]
+    assert told.levelname == "WARNING" and told.getMessage() == "--class_prompt has no effect: 100% of it"
+
+
+@pytest.mark.parametrize("stop, status", [(2, "stopped early"), (4, "done")])
+def test_a_session_that_ends_before_the_last_step_is_not_done(out, stop, status):
+    with start_run(options(out)) as run:
+        train(run, steps=4, stop=stop)
+    assert (records(out)["status"], records(out)["exit_code"]) == (status, 0)
+
+
+def test_a_run_that_learned_nothing_is_not_done(out):
+    with pytest.raises(UserError, match="nothing was learned") as caught, start_run(options(out)) as run:
+        train(run, steps=2, factor=math.nan)
+        assert not run.healthy
+        run.require_progress()
+    assert caught.value.exit_code == 5 and records(out)["status"] == "nonfinite"
+
+
+def test_one_bad_step_is_no_lack_of_progress_and_a_good_one_heals(out):
+    with start_run(options(out)) as run:
+        train(run, steps=1, factor=math.nan)
+        assert not run.healthy
+        train(run, steps=2, start=1)
+        assert run.healthy
+        run.require_progress()
+
+
+def test_a_run_with_no_step_left_made_its_progress_before(out):
+    with start_run(options(out)) as run:
+        train(run, steps=4, start=4)
+        run.require_progress()
+    assert records(out)["status"] == "done"
+
+
+def test_previews_are_begun_and_drawn_before_the_first_step(out):
+    told = []
+    previews = SimpleNamespace(begin=lambda start: told.append(("begin", start)),
+                               draw=lambda step: told.append(("draw", step)) or {})
+    with start_run(options(out)) as run:
+        run.begin(2, 4, previews)
+    assert told == [("begin", 2), ("draw", 2)]
+
+
+@pytest.mark.parametrize("rank, line", [("0", "stopped by Ctrl-C\n"), ("1", "rank 1: stopped by Ctrl-C\n")])
+def test_ctrl_c_while_libraries_load_is_one_line(monkeypatch, capsys, rank, line):
+    monkeypatch.setenv("RANK", rank)
+
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        exit_with_message(main)
+    assert caught.value.code == 130 and capsys.readouterr().err == line
 
 
 # -- signals ----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 
 from tests.tiny import build_tiny_sdxl, tiny_vae
 from trainkit.data.cache import DiskStore
+from trainkit.errors import UserError
 from trainkit.families import sdxl, sgm
 from trainkit.families.text import FrozenText, token_ids
 from trainkit.options import ModelOptions
@@ -117,13 +118,14 @@ def test_frozen_text_reads_the_same_bits_from_the_disk_in_a_second_run(tiny_sdxl
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_a_half_cached_group_is_encoded_whole_so_that_a_restart_sees_the_same_bits(family, tmp_path):
+def test_a_half_cached_group_is_encoded_whole_and_what_was_there_stays(family, tmp_path):
     prompts = [f"{k} dog" for k in range(5)]
-    whole = FrozenText(family, prompts)
-    store = DiskStore(tmp_path / "text")
-    store.put(whole.keys["2 dog"], {"embeds": torch.zeros(77, 56), "pooled": torch.zeros(32)})
-    restarted = FrozenText(family, prompts, store)
-    assert all(torch.equal(a, b) for a, b in zip(whole(prompts), restarted(prompts), strict=True))
+    whole, store = FrozenText(family, prompts), DiskStore(tmp_path / "text")
+    theirs = {"embeds": torch.zeros(77, 56), "pooled": torch.zeros(32)}  # in truth the same but for its last bits
+    store.put(whole.keys["2 dog"], theirs)
+    restarted, new = FrozenText(family, prompts, store), [p for p in prompts if p != "2 dog"]
+    assert all(torch.equal(a, b) for a, b in zip(whole(new), restarted(new), strict=True))
+    assert torch.equal(restarted(["2 dog"])[0][0], theirs["embeds"]), "another run may be reading this entry"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -238,8 +240,34 @@ def test_identity_tells_models_apart_by_part_and_not_by_precision(tiny_sdxl, cop
     save_file(tensors, file, {"format": "pt"})
     one, other = load(tiny_sdxl).identity, load(copy).identity
     assert {part for part in one if one[part] != other[part]} == {"unet"}
-    bf16 = load(tiny_sdxl, torch.bfloat16).identity
-    assert {part for part in one if one[part] != bf16[part]} <= {"unet"}
+    assert one == load(tiny_sdxl, torch.bfloat16).identity == load(tiny_sdxl, torch.float16).identity
+
+
+def test_identity_is_that_of_the_weights_in_one_file_or_in_shards(tiny_sdxl, copy):
+    family = load(tiny_sdxl)
+    shutil.rmtree(copy / "unet")
+    family.unet.save_pretrained(copy / "unet", max_shard_size="200KB")
+    assert len(list((copy / "unet").glob("*.safetensors"))) > 1
+    assert load(copy).identity == family.identity
+
+
+def test_each_part_moves_to_the_device_when_it_is_first_asked(tiny_sdxl):
+    there = torch.device("meta")
+    family = sdxl.load(options(tiny_sdxl), device=there, weight_dtype=torch.float32)
+
+    def on_device():
+        parts = {"unet": family.unet, "vae": family.vae} | dict(enumerate(family.text_encoders))
+        return {name for name, part in parts.items() if part.device == there}
+
+    assert on_device() == set()
+    family.encode_prompts(["a dog"])
+    assert on_device() == {0, 1}
+    family.free_text_encoders()
+    assert on_device() == set()
+    family.encode_pixels(torch.zeros(1, 3, 64, 64))
+    assert on_device() == {"vae"}
+    family.settle(keep_vae=True)
+    assert on_device() == {"unet", "vae"}
 
 
 def test_the_skeleton_has_the_unets_module_paths_and_no_weights(family, tiny_sdxl):
@@ -272,6 +300,13 @@ BROKEN = {
     "no VAE": lambda m: shutil.rmtree(m / "vae"),
     "no safetensors": lambda m: (m / "unet/diffusion_pytorch_model.safetensors").rename(m / "unet/model.bin"),
     "not a Diffusers model folder": lambda m: (m / "model_index.json").unlink(),
+    "model_index.json is damaged": lambda m: (m / "model_index.json").write_text('{"_class_name": "Sta'),
+    "vae/config.json is damaged": lambda m: (m / "vae/config.json").write_bytes(b"\xff\x00"),
+    "text_encoder/config.json is damaged": lambda m: (m / "text_encoder/config.json").write_text("[]"),
+    "no text_encoder_2": lambda m: (m / "text_encoder_2/config.json").unlink(),
+    "no tokenizer_2": lambda m: shutil.rmtree(m / "tokenizer_2"),
+    "ends at SNR 0": lambda m: edit(m / "scheduler/scheduler_config.json", rescale_betas_zero_snr=True),
+    "prediction type 'sample'": lambda m: edit(m / "scheduler/scheduler_config.json", prediction_type="sample"),
 }
 
 
@@ -279,7 +314,30 @@ BROKEN = {
 def test_an_unfit_model_is_refused_in_the_users_words(copy, what):
     BROKEN[what](copy)
     found = sdxl.problems(str(copy), resolution=64)
-    assert len(found) == 1 and what in found[0].what and str(copy) in found[0].where and found[0].fix
+    assert len(found) == 1 and what in found[0].what and found[0].fix
+    assert str(copy) in found[0].where or "--prediction_type" in found[0].where
+
+
+def test_a_prediction_type_named_by_flag_counts_before_loading_too(copy):
+    BROKEN["ends at SNR 0"](copy)
+    assert sdxl.problems(str(copy), resolution=64, prediction_type="v_prediction") == []
+
+
+@pytest.mark.parametrize("clip_skip, refused", [(None, False), (0, False), (2, False), (3, True), (50, True)])
+def test_a_clip_skip_beyond_the_encoders_layers_is_refused(tiny_sdxl, family, clip_skip, refused):
+    found = sdxl.problems(str(tiny_sdxl), resolution=64, clip_skip=clip_skip)
+    assert [p.fix.partition(" at most")[0] for p in found] == ["--clip_skip 2"] * 2 * refused
+    if not refused:
+        assert family.encode_prompts(["a dog"], clip_skip)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2", "tokenizer"])
+def test_a_file_cut_short_is_a_user_error_that_names_the_part(copy, part):
+    for file in [*(copy / part).glob("*.safetensors"), *(copy / part).glob("tokenizer.json")]:
+        file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=f"{part} cannot be loaded") as caught:
+        load(copy)
+    assert caught.value.exit_code == 3 and str(copy) in caught.value.problems[0].where
 
 
 def test_all_problems_of_a_model_come_at_once(copy):

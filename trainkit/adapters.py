@@ -50,9 +50,9 @@ class Adapters:
         return list(self.named_parameters().values())
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """PEFT's names, without the adapter's: "<module path>.lora_A.weight"."""
-        return {f"{path}.lora_{letter}.weight": factor for path in self.layers
-                for letter, factor in zip("AB", self.factors(path), strict=True)}
+        """Whatever PEFT trains in our layers, by its names without the adapter's: "<module path>.lora_A.weight"."""
+        return {f"{path}.{name.replace(f'.{NAME}', '')}": parameter for path, layer in self.layers.items()
+                for name, parameter in layer.named_parameters() if parameter.requires_grad}
 
     def groups(self, options: OptimizerOptions, global_batch: int) -> list[ParamGroup]:
         """Parameter groups for the optimizer, one for now."""
@@ -83,15 +83,6 @@ class Adapters:
         """ΔW = (α/r) · B A of one module -> [out,in] fp64 on the CPU."""
         A, B = (factor.detach().cpu().double() for factor in self.factors(path))
         return B @ (self.scale * A)
-
-    def term_size(self, path: str) -> float:
-        """Largest entry of (α/r) · |B| |A|: how large the terms are that ΔW of one module is summed from."""
-        A, B = (factor.detach().cpu().double().abs() for factor in self.factors(path))
-        return float(self.scale * (B @ A).max())
-
-    def delta_weights(self) -> dict[str, Tensor]:
-        """ΔW of every module, fp32; as large as the adapted layers themselves."""
-        return {path: self.delta_weight(path).float() for path in self.layers}
 
 
 def add_lora(unet: nn.Module, options: LoraOptions, *, targets: Targets, seed: int) -> Adapters:
@@ -133,6 +124,10 @@ def problems(unet: nn.Module, options: LoraOptions, *, targets: Targets) -> list
     """Blocks of --lora_unet_blocks that no adapted layer lies in; `unet` may be on the meta device."""
     paths = list(linear_paths(unet, targets[options.lora_layers]))
     assert paths, f"no layer of this UNet ends in {targets[options.lora_layers]}"
+    if options.lora_unet_blocks is not None and not blocks(options):
+        return [Problem("no block is named", f"--lora_unet_blocks {options.lora_unet_blocks!r}",
+                        "the value holds nothing but commas and spaces",
+                        "name blocks, such as unet.up_blocks.0, or leave the flag out to adapt all of them")]
     return [unknown_block(block, unet) for block in blocks(options) if not any(inside(p, block) for p in paths)]
 
 

@@ -66,36 +66,48 @@ class Checkpoints:
         self.keep, self.fingerprint, self.extra, self.parts = keep, fingerprint, extra, parts
         self.saved: int | None = None
 
-    def save(self, step: int) -> Path:
+    def save(self, step: int, *, prune: bool = True) -> Path:
         """Save after `step` finished steps -> its folder. Saving the same step twice in a row does nothing.
 
+        prune  whether older checkpoints may go; not while the run may be diverging (Run.healthy), because then one of
+               them is the last good one
         Raises UserError(kind="disk") when the disk refuses; older checkpoints are intact then.
         """
         final = self.shelf.place(step)
         if ranks.is_main() and self.saved != step:
             with files.disk_errors(final):
-                self._save(step, final)
+                self._save(step, final, prune=prune)
         self.saved = step
         ranks.barrier()
         return final
 
-    def resume(self, which: str | None) -> int:
+    def resume(self, which: str | None, *, stop: int | None = None) -> int:
         """Restore the parts from `which` -> finished steps, 0 when fresh.
 
+        stop   finished steps at which this session ends
         which  None (start anew) | "latest" (the newest whole one, else anew) | "checkpoint-N" | a path
         Checkpoints this run will not pass again (newer than the one resumed from, or of an earlier run when starting
-        anew) move to earlier/, so that "latest" and the pruning of old ones keep their meaning.
-        Raises UserError: a named one is missing or damaged, all are damaged, or the fingerprint differs.
+        anew) move to earlier/ once every part is restored, so that "latest" and the pruning of old ones keep their
+        meaning. A resume that is refused moves nothing.
+        Raises UserError: a named one is missing or damaged, all are damaged, the fingerprint differs, or more than
+        `stop` steps are finished.
         """
-        found = ranks.from_main(lambda: self._prepare(which))
-        if found is None:
-            return 0
-        folder, step = Path(found[0]), found[1]
-        self._load(folder)
-        log.info("resumed from %s: %d steps are done", folder, step)
+        found = ranks.from_main(lambda: self._choose(which))
+        folder, step = found or (None, 0)
+        if stop is not None and step > stop:
+            raise UserError(Problem(
+                what=f"{Path(folder).name} is past the end of this run, which ends after {stop} steps",
+                where="--max_train_steps, --num_train_epochs, --stop_after_steps", why="there is no step left to train",
+                fix="raise them, or resume from an earlier checkpoint"))
+        if folder is not None:
+            self._load(folder)
+            log.info("resumed from %s: %d steps are done", folder, step)
+        ranks.barrier()  # every rank has all of it
+        if ranks.is_main():
+            self._clear_the_way(folder, step)
         return step
 
-    def _save(self, step: int, final: Path) -> None:
+    def _save(self, step: int, final: Path, *, prune: bool) -> None:
         packed = {name: part.pack() for name, part in self.parts.items()}
         self.shelf.dir.mkdir(parents=True, exist_ok=True)
         files.require_space(self.shelf.dir, sum(files.tensor_bytes(tensors) for tensors, _ in packed.values()))
@@ -110,7 +122,7 @@ class Checkpoints:
         reached("publish", step)
         files.write_json(self.shelf.dir / "latest.json", {"checkpoint": final.name, "step": step})
         reached("point", step)
-        self.shelf.prune(final, self.keep)
+        self.shelf.prune(final, self.keep if prune else None)
         reached("prune", step)
 
     def _fill(self, draft: Path, packed: dict[str, Packed], step: int) -> None:
@@ -130,17 +142,22 @@ class Checkpoints:
         })
         reached("manifest", step)
 
-    def _prepare(self, which: str | None) -> tuple[str, int] | None:
-        """Rank 0: choose, compare, clear the shelf -> (folder, step) to load."""
+    def _choose(self, which: str | None) -> tuple[Path, int] | None:
+        """Rank 0: the checkpoint to load and its step, compared with this run."""
         self.shelf.sweep()
-        folder = None if which is None else self.shelf.latest() if which == "latest" else self.shelf.named(which)
-        facts = None if folder is None else manifest.check(folder)
-        if facts is not None:
-            self._refuse_differences(folder, facts["fingerprint"])
+        found = None if which is None else self.shelf.latest() if which == "latest" else self.shelf.named(which)
+        if found is None:
+            return None
+        folder, facts = found
+        self._refuse_differences(folder, facts["fingerprint"])
+        return folder, facts["step"]
+
+    def _clear_the_way(self, folder: Path | None, step: int) -> None:
+        """Rank 0, when nothing can refuse any more: set aside what is not on the way from `folder`."""
         here = folder is not None and folder.parent.resolve() == self.shelf.dir.resolve()
-        self.shelf.set_aside([p for p in self.shelf.all() if not here or shelf.step_of(p) > facts["step"]])
-        self.saved = facts["step"] if here else None
-        return None if folder is None else (str(folder), facts["step"])
+        with files.disk_errors(self.shelf.dir):
+            self.shelf.set_aside([p for p in self.shelf.all() if not here or shelf.step_of(p) > step])
+        self.saved = step if here else None
 
     def _refuse_differences(self, folder: Path, fingerprint: Json) -> None:
         theirs, ours = flatten(fingerprint), flatten(dict(self.fingerprint))

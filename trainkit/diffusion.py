@@ -16,14 +16,18 @@ and asks no flag; a new parametrisation or timestep law is a new object.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from trainkit import rng
-from trainkit.errors import Problem, UserError
+from trainkit.errors import Problem, refuse
+
+if TYPE_CHECKING:
+    from trainkit.options import ObjectiveOptions
 
 
 def col(v: Tensor, like: Tensor) -> Tensor:
@@ -71,7 +75,7 @@ class NoiseSchedule:
         assert bool(((ac >= 0) & (ac < 1)).all()), "alphas_cumprod must lie in [0,1): every level has some noise"
         self.prediction_type = prediction_type
         self.a, self.s = ac.sqrt(), (1 - ac).sqrt()  # [T] each, on the CPU where timesteps are drawn
-        self._refuse_impossible()
+        refuse(problems(prediction_type, ends_at_zero_snr=self.ends_at_zero_snr))
 
     @property
     def steps(self) -> int:
@@ -91,18 +95,19 @@ class NoiseSchedule:
         """The level of timesteps t [B] (long, on the CPU); move it with `Level.to`."""
         return Level(self.a[t], self.s[t], cond=t)
 
-    def _refuse_impossible(self) -> None:
-        where = "prediction_type in the model's scheduler/scheduler_config.json, or --prediction_type"
-        if self.prediction_type not in PREDICTIONS:
-            raise UserError(Problem(
-                f"prediction type {self.prediction_type!r} cannot be trained", where,
-                f"known: {', '.join(PREDICTIONS)}",
-                "use a checkpoint that predicts one of these; if this one does, name it with --prediction_type"))
-        if self.prediction_type == "epsilon" and self.ends_at_zero_snr:
-            raise UserError(Problem(
-                "epsilon prediction on a noise schedule that ends at SNR 0", where,
-                "at SNR 0 the input is pure noise, so predicting the noise says nothing about the picture",
-                "add --prediction_type v_prediction (or use a checkpoint without rescale_betas_zero_snr)"))
+
+def problems(prediction_type: str, *, ends_at_zero_snr: bool) -> Iterator[Problem]:
+    """Parametrisations that cannot be trained on a schedule, ending at SNR 0 or not."""
+    where = "prediction_type in the model's scheduler/scheduler_config.json, or --prediction_type"
+    if prediction_type not in PREDICTIONS:
+        yield Problem(
+            f"prediction type {prediction_type!r} cannot be trained", where, f"known: {', '.join(PREDICTIONS)}",
+            "use a checkpoint that predicts one of these; if this one does, name it with --prediction_type")
+    if prediction_type == "epsilon" and ends_at_zero_snr:
+        yield Problem(
+            "epsilon prediction on a noise schedule that ends at SNR 0", where,
+            "at SNR 0 the input is pure noise, so predicting the noise says nothing about the picture",
+            "add --prediction_type v_prediction (or use a checkpoint without rescale_betas_zero_snr)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +119,15 @@ class UniformTimesteps:
     def __call__(self, u: Tensor) -> Level:
         t = (u.double() * self.schedule.steps).long()  # [B]; in fp32, u·T may round up to T
         return self.schedule.level(t)
+
+
+LEVEL_SAMPLERS: dict[str, Callable[[NoiseSchedule], LevelSampler]] = {"uniform": UniformTimesteps}
+
+
+def make_levels(o: ObjectiveOptions, schedule: NoiseSchedule) -> LevelSampler:
+    """The law of the noise levels that the options ask for."""
+    assert not o.do_edm_style_training, "refused with the options"
+    return LEVEL_SAMPLERS["uniform"](schedule)
 
 
 @dataclass(frozen=True)

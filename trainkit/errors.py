@@ -56,14 +56,20 @@ def refuse(problems: Iterable[Problem]) -> None:
 def exit_with_message(main: Callable[[], None]) -> None:
     """Run `main`; a UserError becomes its report on stderr and its exit code (a traceback only with --debug).
 
-    Of several processes the first tells the whole story and the others one line each.
+    Of several processes the first tells the whole story and the others one line each. A Ctrl-C that no run is there to
+    take, as while libraries are imported, is one line and the exit code of a stopped run.
     """
+    rank = os.environ.get("RANK", "0")
     try:
         main()
+    except KeyboardInterrupt:
+        if debugging():
+            raise
+        print("stopped by Ctrl-C" if rank == "0" else f"rank {rank}: stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(EXIT_CODES["stopped"])
     except UserError as error:
         if debugging():
             raise
-        rank = os.environ.get("RANK", "0")
         print(error.report() if rank == "0" else f"rank {rank}: {error.problems[0].what}", file=sys.stderr)
         sys.exit(error.exit_code)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import CLIPModel
 
-STYLE_LAYER = "vision_model.encoder.layers.1"  # chosen by measurement: assets/tiny-clip-icons/README.md
+STYLE_LAYER = "vision_model.encoder.layers.3.layer_norm1"  # chosen by measurement: assets/tiny-clip-icons/README.md
 Channels = tuple[float, float, float]
 HALF: Channels = (0.5, 0.5, 0.5)
 
@@ -30,9 +30,10 @@ def features(
     std: Channels = HALF,
     batch: int = 64,
 ) -> Tensor:
-    """Mean over tokens of what a named layer puts out, one row per picture.
+    """Mean and deviation over tokens of what a named layer puts out, one row per picture.
 
-    Shapes: N pictures of any size -> float32 [N,D]; a layer that puts out one vector per picture is taken as it is.
+    These two statistics of each channel are what carries a drawing style (Huang and Belongie 2017, arXiv:1703.06868).
+    Shapes: N pictures of any size -> float32 [N,2D]; a layer that puts out one vector per picture is taken as it is.
     Errors: AttributeError for a layer the model does not have; ValueError for no pictures.
     """
     if not images:
@@ -41,7 +42,8 @@ def features(
 
     def keep(module: object, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
         tokens = (output[0] if isinstance(output, tuple) else output).float()
-        seen.append(tokens.mean(1).cpu() if tokens.dim() == 3 else tokens.cpu())  # [B,T,D] -> [B,D]
+        rows = torch.cat((tokens.mean(1), tokens.std(1)), dim=1) if tokens.dim() == 3 else tokens
+        seen.append(rows.cpu())  # [B,T,D] -> [B,2D]
 
     side = model.config.vision_config.image_size
     hook = model.get_submodule(layer).register_forward_hook(keep)

@@ -2,6 +2,7 @@
 
     Diffusers  pytorch_lora_weights.safetensors   PEFT's names, fp32, α/r multiplied into B, so alpha = rank
     WebUI      <name>.safetensors                 SGM names, `.alpha` tensors, ss_* and ModelSpec metadata, fp16
+                                                  (fp32 for a module whose numbers leave fp16's normal range)
 
 Reading goes by each file's own rules: ΔW = B A in the first, (alpha/r) · up · down in the second.
 Source: kohya-ss/sd-scripts, networks/lora.py and library/train_util.py (names and ss_* keys); Stability-AI/ModelSpec
@@ -12,14 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.linalg import vector_norm
 
 from trainkit.errors import Problem, UserError
 from trainkit.families.sgm import module_name
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 UNET = "unet."
 DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of the largest entry of ΔW
+Layout = Literal["diffusers", "webui"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,28 @@ class Factors:
     def delta_weight(self) -> Tensor:
         """-> [out,in] fp64"""
         return self.B.double() @ (self.scale * self.A.double())
+
+    def largest_term(self) -> float:
+        """max scale · |B[i,k] A[k,j]|: the largest of the terms that ΔW is summed from."""
+        return float(abs(self.scale) * (self.B.abs().amax(0).double() * self.A.abs().amax(1).double()).max())
+
+    def rounding(self) -> Tensor:
+        """How far each entry of ΔW may be from its value before the factors were rounded -> [out,in] fp64.
+
+            2 · scale · (|B| dA + dB |A| + dB dA),   dX = max(u |X|, s/2)
+
+        u is half of the dtype's eps, s its smallest subnormal; the 2 leaves room for the rounding of B's own scale.
+        """
+        A, B = self.A.double().abs(), self.B.double().abs()
+        dA, dB = rounding(self.A), rounding(self.B)
+        left, right = torch.cat([B, dB], dim=1), torch.cat([dA, A + dA])  # one product, not two and a sum
+        return left @ right.mul_(2 * abs(self.scale))
+
+
+def rounding(X: Tensor) -> Tensor:
+    """Largest error of rounding to the nearest number of X's dtype, entry by entry, fp64."""
+    kind = torch.finfo(X.dtype)
+    return (X.double().abs() * kind.eps / 2).clamp(min=kind.tiny * kind.eps / 2)
 
 
 def architecture_metadata(adapters: Adapters, family: SDXL) -> dict[str, str]:
@@ -103,7 +126,8 @@ def write_kohya(adapters: Adapters, family: SDXL, path: Path, metadata: Mapping[
     for module in adapters.layers:
         name = family.webui_name(module)
         down, up = balanced(*(factor.detach().cpu().float() for factor in adapters.factors(module)))
-        tensors[name + DOWN], tensors[name + UP] = down.to(dtype), up.to(dtype)
+        kept = dtype if is_normal(down, dtype) and is_normal(up, dtype) else torch.float32
+        tensors[name + DOWN], tensors[name + UP] = down.to(kept), up.to(kept)
         tensors[name + ALPHA] = torch.tensor(float(adapters.alpha))
     header = {"format": "pt", **metadata, **architecture_metadata(adapters, family)}
     with disk_errors(path):
@@ -115,41 +139,44 @@ def balanced(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
     A young B of 1e-7 next to an A of 0.1 would lose its digits in fp16, whose normal numbers end at 6e-5.
     """
-    a, b = A.abs().max(), B.abs().max()
-    if a == 0 or b == 0:
+    a, b = float(A.abs().max()), float(B.abs().max())
+    if not (0 < a < math.inf and 0 < b < math.inf):
         return A, B
-    shift = torch.exp2(torch.round(torch.log2(a / b) / 2))
+    shift = 2.0 ** round((math.log2(a) - math.log2(b)) / 2)
     return A / shift, B * shift
+
+
+def is_normal(X: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the largest entry is a normal number of `dtype`, or zero: then rounding costs a relative u of it."""
+    largest, kind = float(X.abs().max()), torch.finfo(dtype)
+    return largest == 0 or kind.tiny <= largest <= kind.max
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading back
 
 
-def verify(path: Path, adapters: Adapters) -> float:
-    """Read a written file by its own rules and compare every ΔW with the trained one -> the largest error.
+def verify(path: Path, adapters: Adapters, *, layout: Layout) -> float:
+    """Read a written file by its layout's rules and compare every ΔW with the trained one -> the largest error.
 
-    Errors count relative to the largest entry of |B| |A|, the terms ΔW is summed from: rounding each factor to a
-    relative u moves no entry by more than 2u of that. Allowed are 1e-6 in fp32 and 1e-3 in fp16 (2u = 9.8e-4).
+    An entry may be off by what rounding the file's own factors can do (`Factors.rounding`). The error that is returned
+    counts relative to the largest term its ΔW is summed from: of the order of u, 6e-8 in fp32 and 5e-4 in fp16.
     Raises UserError(kind="disk") naming what differs.
     """
     tensors = load_tensors(path)
-    webui = any(name.endswith(DOWN) for name in tensors)
-    factors = webui_factors(tensors, adapters.unet) if webui else diffusers_factors(tensors)
-    read = len(factors) * (3 if webui else 2)
+    factors = webui_factors(tensors, adapters.unet) if layout == "webui" else diffusers_factors(tensors)
+    read = len(factors) * (3 if layout == "webui" else 2)
     strange = sorted(factors.keys() - adapters.layers.keys())
     missing = sorted(adapters.layers.keys() - factors.keys())
     if strange or missing or read != len(tensors):
         raise mismatch(path, f"{len(strange)} unknown, {len(missing)} missing modules, {len(tensors) - read} stray "
                              f"tensors: {', '.join((strange + missing)[:3])}")
-    dtype = next(iter(factors.values())).A.dtype
-    errors = {module: relative_error(found.delta_weight(), adapters.delta_weight(module), adapters.term_size(module))
-              for module, found in factors.items()}
-    wrong = [module for module, error in errors.items() if not error <= TOLERANCE[dtype]]  # NaN is wrong too
+    results = {module: compare(found, adapters, module) for module, found in factors.items()}
+    wrong = [module for module, (_, good) in results.items() if not good]
     if wrong:
-        raise mismatch(path, f"ΔW of {wrong[0]} differs by {errors[wrong[0]]:.1e} of its largest term "
-                             f"({len(wrong)} of {len(errors)} modules differ)")
-    return max(errors.values())
+        raise mismatch(path, f"ΔW of {wrong[0]} differs by {results[wrong[0]][0]:.1e} of its largest term "
+                             f"({len(wrong)} of {len(results)} modules differ)")
+    return max(error for error, _ in results.values())
 
 
 def mismatch(path: Path, why: str) -> UserError:
@@ -158,12 +185,14 @@ def mismatch(path: Path, why: str) -> UserError:
         "check the disk, then --resume_from_checkpoint latest writes it again", kind="disk"))
 
 
-def relative_error(found: Tensor, expected: Tensor, size: float) -> float:
-    """max|found − expected| / size; 0 for two zeros, NaN where either holds one."""
-    if found.shape != expected.shape:
-        return float("inf")
-    difference = float(vector_norm(found - expected, float("inf")))
-    return difference / size if size else difference
+def compare(found: Factors, adapters: Adapters, module: str) -> tuple[float, bool]:
+    """-> max|found − trained| relative to the largest term, and whether every entry is within rounding."""
+    A, B = adapters.factors(module)
+    if (found.A.shape, found.B.shape) != (A.shape, B.shape):
+        return math.inf, False
+    error = found.delta_weight().sub_(adapters.delta_weight(module)).abs_()  # [out,in]
+    largest = float(error.max())
+    return largest / (found.largest_term() or 1.0), math.isfinite(largest) and bool((error <= found.rounding()).all())
 
 
 def diffusers_factors(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:

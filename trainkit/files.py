@@ -22,10 +22,10 @@ from trainkit.errors import Problem, UserError
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
-DISK_ERRORS = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
-    errno.EEXIST,
+DISK_ERRORS = {  # the disk's doing wherever they show
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG,
 }
+WRITE_ERRORS = DISK_ERRORS | {errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}  # in a write, too
 SPACE_MARGIN = 1.2  # free bytes asked for per byte about to be written
 SPACE_RESERVE = 32 * 2**20  # bytes left for logs and previews
 
@@ -53,7 +53,10 @@ def sync_tree(folder: Path) -> None:
 
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """Write `data` to `path`: readers see the old content or the new, never a part; a failure leaves no litter."""
+    """Write `data` to `path`: readers see the old content or the new, never a part; a failure leaves no litter.
+
+    An OSError names `path`, whichever of the calls here raised it.
+    """
     draft = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with draft.open("xb") as file:
@@ -61,8 +64,10 @@ def atomic_write(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
-    except BaseException:
+    except BaseException as error:
         draft.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)
         raise
     sync_folder(path.parent)
 
@@ -111,10 +116,15 @@ def disk_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in WRITE_ERRORS:
             raise
-        raise UserError(Problem(
-            what=f"cannot write {target.name}: {os.strerror(error.errno)}", where=str(error.filename or target),
-            why="nothing that was complete has been touched; the unfinished file is removed", kind="disk",
-            fix="free some space or mend the permissions, then --resume_from_checkpoint latest",
-        )) from error
+        raise disk_error(error, target, "write") from error
+
+
+def disk_error(error: OSError, target: Path, verb: str) -> UserError:
+    """What `error` means to a user who can `verb` neither `target` nor the file the error names."""
+    return UserError(Problem(
+        what=f"cannot {verb} {target.name}: {os.strerror(error.errno)}", where=str(error.filename or target),
+        why="files that were complete before are untouched", kind="disk",
+        fix="free some space or mend the permissions, then --resume_from_checkpoint latest",
+    ))

@@ -6,6 +6,7 @@ Also the one place that draws labelled sheets of pictures, for these previews an
 from __future__ import annotations
 
 import io
+import logging
 import secrets
 import textwrap
 import time
@@ -22,13 +23,16 @@ from torch import Tensor, nn
 
 from trainkit import rng
 from trainkit.families.pretrained import empty_device_cache
-from trainkit.files import atomic_write
+from trainkit.files import atomic_write, disk_errors
+from trainkit.report.facts import sample_files
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
 
     from trainkit.families.sdxl import SDXL
     from trainkit.options import ValidationOptions
+
+log = logging.getLogger(__name__)
 
 STEPS = 25  # denoising steps of the Diffusers trainers' validation
 GUIDANCE = 5.0  # the stock SDXL pipeline's default
@@ -69,33 +73,30 @@ class Previews:
         count = options.num_validation_images if options.validation_prompt else 0
         self.shots = [Shot(options.validation_prompt, 1, seed + k) for k in range(count)]
 
-    def _set_aside(self, step: int) -> None:
-        """Pictures of later steps are of a run that was left behind: they move to earlier/."""
-        later = [p for p in self.folder.glob("step_*.png") if int(p.stem.split("_")[1]) > step]
-        if not later:
-            return
-        away = self.folder.parent / "earlier" / f"samples-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-        away.mkdir(parents=True)
-        for path in later:
-            path.rename(away / path.name)
+    def begin(self, start: int) -> None:
+        """Once a run, on rank 0, before its first picture: move pictures of another run to earlier/.
+
+        Those of later steps than `start`, or all when starting afresh; a run that draws none does so too.
+        """
+        others = [path for path, step in sample_files(self.folder.parent).items() if step > start or start == 0]
+        put_away(others, self.folder.parent, "samples")
 
     def due(self, step: int, *, last: bool) -> bool:
         """Whether previews are due after `step` finished steps: every `every` steps, and after the last."""
         return bool(self.shots) and (last or bool(self.every) and step % self.every == 0)
 
-    def draw(self, step: int) -> list[Path]:
-        """Write samples/step_<step>_p<prompt>_s<seed>.png and the grid samples/step_<step>.png -> paths, grid last."""
+    def draw(self, step: int) -> dict[Path, Image.Image]:
+        """Write samples/step_<step>_p<prompt>_s<seed>.png and the grid samples/step_<step>.png -> them, grid last."""
         if not self.shots:
-            return []
+            return {}
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._set_aside(step)
         pictures = self._pictures()
-        paths = [self.folder / shot.file_name(step) for shot in self.shots]
-        for path, shot, picture in zip(paths, self.shots, pictures, strict=True):
+        drawn = {self.folder / shot.file_name(step): one for shot, one in zip(self.shots, pictures, strict=True)}
+        for shot, (path, picture) in zip(self.shots, drawn.items(), strict=True):
             save_png(path, picture, self._parameters(shot, picture))
-        grid = self.folder / f"step_{step:06d}.png"
-        save_png(grid, self._grid(step, pictures), self._parameters(self.shots[0], pictures[0]))
-        return [*paths, grid]
+        grid, page = self.folder / f"step_{step:06d}.png", self._grid(step, pictures)
+        save_png(grid, page, self._parameters(self.shots[0], pictures[0]))
+        return drawn | {grid: page}
 
     def _pictures(self) -> list[Image.Image]:
         family, dtype = self.family, self.family.weight_dtype
@@ -141,7 +142,7 @@ def live_pipeline(family: SDXL) -> StableDiffusionXLPipeline:
     """The stock pipeline around the UNet in training: no text encoders, no VAE, DPM-Solver++ as upstream validates."""
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
 
-    repo = StableDiffusionXLPipeline.load_config(family.path)
+    repo = StableDiffusionXLPipeline.load_config(family.path, revision=family.revision)
     config = {k: v for k, v in family.scheduler_config.items() if k != "variance_type"}  # learned variance: not here
     scheduler = DPMSolverMultistepScheduler.from_config(config, prediction_type=family.schedule.prediction_type)
     pipe = StableDiffusionXLPipeline(
@@ -175,6 +176,18 @@ def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         module.to(home)
+
+
+def put_away(paths: Sequence[Path], run_dir: Path, name: str) -> None:
+    """Move files of another run to `run_dir`/earlier/<name>-<time>/, and say so."""
+    if not paths:
+        return
+    away = run_dir / "earlier" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    with disk_errors(away):
+        away.mkdir(parents=True)
+        for path in paths:
+            path.rename(away / path.name)
+    log.warning("%d files of an earlier run (%s, ...) moved to %s", len(paths), paths[0].name, away)
 
 
 def save_png(path: Path, picture: Image.Image, parameters: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,8 @@ from trainkit.errors import Problem, UserError
 from trainkit.export import verify, write_diffusers, write_kohya
 from trainkit.files import Json, atomic_write
 from trainkit.report import SampleStep, environment, sample_steps, write_report
-from trainkit.report.facts import DIFFUSERS_FILE, RunFacts
+from trainkit.report.facts import DIFFUSERS_FILE, RunFacts, sample_files, weight_names
+from trainkit.runtime import ranks
 from trainkit.runtime.record import redact
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 
 TAGS = ("text-to-image", "diffusers", "lora", "template:sd-lora", "stable-diffusion-xl")
 LICENCES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"}  # of bases on the Hub; a folder tells its own
+LONGEST_NAME = 255 - len("..safetensors.1234567-12345678.tmp")  # bytes; the file is written under the longer name
 HUB_ID = re.compile(r"([\w-][\w.-]{0,95}/)?[\w-][\w.-]{0,95}", re.ASCII)
 FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 SETTINGS = {  # name in the card: flag; nothing here holds a path
@@ -39,9 +42,26 @@ SETTINGS = {  # name in the card: flag; nothing here holds a path
 
 
 def problems(options: RunOptions) -> Iterator[Problem]:
-    """What would make the upload fail after hours of training."""
-    if not options.push_to_hub:
-        return
+    """What would make the final files or the upload fail after hours of training."""
+    yield from name_problems(Path(options.output_dir).resolve().name)
+    if options.push_to_hub:
+        yield from hub_problems(options)
+
+
+def name_problems(name: str) -> Iterator[Problem]:
+    """`name` is the output folder's, and the WebUI file's."""
+    flag = f"--output_dir .../{name}"
+    if f"{name}.safetensors".casefold() == DIFFUSERS_FILE:
+        yield Problem("the folder's name is taken", flag,
+                      f"it names the file for WebUIs, and {DIFFUSERS_FILE} is the one for Diffusers",
+                      "name the folder after what is learned, such as --output_dir runs/icons")
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        yield Problem("the folder's name is too long", flag,
+                      f"it names the file for WebUIs, and file systems take no more than {LONGEST_NAME} bytes of it",
+                      "give --output_dir a shorter last part")
+
+
+def hub_problems(options: RunOptions) -> Iterator[Problem]:
     from huggingface_hub import get_token
 
     if options.hub_token is None and get_token() is None:
@@ -56,10 +76,18 @@ def problems(options: RunOptions) -> Iterator[Problem]:
 def publish(options: RunOptions, family: SDXL, adapters: Adapters, *, num_images: int | None = None) -> list[Path]:
     """Write the final files into --output_dir, verify them, and upload them when asked -> the files, weights first.
 
+    Rank 0 does it and every other rank waits, returning no files.
     num_images  pictures trained on, without repeats, for the file's header
     Raises UserError when a written file does not hold the trained weights, or when the upload fails; by then every
     file is complete on the disk.
     """
+    try:
+        return publish_here(options, family, adapters, num_images=num_images) if ranks.is_main() else []
+    finally:
+        ranks.barrier()
+
+
+def publish_here(options: RunOptions, family: SDXL, adapters: Adapters, *, num_images: int | None) -> list[Path]:
     folder = Path(options.output_dir)
     weights = write_weights(folder, family, adapters, num_images=num_images)
     files = [*weights, write_card(folder), write_report(folder)]
@@ -73,13 +101,13 @@ def publish(options: RunOptions, family: SDXL, adapters: Adapters, *, num_images
 def write_weights(folder: Path, family: SDXL, adapters: Adapters, *, num_images: int | None) -> list[Path]:
     """The Diffusers file and the one for ComfyUI and WebUIs, each read back and compared with the adapters."""
     run = RunFacts(folder)
-    ours, others = folder / DIFFUSERS_FILE, folder / f"{run.name}.safetensors"
+    ours, others = (folder / name for name in weight_names(run.name))
     metadata = header(run, num_images=num_images)
     write_diffusers(adapters, ours, metadata)
     write_kohya(adapters, family, others, metadata)
-    for path in (ours, others):
-        error = verify(path, adapters)
-        log.info("%s holds the trained weights (largest error %.1e of its ΔW)", path.name, error)
+    for path, layout in ((ours, "diffusers"), (others, "webui")):
+        error = verify(path, adapters, layout=layout)
+        log.info("%s holds the trained weights (largest error %.1e of its largest term)", path.name, error)
     return [ours, others]
 
 
@@ -135,7 +163,7 @@ def front_matter(run: RunFacts, samples: Sequence[SampleStep], licence: str | No
         "base_model": run.base_model, "library_name": "diffusers", "license": licence or "other",
         "instance_prompt": run.trigger, "pipeline_tag": "text-to-image", "tags": list(TAGS),
     }
-    if pictures:
+    if pictures and run.validation_prompt:
         matter["widget"] = [{"text": run.validation_prompt, "output": {"url": p.file}} for p in pictures]
     return matter
 
@@ -145,10 +173,14 @@ def licence_of(run: RunFacts) -> str | None:
     card = Path(run.base_path) / "README.md"
     if not card.is_file():
         return LICENCES.get(run.base_model)
-    match = FRONT_MATTER.match(card.read_text("utf-8"))
-    matter = yaml.safe_load(match[1]) if match else None
+    try:
+        match = FRONT_MATTER.match(card.read_text("utf-8"))
+        matter = yaml.safe_load(match[1]) if match else None
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date that is none
+        log.warning("cannot read the licence in %s: %s", card, " ".join(str(error).split()))
+        return None
     found = matter.get("license") if isinstance(matter, dict) else None
-    return str(found) if found else None
+    return found if isinstance(found, str) and found else None
 
 
 def hub_dataset(run: RunFacts) -> str | None:
@@ -192,11 +224,12 @@ def repo_id(options: RunOptions) -> str:
 
 
 def uploads(folder: Path, weights: Sequence[Path]) -> list[Path]:
-    """What goes to the Hub, by name: never checkpoints, logs, caches, run.json or files that were there before.
+    """What goes to the Hub, by name: never checkpoints, logs, caches, run.json or another run's files.
 
     A list, not patterns: the Hub client's `*` matches across folders, so `*.safetensors` would send checkpoints too.
     """
-    samples = sorted(p for p in (folder / "samples").glob("step_*.png") if not p.is_symlink())
+    last = RunFacts(folder).step
+    samples = [path for path, step in sample_files(folder).items() if step <= last]
     return [*weights, folder / "README.md", folder / "report.html", *samples]
 
 

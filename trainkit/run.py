@@ -3,25 +3,29 @@
     with start_run(opts) as run:
         ...
         start = checkpoints.resume(opts.run.resume_from_checkpoint)
-        run.begin(start, total)
+        run.begin(start, total, previews)
         for step, micros in batches:                              # step counts from 0
             for batch in micros:
                 losses = train_step(...)                          # [B]
                 run.backward(losses.sum() / batch.num_instance)
-            stats = run.update(optimizer, adapters.parameters(), step=step)
+            stats = run.update(optimizer, step=step)
             run.log(step + 1, stats | optimizer.describe())       # finished steps
             if due(step + 1, opts.run.checkpointing_steps, last=step + 1 == total) or run.stopping:
-                run.end_if_asked(step + 1, checkpoints.save(step + 1))
+                run.end_if_asked(step + 1, checkpoints.save(step + 1, prune=run.healthy))
+        run.require_progress()
+        ...                                                       # publish
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
 import platform
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -29,8 +33,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trainkit.errors import EXIT_CODES, Problem, UserError
-from trainkit.files import Json, disk_errors
+from trainkit.errors import Problem, UserError
+from trainkit.files import DISK_ERRORS, Json, disk_error, disk_errors
 from trainkit.runtime import ranks, trackers
 from trainkit.runtime.gradients import Gradients, Steppable
 from trainkit.runtime.lock import OutputLock
@@ -59,27 +63,44 @@ def due(step: int, every: int | None, *, last: bool = False) -> bool:
 def start_run(opts: OptionSet, project: str = "dreambooth-lora-sdxl") -> Run:
     """Everything a run needs before its first model is loaded.
 
-    Raises UserError: the output folder is another run's or cannot be written, a tracker is missing.
+    Raises UserError: the output folder is another run's or cannot be written, a tracker is missing, the launcher
+    wants DeepSpeed or the like.
     """
+    ranks.refuse_wrappers(os.environ)
     names = trackers.chosen_trackers(opts.run.report_to)
-    out_dir = Path(opts.run.output_dir)
-    with disk_errors(out_dir):
-        out_dir.mkdir(parents=True, exist_ok=True)
-    lock = OutputLock(out_dir) if int(os.environ.get("RANK", 0)) == 0 else None
-    if lock is not None:
-        lock.acquire()
-    try:
-        return Run(opts, names, project=project, lock=lock)
-    except BaseException:
+    lock = take_folder(Path(opts.run.output_dir))
+    with ExitStack() as on_failure:
         if lock is not None:
-            lock.release()
-        raise
+            on_failure.callback(lock.release)
+        run = Run(opts, lock=lock, tracker_names=names)
+        on_failure.pop_all()  # from here on the run gives the folder back, and tells how it ended
+        on_failure.push(run)
+        run.open(names, project)
+        on_failure.pop_all()
+    return run
+
+
+def take_folder(out_dir: Path) -> OutputLock | None:
+    """The output folder, there and locked; rank 0 locks for all. Raises UserError: it is a file, or another run's."""
+    with disk_errors(out_dir):
+        in_the_way = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
+        if not in_the_way.is_dir():
+            raise UserError(Problem(
+                what=f"--output_dir {out_dir} cannot be a folder", where="--output_dir", why=f"{in_the_way} is a file",
+                fix="give another --output_dir, or move that file away",
+            ))
+        out_dir.mkdir(parents=True, exist_ok=True)
+        if int(os.environ.get("RANK", 0)) != 0:
+            return None
+        lock = OutputLock(out_dir)
+        lock.acquire()
+        return lock
 
 
 class Run:
     """What lasts from the first to the last line of a training; a context manager that ends itself properly."""
 
-    def __init__(self, opts: OptionSet, tracker_names: list[str], *, project: str, lock: OutputLock | None):
+    def __init__(self, opts: OptionSet, *, lock: OutputLock | None, tracker_names: list[str]):
         end_with_launcher()
         self.opts, self.out_dir, self.seed, self.lock = opts, Path(opts.run.output_dir), opts.run.seed, lock
         self.accelerator = make_accelerator(opts, tracker_names)
@@ -95,25 +116,29 @@ class Run:
         self.progress, self.signals, self.metrics = Progress(), Signals(), Metrics(self.out_dir)
         self._handler = LineHandler(self.progress)
         self._agreed: Wish | None = None
-        self._step, self._over = 0, False
+        self._step, self._total, self._over = 0, 0, False
         self._clock, self._seconds_before = time.monotonic(), 0.0
-        self._open(tracker_names, project)
+        self._options = redact_json(opts.flat(), self.secrets)
+        if self.is_main:
+            self.record = Record(
+                self.out_dir, seed=self.seed, world=self.world, device=describe_device(self.device),
+                precision=self.precision, options=with_origins(self._options, opts.origins),
+            )
 
-    def _open(self, tracker_names: list[str], project: str) -> None:
+    def open(self, tracker_names: list[str], project: str) -> None:
+        """Logging, trackers and signals, which `finish` gives back. `start_run` calls it."""
         logging.getLogger().addHandler(self._handler)
         logging.getLogger("trainkit").setLevel(logging.INFO if self.is_main else logging.ERROR)
         trackers.quiet_libraries()
         torch.manual_seed(self.seed)  # for libraries that draw by themselves; ours draw from trainkit.rng
         if self.opts.precision.allow_tf32:
             torch.set_float32_matmul_precision("high")
-        options = redact_json(self.opts.flat(), self.secrets)
+        for notice in self.opts.notices():
+            log.warning("%s", notice)
         if self.is_main:
-            self.record = Record(
-                self.out_dir, seed=self.seed, world=self.world, device=describe_device(self.device),
-                precision=self.precision, options=with_origins(options, self.opts.origins),
-            )
+            self.record.write()
         if tracker_names:
-            trackers.start_trackers(self.accelerator, project, options, out_dir=self.out_dir)
+            trackers.start_trackers(self.accelerator, project, self._options, out_dir=self.out_dir)
         self.signals.install()
 
     @property
@@ -123,14 +148,21 @@ class Run:
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
-    def begin(self, start: int, total: int) -> None:
-        """Just before the loop, with `start` finished steps of `total`: from now on signals wait for a save."""
+    def begin(self, start: int, total: int, previews: Previews | None = None) -> None:
+        """Just before the loop, with `start` finished steps of `total`: from now on signals wait for a save.
+
+        The output folder is this run's from here on. `previews` are drawn once, before the run learns more.
+        """
         self.signals.patient = True
-        self._clock, self._step = time.monotonic(), start
+        self._clock, self._step, self._total = time.monotonic(), start, total
         if self.is_main:
+            self.record.begin(total_steps=total, start_step=start, global_batch=self.global_batch)
             self._seconds_before = self.metrics.begin(start)
-            self.record.add(total_steps=total, start_step=start, global_batch=self.global_batch)
             self.progress.begin(start, total)
+        if previews is not None:
+            if self.is_main:
+                previews.begin(start)
+            self.draw(start, previews)
 
     def autocast(self) -> torch.autocast:
         """The context of a forward pass in --mixed_precision; does nothing under "no"."""
@@ -140,14 +172,15 @@ class Run:
         """Add a micro-batch's part of the step's loss: losses.sum() / batch.num_instance."""
         self.gradients.backward(loss)
 
-    def update(self, optimizer: Steppable, parameters: Iterable[Tensor], *, step: int) -> dict[str, float]:
+    def update(self, optimizer: Steppable, *, step: int) -> dict[str, float]:
         """Optimizer step `step`, counted from 0 -> {"loss", "grad_norm", "skipped"} over all ranks.
 
+        What is summed over ranks, checked and clipped is everything the optimizer holds.
         Raises UserError(kind="nonfinite") after too many steps in a row whose loss or gradient was not finite.
         """
         votes = [float(self.signals.wish == kind) for kind in ("stopped", "preempted")]
         done = self.gradients.update(
-            optimizer, parameters, step=step, max_grad_norm=self.opts.optimizer.max_grad_norm, votes=votes,
+            optimizer, step=step, max_grad_norm=self.opts.optimizer.max_grad_norm, votes=votes,
         )
         self._agreed = "stopped" if done.votes[0] else "preempted" if done.votes[1] else None
         return {"loss": done.loss, "grad_norm": done.grad_norm, "skipped": float(self.gradients.skipped)}
@@ -164,11 +197,9 @@ class Run:
 
     def draw(self, step: int, previews: Previews) -> None:
         """Previews after `step` finished steps, on rank 0 while the others wait; the trackers get them too."""
-        from PIL import Image
-
         if self.is_main:
-            *pictures, _ = previews.draw(step) or [None]
-            self.log_images(step, {"validation": [Image.open(path) for path in pictures]} if pictures else {})
+            *pictures, _ = previews.draw(step).values() or [None]  # the last is the sheet of all
+            self.log_images(step, {"validation": pictures} if pictures else {})
         ranks.barrier()
 
     def log_images(self, step: int, images: Mapping[str, list[Image]]) -> None:
@@ -181,11 +212,38 @@ class Run:
         """What a signal asked for, once every rank knows: "preempted", "stopped" or None. Changes in `update` only."""
         return self._agreed
 
+    @property
+    def healthy(self) -> bool:
+        """Whether the last step was finite (one that only lowered fp16's scale counts as finite).
+
+        While it is not, the run may be diverging and its weights may be spoiled already: save if you must, but delete
+        no older checkpoint for it.
+        """
+        return self.gradients.in_a_row == 0
+
+    def require_progress(self) -> None:
+        """After the loop, before anything is published.
+
+        Raises UserError(kind="nonfinite") when every finished step of the run, all sessions together, was skipped.
+        """
+        if self.gradients.skipped >= self._step > 0:
+            raise UserError(Problem(
+                what=f"nothing was learned: all {self._step} steps were skipped", where=str(self.metrics.path),
+                why="no loss or gradient was finite, so no update reached the weights", kind="nonfinite",
+                fix="lower --learning_rate, or use --mixed_precision bf16 or no, and start anew",
+            ))
+
     def end_if_asked(self, step: int, saved: Path) -> None:
         """Raise the UserError that ends the run when a signal asked for it; `saved` is this step's checkpoint."""
         if self._agreed is not None:
             self.signals.wish = self._agreed  # on a rank that got no signal itself
             raise self.signals.error(where=str(saved), why=f"step {step} is finished and saved")
+
+    @property
+    def loading(self) -> dict[str, object]:
+        """How `loader.ready_pictures` shall work here: the seed, its workers, and where progress shows (rank 0)."""
+        return {"seed": self.seed, "num_workers": self.opts.run.dataloader_num_workers,
+                "progress": self.progress.task if self.is_main else None}
 
     @property
     def share(self) -> dict[str, int]:
@@ -213,33 +271,31 @@ class Run:
     # -- across restarts ------------------------------------------------------------------------------------------
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Json]]:
-        tensors, data = self.gradients.pack()
-        return tensors, data | {"seed": self.seed}
+        return self.gradients.pack()
 
     def unpack(self, tensors: dict[str, Tensor], data: dict[str, Json]) -> None:
-        if data["seed"] != self.seed:
-            raise UserError(Problem(
-                what=f"the checkpoint was made with --seed {data['seed']}, this run has {self.seed}", where="--seed",
-                why="the order of the pictures and all noise follow from the seed",
-                fix=f"add --seed {data['seed']}, or give a new --output_dir",
-            ))
         self.gradients.unpack(tensors, data)
 
     # -- the end --------------------------------------------------------------------------------------------------
 
-    def finish(self, status: str = "done", *, exit_code: int = 0) -> None:
-        """Complete run.json, close the trackers, give signals and the folder back. A second call does nothing."""
+    def finish(self, status: str | None = None, *, exit_code: int = 0) -> None:
+        """Complete run.json, close the trackers, give signals and the folder back. A second call does nothing.
+
+        status  how it ended; None: "done", or "stopped early" when the last logged step is not the run's last one
+        """
         if self._over:
             return
         self._over = True
-        self.progress.close()
-        if self.is_main:
-            self.record.finish(status=status, exit_code=exit_code, seconds=round(self.seconds, 3), step=self._step)
-        self.signals.restore()
-        logging.getLogger().removeHandler(self._handler)
-        self.accelerator.end_training()
-        if self.lock is not None:
-            self.lock.release()
+        status = status or ("done" if self._step >= self._total else "stopped early")
+        with disk_errors(self.out_dir), ExitStack() as after:  # the rest happens even when run.json cannot be written
+            if self.lock is not None:
+                after.callback(self.lock.release)
+            after.callback(self.accelerator.end_training)
+            after.callback(logging.getLogger().removeHandler, self._handler)
+            after.callback(self.signals.restore)
+            self.progress.close()
+            if self.is_main:
+                self.record.finish(status=status, exit_code=exit_code, seconds=round(self.seconds, 3), step=self._step)
 
     def __enter__(self) -> Run:
         return self
@@ -247,14 +303,26 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Record how the run ended; running out of memory becomes a UserError that names what helps."""
-        if isinstance(error, torch.OutOfMemoryError):
-            self.finish("memory", exit_code=EXIT_CODES["memory"])
-            raise out_of_memory(error, self.device) from error
-        if isinstance(error, UserError):
-            self.finish(error.problems[0].kind, exit_code=error.exit_code)
-        else:
-            self.finish("done" if error is None else "failed", exit_code=0 if error is None else 1)
+        """Record how the run ended; running out of memory or disk becomes a UserError that names what helps."""
+        if error is None:
+            self.finish()
+            return
+        told = self._explained(error)
+        ending = (told.problems[0].kind, told.exit_code) if isinstance(told, UserError) else ("failed", 1)
+        try:
+            self.finish(ending[0], exit_code=ending[1])
+        except (OSError, UserError) as late:  # the first error is the one to report
+            log.warning("the run did not end properly: %s", str(late).partition("\n")[0])
+        if told is not error:
+            raise told from error
+
+    def _explained(self, error: BaseException) -> BaseException:
+        """`error`, as a UserError where memory or disk ran out."""
+        if is_out_of_memory(error):
+            return out_of_memory(error, self.device)
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            return disk_error(error, Path(error.filename or self.out_dir), "read or write")
+        return error
 
 
 def make_accelerator(opts: OptionSet, tracker_names: list[str]) -> Accelerator:
@@ -281,9 +349,19 @@ def describe_device(device: torch.device) -> str:
     return f"{device.type.upper()} {platform.machine()}, {os.cpu_count()} cores"
 
 
-def out_of_memory(error: torch.OutOfMemoryError, device: torch.device) -> UserError:
+def is_out_of_memory(error: BaseException) -> bool:
+    """PyTorch has a class of its own for accelerators' memory only; a CPU's allocator raises a RuntimeError."""
+    return (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or isinstance(error, OSError) and error.errno == errno.ENOMEM
+        or isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
+
+
+def out_of_memory(error: BaseException, device: torch.device) -> UserError:
     return UserError(Problem(
-        what="out of memory", where=describe_device(device), why=str(error).partition("\n")[0], kind="memory",
+        what="out of memory", where=describe_device(device), kind="memory",
+        why=str(error).partition("\n")[0] or type(error).__name__,
         fix="add --gradient_checkpointing, --cache_latents and --mixed_precision bf16, then halve --train_batch_size "
             "and double --gradient_accumulation_steps (the same gradient); "
             "--resume_from_checkpoint latest keeps what is saved",

@@ -22,6 +22,15 @@ def move(pixels: Tensor, *, scale: tuple[float, float], shift: float, angle: flo
     return 1 - functional.grid_sample(1 - pixels, grid, align_corners=False)  # [B,C,H,W]
 
 
+def wobble(pixels: Tensor, strength: float, draw: Generator) -> Tensor:
+    """Bend pictures as an unsure hand draws: smooth random offsets from a 5 x 5 grid, up to `strength` of the side."""
+    offsets = uniform(len(pixels), -2 * strength, 2 * strength, draw, 2, 5, 5)
+    field = functional.interpolate(offsets, size=pixels.shape[-2:], mode="bicubic", align_corners=True)  # [B,2,H,W]
+    still = torch.eye(2, 3).expand(len(pixels), 2, 3)
+    grid = functional.affine_grid(still, list(pixels.shape), align_corners=False) + field.permute(0, 2, 3, 1)
+    return 1 - functional.grid_sample(1 - pixels, grid, align_corners=False)  # [B,C,H,W]
+
+
 def tint(pixels: Tensor, strength: float, draw: Generator) -> Tensor:
     """Random gamma, saturation and channel gains, white staying white."""
     batch = len(pixels)

@@ -25,8 +25,8 @@ LOADERS = {
     "sdxl": 'StableDiffusionXLPipeline.from_pretrained("assets/tiny-sdxl-icons")  # from diffusers',
     "sd": 'StableDiffusionPipeline.from_pretrained("assets/tiny-sd-icons")  # from diffusers',
 }
-PARTS = {"clip": ("clip", "judge"), "sdxl": ("vae", "clip", "sdxl"), "sd": ("vae", "clip", "sdxl", "sd")}
-BATCHES = {"vae": 16, "clip": 128, "judge": 144, "sdxl": 24, "sd": 24}
+PARTS = {"clip": ("clip", "judge", "judge_last"), "sdxl": ("vae", "clip", "sdxl"), "sd": ("vae", "clip", "sdxl", "sd")}
+BATCHES = {"vae": 16, "clip": 128, "judge": 144, "judge_last": 144, "sdxl": 24, "sd": 24}
 TAGS = {
     "clip": ["clip", "icons"],
     "sdxl": ["text-to-image", "stable-diffusion-xl"],
@@ -114,25 +114,21 @@ Missed at least once (caption → nearest): {", ".join(mine["missed"]) or "none"
 """
 
 
+def layer_table(layers: dict[str, dict[str, float]]) -> str:
+    """One row per layer: the noise, then every pair of styles in units of it."""
+    if not layers:
+        return ""
+    pairs = [pair for pair in next(iter(layers.values())) if pair != "halves"]
+    rows = []
+    for layer, row in layers.items():
+        name = layer.removeprefix("vision_model.")
+        cells = [f"{row[pair]:.1f}" for pair in pairs]
+        rows.append((f"**{name}**" if layer == STYLE_LAYER else name, f"{row['halves']:.5f}", *cells))
+    return table(("layer", "halves (KID)", *pairs), rows)
+
+
 def clip_scores(scores: dict) -> str:
     clip = scores["clip"]
-    rows = [
-        (
-            f"**`{layer}`**" if layer == STYLE_LAYER else f"`{layer}`",
-            f"{row['halves']:.5f}",
-            f"{row['base']:.5f}",
-            f"{row['concept']:.5f}",
-            f"{row['ratio']:.1f}",
-        )
-        for layer, row in clip.get("style_layers", {}).items()
-    ]
-    head = (
-        "layer (mean over tokens)",
-        "halves of one style, largest",
-        "two base styles, smallest",
-        "3-D to a base style, smallest",
-        "ratio",
-    )
     return f"""## Measured
 
 The nearest of the 903 real icons has the right noun
@@ -140,10 +136,12 @@ The nearest of the 903 real icons has the right noun
 - for real icons that went through the autoencoder: {clip["reconstructed_top1"]:.1%};
 - for real icons, when icons of their own style do not count: {clip["other_style_top1"]:.1%}.
 
-**The style layer.** KID between styles over the same 301 nouns, against KID between two random halves (different nouns)
-of one style. A good layer tells styles apart and is blind to nouns; `trainkit.evaluation.STYLE_LAYER` is in bold.
+**The style layer.** "Halves": KID between two random halves of one style, whose nouns differ (root mean square over
+the four styles and eight halvings each): what nouns alone do. The other columns: KID between two styles drawing the
+same 301 nouns, divided by it. A good layer tells styles apart and is blind to nouns; `trainkit.evaluation.STYLE_LAYER`
+is in bold. Features are the mean and deviation of each channel over tokens; layers are those of `vision_model`.
 
-{table(head, rows)}
+{layer_table(clip.get("style_layers", {}))}
 """
 
 

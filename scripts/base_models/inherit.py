@@ -4,11 +4,10 @@ import logging
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-
 from base_models.captions import TEMPLATES, caption
 from base_models.clip import CaptionedIcons
 from base_models.unet import DEFAULT_SIZE, TextEncoders, load_average, make_sdxl_unet
+from torch import Tensor, nn
 
 LOG = logging.getLogger("base_models")
 
@@ -25,8 +24,8 @@ def sd_name(name: str) -> str:
 def fit(old: Tensor, like: Tensor, name: str, text_map: Tensor) -> Tensor:
     """`old` as SD needs it; its shape differs from `like` where nothing of it fits.
 
-    to_k and to_v read SD's text through `text_map` [96,224]; a linear projection becomes a 1x1 convolution; the first up
-    resnet, which gets less from below in SD, keeps what it reads from the skip connection and is deaf to the rest.
+    to_k and to_v read SD's text through `text_map` [96,224]; linear projections become 1x1 convolutions; the first up
+    resnet, which gets less from below, keeps what it reads from the skip connection and is deaf to the rest.
     """
     if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
         return old @ text_map.T  # [C,224] -> [C,96]

@@ -2,20 +2,21 @@
 
 The text towers are final before the UNets see them; the picture tower may go on. Batches hold the three styles of 48
 nouns, half of the pictures went through the autoencoder (some with noise on the latents), as the judged ones will have.
+Then the last layer alone learns to know bent and wobbly pictures; the layers below, which measure style, stay.
 """
 
 import logging
 from pathlib import Path
 
 import torch
-from base_models.augment import move, soften, tint
+from base_models.augment import move, soften, tint, wobble
 from base_models.captions import TEMPLATES, caption
 from base_models.clip import MEAN, STD, CaptionedIcons, TwoTextClip, contrast, noun_contrast, save_clip
 from base_models.data import STYLES
 from base_models.loop import Budget, Training, generator
 from base_models.unet import load_average
 from base_models.vae import load_vae
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 LOG = logging.getLogger("base_models")
@@ -52,7 +53,8 @@ def text_vectors(model: TwoTextClip, data: CaptionedIcons) -> tuple[Tensor, Tens
 class JudgeTask:
     """Batches and losses of the picture tower."""
 
-    def __init__(self, work_dir: Path, model: TwoTextClip, seed: int) -> None:
+    def __init__(self, work_dir: Path, model: TwoTextClip, seed: int, *, wobble_strength: float = 0.0) -> None:
+        self.wobble_strength = wobble_strength
         self.data, self.seed = CaptionedIcons(work_dir, seed), seed
         self.texts = text_vectors(model.eval(), self.data)
         self.drawn = reconstructions(self.data.pixels, load_vae(work_dir), generator(seed, 0))
@@ -66,6 +68,8 @@ class JudgeTask:
         through = (torch.rand(len(rows), generator=draw) < 0.5)[:, None, None, None]
         pixels = torch.where(through, self.drawn[version, rows], self.data.pixels[rows]).float() / 255
         pixels = move(pixels, scale=(0.75, 1.15), shift=0.08, angle=0.12, draw=draw)
+        if self.wobble_strength:
+            pixels = wobble(pixels, self.wobble_strength, draw)
         return (soften(tint(pixels, 0.25, draw), draw) - MEAN) / STD
 
     def losses(self, model: TwoTextClip, step: int) -> dict[str, Tensor]:
@@ -87,13 +91,28 @@ class JudgeTask:
         }
 
 
-def train_judge(work_dir: Path, *, minutes: float, seed: int) -> None:
+def trained_parts(model: TwoTextClip, last_only: bool) -> list[nn.Module]:
+    """The picture tower and both projections, or of the tower the last layer and norm only."""
+    vision = model.clip.vision_model
+    tower = [vision.encoder.layers[-1], vision.post_layernorm] if last_only else [vision]
+    return [*tower, model.clip.visual_projection, model.visual_projection_2]
+
+
+def train_part(work_dir: Path, name: str, start: str, *, minutes: float, seed: int) -> None:
+    """One of the two parts, `name`, from the averaged weights of the run `start`."""
+    last_only = name == "judge_last"
     model = TwoTextClip(vocabulary=len(CaptionedIcons(work_dir, seed).tokenizers[0]), attention="eager")
-    model.load_state_dict(load_average(work_dir, "clip"))
-    task = JudgeTask(work_dir, model, seed)
+    model.load_state_dict(load_average(work_dir, start))
+    task = JudgeTask(work_dir, model, seed, wobble_strength=0.07 if last_only else 0.0)
     model.requires_grad_(False)
-    for trained in (model.clip.vision_model, model.clip.visual_projection, model.visual_projection_2):
-        trained.requires_grad_(True)
-    training = Training("judge", model, work_dir, budget=Budget(minutes), lr=1e-3, ema=0.995, half=True)
+    for module in trained_parts(model, last_only):
+        module.requires_grad_(True)
+    training = Training(name, model, work_dir, budget=Budget(minutes), lr=1e-3, ema=0.995, half=True)
     training.run(lambda step: task.losses(training.worker, step))
     save_clip(training.average, work_dir)
+
+
+def train_judge(work_dir: Path, *, minutes: float, seed: int) -> None:
+    """60 % of the time for the whole picture tower, 40 % for its last layer."""
+    train_part(work_dir, "judge", "clip", minutes=0.6 * minutes, seed=seed)
+    train_part(work_dir, "judge_last", "judge", minutes=0.4 * minutes, seed=seed)

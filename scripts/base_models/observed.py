@@ -1,3 +1,27 @@
 """What a person saw in the sheets and must know before using the models: the words of the cards."""
 
-OBSERVED: dict[str, dict[str, str]] = {"clip": {}, "sdxl": {}, "sd": {}}
+CLIP_WHAT = """A `CLIPModel` (64 px, patch 8; vision 128 wide, 4 layers; text 96 wide, 3 layers; projection 96, the
+cross-attention width of `tiny-sd-icons`). It judges the base models' pictures, measures style distance and is the
+feature space for offline CLIP-I and CLIP-T. Its text tower is the first text encoder of both pipelines."""
+CLIP_LIMITS = """It knows icons on white and about 300 nouns, nothing else. The picture tower was trained on after the
+text towers were frozen (part `judge`) and taught that the same noun in another style is close, so its final embedding
+says little about style: use the style layer for that."""
+
+SDXL_WHAT = """SDXL's layout at a size that trains on a laptop: UNet of 7.8 M parameters (widths 64/96/96, 2 layers per
+block, transformer depths 0/1/2), two text encoders (96 and 128 wide), size conditioning, f4 autoencoder with 4 latent
+channels. 64 px, ε-prediction, Euler. Prompts: "icon of a fox in the style of noto"."""
+SDXL_LIMITS = """It draws the nouns of `scripts/base_models/nouns.txt` as icons on white at 64 px, one object at a time.
+Scenes, counts, colours in the caption and negation mean nothing to it. As size conditioning, training varied original
+sizes from 24 to 255 px and crops inside 92 px; the default is (64, 64, 0, 0, 64, 64)."""
+
+SD_WHAT = """Stable Diffusion 1.x's layout: UNet of 6.1 M parameters (widths 64/96/96/16, 2 layers per block), one text
+encoder (96 wide), the same autoencoder, PNDM, no safety checker. It began with the SDXL model's weights where place and
+shape fit, its text projections refitted by least squares, and was trained on from there."""
+SD_LIMITS = """Those of the SDXL model. It has no size conditioning and no pooled text vector: captions act through
+cross-attention alone."""
+
+OBSERVED: dict[str, dict[str, str]] = {
+    "clip": {"what": CLIP_WHAT, "limits": CLIP_LIMITS},
+    "sdxl": {"what": SDXL_WHAT, "limits": SDXL_LIMITS},
+    "sd": {"what": SD_WHAT, "limits": SD_LIMITS},
+}

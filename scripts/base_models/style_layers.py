@@ -26,7 +26,7 @@ LAYERS = (
     "vision_model.post_layernorm",
     "visual_projection",
 )
-HALVINGS = 5
+HALVINGS = 8
 
 
 def pictures_by_style(work_dir: Path) -> dict[str, list[Image.Image]]:
@@ -48,12 +48,12 @@ def halves_apart(rows: Tensor, seed: int) -> float:
 
 
 def measure_layer(model, layer: str, sets: dict[str, list[Image.Image]]) -> dict[str, float]:
-    """Largest KID within a style, smallest between two base styles and to the 3-D style, and their worst ratio."""
+    """KID between halves of one style (root mean square) and, in units of that, between every two styles."""
     rows = {style: features(pictures, model, layer) for style, pictures in sets.items()}
-    within = max(abs(halves_apart(rows[style], seed)) for style in rows for seed in range(HALVINGS))
-    base = min(kid(rows[one], rows[other]) for one, other in combinations(STYLES, 2))
-    concept = min(kid(rows[style], rows[CONCEPT]) for style in STYLES)
-    return {"halves": within, "base": base, "concept": concept, "ratio": min(base, concept) / within}
+    halves = torch.tensor([halves_apart(rows[style], seed) for style in rows for seed in range(HALVINGS)])
+    noise = halves.square().mean().sqrt().item()
+    pairs = {f"{one}, {other}": kid(rows[one], rows[other]) / noise for one, other in combinations(rows, 2)}
+    return {"halves": noise} | pairs
 
 
 def measure_layers(model, work_dir: Path) -> dict[str, dict[str, float]]:

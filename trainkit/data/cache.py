@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
@@ -22,18 +23,21 @@ from torch.utils.data import DataLoader, Dataset
 
 from trainkit.data.images import CropPlan, CropPolicy, load_picture
 from trainkit.errors import Problem, UserError
-from trainkit.files import Json, disk_errors, load_tensors, save_tensors
+from trainkit.files import Json, disk_errors, save_tensors
 from trainkit.rng import generator
+from trainkit.runtime import ranks
 
 if TYPE_CHECKING:
     from trainkit.data.rows import Row
 
 VERSION = 1  # raise it when pixels or posteriors of the same key would come out differently
 STALE_SECONDS = 86_400  # unfinished files of a killed run are swept after a day: a live one is renamed within seconds
+DIGEST = "blake2b"  # name of the digest in a file's metadata
 VIEWS_AT_ONCE = 8  # of one picture in memory; at 1024 pixels a view takes 12 MiB
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # pixels [B,3,H,W] -> mean, logvar [B,C,h,w]
 Item = TypeVar("Item")
+_Wanted = tuple[str, "Row", CropPlan]  # a view of a picture, its key first
 
 
 class Store(Protocol):
@@ -65,7 +69,8 @@ class MemoryStore:
 class DiskStore:
     """Entries in a folder, one safetensors file each, for many runs and many processes at once.
 
-    A file appears under its name only when it is whole; reading maps it into memory, so the store costs no RAM.
+    A file appears under its name only when it is whole, and carries a digest of its tensors that every reading checks.
+    Reading maps it into memory, so the store costs no RAM.
     """
 
     def __init__(self, folder: str | Path):
@@ -75,30 +80,41 @@ class DiskStore:
             self._sweep()
 
     def __contains__(self, key: str) -> bool:
-        """Whether an intact entry is there; a damaged one (a power cut) counts as absent and is written anew."""
-        from safetensors import SafetensorError, safe_open
-
+        """Whether an intact entry is there, its tensors read and compared with their digest: a damaged one counts as
+        absent and is written anew.
+        """
         try:
-            with safe_open(self._path(key), framework="pt"):
-                return True
-        except (OSError, SafetensorError):
+            self._read(self._path(key))
+        except _Unreadable:
             return False
+        return True
 
     def get(self, key: str) -> dict[str, Tensor]:
-        from safetensors import SafetensorError
-
         path = self._path(key)
         try:
-            return load_tensors(path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(Problem("a cached latent is gone or damaged", f"{path}", f"{error}",
+            return self._read(path)
+        except _Unreadable as error:
+            raise UserError(Problem("a cache entry is gone or damaged", f"{path}", f"{error}",
                                     "start the same command again: it is rebuilt", kind="disk")) from error
 
     def put(self, key: str, tensors: dict[str, Tensor]) -> None:
         path = self._path(key)
         with disk_errors(path):
             path.parent.mkdir(exist_ok=True)
-            save_tensors(path, tensors)
+            save_tensors(path, tensors, {DIGEST: tensors_digest(tensors)})
+
+    def _read(self, path: Path) -> dict[str, Tensor]:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+                written = (file.metadata() or {}).get(DIGEST)
+        except (OSError, SafetensorError) as error:
+            raise _Unreadable(f"{error}") from error
+        if written != tensors_digest(tensors):
+            raise _Unreadable("its content is not what was written")
+        return tensors
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
@@ -108,6 +124,19 @@ class DiskStore:
             with suppress(FileNotFoundError):  # another process has just renamed or swept it
                 if time.time() - draft.stat().st_mtime > STALE_SECONDS:
                     draft.unlink()
+
+
+class _Unreadable(Exception):
+    """There is no file of that name, or not the one that was written."""
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """128-bit hex digest of named tensors: names, dtypes, shapes and every byte."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def open_store(folder: str | Path | None) -> Store:
@@ -149,11 +178,36 @@ def cache_latents(
     """Encode every variant of every row that the store lacks; `progress(done, total)` counts those.
 
     `identity` is plain data that changes when the VAE does. With batch_size 1 an entry does not depend, to the last
-    bit, on which others were missing. Raises UserError naming the picture when the VAE gives NaN or infinity.
+    bit, on which others were missing. Several processes with a disk store encode a part each, all wait for the last,
+    and each encodes what it still lacks: nothing where they share the disk. Raises UserError naming the picture when
+    the VAE gives NaN or infinity.
     """
     latents = Latents(store, policy, identity=identity, dtype=dtype)
-    wanted = {latents.key(row, plan): (row, plan) for row in rows for plan in policy.variants(row, seed)}
-    missing = [(key, row, plan) for key, (row, plan) in wanted.items() if key not in store]
+    plans = {latents.key(row, plan): (row, plan) for row in rows for plan in policy.variants(row, seed)}
+    wanted = [(key, row, plan) for key, (row, plan) in plans.items()]
+    fill = partial(_encode_missing, latents=latents, encode=encode, batch_size=batch_size, num_workers=num_workers,
+                   progress=progress)
+    if isinstance(store, DiskStore) and ranks.world() > 1:
+        fill(_own_part(wanted))
+        ranks.barrier()
+    fill(wanted)
+    return latents
+
+
+def _own_part(wanted: Sequence[_Wanted]) -> list[_Wanted]:
+    """Every world-th picture, with all its views; counted over all pictures, since the ranks differ in what they find
+    missing while others are writing.
+    """
+    number = {digest: i for i, digest in enumerate(dict.fromkeys(row.digest for _, row, _ in wanted))}
+    return [view for view in wanted if number[view[1].digest] % ranks.world() == ranks.rank()]
+
+
+def _encode_missing(
+    wanted: Sequence[_Wanted], *, latents: Latents, encode: Encode, batch_size: int, num_workers: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    policy = latents.policy
+    missing = [view for view in wanted if view[0] not in latents.store]
     loader = DataLoader(Guarded(_Views(policy, missing)), batch_size=None, collate_fn=_as_is, num_workers=num_workers,
                         generator=generator("latent cache"))  # its own: the global one must not move with the loader
     done = 0
@@ -164,7 +218,6 @@ def cache_latents(
         done += len(views)
         if progress:
             progress(done, len(missing))
-    return latents
 
 
 @dataclass(frozen=True)
@@ -177,8 +230,8 @@ class _View:
 class _Views(Dataset[list[_View]]):
     """The missing variants, one item a picture, so that each is decoded and resized once."""
 
-    def __init__(self, policy: CropPolicy, missing: Iterable[tuple[str, Row, CropPlan]]):
-        pictures: dict[str, list[tuple[str, Row, CropPlan]]] = {}
+    def __init__(self, policy: CropPolicy, missing: Iterable[_Wanted]):
+        pictures: dict[str, list[_Wanted]] = {}
         for key, row, plan in missing:
             pictures.setdefault(row.digest, []).append((key, row, plan))
         self.policy = policy

@@ -56,8 +56,10 @@ def printable(name: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Text as a prompt: line breaks and runs of space become one space, control characters vanish."""
-    visible = (c if c.isspace() or unicodedata.category(c) != "Cc" else "" for c in text)
+    """Text as a prompt: line breaks and runs of space become one space, control characters and lone surrogates, which
+    no tokenizer can encode, vanish.
+    """
+    visible = (c if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs") else "" for c in text)
     return " ".join("".join(visible).split())
 
 

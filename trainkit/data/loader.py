@@ -89,13 +89,13 @@ def micro_batches(
     steps = partial(range, start_step, stop_step) if stop_step is not None else partial(count, start_step)
     slots = (micro for s in steps() for micro in order.slots(s, rank=rank, world=world, accumulation=accumulation))
     loader = DataLoader(Guarded(pictures), batch_sampler=slots, num_workers=num_workers,
-                        collate_fn=partial(_collate, num_instance=order.global_batch),
+                        collate_fn=partial(_collate, order=order),
                         generator=generator("loader"))  # its own: the global one must not move with the loader
     batches = unguarded(loader)
     for step in steps():
         yield step, list(islice(batches, accumulation))
 
 
-def _collate(samples: Sequence[Sample | UserError], num_instance: int) -> Batch | UserError:
+def _collate(samples: Sequence[Sample | UserError], order: Order) -> Batch | UserError:
     errors = [sample for sample in samples if isinstance(sample, UserError)]
-    return errors[0] if errors else collate(samples, num_instance)
+    return errors[0] if errors else collate(samples, order.num_instance(samples[0].slot.step))

@@ -27,6 +27,10 @@ class Order:
         """Optimizer steps in which every row has come at least once."""
         return math.ceil(self.count / self.global_batch)
 
+    def num_instance(self, step: int) -> int:
+        """Instance rows in the whole of `step`, the loss divisor: every row is one."""
+        return self.global_batch
+
     def slot(self, step: int, index: int) -> Slot:
         epoch, place = divmod(step * self.global_batch + index, self.count)
         return Slot(step=step, index=index, row=_shuffle(self.count, self.seed, epoch)[place], epoch=epoch)

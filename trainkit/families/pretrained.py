@@ -9,20 +9,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from trainkit.errors import Problem
+from trainkit.errors import Problem, UserError
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 Json = Mapping[str, object]
+Part = TypeVar("Part")
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-FINGERPRINT_VALUES = 4096  # per tensor, evenly spaced
+FINGERPRINT_VALUES = 256  # of each tensor at least, if it has as many
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,39 @@ class Repo:
         return Problem(what, f"{self.flag} {self.path}", why, fix, kind)
 
     def json(self, name: str) -> Json | None:
-        """A JSON file of the repository, or None where it has no such file."""
-        file = Path(self.path) / name if self.is_local else self._download(name)
-        if file is None or not file.is_file():
+        """A JSON object of the repository, or None where it has no such file. UserError for a file that holds none."""
+        file = self._file(name)
+        if file is None:
             return None
-        return json.loads(file.read_text("utf-8"))
+        try:
+            content = json.loads(file.read_text("utf-8"))
+        except ValueError as error:  # of JSON, or of UTF-8
+            raise UserError(self.problem(f"{name} is damaged", f"{error}", f"copy {name} of the model there again",
+                                         kind="data")) from error
+        if not isinstance(content, dict):
+            raise UserError(self.problem(f"{name} is damaged", f"it holds a {type(content).__name__}, not an object",
+                                         f"copy {name} of the model there again", kind="data"))
+        return content
+
+    def has(self, name: str) -> bool:
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            return self._file(name) is not None
+        except LocalEntryNotFoundError:  # offline, and not among the files fetched before
+            return False
+
+    def _file(self, name: str) -> Path | None:
+        file = Path(self.path) / name if self.is_local else self._download(name)
+        return file if file is not None and file.is_file() else None
+
+    def folder(self, component: str) -> Path:
+        """Where a component's files lie; those of a Hub id must have been fetched."""
+        if self.is_local:
+            return Path(self.path) / component
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(self.path, revision=self.revision, local_files_only=True)) / component
 
     def _download(self, name: str) -> Path | None:
         from huggingface_hub import hf_hub_download
@@ -109,22 +138,27 @@ def weight_name(variant: str | None) -> re.Pattern[str]:
     return re.compile(rf"(diffusion_pytorch_)?model{shard}{dotted}{shard}\.safetensors")
 
 
-def fingerprint(module: nn.Module) -> str:
-    """Digest of a module's tensors: names, shapes and up to 4,096 evenly spaced values of each.
+def fingerprint(folder: Path, variant: str | None) -> str:
+    """Digest of a component's weight files: names, shapes and some evenly spaced values of each tensor.
 
-    Any fine-tune or merge changes it; it costs milliseconds where hashing gigabytes would cost seconds, and it is the
-    same for a folder and a Hub id. Values are read as fp32, so the file's precision counts and the caller's does not.
+    Any fine-tune or merge changes it; it reads a part of the bytes where hashing gigabytes would take seconds, and it
+    is the same for a folder and a Hub id, and for one file and several shards. It is read from the files, so their
+    precision counts and the precision a run loads them in does not.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(spaced_values(tensor).numpy().tobytes())
-    return digest.hexdigest()
+    from safetensors import safe_open
+
+    digests: dict[str, bytes] = {}
+    for path in sorted(path for path in folder.iterdir() if weight_name(variant).fullmatch(path.name)):
+        with safe_open(path, framework="pt") as file:
+            digests |= {name: tensor_digest(name, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    assert digests, f"{folder} was loaded from other files than these"
+    return hashlib.blake2b(b"".join(digests[name] for name in sorted(digests)), digest_size=16).hexdigest()
 
 
-def spaced_values(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().flatten()
-    return flat[:: max(1, len(flat) // FINGERPRINT_VALUES)].cpu().float()  # [<= 2·4096]
+def tensor_digest(name: str, tensor: Tensor) -> bytes:
+    flat = tensor.flatten()
+    values = flat[:: max(1, len(flat) // FINGERPRINT_VALUES)].float()  # [< 2·FINGERPRINT_VALUES]
+    return hashlib.blake2b(f"{name}{tuple(tensor.shape)}".encode() + values.numpy().tobytes(), digest_size=16).digest()
 
 
 def json_digest(*values: object) -> str:
@@ -134,6 +168,20 @@ def json_digest(*values: object) -> str:
 def tokenizer_digest(tokenizer: CLIPTokenizer) -> str:
     """Digest of everything that decides a prompt's ids: vocabulary, merges, added tokens, padding, length."""
     return json_digest(tokenizer.backend_tokenizer.to_str(), tokenizer.model_max_length, tokenizer.pad_token_id)
+
+
+def load_part(repo: Repo, kind: type[Part], folder: str, **settings: object) -> Part:
+    """`kind.from_pretrained` on one folder of a model, "" for the model's own; UserError for a damaged file in it."""
+    from safetensors import SafetensorError
+
+    place = {"subfolder": folder} if folder else {}
+    try:
+        return kind.from_pretrained(repo.path, revision=repo.revision, **place, **settings)
+    except (OSError, ValueError, SafetensorError) as error:
+        name = folder or kind.__name__
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(repo.problem(f"{name} cannot be loaded", why, f"copy the files of {name} there again, or name "
+                                     "another model", kind="data")) from error
 
 
 @contextmanager

@@ -7,16 +7,16 @@ Source: Podell et al. 2023, "SDXL: Improving Latent Diffusion Models for High-Re
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from trainkit import rng
+from trainkit import diffusion, rng
 from trainkit.diffusion import Level, NoiseSchedule
-from trainkit.errors import Problem
+from trainkit.errors import Problem, UserError
 from trainkit.families.pretrained import (
     Json,
     Repo,
@@ -24,6 +24,7 @@ from trainkit.families.pretrained import (
     fingerprint,
     freeze,
     json_digest,
+    load_part,
     quiet_loading,
     tokenizer_digest,
 )
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from trainkit.options import ModelOptions
 
 MODEL_FLAG, VAE_FLAG = "--pretrained_model_name_or_path", "--pretrained_vae_model_name_or_path"
+CLIP_LAYERS = 12  # where a text encoder's config does not say
 PENULTIMATE = 2  # SDXL conditions on the last-but-one hidden state of both encoders
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -54,20 +56,25 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {  # --lora_layers -> ends of the mod
 
 
 def problems(path: str, *, resolution: int, vae_path: str | None = None, revision: str | None = None,
-             variant: str | None = None) -> list[Problem]:
+             variant: str | None = None, clip_skip: int | None = None, prediction_type: str | None = None
+             ) -> list[Problem]:
     """Everything that stops training from this model folder or Hub id, read from its small JSON files."""
     model = Repo(str(path), MODEL_FLAG, revision)
     vae = Repo(str(vae_path), VAE_FLAG) if vae_path else model
-    found = model.unreachable("model_index.json") + (vae.unreachable("config.json") if vae_path else [])
-    if found:
-        return found
     vae_folder = "" if vae_path else "vae"
-    vae_config = vae.json(f"{vae_folder}/config.json".lstrip("/"))
-    found = [*layout_problems(model), *([] if vae_config else [no_vae(vae)])]
-    if found:
-        return found
-    unet_config = model.json("unet/config.json")
-    found = [*fit_problems(model, unet_config, vae_config), *resolution_problems(resolution, unet_config, vae_config)]
+    try:
+        found = model.unreachable("model_index.json") + (vae.unreachable("config.json") if vae_path else [])
+        if found:
+            return found
+        vae_config = vae.json(f"{vae_folder}/config.json".lstrip("/"))
+        found = [*layout_problems(model), *([] if vae_config else [no_vae(vae)])]
+        if found:
+            return found
+        unet_config = model.json("unet/config.json")
+        found = [*fit_problems(model, unet_config, vae_config), *schedule_problems(model, prediction_type),
+                 *resolution_problems(resolution, unet_config, vae_config), *text_problems(model, clip_skip)]
+    except UserError as damaged:  # a JSON file that is none
+        return [*damaged.problems]
     found += model.weight_problems(("unet", "text_encoder", "text_encoder_2"), variant)
     return found + [*vae.weight_problems((vae_folder,), None if vae_path else variant)]
 
@@ -85,7 +92,7 @@ def layout_problems(model: Repo) -> Iterator[Problem]:
         return
     if unet.get("addition_embed_type") != "text_time":
         yield model.problem("not an SDXL model", f"its UNet has no size conditioning ({index.get('_class_name')})",
-                            "train SD 1.x and 2.x models with train_text_to_image_lora.py")
+                            "name an SDXL base model, stabilityai/stable-diffusion-xl-base-1.0 for example")
     elif index.get("text_encoder") in (None, [None, None]):
         yield model.problem("an SDXL refiner cannot be trained here", "it has one text encoder, SDXL base has two",
                             "name the base model, stabilityai/stable-diffusion-xl-base-1.0 for example")
@@ -102,6 +109,10 @@ def fit_problems(model: Repo, unet: Json, vae: Json) -> Iterator[Problem]:
         yield model.problem(
             "UNet and VAE do not fit", f"the UNet takes {unet['in_channels']} channels, the VAE makes "
             f"{vae['latent_channels']} (inpainting models take 9)", "name a text-to-image model and its VAE")
+
+
+def schedule_problems(model: Repo, prediction_type: str | None) -> Iterator[Problem]:
+    """Is there a noise schedule, and one that its parametrisation can be trained on?"""
     scheduler = model.json("scheduler/scheduler_config.json")
     if scheduler is None:
         yield model.problem("the model folder has no scheduler", "scheduler/scheduler_config.json is missing",
@@ -109,6 +120,26 @@ def fit_problems(model: Repo, unet: Json, vae: Json) -> Iterator[Problem]:
     elif "EDM" in str(scheduler.get("_class_name")):
         yield model.problem("not yet: EDM checkpoints", f"its scheduler is {scheduler['_class_name']}",
                             "name an epsilon or v-prediction SDXL model")
+    else:
+        yield from diffusion.problems(prediction_type or scheduler.get("prediction_type", "epsilon"),
+                                      ends_at_zero_snr=bool(scheduler.get("rescale_betas_zero_snr")))
+
+
+def text_problems(model: Repo, clip_skip: int | None) -> Iterator[Problem]:
+    """Are both tokenizers and encoders there, the encoders with layers enough for --clip_skip?"""
+    for folder in ("tokenizer", "tokenizer_2"):
+        words = any(model.has(f"{folder}/{name}") for name in ("vocab.json", "tokenizer.json"))
+        if not words or model.json(f"{folder}/tokenizer_config.json") is None:
+            yield model.problem(f"the model folder has no {folder}", f"{folder}/tokenizer_config.json or vocab.json is "
+                                "missing", f"copy the {folder} folder of the model there", kind="data")
+    for folder in ("text_encoder", "text_encoder_2"):
+        config = model.json(f"{folder}/config.json")
+        if config is None:
+            yield model.problem(f"the model folder has no {folder}", f"{folder}/config.json is missing",
+                                f"copy the {folder} folder of the model there", kind="data")
+        elif (clip_skip or 0) >= (layers := config.get("num_hidden_layers", CLIP_LAYERS)):
+            yield Problem(f"{folder} has no layer to take with --clip_skip {clip_skip}", f"--clip_skip {clip_skip}",
+                          f"it has {layers} layers", f"--clip_skip {layers - 1} at most, or leave it out")
 
 
 def resolution_problems(resolution: int, unet: Json, vae: Json) -> Iterator[Problem]:
@@ -136,7 +167,8 @@ class SDXL:
     """The frozen base model. `denoiser` is what training calls: the UNet, or a wrapper a distributed run puts there.
 
     unet in the weight dtype; VAE fp32 (it overflows in fp16); text encoders fp32, because they run once and their
-    rounding would stay in every step; what they return is cast to the weight dtype.
+    rounding would stay in every step; what they return is cast to the weight dtype. Each part moves to the device when
+    it is first asked, the UNet in `settle`, so that no part waits there for its turn.
     """
 
     lora_targets = LORA_TARGETS
@@ -145,13 +177,15 @@ class SDXL:
     def __init__(self, *, path: str, unet: UNet2DConditionModel, vae: AutoencoderKL,
                  tokenizers: tuple[CLIPTokenizer, CLIPTokenizer],
                  text_encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection],
-                 schedule: NoiseSchedule, scheduler_config: Json, device: torch.device):
-        self.path, self.schedule, self.scheduler_config = path, schedule, dict(scheduler_config)
+                 schedule: NoiseSchedule, scheduler_config: Json, identity: Json, device: torch.device,
+                 revision: str | None = None):
+        self.path, self.revision = path, revision
+        self.schedule, self.scheduler_config = schedule, dict(scheduler_config)
         self.tokenizers, self.device, self.weight_dtype = tokenizers, device, unet.dtype
-        self.identity = identity(unet, vae, tokenizers, text_encoders, scheduler_config)
-        self.unet: UNet2DConditionModel = freeze(unet)  # on the device from `settle` on
-        self.vae: AutoencoderKL = freeze(vae).to(device)
-        self.text_encoders = tuple(freeze(encoder).to(device) for encoder in text_encoders)
+        self.identity = dict(identity)
+        self.unet: UNet2DConditionModel = freeze(unet)
+        self.vae: AutoencoderKL = freeze(vae)
+        self.text_encoders = tuple(freeze(encoder) for encoder in text_encoders)
         self.denoiser: nn.Module = self.unet
 
     @property
@@ -176,14 +210,16 @@ class SDXL:
         assert self.text_encoders, "the text encoders were freed"
         layer = -(PENULTIMATE + (clip_skip or 0))
         ids = [token_ids(tokenizer, prompts).to(self.device) for tokenizer in self.tokenizers]  # 2 × [B,T]
-        outs = [enc(i, output_hidden_states=True) for enc, i in zip(self.text_encoders, ids, strict=True)]
+        encoders = [encoder.to(self.device) for encoder in self.text_encoders]
+        outs = [encoder(i, output_hidden_states=True) for encoder, i in zip(encoders, ids, strict=True)]
         embeds = torch.cat([out.hidden_states[layer] for out in outs], dim=-1)
         return embeds.to(self.weight_dtype), outs[-1].text_embeds.to(self.weight_dtype)
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """pixels [B,3,H,W] in −1..1 -> mean, logvar [B,C,h,w] of the VAE posterior, fp32 and unscaled."""
-        posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
+        vae = self.vae.to(self.device)
+        posterior = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist
         return posterior.mean.float(), posterior.logvar.float()
 
     def sample_latents(self, batch: Batch, keys: Sequence[rng.Key]) -> Tensor:
@@ -200,9 +236,10 @@ class SDXL:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """x0 [B,C,h,w] -> pictures."""
-        latents = latents.to(self.vae.device, self.vae.dtype)
+        vae = self.vae.to(self.device)
+        latents = latents.to(self.device, vae.dtype)
         mean, std = self._latent_statistics(latents)
-        pixels = self.vae.decode(latents * std / self.vae.config.scaling_factor + mean).sample  # [B,3,H,W]
+        pixels = vae.decode(latents * std / vae.config.scaling_factor + mean).sample  # [B,3,H,W]
         levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)  # [B,H,W,3]
         return [Image.fromarray(picture) for picture in levels.cpu().numpy()]
 
@@ -243,7 +280,7 @@ class SDXL:
         empty_device_cache()
 
     def free_vae(self) -> None:
-        """Move the VAE to host memory: the latents are cached, and only previews need it again."""
+        """Move the VAE to host memory: the latents are cached, and only pictures to look at need it again."""
         self.vae.to("cpu")
         empty_device_cache()
 
@@ -269,35 +306,42 @@ def load(options: ModelOptions, *, device: torch.device, weight_dtype: torch.dty
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    path, revision = str(options.pretrained_model_name_or_path), options.revision
-    part = {"revision": revision, "variant": options.variant, "use_safetensors": True}
-    other_vae = options.pretrained_vae_model_name_or_path
-    vae_from = {"subfolder": "vae", **part} if other_vae is None else {"use_safetensors": True}
+    model = Repo(str(options.pretrained_model_name_or_path), MODEL_FLAG, options.revision)
+    other, variant = options.pretrained_vae_model_name_or_path, options.variant
+    vae_repo, vae_folder, vae_variant = (Repo(str(other), VAE_FLAG), "", None) if other else (model, "vae", variant)
+    files, full = {"variant": variant, "use_safetensors": True}, torch.float32
     with quiet_loading():
-        unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", torch_dtype=weight_dtype, **part)
-        vae = AutoencoderKL.from_pretrained(other_vae or path, torch_dtype=torch.float32, **vae_from)
-        first = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", dtype=torch.float32, **part)
-        second = CLIPTextModelWithProjection.from_pretrained(
-            path, subfolder="text_encoder_2", dtype=torch.float32, **part)
-        tokenizers = tuple(CLIPTokenizer.from_pretrained(path, subfolder=folder, revision=revision)
-                           for folder in ("tokenizer", "tokenizer_2"))
+        unet = load_part(model, UNet2DConditionModel, "unet", torch_dtype=weight_dtype, **files)
+        vae = load_part(vae_repo, AutoencoderKL, vae_folder, torch_dtype=full, variant=vae_variant,
+                        use_safetensors=True)
+        first = load_part(model, CLIPTextModel, "text_encoder", dtype=full, **files)
+        second = load_part(model, CLIPTextModelWithProjection, "text_encoder_2", dtype=full, **files)
+        tokenizers = tuple(load_part(model, CLIPTokenizer, folder) for folder in ("tokenizer", "tokenizer_2"))
     if compat is None:
         second.text_model.eos_token_id = tokenizers[1].eos_token_id
-    config = DDPMScheduler.load_config(path, subfolder="scheduler", revision=revision)
+    config = DDPMScheduler.load_config(model.path, subfolder="scheduler", revision=model.revision)
     schedule = NoiseSchedule(DDPMScheduler.from_config(config).alphas_cumprod,
                              prediction_type or config.get("prediction_type", "epsilon"))
-    return SDXL(path=path, unet=unet, vae=vae, tokenizers=tokenizers, text_encoders=(first, second),
-                schedule=schedule, scheduler_config=config, device=torch.device(device))
+    weights = {name: fingerprint(model.folder(name), variant) for name in ("unet", "text_encoder", "text_encoder_2")}
+    weights["vae"] = fingerprint(vae_repo.folder(vae_folder), vae_variant)
+    parts = identity(weights, unet=unet, vae=vae, tokenizers=tokenizers, scheduler_config=config,
+                     pooled_at=second.text_model.eos_token_id)
+    return SDXL(path=model.path, unet=unet, vae=vae, tokenizers=tokenizers, text_encoders=(first, second),
+                schedule=schedule, scheduler_config=config, identity=parts, device=torch.device(device),
+                revision=model.revision)
 
 
-def identity(unet: nn.Module, vae: nn.Module, tokenizers: Sequence[CLIPTokenizer], text_encoders: Sequence[nn.Module],
-             scheduler_config: Json) -> dict[str, str]:
-    """Digests of the parts: cache keys name the part they depend on, checkpoints name them all."""
-    pooled_at = text_encoders[-1].text_model.eos_token_id
-    text = [fingerprint(encoder) for encoder in text_encoders] + [tokenizer_digest(t) for t in tokenizers]
+def identity(weights: Mapping[str, str], *, unet: nn.Module, vae: nn.Module, tokenizers: Sequence[CLIPTokenizer],
+             scheduler_config: Json, pooled_at: int) -> dict[str, str]:
+    """Digests of the parts: cache keys name the part they depend on, checkpoints name them all.
+
+    weights    fingerprints of the weight files by folder
+    pooled_at  the token whose vector the second encoder returns as pooled
+    """
+    text = [weights["text_encoder"], weights["text_encoder_2"], *map(tokenizer_digest, tokenizers)]
     return {
-        "unet": json_digest(fingerprint(unet), config_values(unet)),
-        "vae": json_digest(fingerprint(vae), config_values(vae)),
+        "unet": json_digest(weights["unet"], config_values(unet)),
+        "vae": json_digest(weights["vae"], config_values(vae)),
         "text": json_digest(text, pooled_at),
         "schedule": json_digest(scheduler_config),
     }

@@ -32,7 +32,7 @@ class FrozenText:
 
     Prompts are sorted and encoded in groups that depend on the set of prompts alone, and a group is encoded whole or
     not at all: matrix products may round differently in batches of other sizes, and a restarted run must see the same
-    bits as an uninterrupted one.
+    bits as an uninterrupted one. An entry that is there stays as it is, since another run may be reading it.
     """
 
     def __init__(self, family: SDXL, prompts: Iterable[str], store: Store | None = None, clip_skip: int | None = None):
@@ -49,7 +49,8 @@ class FrozenText:
             return
         embeds, pooled = family.encode_prompts(prompts, clip_skip)  # [B,T,D], [B,P]
         for prompt, e, p in zip(prompts, embeds.cpu(), pooled.cpu(), strict=True):
-            self.store.put(self.keys[prompt], {"embeds": e.clone(), "pooled": p.clone()})
+            if self.keys[prompt] not in self.store:
+                self.store.put(self.keys[prompt], {"embeds": e.clone(), "pooled": p.clone()})
 
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """-> embeds [B,T,D], pooled [B,P] on the device, a row per prompt."""

@@ -6,10 +6,10 @@ A new optimizer is a function (groups, options) -> torch optimizer and a row in 
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import io
 import logging
-import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import ModuleType
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trainkit.errors import Problem, UserError, refuse
-from trainkit.optim.schedules import POLYNOMIAL_END_LR, SCHEDULES, Plan
+from trainkit.optim.schedules import POLYNOMIAL_END_LR, SCHEDULES, Plan, parse_rules
 from trainkit.optim.state import group_values, pack_state, unpack_state
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-STEP_RULES = r"([\d.eE+-]+:\d+,)+[\d.eE+-]+"  # multiplier:until,…,last multiplier
+PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}  # what an optimizer needs besides PyTorch
 
 
 class ParamGroup(TypedDict):
@@ -51,7 +51,7 @@ def adamw(groups: Sequence[ParamGroup], o: OptimizerOptions) -> torch.optim.Opti
 
 def adamw_8bit(groups: Sequence[ParamGroup], o: OptimizerOptions) -> torch.optim.Optimizer:
     """AdamW with moments in 8 bits, tensors under 4,096 elements in 32: Dettmers et al. 2022, arXiv:2110.02861."""
-    bnb = _require("bitsandbytes", flag="--optimizer adamw8bit")
+    bnb = _require("adamw8bit")
     return bnb.optim.AdamW8bit(groups, betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_epsilon)
 
 
@@ -64,7 +64,7 @@ def prodigy(groups: Sequence[ParamGroup], o: OptimizerOptions) -> torch.optim.Op
     assert len(groups) == 1, "one Prodigy per group: its groups would share d and may not differ in rate"
     if groups[0]["lr"] <= 0.1:
         log.warning("--learning_rate %g with Prodigy multiplies its own estimate: about 1.0 is usual", groups[0]["lr"])
-    make = _require("prodigyopt", flag="--optimizer prodigy").Prodigy
+    make = _require("prodigy").Prodigy
     with contextlib.redirect_stdout(io.StringIO()):  # its constructor prints, into our progress line
         return make(
             groups, betas=(o.adam_beta1, o.adam_beta2), beta3=o.prodigy_beta3, eps=o.adam_epsilon,
@@ -123,16 +123,33 @@ class Optim:
 
 
 def problems(o: OptimizerOptions) -> Iterator[Problem]:
-    """What no schedule can do with these options."""
+    """What no schedule can do with these options, and an optimizer's package that is not there."""
     if o.lr_scheduler == "polynomial" and o.learning_rate <= POLYNOMIAL_END_LR:
         yield Problem(
             f"--learning_rate {o.learning_rate:g} leaves polynomial decay no way down", "--learning_rate",
             f"that schedule ends at {POLYNOMIAL_END_LR:g}", "raise --learning_rate, or use --lr_scheduler constant")
-    if o.lr_scheduler == "piecewise_constant" and not re.fullmatch(STEP_RULES, o.lr_step_rules or ""):
+    if o.lr_scheduler == "piecewise_constant":
+        yield from _rule_problems(o.lr_step_rules or "")
+    package = PACKAGES.get(o.algorithm)
+    if package and not _is_installed(package):
+        yield _missing(package, flag=f"--optimizer {o.algorithm}", why="it is not installed")
+
+
+def _rule_problems(rules: str) -> Iterator[Problem]:
+    try:
+        parse_rules(rules)
+    except ValueError as error:
         yield Problem(
-            f"--lr_step_rules {o.lr_step_rules or ''} gives piecewise_constant no steps to follow", "--lr_step_rules",
-            "it needs multipliers, the steps they end at, and a last multiplier",
+            f"--lr_step_rules {rules} gives piecewise_constant no steps to follow", "--lr_step_rules",
+            f"it needs multipliers, the steps they end at, and a last multiplier; {error}",
             "--lr_step_rules 1:100,0.1:200,0.01, for example")
+
+
+def _is_installed(package: str) -> bool:
+    """Whether importing it would find it; None in sys.modules, see runtime/startup.py, counts as not there."""
+    if package in sys.modules:
+        return sys.modules[package] is not None
+    return importlib.util.find_spec(package) is not None
 
 
 def make_optimizer(groups: Sequence[ParamGroup], o: OptimizerOptions, total_steps: int) -> Optim:
@@ -154,10 +171,13 @@ def _schedule(o: OptimizerOptions, total_steps: int, *, base_lr: float) -> Calla
     return partial(SCHEDULES[o.lr_scheduler], plan=plan)
 
 
-def _require(package: str, *, flag: str) -> ModuleType:
+def _require(algorithm: str) -> ModuleType:
+    package, flag = PACKAGES[algorithm], f"--optimizer {algorithm}"
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UserError(Problem(
-            f"{flag} needs the package {package}", flag, f"it cannot be imported here ({error})",
-            f"pip install {package}")) from error
+        raise UserError(_missing(package, flag=flag, why=f"it cannot be imported here ({error})")) from error
+
+
+def _missing(package: str, *, flag: str, why: str) -> Problem:
+    return Problem(f"{flag} needs the package {package}", flag, why, f"pip install {package}")

@@ -8,9 +8,12 @@ diffusers.optimization.get_scheduler.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+MULTIPLIER = r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,2})?"  # not below 0
+RULE = re.compile(MULTIPLIER + ":[0-9]+")
 POLYNOMIAL_END_LR = 1e-7  # where polynomial decay stops, absolute: the default of diffusers.optimization
 
 
@@ -64,9 +67,20 @@ def polynomial(progress: float, plan: Plan) -> float:
 
 def piecewise_constant(step: int, plan: Plan) -> float:
     """The value of the first rule whose step lies ahead; the last value has no step."""
-    *rules, last = plan.rules.split(",")
-    bounds = sorted((int(until), float(value)) for value, until in (rule.split(":") for rule in rules))
-    return next((value for until, value in bounds if step < until), float(last))
+    bounds, last = parse_rules(plan.rules)
+    return next((value for until, value in bounds if step < until), last)
+
+
+def parse_rules(text: str) -> tuple[list[tuple[int, float]], float]:
+    """"1:100,0.1:200,0.01" -> ([(100, 1), (200, 0.1)], 0.01), by step. Raises ValueError saying what is amiss."""
+    *rules, last = text.split(",")
+    for rule in rules or [""]:
+        if not RULE.fullmatch(rule):
+            raise ValueError(f"{rule!r} is not MULTIPLIER:STEP")
+    if not re.fullmatch(MULTIPLIER, last):
+        raise ValueError(f"{last!r} is not a last multiplier")
+    pairs = [rule.split(":") for rule in rules]
+    return sorted((int(until), float(value)) for value, until in pairs), float(last)
 
 
 SCHEDULES: dict[str, Callable[[int, Plan], float]] = {

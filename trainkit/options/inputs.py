@@ -58,8 +58,15 @@ class DataOptions(Concern):
     cached_crops: int = opt(
         4, "random crops cached a picture with --cache_latents; 0 encodes at every visit", unit="crops", ge=0)
     latent_cache_dir: str | None = opt(
-        None, "keep cached latents on disk here, shared by runs; without it they are kept in memory", unit="path",
-        min_length=1)
+        None, "keep encoded captions, and latents with --cache_latents, on disk here, shared by runs; without it they "
+        "are kept in memory", unit="path", min_length=1)
+
+    @field_validator("instance_prompt")
+    @classmethod
+    def _says_something(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("it is blank, so a picture without a caption would teach no word")
+        return value
 
     @field_validator("image_interpolation_mode", mode="before")
     @classmethod

@@ -38,9 +38,6 @@ def _contradictions(values: Values) -> Iterator[Problem]:
     if values.get("use_8bit_adam") and values.get("optimizer") == "prodigy":
         yield Problem("--use_8bit_adam with --optimizer prodigy", "--use_8bit_adam", "there is no 8-bit Prodigy",
                       "leave out one of the two")
-    if values.get("latent_cache_dir") and not values.get("cache_latents"):
-        yield Problem("--latent_cache_dir without --cache_latents", "--latent_cache_dir",
-                      "no latents are cached, so none would be kept there", "add --cache_latents")
 
 
 def _is(flag: str, *wanted: Value) -> Callable[[Values], bool]:

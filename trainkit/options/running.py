@@ -9,6 +9,8 @@ from pydantic import SecretStr
 
 from trainkit.options.base import Concern, opt
 
+MAX_SEED = 2**63 - 1  # a whole number of TOML, and one that torch.manual_seed takes
+
 
 class ValidationOptions(Concern):
     """Previews"""
@@ -31,7 +33,7 @@ class RunOptions(Concern):
         "lora-dreambooth-model", "folder of everything the run writes; its last part names the LoRA file", unit="path",
         min_length=1, differs="absolute and nested paths work")
     seed: int = opt(
-        0, "noise, crops, order and initial weights follow from it", unit="number", ge=0,
+        0, "noise, crops, order and initial weights follow from it", unit="number", ge=0, le=MAX_SEED,
         differs="0, not unset: a run that was not seeded can be repeated and resumed exactly too")
     train_batch_size: int = opt(4, "pictures in a micro-batch on one device", unit="pictures", ge=1)
     gradient_accumulation_steps: int = opt(1, "micro-batches in an optimizer step", unit="micro-batches", ge=1)
@@ -73,9 +75,10 @@ class RunOptions(Concern):
         """Pictures in an optimizer step over all processes and micro-batches."""
         return self.train_batch_size * self.gradient_accumulation_steps * world
 
-    def last_step(self, total: int) -> int:
-        """Finished steps at which this session ends: the run's `total`, or earlier with --stop_after_steps."""
-        return min(total, self.stop_after_steps or total)
+    def ends(self, rows: int, world: int) -> tuple[int, int]:
+        """Finished steps at which the run ends, and this session: earlier with --stop_after_steps."""
+        total = self.total_steps(rows, world)
+        return total, min(total, self.stop_after_steps or total)
 
     def total_steps(self, rows: int, world: int) -> int:
         """Optimizer steps of the run: --max_train_steps, or ceil(epochs · rows / global batch); rows with repeats."""

@@ -11,7 +11,8 @@ class LoraOptions(Concern):
     """Low-rank adapters"""
 
     rank: int = opt(4, "r of the update (lora_alpha / r) B A", unit="rank", ge=1, le=4096)
-    lora_alpha: int | None = opt(None, "scale of the update; without it r, which makes the scale 1", unit="scale", ge=1)
+    lora_alpha: float | None = opt(
+        None, "scale of the update; without it r, which makes the scale 1", unit="scale", gt=0)
     lora_dropout: float = opt(0.0, "share of the adapters' inputs dropped in training", unit="0..1", ge=0, lt=1)
     lora_layers: Literal["attention", "attention+ff", "all-linear"] = opt(
         "attention", "layers of the UNet that get adapters: the attention projections, these and the feed-forward "

@@ -20,10 +20,9 @@ from PIL import Image
 
 from trainkit.files import atomic_write
 from trainkit.report.charts import Chart, line_chart, number, smoothed
-from trainkit.report.facts import RunFacts
+from trainkit.report.facts import SAMPLE, RunFacts, sample_files
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
-SAMPLE = re.compile(r"step_(\d+)_p(\d+)_s(\d+)\.png")
 MAX_SAMPLE_STEPS = 24  # steps on the slider: the first, the last and others spread between
 EMBED_PX, EMBED_BYTES = 512, 96 * 1024  # larger pictures go in as thumbnails; the full ones stay beside the page
 
@@ -165,10 +164,9 @@ def duration(seconds: float) -> str:
 def sample_steps(folder: Path, *, last: int) -> list[SampleStep]:
     """The single pictures in samples/ up to step `last`, by step; at most MAX_SAMPLE_STEPS steps."""
     by_step: dict[int, list[Path]] = {}
-    for path in sorted((folder / "samples").glob("step_*.png")):
-        match = SAMPLE.fullmatch(path.name)
-        if match and int(match[1]) <= last:
-            by_step.setdefault(int(match[1]), []).append(path)
+    for path, step in sample_files(folder).items():
+        if step <= last and SAMPLE.fullmatch(path.name)[2]:  # no grids
+            by_step.setdefault(step, []).append(path)
     return [SampleStep(step, tuple(picture(path) for path in by_step[step])) for step in spread(sorted(by_step))]
 
 

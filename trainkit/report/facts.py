@@ -20,6 +20,7 @@ PATHS = {  # options whose value is a place on this machine
 }
 PATHS_OR_NAMES = {"pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name"}
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+SAMPLE = re.compile(r"step_(\d+)(?:_p(\d+)_s(\d+))?\.png")  # a single picture, or without p and s a step's grid
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -141,14 +142,25 @@ class RunFacts:
 
     @cached_property
     def files(self) -> list[WrittenFile]:
-        """The weight files at the top of the run directory, the one for Diffusers first."""
-        paths = sorted(self.folder.glob("*.safetensors"), key=lambda p: (p.name != DIFFUSERS_FILE, p.name))
-        return [WrittenFile(p.name, bytes_shown(p.stat().st_size), sha256(p)) for p in paths]
+        """The run's own weight files, the one for Diffusers first; others in the folder are nobody's to describe."""
+        paths = [self.folder / name for name in weight_names(self.name)]
+        return [WrittenFile(p.name, bytes_shown(p.stat().st_size), sha256(p)) for p in paths if p.is_file()]
 
     @cached_property
     def usage(self) -> Usage:
         prompt = self.validation_prompt or self.trigger
         return Usage(diffusers_snippet(self.base_model, self.hub_name or ".", prompt), interfaces(self))
+
+
+def weight_names(run_name: str) -> tuple[str, str]:
+    """What the two weight files of a run are called, the one for Diffusers first."""
+    return DIFFUSERS_FILE, f"{run_name}.safetensors"
+
+
+def sample_files(folder: Path) -> dict[Path, int]:
+    """The previews in samples/, pictures and grids, with the step each shows; links and other files are left out."""
+    found = {path: SAMPLE.fullmatch(path.name) for path in sorted((folder / "samples").glob("step_*.png"))}
+    return {path: int(match[1]) for path, match in found.items() if match and not path.is_symlink()}
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, float]]:

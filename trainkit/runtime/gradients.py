@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -75,14 +75,16 @@ class Gradients:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def update(
-        self, optimizer: Steppable, parameters: Iterable[Tensor], *, step: int, max_grad_norm: float | None,
-        votes: Sequence[float] = (),
+        self, optimizer: Steppable, *, step: int, max_grad_norm: float | None, votes: Sequence[float] = (),
     ) -> Update:
         """Apply optimizer step `step` (from 0), or skip it on every rank when loss or gradient are not finite.
 
+        Summed and clipped is whatever the optimizer holds, all its groups as one vector. Rates follow the step's
+        number, so a skipped step has its rate too, and uses it up.
         Raises UserError(kind="nonfinite") when more than `max_skipped` steps in a row were skipped.
         """
-        params = [p for p in parameters if p.requires_grad]
+        params = [p for group in optimizer.inner.param_groups for p in group["params"] if p.requires_grad]
+        optimizer.set_lr(step)
         loss, *summed = self._sum_over_ranks(params, votes).tolist()
         if self.scaler is not None:
             self.scaler.unscale_(optimizer.inner)
@@ -91,7 +93,6 @@ class Gradients:
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             clip(grads, norm, max_grad_norm)
-            optimizer.set_lr(step)
             optimizer.step()
         self._close(optimizer, loss)
         self._count(step, loss, norm, finite=finite)
@@ -140,8 +141,9 @@ class Gradients:
                 what=f"{self.in_a_row} steps in a row were not finite, the last one step {step + 1}", kind="nonfinite",
                 where="losses before it: " + ", ".join(f"{x:.4g}" for x in self.history),
                 why="the weights are those of the last finite step; more steps would not change them",
-                fix="lower --learning_rate, or use --mixed_precision bf16 or no; the last checkpoint is "
-                    f"{self.last_checkpoint() or 'none: start again'}",
+                fix="lower --learning_rate, or use --mixed_precision bf16 or no, and start anew; or go back to a "
+                    f"checkpoint from before step {step + 2 - self.in_a_row} "
+                    f"(the newest is {self.last_checkpoint() or 'none'})",
             ))
 
 

@@ -40,11 +40,17 @@ class OutputLock:
                 why=f"{who} holds it; two runs would overwrite each other's files",
                 fix="wait for it, end it, or give this run its own --output_dir",
             )) from None
-        write_json(self.owner_file, {"pid": os.getpid(), "host": platform.node()})
+        try:
+            write_json(self.owner_file, {"pid": os.getpid(), "host": platform.node()})
+        except BaseException:
+            self.release()
+            raise
 
     def release(self) -> None:
-        self.owner_file.unlink(missing_ok=True)
-        self.lock.release()
+        try:
+            self.owner_file.unlink(missing_ok=True)
+        finally:
+            self.lock.release()
 
     def _owner(self) -> dict[str, Json]:
         try:

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
+from trainkit.errors import Problem, refuse
+
 T = TypeVar("T")
+
+WRAPPERS = {  # what `accelerate launch` sets for its children, and what it stands for
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+
+
+def refuse_wrappers(environ: Mapping[str, str]) -> None:
+    """Raises UserError when the launcher was told to use what we do not: models here are whole on every process."""
+    asked = [name for flag, name in WRAPPERS.items() if environ.get(flag, "").lower() in ("1", "true", "yes", "on")]
+    refuse([Problem(
+        what=f"{' and '.join(asked)}: not yet", where="the accelerate config", why="it would be silently left unused",
+        fix="accelerate launch --multi_gpu for several GPUs, or answer no to it in accelerate config",
+    )] if asked else [])
 
 
 def world() -> int:

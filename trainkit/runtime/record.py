@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 
-from trainkit.files import Json, atomic_write, write_json
+from trainkit.files import Json, atomic_write, disk_errors, write_json
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,8 @@ def redacted_command(argv: list[str]) -> list[str]:
 class Record:
     """run.json: written when the run starts, completed when it ends however it ends.
 
+    Where an earlier run left one, that one stays until `begin`: a command that is refused before its first step takes
+    nothing from the run it was aimed at.
     {run_id, name, status, exit_code, started, ended, seconds, step, seed, world, device, precision, command, versions,
      options: {flag: {value, origin}}, total_steps, start_step, global_batch, and what `add` was given}
     """
@@ -81,7 +83,12 @@ class Record:
             "started": timestamp(), "ended": None, "seconds": None, "step": None, **facts,
             "command": redacted_command(sys.argv), "versions": versions(),
         }
-        self.write()
+        self.waits = self.path.exists()
+
+    def begin(self, **facts: Json) -> None:
+        """The loop is about to start: from now on the file is this run's."""
+        self.waits = False
+        self.add(**facts)
 
     def add(self, **facts: Json) -> None:
         """Add what became known later: data set, model hash, number of steps."""
@@ -92,7 +99,10 @@ class Record:
         self.add(status=status, exit_code=exit_code, ended=timestamp(), seconds=seconds, step=step)
 
     def write(self) -> None:
-        write_json(self.path, self.data)
+        """To the disk, unless an earlier run's file is still to be kept."""
+        if not self.waits:
+            with disk_errors(self.path):
+                write_json(self.path, self.data)
 
 
 class Metrics:
@@ -106,6 +116,14 @@ class Metrics:
 
         At 0 the whole file, which is another run's, moves to earlier/.
         """
+        with disk_errors(self.path):
+            return self._begin(start)
+
+    def write(self, values: Mapping[str, Json]) -> None:
+        with disk_errors(self.path), self.path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def _begin(self, start: int) -> float:
         if not self.path.exists():
             return 0.0
         if start == 0:
@@ -116,10 +134,6 @@ class Metrics:
         rows = [row for row in map(parsed, self.path.read_text().splitlines()) if row and row["step"] <= start]
         atomic_write(self.path, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
         return rows[-1]["seconds"] if rows else 0.0
-
-    def write(self, values: Mapping[str, Json]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
 
 
 def parsed(line: str) -> dict[str, Json] | None:

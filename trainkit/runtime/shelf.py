@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 NAME = re.compile(r"checkpoint-(\d+)")
 
+Found = tuple[Path, dict[str, files.Json]]  # a whole checkpoint and its manifest
+
 
 def step_of(folder: Path) -> int | None:
     """Step in a name `checkpoint-<step>`; None for any other name."""
@@ -54,6 +56,7 @@ class Shelf:
     def __init__(self, out_dir: Path):
         self.dir = out_dir
         self.id = secrets.token_hex(4)
+        self._proven: set[Path] = set()  # read back whole by this process: not read again at every save
 
     def all(self) -> list[Path]:
         """Folders named checkpoint-<step>, oldest step first; links are left out."""
@@ -85,14 +88,15 @@ class Shelf:
         self._empty_trash()
         if keep is None:
             return
-        if not is_whole(newest):
+        self._proven.discard(newest)
+        if not self._is_proven(newest):
             log.warning("%s does not read back as written; older checkpoints are kept", newest.name)
             return
         whole = 0
         for folder in reversed(self.all()):
             if whole >= keep:
                 self._discard(folder)
-            elif is_whole(folder):
+            elif self._is_proven(folder):
                 whole += 1
 
     def sweep(self) -> None:
@@ -115,13 +119,15 @@ class Shelf:
             folder.rename(place / folder.name)
         log.warning("%s: not on the way of this run, moved to %s", ", ".join(p.name for p in folders), place)
 
-    def latest(self) -> Path | None:
-        """The newest whole checkpoint; None when there is none at all. Raises UserError when all are damaged."""
+    def latest(self) -> Found | None:
+        """The newest whole checkpoint and its manifest; None when there is none at all.
+
+        Raises UserError when all are damaged.
+        """
         skipped = []
         for folder in reversed(self.all()):
             try:
-                check(folder)
-                return folder
+                return folder, check(folder)
             except manifest.Damaged as error:
                 skipped.append(f"{folder.name}: {error}")
                 log.warning("skipping %s", skipped[-1])
@@ -133,25 +139,32 @@ class Shelf:
         log.warning("NO CHECKPOINT in %s yet: --resume_from_checkpoint latest starts from step 0", self.dir)
         return None
 
-    def named(self, which: str) -> Path:
-        """A checkpoint by name or path. Raises UserError when it is missing or damaged."""
-        path = Path(which)
-        folder = path if path.name != which and path.is_dir() else self.dir / path.name
+    def named(self, which: str) -> Found:
+        """A checkpoint by name, in this folder, or by path, and its manifest.
+
+        Raises UserError when it is missing or damaged. A path that leads nowhere is never taken for a name.
+        """
+        folder = self.dir / which if Path(which).name == which else Path(which)
         if not folder.is_dir():
             known = ", ".join(p.name for p in self.all()) or "none"
             raise UserError(Problem(
-                what=f"--resume_from_checkpoint {which}: no such checkpoint", where=str(self.dir),
-                why=f"checkpoints here: {known}", fix="name one of these, or use --resume_from_checkpoint latest",
+                what=f"--resume_from_checkpoint {which}: no such checkpoint", where=str(folder),
+                why=f"checkpoints in {self.dir}: {known}",
+                fix="name one of these, or use --resume_from_checkpoint latest",
             ))
         try:
-            check(folder)
+            return folder, check(folder)
         except manifest.Damaged as error:
             raise UserError(Problem(
                 what=f"{folder.name} is damaged: {error}", where=str(folder), kind="disk",
                 why="resuming from it would continue from other weights than were trained",
                 fix="use --resume_from_checkpoint latest, which takes the newest whole one",
             )) from error
-        return folder
+
+    def _is_proven(self, folder: Path) -> bool:
+        if folder not in self._proven and is_whole(folder):
+            self._proven.add(folder)
+        return folder in self._proven
 
     def _discard(self, folder: Path) -> None:
         """Delete a checkpoint of ours (it has a manifest); anything else under that name is somebody's, and stays."""

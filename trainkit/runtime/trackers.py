@@ -41,6 +41,8 @@ def start_trackers(accelerator: Accelerator, project: str, options: Mapping[str,
 
     W&B records sys.argv by itself, so a token on the command line is masked there first.
     """
+    if "tensorboard" in map(str, accelerator.log_with):
+        require_folder(Path(accelerator.logging_dir))
     sys.argv[1:] = redacted_command(sys.argv)[1:]
     plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in options.items()}
     try:
@@ -54,6 +56,18 @@ def start_trackers(accelerator: Accelerator, project: str, options: Mapping[str,
             what=f"Weights & Biases would not start: {error}", where="--report_to wandb",
             why="it needs a login, or to be told to stay offline",
             fix="wandb login, or WANDB_MODE=offline in the environment, or --report_to tensorboard",
+        )) from error
+
+
+def require_folder(folder: Path) -> None:
+    """Raises UserError when the trackers' logs have no place to go."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(Problem(
+            what=f"--logging_dir: cannot make the folder ({os.strerror(error.errno)})", where=str(folder),
+            why="the trackers would have nowhere to write", kind="disk",
+            fix="give another --logging_dir, or --report_to none",
         )) from error
 
 
