@@ -187,7 +187,7 @@ def fingerprint(opt: Options, rows: list[Row], family: SDXL, job: Run, total: in
 
     flags = opt.flat()
     return {
-        "base model": family.identity, "pictures and captions": content_key(*[
+        "base model": family.identity, "pictures": content_key(*[
             (row.id, row.digest, row.caption, row.repeat) for row in rows]),
         "pictures in a step": job.global_batch, "--seed": job.seed, "--mixed_precision": job.precision,
         "steps": None if opt.optimizer.lr_scheduler.startswith("constant") else total,  # a decay depends on its length

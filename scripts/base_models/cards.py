@@ -81,9 +81,12 @@ def training_section(kind: str, work_dir: Path) -> str:
     return f"""## Training
 
 One thread of a 2-core CPU (Xeon, 2.5 GHz, AMX) that did other work too; no GPU. AdamW, 100 steps of warm-up, cosine to
-the end of the time budget, EMA; the weights here are the EMA's, in fp16. Losses are running means over about 100 steps.
+the end of the time budget, EMA; the weights here are the EMA's, in fp16. Minutes are processor time from the middle of
+the SDXL part on, wall time before. Losses are running means over about 100 steps.
 
 {table(("part", "steps", "batch", "minutes", "losses at the end"), rows)}
+
+{OBSERVED[kind].get("build", "")}
 
 `python scripts/build_base_models.py --stage all` builds it again; `--evaluate` measures it again and writes this card.
 """

@@ -12,7 +12,7 @@ import torch
 from base_models.augment import move, soften, tint
 from base_models.captions import PLAIN_TEMPLATES, TEMPLATES, caption, unknown_style_texts
 from base_models.data import Icon, load_icons
-from base_models.loop import Budget, Training, generator
+from base_models.loop import DEVICE, Budget, Training, generator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -146,11 +146,13 @@ def train_clip(work_dir: Path, *, minutes: float, seed: int) -> None:
 
     def losses_at(step: int) -> dict[str, Tensor]:
         pixels, (ids, ids_2), match, same_noun = data.batch(step)
-        seen, text, seen_2, text_2 = model(pixels, ids, ids_2)
+        inputs = (tensor.to(DEVICE) for tensor in (pixels, ids, ids_2))
+        seen, text, seen_2, text_2 = (vector.cpu() for vector in model(*inputs))
+        scale, scale_2 = model.clip.logit_scale.cpu(), model.scale_2.cpu()
         return {
-            "clip": contrast(seen, text, match, model.clip.logit_scale),
-            "clip_2": contrast(seen_2, text_2, match, model.scale_2),
-            "noun": 0.3 * noun_contrast(seen, same_noun, model.clip.logit_scale),
+            "clip": contrast(seen, text, match, scale),
+            "clip_2": contrast(seen_2, text_2, match, scale_2),
+            "noun": 0.3 * noun_contrast(seen, same_noun, scale),
         }
 
     training.run(losses_at)

@@ -150,7 +150,7 @@ class Training:
         self.average.load_state_dict(part(tensors, "average."))
         for kind in ("step", "exp_avg", "exp_avg_sq"):
             for key, value in part(tensors, f"{kind}.").items():
-                self.optimizer.state[self.parameters[key]][kind] = value
+                self.optimizer.state[self.parameters[key]][kind] = value.to(DEVICE)
         LOG.info("%s resumes at step %d, %.1f minutes", self.name, self.progress.step, self.progress.seconds / 60)
 
 

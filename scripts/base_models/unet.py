@@ -268,7 +268,8 @@ def train_unet(work_dir: Path, family: str, *, minutes: float, seed: int) -> Non
 
         inherit(work_dir, unet, seed)
     unet.set_attn_processor(AttnProcessor())  # bf16 fused attention is 6x slower backwards on a CPU than two matmuls
-    training = Training(family, unet, work_dir, budget=Budget(minutes), lr=1.2e-3, half=True)
+    rate, ema = (1.2e-3, 0.999) if family == "sdxl" else (8e-4, 0.997)  # SD goes on from SDXL, and for a shorter time
+    training = Training(family, unet, work_dir, budget=Budget(minutes), lr=rate, ema=ema, half=True)
     training.run(lambda step: task.losses(training.worker, step))
 
 

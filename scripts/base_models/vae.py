@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from base_models.augment import move, shade, tint
 from base_models.data import load_icons
-from base_models.loop import Budget, Training, generator
+from base_models.loop import DEVICE, Budget, Training, generator
 from torch import Tensor
 
 LOG = logging.getLogger("base_models")
@@ -47,7 +47,7 @@ def train_vae(work_dir: Path, *, minutes: float, seed: int) -> None:
         picks = [pool[torch.randint(len(pool), (BATCH // 2,), generator=draw)] for pool in pools]
         pixels = torch.cat(picks).float() / 255  # [B,3,64,64]
         pixels = move(pixels, scale=(0.8, 1.2), shift=0.06, angle=0.1, draw=draw)
-        pixels = tint(shade(pixels, draw) if step % 2 else pixels, 0.3, draw) * 2 - 1
+        pixels = (tint(shade(pixels, draw) if step % 2 else pixels, 0.3, draw) * 2 - 1).to(DEVICE)
         posterior = training.module.encode(pixels).latent_dist
         drawn = training.module.decode(posterior.sample(generator=draw)).sample
         error = drawn - pixels
@@ -58,7 +58,7 @@ def train_vae(work_dir: Path, *, minutes: float, seed: int) -> None:
         }
 
     training.run(losses_at)
-    centre_latents(training.average, pools[0])
+    centre_latents(training.average.cpu(), pools[0])
     training.average.save_pretrained(work_dir / "models" / "vae")
 
 
