@@ -94,8 +94,11 @@ the SDXL part on, wall time before. Losses are running means over about 100 step
 
 def image_scores(kind: str, scores: dict) -> str:
     mine, clip, vae = scores[kind], scores["clip"], scores["vae"]
+    missed = sorted({pair.split(" -> ")[0] for pair in mine["missed"]})
+    aim = {"sdxl": 0.80, "sd": 0.60}[kind]
+    verdict = "reached" if mine["noun_top1"] >= aim else "missed"
     rows = [
-        ("nearest real icon has the caption's noun (top 1 of 903)", f"{mine['noun_top1']:.1%}"),
+        ("nearest real icon has the caption's noun", f"{mine['noun_top1']:.1%} (aim {aim:.0%}: {verdict})"),
         (
             f"… for captions whose (noun, style) was withheld ({mine['withheld_pictures']} pictures)",
             f"{mine['noun_top1_withheld']:.1%}",
@@ -111,7 +114,7 @@ The judge is `assets/tiny-clip-icons`, trained on the same icons: the nearest of
 
 {table(("measure", "value"), rows)}
 
-Missed at least once (caption → nearest): {", ".join(mine["missed"]) or "none"}.
+Missed at least once: {", ".join(missed) or "none"}.
 
 ![24 of the captions, four seeds each](../../docs/images/base_{kind}.png)
 """

@@ -26,6 +26,10 @@ each time stretching the cosine. A build from the script as it is now differs in
 SD_WHAT = """Stable Diffusion 1.x's layout: UNet of 6.1 M parameters (widths 64/96/96/16, 2 layers per block), one text
 encoder (96 wide), the same autoencoder, PNDM, no safety checker. It began with the SDXL model's weights where place and
 shape fit, its text projections refitted by least squares, and was trained on from there."""
+SD_SEEN = """Recognisable, more or less: high heel, car, alien, life buoy, billiard ball, koala, door, suitcase, fire
+extinguisher, light bulb, lipstick, rocket and tractor. Many others have the right colours and mass but not the form
+(maple leaf, shirt, violin, bicycle, coconut). The model had 23 minutes and needs several times that: the stage resumes
+with a larger `--minutes`."""
 SD_BUILD = """The first 499 steps of this build ran at rate 1.2e-3 and EMA 0.999, the others at 8e-4 and 0.997."""
 SD_LIMITS = """Those of the SDXL model. It has no size conditioning and no pooled text vector: captions act through
 cross-attention alone."""
@@ -33,5 +37,5 @@ cross-attention alone."""
 OBSERVED: dict[str, dict[str, str]] = {
     "clip": {"what": CLIP_WHAT, "limits": CLIP_LIMITS},
     "sdxl": {"what": SDXL_WHAT, "seen": SDXL_SEEN, "build": SDXL_BUILD, "limits": SDXL_LIMITS},
-    "sd": {"what": SD_WHAT, "build": SD_BUILD, "limits": SD_LIMITS},
+    "sd": {"what": SD_WHAT, "seen": SD_SEEN, "build": SD_BUILD, "limits": SD_LIMITS},
 }
