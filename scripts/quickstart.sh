@@ -28,7 +28,7 @@ train=(
   --adam_beta1=0.9 --adam_beta2=0.99 --adam_weight_decay=0.01
   --prodigy_safeguard_warmup=True --prodigy_use_bias_correction=True
   --snr_gamma=5.0 --max_train_steps="$steps" --checkpointing_steps=100 --resume_from_checkpoint=latest
-  --validation_prompt="3d icon in the style of TOK, a cat" --validation_steps=100 --seed=0
+  --validation_prompt="3d icon in the style of TOK, a ladybug" --validation_steps=100 --seed=0
 )
 printf '\nTraining (about 2 minutes):\n\n'
 for word in "${train[@]}"; do [[ $word == *" "* ]] && word="${word%%=*}=\"${word#*=}\""; printf '%s ' "$word"; done
