@@ -176,10 +176,10 @@ def test_denoise_asks_the_unet_what_the_stock_pipeline_would(family, pipeline):
     assert torch.equal(out, stock)
 
 
-def test_denoise_calls_the_wrapper_a_distributed_run_puts_there(tiny_sdxl):
+def test_denoise_calls_the_familys_unet(tiny_sdxl):
     family, calls = load(tiny_sdxl), []
     unet = family.unet
-    family.denoiser = lambda *a, **k: (calls.append(1), unet(*a, **k))[1]
+    family.unet = lambda *a, **k: (calls.append(1), unet(*a, **k))[1]
     text = tuple(t.detach() for t in family.encode_prompts(["a dog"]))
     family.denoise(torch.randn(1, 4, 16, 16), family.schedule.level(torch.tensor([3])), text=text,
                    time_ids=torch.full((1, 6), 64))
@@ -188,7 +188,7 @@ def test_denoise_calls_the_wrapper_a_distributed_run_puts_there(tiny_sdxl):
 
 def test_sizes_are_not_rounded_in_half_precision(tiny_sdxl):
     family, seen = load(tiny_sdxl, torch.bfloat16), []
-    family.denoiser = lambda *a, added_cond_kwargs, **k: (seen.append(added_cond_kwargs["time_ids"]), (a[0],))[1]
+    family.unet = lambda *a, added_cond_kwargs, **k: (seen.append(added_cond_kwargs["time_ids"]), (a[0],))[1]
     family.denoise(torch.zeros(1, 4, 16, 16), family.schedule.level(torch.tensor([3])), text=(None, None),
                    time_ids=torch.full((1, 6), 1023))
     assert (seen[0] == 1023).all()

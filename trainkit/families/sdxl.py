@@ -164,7 +164,7 @@ def halvings(config: Json) -> int:
 
 
 class SDXL:
-    """The frozen base model. `denoiser` is what training calls: the UNet, or a wrapper a distributed run puts there.
+    """The frozen base model.
 
     unet in the weight dtype; VAE fp32 (it overflows in fp16); text encoders fp32, because they run once and their
     rounding would stay in every step; what they return is cast to the weight dtype. Each part moves to the device when
@@ -186,7 +186,6 @@ class SDXL:
         self.unet: UNet2DConditionModel = freeze(unet)
         self.vae: AutoencoderKL = freeze(vae)
         self.text_encoders = tuple(freeze(encoder) for encoder in text_encoders)
-        self.denoiser: nn.Module = self.unet
 
     @property
     def latent_channels(self) -> int:
@@ -257,7 +256,7 @@ class SDXL:
         """
         embeds, pooled = text
         added = {"text_embeds": pooled, "time_ids": time_ids.float()}
-        return self.denoiser(z.to(self.weight_dtype), level.cond.to(z.device), encoder_hidden_states=embeds,
+        return self.unet(z.to(self.weight_dtype), level.cond.to(z.device), encoder_hidden_states=embeds,
                              added_cond_kwargs=added, return_dict=False)[0]
 
     def webui_name(self, path: str) -> str:
