@@ -4,11 +4,15 @@ Importing this room imports neither torch nor any model library, so that `--help
 """
 
 from trainkit.options.base import REDACTED, Concern, Flag
-from trainkit.options.inputs import DataOptions, ModelOptions, PivotalOptions, PriorOptions, TextOptions
+from trainkit.options.inputs import DataOptions, ModelOptions
+from trainkit.options.lora import LoraOptions
+from trainkit.options.objective import ObjectiveOptions
+from trainkit.options.optimizer import OptimizerOptions
 from trainkit.options.optionset import OptionSet, parse
-from trainkit.options.running import RunOptions, ValidationOptions
+from trainkit.options.prior import PriorOptions
+from trainkit.options.running import PrecisionOptions, RunOptions, ValidationOptions
 from trainkit.options.sources import PRESETS
-from trainkit.options.training import LoraOptions, ObjectiveOptions, OptimizerOptions, PrecisionOptions
+from trainkit.options.words import PivotalOptions, TextOptions
 
 CONCERNS: dict[str, type[Concern]] = {
     "model": ModelOptions, "data": DataOptions, "prior": PriorOptions, "text": TextOptions, "pivotal": PivotalOptions,

@@ -1,4 +1,4 @@
-"""The concerns around training: previews, and the run itself."""
+"""The concerns around training: precision, previews, and the run itself."""
 
 from __future__ import annotations
 
@@ -10,6 +10,19 @@ from pydantic import SecretStr
 from trainkit.options.base import Concern, opt
 
 MAX_SEED = 2**63 - 1  # a whole number of TOML, and one that torch.manual_seed takes
+
+
+class PrecisionOptions(Concern):
+    """Precision and memory"""
+
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = opt(
+        None, "precision of the frozen weights and the forward pass; without it accelerate's configuration. Adapters "
+        "and optimizer stay in fp32", differs="adapters are fp32 under bf16 too")
+    allow_tf32: bool = opt(False, "TF32 matrix products on NVIDIA GPUs since Ampere")
+    gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory, slower")
+    enable_xformers_memory_efficient_attention: bool = opt(
+        False, "accepted; PyTorch's own memory-efficient attention is always on",
+        differs="a notice, since torch's scaled_dot_product_attention replaced xFormers")
 
 
 class ValidationOptions(Concern):

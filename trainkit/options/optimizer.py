@@ -1,39 +1,10 @@
-"""The concerns that say how it is trained: adapters, objective, optimizer, precision."""
+"""The concern that says how weights follow gradients: optimizer, rates, schedules."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 from trainkit.options.base import Concern, opt
-
-
-class LoraOptions(Concern):
-    """Low-rank adapters"""
-
-    rank: int = opt(4, "r of the update (lora_alpha / r) B A", unit="rank", ge=1, le=4096)
-    lora_alpha: float | None = opt(
-        None, "scale of the update; without it r, which makes the scale 1", unit="scale", gt=0)
-    lora_dropout: float = opt(0.0, "share of the adapters' inputs dropped in training", unit="0..1", ge=0, lt=1)
-    lora_layers: Literal["attention", "attention+ff", "all-linear"] = opt(
-        "attention", "layers of the UNet that get adapters: the attention projections, these and the feed-forward "
-        "layers, or all linear layers of the attention blocks")
-    lora_unet_blocks: str | None = opt(
-        None, "only these blocks of the UNet, as module paths separated by commas: unet.up_blocks.0.attentions.0",
-        unit="paths", min_length=1, differs="exact paths; one that matches nothing is an error")
-    use_dora: bool = opt(False, "learn magnitude and direction of the weights apart (DoRA)", not_yet="DoRA")
-    use_blora: bool = opt(False, "adapt only SDXL's content and style blocks (B-LoRA)", not_yet="B-LoRA")
-
-
-class ObjectiveOptions(Concern):
-    """What is minimised"""
-
-    do_edm_style_training: bool = opt(
-        False, "noise levels and weights of Karras et al. 2022", not_yet="EDM-style training")
-    snr_gamma: float | None = opt(
-        None, "Min-SNR weighting (Hang et al. 2023), 5 in the paper; without it the plain error", unit="gamma", gt=0)
-    noise_offset: float = opt(0.0, "noise added to each channel's mean, 0.05 to 0.1 are usual", unit="std", ge=0)
-    prediction_type: Literal["epsilon", "v_prediction"] | None = opt(
-        None, "what the UNet predicts; without it the model's own scheduler config says so")
 
 
 class OptimizerOptions(Concern):
@@ -74,16 +45,3 @@ class OptimizerOptions(Concern):
     def base_lr(self, *, global_batch: int) -> float:
         """--learning_rate, with --scale_lr times the pictures in an optimizer step over all processes."""
         return self.learning_rate * (global_batch if self.scale_lr else 1)
-
-
-class PrecisionOptions(Concern):
-    """Precision and memory"""
-
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = opt(
-        None, "precision of the frozen weights and the forward pass; without it accelerate's configuration. Adapters "
-        "and optimizer stay in fp32", differs="adapters are fp32 under bf16 too")
-    allow_tf32: bool = opt(False, "TF32 matrix products on NVIDIA GPUs since Ampere")
-    gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory, slower")
-    enable_xformers_memory_efficient_attention: bool = opt(
-        False, "accepted; PyTorch's own memory-efficient attention is always on",
-        differs="a notice, since torch's scaled_dot_product_attention replaced xFormers")
