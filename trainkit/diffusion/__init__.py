@@ -1,0 +1,41 @@
+"""Noise: how much of it, how it is drawn, and what the network is asked to say about it.
+
+Letters, in these files and in objective.py:
+
+    x0  clean latent        n  noise            z = a·x0 + s·n  noised latent
+    a   signal scale        s  noise scale      snr = (a·σ_data/s)²      σ = s/a
+    t   timestep            u  a draw in [0,1)  out  what the network returned
+
+B batch, C channels, h,w latent height and width, T timesteps of the schedule.
+
+Things that vary on their own are objects of their own: a *schedule* knows the noise levels a checkpoint was trained on,
+a *level sampler* draws how noisy each sample is (u [B] -> Level), a *prediction* is one parametrisation of the network,
+`Noise` draws n. Training code composes them and asks no flag; docs/objectives.md has the maths on one page.
+
+    level.py        Level: how noisy each sample of a batch is
+    predictions.py  ε, v and EDM: what the network outputs and what its error is worth
+    schedules.py    the discrete levels of ε and v checkpoints, the σ range of EDM ones
+    sampling.py     laws of the noise levels
+    noise.py        offset and multi-resolution noise, input perturbation
+"""
+
+from trainkit.diffusion.level import Level, col
+from trainkit.diffusion.noise import Noise
+from trainkit.diffusion.predictions import EDM, PREDICTIONS, Eps, Prediction, V
+from trainkit.diffusion.sampling import LAWS, LevelSampler, Sigmas, Timesteps, make_levels
+from trainkit.diffusion.schedules import (
+    EDM_SCHEDULERS,
+    EDMSchedule,
+    NoiseSchedule,
+    Schedule,
+    config_problems,
+    effective_config,
+    is_edm,
+    make_schedule,
+)
+
+__all__ = [
+    "EDM", "EDM_SCHEDULERS", "LAWS", "PREDICTIONS", "EDMSchedule", "Eps", "Level", "LevelSampler", "Noise",
+    "NoiseSchedule", "Prediction", "Schedule", "Sigmas", "Timesteps", "V", "col", "config_problems", "effective_config",
+    "is_edm", "make_levels", "make_schedule",
+]

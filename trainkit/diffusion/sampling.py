@@ -1,0 +1,150 @@
+"""Laws of the noise levels: pure functions u [B] in [0,1) -> Level, each the inverse of a distribution function.
+
+Two kinds. A *timestep law* gives a time in 0..1, stretched over the timesteps asked for (EDM checkpoints: over ln σ). A
+*σ law* gives σ between the ends of that range, and the level is the checkpoint's own nearest one (EDM: σ itself).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from trainkit.diffusion.level import Level
+from trainkit.diffusion.predictions import EDM
+from trainkit.diffusion.schedules import GRIDS, EDMSchedule, Schedule, karras
+from trainkit.errors import Problem, refuse
+
+if TYPE_CHECKING:
+    from trainkit.options import ObjectiveOptions
+
+log = logging.getLogger(__name__)
+
+LevelSampler = Callable[[Tensor], Level]  # u [B] in [0,1) -> Level
+
+
+@dataclass(frozen=True, eq=False)
+class Timesteps:
+    """Levels by a law of time: position = first + law(u)·(end − first), law(u) in 0..1."""
+
+    schedule: Schedule
+    law: Callable[[Tensor], Tensor]
+    first: int
+    end: int  # exclusive
+
+    def __call__(self, u: Tensor) -> Level:
+        position = self.first + self.law(u.double()) * (self.end - self.first)  # in fp32, u·T may round up to T
+        return self.schedule.at(position.clamp(max=math.nextafter(self.end, 0)))
+
+
+@dataclass(frozen=True, eq=False)
+class Sigmas:
+    """Levels by a law of σ: law(u, lo, hi) gives σ in lo..hi."""
+
+    schedule: Schedule
+    law: Callable[[Tensor, float, float], Tensor]
+    lo: float
+    hi: float
+
+    def __call__(self, u: Tensor) -> Level:
+        return self.schedule.nearest(self.law(u.double(), self.lo, self.hi).clamp(self.lo, self.hi))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Laws of time: u [B] fp64 -> time [B] in 0..1
+
+
+def uniform(u: Tensor, o: ObjectiveOptions) -> Tensor:
+    """Every timestep equally often (Ho et al. 2020, algorithm 1)."""
+    return u
+
+
+def logit_normal(u: Tensor, o: ObjectiveOptions) -> Tensor:
+    """The logit of time is normal: the middle of the schedule more often (Esser et al. 2024, §3.1)."""
+    return torch.sigmoid(o.logit_mean + o.logit_std * torch.special.ndtri(u))
+
+
+def mode(u: Tensor, o: ObjectiveOptions) -> Tensor:
+    """Heavy in the middle (scale > 0) or at the ends (< 0), never 0 anywhere (Esser et al. 2024, §3.1)."""
+    return 1 - u - o.mode_scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
+
+
+def cosmap(u: Tensor, o: ObjectiveOptions) -> Tensor:
+    """The cosine schedule's density mapped onto a straight path of noising (Esser et al. 2024, §3.1)."""
+    return 1 - 1 / (torch.tan(math.pi / 2 * u) + 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Laws of σ: u [B] fp64 -> σ [B] in lo..hi
+
+
+def lognormal(u: Tensor, lo: float, hi: float, *, mean: float, std: float) -> Tensor:
+    """ln σ is normal(mean, std²), cut off at lo and hi (Karras et al. 2022, table 1: −1.2 and 1.2)."""
+    below = torch.special.ndtr((torch.tensor([lo, hi], dtype=torch.float64).log() - mean) / std)
+    return (mean + std * torch.special.ndtri(below[0] + u * (below[1] - below[0]))).exp()
+
+
+def on_grid(u: Tensor, lo: float, hi: float, *, schedule: EDMSchedule) -> Tensor:
+    """The first T of the T+1 points, from σ_max down, of the checkpoint's own grid, as the Diffusers trainers draw."""
+    point = (u * schedule.steps).floor()
+    return GRIDS[schedule.grid](1 - point / schedule.steps, lo, hi, schedule.rho)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table, and what the options ask for of it
+
+SigmaLaw = Callable[[Tensor, float, float], Tensor]
+TIME_LAWS: dict[str, Callable[[Tensor, ObjectiveOptions], Tensor]] = {
+    "uniform": uniform, "logit_normal": logit_normal, "mode": mode, "cosmap": cosmap,
+}
+SIGMA_LAWS: dict[str, Callable[[Schedule, ObjectiveOptions], SigmaLaw]] = {
+    "lognormal": lambda schedule, o: partial(lognormal, mean=o.edm_p_mean, std=o.edm_p_std),
+    "karras": lambda schedule, o: partial(karras, rho=schedule.rho),
+    "diffusers_grid": lambda schedule, o: partial(on_grid, schedule=schedule),
+}
+LAWS = (*TIME_LAWS, *SIGMA_LAWS)
+
+
+def make_levels(
+    o: ObjectiveOptions, schedule: Schedule, compat: Literal["diffusers"] | None = None
+) -> LevelSampler:
+    """The law of the noise levels that the options ask for; raises UserError for timesteps the schedule lacks."""
+    name = o.edm_sigmas or o.timestep_sampling or default_law(o, schedule, compat)
+    first, end = o.min_timestep, o.max_timestep or schedule.steps
+    lo, hi = schedule.sigma_range(first, end)
+    say_unread(o, name)
+    refuse(range_problems(first, end, schedule, needs_sigma=name in SIGMA_LAWS and lo > hi))
+    if name in SIGMA_LAWS:
+        return Sigmas(schedule, SIGMA_LAWS[name](schedule, o), lo, hi)
+    return Timesteps(schedule, partial(TIME_LAWS[name], o=o), first, end)
+
+
+def default_law(o: ObjectiveOptions, schedule: Schedule, compat: Literal["diffusers"] | None) -> str:
+    """Uniform, but log-normal σ for EDM; Diffusers' trainers draw from the grid or uniformly there."""
+    on_edm = isinstance(schedule.prediction, EDM)
+    if compat == "diffusers":
+        return "diffusers_grid" if on_edm else "uniform"
+    return "lognormal" if on_edm or o.do_edm_style_training else "uniform"
+
+
+def say_unread(o: ObjectiveOptions, name: str) -> None:
+    """Flags of the log-normal law under another one; only now, because the model has its say in which it is."""
+    for flag in ("edm_p_mean", "edm_p_std"):
+        if name != "lognormal" and getattr(o, flag) != type(o).model_fields[flag].default:
+            log.warning("--%s has no effect: the noise levels follow the law %s, not lognormal", flag, name)
+
+
+def range_problems(first: int, end: int, schedule: Schedule, *, needs_sigma: bool) -> Iterator[Problem]:
+    """Timesteps that the schedule lacks, or among which a law of σ finds none."""
+    where, fix = "--min_timestep, --max_timestep", f"stay within 0 and {schedule.steps}, or leave them out"
+    if not first < end <= schedule.steps:
+        yield Problem(f"no timesteps from {first} to below {end}", where, f"the model has {schedule.steps}", fix)
+    elif needs_sigma:
+        yield Problem(f"no finite σ from timestep {first} to below {end}", where,
+                      "at SNR 0 the noise is infinitely larger than the signal", fix)
