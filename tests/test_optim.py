@@ -1,23 +1,35 @@
-"""Schedules against Diffusers', optimizers against an uninterrupted run, state through safetensors and JSON."""
+"""Schedules against Diffusers', optimizers against an uninterrupted run, state through safetensors and JSON.
+
+Every row of the table, and some classes by their path, must: learn, resume to the bit, stand still once stopped, show
+its averaged weights and take them back.
+"""
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from trainkit.errors import UserError
-from trainkit.optim import OPTIMIZERS, make_optimizer, problems
+from trainkit.optim import OPTIMIZERS, library, make_optimizer, problems
 from trainkit.optim.schedules import SCHEDULES, Plan, parse_rules
 from trainkit.options import OptimizerOptions
+from trainkit.options.base import Flag
 
 RULES = "1:10,0.1:20,0.01"
-LR = {"adamw": 1e-2, "adamw8bit": 1e-2, "prodigy": 1.0}
+LR = {"prodigy": 1.0, "pytorch_optimizer.Prodigy": 1.0, "lion": 5e-3}  # others: 1e-2
+CLASSES = ["torch.optim.NAdam", "pytorch_optimizer.Ranger", "pytorch_optimizer.Prodigy"]
+ALL = [*OPTIMIZERS, *CLASSES]
 
 
 def options(**kwargs):
     return OptimizerOptions(**{"lr_warmup_steps": 0, "adam_weight_decay": 0.01} | kwargs)
+
+
+def rate(name):
+    return LR.get(name, 1e-2)
 
 
 def model():
@@ -26,10 +38,14 @@ def model():
     return [torch.nn.Parameter(torch.randn(16, 256, generator=g) / 16), torch.nn.Parameter(torch.zeros(256, 16))]
 
 
-def optim_for(params, name, *, total_steps=100, **kwargs):
-    o = options(optimizer=name, learning_rate=LR[name], **kwargs)
-    group = {"name": "unet", "params": params, "lr": o.learning_rate, "weight_decay": o.adam_weight_decay}
-    return make_optimizer([group], o, total_steps=total_steps)
+def group(params, *, name="unet", lr=1e-2, weight_decay=0.01, stop=None):
+    return {"name": name, "params": params, "lr": lr, "weight_decay": weight_decay, "stop": stop}
+
+
+def optim_for(params, name, *, total_steps=100, stop=None, **kwargs):
+    o = options(optimizer=name, learning_rate=rate(name), **kwargs)
+    unet = group(params, lr=o.learning_rate, weight_decay=o.adam_weight_decay, stop=stop)
+    return make_optimizer([unet], o, total_steps=total_steps)
 
 
 def loss_at(step, params):
@@ -42,10 +58,19 @@ def loss_at(step, params):
 
 def train(optim, params, steps):
     for step in steps:
-        loss_at(step, params).backward()
-        optim.set_lr(step)
+        optim.begin(step)
+        if any(p.requires_grad for p in params):
+            loss_at(step, params).backward()
         optim.step()
         optim.zero_grad()
+
+
+def bits(params):
+    return [p.detach().clone() for p in params]
+
+
+def same(some, others):
+    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
 
 
 def through_files(packed, folder):
@@ -89,23 +114,33 @@ def test_rate_is_a_function_of_the_step_alone(name):
     optim = optim_for(model(), "adamw", lr_scheduler=name, lr_warmup_steps=5, total_steps=20)
     rates = {}
     for step in [*range(20), *reversed(range(20))]:
-        optim.set_lr(step)
+        optim.begin(step)
         assert rates.setdefault(step, optim.describe()["lr/unet"]) == optim.describe()["lr/unet"]
-    assert max(rates.values()) == pytest.approx(LR["adamw"])
+    assert max(rates.values()) == pytest.approx(rate("adamw"))
 
 
-def test_groups_keep_their_own_base_rate_name_and_decay():
-    (down, up), o = model(), options(lr_scheduler="linear")
-    groups = [{"name": "unet", "params": [down], "lr": 1e-3, "weight_decay": 0.1},
-              {"name": "text_encoder", "params": [up], "lr": 1e-5, "weight_decay": 0.0}]
+@pytest.mark.parametrize("name", ALL)
+def test_groups_keep_their_own_base_rate_name_and_decay(name):
+    """Unequal rates work under every optimizer, Prodigy too: one optimizer a group."""
+    (down, up), o = model(), options(optimizer=name, lr_scheduler="linear")
+    groups = [group([down], lr=1.0, weight_decay=0.1), group([up], name="text_encoder", lr=0.5, weight_decay=0.0)]
     optim = make_optimizer(groups, o, total_steps=10)
-    optim.set_lr(5)
-    assert optim.describe() == pytest.approx({"lr/unet": 5e-4, "lr/text_encoder": 5e-6})
-    assert [g["weight_decay"] for g in optim.inner.param_groups] == [0.1, 0.0]
-    assert [g["lr"] for g in groups] == [1e-3, 1e-5], "the caller's groups are not written to"
+    train(optim, [down, up], range(6))
+    rates = {k: v for k, v in optim.describe().items() if k.startswith("lr/")}
+    assert rates == pytest.approx({"lr/unet": 0.5, "lr/text_encoder": 0.25})
+    assert [inner.param_groups[0]["weight_decay"] for inner in optim.active] == [0.1, 0.0]
+    assert [g["lr"] for g in groups] == [1.0, 0.5], "the caller's groups are not written to"
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_group_without_parameters_is_left_out():
+    optim = make_optimizer([group([]), group(model(), name="tokens")], options(), total_steps=10)
+    assert optim.describe().keys() == {"lr/tokens"}
+
+
+# -- resuming ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_resumed_steps_are_bitwise_those_of_an_uninterrupted_run(name, tmp_path):
     shape = {"lr_scheduler": "cosine", "lr_warmup_steps": 3, "total_steps": 100}
     params = model()
@@ -114,26 +149,26 @@ def test_resumed_steps_are_bitwise_those_of_an_uninterrupted_run(name, tmp_path)
     fresh, copies = resumed(optim, params, tmp_path, **shape)
     train(optim, params, range(60, 80))
     train(fresh, copies, range(60, 80))
-    assert all(torch.equal(a, b) for a, b in zip(params, copies, strict=True))
+    assert same(params, copies)
     assert fresh.describe() == optim.describe()
     _same(optim.pack(), fresh.pack())
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ALL)
 def test_state_before_the_first_step_resumes_too(name, tmp_path):
     params = model()
     optim = optim_for(params, name)
     fresh, copies = resumed(optim, params, tmp_path)
     train(optim, params, range(3))
     train(fresh, copies, range(3))
-    assert all(torch.equal(a, b) for a, b in zip(params, copies, strict=True))
+    assert same(params, copies)
 
 
 def test_eight_bit_state_is_eight_bit_and_packed_as_such():
     params = model()
     optim = optim_for(params, "adamw8bit")
     train(optim, params, range(2))
-    assert optim.pack()[0]["state.0.state1"].dtype == torch.uint8
+    assert optim.pack()[0]["unet/state.0.state1"].dtype == torch.uint8
 
 
 def test_prodigy_estimate_survives_the_files_exactly(tmp_path):
@@ -141,13 +176,13 @@ def test_prodigy_estimate_survives_the_files_exactly(tmp_path):
     optim = optim_for(params, "prodigy")
     train(optim, params, range(60))
     fresh, copies = resumed(optim, params, tmp_path)
-    then, now = optim.inner.param_groups[0], fresh.inner.param_groups[0]
+    then, now = optim.active[0].param_groups[0], fresh.active[0].param_groups[0]
     for key in ("d", "d_max", "d_numerator", "d_denom", "d_hat", "k", "d0", "betas", "beta3", "decouple"):
         assert now[key] == then[key] and type(now[key]) is type(then[key]), key
     assert then["d"] > then["d0"], "60 steps must have moved the estimate, else this proves nothing"
     for p, q in zip(params, copies, strict=True):
-        assert torch.equal(optim.inner.state[p]["p0"], fresh.inner.state[q]["p0"])
-        assert torch.equal(optim.inner.state[p]["s"], fresh.inner.state[q]["s"])
+        assert torch.equal(optim.active[0].state[p]["p0"], fresh.active[0].state[q]["p0"])
+        assert torch.equal(optim.active[0].state[p]["s"], fresh.active[0].state[q]["s"])
 
 
 def test_packed_state_is_a_snapshot():
@@ -168,7 +203,7 @@ def test_hyper_parameters_come_from_the_command_line_after_a_resume(tmp_path):
     optim = optim_for(params, "adamw")
     train(optim, params, range(2))
     fresh, _ = resumed(optim, params, tmp_path, adam_beta1=0.5, adam_weight_decay=0.3)
-    group = fresh.inner.param_groups[0]
+    group = fresh.active[0].param_groups[0]
     assert group["betas"] == (0.5, 0.999) and group["weight_decay"] == 0.3
 
 
@@ -193,17 +228,205 @@ def test_state_with_a_tensor_missing_is_refused():
     optim = optim_for(params, "adamw")
     train(optim, params, range(1))
     tensors, data = optim.pack()
-    del tensors["state.1.exp_avg"]
+    del tensors["unet/state.1.exp_avg"]
     with pytest.raises(UserError, match=r"state\.1\.exp_avg"):
         optim_for(params, "adamw").unpack(tensors, data)
+
+
+def test_state_of_other_groups_is_refused():
+    down, up = model()
+    two = make_optimizer([group([down]), group([up], name="tokens")], options(), total_steps=10)
+    with pytest.raises(UserError, match="holds the groups unet, tokens, this run trains unet"):
+        make_optimizer([group([down, up])], options(), total_steps=10).unpack(*two.pack())
+
+
+# -- who trains when --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_d8_after_its_stop_a_group_does_not_move_by_one_bit(name):
+    (down, up), o = model(), options(optimizer=name)
+    groups = [group([down], lr=rate(name)), group([up], name="text", lr=rate(name), stop=4)]
+    optim = make_optimizer(groups, o, total_steps=10)
+    train(optim, [down, up], range(4))
+    assert "lr/text" in optim.describe() and len(optim.active) == 2
+    up.grad = torch.ones_like(up)
+    optim.begin(4)
+    assert "lr/text" not in optim.describe() and len(optim.active) == 1
+    assert up.grad is None and not up.requires_grad and down.requires_grad
+    before, other = bits([up]), bits([down])
+    train(optim, [down, up], range(4, 10))
+    assert same([up], before) and not same([down], other)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("saved", [3, 4, 6])
+def test_a_run_resumes_to_the_bit_before_at_and_after_a_stop(name, saved, tmp_path):
+    def fresh():
+        down, up = model()
+        groups = [group([down], lr=rate(name)), group([up], name="text", lr=rate(name), stop=4)]
+        return make_optimizer(groups, options(optimizer=name), total_steps=8), [down, up]
+
+    optim, params = fresh()
+    train(optim, params, range(saved))
+    again, copies = fresh()
+    for p, q in zip(params, copies, strict=True):
+        q.data.copy_(p.data)
+    again.unpack(*through_files(optim.pack(), tmp_path))
+    with again.averaged():  # previews are drawn before the first step of a session
+        pass
+    train(optim, params, range(saved, 8))
+    train(again, copies, range(saved, 8))
+    assert same(params, copies)
+    _same(optim.pack(), again.pack())
+
+
+def test_a_group_with_stop_0_never_trains():
+    params = model()
+    before = bits(params)
+    train(optim_for(params, "adamw", stop=0), params, range(3))
+    assert same(params, before) and not any(p.requires_grad for p in params)
+
+
+def test_d8_two_prodigies_with_gradients_1000_times_apart_each_find_their_own_step():
+    """One d over both groups would fit neither. Each group moves as it would alone, to the bit."""
+    o = options(optimizer="prodigy")
+
+    def run(scales):
+        params = {s: torch.nn.Parameter(torch.ones(8)) for s in scales}
+        optim = make_optimizer([group([p], name=f"x{s:g}", lr=1.0) for s, p in params.items()], o, total_steps=50)
+        for step in range(50):
+            optim.begin(step)
+            sum(s * (p - 3).square().sum() for s, p in params.items()).backward()
+            optim.step()
+            optim.zero_grad()
+        return params, optim.describe()
+
+    both, told = run([1.0, 1000.0])
+    for scale in (1.0, 1000.0):
+        alone, only = run([scale])
+        assert torch.equal(both[scale], alone[scale])
+        assert told[f"d/x{scale:g}"] == only[f"d/x{scale:g}"] > 1e-6
+
+
+def test_d8_prodigy_with_the_default_text_rate_does_not_crash_and_takes_the_unets():
+    """--text_encoder_lr stays at 5e-6 in many a command that says --learning_rate 1.0."""
+    o = options(optimizer="prodigy", learning_rate=1.0)
+    (down, up), lr = model(), o.text_lr(5e-6, default=5e-6, global_batch=4)
+    optim = make_optimizer([group([down], lr=1.0), group([up], name="text_encoder", lr=lr)], o, total_steps=10)
+    train(optim, [down, up], range(2))
+    assert optim.describe()["lr/text_encoder"] == 1.0
+    assert o.text_lr(0.5, default=5e-6, global_batch=4) == 0.5, "a rate that was asked for is kept"
+    assert options().text_lr(5e-6, default=5e-6, global_batch=4) == 5e-6
+
+
+# -- averaged weights -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ema", [False, True])
+@pytest.mark.parametrize("name", ALL)
+def test_training_weights_come_back_to_the_bit_after_a_look_at_the_average(name, ema):
+    params, twins = model(), model()
+    optim, plain = (optim_for(p, name, use_ema=ema) for p in (params, twins))
+    for step in range(6):
+        train(optim, params, [step])
+        train(plain, twins, [step])
+        own = bits(params)
+        with optim.averaged(), optim.averaged():
+            changed = not same(params, own)
+        assert same(params, own)
+    assert changed == (ema or name == "schedule_free_adamw")
+    assert same(params, twins), "looking must not change the training"
+
+
+def test_schedule_free_shows_the_running_mean_of_its_fast_weights():
+    """x_t of Defazio et al. 2024, eq. 5: with a constant rate the plain mean of z_1 .. z_t."""
+    params = model()
+    optim = optim_for(params, "schedule_free_adamw")
+    fast = []
+    for step in range(5):
+        train(optim, params, [step])
+        fast.append(optim.active[0].state[params[0]]["z"].clone())
+    with optim.averaged():
+        torch.testing.assert_close(params[0].detach(), torch.stack(fast).mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_schedule_free_group_ends_in_its_averaged_weights():
+    params = model()
+    optim = optim_for(params, "schedule_free_adamw", stop=5, total_steps=8)
+    train(optim, params, range(5))
+    with optim.averaged():
+        shown = bits(params)
+    optim.begin(5)
+    assert same(params, shown)
+
+
+def test_warm_up_is_the_schedules_affair_also_without_schedules():
+    params = model()
+    optim = optim_for(params, "schedule_free_adamw", lr_scheduler="constant_with_warmup", lr_warmup_steps=4)
+    optim.begin(2)
+    assert optim.describe()["lr/unet"] == pytest.approx(rate("schedule_free_adamw") / 2)
+    assert optim.active[0].param_groups[0]["warmup_steps"] == 0
+
+
+def test_the_average_is_that_of_diffusers_over_the_unets_adapters_only(tmp_path):
+    from diffusers.training_utils import EMAModel
+
+    (down, up), o = model(), options(use_ema=True, ema_decay=0.5)
+    groups = [group([down]), group([up], name="text_encoder")]
+    optim, reference = make_optimizer(groups, o, total_steps=20), EMAModel([down], decay=0.5)
+    for step in range(20):
+        train(optim, [down, up], [step])
+        reference.step([down])
+    own = bits([up])
+    with optim.averaged():
+        assert torch.allclose(down, reference.shadow_params[0], rtol=1e-6) and same([up], own)
+    copy = torch.nn.Parameter(down.detach().clone())
+    fresh = make_optimizer([group([copy]), group([up], name="text_encoder")], o, 20)
+    fresh.unpack(*through_files(optim.pack(), tmp_path))
+    _same(optim.pack(), fresh.pack())
+
+
+def test_the_average_stays_when_its_group_stops():
+    params = model()
+    optim = optim_for(params, "adamw", use_ema=True, stop=4, total_steps=8)
+    train(optim, params, range(4))
+    with optim.averaged():
+        shown = bits(params)
+    train(optim, params, range(4, 8))
+    with optim.averaged():
+        assert same(params, shown)
+
+
+def test_a_checkpoint_without_the_average_is_refused():
+    with pytest.raises(UserError, match="without an average of the weights, this one is with"):
+        optim_for(model(), "adamw", use_ema=True).unpack(*optim_for(model(), "adamw").pack())
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_and_the_choices_of_the_flag_are_one_list():
+    assert tuple(OPTIMIZERS) == Flag("optimizer", "", OptimizerOptions.model_fields["optimizer"]).choices
+
+
+def test_the_page_of_optimizers_describes_each_and_the_decay_of_the_average():
+    from diffusers.training_utils import EMAModel
+
+    page = (Path(__file__).parents[1] / "docs/optimizers.md").read_text("utf-8")
+    assert all(f"| `{name}`" in page or f", `{name}` |" in page for name in OPTIMIZERS)
+    average = EMAModel([torch.zeros(1)], decay=0.999)
+    assert "`min(n / (n + 9), --ema_decay)`" in page
+    for n in (2, 10, 100, 8991, 20000):
+        assert average.get_decay(n) == pytest.approx(min(n / (n + 9), 0.999))
 
 
 def test_adamw_is_one_fused_kernel_on_fp32_and_equals_torchs_default():
     params, reference = model(), model()
     optim = optim_for(params, "adamw")
-    assert optim.inner.param_groups[0]["fused"]
+    assert optim.active[0].param_groups[0]["fused"]
     plain = optim_for(reference, "adamw")
-    plain.inner = torch.optim.AdamW(reference, lr=LR["adamw"], weight_decay=0.01, foreach=False)
+    plain.members[0].inner = torch.optim.AdamW(reference, lr=rate("adamw"), weight_decay=0.01, foreach=False)
     train(optim, params, range(5))
     train(plain, reference, range(5))
     for a, b in zip(params, reference, strict=True):
@@ -212,7 +435,7 @@ def test_adamw_is_one_fused_kernel_on_fp32_and_equals_torchs_default():
 
 def test_adamw_is_not_fused_over_half_precision_parameters():
     optim = optim_for([torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))], "adamw")
-    assert not optim.inner.param_groups[0]["fused"]
+    assert not optim.active[0].param_groups[0]["fused"]
 
 
 def test_every_prodigy_flag_reaches_the_optimizer():
@@ -221,7 +444,7 @@ def test_every_prodigy_flag_reaches_the_optimizer():
         adam_epsilon=1e-6, prodigy_decouple=False, prodigy_use_bias_correction=False, prodigy_safeguard_warmup=False)
     wanted = {"betas": (0.8, 0.98), "beta3": 0.97, "weight_decay": 0.02, "eps": 1e-6, "decouple": False,
               "use_bias_correction": False, "safeguard_warmup": False}
-    assert {k: optim.inner.param_groups[0][k] for k in wanted} == wanted
+    assert {k: optim.active[0].param_groups[0][k] for k in wanted} == wanted
 
 
 def test_prodigy_is_silent_on_stdout_and_reports_its_estimate(capfd):
@@ -231,10 +454,8 @@ def test_prodigy_is_silent_on_stdout_and_reports_its_estimate(capfd):
 
 
 def test_a_small_rate_with_prodigy_is_warned_about(caplog):
-    params = model()
-    group = {"name": "unet", "params": params, "lr": 1e-4, "weight_decay": 0.0}
-    make_optimizer([group], options(optimizer="prodigy", learning_rate=1e-4), total_steps=10)
-    assert "--learning_rate 0.0001 with Prodigy" in caplog.text
+    make_optimizer([group(model(), lr=1e-4)], options(optimizer="prodigy", learning_rate=1e-4), total_steps=10)
+    assert "a learning rate of 0.0001 (unet) with prodigy" in caplog.text
 
 
 def test_a_warmup_longer_than_the_run_is_warned_about(caplog):
@@ -245,7 +466,8 @@ def test_a_warmup_longer_than_the_run_is_warned_about(caplog):
     assert not caplog.text
 
 
-@pytest.mark.parametrize(("name", "package"), [("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt")])
+@pytest.mark.parametrize(("name", "package"), [
+    ("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt"), ("came", "pytorch_optimizer")])
 def test_a_missing_package_is_named_with_its_pip_command(name, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f"pip install {package}"):
@@ -254,10 +476,61 @@ def test_a_missing_package_is_named_with_its_pip_command(name, package, monkeypa
     assert problem.fix == f"pip install {package}"
 
 
-def test_a_package_that_was_never_installed_is_found_missing_without_an_import(monkeypatch):
-    monkeypatch.delitem(sys.modules, "prodigyopt", raising=False)
-    monkeypatch.setattr(sys, "meta_path", [])
-    assert [p.fix for p in problems(options(optimizer="prodigy"))] == ["pip install prodigyopt"]
+def test_the_package_of_an_optimizer_is_known_without_importing_it():
+    assert library(options(use_8bit_adam=True)) == "bitsandbytes"
+    assert library(options(optimizer="bitsandbytes.optim.LAMB")) == "bitsandbytes"
+    assert library(options()) == "torch"
+
+
+@pytest.mark.parametrize(("path", "why", "fix"), [
+    ("torch.optim.Nadam", "there is no torch.optim.Nadam", "torch.optim.NAdam"),
+    ("pytorch_optimizer.optimizers.CAME", "there is no", "pytorch_optimizer.CAME"),
+    ("torch.nn.Linear", "is no optimizer", "torch.optim.NAdam"),
+    ("no_such_package.Adam", "needs the package no_such_package", "mend the path"),
+    ("pytorch_optimizer.Lookahead", "takes no learning rate", "another class"),
+])
+def test_a_path_that_leads_to_no_optimizer_is_refused_before_anything_is_loaded(path, why, fix):
+    problem, = problems(options(optimizer=path))
+    assert why in problem.what and fix in problem.fix
+
+
+@pytest.mark.parametrize(("path", "why"), [
+    ("torch.optim.LBFGS", "closure"), ("pytorch_optimizer.SOAP", "its state 'GG' is a list")])
+def test_a_class_that_cannot_be_driven_or_saved_is_refused_before_training(path, why):
+    with pytest.raises(UserError, match=why):
+        optim_for(model(), path)
+
+
+def test_arguments_reach_the_constructor_and_are_stronger_than_flags():
+    text = "betas=(0.8, 0.9) amsgrad=true   weight_decay=0.5 eps=1e-6"
+    wanted = {"betas": (0.8, 0.9), "amsgrad": True, "weight_decay": 0.5, "eps": 1e-6}
+    for name in ("adamw", "torch.optim.Adam"):
+        values = optim_for(model(), name, optimizer_args=text).active[0].param_groups[0]
+        assert {k: values[k] for k in wanted} == wanted
+
+
+@pytest.mark.parametrize(("name", "text", "said", "fix"), [
+    ("adamw", "momentum=0.9", "AdamW takes no momentum", "mend"),
+    ("lion", "use_gc=true lr=1", "Lion takes no use_gc, lr", "--learning_rate gives lr"),
+    ("prodigy", "d_coef=big", "cannot hold 'd_coef=big'", "for example"),
+    ("prodigy", "d_coef", "cannot hold 'd_coef'", "for example"),
+    ("adamw", "betas=(2, 0.9)", "refuses its arguments", "betas=(2, 0.9)"),
+])
+def test_arguments_nothing_can_take_are_refused(name, text, said, fix):
+    problem, = problems(options(optimizer=name, learning_rate=rate(name), optimizer_args=text))
+    assert said in problem.what and fix in problem.fix
+    if "takes no" in said:
+        assert "weight_decay" in problem.why, "the accepted ones are named"
+
+
+def test_a_rate_of_0_is_refused_for_prodigy():
+    with pytest.raises(UserError, match="Invalid learning rate: 0"):
+        make_optimizer([group(model(), lr=0.0)], options(optimizer="prodigy"), total_steps=10)
+
+
+def test_paging_without_a_gpu_is_said_to_be_none(caplog):
+    optim_for(model(), "paged_adamw8bit")
+    assert "on a CPU nothing is paged, it works as adamw8bit" in caplog.text
 
 
 @pytest.mark.parametrize("rules", [
@@ -276,6 +549,7 @@ def test_step_rules_are_read_in_any_order_and_notation():
 
 def test_use_8bit_adam_is_adamw8bit():
     assert optim_for(model(), "adamw", use_8bit_adam=True).name == "adamw8bit"
+    assert optim_for(model(), "paged_adamw", use_8bit_adam=True).name == "paged_adamw8bit"
 
 
 @pytest.mark.parametrize(("kwargs", "flag"), [
@@ -284,17 +558,18 @@ def test_use_8bit_adam_is_adamw8bit():
     ({"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:10"}, "--lr_step_rules 1:10"),
 ])
 def test_options_nothing_can_obey_are_refused(kwargs, flag):
-    group = {"name": "unet", "params": model(), "lr": 1.0, "weight_decay": 0.0}
     with pytest.raises(UserError, match=flag):
-        make_optimizer([group], options(**kwargs), total_steps=10)
+        make_optimizer([group(model())], options(**kwargs), total_steps=10)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ALL)
 def test_every_optimizer_fits_a_small_regression(name):
     params = model()
     before = loss_at(10_000, params).item()
-    train(optim_for(params, name), params, range(200))
-    assert loss_at(10_000, params).item() < 0.05 * before
+    optim = optim_for(params, name)
+    train(optim, params, range(200))
+    with optim.averaged():
+        assert loss_at(10_000, params).item() < 0.05 * before
 
 
 def _same(one, other):

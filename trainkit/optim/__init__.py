@@ -1,9 +1,12 @@
 """Optimizers, their learning rates as functions of the step, their state as tensors and JSON.
 
-schedules.py · the learning-rate schedules; state.py · state out of and into any torch optimizer; optimizers.py · the
-table and `Optim`.
+schedules.py · the learning-rate schedules; table.py · the table of optimizers, and any other by its dotted path;
+state.py · state out of and into any torch optimizer; groups.py · one group: who trains when, and its averaged weights;
+optimizers.py · `Optim`, all groups of a run.
 """
 
-from trainkit.optim.optimizers import OPTIMIZERS, Optim, ParamGroup, make_optimizer, problems
+from trainkit.optim.groups import ParamGroup
+from trainkit.optim.optimizers import Optim, make_optimizer, problems
+from trainkit.optim.table import OPTIMIZERS, library
 
-__all__ = ["OPTIMIZERS", "Optim", "ParamGroup", "make_optimizer", "problems"]
+__all__ = ["OPTIMIZERS", "Optim", "ParamGroup", "library", "make_optimizer", "problems"]

@@ -1,138 +1,114 @@
-"""The table of optimizers and `Optim`, what the training loop holds: one optimizer and the rate of each of its groups.
-
-A new optimizer is a function (groups, options) -> torch optimizer and a row in OPTIMIZERS.
-"""
+"""`Optim`, what the training loop holds: every parameter group with an optimizer of its own, driven as one."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import io
 import logging
-import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from types import ModuleType
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from trainkit.errors import Problem, UserError, refuse
+from trainkit.optim import table
+from trainkit.optim.groups import Member, ParamGroup
 from trainkit.optim.schedules import POLYNOMIAL_END_LR, SCHEDULES, Plan, parse_rules
-from trainkit.optim.state import group_values, pack_state, unpack_state
+from trainkit.optim.state import misfit
 
 if TYPE_CHECKING:
+    from diffusers.training_utils import EMAModel
+
     from trainkit.options import OptimizerOptions
 
 log = logging.getLogger(__name__)
 
-PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}  # what an optimizer needs besides PyTorch
-
-
-class ParamGroup(TypedDict):
-    """Parameters that share a base learning rate and a decay; `name` is what logs call them."""
-
-    name: str
-    params: list[Tensor]
-    lr: float
-    weight_decay: float
-
-
-def adamw(groups: Sequence[ParamGroup], o: OptimizerOptions) -> torch.optim.Optimizer:
-    """Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization"; one fused kernel where there is one.
-
-    LoRA has hundreds of small tensors, so a step is mostly launches: fused is about 8 times faster than the default.
-    """
-    params = [p for g in groups for p in g["params"]]
-    fused = all(p.dtype == torch.float32 and p.device.type in ("cpu", "cuda", "mps", "xpu") for p in params)
-    return torch.optim.AdamW(groups, betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_epsilon, fused=fused)
-
-
-def adamw_8bit(groups: Sequence[ParamGroup], o: OptimizerOptions) -> torch.optim.Optimizer:
-    """AdamW with moments in 8 bits, tensors under 4,096 elements in 32: Dettmers et al. 2022, arXiv:2110.02861."""
-    bnb = _require("adamw8bit")
-    return bnb.optim.AdamW8bit(groups, betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_epsilon)
-
-
-def prodigy(groups: Sequence[ParamGroup], o: OptimizerOptions) -> torch.optim.Optimizer:
-    """Adam that estimates its own step size d; --learning_rate multiplies d, so it stays near 1.
-
-    One d serves everything in here, hence one group. d starts at 1e-6: the first dozens of steps hardly move anything.
-    Source: Mishchenko & Defazio 2024, "Prodigy", arXiv:2306.06101, algorithm 4; reference konstmish/prodigy.
-    """
-    assert len(groups) == 1, "one Prodigy per group: its groups would share d and may not differ in rate"
-    if groups[0]["lr"] <= 0.1:
-        log.warning("--learning_rate %g with Prodigy multiplies its own estimate: about 1.0 is usual", groups[0]["lr"])
-    make = _require("prodigy").Prodigy
-    with contextlib.redirect_stdout(io.StringIO()):  # its constructor prints, into our progress line
-        return make(
-            groups, betas=(o.adam_beta1, o.adam_beta2), beta3=o.prodigy_beta3, eps=o.adam_epsilon,
-            decouple=o.prodigy_decouple, use_bias_correction=o.prodigy_use_bias_correction,
-            safeguard_warmup=o.prodigy_safeguard_warmup)
-
-
-OPTIMIZERS: dict[str, Callable[[Sequence[ParamGroup], OptimizerOptions], torch.optim.Optimizer]] = {
-    "adamw": adamw,
-    "adamw8bit": adamw_8bit,
-    "prodigy": prodigy,
-}
-
 
 class Optim:
-    """One optimizer whose groups each follow their own schedule. Part of a checkpoint through `pack` and `unpack`.
+    """The groups of a run under one kind of optimizer. Part of a checkpoint through `pack` and `unpack`.
 
-    inner        the torch optimizer; every group has a `name`
-    schedules    one per group: optimizer step -> multiplier on the rate the group was made with
+    name            the algorithm, which a checkpoint must share
+    estimates_step  whether the optimizer finds its own step size d (Prodigy), which the log then shows
     """
 
-    def __init__(self, name: str, inner: torch.optim.Optimizer, *, schedules: Sequence[Callable[[int], float]]):
-        self.name, self.inner, self.schedules = name, inner, tuple(schedules)
-        self.base_lrs = [g["lr"] for g in inner.param_groups]
-        self.made = group_values(inner)  # to tell state from hyper-parameters, see state.py
-        assert len(self.schedules) == len(self.base_lrs), "one schedule per group"
+    def __init__(self, name: str, members: Sequence[Member], *, estimates_step: bool = False):
+        self.name, self.members, self.estimates_step = name, tuple(members), estimates_step
 
-    def set_lr(self, step: int) -> None:
-        """The rates of optimizer step `step`, counted from 0: call before `step()`."""
-        for group, base_lr, schedule in zip(self.inner.param_groups, self.base_lrs, self.schedules, strict=True):
-            group["lr"] = base_lr * schedule(step)
+    def begin(self, step: int) -> None:
+        """Before the first micro-batch of optimizer step `step` (from 0): who trains in it, and at which rate.
+
+        A function of the step alone, so it holds on either side of a restart.
+        """
+        for member in self.members:
+            member.begin(step)
+
+    @property
+    def active(self) -> list[torch.optim.Optimizer]:
+        """The torch optimizers that train in this step, one for each group that has not stopped."""
+        return [m.inner for m in self.members if m.trains]
 
     def step(self) -> None:
-        self.inner.step()
+        for member in self.members:
+            if member.trains:
+                member.step()
 
     def zero_grad(self) -> None:
-        self.inner.zero_grad(set_to_none=True)
+        for member in self.members:
+            member.inner.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the weights to look at and to publish; afterwards, bit for bit those to train on.
+
+        They differ with --use_ema and with a schedule-free optimizer.
+        """
+        with ExitStack() as stack:
+            for member in self.members:
+                stack.enter_context(member.averaged())
+            yield
 
     def describe(self) -> dict[str, float]:
-        """For the log: "lr/<group>", and "d/<group>" where the optimizer estimates a step size."""
-        groups = self.inner.param_groups
-        lrs = {f"lr/{g['name']}": float(g["lr"]) for g in groups}
-        return lrs | {f"d/{g['name']}": float(g["d"]) for g in groups if "d" in g}
+        """For the log: "lr/<group>", and "d/<group>" where the optimizer estimates a step size; what trains only."""
+        training = [m for m in self.members if m.trains]
+        lrs = {f"lr/{m.name}": float(m.values["lr"]) for m in training}
+        return lrs | {f"d/{m.name}": float(m.values["d"]) for m in training if self.estimates_step}
 
     def pack(self) -> tuple[dict[str, Tensor], dict]:
-        tensors, data = pack_state(self.inner, self.made)
-        return tensors, {"optimizer": self.name} | data
+        packed = {m.name: m.pack() for m in self.members}
+        tensors = {f"{name}/{key}": t for name, (own, _) in packed.items() for key, t in own.items()}
+        return tensors, {"optimizer": self.name, "groups": {name: data for name, (_, data) in packed.items()}}
 
     def unpack(self, tensors: dict[str, Tensor], data: dict) -> None:
+        """Raises UserError for the state of another optimizer, of other groups or of other parameters."""
         if data["optimizer"] != self.name:
             raise UserError(Problem(
                 f"the checkpoint was trained with {data['optimizer']}, this run asks for {self.name}", "--optimizer",
                 "one optimizer's state means nothing to another",
                 f"resume with --optimizer {data['optimizer']}, or start afresh in a new --output_dir"))
-        unpack_state(self.inner, tensors, data)
+        groups, ours = data["groups"], [m.name for m in self.members]
+        if groups.keys() != set(ours):
+            raise misfit(f"it holds the groups {', '.join(groups)}, this run trains {', '.join(ours)}")
+        for m in self.members:
+            m.unpack({k.removeprefix(f"{m.name}/"): t for k, t in tensors.items() if k.startswith(f"{m.name}/")},
+                     groups[m.name])
 
 
 def problems(o: OptimizerOptions) -> Iterator[Problem]:
-    """What no schedule can do with these options, and an optimizer's package that is not there."""
+    """What no schedule can do with these options, and an optimizer that is not there or refuses its arguments."""
     if o.lr_scheduler == "polynomial" and o.learning_rate <= POLYNOMIAL_END_LR:
         yield Problem(
             f"--learning_rate {o.learning_rate:g} leaves polynomial decay no way down", "--learning_rate",
             f"that schedule ends at {POLYNOMIAL_END_LR:g}", "raise --learning_rate, or use --lr_scheduler constant")
     if o.lr_scheduler == "piecewise_constant":
         yield from _rule_problems(o.lr_step_rules or "")
-    package = PACKAGES.get(o.algorithm)
-    if package and not _is_installed(package):
-        yield _missing(package, flag=f"--optimizer {o.algorithm}", why="it is not installed")
+    try:
+        if o.is_class or o.optimizer_args:
+            table.make_inner(_stand_in(o), o)  # the first of a process takes a second, which known ones need not
+        else:
+            table.find_class(o)
+    except UserError as error:
+        yield from error.problems
 
 
 def _rule_problems(rules: str) -> Iterator[Problem]:
@@ -145,24 +121,30 @@ def _rule_problems(rules: str) -> Iterator[Problem]:
             "--lr_step_rules 1:100,0.1:200,0.01, for example")
 
 
-def _is_installed(package: str) -> bool:
-    """Whether importing it would find it; None in sys.modules, see runtime/startup.py, counts as not there."""
-    if package in sys.modules:
-        return sys.modules[package] is not None
-    return importlib.util.find_spec(package) is not None
-
-
 def make_optimizer(groups: Sequence[ParamGroup], o: OptimizerOptions, total_steps: int) -> Optim:
     """The optimizer the options ask for, over `groups`, its schedules `total_steps` optimizer steps long.
 
-    Raises UserError for what `problems` finds and for a package that is not installed.
+    Groups without parameters are left out. Raises UserError for what `problems` finds, and for a class that cannot be
+    driven or saved.
     """
     refuse(problems(o))
-    if o.lr_scheduler != "constant" and o.lr_warmup_steps >= total_steps:
-        log.warning("--lr_warmup_steps %d: the rate is still rising when the run ends at step %d",
-                    o.lr_warmup_steps, total_steps)
-    schedules = [_schedule(o, total_steps, base_lr=g["lr"]) for g in groups]
-    return Optim(o.algorithm, OPTIMIZERS[o.algorithm]([dict(g) for g in groups], o), schedules=schedules)
+    groups = [g for g in groups if g["params"]]
+    assert len({g["name"] for g in groups}) == len(groups), "two groups share a name"
+    if o.is_class:
+        _try_out(o, groups[0]["params"][0].device)
+    _warn(groups, o, total_steps)
+    return Optim(o.algorithm, [_member(g, o, total_steps) for g in groups], estimates_step=o.estimates_step)
+
+
+def _member(group: ParamGroup, o: OptimizerOptions, total_steps: int) -> Member:
+    ema = _ema(group["params"], o) if o.use_ema and group["name"].partition(".")[0] == "unet" else None
+    return Member(group, table.make_inner(group, o), _schedule(o, total_steps, base_lr=group["lr"]), ema)
+
+
+def _ema(params: Sequence[Tensor], o: OptimizerOptions) -> EMAModel:
+    from diffusers.training_utils import EMAModel
+
+    return EMAModel(params, decay=o.ema_decay, foreach=True)
 
 
 def _schedule(o: OptimizerOptions, total_steps: int, *, base_lr: float) -> Callable[[int], float]:
@@ -171,13 +153,38 @@ def _schedule(o: OptimizerOptions, total_steps: int, *, base_lr: float) -> Calla
     return partial(SCHEDULES[o.lr_scheduler], plan=plan)
 
 
-def _require(algorithm: str) -> ModuleType:
-    package, flag = PACKAGES[algorithm], f"--optimizer {algorithm}"
+def _stand_in(o: OptimizerOptions, device: torch.device | str = "cpu") -> ParamGroup:
+    """A group like the UNet's, of one small matrix."""
+    matrix = torch.nn.Parameter(torch.ones(8, 8, device=device))
+    return {"name": "unet", "params": [matrix], "lr": o.learning_rate, "weight_decay": o.adam_weight_decay}
+
+
+def _try_out(o: OptimizerOptions, device: torch.device) -> None:
+    """One step of a class we do not know, and its state into a checkpoint: better refused now than at the first save.
+
+    Raises UserError when either fails, as for classes whose step takes a closure.
+    """
+    group = _stand_in(o, device)
+    member = Member(group, table.make_inner(group, o), schedule=lambda step: 1.0)
+    member.params[0].grad = torch.ones_like(member.params[0])
     try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise UserError(_missing(package, flag=flag, why=f"it cannot be imported here ({error})")) from error
+        member.step()
+        member.pack()
+    except Exception as error:  # whatever a class of somebody else's raises
+        raise UserError(Problem(
+            f"--optimizer {o.optimizer} cannot be driven by this trainer", "--optimizer",
+            f"a step on a matrix of ones and a save fail: {type(error).__name__}: {error}",
+            f"choose {', '.join(table.OPTIMIZERS)}, or another class")) from error
 
 
-def _missing(package: str, *, flag: str, why: str) -> Problem:
-    return Problem(f"{flag} needs the package {package}", flag, why, f"pip install {package}")
+def _warn(groups: Sequence[ParamGroup], o: OptimizerOptions, total_steps: int) -> None:
+    if o.lr_scheduler != "constant" and o.lr_warmup_steps >= total_steps:
+        log.warning("--lr_warmup_steps %d: the rate is still rising when the run ends at step %d",
+                    o.lr_warmup_steps, total_steps)
+    if o.algorithm.startswith("paged_") and groups[0]["params"][0].device.type == "cpu":
+        log.warning("--optimizer %s: on a CPU nothing is paged, it works as %s", o.algorithm,
+                    o.algorithm.removeprefix("paged_"))
+    for group in groups:
+        if o.estimates_step and group["lr"] <= 0.1:
+            log.warning("a learning rate of %g (%s) with %s multiplies its own estimate: about 1.0 is usual",
+                        group["lr"], group["name"], o.optimizer)

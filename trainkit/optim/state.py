@@ -1,16 +1,16 @@
-"""Optimizer state as named tensors and plain JSON: no pickle, exact to the last bit.
+"""Optimizer state as named tensors and plain JSON: no pickle, exact to the last bit. For optimizers of one group.
 
-    tensors   "state.<i>.<key>"   tensor `key` of the i-th parameter, in the order of the groups
-    data      {"params": [{"shape", "tensors", "values"}, ...],  "groups": [{key: value}, ...]}
+    tensors   "state.<i>.<key>"   tensor `key` of the i-th parameter;   "group.<key>"   of the group
+    data      {"params": [{"shape", "tensors", "values"}, ...],  "group": {key: value}}
 
-Of a group's values only those that have moved since the optimizer was made are state (Prodigy's d, k, ...). Those that
-stand still are hyper-parameters: they come from the options again, so a resumed run obeys its command line. The
+Of the group's values only those that have moved since the optimizer was made are state (Prodigy's d, k, ...). Those
+that stand still are hyper-parameters: they come from the options again, so a resumed run obeys its command line. The
 learning rate is neither: it is a function of the step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -21,38 +21,35 @@ Plain = bool | int | float | str | None
 NOT_STATE = {"params", "lr"}
 
 
-def parameters(inner: torch.optim.Optimizer) -> list[Tensor]:
-    """Every parameter, in the order that gives it its number."""
-    return [p for group in inner.param_groups for p in group["params"]]
+def group_values(inner: torch.optim.Optimizer) -> dict[str, object]:
+    """What the group holds besides its parameters and its rate."""
+    values = {k: v for k, v in inner.param_groups[0].items() if k not in NOT_STATE}
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in values.items()}
 
 
-def group_values(inner: torch.optim.Optimizer) -> list[dict[str, object]]:
-    """What each group holds besides its parameters and its rate."""
-    return [{k: v for k, v in group.items() if k not in NOT_STATE} for group in inner.param_groups]
+def pack_state(inner: torch.optim.Optimizer, made: Mapping[str, object]) -> tuple[dict[str, Tensor], dict]:
+    """Copy the state out of an optimizer whose `group_values` were `made` at construction -> (tensors, data).
 
-
-def pack_state(inner: torch.optim.Optimizer, made: Sequence[dict[str, object]]) -> tuple[dict[str, Tensor], dict]:
-    """Copy the state out of an optimizer whose `group_values` were `made` at construction -> (tensors, data)."""
+    Raises TypeError for state that has no exact form in tensors and JSON.
+    """
     tensors: dict[str, Tensor] = {}
     params = []
-    for i, p in enumerate(parameters(inner)):
-        state = inner.state.get(p, {})
-        own = {k: v for k, v in state.items() if isinstance(v, Tensor)}
-        tensors |= {f"state.{i}.{k}": v.detach().to("cpu", copy=True).contiguous() for k, v in own.items()}
-        values = {k: _plain(v) for k, v in state.items() if k not in own}
+    for i, p in enumerate(inner.param_groups[0]["params"]):
+        own, values = _split(inner.state.get(p, {}))
+        tensors |= {f"state.{i}.{k}": t for k, t in own.items()}
         params.append({"shape": list(p.shape), "tensors": sorted(own), "values": values})
-    groups = [
-        {k: _plain(v) for k, v in now.items() if k not in then or v != then[k]}
-        for now, then in zip(group_values(inner), made, strict=True)
-    ]
-    return tensors, {"params": params, "groups": groups}
+    own, values = _split({k: v for k, v in group_values(inner).items() if k not in made or _differs(v, made[k])})
+    tensors |= {f"group.{k}": t for k, t in own.items()}
+    return tensors, {"params": params, "group": values}
 
 
-def unpack_state(inner: torch.optim.Optimizer, tensors: dict[str, Tensor], data: dict) -> None:
+def unpack_state(inner: torch.optim.Optimizer, tensors: Mapping[str, Tensor], data: dict) -> None:
     """Put packed state into a freshly made optimizer; UserError when it was packed from other parameters."""
     _refuse_misfit(inner, tensors, data)
     whole = inner.state_dict()
-    whole["param_groups"] = [g | moved for g, moved in zip(whole["param_groups"], data["groups"], strict=True)]
+    device = inner.param_groups[0]["params"][0].device
+    moved = {k.removeprefix("group."): t.to(device, copy=True) for k, t in tensors.items() if k.startswith("group.")}
+    whole["param_groups"] = [whole["param_groups"][0] | data["group"] | moved]
     whole["state"] = {
         i: {k: tensors[f"state.{i}.{k}"].clone() for k in packed["tensors"]} | packed["values"]
         for i, packed in enumerate(data["params"]) if packed["tensors"] or packed["values"]
@@ -60,21 +57,36 @@ def unpack_state(inner: torch.optim.Optimizer, tensors: dict[str, Tensor], data:
     inner.load_state_dict(whole)  # moves each tensor to where its optimizer wants it
 
 
-def _plain(value: object) -> Plain:
-    assert isinstance(value, Plain), f"optimizer state of type {type(value).__name__} has no exact JSON form"
+def _split(values: Mapping[str, object]) -> tuple[dict[str, Tensor], dict[str, Plain]]:
+    """Tensors, copied to the CPU, and the rest, which must be plain."""
+    tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in values.items() if isinstance(v, Tensor)}
+    return tensors, {k: _plain(k, v) for k, v in values.items() if k not in tensors}
+
+
+def _plain(key: str, value: object) -> Plain:
+    if not isinstance(value, Plain):
+        raise TypeError(f"its state {key!r} is a {type(value).__name__}, which no file keeps exactly")
     return value
 
 
-def _refuse_misfit(inner: torch.optim.Optimizer, tensors: dict[str, Tensor], data: dict) -> None:
-    saved, present = [tuple(p["shape"]) for p in data["params"]], [tuple(p.shape) for p in parameters(inner)]
+def _differs(now: object, then: object) -> bool:
+    return not torch.equal(now, then) if isinstance(now, Tensor) and isinstance(then, Tensor) else now != then
+
+
+def _refuse_misfit(inner: torch.optim.Optimizer, tensors: Mapping[str, Tensor], data: dict) -> None:
+    saved, present = ([tuple(p["shape"]) for p in data["params"]],
+                      [tuple(p.shape) for p in inner.param_groups[0]["params"]])
     expected = {f"state.{i}.{k}" for i, p in enumerate(data["params"]) for k in p["tensors"]}
-    if saved != present or len(data["groups"]) != len(inner.param_groups):
-        why = _difference(saved, present)
-    elif expected != tensors.keys():
-        why = f"tensors missing or unknown: {', '.join(sorted(expected ^ tensors.keys())[:3])}"
-    else:
-        return
-    raise UserError(Problem(
+    found = {k for k in tensors if not k.startswith("group.")}
+    if saved != present:
+        raise misfit(_difference(saved, present))
+    if expected != found:
+        raise misfit(f"tensors missing or unknown: {', '.join(sorted(expected ^ found)[:3])}")
+
+
+def misfit(why: str) -> UserError:
+    """A checkpoint of other parameters."""
+    return UserError(Problem(
         "the checkpoint's optimizer state does not fit this run", "--resume_from_checkpoint", why,
         "resume with the model, --rank and LoRA targets of that run, or start afresh in a new --output_dir"))
 
@@ -83,4 +95,4 @@ def _difference(saved: list[tuple[int, ...]], present: list[tuple[int, ...]]) ->
     if len(saved) != len(present):
         return f"it holds {len(saved)} tensors, this run trains {len(present)}"
     odd = [f"{s} there, {p} here" for s, p in zip(saved, present, strict=True) if s != p]
-    return f"{len(odd)} tensors differ in shape, first {odd[0]}" if odd else "the parameter groups differ"
+    return f"{len(odd)} tensors differ in shape, first {odd[0]}"

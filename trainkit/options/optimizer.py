@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from trainkit.options.base import Concern, opt
+from pydantic import field_validator
+
+from trainkit.options.base import Concern, Flag, opt
+
+DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+EIGHT_BIT = {"adamw": "adamw8bit", "paged_adamw": "paged_adamw8bit"}
 
 
 class OptimizerOptions(Concern):
     """Optimizer and learning rate"""
 
-    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = opt(
-        "adamw", "what turns gradients into updates", differs="an unknown name is an error, not AdamW")
+    optimizer: Literal[
+        "adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit", "prodigy", "adafactor", "lion", "came",
+        "schedule_free_adamw"] | str = opt(
+        "adamw", "what turns gradients into updates, or any class by its dotted path, such as torch.optim.NAdam",
+        differs="an unknown name is an error, not AdamW")
+    optimizer_args: str | None = opt(
+        None, "arguments of the optimizer's constructor, stronger than other flags: \"d_coef=0.5 betas=(0.9, 0.99)\"",
+        unit="name=value", min_length=1)
     use_8bit_adam: bool = opt(
-        False, "the same as --optimizer adamw8bit", differs="refused with Prodigy, not ignored")
+        False, "the 8-bit form of adamw or paged_adamw", differs="refused with other optimizers, not ignored")
     learning_rate: float = opt(1e-4, "learning rate of the UNet's adapters; 1 is right for Prodigy", unit="rate", ge=0)
     scale_lr: bool = opt(False, "multiply the learning rate by the pictures in an optimizer step")
     lr_scheduler: Literal[
@@ -36,12 +48,51 @@ class OptimizerOptions(Concern):
     prodigy_safeguard_warmup: bool = opt(
         True, "keep a warm-up from raising Prodigy's estimate", differs="False is False")
     max_grad_norm: float = opt(1.0, "the gradient is scaled down to this norm", unit="norm", gt=0)
+    use_ema: bool = opt(False, "average the UNet's adapters over the steps; previews and files show the average")
+    ema_decay: float = opt(
+        0.999, "weight of the past in that average, once the run is long enough", unit="0..1", ge=0, lt=1)
+
+    @field_validator("optimizer")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        known = Flag("optimizer", "", cls.model_fields["optimizer"]).choices
+        if value not in known and not DOTTED.fullmatch(value):
+            raise ValueError("it is no optimizer we know, nor the dotted path of a class")
+        return value
 
     @property
     def algorithm(self) -> str:
         """The optimizer meant, with --use_8bit_adam read."""
-        return "adamw8bit" if self.use_8bit_adam and self.optimizer == "adamw" else self.optimizer
+        return EIGHT_BIT.get(self.optimizer, self.optimizer) if self.use_8bit_adam else self.optimizer
+
+    @property
+    def is_class(self) -> bool:
+        """Whether the optimizer is named by the dotted path of its class."""
+        return "." in self.optimizer
+
+    @property
+    def estimates_step(self) -> bool:
+        """Whether the optimizer finds its own step size, which a learning rate then multiplies."""
+        return estimates_step(self.optimizer)
 
     def base_lr(self, *, global_batch: int) -> float:
         """--learning_rate, with --scale_lr times the pictures in an optimizer step over all processes."""
         return self.learning_rate * (global_batch if self.scale_lr else 1)
+
+    def text_lr(self, lr: float, *, default: float, global_batch: int) -> float:
+        """The rate of parameters beside the UNet that asked for `lr`, a flag whose default is `default`.
+
+        A rate such as 5e-6 is meant for Adam. To an optimizer that estimates its own step it is a factor, which would
+        leave those parameters where they are; so there the default means the UNet's rate, near 1.
+        """
+        return self.base_lr(global_batch=global_batch) if self.estimates_step and lr == default else lr
+
+
+def averages_weights(optimizer: str) -> bool:
+    """Of a value of --optimizer: whether it is schedule-free, in whichever library."""
+    return "schedulefree" in optimizer.lower().replace("_", "")
+
+
+def estimates_step(optimizer: str) -> bool:
+    """Of a value of --optimizer: whether it is Prodigy or D-Adaptation, in whichever library."""
+    return optimizer.rpartition(".")[2].lower().startswith(("prodigy", "dadapt"))

@@ -29,9 +29,8 @@ HISTORY = 20  # losses kept for the message when a run diverges
 class Steppable(Protocol):
     """What an update needs of an optimizer; see trainkit.optim.Optim."""
 
-    inner: torch.optim.Optimizer
-
-    def set_lr(self, step: int) -> None: ...
+    @property
+    def active(self) -> Sequence[torch.optim.Optimizer]: ...
 
     def step(self) -> None: ...
 
@@ -79,16 +78,18 @@ class Gradients:
     ) -> Update:
         """Apply optimizer step `step` (from 0), or skip it on every rank when loss or gradient are not finite.
 
-        Summed and clipped is whatever the optimizer holds, all its groups as one vector. Rates follow the step's
-        number, so a skipped step has its rate too, and uses it up.
+        Summed and clipped are the groups that train in this step, all of them as one vector; `Optim.begin` has chosen
+        them and set their rates. What got no gradient has gradient 0, on one rank as on several.
         Raises UserError(kind="nonfinite") when more than `max_skipped` steps in a row were skipped.
         """
-        params = [p for group in optimizer.inner.param_groups for p in group["params"] if p.requires_grad]
-        optimizer.set_lr(step)
+        params = [p for inner in optimizer.active for group in inner.param_groups for p in group["params"]]
+        for p in params:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         loss, *summed = self._sum_over_ranks(params, votes).tolist()
         if self.scaler is not None:
-            self.scaler.unscale_(optimizer.inner)
-        grads = [p.grad for p in params if p.grad is not None]
+            for inner in optimizer.active:
+                self.scaler.unscale_(inner)
+        grads = [p.grad for p in params]
         norm = total_norm(grads)
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
@@ -112,8 +113,6 @@ class Gradients:
         tail = torch.cat([self.loss.view(1), torch.tensor(votes, device=self.device)])
         if ranks.world() == 1:
             return tail
-        for p in params:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         grads = [p.grad for p in params]
         flat = ranks.sum_over_ranks(torch.cat([*(g.flatten().float() for g in grads), tail]))  # [N]
         *pieces, tail = flat.split([*(g.numel() for g in grads), len(tail)])
@@ -149,7 +148,7 @@ class Gradients:
 
 def total_norm(grads: Sequence[Tensor]) -> float:
     """2-norm of all gradients as one vector. One wait for the device; a LoRA's hundreds of tensors in one call."""
-    assert grads, "no parameter got a gradient"
+    assert grads, "nothing trains in this step"
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))).item()
 
 

@@ -1,0 +1,183 @@
+"""The table of optimizers, and any other class by its dotted path.
+
+A new optimizer is a row in OPTIMIZERS, and its name among the choices of --optimizer.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import difflib
+import importlib
+import inspect
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from trainkit.errors import Problem, UserError, refuse
+from trainkit.optim.groups import ParamGroup, averages
+
+if TYPE_CHECKING:
+    from trainkit.options import OptimizerOptions
+
+Arguments = dict[str, object]
+OURS = ("params", "lr")  # arguments of a constructor that only we give
+WORDS = {"true": True, "false": False, "none": None}
+
+
+def no_arguments(o: OptimizerOptions, group: ParamGroup) -> Arguments:
+    return {}
+
+
+def adam(o: OptimizerOptions, group: ParamGroup) -> Arguments:
+    return {"betas": (o.adam_beta1, o.adam_beta2), "eps": o.adam_epsilon}
+
+
+def fused_adam(o: OptimizerOptions, group: ParamGroup) -> Arguments:
+    """LoRA has hundreds of small tensors, so a step is mostly launches: fused is about 8 times faster."""
+    places = ("cpu", "cuda", "mps", "xpu")
+    fused = all(p.dtype == torch.float32 and p.device.type in places for p in group["params"])
+    return adam(o, group) | {"fused": fused}
+
+
+def prodigy(o: OptimizerOptions, group: ParamGroup) -> Arguments:
+    """d starts at its own 1e-6, or at the group's `first_step`: from far too low, d never leaves a noisy gradient."""
+    start = {"d0": group["first_step"]} if "first_step" in group else {}
+    return adam(o, group) | start | {
+        "beta3": o.prodigy_beta3, "decouple": o.prodigy_decouple, "use_bias_correction": o.prodigy_use_bias_correction,
+        "safeguard_warmup": o.prodigy_safeguard_warmup}
+
+
+def adafactor(o: OptimizerOptions, group: ParamGroup) -> Arguments:
+    """No momentum, and the rate as it is: steps relative to a weight's size would hardly move LoRA's B away from 0."""
+    return {"betas": (None, 0.999), "scale_parameter": False, "relative_step": False}
+
+
+@dataclass(frozen=True)
+class Row:
+    """The class and what the flags give its constructor beside rate and decay; its own defaults hold for the rest."""
+
+    path: str
+    arguments: Callable[[OptimizerOptions, ParamGroup], Arguments] = no_arguments
+
+    @property
+    def package(self) -> str:
+        """What must be installed; `pip install` knows it by the same name."""
+        return self.path.partition(".")[0]
+
+
+OPTIMIZERS = {
+    # Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization", arXiv:1711.05101
+    "adamw": Row("torch.optim.AdamW", fused_adam),
+    # Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", arXiv:2110.02861; small tensors keep 32 bits
+    "adamw8bit": Row("bitsandbytes.optim.AdamW8bit", adam),
+    # its state may leave the GPU for main memory: Dettmers et al. 2023, "QLoRA", arXiv:2305.14314, section 3
+    "paged_adamw": Row("bitsandbytes.optim.PagedAdamW", adam),
+    "paged_adamw8bit": Row("bitsandbytes.optim.PagedAdamW8bit", adam),
+    # Mishchenko & Defazio 2024, "Prodigy", arXiv:2306.06101, algorithm 4
+    "prodigy": Row("prodigyopt.Prodigy", prodigy),
+    # Shazeer & Stern 2018, "Adafactor", arXiv:1804.04235
+    "adafactor": Row("pytorch_optimizer.AdaFactor", adafactor),
+    # Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", arXiv:2302.06675
+    "lion": Row("pytorch_optimizer.Lion"),
+    # Luo et al. 2023, "CAME: Confidence-guided Adaptive Memory Efficient Optimization", arXiv:2307.02047
+    "came": Row("pytorch_optimizer.CAME"),
+    # Defazio et al. 2024, "The Road Less Scheduled", arXiv:2405.15682
+    "schedule_free_adamw": Row("pytorch_optimizer.ScheduleFreeAdamW", adam),
+}
+
+
+def row_of(o: OptimizerOptions) -> Row:
+    return Row(o.algorithm) if o.is_class else OPTIMIZERS[o.algorithm]
+
+
+def library(o: OptimizerOptions) -> str:
+    """The package the optimizer comes from."""
+    return row_of(o).package
+
+
+def make_inner(group: ParamGroup, o: OptimizerOptions) -> torch.optim.Optimizer:
+    """The torch optimizer the options ask for, over one group, ready to train.
+
+    Raises UserError for a class that is not there or is no optimizer, and for arguments it does not take.
+    """
+    kind = find_class(o)
+    accepted = parameters_of(kind)
+    asked = dict(read_arguments(o.optimizer_args or ""))
+    refuse(_argument_problems(kind, accepted, asked))
+    common = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+    arguments = {k: v for k, v in common.items() if k in accepted} | row_of(o).arguments(o, group) | asked
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # some constructors print, into our progress line
+            inner = kind([{"name": group["name"], "params": group["params"]}], **arguments)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise UserError(Problem(
+            f"--optimizer {o.optimizer} refuses its arguments", "--optimizer_args, --learning_rate", str(error),
+            f"it was given {', '.join(f'{k}={v!r}' for k, v in arguments.items())}; change what it names")) from error
+    if averages(inner):
+        inner.train()
+    return inner
+
+
+def find_class(o: OptimizerOptions) -> type[torch.optim.Optimizer]:
+    """The class the options mean. Raises UserError naming the pip command, or the nearest class."""
+    path, package, flag = row_of(o).path, row_of(o).package, f"--optimizer {o.algorithm}"
+    module_path, _, name = path.rpartition(".")
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        ours = any(package == row.package for row in OPTIMIZERS.values())
+        raise UserError(Problem(
+            f"{flag} needs the package {package}", flag, f"it cannot be imported here ({error})",
+            f"pip install {package}" if ours else "mend the path, or install what provides it")) from error
+    try:
+        kind = getattr(importlib.import_module(module_path), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(Problem(f"there is no {path}", flag, str(error), _nearest_class(package, name))) from error
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        raise UserError(Problem(f"{path} is no optimizer", flag, "it is not a subclass of torch.optim.Optimizer",
+                                _nearest_class(package, name)))
+    return kind
+
+
+def _nearest_class(package: str, name: str) -> str:
+    place = "torch.optim" if package == "torch" else package
+    found = importlib.import_module(place)
+    classes = {k.lower(): k for k, v in vars(found).items() if isinstance(v, type)}
+    near = difflib.get_close_matches(name.lower(), classes, n=3, cutoff=0.6)
+    return "did you mean " + ", ".join(f"{place}.{classes[k]}" for k in near) + "?" if near else (
+        "give the full path of an optimizer class, such as torch.optim.NAdam")
+
+
+def parameters_of(kind: type) -> list[str]:
+    """Names of the arguments that a class's constructor declares; what it might find in **kwargs does not count."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [name for name, p in inspect.signature(kind).parameters.items() if p.kind in named]
+
+
+def read_arguments(text: str) -> Iterator[tuple[str, object]]:
+    """"momentum=0.9 betas=(0.9, 0.99)" -> its pairs. Raises UserError for what is no name=VALUE."""
+    for part in filter(None, re.split(r"\s+(?=[A-Za-z_]\w*=)", text.strip())):
+        name, _, value = part.partition("=")
+        try:
+            yield name, WORDS[value.lower()] if value.lower() in WORDS else ast.literal_eval(value)
+        except (ValueError, SyntaxError) as error:
+            raise UserError(Problem(
+                f"--optimizer_args cannot hold {part!r}", "--optimizer_args",
+                "a value is a number, true, false, none, a tuple, or text in quotes",
+                "--optimizer_args \"d_coef=0.5 betas=(0.9, 0.99) mode='fast'\", for example")) from error
+
+
+def _argument_problems(kind: type, accepted: Sequence[str], asked: Mapping[str, object]) -> Iterator[Problem]:
+    if "lr" not in accepted:
+        yield Problem(f"{kind.__name__} takes no learning rate", "--optimizer",
+                      "the rate follows --lr_scheduler, so its constructor must take lr", "choose another class")
+    open_ones = [name for name in accepted if name not in OURS]
+    unknown = [name for name in asked if name not in open_ones]
+    if unknown:
+        yield Problem(f"{kind.__name__} takes no {', '.join(unknown)} from --optimizer_args", "--optimizer_args",
+                      f"it takes {', '.join(open_ones)}", "mend or remove it; --learning_rate gives lr")
