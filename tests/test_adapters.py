@@ -1,4 +1,4 @@
-"""Adapters: the only trainable tensors, fp32, on exactly the chosen layers; and a forward pass equal to PEFT's."""
+"""Adapters: fp32, on exactly the chosen layers, starting at the base model; and a forward pass equal to PEFT's."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from tests.tiny import TEXT_WIDTHS, tiny_unet
 from trainkit import lean_lora
-from trainkit.adapters import NAME, Adapters, add_lora, problems
+from trainkit.adapters import BLORA_BLOCKS, NAME, Adapters, add_adapters, problems
 from trainkit.errors import UserError
-from trainkit.families.sdxl import LORA_TARGETS
-from trainkit.lean_lora import LeanLinear, LowRankUpdate
-from trainkit.options import LoraOptions, OptimizerOptions
+from trainkit.families.sdxl import LORA_TARGETS, TEXT_LORA_TARGETS
+from trainkit.lean_lora import DecomposedUpdate, LeanDora, LeanLinear, LeanLoha, LeanLokr, LowRankUpdate
+from trainkit.options import LoraOptions
 
 Inputs = dict[str, object]
 
@@ -38,7 +38,7 @@ def inputs() -> Inputs:
 
 def lora(base: nn.Module, *, seed: int = 0, dtype: torch.dtype = torch.float32, **options: object) -> Adapters:
     unet = copy.deepcopy(base).to(dtype)
-    return add_lora(unet, LoraOptions(**options), targets=LORA_TARGETS, seed=seed)
+    return add_adapters(unet, LoraOptions(**options), targets=LORA_TARGETS, seed=seed)
 
 
 def train_a_little(adapters: Adapters) -> None:
@@ -49,9 +49,16 @@ def train_a_little(adapters: Adapters) -> None:
         B.data.copy_(torch.randn(B.shape, generator=g) * 0.1)
 
 
+def train_everything_a_little(adapters: Adapters, size: float = 0.05) -> None:
+    """Every parameter of any kind moved."""
+    g = torch.Generator().manual_seed(2)
+    for parameter in adapters.parameters():
+        parameter.data += torch.randn(parameter.shape, generator=g) * size
+
+
 def gradients(adapters: Adapters, inputs: Inputs) -> dict[str, Tensor]:
-    adapters.unet.zero_grad()
-    adapters.unet(**inputs).sample.square().mean().backward()
+    adapters.network.zero_grad()
+    adapters.network(**inputs).sample.square().mean().backward()
     return {name: p.grad.clone() for name, p in adapters.named_parameters().items()}
 
 
@@ -71,28 +78,160 @@ def test_each_choice_of_layers_adapts_what_it_says(base, layers, per_block, per_
     adapters = lora(base, lora_layers=layers)
     transformers = [m for m in base.modules() if type(m).__name__ == "Transformer2DModel"]
     blocks = sum(len(t.transformer_blocks) for t in transformers)
-    assert len(adapters.layers) == per_block * blocks + per_attention * len(transformers)
+    linear = per_block * blocks + per_attention * len(transformers)
+    assert len(adapters.layers) == linear
+    with_convolutions = lora(base, lora_layers=f"{layers}+conv")
+    resnets = [m for m in base.modules() if type(m).__name__ == "ResnetBlock2D"]
+    shortcuts = [r for r in resnets if r.conv_shortcut is not None]
+    assert len(with_convolutions.layers) == linear + 2 * len(resnets) + len(shortcuts) + 2 + 2  # levels change twice
+    assert shortcuts and not any("conv_in" in path or "conv_out" in path for path in with_convolutions.layers)
 
 
 def test_only_adapters_get_gradients_and_every_adapter_gets_one(base, inputs):
     adapters = lora(base, lora_layers="all-linear")
     train_a_little(adapters)
     own = {id(p) for p in adapters.parameters()}
-    assert {id(p) for p in adapters.unet.parameters() if p.requires_grad} == own
+    assert {id(p) for p in adapters.network.parameters() if p.requires_grad} == own
     grads = gradients(adapters, inputs)
     assert all(g.abs().max() > 0 for g in grads.values())
-    assert all(p.grad is None for p in adapters.unet.parameters() if id(p) not in own)
+    assert all(p.grad is None for p in adapters.network.parameters() if id(p) not in own)
 
 
-def test_a_fresh_adapter_changes_nothing(base, inputs):
+KINDS = [  # every kind of adapter, what it stands on and how it starts
+    {}, {"lora_layers": "attention+conv", "lora_alpha": 2}, {"use_rslora": True}, {"use_dora": True, "lora_alpha": 6},
+    {"use_dora": True, "lora_layers": "attention+conv"}, {"init_lora_weights": "pissa", "lora_alpha": 6},
+    {"init_lora_weights": "olora"}, {"lora_type": "loha"}, {"lora_type": "loha", "lora_layers": "attention+conv"},
+    {"lora_type": "lokr"}, {"lora_type": "lokr", "lora_layers": "attention+conv", "lokr_factor": 4},
+    {"lora_type": "lokr", "rank": 64, "lora_alpha": 6}, {"use_blora": True},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_kind_starts_at_the_base_in_any_precision(base, inputs, kind, dtype):
+    adapters, alone = lora(base, dtype=dtype, **kind), copy.deepcopy(base).to(dtype)
+    assert {p.dtype for p in adapters.parameters()} == {torch.float32}
+    cast = {k: v.to(dtype) if k in ("sample", "encoder_hidden_states") else v for k, v in inputs.items()}
+    cast["added_cond_kwargs"] = {k: v.to(dtype) for k, v in inputs["added_cond_kwargs"].items()}
     with torch.no_grad():
-        assert torch.equal(lora(base).unet(**inputs).sample, base(**inputs).sample)
+        found, wanted = adapters.network(**cast).sample, alone(**cast).sample
+    if kind.get("use_dora"):  # m / ‖W‖ is 1 to within rounding
+        limit = {torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]
+        assert (found - wanted).abs().max() < limit * wanted.abs().max()
+    else:
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_every_kind_gives_the_same_start_whatever_was_drawn_before(base, kind):
+    torch.manual_seed(1)
+    one = lora(base, seed=3, **kind).state_dict()
+    torch.manual_seed(2)
+    two, other = lora(base, seed=3, **kind).state_dict(), lora(base, seed=4, **kind).state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert "init_lora_weights" in kind or any(not torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_what_is_said_to_be_added_to_the_weight_is_what_the_network_does(base, inputs, kind):
+    """ΔW put into the bare base gives the trained network's answer, and PEFT agrees where it can say."""
+    adapters, merged = lora(base, **kind), copy.deepcopy(base)
+    train_everything_a_little(adapters)
+    for path, layer in adapters.layers.items():
+        delta = adapters.delta_weight(path)
+        weight = merged.get_submodule(path).weight
+        weight += delta.view(weight.shape).float()
+        if not kind.get("use_dora"):
+            torch.testing.assert_close(delta.float(), layer.get_delta_weight(NAME).flatten(1), rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        found, wanted, bare = (net(**inputs).sample for net in (adapters.network, merged, base))
+    effect, rounding = (wanted - bare).abs().max(), 5e-6 * wanted.abs().max()
+    assert (found - wanted).abs().max() < 1e-4 * effect + rounding and effect > 10 * rounding
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_every_kind_trains_every_parameter_and_continues_bit_for_bit(base, inputs, kind):
+    adapters = lora(base, **kind)
+    train_everything_a_little(adapters)
+    assert all(g.abs().max() > 0 for g in gradients(adapters, inputs).values())
+    tensors, data = adapters.pack()
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    fresh = lora(base, seed=9, **kind)
+    fresh.unpack(tensors, data)
+    with torch.no_grad():
+        assert torch.equal(fresh.network(**inputs).sample, adapters.network(**inputs).sample)
+
+
+@pytest.mark.parametrize("how", ["pissa", "olora"])
+def test_pissa_and_olora_start_in_main_directions_and_leave_the_base_alone(base, inputs, how):
+    adapters = lora(base, init_lora_weights=how, rank=8, lora_alpha=4)
+    before = base(**inputs).sample
+    train_everything_a_little(adapters)
+    for path in adapters.layers:
+        A0, B0 = adapters.state_dict()[f"{path}.start_A"], adapters.state_dict()[f"{path}.start_B"]
+        W = base.get_submodule(path).weight
+        assert torch.equal(adapters.network.get_submodule(path).get_base_layer().weight, W)
+        if how == "pissa":
+            best = torch.linalg.svdvals(W)[8:].square().sum().sqrt()
+            assert (W - 0.5 * B0 @ A0).norm() < 1.05 * best
+        else:
+            torch.testing.assert_close(B0.t() @ B0, torch.eye(8), rtol=0, atol=1e-5)
+            Q, R = torch.linalg.qr(W)
+            torch.testing.assert_close(B0 @ A0, Q[:, :8] @ R[:8], rtol=1e-4, atol=1e-5)
+    adapters.network.disable_adapters()
+    assert torch.equal(adapters.network(**inputs).sample, before)
+
+
+def test_a_rank_above_what_a_weight_has_is_refused_for_pissa(base):
+    options = LoraOptions(init_lora_weights="pissa", rank=100)
+    problem, = problems(base, options, targets=LORA_TARGETS)
+    assert "--rank 100" in problem.what and "--rank 56 at most" in problem.fix
+
+
+def test_blora_adapts_the_two_blocks_and_composes_with_the_layers(base):
+    paths = lora(base, use_blora=True, lora_layers="attention+ff").layers
+    assert {".".join(path.split(".")[:4]) for path in paths} == set(BLORA_BLOCKS)
+    assert any("ff.net" in path for path in paths)
+
+
+def test_blora_is_refused_where_there_are_no_such_blocks(base):
+    flat = nn.ModuleDict({"down_blocks": nn.ModuleDict({"attentions": nn.ModuleDict({"to_q": nn.Linear(4, 4)})})})
+    problem, = problems(flat, LoraOptions(use_blora=True), targets=LORA_TARGETS)
+    assert "B-LoRA" in problem.what and "up_blocks.0.attentions.0" in problem.why
+
+
+def test_rslora_scales_by_the_root_of_the_rank(base):
+    assert lora(base, use_rslora=True, rank=16, lora_alpha=8).scale == 2.0
+    assert next(iter(lora(base, use_rslora=True, rank=16, lora_alpha=8).layers.values())).scaling[NAME] == 2.0
+
+
+def test_without_a_share_of_the_steps_the_unet_has_no_adapters(base):
+    adapters = lora(base, train_unet_frac=0)
+    assert not adapters.layers and not adapters.parameters() and adapters.groups(lr=1.0, weight_decay=0.0) == []
+    adapters.unpack(*adapters.pack())
+    assert adapters.network.state_dict().keys() == base.state_dict().keys()
+
+
+def test_text_encoders_take_adapters_of_their_own_and_no_blocks(text_encoders):
+    options = LoraOptions(lora_unet_blocks="up_blocks.0", lora_layers="all-linear", train_unet_frac=0)
+    for prefix, encoder in zip(("text_encoder", "text_encoder_2"), text_encoders, strict=True):
+        adapters = add_adapters(copy.deepcopy(encoder), options, prefix=prefix, targets=TEXT_LORA_TARGETS, seed=0)
+        assert len(adapters.layers) == 4 * 3 and adapters.groups(lr=1.0, weight_decay=0.0)[0]["name"] == prefix
+        assert all("self_attn" in path for path in adapters.layers)
+
+
+@pytest.fixture(scope="module")
+def text_encoders(tiny_sdxl):
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    return [kind.from_pretrained(tiny_sdxl / folder).requires_grad_(False) for kind, folder in (
+        (CLIPTextModel, "text_encoder"), (CLIPTextModelWithProjection, "text_encoder_2"))]
 
 
 def test_adapters_are_fp32_over_a_bf16_base(base):
     adapters = lora(base, dtype=torch.bfloat16)
     assert {p.dtype for p in adapters.parameters()} == {torch.float32}
-    assert adapters.unet.conv_in.weight.dtype == torch.bfloat16
+    assert adapters.network.conv_in.weight.dtype == torch.bfloat16
 
 
 def test_the_start_depends_on_seed_and_path_and_on_nothing_else(base):
@@ -129,7 +268,7 @@ def test_a_block_that_matches_nothing_is_refused_with_the_nearest_names(base, wr
     problem, = problems(base, options, targets=LORA_TARGETS)
     assert wrong in problem.what and "attentions" in problem.fix
     with pytest.raises(UserError):
-        add_lora(copy.deepcopy(base), options, targets=LORA_TARGETS, seed=0)
+        add_adapters(copy.deepcopy(base), options, targets=LORA_TARGETS, seed=0)
 
 
 @pytest.mark.parametrize("listed", [" , ", ",", "  "])
@@ -156,13 +295,6 @@ def test_packed_adapters_continue_bit_for_bit_and_others_are_refused(base):
             lora(base, **other).unpack(tensors, data)
 
 
-def test_delta_weight_is_pefts(base):
-    adapters = lora(base, rank=4, lora_alpha=6)
-    train_a_little(adapters)
-    for path, layer in adapters.layers.items():
-        torch.testing.assert_close(adapters.delta_weight(path).float(), layer.get_delta_weight(NAME))
-
-
 def test_whatever_peft_trains_in_a_layer_is_trained_saved_and_resumed(base):
     """A DoRA layer has a magnitude beside A and B."""
     from peft import LoraConfig
@@ -178,9 +310,24 @@ def test_whatever_peft_trains_in_a_layer_is_trained_saved_and_resumed(base):
 
 def test_groups_hold_every_parameter_once(base):
     adapters = lora(base)
-    group, = adapters.groups(OptimizerOptions(learning_rate=1e-4, adam_weight_decay=0.01), global_batch=4)
-    assert group["name"] == "unet" and group["lr"] == 1e-4 and group["weight_decay"] == 0.01
+    group, = adapters.groups(lr=1e-4, weight_decay=0.01, stop=7)
+    assert group["name"] == "unet" and group["lr"] == 1e-4 and group["weight_decay"] == 0.01 and group["stop"] == 7
     assert [id(p) for p in group["params"]] == [id(p) for p in adapters.parameters()]
+
+
+def test_groups_out_of_training_are_still_packed(base):
+    adapters = lora(base)
+    for parameter in adapters.parameters():
+        parameter.requires_grad_(False)
+    assert len(adapters.pack()[0]) == 2 * len(adapters.layers)
+
+
+def test_loraplus_gives_the_bs_their_own_rate(base):
+    adapters = lora(base, loraplus_lr_ratio=16, use_dora=True)
+    first, second = adapters.groups(lr=1e-4, weight_decay=0.01)
+    assert (first["name"], second["name"]) == ("unet", "unet.B") and second["lr"] == pytest.approx(1.6e-3)
+    assert {id(p) for p in second["params"]} == {id(adapters.factors(path)[1]) for path in adapters.layers}
+    assert len(first["params"]) == 2 * len(adapters.layers)  # A and the magnitude
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -189,15 +336,18 @@ def test_groups_hold_every_parameter_once(base):
 SMALL, LARGE = (48, 32), (200, 400)  # in, out: merged, and not
 
 
-def layer_pair(sizes: tuple[int, int], *, bias: bool = True, dropout: float = 0.0, dtype: torch.dtype = torch.float32):
+def layer_pair(sizes: tuple[int, int], *, bias: bool = True, dropout: float = 0.0, dtype: torch.dtype = torch.float32,
+               dora: bool = False):
     """The same PEFT layer twice, the second one lean."""
     from peft import LoraConfig
     from peft.tuners.lora.layer import Linear
 
     torch.manual_seed(3)
-    config = LoraConfig(r=4, lora_alpha=6, lora_dropout=dropout)
+    config = LoraConfig(r=4, lora_alpha=6, lora_dropout=dropout, use_dora=dora)
     stock = Linear(nn.Linear(*sizes, bias=bias).requires_grad_(False), NAME, config, r=4, lora_alpha=6)
     nn.init.normal_(stock.lora_B[NAME].weight, std=0.1)
+    for magnitude in stock.lora_magnitude_vector.parameters():
+        nn.init.uniform_(magnitude, 0.5, 2)
     stock.base_layer.to(dtype)
     lean = copy.deepcopy(stock)
     assert lean_lora.install(lean, NAME)
@@ -209,7 +359,8 @@ def run(layer: nn.Module, x: Tensor, *, needs_dx: bool = True) -> list[Tensor | 
     x = x.clone().requires_grad_(needs_dx)
     y = layer(x)
     (y.float() * torch.linspace(-1, 1, y.shape[-1])).sum().backward()
-    return [y, x.grad, layer.lora_A[NAME].weight.grad, layer.lora_B[NAME].weight.grad]
+    return [y, x.grad, layer.lora_A[NAME].weight.grad, layer.lora_B[NAME].weight.grad,
+            *(magnitude.grad for magnitude in layer.lora_magnitude_vector.parameters())]
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -224,13 +375,35 @@ def test_written_out_backward_is_the_derivative(bias, needs_dx):
     torch.testing.assert_close(LowRankUpdate.apply(*args), y)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("needs_dx", [True, False])
+def test_doras_written_out_backward_is_the_derivative_at_a_constant_norm(bias, needs_dx):
+    g = torch.Generator().manual_seed(0)
+    shapes = ((2, 3, 5), (4, 5), (4,), (2, 5), (4, 2), (4,))
+    x, W, b, A, B, s = (torch.randn(*shape, dtype=torch.float64, generator=g) for shape in shapes)
+    args = (x.requires_grad_(needs_dx), W, b if bias else None, A.requires_grad_(), B.requires_grad_(),
+            s.requires_grad_(), 1.5)
+    assert torch.autograd.gradcheck(DecomposedUpdate.apply, args)
+    V = W + 1.5 * B @ A
+    torch.testing.assert_close(DecomposedUpdate.apply(*args), F.linear(x, s[:, None] * V, args[2]))
+
+
+def test_row_norms_need_no_product_of_the_factors():
+    g = torch.Generator().manual_seed(0)
+    W, A, B = (torch.randn(shape, generator=g) for shape in ((40, 30), (4, 30), (40, 4)))
+    found = lean_lora.row_norms(W, A, B, 0.7, W.square().sum(1))
+    torch.testing.assert_close(found, (W + 0.7 * B @ A).norm(dim=1))
+
+
 @pytest.mark.parametrize("sizes", [SMALL, LARGE], ids=["merged", "low rank"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(7,), (2, 7), (2, 3, 7), ()])
-def test_lean_equals_peft_in_output_and_gradients(sizes, bias, shape):
-    stock, lean = layer_pair(sizes, bias=bias)
+@pytest.mark.parametrize("dora", [False, True])
+def test_lean_equals_peft_in_output_and_gradients(sizes, bias, shape, dora):
+    stock, lean = layer_pair(sizes, bias=bias, dora=dora)
     x = torch.randn(*shape, sizes[0])
     for found, wanted in zip(run(lean, x), run(stock, x), strict=True):
+        wanted = wanted.view_as(found)  # PEFT's DoRA gives a lone vector a dimension more
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6 * float(wanted.detach().abs().max()))
         assert found.dtype == wanted.dtype
 
@@ -242,8 +415,9 @@ def test_no_gradient_is_made_for_an_input_that_needs_none(sizes):
 
 
 @pytest.mark.parametrize("sizes", [SMALL, LARGE])
-def test_a_bf16_base_keeps_its_dtype_and_gives_fp32_gradients(sizes):
-    stock, lean = layer_pair(sizes, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_bf16_base_keeps_its_dtype_and_gives_fp32_gradients(sizes, dora):
+    stock, lean = layer_pair(sizes, dtype=torch.bfloat16, dora=dora)
     x = torch.randn(5, sizes[0], dtype=torch.bfloat16)
     for found, wanted in zip(run(lean, x), run(stock, x), strict=True):
         torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.02 * float(wanted.detach().abs().max()))
@@ -251,8 +425,9 @@ def test_a_bf16_base_keeps_its_dtype_and_gives_fp32_gradients(sizes):
 
 
 @pytest.mark.parametrize("sizes", [SMALL, LARGE])
-def test_under_autocast_products_run_in_bf16_and_gradients_return_in_fp32(sizes):
-    stock, lean = layer_pair(sizes)
+@pytest.mark.parametrize("dora", [False, True])
+def test_under_autocast_products_run_in_bf16_and_gradients_return_in_fp32(sizes, dora):
+    stock, lean = layer_pair(sizes, dora=dora)
     x = torch.randn(5, sizes[0])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found, wanted = run(lean, x), run(stock, x)
@@ -305,24 +480,28 @@ def test_lean_steps_aside_where_something_else_is_asked_of_the_layer(monkeypatch
     assert lean_calls(lambda layer: layer.set_scale(NAME, 0.5)) == 1
 
 
-def test_dora_and_other_variants_are_never_made_lean():
+def test_other_variants_and_convolutions_are_never_made_lean(base):
     from peft import LoraConfig
     from peft.tuners.lora.layer import Linear
 
-    config = LoraConfig(r=4, lora_alpha=4, use_dora=True)
+    config = LoraConfig(r=4, lora_alpha=4, lora_bias=True)
     layer = Linear(nn.Linear(8, 8), NAME, config, r=4, lora_alpha=4)
     assert not lean_lora.install(layer, NAME) and type(layer) is Linear
+    adapted = lora(base, lora_layers="attention+conv").layers
+    assert {isinstance(layer, LeanLinear) for path, layer in adapted.items() if "conv" in path} == {False}
 
 
-@pytest.mark.parametrize("layers", ["attention", "all-linear"])
-def test_a_unet_trains_the_same_with_lean_layers_as_with_pefts(base, inputs, monkeypatch, layers):
-    build = lambda: lora(base, lora_layers=layers, rank=4, lora_alpha=6)  # noqa: E731
+@pytest.mark.parametrize("kind, lean_class", [
+    ({"lora_layers": "attention"}, LeanLinear), ({"lora_layers": "all-linear"}, LeanLinear),
+    ({"use_dora": True}, LeanDora), ({"lora_type": "loha"}, LeanLoha), ({"lora_type": "lokr"}, LeanLokr)], ids=str)
+def test_a_unet_trains_the_same_with_lean_layers_as_with_pefts(base, inputs, monkeypatch, kind, lean_class):
+    build = lambda: lora(base, rank=4, lora_alpha=6, **kind)  # noqa: E731
     lean, stock = build(), without_lean(monkeypatch, build)
-    assert all(isinstance(layer, LeanLinear) for layer in lean.layers.values())
-    assert not any(isinstance(layer, LeanLinear) for layer in stock.layers.values())
-    assert lean.unet.state_dict().keys() == stock.unet.state_dict().keys()
+    assert {type(layer) for layer in lean.layers.values()} == {lean_class}
+    assert all(type(layer).__module__.startswith("peft.") for layer in stock.layers.values())
+    assert lean.network.state_dict().keys() == stock.network.state_dict().keys()
     for adapters in (lean, stock):
-        train_a_little(adapters)
+        train_everything_a_little(adapters, 0.2 if "lora_type" in kind else 0.05)
     found, wanted = gradients(lean, inputs), gradients(stock, inputs)
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=1e-4 * float(wanted[name].abs().max()))
@@ -334,7 +513,7 @@ def test_gradient_checkpointing_changes_no_gradient(base, inputs, monkeypatch, m
     adapters = lora(base)
     train_a_little(adapters)
     plain = gradients(adapters, inputs)
-    adapters.unet.enable_gradient_checkpointing()
+    adapters.network.enable_gradient_checkpointing()
     again = gradients(adapters, inputs)
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
@@ -345,8 +524,8 @@ def test_adapters_train_under_ddp(base, inputs, tmp_path):
     alone = gradients(adapters, inputs)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
-        wrapped = nn.parallel.DistributedDataParallel(adapters.unet)
-        adapters.unet.zero_grad()
+        wrapped = nn.parallel.DistributedDataParallel(adapters.network)
+        adapters.network.zero_grad()
         wrapped(**inputs).sample.square().mean().backward()
         for name, parameter in adapters.named_parameters().items():
             torch.testing.assert_close(parameter.grad, alone[name])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trainkit import export
-from trainkit.adapters import Adapters, add_lora
+from trainkit.adapters import Adapters, add_adapters, updates
 from trainkit.errors import UserError
 from trainkit.families import sdxl
 from trainkit.files import load_tensors, save_tensors
@@ -40,11 +40,11 @@ def pipeline(tiny_sdxl: Path):
 def trained(family: sdxl.SDXL, *, size: float = 0.05, **options: object) -> Adapters:
     """Adapters as after training: B away from zero."""
     settings = LoraOptions(**{"rank": 4, "lora_alpha": 6, **options})
-    adapters = add_lora(copy.deepcopy(family.unet), settings, targets=family.lora_targets, seed=0)
+    adapters = add_adapters(copy.deepcopy(family.unet), settings, targets=family.lora_targets, seed=0)
     g = torch.Generator().manual_seed(7)
-    for path in adapters.layers:
-        B = adapters.factors(path)[1]
-        B.data.copy_(torch.randn(B.shape, generator=g) * size)
+    for name, parameter in adapters.named_parameters().items():
+        if not name.endswith(("lora_A.weight", "lora_magnitude_vector.weight")):
+            parameter.data.copy_(torch.randn(parameter.shape, generator=g) * size)
     return adapters
 
 
@@ -55,8 +55,8 @@ def adapters(family: sdxl.SDXL) -> Adapters:
 
 def write(adapters: Adapters, family: sdxl.SDXL, folder: Path) -> tuple[Path, Path]:
     ours, others = folder / "pytorch_lora_weights.safetensors", folder / "icons.safetensors"
-    export.write_diffusers(adapters, ours, METADATA)
-    export.write_kohya(adapters, family, others, METADATA)
+    export.write_diffusers([adapters], ours, METADATA)
+    export.write_kohya([adapters], family, others, METADATA)
     return ours, others
 
 
@@ -80,12 +80,12 @@ def output(unet: torch.nn.Module) -> Tensor:
     {"lora_unet_blocks": "up_blocks.0.attentions.1,mid_block", "lora_layers": "attention+ff"}], ids=str)
 def test_the_stock_pipeline_draws_with_both_files_what_was_trained(family, pipeline, tmp_path, options):
     adapters = trained(family, **options)
-    wanted, base = output(adapters.unet), output(family.unet)
+    wanted, base = output(adapters.network), output(family.unet)
     effect = (wanted - base).abs().max()
     assert effect > 1e-3
     ours, half = write(adapters, family, tmp_path)
     full = tmp_path / "fp32.safetensors"
-    export.write_kohya(adapters, family, full, METADATA, dtype=torch.float32)
+    export.write_kohya([adapters], family, full, METADATA, dtype=torch.float32)
     for path, tolerance in ((ours, 1e-4), (full, 1e-4), (half, 0.03)):
         pipeline.load_lora_weights(tmp_path, weight_name=path.name)
         found = output(pipeline.unet.eval())
@@ -94,10 +94,153 @@ def test_the_stock_pipeline_draws_with_both_files_what_was_trained(family, pipel
     assert torch.equal(output(pipeline.unet), base), "the next case starts from the base"
 
 
+KINDS = [
+    {"lora_layers": "all-linear+conv"}, {"use_dora": True}, {"use_dora": True, "lora_layers": "attention+conv"},
+    {"use_rslora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"lora_type": "loha"},
+    {"lora_type": "loha", "lora_layers": "attention+conv"}, {"lora_type": "lokr", "lora_layers": "attention+conv"},
+    {"lora_type": "lokr", "rank": 64, "lora_layers": "attention+conv"}]
+
+
+@pytest.fixture(scope="module")
+def icons() -> sdxl.SDXL:
+    options = ModelOptions(pretrained_model_name_or_path="assets/tiny-sdxl-icons")
+    return sdxl.load(options, device=torch.device("cpu"), weight_dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def icons_pipeline():
+    from diffusers import StableDiffusionXLPipeline
+
+    return StableDiffusionXLPipeline.from_pretrained("assets/tiny-sdxl-icons")
+
+
+def all_networks(family: sdxl.SDXL, **options: object) -> list[Adapters]:
+    """Adapters on the UNet's first up block and on both text encoders, every parameter moved."""
+    settings = LoraOptions(**{"rank": 4, "lora_alpha": 6, "lora_unet_blocks": "up_blocks.0", **options})
+    unet = add_adapters(copy.deepcopy(family.unet), settings, targets=family.lora_targets, seed=0)
+    texts = [add_adapters(copy.deepcopy(encoder), settings, targets=family.text_lora_targets, seed=0, prefix=prefix)
+             for encoder, prefix in zip(family.text_encoders, ("text_encoder", "text_encoder_2"), strict=True)]
+    g, size = torch.Generator().manual_seed(7), 0.05 if settings.lora_type == "lora" else 0.2
+    for network in (unet, *texts):
+        for parameter in network.parameters():
+            parameter.data += torch.randn(parameter.shape, generator=g) * size
+    return [unet, *texts]
+
+
+@torch.no_grad()
+def answers(unet: torch.nn.Module, *encoders: torch.nn.Module) -> list[Tensor]:
+    """What the three networks say to one input."""
+    g = torch.Generator().manual_seed(1)
+    added = {"text_embeds": torch.randn(1, 128, generator=g), "time_ids": torch.full((1, 6), 64.0)}
+    z, text = torch.randn(1, 4, 16, 16, generator=g), torch.randn(1, 77, 224, generator=g)
+    ids = torch.randint(0, 3900, (1, 77), generator=g)
+    return [unet.eval()(z, torch.tensor([500]), encoder_hidden_states=text, added_cond_kwargs=added).sample,
+            *(encoder.eval()(ids, output_hidden_states=True).hidden_states[-2] for encoder in encoders)]
+
+
+def all_near(found: list[Tensor], wanted: list[Tensor], base: list[Tensor], tolerance: float) -> bool:
+    return all((f - w).abs().max() < tolerance * (w - b).abs().max() + 5e-6 * w.abs().max()
+               for f, w, b in zip(found, wanted, base, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_the_stock_pipeline_loads_every_kind_into_unet_and_text_encoders(icons, icons_pipeline, tmp_path, kind):
+    """D9. `load_lora_weights` with the Diffusers file, whatever was trained."""
+    networks, pipe = all_networks(icons, **kind), icons_pipeline
+    wanted, base = answers(*(n.network for n in networks)), answers(icons.unet, *icons.text_encoders)
+    assert not all_near(base, wanted, base, 0.5)
+    export.write_diffusers(networks, tmp_path / "ours.safetensors", METADATA)
+    assert export.verify(tmp_path / "ours.safetensors", networks, layout="diffusers") < 1e-6
+    pipe.load_lora_weights(tmp_path, weight_name="ours.safetensors")
+    found = answers(pipe.unet, pipe.text_encoder, pipe.text_encoder_2)
+    pipe.unload_lora_weights()
+    assert all_near(found, wanted, base, 1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_the_webui_file_read_by_lycoris_rules_is_what_was_trained(icons, tmp_path, kind):
+    """D9. UNet and both text encoders in one file; every kind by the rules of LyCORIS's own modules."""
+    networks = all_networks(icons, **kind)
+    wanted, base = answers(*(n.network for n in networks)), answers(icons.unet, *icons.text_encoders)
+    export.write_kohya(networks, icons, tmp_path / "others.safetensors", METADATA)
+    assert export.verify(tmp_path / "others.safetensors", networks, layout="webui") < 2e-3
+    tensors = load_tensors(tmp_path / "others.safetensors")
+    merged = [copy.deepcopy(part) for part in (icons.unet, *icons.text_encoders)]
+    for network, bare in zip(networks, merged, strict=True):
+        for path in network.layers:
+            head = f"{icons.webui_name(path, network.prefix)}."
+            parts = {k.removeprefix(head): tensors.pop(k).float() for k in list(tensors) if k.startswith(head)}
+            merge_by_lycoris_rules(bare.get_submodule(path).weight, parts)
+    assert not tensors
+    assert all_near(answers(*merged), wanted, base, 0.02)
+
+
+def merge_by_lycoris_rules(W: Tensor, parts: Tensors) -> None:
+    """What lycoris/modules/locon.py, loha.py and lokr.py make of a weight; DoRA's norm with `wd_on_out`."""
+    alpha = float(parts["alpha"])
+    if "lora_up.weight" in parts:
+        up, down = parts["lora_up.weight"], parts["lora_down.weight"]
+        delta = up.flatten(1) @ down.flatten(1) * alpha / len(down)
+    elif "hada_w1_a" in parts:
+        delta = (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"])
+        delta *= alpha / len(parts["hada_w1_b"])
+    elif "lokr_w2" in parts:
+        w1, w2 = parts["lokr_w1"], parts["lokr_w2"]
+        delta = torch.kron(w1.view(*w1.shape, *[1] * (w2.ndim - 2)), w2)
+    else:
+        delta = torch.kron(parts["lokr_w1"], parts["lokr_w2_a"] @ parts["lokr_w2_b"]) * alpha / len(parts["lokr_w2_b"])
+    W += delta.view(W.shape)
+    if "dora_scale" in parts:
+        assert parts["dora_scale"].shape == (len(W), *[1] * (W.ndim - 1))
+        W *= parts["dora_scale"] / W.flatten(1).norm(dim=1).view(parts["dora_scale"].shape)
+
+
+@pytest.mark.parametrize("kind, module, args", [
+    ({}, "networks.lora", {}),
+    ({"lora_layers": "attention+conv"}, "networks.lora", {"conv_dim": "4", "conv_alpha": "6.0"}),
+    ({"use_dora": True}, "lycoris.kohya", {"algo": "lora", "dora_wd": "True", "wd_on_output": "True"}),
+    ({"lora_type": "loha"}, "lycoris.kohya", {"algo": "loha"}),
+    ({"lora_type": "lokr"}, "lycoris.kohya", {"algo": "lokr", "factor": "8"}),
+])
+def test_the_webui_header_names_the_module_that_reads_the_kind(family, tmp_path, kind, module, args):
+    _, others = write(trained(family, **kind), family, tmp_path)
+    metadata = header(others)
+    assert metadata["ss_network_module"] == module and json.loads(metadata["ss_network_args"]) == args
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "6.0")
+
+
+def test_a_pissa_file_is_a_plain_lora_of_twice_the_rank(family, tmp_path):
+    adapters = trained(family, init_lora_weights="pissa")
+    _, others = write(adapters, family, tmp_path)
+    metadata, tensors = header(others), load_tensors(others)
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("8", "12.0")
+    assert {len(t) for name, t in tensors.items() if name.endswith("lora_down.weight")} == {8}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("layout", ["diffusers", "webui"])
+def test_any_changed_number_of_any_kind_is_found_out(icons, tmp_path, kind, layout):
+    networks = all_networks(icons, **kind)
+    path = tmp_path / "file.safetensors"
+    if layout == "diffusers":
+        export.write_diffusers(networks, path, {})
+    else:
+        export.write_kohya(networks, icons, path, {})
+    tensors = load_tensors(path)
+    ends = {name.partition(".lora_")[2] or name.rpartition(".")[2]: name for name in tensors}
+    if kind.get("rank") == 64:
+        ends.pop("alpha", None)  # nothing reads it where both of LoKr's factors are whole
+    for name in ends.values():
+        changed = tensors | {name: tensors[name] * 1.01}
+        save_tensors(path, changed)
+        with pytest.raises(UserError, match="does not hold what was trained"):
+            export.verify(path, networks, layout=layout)
+
+
 def test_both_files_verify(adapters, family, tmp_path):
     ours, others = write(adapters, family, tmp_path)
-    assert export.verify(ours, adapters, layout="diffusers") <= 1e-6
-    assert 0 < export.verify(others, adapters, layout="webui") <= 1e-3
+    assert export.verify(ours, [adapters], layout="diffusers") <= 1e-6
+    assert 0 < export.verify(others, [adapters], layout="webui") <= 1e-3
 
 
 def test_the_diffusers_file_needs_no_alpha_and_says_so(adapters, family, tmp_path):
@@ -147,8 +290,8 @@ def test_an_adapter_of_any_size_keeps_its_digits(family, tmp_path, size):
     """A short Prodigy run, or a learning rate of 1e-9, ends with a B far below what fp16 can hold."""
     adapters = trained(family, size=size)
     ours, others = write(adapters, family, tmp_path)
-    assert export.verify(ours, adapters, layout="diffusers") <= 1e-6
-    assert export.verify(others, adapters, layout="webui") <= 1e-3
+    assert export.verify(ours, [adapters], layout="diffusers") <= 1e-6
+    assert export.verify(others, [adapters], layout="webui") <= 1e-3
 
 
 def test_modules_are_fp16_unless_their_numbers_leave_its_normal_range(family, tmp_path):
@@ -168,7 +311,7 @@ def test_one_column_far_below_the_others_rounds_to_subnormals_and_is_no_error(fa
         adapters.factors(path)[1].data[:, 1:].mul_(1e-4)
         adapters.factors(path)[0].data[0].mul_(1e-5)
     _, others = write(adapters, family, tmp_path)
-    export.verify(others, adapters, layout="webui")
+    export.verify(others, [adapters], layout="webui")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -177,10 +320,28 @@ def test_rounding_stays_within_its_bound_and_the_bound_is_tight(dtype, sizes):
     g = torch.Generator().manual_seed(0)
     A, B = (torch.randn(shape, generator=g, dtype=torch.float64) * size
             for shape, size in zip(((4, 90), (60, 4)), sizes, strict=True))
-    found = export.Factors(A.to(dtype), B.to(dtype), 1.5)
-    error = (found.delta_weight() - 1.5 * (B @ A)).abs()
-    assert (error <= found.rounding()).all()
-    assert (error / found.rounding()).max() > 0.1
+    found = (export.Rounded.read(B.to(dtype)) @ export.Rounded.read(A.to(dtype))) * 1.5
+    error = (found.value - 1.5 * (B @ A)).abs()
+    assert (error <= found.error).all()
+    assert (error / found.error).max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_rounding_is_bounded_through_every_formula(dtype):
+    """Hadamard and Kronecker products and DoRA's rows, each bound held and no more than some times too wide."""
+    g = torch.Generator().manual_seed(0)
+    W, A, B, C, D = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in (
+        (12, 10), (2, 10), (12, 2), (3, 2), (4, 5)))
+    m = torch.rand(12, generator=g, dtype=torch.float64).float().double() + 1
+    exact = {"had": updates.Hadamard(B, A, B.flip(0), A.flip(1), 1.5), "kron": updates.Kronecker(C, D=D),
+             "dora": updates.LowRank(A, B * 1e-3, 1.5)}
+    for name, update in exact.items():
+        found = update.map(lambda t: export.Rounded.read(t.to(dtype))).delta()
+        wanted = update.delta()
+        if name == "dora":
+            found, wanted = found.decomposed(W, m), updates.decomposed(W, wanted, m)
+        error = (found.value - wanted).abs()
+        assert (error <= found.error).all() and (error / found.error).max() > 0.03
 
 
 def test_a_small_error_in_a_large_fp32_file_is_found_out(adapters, family, tmp_path):
@@ -191,20 +352,21 @@ def test_a_small_error_in_a_large_fp32_file_is_found_out(adapters, family, tmp_p
     tensors[name][0] *= 1 + 3e-6
     save_tensors(path, tensors)
     with pytest.raises(UserError, match="does not hold what was trained"):
-        export.verify(path, adapters, layout="diffusers")
+        export.verify(path, [adapters], layout="diffusers")
 
 
 def test_a_file_of_the_other_layout_is_found_out(adapters, family, tmp_path):
     ours, others = write(adapters, family, tmp_path)
     for path, layout in ((ours, "webui"), (others, "diffusers")):
         with pytest.raises(UserError, match="does not hold what was trained"):
-            export.verify(path, adapters, layout=layout)
+            export.verify(path, [adapters], layout=layout)
 
 
 def test_an_untrained_adapter_is_written_and_verified(family, tmp_path):
     adapters = trained(family, size=0.0)
     ours, others = write(adapters, family, tmp_path)
-    assert export.verify(ours, adapters, layout="diffusers") == export.verify(others, adapters, layout="webui") == 0.0
+    files = ((ours, "diffusers"), (others, "webui"))
+    assert [export.verify(path, [adapters], layout=layout) for path, layout in files] == [0.0, 0.0]
 
 
 def change(name_end: str, edit: Callable[[Tensor], Tensor]) -> Callable[[Tensors], None]:
@@ -246,7 +408,7 @@ def test_a_file_that_differs_from_the_trained_weights_is_found_out(adapters, fam
     damage(tensors)
     save_tensors(path, tensors)
     with pytest.raises(UserError, match="does not hold what was trained") as caught:
-        export.verify(path, adapters, layout=("diffusers", "webui")[which])
+        export.verify(path, [adapters], layout=("diffusers", "webui")[which])
     assert caught.value.exit_code == 74
 
 
@@ -259,7 +421,7 @@ def test_swapped_modules_are_found_out(adapters, family, tmp_path):
         tensors[q + part], tensors[k + part] = tensors[k + part], tensors[q + part]
     save_tensors(path, tensors)
     with pytest.raises(UserError, match="2 of"):
-        export.verify(path, adapters, layout="webui")
+        export.verify(path, [adapters], layout="webui")
 
 
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
@@ -275,7 +437,7 @@ def test_files_have_the_mode_the_umask_asks_for(adapters, family, tmp_path, umas
 def test_a_disk_that_refuses_is_a_users_problem(adapters, family, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError) as caught:
-        export.write_diffusers(adapters, tmp_path / "file" / "x.safetensors", {})
+        export.write_diffusers([adapters], tmp_path / "file" / "x.safetensors", {})
     assert caught.value.exit_code == 74
 
 

@@ -1,12 +1,13 @@
 """Two LoRA files people can load, each read back and compared with what was trained.
 
-    Diffusers  pytorch_lora_weights.safetensors   PEFT's names, fp32, α/r multiplied into B, so alpha = rank
+    Diffusers  pytorch_lora_weights.safetensors   PEFT's names, fp32, the scale multiplied into B, so alpha = rank
     WebUI      <name>.safetensors                 SGM names, `.alpha` tensors, ss_* and ModelSpec metadata, fp16
                                                   (fp32 for a module whose numbers leave fp16's normal range)
 
-Reading goes by each file's own rules: ΔW = B A in the first, (alpha/r) · up · down in the second.
-Source: kohya-ss/sd-scripts, networks/lora.py and library/train_util.py (names and ss_* keys); Stability-AI/ModelSpec
-1.0.1 (modelspec.* keys).
+Reading goes by each file's own rules: ΔW = B A in the first, (alpha/r) · up · down in the second, DoRA's magnitude and
+LyCORIS's factors as docs/adapters.md has them.
+Source: kohya-ss/sd-scripts, networks/lora.py and library/train_util.py (names and ss_* keys); KohakuBlueleaf/LyCORIS,
+lycoris/modules (hada_*, lokr_*, dora_scale); Stability-AI/ModelSpec 1.0.1 (modelspec.* keys).
 """
 
 from __future__ import annotations
@@ -14,75 +15,67 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from trainkit.adapters.updates import Hadamard, Kronecker, LowRank, Update, decomposed, rows_norm
 from trainkit.errors import Problem, UserError
-from trainkit.families.sgm import module_name
+from trainkit.families import sgm
 from trainkit.files import disk_errors, load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from trainkit.adapters import Adapters
     from trainkit.families.sdxl import SDXL
 
-UNET = "unet."
-DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
-LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+DOWN, UP, ALPHA, DORA_SCALE = ".lora_down.weight", ".lora_up.weight", ".alpha", ".dora_scale"
+LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector.weight"
+HADAMARD = {"B1": ".hada_w1_a", "A1": ".hada_w1_b", "B2": ".hada_w2_a", "A2": ".hada_w2_b"}  # our name -> the file's
+KRONECKER = {"C": ".lokr_w1", "B": ".lokr_w2_a", "A": ".lokr_w2_b", "D": ".lokr_w2"}
+TEXT_MODEL = "text_model."  # Transformers 5 dropped this level from CLIPTextModel; files keep it, loaders know both
 Layout = Literal["diffusers", "webui"]
+Tensors = dict[str, Tensor]
+EXACT = torch.finfo(torch.float64).eps  # of the arithmetic in which files are compared
 
 
-@dataclass(frozen=True)
-class Factors:
-    """A low-rank update as a file states it: ΔW = scale · B A."""
-
-    A: Tensor  # [r,in]
-    B: Tensor  # [out,r]
-    scale: float = 1.0
-
-    def delta_weight(self) -> Tensor:
-        """-> [out,in] fp64"""
-        return self.B.double() @ (self.scale * self.A.double())
-
-    def largest_term(self) -> float:
-        """max scale · |B[i,k] A[k,j]|: the largest of the terms that ΔW is summed from."""
-        return float(abs(self.scale) * (self.B.abs().amax(0).double() * self.A.abs().amax(1).double()).max())
-
-    def rounding(self) -> Tensor:
-        """How far each entry of ΔW may be from its value before the factors were rounded -> [out,in] fp64.
-
-            2 · scale · (|B| dA + dB |A| + dB dA),   dX = max(u |X|, s/2)
-
-        u is half of the dtype's eps, s its smallest subnormal; the 2 leaves room for the rounding of B's own scale.
-        """
-        A, B = self.A.double().abs(), self.B.double().abs()
-        dA, dB = rounding(self.A), rounding(self.B)
-        left, right = torch.cat([B, dB], dim=1), torch.cat([dA, A + dA])  # one product, not two and a sum
-        return left @ right.mul_(2 * abs(self.scale))
-
-
-def rounding(X: Tensor) -> Tensor:
-    """Largest error of rounding to the nearest number of X's dtype, entry by entry, fp64."""
-    kind = torch.finfo(X.dtype)
-    return (X.double().abs() * kind.eps / 2).clamp(min=kind.tiny * kind.eps / 2)
-
-
-def architecture_metadata(adapters: Adapters, family: SDXL) -> dict[str, str]:
+def architecture_metadata(networks: Sequence[Adapters], family: SDXL) -> dict[str, str]:
     """What a reader needs to know about any LoRA: kohya's minimum and ModelSpec's obligatory keys."""
     v_prediction = family.schedule.prediction_type == "v_prediction"
     side = family.unet.config.sample_size * family.vae_factor
     return {
-        "ss_v2": "False", "ss_base_model_version": family.webui_base, "ss_network_module": "networks.lora",
-        "ss_network_dim": str(adapters.rank), "ss_network_alpha": str(float(adapters.alpha)), "ss_network_args": "{}",
+        "ss_v2": "False", "ss_base_model_version": family.webui_base, **network_metadata(networks),
         "modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": f"{family.architecture}/lora",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.prediction_type": "v" if v_prediction else "epsilon",
     }
+
+
+def network_metadata(networks: Sequence[Adapters]) -> dict[str, str]:
+    """The module and arguments that build such a network in kohya's trainer; LyCORIS has all but plain LoRA."""
+    first = networks[0]
+    rank = max(file_rank(network) for network in networks)
+    alpha = str(float(first.scale * rank))
+    lycoris = {"algo": first.kind} | ({"factor": str(first.factor)} if first.kind == "lokr" else {})
+    if any(network.decomposed for network in networks):
+        lycoris |= {"dora_wd": "True", "wd_on_output": "True"}
+    convolves = any(len(network.shape(path)) == 4 for network in networks for path in network.layers)
+    args = {"conv_dim": str(rank), "conv_alpha": alpha} if convolves else {}
+    plain = lycoris == {"algo": "lora"}
+    return {
+        "ss_network_module": "networks.lora" if plain else "lycoris.kohya", "ss_network_dim": str(rank),
+        "ss_network_alpha": alpha, "ss_network_args": json.dumps(args if plain else lycoris | args),
+    }
+
+
+def file_rank(network: Adapters) -> int:
+    """The rank that a WebUI file's factors have: PiSSA's and OLoRA's update is 2r wide."""
+    first = next(iter(network.layers))
+    return len(network.update(first).low_rank().A) if network.kind == "lora" else network.rank
 
 
 def hash_metadata(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
@@ -104,46 +97,114 @@ def hash_metadata(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
 # Writing
 
 
-def write_diffusers(adapters: Adapters, path: Path, metadata: Mapping[str, str]) -> None:
-    """The file `pipeline.load_lora_weights` reads. With alpha = rank readers that look for no alpha are right too."""
-    tensors: dict[str, Tensor] = {}
-    for module in adapters.layers:
-        A, B = (factor.detach().cpu().float() for factor in adapters.factors(module))
-        tensors[f"{UNET}{module}{LORA_A}"], tensors[f"{UNET}{module}{LORA_B}"] = A, B * adapters.scale
-    config = {"r": adapters.rank, "lora_alpha": adapters.rank, "target_modules": list(adapters.layers)}
-    header = {"format": "pt", "lora_adapter_metadata": json.dumps({UNET + k: v for k, v in config.items()})}
+def write_diffusers(networks: Sequence[Adapters], path: Path, metadata: Mapping[str, str]) -> None:
+    """The file `pipeline.load_lora_weights` reads. With alpha = rank readers that look for no alpha are right too.
+
+    Every kind is written as B A: LoHa and LoKr are exact products of that form, of a higher rank.
+    """
+    tensors: Tensors = {}
+    config: dict[str, object] = {}
+    for network in networks:
+        for module in network.layers:
+            stem = f"{network.prefix}.{in_file(network, module)}"
+            tensors |= {stem + end: tensor for end, tensor in diffusers_tensors(network, module).items()}
+        config |= {f"{network.prefix}.{key}": value for key, value in diffusers_config(network).items()}
+    header = {"format": "pt", "lora_adapter_metadata": json.dumps(config)}
     with disk_errors(path):
         save_tensors(path, tensors, {**metadata, **header})
 
 
-def write_kohya(adapters: Adapters, family: SDXL, path: Path, metadata: Mapping[str, str], *,
+def diffusers_tensors(network: Adapters, module: str) -> Tensors:
+    update, (out, *kernel) = network.update(module).low_rank(), network.shape(module)
+    ones = [1] * (len(kernel) - 1)
+    A, B = update.A.float(), update.B.float() * update.scale
+    tensors = {LORA_A: A.reshape(-1, *kernel), LORA_B: B.reshape(out, -1, *ones)}
+    magnitude = network.magnitude(module)
+    if magnitude is not None:
+        tensors[MAGNITUDE] = magnitude.view(1, -1, *ones) if ones else magnitude
+    return tensors
+
+
+def diffusers_config(network: Adapters) -> dict[str, object]:
+    """What PEFT needs to build the layers again; ranks that differ from the first layer's are listed."""
+    ranks = {stripped(module): len(network.update(module).low_rank().A) for module in network.layers}
+    common = max(ranks.values(), key=[*ranks.values()].count, default=0)
+    others = {module: rank for module, rank in ranks.items() if rank != common}
+    return {"r": common, "lora_alpha": common, "rank_pattern": others, "alpha_pattern": others,
+            "target_modules": [*ranks], "use_dora": network.decomposed}
+
+
+def stripped(module: str) -> str:
+    return module.removeprefix(TEXT_MODEL)
+
+
+def in_file(network: Adapters, module: str) -> str:
+    return module if network.prefix == "unet" else TEXT_MODEL + stripped(module)
+
+
+def write_kohya(networks: Sequence[Adapters], family: SDXL, path: Path, metadata: Mapping[str, str], *,
                 dtype: torch.dtype = torch.float16) -> None:
-    """The file ComfyUI, A1111 and Forge read.
+    """The file ComfyUI, A1111 and Forge read; docs/adapters.md says which kinds each of them does.
 
     metadata  what the run adds: strings, of local paths at most the last part, since the header travels with the file
     """
-    tensors: dict[str, Tensor] = {}
-    for module in adapters.layers:
-        name = family.webui_name(module)
-        down, up = balanced(*(factor.detach().cpu().float() for factor in adapters.factors(module)))
-        kept = dtype if is_normal(down, dtype) and is_normal(up, dtype) else torch.float32
-        tensors[name + DOWN], tensors[name + UP] = down.to(kept), up.to(kept)
-        tensors[name + ALPHA] = torch.tensor(float(adapters.alpha))
-    header = {"format": "pt", **metadata, **architecture_metadata(adapters, family)}
+    tensors: Tensors = {}
+    for network in networks:
+        for module in network.layers:
+            name = family.webui_name(module, network.prefix)
+            tensors |= {name + end: tensor for end, tensor in webui_tensors(network, module, dtype).items()}
+    header = {"format": "pt", **metadata, **architecture_metadata(networks, family)}
     with disk_errors(path):
         save_tensors(path, tensors, {**header, **hash_metadata(tensors, header)})
 
 
+def webui_tensors(network: Adapters, module: str, dtype: torch.dtype) -> Tensors:
+    """Factors in `dtype` where all of them are normal numbers there, else in fp32; alpha and magnitude in fp32."""
+    factors, alpha = FACTORS[network.kind](network, module)
+    kept = dtype if all(is_normal(factor, dtype) for factor in factors.values()) else torch.float32
+    tensors = {end: factor.to(kept) for end, factor in factors.items()} | {ALPHA: torch.tensor(float(alpha))}
+    magnitude = network.magnitude(module)
+    if magnitude is not None:  # on the output axis, as the number of its entries tells a reader
+        tensors[DORA_SCALE] = magnitude.view(-1, *[1] * (len(network.shape(module)) - 1))
+    return tensors
+
+
+def lora_factors(network: Adapters, module: str) -> tuple[Tensors, float]:
+    """-> up and down, alpha"""
+    update, (out, *kernel) = network.update(module).low_rank(), network.shape(module)
+    down, up = balanced(update.A.float(), update.B.float())
+    ones = [1] * (len(kernel) - 1)
+    return {DOWN: down.reshape(-1, *kernel), UP: up.reshape(out, -1, *ones)}, update.scale * len(down)
+
+
+def loha_factors(network: Adapters, module: str) -> tuple[Tensors, float]:
+    update = network.update(module)
+    return {end: getattr(update, name).float() for name, end in HADAMARD.items()}, update.scale * network.rank
+
+
+def lokr_factors(network: Adapters, module: str) -> tuple[Tensors, float]:
+    """Readers know no scale for a whole block, which has no rank: there it goes into the block."""
+    update, (_, _, *kernel) = network.update(module), network.shape(module)
+    held = {name: getattr(update, name) for name in KRONECKER}
+    alpha = update.scale * network.rank
+    if held["D"] is not None:
+        held["D"], alpha = (held["D"] * update.scale).unflatten(1, (-1, *kernel)), network.rank
+    return {KRONECKER[name]: factor.float() for name, factor in held.items() if factor is not None}, alpha
+
+
+FACTORS = {"lora": lora_factors, "loha": loha_factors, "lokr": lokr_factors}
+
+
 def balanced(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product from factors of like size, by a power of two, which rounds nothing.
+    """The same product from components of like size: each row of A [r,in] and its column of B [out,r] by a power of
+    two, which rounds nothing.
 
     A young B of 1e-7 next to an A of 0.1 would lose its digits in fp16, whose normal numbers end at 6e-5.
     """
-    a, b = float(A.abs().max()), float(B.abs().max())
-    if not (0 < a < math.inf and 0 < b < math.inf):
-        return A, B
-    shift = 2.0 ** round((math.log2(a) - math.log2(b)) / 2)
-    return A / shift, B * shift
+    a, b = A.abs().amax(1), B.abs().amax(0)  # [r]
+    exponent = ((a.log2() - b.log2()) / 2).round()
+    shift = torch.where(exponent.isfinite(), exponent, 0.0).exp2()
+    return A / shift.unsqueeze(1), B * shift
 
 
 def is_normal(X: Tensor, dtype: torch.dtype) -> bool:
@@ -156,25 +217,86 @@ def is_normal(X: Tensor, dtype: torch.dtype) -> bool:
 # Reading back
 
 
-def verify(path: Path, adapters: Adapters, *, layout: Layout) -> float:
+@dataclass(frozen=True)
+class Rounded:
+    """A matrix and how far each entry may be from its value before the numbers it is made of were rounded, fp64.
+
+    Errors of products are bounded by |X| dY + dX |Y| + dX dY.
+    """
+
+    value: Tensor
+    error: Tensor
+
+    @classmethod
+    def read(cls, X: Tensor) -> Rounded:
+        """A factor from a file, a convolution's kernel in a row; twice the rounding, as a scale was rounded with it."""
+        return cls(X.double().flatten(1), 2 * rounding(X).flatten(1))
+
+    def __matmul__(self, other: Rounded) -> Rounded:
+        return self._product(other, torch.matmul)
+
+    def kron(self, other: Rounded) -> Rounded:
+        return self._product(other, torch.kron)
+
+    def __mul__(self, other: Rounded | float) -> Rounded:
+        if isinstance(other, Rounded):
+            return self._product(other, torch.mul)
+        return Rounded(self.value * other, self.error * abs(other))
+
+    def _product(self, other: Rounded, times: Callable[[Tensor, Tensor], Tensor]) -> Rounded:
+        X, Y = self.value.abs(), other.value.abs()
+        error = times(X, other.error).add_(times(self.error, Y.add_(other.error)))
+        return Rounded(times(self.value, other.value), error)
+
+    def decomposed(self, W: Tensor, magnitude: Tensor) -> Rounded:
+        """DoRA's ΔW where this is the low-rank update; magnitudes [out] are exact.
+
+        With s = m / ‖V‖ and e = ‖dV‖ / ‖V‖ of a row, s V is off by |s| (dV + e (|V| + dV)), and by the arithmetic.
+        """
+        V = W + self.value
+        norm = rows_norm(V)
+        s, e = (magnitude.view(-1, 1) / norm).abs(), rows_norm(self.error) / norm
+        error = s * (self.error + e * (V.abs() + self.error)) + 4 * EXACT * (s * V.abs() + W.abs())
+        return Rounded(decomposed(W, self.value, magnitude), error)
+
+
+def rounding(X: Tensor) -> Tensor:
+    """Largest error of rounding to the nearest number of X's dtype, entry by entry, fp64: max(u |X|, s/2).
+
+    u is half of the dtype's eps, s its smallest subnormal.
+    """
+    kind = torch.finfo(X.dtype)
+    return (X.double().abs() * kind.eps / 2).clamp(min=kind.tiny * kind.eps / 2)
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What a file says about one module."""
+
+    update: Update  # of Rounded factors
+    magnitude: Tensor | None  # [out]
+
+
+def verify(path: Path, networks: Sequence[Adapters], *, layout: Layout) -> float:
     """Read a written file by its layout's rules and compare every ΔW with the trained one -> the largest error.
 
-    An entry may be off by what rounding the file's own factors can do (`Factors.rounding`). The error that is returned
-    counts relative to the largest term its ΔW is summed from: of the order of u, 6e-8 in fp32 and 5e-4 in fp16.
+    An entry may be off by what rounding the file's own numbers can do (`Rounded`). The error that is returned counts
+    relative to the largest entry of its ΔW: of the order of 6e-8 in fp32 and 5e-4 in fp16.
     Raises UserError(kind="disk") naming what differs.
     """
-    tensors = load_tensors(path)
-    factors = webui_factors(tensors, adapters.unet) if layout == "webui" else diffusers_factors(tensors)
-    read = len(factors) * (3 if layout == "webui" else 2)
-    strange = sorted(factors.keys() - adapters.layers.keys())
-    missing = sorted(adapters.layers.keys() - factors.keys())
-    if strange or missing or read != len(tensors):
-        raise mismatch(path, f"{len(strange)} unknown, {len(missing)} missing modules, {len(tensors) - read} stray "
-                             f"tensors: {', '.join((strange + missing)[:3])}")
-    results = {module: compare(found, adapters, module) for module, found in factors.items()}
-    wrong = [module for module, (_, good) in results.items() if not good]
+    stems = gathered(load_tensors(path), layout)
+    places = {stem: place(stem, networks, layout) for stem in stems}
+    stated = {stem: parse(parts, layout) for stem, parts in stems.items()}
+    strange = sorted(stem for stem in stems if places[stem] is None or stated[stem] is None)
+    known = {(network.prefix, module) for network, module in filter(None, places.values())}
+    missing = sorted(module for n in networks for module in n.layers if (n.prefix, module) not in known)
+    if strange or missing:
+        raise mismatch(path, f"{len(strange)} unknown or incomplete, {len(missing)} missing modules: "
+                             f"{', '.join((strange + missing)[:3])}")
+    results = {stem: compare(stated[stem], *places[stem]) for stem in stems}
+    wrong = [stem for stem, (_, good) in results.items() if not good]
     if wrong:
-        raise mismatch(path, f"ΔW of {wrong[0]} differs by {results[wrong[0]][0]:.1e} of its largest term "
+        raise mismatch(path, f"ΔW of {wrong[0]} differs by {results[wrong[0]][0]:.1e} of its largest entry "
                              f"({len(wrong)} of {len(results)} modules differ)")
     return max(error for error, _ in results.values())
 
@@ -185,31 +307,71 @@ def mismatch(path: Path, why: str) -> UserError:
         "check the disk, then --resume_from_checkpoint latest writes it again", kind="disk"))
 
 
-def compare(found: Factors, adapters: Adapters, module: str) -> tuple[float, bool]:
-    """-> max|found − trained| relative to the largest term, and whether every entry is within rounding."""
-    A, B = adapters.factors(module)
-    if (found.A.shape, found.B.shape) != (A.shape, B.shape):
+def compare(stated: Stated, network: Adapters, module: str) -> tuple[float, bool]:
+    """-> max|stated − trained| relative to the largest entry of ΔW, and whether every entry is within rounding."""
+    trained = network.delta_weight(module)
+    try:
+        found = stated.update.delta()
+    except RuntimeError:  # factors that do not fit one another
         return math.inf, False
-    error = found.delta_weight().sub_(adapters.delta_weight(module)).abs_()  # [out,in]
-    largest = float(error.max())
-    return largest / (found.largest_term() or 1.0), math.isfinite(largest) and bool((error <= found.rounding()).all())
+    if found.value.shape != trained.shape or (stated.magnitude is None) != (network.magnitude(module) is None):
+        return math.inf, False
+    if stated.magnitude is not None:
+        if len(stated.magnitude) != len(trained):
+            return math.inf, False
+        found = found.decomposed(network.weight(module), stated.magnitude.double())
+    error = (found.value - trained).abs_()  # [out,in]
+    largest, size = float(error.max()), float(trained.abs().max())
+    return largest / (size or 1.0), math.isfinite(largest) and bool((error <= found.error).all())
 
 
-def diffusers_factors(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
-    """PEFT's rule with alpha = rank: ΔW = B A."""
-    paths = [name.removeprefix(UNET).removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)]
-    pairs = {path: (tensors.get(f"{UNET}{path}{LORA_A}"), tensors.get(f"{UNET}{path}{LORA_B}")) for path in paths}
-    return {path: Factors(A, B) for path, (A, B) in pairs.items() if A is not None and B is not None}
+def gathered(tensors: Tensors, layout: Layout) -> dict[str, Tensors]:
+    """The tensors of each module: stem -> {end of the name: tensor}."""
+    stems: dict[str, Tensors] = {}
+    for name, tensor in tensors.items():
+        stem = name.partition(".")[0] if layout == "webui" else name.partition(".lora_")[0]
+        stems.setdefault(stem, {})[name[len(stem):]] = tensor
+    return stems
 
 
-def webui_factors(tensors: Mapping[str, Tensor], unet: nn.Module) -> dict[str, Factors]:
-    """kohya's rule: ΔW = (alpha / r) · up · down; paths are told apart by their parts joined with "_"."""
-    paths = {path.replace(".", "_"): path for path, _ in unet.named_modules()}
-    return {paths.get(module_name(name, unet.config), name): factors for name, factors in webui_triples(tensors)}
+def place(stem: str, networks: Sequence[Adapters], layout: Layout) -> tuple[Adapters, str] | None:
+    """The network and the module that a name in a file means; in WebUI files the parts of a path are joined by "_"."""
+    for network in networks:
+        paths = {stripped(path): path for path in network.layers}
+        if layout == "webui":
+            paths = {name.replace(".", "_"): path for name, path in paths.items()}
+            found = sgm.read_name(stem, network.prefix, network.network.config)
+        else:
+            found = stripped(stem.removeprefix(f"{network.prefix}.")) if stem.startswith(f"{network.prefix}.") else ""
+        if found in paths:
+            return network, paths[found]
+    return None
 
 
-def webui_triples(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Factors]]:
-    for key, down in tensors.items():
-        name = key.removesuffix(DOWN)
-        if key.endswith(DOWN) and name + UP in tensors and name + ALPHA in tensors:
-            yield name, Factors(down, tensors[name + UP], float(tensors[name + ALPHA]) / len(down))
+def parse(parts: Tensors, layout: Layout) -> Stated | None:
+    """PEFT's rule with alpha = rank, or kohya's and LyCORIS's; None where tensors are missing or strange."""
+    dora = {"diffusers": MAGNITUDE, "webui": DORA_SCALE}[layout]
+    factors = {end: Rounded.read(t) for end, t in parts.items() if end not in (ALPHA, dora) and t.ndim > 1}
+    stray = parts.keys() - factors.keys() - {ALPHA, dora}
+    alpha = float(parts[ALPHA]) if ALPHA in parts else None
+    update = None
+    if layout == "diffusers" and factors.keys() == {LORA_A, LORA_B}:
+        update = LowRank(factors[LORA_A], factors[LORA_B])
+    elif layout == "webui" and alpha is not None:
+        update = webui_update(factors, alpha)
+    return None if stray or update is None else Stated(update, parts[dora].flatten() if dora in parts else None)
+
+
+def webui_update(factors: Mapping[str, Rounded], alpha: float) -> Update | None:
+    """scale = alpha / r, and 1 for a LoKr whose factors are both whole."""
+    if factors.keys() == {DOWN, UP}:
+        return LowRank(factors[DOWN], factors[UP], alpha / len(factors[DOWN].value))
+    if factors.keys() == set(HADAMARD.values()):
+        return Hadamard(**{name: factors[end] for name, end in HADAMARD.items()},
+                        scale=alpha / len(factors[HADAMARD["A1"]].value))
+    C, B, A, D = (factors.get(end) for end in KRONECKER.values())
+    if C is not None and D is not None and len(factors) == 2:
+        return Kronecker(C, D=D)
+    if C is not None and A is not None and B is not None and len(factors) == 3:
+        return Kronecker(C, B, A, scale=alpha / len(A.value))
+    return None

@@ -1,4 +1,4 @@
-"""A LoRA linear layer with fewer, larger kernels than PEFT's: the same numbers, less overhead a layer.
+"""Adapted linear layers with fewer, larger kernels than PEFT's: the same numbers, less overhead a layer.
 
 PEFT builds the update from two modules, a product by the scale and a sum, each with its own node in the graph. Two
 shorter ways, chosen by the size of the weight:
@@ -6,13 +6,21 @@ shorter ways, chosen by the size of the weight:
     small, fp32   y = x (W + c · B A)ᵀ + b           one product more than the bare layer
     otherwise     y = x Wᵀ + b + c · (x Aᵀ) Bᵀ       added in place, with the backward pass written out
 
-Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", eq. 3.
+DoRA scales the rows of V = W + c · B A by s = m / ‖V‖, y = x (s V)ᵀ + b, where ‖V‖ counts as a constant in the
+gradient. PEFT multiplies B and A out for ‖V‖ in every pass, by way of an identity; here it is the norm of the V that
+the small way has anyhow, and otherwise a sum of parts that are r wide (`row_norms`).
+
+Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", eq. 3; Liu et al. 2024, "DoRA:
+Weight-Decomposed Low-Rank Adaptation", eq. 5 and §4.3.
 """
 
 from __future__ import annotations
 
 import torch
+from peft.tuners.loha import layer as loha
+from peft.tuners.lokr import layer as lokr
 from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
@@ -31,12 +39,7 @@ class LowRankUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, c: float) -> Tensor:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        rows = x.reshape(-1, x.shape[-1]).to(dtype)  # [n,in]
-        y = F.linear(rows, W.to(dtype), None if b is None else b.to(dtype))  # [n,out]
-        h = rows @ A.to(dtype).t()  # [n,r]
-        y.addmm_(h, B.to(dtype).t(), alpha=c)
+        y, rows, h = products(x, W, b, A, B, c)
         ctx.save_for_backward(rows, h, W, A, B)
         ctx.c, ctx.x_shape, ctx.x_dtype = c, x.shape, x.dtype
         return y.view(*x.shape[:-1], -1)
@@ -44,14 +47,68 @@ class LowRankUpdate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
-        rows, h, W, A, B = ctx.saved_tensors
-        dy = dy.reshape(-1, dy.shape[-1])  # [n,out]
-        g = (dy @ B.to(dy.dtype)).mul_(ctx.c)  # [n,r]
-        dA, dB = g.t() @ rows, (dy.t() @ h).mul_(ctx.c)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = (dy @ W.to(dy.dtype)).addmm_(g, A.to(dy.dtype)).view(ctx.x_shape).to(ctx.x_dtype)
-        return dx, None, None, dA.to(A.dtype), dB.to(B.dtype), None
+        dx, dA, dB = update_gradients(ctx, dy)
+        return dx, None, None, dA, dB, None
+
+
+def products(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, c: float) -> tuple[Tensor, Tensor, Tensor]:
+    """-> y [n,out], the rows of x [n,in] and h = x Aᵀ [n,r], in the dtype that products run in."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    y = F.linear(rows, W.to(dtype), None if b is None else b.to(dtype))
+    h = rows @ A.to(dtype).t()
+    return y.addmm_(h, B.to(dtype).t(), alpha=c), rows, h
+
+
+def update_gradients(ctx: FunctionCtx, dz: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    """dx (where it is asked for), dA and dB of z = x Wᵀ + c · (x Aᵀ) Bᵀ from dz [..., out]."""
+    rows, h, W, A, B = ctx.saved_tensors[:5]
+    dz = dz.reshape(-1, dz.shape[-1])  # [n,out]
+    g = (dz @ B.to(dz.dtype)).mul_(ctx.c)  # [n,r]
+    dA, dB = g.t() @ rows, (dz.t() @ h).mul_(ctx.c)
+    dx = None
+    if ctx.needs_input_grad[0]:
+        dx = (dz @ W.to(dz.dtype)).addmm_(g, A.to(dz.dtype)).view(ctx.x_shape).to(ctx.x_dtype)
+    return dx, dA.to(A.dtype), dB.to(B.dtype)
+
+
+class DecomposedUpdate(torch.autograd.Function):
+    """y = s ∘ z + b,   z = x Wᵀ + c · (x Aᵀ) Bᵀ, with W and b frozen.
+
+        dz = s ∘ dy,   ds = Σ dy ∘ z over the rows of x;   dx, dA, dB from dz as in `LowRankUpdate`
+
+    s [out] fp32, DoRA's m / ‖V‖; everything else as there.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: Tensor, c: float
+                ) -> Tensor:
+        z, rows, h = products(x, W, None, A, B, c)
+        ctx.save_for_backward(rows, h, W, A, B, z, s)
+        ctx.c, ctx.x_shape, ctx.x_dtype = c, x.shape, x.dtype
+        y = z * s.to(z.dtype)
+        return (y if b is None else y.add_(b.to(z.dtype))).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        *_, z, s = ctx.saved_tensors
+        ds = torch.linalg.vecdot(dy.reshape(z.shape), z, dim=0)  # [out]
+        dx, dA, dB = update_gradients(ctx, dy * s.to(dy.dtype))
+        return dx, None, None, dA, dB, ds.to(s.dtype), None
+
+
+def row_norms(W: Tensor, A: Tensor, B: Tensor, c: float, squares: Tensor) -> Tensor:
+    """‖W + c · B A‖ of each row, without the product -> [out] fp32.
+
+        ‖w + c b A‖² = ‖w‖² + c b · (2 A wᵀ + c A Aᵀ bᵀ)
+
+    squares  ‖w‖² of each row [out], which never changes
+    """
+    cross = (W @ A.to(W.dtype).t()).float()  # [out,r]
+    inner = torch.addmm(cross, B, A @ A.t(), beta=2, alpha=c)
+    return torch.add(squares, (B * inner).sum(1), alpha=c).sqrt_()
 
 
 class LeanLinear(Linear):
@@ -60,13 +117,18 @@ class LeanLinear(Linear):
     lean_adapter: str
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        if args or kwargs or not self._plain():
-            return super().forward(x, *args, **kwargs)
-        base, name = self.base_layer, self.lean_adapter
-        W, A, B, c = base.weight, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        return self._short(x) if not (args or kwargs) and self._plain() else super().forward(x, *args, **kwargs)
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """A [r,in] and B [out,r] of ΔW = c · B A."""
+        return self.lora_A[self.lean_adapter].weight, self.lora_B[self.lean_adapter].weight
+
+    def _short(self, x: Tensor) -> Tensor:
+        W, b, c = self.base_layer.weight, self.base_layer.bias, self.scaling[self.lean_adapter]
+        A, B = self.low_rank()
         if worth_merging(x, W):
-            return F.linear(x, torch.addmm(W, B, A, alpha=c), base.bias)
-        return LowRankUpdate.apply(x, W, base.bias, A, B, c)
+            return F.linear(x, torch.addmm(W, B, A, alpha=c), b)
+        return LowRankUpdate.apply(x, W, b, A, B, c)
 
     def _plain(self) -> bool:
         """One active adapter, not merged or disabled, no dropout, a frozen base layer whose forward nobody wrapped."""
@@ -77,6 +139,81 @@ class LeanLinear(Linear):
                 and "forward" not in vars(self.base_layer) and not self.base_layer.weight.requires_grad)
 
 
+class LeanDora(LeanLinear):
+    """The same for DoRA."""
+
+    squares: Tensor  # ‖w‖² of each row of the frozen base [out]
+
+    def _short(self, x: Tensor) -> Tensor:
+        W, b, c = self.base_layer.weight, self.base_layer.bias, self.scaling[self.lean_adapter]
+        m, (A, B) = self.lora_magnitude_vector[self.lean_adapter].weight, self.low_rank()
+        if worth_merging(x, W):
+            V = torch.addmm(W, B, A, alpha=c)
+            return F.linear(x, V * (m / torch.linalg.vector_norm(V.detach(), dim=1)).unsqueeze(1), b)
+        with torch.no_grad():
+            norms = row_norms(W, A, B, c, self.squares)
+        return DecomposedUpdate.apply(x, W, b, A, B, m / norms, c)
+
+
+class StartedLinear(LeanLinear):
+    """A layer whose factors start at A0 and B0 instead of at no update (PiSSA, OLoRA): ΔW = c · (B A − B0 A0).
+
+    The papers take c · B0 A0 off the base's weight. Here the weight stays as it is and the update counts from the
+    start, which is the same in exact numbers, starts at the base to the last bit in any precision, and leaves a base
+    that can still be asked for its own answer.
+    """
+
+    start_A: Tensor  # [r,in]
+    start_B: Tensor  # [out,r]
+
+    def start(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps besides the parameters."""
+        return {"start_A": self.start_A, "start_B": self.start_B}
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """B A − B0 A0 = (B − B0) A + B0 (A − A0), one product of rank 2r without cancellation -> [2r,in], [out,2r]"""
+        A, B = super().low_rank()
+        return torch.cat([A, A - self.start_A]), torch.cat([B - self.start_B, self.start_B], dim=1)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What PEFT merges into the base."""
+        A, B = self.low_rank()
+        return (B @ A).mul_(self.scaling[adapter]).to(self.base_layer.weight.dtype)
+
+    def _plain(self) -> bool:
+        assert self.disable_adapters or self.merged or super()._plain(), "PEFT's own way knows no start"
+        return not self.disable_adapters and not self.merged
+
+
+class LeanWhole:
+    """A LoHa or LoKr layer of PEFT's on a linear layer: in fp32 y = x (W + ΔW)ᵀ + b, one product instead of two.
+
+    Both have the whole ΔW at hand in every pass; nothing but the class of a layer changes.
+    """
+
+    lean_adapter: str
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        base, name = self.base_layer, self.lean_adapter
+        plain = (self.active_adapters == [name] and not self.disable_adapters and not self.merged
+                 and x.dtype == base.weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+                 and "forward" not in vars(base))
+        if args or kwargs or not plain:
+            return super().forward(x, *args, **kwargs)
+        return F.linear(x, base.weight + self.get_delta_weight(name), base.bias)
+
+
+class LeanLoha(LeanWhole, loha.Linear):
+    pass
+
+
+class LeanLokr(LeanWhole, lokr.Linear):
+    pass
+
+
+WHOLE = {loha.Linear: LeanLoha, lokr.Linear: LeanLokr}
+
+
 def worth_merging(x: Tensor, W: Tensor) -> bool:
     """Never in half precision, where W + c · B A would round a young update away."""
     return (W.numel() <= MERGE_UP_TO and x.dtype == W.dtype == torch.float32
@@ -84,13 +221,29 @@ def worth_merging(x: Tensor, W: Tensor) -> bool:
 
 
 def install(layer: nn.Module, adapter: str) -> bool:
-    """Make a PEFT layer lean where it holds a plain LoRA on a plain linear layer -> whether it is one now.
+    """Make a PEFT layer lean where it is one of the above on a plain linear layer -> whether it is one now.
 
     Only the class changes: parameters, state dict and PEFT's own switches stay what they were.
     """
+    if type(layer) in WHOLE and type(layer.base_layer) is nn.Linear:
+        layer.__class__, layer.lean_adapter = WHOLE[type(layer)], adapter
+        return True
     if type(layer) is not Linear or type(layer.base_layer) is not nn.Linear or layer.fan_in_fan_out:
         return False
-    if adapter in layer.lora_variant or layer.lora_bias[adapter]:
+    variant = layer.lora_variant.get(adapter)
+    if layer.lora_bias[adapter] or not (variant is None or type(variant) is DoraLinearVariant):
         return False
-    layer.__class__, layer.lean_adapter = LeanLinear, adapter
+    layer.__class__, layer.lean_adapter = LeanLinear if variant is None else LeanDora, adapter
+    if variant is not None:
+        squares = layer.base_layer.weight.detach().double().square().sum(1).float()
+        layer.register_buffer("squares", squares, persistent=False)
     return True
+
+
+def install_started(layer: nn.Module, adapter: str) -> None:
+    """Let the update of a PEFT layer count from what its factors hold now."""
+    assert install(layer, adapter) and type(layer) is LeanLinear, "PiSSA and OLoRA are for plain LoRA on linear layers"
+    layer.__class__ = StartedLinear
+    A, B = LeanLinear.low_rank(layer)
+    layer.register_buffer("start_A", A.detach().clone(), persistent=False)
+    layer.register_buffer("start_B", B.detach().clone(), persistent=False)

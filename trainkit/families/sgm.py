@@ -3,6 +3,9 @@
     Diffusers  down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q
     WebUI      lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q
 
+The text encoders, lora_te1 and lora_te2, keep Transformers' names, as they were before it
+dropped "text_model" from one.
+
 Writing enumerates the blocks of the UNet's config; reading divides the block number. Neither uses the other, so that a
 file read back is evidence.
 Source: Stability-AI/generative-models, sgm/modules/diffusionmodules/openaimodel.py; kohya-ss/sd-scripts,
@@ -16,6 +19,7 @@ import re
 from trainkit.families.pretrained import Json
 
 PREFIX = "lora_unet"
+TEXT_ENCODERS = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 RESNET_NAMES = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
     "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
@@ -61,6 +65,19 @@ def webui_name(path: str, config: Json) -> str:
     if ".resnets." in block:
         rest = RESNET_NAMES[rest]
     return "_".join([PREFIX, *f"{names[block]}.{rest}".strip(".").split(".")])
+
+
+def text_name(path: str, encoder: str) -> str:
+    """The name of a text encoder's module in a WebUI LoRA file; `encoder` is what Diffusers calls it."""
+    return "_".join([TEXT_ENCODERS[encoder], "text_model", *path.removeprefix("text_model.").split(".")])
+
+
+def read_name(webui: str, network: str, config: Json) -> str | None:
+    """The path, joined with "_" and without "text_model", that a name means in a network; None for another one's."""
+    if network in TEXT_ENCODERS:
+        head = f"{TEXT_ENCODERS[network]}_text_model_"
+        return webui.removeprefix(head) if webui.startswith(head) else None
+    return module_name(webui, config) if webui.startswith(f"{PREFIX}_") else None
 
 
 def module_name(webui: str, config: Json) -> str:

@@ -1,0 +1,119 @@
+"""What each kind of adapter adds to a weight, as a formula over whatever can be multiplied.
+
+    LoRA   ΔW = c · B A                              Hu et al. 2021, arXiv:2106.09685, eq. 3
+    LoHa   ΔW = c · (B1 A1) ∘ (B2 A2)                Hyeon-Woo et al. 2021 (FedPara), arXiv:2108.06098, §2.2
+    LoKr   ΔW = c · C ⊗ (B A)  or  c · C ⊗ D         Yeh et al. 2023 (LyCORIS), arXiv:2309.14859, §3
+    DoRA   ΔW = m V / ‖V‖ − W,  V = W + c · B A      Liu et al. 2024, arXiv:2402.09353, eq. 5; ‖·‖ of each row
+
+A factor is a Tensor, or anything with @, * and `kron`: the export reads files with numbers that carry their error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Update:
+    """ΔW without the base's weight; `scale` is c."""
+
+    def delta(self) -> Tensor:
+        """-> [out,in]"""
+        raise NotImplementedError
+
+    def low_rank(self) -> LowRank:
+        """The same ΔW as one product of two factors, which every reader of LoRA files understands."""
+        raise NotImplementedError
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Update:
+        """`change` applied to every factor."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "scale"}
+        return replace(self, **{name: change(factor) for name, factor in own.items() if factor is not None})
+
+
+@dataclass(frozen=True)
+class LowRank(Update):
+    """LoRA."""
+
+    A: Tensor  # [r,in]
+    B: Tensor  # [out,r]
+    scale: float = 1.0
+
+    def delta(self) -> Tensor:
+        return (self.B @ self.A) * self.scale
+
+    def low_rank(self) -> LowRank:
+        return self
+
+
+@dataclass(frozen=True)
+class Hadamard(Update):
+    """LoHa: a product of entries, of rank r² at most."""
+
+    B1: Tensor  # [out,r]
+    A1: Tensor  # [r,in]
+    B2: Tensor  # [out,r]
+    A2: Tensor  # [r,in]
+    scale: float = 1.0
+
+    def delta(self) -> Tensor:
+        return (self.B1 @ self.A1) * (self.B2 @ self.A2) * self.scale
+
+    def low_rank(self) -> LowRank:
+        """Entry by entry Σ_k B1 A1 · Σ_l B2 A2 is one sum over the pairs (k, l): r² components."""
+        B = (self.B1.unsqueeze(2) * self.B2.unsqueeze(1)).flatten(1)  # [out,r²]
+        A = (self.A1.unsqueeze(1) * self.A2.unsqueeze(0)).flatten(0, 1)  # [r²,in]
+        return no_wider(LowRank(A, B, self.scale))
+
+
+@dataclass(frozen=True)
+class Kronecker(Update):
+    """LoKr: a small C [a,c] times a block, which is D [b,d] or the product B A of [b,r] and [r,d]."""
+
+    C: Tensor
+    B: Tensor | None = None
+    A: Tensor | None = None
+    D: Tensor | None = None
+    scale: float = 1.0
+
+    def delta(self) -> Tensor:
+        return self.C.kron(self.B @ self.A if self.D is None else self.D) * self.scale
+
+    def low_rank(self) -> LowRank:
+        """(C D') ⊗ (B A) = (C ⊗ B) (D' ⊗ A), with an identity as C or as D', whichever gives fewer components."""
+        a, c = self.C.shape
+        B, A = self.B, self.A
+        if B is None:
+            b, d = self.D.shape
+            B, A = (unit(b, self.D), self.D) if b < d else (self.D, unit(d, self.D))
+        if a < c:
+            return LowRank(self.C.kron(A), unit(a, A).kron(B), self.scale)
+        return LowRank(unit(c, A).kron(A), self.C.kron(B), self.scale)
+
+
+def unit(n: int, like: Tensor) -> Tensor:
+    return torch.eye(n, dtype=like.dtype, device=like.device)
+
+
+def no_wider(update: LowRank) -> LowRank:
+    """The update with a rank of at most its smaller side, exactly: past that an identity takes one factor's place."""
+    A, B = update.A, update.B
+    if len(A) <= min(B.shape[0], A.shape[1]):
+        return update
+    out, width = B.shape[0], A.shape[1]
+    return LowRank(B @ A, unit(out, A), update.scale) if out < width else LowRank(unit(width, A), B @ A, update.scale)
+
+
+def rows_norm(V: Tensor) -> Tensor:
+    """‖V‖ of each row -> [out,1]"""
+    return torch.linalg.vector_norm(V, dim=1, keepdim=True)
+
+
+def decomposed(W: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
+    """DoRA's ΔW from the base's weight [out,in], the low-rank update [out,in] and the rows' magnitudes [out]."""
+    V = W + delta
+    return V * (magnitude.view(-1, 1) / rows_norm(V)) - W
