@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tests.pictures import data_options, marked_folder, open_files
+from tests.pictures import data_options, marked, marked_folder, open_files, row_of
 from trainkit.data.batch import Batch, Sample
 from trainkit.data.cache import Guarded, MemoryStore, cache_latents
 from trainkit.data.images import CropPolicy
 from trainkit.data.loader import Pictures, micro_batches
 from trainkit.data.order import Order
-from trainkit.data.rows import read_rows
+from trainkit.data.rows import Row, read_rows
 from trainkit.errors import UserError
 
 POLICY = CropPolicy(resolution=32, random_flip=True, cached_crops=3, interpolation="nearest")
@@ -64,6 +65,81 @@ def test_latent_caption_size_and_crop_belong_together_over_1000_shuffled_samples
                 assert_belongs_together(batch, i, marker, pictures)
                 seen += 1
     assert seen == 1000
+
+
+# ------------------------------------------------------------------------------------------------------- class pictures
+
+
+def class_rows(folder: Path, n: int) -> list[Row]:
+    """Class pictures numbered from 100 on, of shapes no instance has; every other one has a caption of its own."""
+    folder.mkdir()
+    rows = []
+    for number in range(100, 100 + n):
+        path = folder / f"{number}.png"
+        marked(number, 40, number).save(path)
+        rows.append(row_of(path, caption=f"picture {number}" if number % 2 else "a photo of a cat"))
+    return [replace(row, id=f"class/{row.id}", is_class=True, share=0.25) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def mixed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    return [*pictures_of(folder, cached=False).rows, *class_rows(tmp_path_factory.mktemp("data") / "class", 7)]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_prompt_size_share_and_pixels_of_every_slot_belong_together_beside_class_pictures_d3(
+    mixed: list[Row], cached: bool
+) -> None:
+    latents = cache_latents(mixed, POLICY, corner, MemoryStore(), seed=5, identity="corner") if cached else None
+    pictures, seen = Pictures(mixed, POLICY, seed=5, latents=latents), []
+    for step, [batch] in micro_batches(pictures, Order(mixed, 2, seed=1), stop_step=60):
+        assert batch.step == step and batch.num_instance == 2
+        assert batch.is_class.tolist() == [False, False, True, True]
+        assert batch.share.tolist() == [1.0, 1.0, 0.25, 0.25]
+        markers = batch.mean[:, :, 0, 0] if cached else (batch.pixels[:, :, 0, 0] + 1) * 127.5
+        for i in (0, 1):
+            assert_belongs_together(batch, i, markers[i], pictures)
+        for i in (2, 3):
+            number = markers[i, 0].round().int().item()
+            assert batch.prompts[i] == (f"picture {number}" if number % 2 else "a photo of a cat")
+            assert batch.time_ids[i, :2].tolist() == [40, number]
+            seen.append(number)
+    assert set(seen) == set(range(100, 107))
+
+
+def test_class_pictures_leave_the_samples_and_draws_of_the_instances_as_they_are(mixed: list[Row]) -> None:
+    instances = [row for row in mixed if not row.is_class]
+    off, on = (micro_batches(Pictures(rows, POLICY, seed=5), Order(rows, 4, seed=1), accumulation=2, stop_step=8)
+               for rows in (instances, mixed))
+    for (_, some), (_, others) in zip(off, on, strict=True):
+        for one, other in zip(some, others, strict=True):
+            assert one.slots == other.slots[:2] and one.prompts == other.prompts[:2]
+            assert torch.equal(one.pixels, other.pixels[:2]) and torch.equal(one.time_ids, other.time_ids[:2])
+            assert one.keys(9) == other.keys(9)[:2] and not set(one.keys(9)) & set(other.keys(9)[2:])
+
+
+def test_the_gradient_is_the_mean_over_instances_plus_the_weighted_mean_over_class_pictures(mixed: list[Row]) -> None:
+    net = nn.Conv2d(3, 3, 1)
+    nn.init.eye_(net.weight.data[:, :, 0, 0]).mul_(0.5)
+    pictures, order = Pictures(mixed, POLICY, seed=5), Order(mixed, 6, seed=1)
+
+    def loss(pixels: Tensor) -> Tensor:
+        return ((net(pixels) - pixels) ** 2).flatten(1).mean(1)  # [B]
+
+    (_, [whole]), = micro_batches(pictures, order, stop_step=1)
+    by_hand = loss(whole.pixels[:6]).sum() / 6 + 0.25 * loss(whole.pixels[6:]).sum() / 6
+    wanted, = torch.autograd.grad(by_hand, [net.weight])
+    for world, accumulation in ((1, 1), (1, 3), (2, 1), (3, 2)):
+        net.zero_grad()
+        for rank in range(world):
+            (_, micros), = micro_batches(pictures, order, rank=rank, world=world, accumulation=accumulation,
+                                         stop_step=1)
+            for batch in micros:
+                ((loss(batch.pixels) * batch.share).sum() / batch.num_instance).backward()
+        torch.testing.assert_close(net.weight.grad, wanted)
+
+
+# ----------------------------------------------------------------------------------------------- steps, workers, ranks
 
 
 def test_the_loss_divisor_is_what_the_order_counts_in_each_step(folder: Path) -> None:

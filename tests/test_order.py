@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
 from trainkit.data.batch import Slot
 from trainkit.data.order import Order
+
+
+def rows_of(instances: int, classes: int = 0) -> list[SimpleNamespace]:
+    """Rows as far as the order reads them."""
+    return [SimpleNamespace(is_class=i >= instances) for i in range(instances + classes)]
 
 
 def global_batch(order: Order, step: int, *, world: int, accumulation: int = 1) -> list[Slot]:
@@ -17,7 +23,7 @@ def global_batch(order: Order, step: int, *, world: int, accumulation: int = 1) 
 
 @pytest.mark.parametrize("rows, batch", [(22, 3), (5, 8), (1, 4), (7, 7), (10, 4)])
 def test_every_row_is_seen_exactly_once_an_epoch(rows: int, batch: int) -> None:
-    order = Order(range(rows), batch, seed=0)
+    order = Order(rows_of(rows), batch, seed=0)
     steps = -(-rows * 6 // batch)
     seen = [(s.epoch, s.row) for step in range(steps) for s in global_batch(order, step, world=1)]
     whole = [pair for pair in seen if pair[0] < 6]
@@ -27,7 +33,7 @@ def test_every_row_is_seen_exactly_once_an_epoch(rows: int, batch: int) -> None:
 
 @pytest.mark.parametrize("world, accumulation", [(1, 4), (2, 2), (4, 1), (2, 1), (8, 1)])
 def test_any_number_of_processes_sees_the_same_global_batch(world: int, accumulation: int) -> None:
-    order = Order(range(22), 8, seed=3)
+    order = Order(rows_of(22), 8, seed=3)
     for step in range(12):
         assert global_batch(order, step, world=world, accumulation=accumulation) == global_batch(order, step, world=1)
         for rank in range(world):
@@ -37,7 +43,7 @@ def test_any_number_of_processes_sees_the_same_global_batch(world: int, accumula
 
 def test_epochs_and_seeds_shuffle_differently() -> None:
     def epoch(seed: int, number: int) -> list[int]:
-        return [s.row for s in Order(range(50), 50, seed=seed).slots(number)[0]]
+        return [s.row for s in Order(rows_of(50), 50, seed=seed).slots(number)[0]]
 
     assert epoch(0, 0) == epoch(0, 0)
     assert epoch(0, 0) != epoch(0, 1) and epoch(0, 0) != epoch(1, 0) and epoch(0, 0) != list(range(50))
@@ -45,4 +51,52 @@ def test_epochs_and_seeds_shuffle_differently() -> None:
 
 def test_a_batch_that_does_not_divide_is_our_mistake() -> None:
     with pytest.raises(AssertionError, match="divide"):
-        Order(range(5), 6, seed=0).slots(0, world=4)
+        Order(rows_of(5), 6, seed=0).slots(0, world=4)
+
+
+# ------------------------------------------------------------------------------------------------------- class pictures
+
+
+def test_shuffles_of_instances_are_what_they_have_always_been() -> None:
+    """A change here changes every run that can be resumed."""
+    order = Order(rows_of(7), 3, seed=5)
+    seen = [s.row for step in range(5) for s in order.slots(step)[0]]
+    assert seen == [1, 5, 2, 0, 3, 6, 4, 2, 1, 6, 5, 4, 0, 3, 0]
+
+
+def test_class_pictures_leave_the_slots_of_the_instances_as_they_are() -> None:
+    off, on = Order(rows_of(22), 4, seed=3), Order(rows_of(22, classes=10), 4, seed=3)
+    for step in range(30):
+        for one, other in zip(off.slots(step, accumulation=2), on.slots(step, accumulation=2), strict=True):
+            assert other[:2] == one and [s.index for s in other[2:]] == [s.index + 4 for s in one]
+    assert (on.steps_per_epoch, on.num_instance(7)) == (off.steps_per_epoch, 4) == (6, 4), "epochs are the instances'"
+
+
+@pytest.mark.parametrize("classes, batch", [(10, 4), (3, 5), (40, 2)])
+def test_every_class_picture_is_seen_exactly_once_an_epoch_of_its_own(classes: int, batch: int) -> None:
+    order = Order(rows_of(6, classes), batch, seed=1)
+    seen = [(s.epoch, s.row) for step in range(-(-classes * 4 // batch)) for s in order.slots(step)[0][batch:]]
+    assert Counter(p for p in seen if p[0] < 4) == Counter((e, 6 + r) for e in range(4) for r in range(classes))
+
+
+def test_class_pictures_are_shuffled_on_their_own() -> None:
+    order = Order(rows_of(30, classes=30), 30, seed=0)
+    slots = order.slots(0)[0]
+    assert [s.row for s in slots[:30]] != [s.row - 30 for s in slots[30:]]
+
+
+@pytest.mark.parametrize("world, accumulation", [(1, 4), (2, 2), (4, 1), (2, 1), (8, 1)])
+def test_any_number_of_processes_sees_the_same_class_pictures(world: int, accumulation: int) -> None:
+    order = Order(rows_of(22, classes=9), 8, seed=3)
+    for step in range(12):
+        whole = global_batch(order, step, world=1)
+        assert [s.index for s in whole] == list(range(16))
+        assert global_batch(order, step, world=world, accumulation=accumulation) == whole
+        for micro in order.slots(step, rank=world - 1, world=world, accumulation=accumulation):
+            half = 8 // world // accumulation
+            assert [s.row >= 22 for s in micro] == [False] * half + [True] * half
+
+
+def test_class_pictures_alone_are_our_mistake() -> None:
+    with pytest.raises(AssertionError, match="instances"):
+        Order(rows_of(0, classes=3), 2, seed=0)

@@ -16,7 +16,7 @@ class Slot:
     """One place in one optimizer step: which row fills it and at which visit (epoch) of that row."""
 
     step: int
-    index: int  # 0 .. global_batch - 1, the same on 1 or N processes
+    index: int  # 0 .. global_batch - 1, class pictures from global_batch on; the same on 1 or N processes
     row: int  # position in the list of rows, repeats included
     epoch: int
 
@@ -28,7 +28,8 @@ class Sample:
     slot: Slot
     prompt: str
     time_ids: Tensor  # [6]  original h, w · crop top, left · target h, w  (pixels)
-    share: float  # 1 for instances, prior_loss_weight for class images
+    share: float  # 1 for instances, prior_loss_weight for class pictures
+    is_class: bool = False
     pixels: Tensor | None = None  # [3,H,W] in -1..1
     mean: Tensor | None = None  # [C,h,w] of the VAE posterior
     logvar: Tensor | None = None  # [C,h,w]
@@ -36,16 +37,25 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch on one rank. Exactly one of `pixels` and `mean` is set."""
+    """A micro-batch on one rank, instances first, then as many class pictures if there are any.
+
+    B counts both. Exactly one of `pixels` and `mean` is set.
+    """
 
     slots: tuple[Slot, ...]
     prompts: tuple[str, ...]  # B captions, one per row
     time_ids: Tensor  # [B,6]
     share: Tensor  # [B]
+    is_class: Tensor  # [B] bool
     num_instance: int  # instance rows in the whole optimizer step, all ranks and micro-batches: the loss divisor
     pixels: Tensor | None = None  # [B,3,H,W]
     mean: Tensor | None = None  # [B,C,h,w]
     logvar: Tensor | None = None  # [B,C,h,w]
+
+    @property
+    def step(self) -> int:
+        """The optimizer step, from 0, that this is a part of."""
+        return self.slots[0].step
 
     def keys(self, seed: int) -> list[Key]:
         """One randomness key per row: (seed, optimizer step, slot in the global batch)."""
@@ -66,5 +76,6 @@ def collate(samples: Sequence[Sample], num_instance: int) -> Batch:
     return Batch(
         slots=tuple(s.slot for s in samples), prompts=tuple(s.prompt for s in samples),
         time_ids=torch.stack([s.time_ids for s in samples]), share=torch.tensor([s.share for s in samples]),
-        num_instance=num_instance, pixels=stack("pixels"), mean=stack("mean"), logvar=stack("logvar"),
+        is_class=torch.tensor([s.is_class for s in samples]), num_instance=num_instance,
+        pixels=stack("pixels"), mean=stack("mean"), logvar=stack("logvar"),
     )

@@ -50,7 +50,7 @@ class Pictures(Dataset[Sample]):
     def __getitem__(self, slot: Slot) -> Sample:
         row = self.rows[slot.row]
         plan = self.policy.plan(row, seed=self.seed, epoch=slot.epoch)
-        sample = partial(Sample, slot=slot, prompt=row.caption, share=row.share,
+        sample = partial(Sample, slot=slot, prompt=row.caption, share=row.share, is_class=row.is_class,
                          time_ids=self.policy.time_ids(row, plan))
         if self.latents is None:
             return sample(pixels=self.policy.pixels(load_picture(row), plan))

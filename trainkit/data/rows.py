@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,13 +31,14 @@ DECODERS = 4  # threads that check pictures at the start; Pillow decodes without
 class Row:
     """One picture that an epoch visits once; a repeat is a row of its own, with its own crops."""
 
-    id: str  # file name under the folder, or "row 17" of a data set; the same on every machine
+    id: str  # file name under the folder, or "row 17" of a data set, or "class/" + file name; the same on every machine
     source: Source
     caption: str
     size: tuple[int, int]  # h, w, upright
     digest: str  # of the file's content
     repeat: int = 0  # 0 .. repeats - 1
-    share: float = 1.0  # weight of its loss: 1 for instances, prior_loss_weight for class images
+    share: float = 1.0  # weight of its loss: 1 for instances, prior_loss_weight for class pictures
+    is_class: bool = False  # a picture of the class, there to keep what the model knew of it
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,17 @@ class TableCell:
 
 
 @dataclass(frozen=True)
-class _Listed:
+class Folder:
+    """A folder of pictures and what its user calls it."""
+
+    path: Path
+    flag: str  # "--instance_data_dir"
+    prompt_flag: str  # gives the caption of a picture without one: "--instance_prompt"
+    caption_column: str | None = None  # of its metadata; None: the first of CAPTION_COLUMNS that is there
+
+
+@dataclass(frozen=True)
+class Listed:
     """A picture that is there by name; its content has not been read."""
 
     id: str
@@ -75,8 +86,8 @@ def read_rows(data: DataOptions) -> tuple[list[Row], list[Problem]]:
     """
     if bool(data.instance_data_dir) == bool(data.dataset_name):
         return [], [_not_one_source(both=bool(data.dataset_name))]
-    listed, problems = _list_folder(data) if data.instance_data_dir else _list_table(data)
-    rows, unreadable = _check(listed, where=data.instance_data_dir or data.dataset_name)
+    listed, problems = _list_instances(data) if data.instance_data_dir else _list_table(data)
+    rows, unreadable = check(listed, where=data.instance_data_dir or data.dataset_name)
     prompted = [row if row.caption else replace(row, caption=data.instance_prompt) for row in rows]
     return [replace(row, repeat=i) for row in prompted for i in range(data.repeats)], problems + unreadable
 
@@ -92,25 +103,36 @@ def _not_one_source(both: bool) -> Problem:
 # ------------------------------------------------------------------------------------------------------------ folder
 
 
-def _list_folder(data: DataOptions) -> tuple[list[_Listed], list[Problem]]:
+def _list_instances(data: DataOptions) -> tuple[list[Listed], list[Problem]]:
     folder = Path(data.instance_data_dir)
+    found, problems = list_folder(Folder(folder, "--instance_data_dir", "--instance_prompt", data.caption_column))
+    return found, problems or ([] if found else [_no_pictures(folder)])
+
+
+def list_folder(where: Folder, *, tell: bool = True) -> tuple[list[Listed], list[Problem]]:
+    """(pictures in the order of their names with the captions beside them, problems).
+
+    tell  log what looks meant for training but is not; False where the same folder is read once more
+    """
+    folder = where.path
     try:
         files = sorted((path for path in folder.iterdir() if path.is_file()), key=lambda path: path.name)
     except OSError as error:
         why = {FileNotFoundError: "there is no such folder", NotADirectoryError: "it is a file, not a folder"}
-        return [], [Problem("the picture folder cannot be read", f"--instance_data_dir {folder}",
-                            why.get(type(error), f"{error.strerror}"), "--instance_data_dir FOLDER_OF_PICTURES",
+        return [], [Problem("the picture folder cannot be read", f"{where.flag} {folder}",
+                            why.get(type(error), f"{error.strerror}"), f"{where.flag} FOLDER_OF_PICTURES",
                             kind="data")]
     pictures = [path for path in files if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
-    _report_ignored(files)
-    entries, problems = read_metadata(folder, data.caption_column)
+    entries, problems = read_metadata(folder, where.caption_column)
     captions = {folder / entry.name: entry.caption for entry in entries}
     beside, bad = read_sidecars(folder, pictures)
-    _report_captions(pictures, captions, beside)
+    if tell:
+        _report_ignored(files)
+        _report_captions(pictures, captions, beside, prompt_flag=where.prompt_flag)
     everything = sorted({*pictures, *captions}, key=lambda path: path.relative_to(folder).as_posix())
-    found = [_Listed(printable(path.relative_to(folder).as_posix()), path, captions.get(path) or beside.get(path, ""))
+    found = [Listed(printable(path.relative_to(folder).as_posix()), path, captions.get(path) or beside.get(path, ""))
              for path in everything]
-    return found, problems + bad + ([] if found or problems else [_no_pictures(folder)])
+    return found, problems + bad
 
 
 def _no_pictures(folder: Path) -> Problem:
@@ -130,15 +152,17 @@ def _report_ignored(files: list[Path]) -> None:
         log.warning("%d files are of no kind this trainer reads and are left out: %s", len(odd), listing(odd))
 
 
-def _report_captions(pictures: list[Path], named: dict[Path, str], beside: dict[Path, str]) -> None:
+def _report_captions(
+    pictures: list[Path], named: dict[Path, str], beside: dict[Path, str], *, prompt_flag: str
+) -> None:
     """Say where captions compete and which pictures the metadata forgot."""
     both = [printable(p.name) for p in beside if named.get(p) and named[p] != beside[p]]
     if both:
         log.warning("%d pictures have two captions; the metadata's is used: %s", len(both), listing(both))
     forgotten = [printable(p.name) for p in pictures if named and p not in named and p not in beside]
     if forgotten:
-        log.warning("%d pictures are not in the metadata and get --instance_prompt: %s",
-                    len(forgotten), listing(forgotten))
+        log.warning("%d pictures are not in the metadata and get %s: %s", len(forgotten), prompt_flag,
+                    listing(forgotten))
     stems = [path.stem for path in beside]
     shared = sorted({printable(path.name) for path in beside if stems.count(path.stem) > 1})
     if shared:
@@ -148,7 +172,7 @@ def _report_captions(pictures: list[Path], named: dict[Path, str], beside: dict[
 # ------------------------------------------------------------------------------------------------------------- table
 
 
-def _list_table(data: DataOptions) -> tuple[list[_Listed], list[Problem]]:
+def _list_table(data: DataOptions) -> tuple[list[Listed], list[Problem]]:
     from datasets import Image, load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -161,7 +185,7 @@ def _list_table(data: DataOptions) -> tuple[list[_Listed], list[Problem]]:
         return [], problems
     pictures = table.select_columns([data.image_column]).cast_column(data.image_column, Image(decode=False))
     captions = table[data.caption_column] if data.caption_column else [""] * len(table)
-    found = [_Listed(f"row {i}", TableCell(pictures, i, data.image_column), one_line(caption or ""))
+    found = [Listed(f"row {i}", TableCell(pictures, i, data.image_column), one_line(caption or ""))
              for i, caption in enumerate(captions)]
     return found, [] if found else [Problem("the data set is empty", f"--dataset_name {data.dataset_name}",
                                             "its train split has no rows", "--dataset_name ANOTHER", kind="data")]
@@ -197,7 +221,7 @@ def _table_problems(data: DataOptions, table: Dataset) -> Iterator[Problem]:
 # ------------------------------------------------------------------------------------------------------------- check
 
 
-def _check(listed: list[_Listed], where: str) -> tuple[list[Row], list[Problem]]:
+def check(listed: Sequence[Listed], where: str) -> tuple[list[Row], list[Problem]]:
     """Decode every picture once, keep its size and digest; all that fail become one problem."""
     with ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1)) as pool:
         checked = list(pool.map(_examine, listed))
@@ -209,7 +233,7 @@ def _check(listed: list[_Listed], where: str) -> tuple[list[Row], list[Problem]]
     return rows, [_unreadable(bad, len(listed), where)] if bad else []
 
 
-def _examine(found: _Listed) -> tuple[Row | str, bool]:
+def _examine(found: Listed) -> tuple[Row | str, bool]:
     """(the row, or why there is none; whether the file is animated)."""
     try:
         data = found.source.read_bytes()
@@ -220,7 +244,7 @@ def _examine(found: _Listed) -> tuple[Row | str, bool]:
     return row, is_animated(data)
 
 
-def _unreadable(bad: list[tuple[_Listed, str]], total: int, where: str) -> Problem:
+def _unreadable(bad: list[tuple[Listed, str]], total: int, where: str) -> Problem:
     names = [shlex.quote(f"{found.source}") for found, _ in bad[:SHOWN] if isinstance(found.source, Path)]
     aside = shlex.quote(str(Path(where) / "unreadable"))
     fix = f"mkdir -p {aside} && mv {' '.join(names)} {aside}" if names else "leave these rows out of the data set"
