@@ -11,7 +11,9 @@ docs/flags.md explains them, docs/differences.md says where we differ from the D
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from trainkit.errors import exit_with_message, refuse
@@ -34,15 +36,18 @@ from trainkit.options import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trainkit.adapters import Adapters
     from trainkit.checkpoints import Checkpoints
     from trainkit.data.batch import Batch
+    from trainkit.data.cache import Store
     from trainkit.data.rows import Row
     from trainkit.diffusion import LevelSampler, Noise
     from trainkit.families.sdxl import SDXL
-    from trainkit.families.text import FrozenText
     from trainkit.objective import Objective
+    from trainkit.optim import ParamGroup
     from trainkit.preview import Previews
     from trainkit.run import Run
+    from trainkit.text import Text
 
 
 class Options(OptionSet):
@@ -64,43 +69,43 @@ class Options(OptionSet):
 def main(argv: list[str] | None = None) -> None:
     opt = parse(Options, argv, description=__doc__)  # frozen; --help and --print_config end here
 
-    from trainkit import adapters, checkpoints, diffusion, objective, optim, preview, publish, run
-    from trainkit.data import cache, loader, order
-    from trainkit.families import sdxl, text
+    from trainkit import adapters, checkpoints, optim, preview, publish, run
+    from trainkit.data import cache, class_pictures, loader, order
+    from trainkit.families import sdxl
 
-    rows = preflight(opt)  # every problem in one message
+    instances = preflight(opt)  # every problem in one message
     with run.start_run(opt) as job:
-        family = sdxl.load(opt.model, device=job.device, weight_dtype=job.weight_dtype,
-                           prediction_type=opt.objective.prediction_type, compat=opt.run.compat)  # frozen
+        total, stop = opt.run.ends(len(instances), job.world)  # finished steps of the run, and of this session
+        rows = [*instances, *class_pictures.class_rows(opt, job)]  # the prior's, generated where they are missing
+        family = sdxl.load(opt.model, device=job.device, weight_dtype=job.weight_dtype, compat=opt.run.compat,
+                           **opt.objective.schedule)  # frozen
         store = cache.open_store(opt.data.latent_cache_dir)
-        prompts = text.FrozenText(family, captions(opt, rows), store, opt.text.clip_skip)  # each encoded once
-        family.free_text_encoders()
+        words = make_words(opt, family, rows, store, total)  # prompts to conditioning: frozen, new tokens or LoRA
         pictures = loader.ready_pictures(rows, opt.data, family, store, **job.loading)
-        lora = adapters.add_lora(family.unet, opt.lora, targets=family.lora_targets, seed=job.seed)  # all that trains
+        lora = adapters.add_adapters(family.unet, opt.lora, targets=family.lora_targets, seed=job.seed)
         family.settle(keep_vae=pictures.live, gradient_checkpointing=opt.precision.gradient_checkpointing)
-        levels = diffusion.make_levels(opt.objective, family.schedule)
-        loss = objective.make_objective(opt.objective, family.schedule.prediction, opt.run.compat)
-        train_step = TrainStep(family, prompts, job, levels, diffusion.Noise(opt.objective.noise_offset), loss)
-        total, stop = opt.run.ends(len(rows), job.world)  # finished steps of the run, and of this session
-        optimizer = optim.make_optimizer(lora.groups(opt.optimizer, job.global_batch), opt.optimizer, total)
+        optimizer = optim.make_optimizer(trained(opt, lora, words, job, total), opt.optimizer, total)
+        train_step = make_train_step(opt, family, words, job)
         stream = order.Order(rows, job.global_batch, seed=job.seed)  # the same on 1 or N processes
         previews = preview.Previews(
-            family, opt.validation, prompts, job.out_dir, seed=job.seed, resolution=opt.data.resolution,
-            every=opt.validation.every(stream.steps_per_epoch))
+            family, opt.validation, words, job.out_dir, seed=job.seed, resolution=opt.data.resolution,
+            every=opt.validation.every(stream.steps_per_epoch), averaged=optimizer.averaged)
         saves = checkpoints.Checkpoints(
             job.out_dir, keep=opt.run.checkpoints_total_limit, fingerprint=fingerprint(opt, rows, family, job, total),
-            adapters=lora, optimizer=optimizer, run=job)
+            extra=partial(words.export, name=job.name), adapters=lora, text=words, optimizer=optimizer, run=job)
         start = saves.resume(opt.run.resume_from_checkpoint, stop=stop)
         job.begin(start, total, previews)
         for step, batches in loader.micro_batches(pictures, stream, start_step=start, stop_step=stop, **job.share):
+            optimizer.begin(step)  # who trains in this step, and at which rate
             for batch in batches:
                 losses = train_step(batch.to(job.device))  # [B]
                 job.backward(losses.sum() / batch.num_instance)
-            stats = job.update(optimizer, step=step)
+            stats = job.update(optimizer, step=step, then=words.after_update)
             job.log(step + 1, stats | optimizer.describe())
             after_step(step + 1, opt, job=job, saves=saves, previews=previews, last=step + 1 == stop)
         if stop == total:
-            publish.publish(opt.run, family, lora, num_images=len(rows) // opt.data.repeats)
+            with optimizer.averaged():
+                publish.publish(opt.run, family, lora, words=words, num_images=len(instances) // opt.data.repeats)
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ class TrainStep:
     """One micro-batch forward: noise it to a drawn level, ask the network, weigh the error."""
 
     family: SDXL
-    prompts: FrozenText
+    words: Text
     job: Run
     levels: LevelSampler
     noise: Noise
@@ -121,14 +126,44 @@ class TrainStep:
         keys, device = batch.keys(self.job.seed), batch.time_ids.device
         rng.reseed_dropout(*keys[0])
         x0 = self.family.sample_latents(batch, keys)  # [B,C,h,w]
-        n = self.noise(x0.shape[1:], keys).to(device)  # [B,C,h,w]
+        n = self.noise(x0.shape[1:], keys)  # [B,C,h,w]
         level = self.levels(rng.uniform(keys, "timestep")).to(device)
-        z = self.loss.pred.add_noise(x0, n, level)
-        text = self.prompts(batch.prompts)  # embeds [B,T,D], pooled [B,P]
+        z = self.loss.pred.add_noise(x0, self.noise.perturbed(n, keys).to(device), level)
+        text = self.words(batch.prompts, batch.step)  # embeds [B,T,D], pooled [B,P]
         with self.job.autocast():
             seen = self.loss.pred.model_input(z, level)
             out = self.family.denoise(seen, level, text=text, time_ids=batch.time_ids)
-        return self.loss(out, x0=x0, z=z, n=n, level=level, share=batch.share)
+        return self.loss(out, x0=x0, z=z, n=n.to(device), level=level, share=batch.share, is_class=batch.is_class)
+
+
+def make_words(opt: Options, family: SDXL, rows: Sequence[Row], store: Store, total: int) -> Text:
+    """The text of the run, told every prompt it will ever be asked for."""
+    from trainkit import pivotal
+    from trainkit.preview import preview_prompts
+    from trainkit.text import make_text
+
+    pivotal.warn_of_captions_without(opt.pivotal, [row.caption for row in rows if not row.is_class])
+    prompts = [row.caption for row in rows] + preview_prompts(opt.validation)
+    return make_text(
+        family, prompts, store, text=opt.text, pivotal=opt.pivotal, lora=opt.lora, total=total, seed=opt.run.seed,
+        gradient_checkpointing=opt.precision.gradient_checkpointing)
+
+
+def make_train_step(opt: Options, family: SDXL, words: Text, job: Run) -> TrainStep:
+    """The step with the noise levels, noise and loss that the options ask for."""
+    from trainkit.diffusion import Noise, make_levels
+    from trainkit.objective import make_objective
+
+    levels = make_levels(opt.objective, family.schedule, opt.run.compat)
+    loss = make_objective(opt.objective, family.schedule.prediction, opt.run.compat)
+    return TrainStep(family, words, job, levels, Noise.from_options(opt.objective), loss)
+
+
+def trained(opt: Options, lora: Adapters, words: Text, job: Run, total: int) -> list[ParamGroup]:
+    """Everything that learns, in groups with rates, decays and last steps of their own."""
+    unet = lora.groups(lr=opt.optimizer.base_lr(global_batch=job.global_batch),
+                       weight_decay=opt.optimizer.adam_weight_decay, stop=opt.lora.stop(total))
+    return [*unet, *words.groups(opt.optimizer, job.global_batch)]
 
 
 def after_step(done: int, opt: Options, *, job: Run, saves: Checkpoints, previews: Previews, last: bool) -> None:
@@ -145,54 +180,61 @@ def after_step(done: int, opt: Options, *, job: Run, saves: Checkpoints, preview
 
 def preflight(opt: Options) -> list[Row]:
     """The rows to train on; or one message with everything that is wrong, before a weight is loaded."""
-    from trainkit import adapters, optim, publish
+    from trainkit import adapters, optim, pivotal, publish
+    from trainkit.data import class_pictures
     from trainkit.data.rows import read_rows
     from trainkit.families import sdxl
     from trainkit.runtime.startup import leave_out
 
-    if opt.optimizer.algorithm != "adamw8bit":
+    if optim.library(opt.optimizer) != "bitsandbytes":
         leave_out("bitsandbytes")
 
     model, other_vae = opt.model.pretrained_model_name_or_path, opt.model.pretrained_vae_model_name_or_path
     model_problems = sdxl.problems(model, resolution=opt.data.resolution, vae_path=other_vae,
                                    revision=opt.model.revision, variant=opt.model.variant,
-                                   clip_skip=opt.text.clip_skip, prediction_type=opt.objective.prediction_type)
-    if opt.lora.lora_unet_blocks and not model_problems:
+                                   clip_skip=opt.text.clip_skip, **opt.objective.schedule)
+    if not model_problems:
         unet = sdxl.skeleton(model, revision=opt.model.revision)
         model_problems = adapters.problems(unet, opt.lora, targets=sdxl.LORA_TARGETS)
     rows, data_problems = read_rows(opt.data)
     asked = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run)]
-    refuse([*asked, *model_problems, *data_problems])
+    words = pivotal.problems(opt.pivotal, [row.caption for row in rows])
+    refuse([*asked, *model_problems, *data_problems, *class_pictures.problems(opt), *words])
     return rows
 
 
-def captions(opt: Options, rows: list[Row]) -> list[str]:
-    """Every prompt the run will ever need encoded."""
-    from trainkit.preview import preview_prompts
-
-    return [row.caption for row in rows] + preview_prompts(opt.validation)
-
-
-# What decides the bits of a run beside model, pictures and seed. Rates and decays may be changed on resume.
-DECISIVE = (
-    "resolution", "center_crop", "random_flip", "image_interpolation_mode", "cache_latents", "cached_crops",
-    "clip_skip", "rank", "lora_alpha", "lora_dropout", "lora_layers", "lora_unet_blocks", "prediction_type",
-    "snr_gamma", "noise_offset", "compat", "optimizer", "use_8bit_adam", "lr_scheduler",
-)
+# What decides the bits of a run: these concerns, but for flags whose effect is in the rows, and rates and decays, which
+# may be changed on resume.
+DECISIVE = ("data", "text", "pivotal", "lora", "objective")
+IN_ROWS = {
+    "dataset_name", "dataset_config_name", "instance_data_dir", "image_column", "caption_column", "instance_prompt",
+    "repeats", "cache_dir", "latent_cache_dir",
+}
+RATES = {"text_encoder_lr", "text_encoder_2_lr", "adam_weight_decay_text_encoder"}
+OF_OPTIMIZER = ("optimizer", "optimizer_args", "use_8bit_adam", "lr_scheduler", "use_ema", "ema_decay")
 
 
-def fingerprint(opt: Options, rows: list[Row], family: SDXL, job: Run, total: int) -> dict[str, object]:
+def fingerprint(opt: Options, rows: Sequence[Row], family: SDXL, job: Run, total: int) -> dict[str, object]:
     """What a checkpoint and the run that resumes it must agree on, or going on would not be going on."""
     from trainkit.data.cache import content_key
 
     flags = opt.flat()
+    decisive = [name for concern in DECISIVE for name in opt.concerns()[concern].model_fields]
     return {
         "base model": family.identity, "pictures": content_key(*[
-            (row.id, row.digest, row.caption, row.repeat) for row in rows]),
+            (row.id, row.digest, row.caption, row.repeat, row.is_class, row.share) for row in rows]),
         "pictures in a step": job.global_batch, "--seed": job.seed, "--mixed_precision": job.precision,
-        "steps": None if opt.optimizer.lr_scheduler.startswith("constant") else total,  # a decay depends on its length
-        **{f"--{flag}": flags[flag] for flag in DECISIVE},
+        "--compat": opt.run.compat, "steps": total if depends_on_length(opt) else None,
+        **{f"--{name}": flags[name] for name in (*decisive, *OF_OPTIMIZER) if name not in IN_ROWS | RATES},
     }
+
+
+def depends_on_length(opt: Options) -> bool:
+    """Whether a step means something else in a longer run: a rate decays, or a part stops after a share of the run."""
+    shares = (opt.lora.train_unet_frac,
+              opt.pivotal.train_text_encoder_ti_frac if opt.pivotal.train_text_encoder_ti else 1,
+              opt.text.train_text_encoder_frac if opt.text.train_text_encoder else 1)
+    return not opt.optimizer.lr_scheduler.startswith("constant") or any(0 < share < 1 for share in shares)
 
 
 if __name__ == "__main__":

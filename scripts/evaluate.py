@@ -22,7 +22,8 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,7 +80,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=described, allow_abbrev=False)
     add = parser.add_argument
     add("--base", required=True, metavar="MODEL", help="SDXL model folder or Hub id the LoRA was trained on")
-    add("--lora", required=True, type=Path, metavar="FILE", help="LoRA file, Diffusers or WebUI layout")
+    add("--lora", type=Path, metavar="FILE", help="LoRA file, Diffusers or WebUI layout; without it --embeddings alone")
+    add("--embeddings", type=Path, metavar="FILE", help="the run's NAME_emb.safetensors, if it learned new tokens, "
+        "which then stand for their words in prompts; the base is given the words")
     add("--reference", type=Path, default=ASSETS / "icons-3d-reference", metavar="DIR",
         help="real pictures of the style that were not trained on, with metadata.jsonl (file_name, noun, text)")
     add("--training", type=Path, default=ASSETS / "icons-3d", metavar="DIR", help="the pictures trained on")
@@ -95,7 +98,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", required=True, type=Path, metavar="DIR", help="folder for grid.png and evaluation.json")
     add("--debug", action="store_true", help="show a traceback for user errors")
     args = parser.parse_args(argv)
-    args.strengths = tuple(sorted({0.0, *args.strengths}, key=abs))  # the share needs the base, untouched: first
+    asked = args.strengths if args.lora else (1.0,)
+    args.strengths = tuple(sorted({0.0, *asked}, key=abs))  # the share needs the base, untouched: first
     return args
 
 
@@ -112,9 +116,15 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def problems(args: argparse.Namespace) -> Iterator[Problem]:
-    if not args.lora.is_file():
+    if not (args.lora or args.embeddings):
+        yield Problem("nothing to evaluate", "--lora, --embeddings", "there is neither a LoRA nor embeddings",
+                      "give the path of one or both files that a training run wrote")
+    if args.lora and not args.lora.is_file():
         yield Problem(f"no LoRA file {args.lora}", "--lora", "the LoRA is what is evaluated",
                       "give the path of a .safetensors file that a training run wrote")
+    if args.embeddings and not args.embeddings.is_file():
+        yield Problem(f"no file of embeddings {args.embeddings}", "--embeddings", "the run's new tokens are in it",
+                      "give the path of the NAME_emb.safetensors that the run wrote, or leave the flag out")
     for flag in ("training", "clip", "reference"):
         if not getattr(args, flag).is_dir():
             yield Problem(f"no folder {getattr(args, flag)}", f"--{flag}", "the style distance needs it",
@@ -178,16 +188,40 @@ def opened(path: Path) -> Image:
 def draw(args: argparse.Namespace, wanted: list[Wanted]) -> Iterator[tuple[float, list[Image]]]:
     """Every noun at every strength, from the same noise -> (strength, pictures)."""
     pipe = load(args)
-    parts = ["unet", "text_encoder", "text_encoder_2"]
-    for strength in args.strengths:
+    for strength in args.strengths:  # 0 is the first
         if strength == 0:
             yield strength, pictures_of(pipe, args, wanted)
+            wanted = teach(pipe, args.embeddings, wanted) if args.embeddings else wanted
             continue
-        pipe.load_lora_weights(str(args.lora.parent), weight_name=args.lora.name)
-        pipe.fuse_lora(components=parts, lora_scale=strength)  # as fast as the base while drawing
-        yield strength, pictures_of(pipe, args, wanted)
-        pipe.unfuse_lora(components=parts)
-        pipe.unload_lora_weights()
+        with with_lora(pipe, args.lora, strength) if args.lora else nullcontext():
+            yield strength, pictures_of(pipe, args, wanted)
+
+
+@contextmanager
+def with_lora(pipe: StableDiffusionXLPipeline, file: Path, strength: float) -> Iterator[None]:
+    """The LoRA is part of the weights inside: as fast as the base while drawing."""
+    parts = ["unet", "text_encoder", "text_encoder_2"]
+    pipe.load_lora_weights(str(file.parent), weight_name=file.name)
+    pipe.fuse_lora(components=parts, lora_scale=strength)
+    yield
+    pipe.unfuse_lora(components=parts)
+    pipe.unload_lora_weights()
+
+
+def teach(pipe: StableDiffusionXLPipeline, file: Path, wanted: list[Wanted]) -> list[Wanted]:
+    """Give the pipeline a run's new tokens -> what to draw, asked for by them."""
+    from trainkit.files import load_tensors
+    from trainkit.options.words import replace_words
+    from trainkit.pivotal import ENCODERS, read_header
+
+    header, rows = read_header(file), load_tensors(file)
+    pairs = ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2))
+    for name, (tokenizer, encoder) in zip(ENCODERS, pairs, strict=True):
+        pipe.load_textual_inversion(rows[name], token=header.names, tokenizer=tokenizer, text_encoder=encoder)
+    if header.sets_eos:
+        pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id
+    table = {word: "".join(names) for word, names in header.tokens.items()}
+    return [replace(w, prompt=replace_words(w.prompt, table)) for w in wanted]
 
 
 def load(args: argparse.Namespace) -> StableDiffusionXLPipeline:
@@ -231,7 +265,7 @@ def measure(args: argparse.Namespace, drawn: dict[float, list[Image]], reference
     gap = distance[0.0] - floor
     return {
         "base": Path(args.base).name if Path(args.base).is_dir() else args.base,
-        "lora": args.lora.name, "lora_sha256": hashlib.sha256(args.lora.read_bytes()).hexdigest(),
+        **described("lora", args.lora), **described("embeddings", args.embeddings),
         "prompt": args.prompt or "captions of the reference", "seed": args.seed, "steps": args.steps,
         "guidance_scale": args.guidance_scale,
         "reference_pictures": len(real), "training_pictures": len(training), "floor": floor,
@@ -239,6 +273,10 @@ def measure(args: argparse.Namespace, drawn: dict[float, list[Image]], reference
                        "share_of_gap_closed": (distance[0.0] - d) / gap if gap > 0 else None}
                       for s, d in distance.items()],
     }
+
+
+def described(kind: str, file: Path | None) -> dict[str, str]:
+    return {kind: file.name, f"{kind}_sha256": hashlib.sha256(file.read_bytes()).hexdigest()} if file else {}
 
 
 def grid(drawn: dict[float, list[Image]], wanted: list[Wanted], reference: list[Real]) -> Image:

@@ -14,10 +14,11 @@ from PIL import Image
 
 from scripts import evaluate
 from trainkit import rng
-from trainkit.adapters import add_lora
+from trainkit.adapters import add_adapters
 from trainkit.errors import UserError
 from trainkit.export import write_diffusers
 from trainkit.families import sdxl
+from trainkit.options import LoraOptions
 
 NOUNS = ("dog", "cat", "fish", "bird")
 
@@ -28,14 +29,14 @@ def lora(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(tiny_sdxl, subfolder="unet")
-    options = SimpleNamespace(rank=2, lora_alpha=None, lora_dropout=0.0, lora_layers="attention", lora_unet_blocks=None)
-    adapters = add_lora(unet.requires_grad_(False), options, targets=sdxl.LORA_TARGETS, seed=0)
+    options = LoraOptions(rank=2)
+    adapters = add_adapters(unet.requires_grad_(False), options, targets=sdxl.LORA_TARGETS, seed=0)
     with torch.no_grad():
         for path in adapters.layers:
             B = adapters.factors(path)[1]
             B.copy_(torch.randn(B.shape, generator=rng.generator("test", path)))
     file = tmp_path_factory.mktemp("lora") / "lora.safetensors"
-    write_diffusers(adapters, file, {})
+    write_diffusers([adapters], file, {})
     return file
 
 
@@ -99,3 +100,21 @@ def test_all_that_is_wrong_is_said_at_once(tiny_sdxl, icons, tmp_path):
         evaluate.main(wrong)
     assert [p.where for p in caught.value.problems] == ["--lora", "--clip", "--prompt", "--nouns"]
     assert "unicorn" in str(caught.value) and caught.value.exit_code == 2
+
+
+def test_learned_tokens_stand_for_their_words_but_for_the_base(tiny_sdxl, lora, icons, judged, tmp_path):
+    from safetensors.torch import save_file
+
+    rows, header = {"clip_l": torch.ones(2, 24), "clip_g": torch.ones(2, 32)}, {"tokens": '{"icon": ["<s0>", "<s1>"]}'}
+    save_file(rows, file := tmp_path / "run_emb.safetensors", header)
+    for name, more in (("without", ()), ("with", (f"--embeddings={file}",))):
+        evaluate.main(arguments(tiny_sdxl, lora, icons, tmp_path / name, "--strengths=1", *more))
+    alone = [word for word in arguments(tiny_sdxl, lora, icons, tmp_path / "alone") if not word.startswith("--lora")]
+    evaluate.main([*alone, f"--embeddings={file}"])
+    _, base, plain, _, same, taught, _, again, embedded = judged
+    assert all(np.array_equal(a, b) for a, b in zip(base, same, strict=True)) and len(again) == len(embedded)
+    assert any(not np.array_equal(a, b) for a, b in zip(plain, taught, strict=True))
+    assert any(not np.array_equal(a, b) for a, b in zip(base, embedded, strict=True))
+    result = json.loads((tmp_path / "alone" / "evaluation.json").read_text())
+    assert result["embeddings"] == "run_emb.safetensors" and "lora" not in result
+    assert [row["strength"] for row in result["strengths"]] == [0.0, 1.0]

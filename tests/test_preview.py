@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from trainkit import preview, rng
-from trainkit.adapters import add_lora
+from trainkit.adapters import add_adapters
 from trainkit.families import sdxl
 from trainkit.families.text import FrozenText
+from trainkit.options import LoraOptions
 from trainkit.preview import Previews, evaluating, preview_prompts, sheet, tile_px
 
 PROMPT = "3d icon in the style of TOK, a red dog"
@@ -41,8 +42,8 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def family(tiny_sdxl: Path) -> sdxl.SDXL:
     """In training: adapters that do something, with dropout, the text encoders gone, the VAE put away."""
     loaded = load(tiny_sdxl)
-    lora = SimpleNamespace(rank=2, lora_alpha=None, lora_dropout=0.5, lora_layers="attention", lora_unet_blocks=None)
-    adapters = add_lora(loaded.unet, lora, targets=loaded.lora_targets, seed=0)
+    lora = LoraOptions(rank=2, lora_dropout=0.5)
+    adapters = add_adapters(loaded.unet, lora, targets=loaded.lora_targets, seed=0)
     with torch.no_grad():
         for path in adapters.layers:
             B = adapters.factors(path)[1]

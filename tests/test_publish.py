@@ -19,10 +19,11 @@ from tests.made_up_run import make_run
 from tests.test_report import HOSTILE
 from trainkit import publish as room
 from trainkit import rng
-from trainkit.adapters import Adapters, add_lora
+from trainkit.adapters import Adapters, add_adapters
 from trainkit.errors import UserError
 from trainkit.families import sdxl
 from trainkit.files import atomic_write
+from trainkit.options import LoraOptions
 from trainkit.publish import problems, publish, uploads, write_card
 from trainkit.report.facts import RunFacts
 
@@ -43,8 +44,7 @@ def family(tiny_sdxl: Path) -> sdxl.SDXL:
 
 @pytest.fixture(scope="module")
 def adapters(family: sdxl.SDXL) -> Adapters:
-    lora = SimpleNamespace(rank=2, lora_alpha=1, lora_dropout=0.0, lora_layers="attention", lora_unet_blocks=None)
-    made = add_lora(family.unet, lora, targets=family.lora_targets, seed=0)
+    made = add_adapters(family.unet, LoraOptions(rank=2, lora_alpha=1), targets=family.lora_targets, seed=0)
     with torch.no_grad():
         for path in made.layers:
             B = made.factors(path)[1]
@@ -265,7 +265,7 @@ def test_what_would_fail_at_the_upload_is_said_at_the_start(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("name, what", [
     ("pytorch_lora_weights", "taken"), ("Pytorch_Lora_Weights", "taken"), ("sub/../pytorch_lora_weights/", "taken"),
-    ("x" * 222, "too long"), ("é" * 111, "too long"), ("x" * 300, "too long"),
+    ("x" * 218, "too long"), ("é" * 109, "too long"), ("x" * 300, "too long"),
 ])
 def test_a_folder_whose_name_cannot_name_the_webui_file_is_refused(tmp_path, name, what):
     problem, = problems(options(tmp_path / name))
@@ -273,9 +273,9 @@ def test_a_folder_whose_name_cannot_name_the_webui_file_is_refused(tmp_path, nam
 
 
 def test_the_longest_name_that_is_taken_can_be_written(tmp_path):
-    name = "x" * 221
+    name = "x" * 217
     assert not list(problems(options(tmp_path / name)))
-    atomic_write(tmp_path / f"{name}.safetensors", b"")
+    atomic_write(tmp_path / f"{name}_emb.safetensors", b"")
 
 
 def test_files_follow_the_umask(tmp_path):

@@ -18,7 +18,7 @@ BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.AsyncFor, ast.Async
 LAYERS = (
     {"errors", "files", "rng"},
     {"options", "diffusion", "objective", "optim", "evaluation", "lean_lora", "runtime"},
-    {"data", "families", "adapters", "pivotal"},
+    {"data", "families", "adapters", "pivotal", "text"},
     {"checkpoints", "export"},
     {"run", "preview", "report"},
     {"publish"},

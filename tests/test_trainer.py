@@ -19,17 +19,17 @@ from tests.harness import Done, command, forked, make_pictures
 from tests.tiny import build_tiny_sdxl
 from train_dreambooth_lora_sdxl_advanced import TrainStep
 from trainkit import rng
-from trainkit.adapters import Adapters, add_lora
+from trainkit.adapters import Adapters, add_adapters
 from trainkit.data.batch import Batch
 from trainkit.data.cache import MemoryStore
 from trainkit.data.loader import Pictures, micro_batches, ready_pictures
 from trainkit.data.order import Order
 from trainkit.data.rows import read_rows
-from trainkit.diffusion import Noise, UniformTimesteps
+from trainkit.diffusion import Noise, make_levels
 from trainkit.families import sdxl
 from trainkit.families.text import FrozenText
 from trainkit.objective import make_objective
-from trainkit.optim import make_optimizer
+from trainkit.optim import ParamGroup, make_optimizer
 from trainkit.options import DataOptions, LoraOptions, ModelOptions, ObjectiveOptions, OptimizerOptions
 from trainkit.runtime.gradients import Gradients
 
@@ -71,12 +71,12 @@ def rig(model: Path, data: Path, *, gamma: float | None = None, dtype: torch.dty
     family = sdxl.load(base, device=CPU, weight_dtype=dtype)
     encoders, prompts = family.text_encoders, FrozenText(family, [row.caption for row in rows])
     pictures = ready_pictures(rows, options, family, MemoryStore(), seed=SEED)
-    lora = add_lora(family.unet, LoraOptions(rank=2), targets=family.lora_targets, seed=SEED)
+    lora = add_adapters(family.unet, LoraOptions(rank=2), targets=family.lora_targets, seed=SEED)
     family.unet.to(dtype)  # the adapters too
     family.settle(keep_vae=pictures.live)
     job = SimpleNamespace(seed=SEED, autocast=nullcontext)
     loss = make_objective(ObjectiveOptions(snr_gamma=gamma), family.schedule.prediction)
-    step = TrainStep(family, prompts, job, UniformTimesteps(family.schedule), Noise(), loss)
+    step = TrainStep(family, prompts, job, make_levels(ObjectiveOptions(), family.schedule), Noise(), loss)
     return Rig(step, lora, pictures, encoders)
 
 
@@ -85,6 +85,10 @@ def train_a_little(lora: Adapters) -> None:
     with torch.no_grad():
         for path in lora.layers:
             lora.factors(path)[1].normal_(std=0.05, generator=rng.generator("nudge", path))
+
+
+def unet_groups(lora: Adapters, options: OptimizerOptions) -> list[ParamGroup]:
+    return lora.groups(lr=options.base_lr(global_batch=GLOBAL_BATCH), weight_decay=options.adam_weight_decay)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +115,7 @@ def test_a_train_step_gives_gradients_to_every_adapter_and_to_nothing_else(tiny_
     assert all(p.grad.abs().max() > 0 for p in trained.lora.parameters())
     assert all(p.grad is None and not p.requires_grad for p in others)
     options = OptimizerOptions(learning_rate=0.1)
-    optimizer = make_optimizer(trained.lora.groups(options, GLOBAL_BATCH), options, 1)
+    optimizer = make_optimizer(unet_groups(trained.lora, options), options, 1)
     gradients.update(optimizer, step=0, max_grad_norm=1.0)
     assert all(torch.equal(p, old) for p, old in zip(others, before, strict=True))
 
@@ -127,7 +131,7 @@ def test_one_global_batch_gives_one_gradient_however_it_is_cut(dtype, limit, tin
 
 
 def gradient(trained: Rig, accumulation: int) -> Tensor:
-    trained.lora.unet.zero_grad(set_to_none=True)
+    trained.lora.network.zero_grad(set_to_none=True)
     trained.backward(accumulation=accumulation)
     return torch.cat([p.grad.flatten() for p in trained.lora.parameters()])
 
@@ -167,7 +171,7 @@ def losses_by_hand(model: Path, batch: Batch, gamma: float | None) -> Tensor:
 def test_a_v_prediction_model_learns_a_batch_with_finite_losses(v_model, data):
     trained = rig(v_model, data, gamma=GAMMA)
     options = OptimizerOptions(learning_rate=1e-2)
-    optimizer = make_optimizer(trained.lora.groups(options, GLOBAL_BATCH), options, 4)
+    optimizer = make_optimizer(unet_groups(trained.lora, options), options, 4)
     losses = []
     for step in range(4):
         gradients = trained.backward()  # the same batch and the same noise each time
@@ -182,7 +186,7 @@ def test_polynomial_decay_ends_at_the_same_rate_in_every_group():
     groups = [{"name": name, "params": [nn.Parameter(torch.zeros(1))], "lr": lr, "weight_decay": 0.0}
               for name, lr in (("unet", 1e-4), ("text", 5e-6))]
     optimizer = make_optimizer(groups, options, 10)
-    optimizer.set_lr(10)
+    optimizer.begin(10)
     assert optimizer.describe() == pytest.approx({"lr/unet": 1e-7, "lr/text": 1e-7})
 
 

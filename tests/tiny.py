@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from trainkit import rng
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, SchedulerMixin
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORDS = """a an the of in on and with photo picture icon style red green blue dog cat house sun moon star tree fish bird
@@ -27,18 +31,36 @@ def build_tiny_sdxl(folder: Path, *, prediction_type: Literal["epsilon", "v_pred
     widths         channels of the UNet's three levels, multiples of 32
     eos_in_config  False writes `eos_token_id` 2 into the text encoders, as SDXL's released configs have it
     """
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from diffusers import EulerDiscreteScheduler
 
     scheduler = EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading",
         prediction_type=prediction_type,
     )
+    return build(folder, scheduler, tiny_vae, widths=widths, eos_in_config=eos_in_config)
+
+
+def build_tiny_edm(folder: Path, *, prediction_type: Literal["epsilon", "v_prediction"] = "epsilon",
+                   widths: Sequence[int] = (32, 64, 64)) -> Path:
+    """Write a random EDM model -> its folder; as Playground v2.5 with its scheduler and its latents' mean and std."""
+    from diffusers import EDMDPMSolverMultistepScheduler
+
+    scheduler = EDMDPMSolverMultistepScheduler(sigma_data=0.5, prediction_type=prediction_type)
+    latents = {"latents_mean": [-0.4, 0.3, 0.1, -0.2], "latents_std": [1.1, 0.7, 0.9, 0.8], "scaling_factor": 0.5}
+    return build(folder, scheduler, partial(tiny_vae, **latents), widths=widths, eos_in_config=True)
+
+
+def build(folder: Path, scheduler: SchedulerMixin, make_vae: Callable[[], AutoencoderKL], *, widths: Sequence[int],
+          eos_in_config: bool) -> Path:
+    """Write the random model with this scheduler and VAE -> its folder."""
+    from diffusers import StableDiffusionXLPipeline
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.seed_of("tiny", FIRST_SEED))
         first, second = (tiny_tokenizer(folder / f".words_{k}", pad) for k, pad in enumerate((EOS, "!")))
         eos = first.eos_token_id if eos_in_config else 2
         pipe = StableDiffusionXLPipeline(
-            vae=tiny_vae(), unet=tiny_unet(widths), scheduler=scheduler, tokenizer=first, tokenizer_2=second,
+            vae=make_vae(), unet=tiny_unet(widths), scheduler=scheduler, tokenizer=first, tokenizer_2=second,
             text_encoder=tiny_text_encoder(len(first), TEXT_WIDTHS[0], projected=False, eos=eos, pad=eos),
             text_encoder_2=tiny_text_encoder(len(second), TEXT_WIDTHS[1], projected=True, eos=eos, pad=0),
             add_watermarker=False,
@@ -84,14 +106,14 @@ def tiny_text_encoder(vocabulary: int, width: int, *, projected: bool, eos: int,
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
 
 
-def tiny_vae():
+def tiny_vae(*, scaling_factor: float = 0.6, **latents: Sequence[float]):
     """Four pixels per latent, 64 px -> 16 latents."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
         block_out_channels=(16, 16, 32), down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, latent_channels=LATENT_CHANNELS,
-        norm_num_groups=8, sample_size=64, scaling_factor=0.6,
+        norm_num_groups=8, sample_size=64, scaling_factor=scaling_factor, **latents,
     )
 
 

@@ -11,7 +11,7 @@ import secrets
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,12 +22,13 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from trainkit import rng
+from trainkit.diffusion import is_edm
 from trainkit.families.pretrained import empty_device_cache
 from trainkit.files import atomic_write, disk_errors
 from trainkit.report.facts import sample_files
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionXLPipeline
+    from diffusers import SchedulerMixin, StableDiffusionXLPipeline
 
     from trainkit.families.sdxl import SDXL
     from trainkit.options import ValidationOptions
@@ -36,6 +37,10 @@ log = logging.getLogger(__name__)
 
 STEPS = 25  # denoising steps of the Diffusers trainers' validation
 GUIDANCE = 5.0  # the stock SDXL pipeline's default
+SAMPLER_NAMES = {  # as WebUIs call them
+    "DPMSolverMultistepScheduler": "DPM++ 2M", "EDMDPMSolverMultistepScheduler": "DPM++ 2M",
+    "EDMEulerScheduler": "Euler",
+}
 TILE_PX = (192, 512)  # a sheet shows no picture smaller or larger than this
 
 Encoded = Callable[[list[str]], tuple[Tensor, Tensor]]  # prompts -> embeds [B,T,D], pooled [B,P]
@@ -64,11 +69,15 @@ class Previews:
     The stock SDXL pipeline is put together from the training run's own UNet; text comes encoded, because the encoders
     are gone. Starting noise depends on the picture's seed alone, so two steps differ by what was learned in between.
     No global random state is read or advanced, and the UNet's modes are as before afterwards.
+
+    averaged  context of the weights to look at, where they are not those that train (Optim.averaged)
     """
 
     def __init__(self, family: SDXL, options: ValidationOptions, encoded: Encoded, output_dir: str | Path, *,
-                 seed: int, resolution: int, every: int = 0):
+                 seed: int, resolution: int, every: int = 0,
+                 averaged: Callable[[], AbstractContextManager[None]] = nullcontext):
         self.family, self.encoded, self.resolution, self.every = family, encoded, resolution, every
+        self.averaged = averaged
         self.folder = Path(output_dir) / "samples"
         count = options.num_validation_images if options.validation_prompt else 0
         self.shots = [Shot(options.validation_prompt, 1, seed + k) for k in range(count)]
@@ -102,7 +111,7 @@ class Previews:
         family, dtype = self.family, self.family.weight_dtype
         precision = torch.autocast(family.device.type, dtype=dtype, enabled=dtype != torch.float32)
         pipe = live_pipeline(family)
-        with evaluating(family.unet), precision:
+        with self.averaged(), evaluating(family.unet), precision:
             latents = [self._latents(pipe, shot) for shot in self.shots]  # N × [1,C,h,w]
         with visiting(family.vae, family.device):
             pictures = [picture for one in latents for picture in family.decode(one)]
@@ -134,25 +143,38 @@ class Previews:
 
     def _parameters(self, shot: Shot, picture: Image.Image) -> str:
         """The text WebUI's PNG-info tab reads: prompt on the first line, settings on the last."""
-        return (f"{shot.prompt}\nSteps: {STEPS}, Sampler: DPM++ 2M, CFG scale: {GUIDANCE}, Seed: {shot.seed}, "
+        name = SAMPLER_NAMES.get(sampler_class(self.family), sampler_class(self.family))
+        return (f"{shot.prompt}\nSteps: {STEPS}, Sampler: {name}, CFG scale: {GUIDANCE}, Seed: {shot.seed}, "
                 f"Size: {picture.width}x{picture.height}")
 
 
 def live_pipeline(family: SDXL) -> StableDiffusionXLPipeline:
-    """The stock pipeline around the UNet in training: no text encoders, no VAE, DPM-Solver++ as upstream validates."""
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
+    """The stock pipeline around the UNet in training: no text encoders, no VAE."""
+    from diffusers import StableDiffusionXLPipeline
 
     repo = StableDiffusionXLPipeline.load_config(family.path, revision=family.revision)
-    config = {k: v for k, v in family.scheduler_config.items() if k != "variance_type"}  # learned variance: not here
-    scheduler = DPMSolverMultistepScheduler.from_config(config, prediction_type=family.schedule.prediction_type)
     pipe = StableDiffusionXLPipeline(
         vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=family.unet,
-        scheduler=scheduler, force_zeros_for_empty_prompt=repo.get("force_zeros_for_empty_prompt", True),
+        scheduler=sampler(family), force_zeros_for_empty_prompt=repo.get("force_zeros_for_empty_prompt", True),
         add_watermarker=False,
     )
     pipe.vae_scale_factor = family.vae_factor  # otherwise guessed as 8, for want of a VAE
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def sampler(family: SDXL) -> SchedulerMixin:
+    """DPM-Solver++ on the levels the run trains on, as upstream validates; an EDM model's own scheduler."""
+    import diffusers
+
+    config = {k: v for k, v in family.scheduler_config.items() if k != "variance_type"}  # learned variance: not here
+    kind = getattr(diffusers, sampler_class(family))
+    return kind.from_config(config, prediction_type=family.schedule.prediction_type)
+
+
+def sampler_class(family: SDXL) -> str:
+    config = family.scheduler_config
+    return str(config["_class_name"]) if is_edm(config) else "DPMSolverMultistepScheduler"
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from trainkit.errors import Problem, UserError
 from trainkit.export import verify, write_diffusers, write_kohya
 from trainkit.files import Json, atomic_write
 from trainkit.report import SampleStep, environment, sample_steps, write_report
-from trainkit.report.facts import DIFFUSERS_FILE, RunFacts, sample_files, weight_names
+from trainkit.report.facts import RunFacts, sample_files, weight_names
+from trainkit.report.usage import DIFFUSERS_FILE
 from trainkit.runtime import ranks
 from trainkit.runtime.record import redact
 
@@ -24,12 +25,14 @@ if TYPE_CHECKING:
     from trainkit.adapters import Adapters
     from trainkit.families.sdxl import SDXL
     from trainkit.options import RunOptions
+    from trainkit.text import Text
 
 log = logging.getLogger(__name__)
 
 TAGS = ("text-to-image", "diffusers", "lora", "template:sd-lora", "stable-diffusion-xl")
+LORA_TAGS, TOKEN_TAGS = ("lora", "template:sd-lora"), ("textual_inversion",)
 LICENCES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"}  # of bases on the Hub; a folder tells its own
-LONGEST_NAME = 255 - len("..safetensors.1234567-12345678.tmp")  # bytes; the file is written under the longer name
+LONGEST_NAME = 255 - len("._emb.safetensors.1234567-12345678.tmp")  # bytes; a file is written under a longer name
 HUB_ID = re.compile(r"([\w-][\w.-]{0,95}/)?[\w-][\w.-]{0,95}", re.ASCII)
 FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 SETTINGS = {  # name in the card: flag; nothing here holds a path
@@ -39,6 +42,8 @@ SETTINGS = {  # name in the card: flag; nothing here holds a path
     "Accumulation": "gradient_accumulation_steps", "Min-SNR gamma": "snr_gamma", "Noise offset": "noise_offset",
     "Random flips": "random_flip", "CLIP skip": "clip_skip", "Mixed precision": "mixed_precision", "Seed": "seed",
 }
+
+TEXT_SETTINGS = {"Text learning rate": "text_encoder_lr", "Text weight decay": "adam_weight_decay_text_encoder"}
 
 
 def problems(options: RunOptions) -> Iterator[Problem]:
@@ -73,23 +78,28 @@ def hub_problems(options: RunOptions) -> Iterator[Problem]:
                       "give --hub_model_id owner/name")
 
 
-def publish(options: RunOptions, family: SDXL, adapters: Adapters, *, num_images: int | None = None) -> list[Path]:
+def publish(options: RunOptions, family: SDXL, adapters: Adapters, *, words: Text | None = None,
+            num_images: int | None = None) -> list[Path]:
     """Write the final files into --output_dir, verify them, and upload them when asked -> the files, weights first.
 
     Rank 0 does it and every other rank waits, returning no files.
+    words       the text of the run, which may have learned embeddings
     num_images  pictures trained on, without repeats, for the file's header
     Raises UserError when a written file does not hold the trained weights, or when the upload fails; by then every
     file is complete on the disk.
     """
     try:
-        return publish_here(options, family, adapters, num_images=num_images) if ranks.is_main() else []
+        return publish_here(options, family, adapters, words=words, num_images=num_images) if ranks.is_main() else []
     finally:
         ranks.barrier()
 
 
-def publish_here(options: RunOptions, family: SDXL, adapters: Adapters, *, num_images: int | None) -> list[Path]:
+def publish_here(options: RunOptions, family: SDXL, adapters: Adapters, *, words: Text | None,
+                 num_images: int | None) -> list[Path]:
     folder = Path(options.output_dir)
-    weights = write_weights(folder, family, adapters, num_images=num_images)
+    embeddings = words.export(folder, RunFacts(folder).name) if words else []  # first: the other files speak of them
+    networks = [adapters, *(words.networks if words else ())]
+    weights = [*write_weights(folder, family, networks, num_images=num_images), *embeddings]
     files = [*weights, write_card(folder), write_report(folder)]
     if options.push_to_hub:
         token = options.hub_token.get_secret_value() if options.hub_token else None
@@ -98,16 +108,22 @@ def publish_here(options: RunOptions, family: SDXL, adapters: Adapters, *, num_i
     return files
 
 
-def write_weights(folder: Path, family: SDXL, adapters: Adapters, *, num_images: int | None) -> list[Path]:
-    """The Diffusers file and the one for ComfyUI and WebUIs, each read back and compared with the adapters."""
+def write_weights(folder: Path, family: SDXL, networks: Sequence[Adapters], *, num_images: int | None) -> list[Path]:
+    """The Diffusers file and the one for ComfyUI and WebUIs, each read back and compared with the adapters.
+
+    No file where no network has adapters, as in pure textual inversion.
+    """
+    networks = [network for network in networks if network.layers]
+    if not networks:
+        return []
     run = RunFacts(folder)
     ours, others = (folder / name for name in weight_names(run.name))
     metadata = header(run, num_images=num_images)
-    write_diffusers(adapters, ours, metadata)
-    write_kohya(adapters, family, others, metadata)
+    write_diffusers(networks, ours, metadata)
+    write_kohya(networks, family, others, metadata)
     for path, layout in ((ours, "diffusers"), (others, "webui")):
-        error = verify(path, adapters, layout=layout)
-        log.info("%s holds the trained weights (largest error %.1e of its largest term)", path.name, error)
+        error = verify(path, networks, layout=layout)
+        log.info("%s holds the trained weights (largest error %.1e of its largest entry)", path.name, error)
     return [ours, others]
 
 
@@ -145,15 +161,31 @@ def write_card(folder: Path) -> Path:
     matter = yaml.safe_dump(front_matter(run, samples, licence), sort_keys=False, allow_unicode=True, width=1000)
     env = environment(autoescape=False)
     env.filters |= {"text": text, "code": code, "steps": mixed}
-    purposes = {f.name: "Diffusers" if f.name == DIFFUSERS_FILE else "ComfyUI, A1111, Forge" for f in run.files}
+    purposes = {run.embeddings_file: "Diffusers, ComfyUI, A1111, Forge", DIFFUSERS_FILE: "Diffusers",
+                f"{run.name}.safetensors": "ComfyUI, A1111, Forge"}
     card = env.get_template("card.md").render(
         run=run, samples=samples, samples_grid=f"samples/step_{samples[-1].step:06d}.png" if samples else "",
         usage=run.usage, files=run.files, purposes=purposes, settings=settings(run), dataset=hub_dataset(run),
-        licence=licence, base_is_local=Path(run.base_path).is_dir(), front_matter=matter,
+        licence=licence, base_is_local=Path(run.base_path).is_dir(), front_matter=matter, title=title(run),
+        parts=parts(run), tokens=run.embeddings.tokens if run.embeddings else {},
     )
     path = folder / "README.md"
     atomic_write(path, card.encode("utf-8"))
     return path
+
+
+def title(run: RunFacts) -> str:
+    """What was made."""
+    if run.embeddings is None:
+        return "A LoRA"
+    return "A LoRA and new tokens" if run.has_lora else "New tokens"
+
+
+def parts(run: RunFacts) -> str:
+    """What was trained."""
+    trained = {"the UNet": run.option("train_unet_frac") != 0, "both text encoders": run.option("train_text_encoder"),
+               "the new tokens' embeddings": run.embeddings}
+    return " and ".join(name for name, yes in trained.items() if yes)
 
 
 def front_matter(run: RunFacts, samples: Sequence[SampleStep], licence: str | None) -> dict[str, Json]:
@@ -161,11 +193,15 @@ def front_matter(run: RunFacts, samples: Sequence[SampleStep], licence: str | No
     pictures = samples[-1].pictures if samples else ()
     matter: dict[str, Json] = {
         "base_model": run.base_model, "library_name": "diffusers", "license": licence or "other",
-        "instance_prompt": run.trigger, "pipeline_tag": "text-to-image", "tags": list(TAGS),
+        "instance_prompt": run.trigger, "pipeline_tag": "text-to-image", "tags": tags(run),
     }
     if pictures and run.validation_prompt:
-        matter["widget"] = [{"text": run.validation_prompt, "output": {"url": p.file}} for p in pictures]
+        matter["widget"] = [{"text": run.prompted(run.validation_prompt), "output": {"url": p.file}} for p in pictures]
     return matter
+
+
+def tags(run: RunFacts) -> list[str]:
+    return [tag for tag in (*TAGS, *(TOKEN_TAGS if run.embeddings else ())) if run.has_lora or tag not in LORA_TAGS]
 
 
 def licence_of(run: RunFacts) -> str | None:
@@ -191,7 +227,8 @@ def hub_dataset(run: RunFacts) -> str | None:
 
 def settings(run: RunFacts) -> dict[str, str]:
     """The rows of the card's table; options that are off are left out."""
-    values = {name: run.option(flag) for name, flag in SETTINGS.items()} | {"Steps": run.step}
+    flags = SETTINGS | (TEXT_SETTINGS if run.embeddings or run.option("train_text_encoder") else {})
+    values = {name: run.option(flag) for name, flag in flags.items()} | {"Steps": run.step}
     return {name: str(value) for name, value in values.items() if value not in (None, False, "")}
 
 

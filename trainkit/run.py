@@ -5,6 +5,7 @@
         start = checkpoints.resume(opts.run.resume_from_checkpoint)
         run.begin(start, total, previews)
         for step, micros in batches:                              # step counts from 0
+            optimizer.begin(step)                                 # who trains in this step, at which rate
             for batch in micros:
                 losses = train_step(...)                          # [B]
                 run.backward(losses.sum() / batch.num_instance)
@@ -24,7 +25,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -142,6 +143,11 @@ class Run:
         self.signals.install()
 
     @property
+    def name(self) -> str:
+        """What the run's files are called: the last part of --output_dir."""
+        return self.out_dir.resolve().name
+
+    @property
     def secrets(self) -> list[str]:
         token = self.opts.run.hub_token
         return [] if token is None else [token.get_secret_value()]
@@ -172,10 +178,12 @@ class Run:
         """Add a micro-batch's part of the step's loss: losses.sum() / batch.num_instance."""
         self.gradients.backward(loss)
 
-    def update(self, optimizer: Steppable, *, step: int) -> dict[str, float]:
+    def update(self, optimizer: Steppable, *, step: int, then: Callable[[int], None] = lambda done: None,
+               ) -> dict[str, float]:
         """Optimizer step `step`, counted from 0 -> {"loss", "grad_norm", "skipped"} over all ranks.
 
-        What is summed over ranks, checked and clipped is everything the optimizer holds.
+        What is summed over ranks, checked and clipped are the groups that train in this step.
+        then  called with the number of finished steps when the weights were updated, not when the step was skipped
         Raises UserError(kind="nonfinite") after too many steps in a row whose loss or gradient was not finite.
         """
         votes = [float(self.signals.wish == kind) for kind in ("stopped", "preempted")]
@@ -183,6 +191,8 @@ class Run:
             optimizer, step=step, max_grad_norm=self.opts.optimizer.max_grad_norm, votes=votes,
         )
         self._agreed = "stopped" if done.votes[0] else "preempted" if done.votes[1] else None
+        if not done.skipped:
+            then(step + 1)
         return {"loss": done.loss, "grad_norm": done.grad_norm, "skipped": float(self.gradients.skipped)}
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

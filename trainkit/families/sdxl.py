@@ -7,7 +7,9 @@ Source: Podell et al. 2023, "SDXL: Improving Latent Diffusion Models for High-Re
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -15,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from trainkit import diffusion, rng
-from trainkit.diffusion import Level, NoiseSchedule
+from trainkit.diffusion import Level, Schedule
 from trainkit.errors import Problem, UserError
 from trainkit.families.pretrained import (
     Json,
@@ -28,7 +30,7 @@ from trainkit.families.pretrained import (
     quiet_loading,
     tokenizer_digest,
 )
-from trainkit.families.sgm import webui_name
+from trainkit.families.sgm import text_name, webui_name
 from trainkit.families.text import token_ids
 
 if TYPE_CHECKING:
@@ -38,17 +40,23 @@ if TYPE_CHECKING:
     from trainkit.data.batch import Batch
     from trainkit.options import ModelOptions
 
+log = logging.getLogger(__name__)
+
 MODEL_FLAG, VAE_FLAG = "--pretrained_model_name_or_path", "--pretrained_vae_model_name_or_path"
 CLIP_LAYERS = 12  # where a text encoder's config does not say
 PENULTIMATE = 2  # SDXL conditions on the last-but-one hidden state of both encoders
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
-LORA_TARGETS: dict[str, tuple[str, ...]] = {  # --lora_layers -> ends of the module paths that get an adapter
+CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
+LINEAR: dict[str, tuple[str, ...]] = {
     "attention": ATTENTION,
     "attention+ff": (*ATTENTION, *FEED_FORWARD),
     "all-linear": (*ATTENTION, *FEED_FORWARD, "proj_in", "proj_out"),  # every linear layer of the transformer blocks
 }
+LORA_TARGETS = LINEAR | {  # --lora_layers -> ends of the module paths that get an adapter
+    f"{name}+conv": (*ends, *CONVOLUTIONS) for name, ends in LINEAR.items()}
+TEXT_LORA_TARGETS = dict.fromkeys(LORA_TARGETS, ("q_proj", "k_proj", "v_proj", "out_proj"))  # of both text encoders
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -56,8 +64,8 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {  # --lora_layers -> ends of the mod
 
 
 def problems(path: str, *, resolution: int, vae_path: str | None = None, revision: str | None = None,
-             variant: str | None = None, clip_skip: int | None = None, prediction_type: str | None = None
-             ) -> list[Problem]:
+             variant: str | None = None, clip_skip: int | None = None, prediction_type: str | None = None,
+             rescale_betas_zero_snr: bool = False) -> list[Problem]:
     """Everything that stops training from this model folder or Hub id, read from its small JSON files."""
     model = Repo(str(path), MODEL_FLAG, revision)
     vae = Repo(str(vae_path), VAE_FLAG) if vae_path else model
@@ -71,7 +79,9 @@ def problems(path: str, *, resolution: int, vae_path: str | None = None, revisio
         if found:
             return found
         unet_config = model.json("unet/config.json")
-        found = [*fit_problems(model, unet_config, vae_config), *schedule_problems(model, prediction_type),
+        found = [*fit_problems(model, unet_config, vae_config),
+                 *schedule_problems(model, prediction_type=prediction_type,
+                                    rescale_betas_zero_snr=rescale_betas_zero_snr),
                  *resolution_problems(resolution, unet_config, vae_config), *text_problems(model, clip_skip)]
     except UserError as damaged:  # a JSON file that is none
         return [*damaged.problems]
@@ -111,18 +121,20 @@ def fit_problems(model: Repo, unet: Json, vae: Json) -> Iterator[Problem]:
             f"{vae['latent_channels']} (inpainting models take 9)", "name a text-to-image model and its VAE")
 
 
-def schedule_problems(model: Repo, prediction_type: str | None) -> Iterator[Problem]:
+def schedule_problems(model: Repo, *, prediction_type: str | None, rescale_betas_zero_snr: bool) -> Iterator[Problem]:
     """Is there a noise schedule, and one that its parametrisation can be trained on?"""
     scheduler = model.json("scheduler/scheduler_config.json")
     if scheduler is None:
         yield model.problem("the model folder has no scheduler", "scheduler/scheduler_config.json is missing",
                             "copy the scheduler folder of the model there", kind="data")
-    elif "EDM" in str(scheduler.get("_class_name")):
-        yield model.problem("not yet: EDM checkpoints", f"its scheduler is {scheduler['_class_name']}",
-                            "name an epsilon or v-prediction SDXL model")
-    else:
-        yield from diffusion.problems(prediction_type or scheduler.get("prediction_type", "epsilon"),
-                                      ends_at_zero_snr=bool(scheduler.get("rescale_betas_zero_snr")))
+        return
+    config = diffusion.effective_config(
+        scheduler, prediction_type=prediction_type, rescale_betas_zero_snr=rescale_betas_zero_snr)
+    yield from diffusion.config_problems(config)
+    if diffusion.is_edm(config) and config["_class_name"] not in diffusion.EDM_SCHEDULERS:
+        known = ", ".join(diffusion.EDM_SCHEDULERS)
+        yield model.problem(f"an EDM scheduler we do not know: {config['_class_name']}",
+                            f"scheduler/scheduler_config.json names it; known: {known}", "put one of these there")
 
 
 def text_problems(model: Repo, clip_skip: int | None) -> Iterator[Problem]:
@@ -169,23 +181,31 @@ class SDXL:
     unet in the weight dtype; VAE fp32 (it overflows in fp16); text encoders fp32, because they run once and their
     rounding would stay in every step; what they return is cast to the weight dtype. Each part moves to the device when
     it is first asked, the UNet in `settle`, so that no part waits there for its turn.
+
+    sets_eos  whether the pooled vector is taken at the end token although the second text encoder's config says
+              otherwise, so that other programs must be told (see `load`)
     """
 
-    lora_targets = LORA_TARGETS
+    lora_targets, text_lora_targets = LORA_TARGETS, TEXT_LORA_TARGETS
     architecture, webui_base = "stable-diffusion-xl-v1-base", "sdxl_base_v1-0"  # ModelSpec's and kohya's names for it
 
     def __init__(self, *, path: str, unet: UNet2DConditionModel, vae: AutoencoderKL,
                  tokenizers: tuple[CLIPTokenizer, CLIPTokenizer],
                  text_encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection],
-                 schedule: NoiseSchedule, scheduler_config: Json, identity: Json, device: torch.device,
-                 revision: str | None = None):
-        self.path, self.revision = path, revision
+                 schedule: Schedule, scheduler_config: Json, identity: Json, device: torch.device,
+                 revision: str | None = None, sets_eos: bool = False):
+        self.path, self.revision, self.sets_eos = path, revision, sets_eos
         self.schedule, self.scheduler_config = schedule, dict(scheduler_config)
         self.tokenizers, self.device, self.weight_dtype = tokenizers, device, unet.dtype
         self.identity = dict(identity)
         self.unet: UNet2DConditionModel = freeze(unet)
         self.vae: AutoencoderKL = freeze(vae)
         self.text_encoders = tuple(freeze(encoder) for encoder in text_encoders)
+
+    @property
+    def name(self) -> str:
+        """The base model without the folders it lies in."""
+        return Path(self.path).resolve().name if Repo(self.path, MODEL_FLAG).is_local else self.path
 
     @property
     def latent_channels(self) -> int:
@@ -209,8 +229,10 @@ class SDXL:
         assert self.text_encoders, "the text encoders were freed"
         layer = -(PENULTIMATE + (clip_skip or 0))
         ids = [token_ids(tokenizer, prompts).to(self.device) for tokenizer in self.tokenizers]  # 2 × [B,T]
-        encoders = [encoder.to(self.device) for encoder in self.text_encoders]
-        outs = [encoder(i, output_hidden_states=True) for encoder, i in zip(encoders, ids, strict=True)]
+        for encoder in self.text_encoders:
+            if encoder.device != self.device:  # `to` visits every parameter, and this may be a training step
+                encoder.to(self.device)
+        outs = [encoder(i, output_hidden_states=True) for encoder, i in zip(self.text_encoders, ids, strict=True)]
         embeds = torch.cat([out.hidden_states[layer] for out in outs], dim=-1)
         return embeds.to(self.weight_dtype), outs[-1].text_embeds.to(self.weight_dtype)
 
@@ -259,13 +281,12 @@ class SDXL:
         return self.unet(z.to(self.weight_dtype), level.cond.to(z.device), encoder_hidden_states=embeds,
                              added_cond_kwargs=added, return_dict=False)[0]
 
-    def webui_name(self, path: str) -> str:
-        """What WebUIs call the UNet module `path`."""
-        return webui_name(path, self.unet.config)
+    def webui_name(self, path: str, network: str = "unet") -> str:
+        """What WebUIs call the module `path` of a network."""
+        return webui_name(path, self.unet.config) if network == "unet" else text_name(path, network)
 
     def settle(self, *, keep_vae: bool, gradient_checkpointing: bool = False) -> None:
-        """Make room on the device, then move the UNet there: it never shares it with the text encoders."""
-        self.free_text_encoders()
+        """Make room on the device, then move the UNet there; text encoders that do not train are freed by then."""
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         if not keep_vae:
@@ -273,7 +294,7 @@ class SDXL:
         self.unet.to(self.device)
 
     def free_text_encoders(self) -> None:
-        """Give their memory back; every prompt must be encoded by now."""
+        """Give their memory back, but for one that somebody else holds; every prompt must be encoded by now."""
         self.text_encoders = ()
         gc.collect()
         empty_device_cache()
@@ -294,15 +315,16 @@ def skeleton(path: str, *, revision: str | None = None) -> UNet2DConditionModel:
 
 
 def load(options: ModelOptions, *, device: torch.device, weight_dtype: torch.dtype,
-         prediction_type: str | None = None, compat: Literal["diffusers"] | None = None) -> SDXL:
+         prediction_type: str | None = None, rescale_betas_zero_snr: bool = False,
+         compat: Literal["diffusers"] | None = None) -> SDXL:
     """Load and freeze every part, from safetensors only. Revision and variant are the base model's, not another VAE's.
 
-    prediction_type  overrides what the scheduler's config says
+    prediction_type  overrides what the scheduler's config says; so does rescale_betas_zero_snr
     compat           "diffusers" takes the pooled vector where the text encoder's config says; by default it is taken
                      at the end token even where a config says `eos_token_id` 2, which Transformers reads as "the
                      largest id" (huggingface/transformers #24650)
     """
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     model = Repo(str(options.pretrained_model_name_or_path), MODEL_FLAG, options.revision)
@@ -316,18 +338,30 @@ def load(options: ModelOptions, *, device: torch.device, weight_dtype: torch.dty
         first = load_part(model, CLIPTextModel, "text_encoder", dtype=full, **files)
         second = load_part(model, CLIPTextModelWithProjection, "text_encoder_2", dtype=full, **files)
         tokenizers = tuple(load_part(model, CLIPTokenizer, folder) for folder in ("tokenizer", "tokenizer_2"))
-    if compat is None:
+    sets_eos = compat is None and second.text_model.eos_token_id != tokenizers[1].eos_token_id
+    if sets_eos:
         second.text_model.eos_token_id = tokenizers[1].eos_token_id
-    config = DDPMScheduler.load_config(model.path, subfolder="scheduler", revision=model.revision)
-    schedule = NoiseSchedule(DDPMScheduler.from_config(config).alphas_cumprod,
-                             prediction_type or config.get("prediction_type", "epsilon"))
+    config = scheduler_config(model, prediction_type=prediction_type, rescale_betas_zero_snr=rescale_betas_zero_snr)
     weights = {name: fingerprint(model.folder(name), variant) for name in ("unet", "text_encoder", "text_encoder_2")}
     weights["vae"] = fingerprint(vae_repo.folder(vae_folder), vae_variant)
     parts = identity(weights, unet=unet, vae=vae, tokenizers=tokenizers, scheduler_config=config,
                      pooled_at=second.text_model.eos_token_id)
     return SDXL(path=model.path, unet=unet, vae=vae, tokenizers=tokenizers, text_encoders=(first, second),
-                schedule=schedule, scheduler_config=config, identity=parts, device=torch.device(device),
-                revision=model.revision)
+                schedule=diffusion.make_schedule(config), scheduler_config=config, identity=parts,
+                device=torch.device(device), revision=model.revision, sets_eos=sets_eos)
+
+
+def scheduler_config(model: Repo, *, prediction_type: str | None, rescale_betas_zero_snr: bool) -> Json:
+    """The model's scheduler config as the flags change it; says so when it makes the run an EDM one."""
+    from diffusers import DDPMScheduler
+
+    config = diffusion.effective_config(
+        DDPMScheduler.load_config(model.path, subfolder="scheduler", revision=model.revision),
+        prediction_type=prediction_type, rescale_betas_zero_snr=rescale_betas_zero_snr)
+    if diffusion.is_edm(config):
+        log.info("%s has an EDM scheduler (%s): it is preconditioned and trained as in Karras et al. 2022", model.path,
+                 config["_class_name"])
+    return config
 
 
 def identity(weights: Mapping[str, str], *, unet: nn.Module, vae: nn.Module, tokenizers: Sequence[CLIPTokenizer],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,11 @@ from trainkit.data.cache import MemoryStore, Store, content_key
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
+    from trainkit.adapters import Adapters
     from trainkit.families.sdxl import SDXL
+    from trainkit.files import Json
+    from trainkit.optim import ParamGroup
+    from trainkit.options import OptimizerOptions
 
 PROMPTS_AT_ONCE = 16
 
@@ -25,37 +30,68 @@ def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
 
 
 class FrozenText:
-    """Encodes each distinct prompt once; afterwards `text(prompts)` only looks up.
+    """Encodes each distinct prompt once; afterwards `text(prompts)` only looks up. Nothing in it trains.
 
     family    anything with `encode_prompts`, `text_identity` and `device`
     store     where embeddings are kept (a disk store keeps memory flat); host memory by default
+    state     what the encoders' answers depend on besides the family: trained weights, their precision
 
     Prompts are sorted and encoded in groups that depend on the set of prompts alone, and a group is encoded whole or
     not at all: matrix products may round differently in batches of other sizes, and a restarted run must see the same
     bits as an uninterrupted one. An entry that is there stays as it is, since another run may be reading it.
     """
 
-    def __init__(self, family: SDXL, prompts: Iterable[str], store: Store | None = None, clip_skip: int | None = None):
-        self.device = family.device
+    networks: Sequence[Adapters] = ()
+    embeddings: Mapping[str, Tensor] = {}
+
+    def __init__(self, family: SDXL, prompts: Iterable[str], store: Store | None = None, clip_skip: int | None = None,
+                 *, state: str = ""):
+        self.device, self.clip_skip = family.device, clip_skip
         self.store = MemoryStore() if store is None else store
-        distinct = sorted(set(prompts))
-        self.keys = {p: content_key("text", family.text_identity, clip_skip, p) for p in distinct}
-        for start in range(0, len(distinct), PROMPTS_AT_ONCE):
-            self._encode(family, distinct[start : start + PROMPTS_AT_ONCE], clip_skip)
+        self.keys: dict[str, str] = {}
+        self.add(family, prompts, state=state)
 
     @torch.no_grad()
-    def _encode(self, family: SDXL, prompts: list[str], clip_skip: int | None) -> None:
+    def add(self, family: SDXL, prompts: Iterable[str], *, state: str = "") -> None:
+        """Encode more prompts, by encoders that are in `state`."""
+        distinct = sorted(set(prompts))
+        parts = (family.text_identity, self.clip_skip, *([state] if state else []))
+        self.keys |= {prompt: content_key("text", *parts, prompt) for prompt in distinct}
+        for start in range(0, len(distinct), PROMPTS_AT_ONCE):
+            self._encode(family, distinct[start : start + PROMPTS_AT_ONCE])
+
+    def _encode(self, family: SDXL, prompts: list[str]) -> None:
         if all(self.keys[p] in self.store for p in prompts):
             return
-        embeds, pooled = family.encode_prompts(prompts, clip_skip)  # [B,T,D], [B,P]
+        embeds, pooled = family.encode_prompts(prompts, self.clip_skip)  # [B,T,D], [B,P]
         for prompt, e, p in zip(prompts, embeds.cpu(), pooled.cpu(), strict=True):
             if self.keys[prompt] not in self.store:
                 self.store.put(self.keys[prompt], {"embeds": e.clone(), "pooled": p.clone()})
 
-    def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """-> embeds [B,T,D], pooled [B,P] on the device, a row per prompt."""
+    def __call__(self, prompts: Sequence[str], step: int | None = None) -> tuple[Tensor, Tensor]:
+        """-> embeds [B,T,D], pooled [B,P] on the device, a row per prompt; the same at every step."""
         unknown = set(prompts) - self.keys.keys()
         assert not unknown, f"not encoded before training: {sorted(unknown)}"
         found = [self.store.get(self.keys[p]) for p in prompts]
         embeds, pooled = (torch.stack([f[name] for f in found]) for name in ("embeds", "pooled"))
         return embeds.to(self.device), pooled.to(self.device)
+
+    # What a text in training has, see trainkit.text.LiveText: here there is none of it.
+
+    def rewrite(self, prompt: str) -> str:
+        return prompt
+
+    def groups(self, optimizer: OptimizerOptions, global_batch: int) -> list[ParamGroup]:
+        return []
+
+    def after_update(self, done: int) -> None:
+        """Nothing follows an update."""
+
+    def export(self, folder: Path, name: str) -> list[Path]:
+        return []
+
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Json]]:
+        return {}, {}
+
+    def unpack(self, tensors: dict[str, Tensor], data: dict[str, Json]) -> None:
+        """There is no state."""

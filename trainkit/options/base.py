@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -54,6 +56,11 @@ class Flag:
         return get_args(self.kind) if get_origin(self.kind) is Literal else ()
 
     @property
+    def is_open(self) -> bool:
+        """Whether other words than the choices are read too."""
+        return bool(self.choices) and str in get_args(self.field.annotation)
+
+    @property
     def optional(self) -> bool:
         return NoneType in get_args(self.field.annotation)
 
@@ -101,6 +108,14 @@ class Flag:
         return str(extra[name])
 
 
+def steps_of_share(share: float, total: int) -> int:
+    """Optimizer steps in `share` of `total`, rounded up, so that a share above 0 is one step at least.
+
+    The share counts as it is written: 0.07 of 100 steps are 7, though the float is a little more than 0.07.
+    """
+    return math.ceil(Fraction(str(share)) * total)
+
+
 class Concern(BaseModel):
     """Options that belong together; frozen, so that what was asked for is what a run's record says."""
 
@@ -135,6 +150,8 @@ def _read_choice(value: object, flag: Flag) -> object:
     if not isinstance(value, str):
         return value
     lowered = value.lower()
+    if flag.is_open and lowered not in flag.choices:
+        return value
     return None if flag.optional and lowered == "none" and "none" not in flag.choices else lowered
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 
 from trainkit.errors import Problem
 from trainkit.options.base import Flag, Value
+from trainkit.options.optimizer import EIGHT_BIT, averages_weights, estimates_step
 
 Values = Mapping[str, Value]
 
@@ -34,31 +35,142 @@ def _not_yet(flags: Iterable[Flag], values: Values, where: Mapping[str, str]) ->
 
 
 def _contradictions(values: Values) -> Iterator[Problem]:
-    """Values that cannot hold together."""
-    if values.get("use_8bit_adam") and values.get("optimizer") == "prodigy":
-        yield Problem("--use_8bit_adam with --optimizer prodigy", "--use_8bit_adam", "there is no 8-bit Prodigy",
+    """Values that cannot hold together, or not without another."""
+    yield from _without_class(values)
+    yield from _other_optimizer(values)
+    yield from _other_adapter(values)
+    if values.get("train_text_encoder") and values.get("train_text_encoder_ti"):
+        yield Problem(
+            "--train_text_encoder with --train_text_encoder_ti", "--train_text_encoder, --train_text_encoder_ti",
+            "new embeddings are learned for text encoders that stay as they are: encoders that change at the same time "
+            "would take their meaning away", "leave out one of the two")
+    yield from _idle_steps(values)
+    yield from _unclear_objective(values)
+
+
+def _unclear_objective(values: Values) -> Iterator[Problem]:
+    """What says too little or two things about noise levels and weights."""
+    weighting, first, end = values.get("loss_weighting"), values.get("min_timestep"), values.get("max_timestep")
+    if weighting in _SNR_CAPPED and not values.get("snr_gamma"):
+        yield Problem(f"--loss_weighting {weighting} without --snr_gamma", f"--loss_weighting {weighting}",
+                      "its gamma says from which SNR on samples count less", "add --snr_gamma 5, the paper's value")
+    if values.get("edm_sigmas") and values.get("timestep_sampling"):
+        yield Problem("--edm_sigmas with --timestep_sampling", "--edm_sigmas, --timestep_sampling",
+                      "each is a law of the noise levels", "leave out one of the two")
+    if isinstance(first, int) and isinstance(end, int) and first >= end:
+        yield Problem(f"no timestep from --min_timestep {first} to below --max_timestep {end}", "--max_timestep",
+                      "the last timestep is not drawn itself", f"--max_timestep {first + 1} or more")
+
+
+def _other_optimizer(values: Values) -> Iterator[Problem]:
+    """What the chosen optimizer makes meaningless."""
+    optimizer = str(values.get("optimizer"))
+    if values.get("use_8bit_adam") and optimizer not in {*EIGHT_BIT, *EIGHT_BIT.values()}:
+        yield Problem(f"--use_8bit_adam with --optimizer {optimizer}", "--use_8bit_adam",
+                      "only adamw and paged_adamw have an 8-bit form", "leave out one of the two")
+    if values.get("use_ema") and averages_weights(optimizer):
+        yield Problem(f"--use_ema with --optimizer {optimizer}", "--use_ema",
+                      "a schedule-free optimizer averages its weights already", "leave out --use_ema")
+    if estimates_step(optimizer) and values.get("loraplus_lr_ratio") not in (None, 1.0):
+        yield Problem(f"--loraplus_lr_ratio with --optimizer {optimizer}", "--loraplus_lr_ratio",
+                      "an optimizer that estimates its own step size would undo the ratio between the two rates",
                       "leave out one of the two")
+
+
+_LYCORIS = {  # with --lora_type loha and lokr
+    "use_dora": "PEFT has no DoRA for them", "use_rslora": "their files state the scale as alpha / r",
+    "lora_dropout": "PEFT drops the inputs of LoRA layers only",
+    "loraplus_lr_ratio": "they have no A and B to give two rates to",
+}
+_STARTED = {  # with --init_lora_weights pissa and olora
+    "use_dora": "DoRA's magnitudes are those of the weight, not of what such a start leaves of it",
+    "lora_dropout": "with inputs dropped the start would not be the base model",
+}
+
+
+def _other_adapter(values: Values) -> Iterator[Problem]:
+    """What the chosen kind of adapter, its start or its blocks cannot be combined with."""
+    kind, start = values.get("lora_type", "lora"), values.get("init_lora_weights", "gaussian")
+    asked = dict(values) | {"loraplus_lr_ratio": values.get("loraplus_lr_ratio", 1.0) != 1.0}
+    clashes = {("lora_type", kind): _LYCORIS if kind != "lora" else {},
+               ("init_lora_weights", start): _STARTED if start != "gaussian" else {}}
+    for (flag, value), reasons in clashes.items():
+        yield from (Problem(f"--{flag} {value} with --{other}", f"--{other}", why, "leave out one of the two")
+                    for other, why in reasons.items() if asked.get(other))
+    if start != "gaussian" and kind != "lora":
+        yield Problem(f"--init_lora_weights {start} with --lora_type {kind}", "--init_lora_weights",
+                      "PiSSA and OLoRA are starts of A and B", "leave out one of the two")
+    if start != "gaussian" and str(values.get("lora_layers")).endswith("+conv"):
+        yield Problem(f"--init_lora_weights {start} with convolutions", f"--lora_layers {values['lora_layers']}",
+                      "PiSSA and OLoRA decompose a matrix", f"--lora_layers {str(values['lora_layers'])[:-5]}")
+    if values.get("use_blora") and values.get("lora_unet_blocks") is not None:
+        yield Problem("--use_blora with --lora_unet_blocks", "--lora_unet_blocks",
+                      "B-LoRA is a choice of blocks, too: SDXL's two of content and style", "leave out one of the two")
+    if values.get("lokr_factor") == 0:
+        yield Problem("--lokr_factor 0", "--lokr_factor", "no matrix has a side of 0", "--lokr_factor 8, or -1")
+
+
+def _idle_steps(values: Values) -> Iterator[Problem]:
+    """Shares of the run that together leave its last steps with nothing to train."""
+    shares = {"train_unet_frac": values.get("train_unet_frac", 1.0)}
+    for part in ("train_text_encoder", "train_text_encoder_ti"):
+        if values.get(part):
+            shares[f"{part}_frac"] = values[f"{part}_frac"]
+    longest = max(shares, key=lambda flag: float(shares[flag] or 0))
+    if float(shares[longest] or 0) < 1:
+        yield Problem(f"nothing would be trained after {float(shares[longest] or 0):.0%} of the steps",
+                      ", ".join(f"--{flag} {share:g}" for flag, share in shares.items()),
+                      "each is the share of the steps in which that part is trained", f"--{longest} 1")
+
+
+def _without_class(values: Values) -> Iterator[Problem]:
+    """What prior preservation cannot do without."""
+    needed = {"class_data_dir": "FOLDER", "class_prompt": "'a photo of a dog'"}
+    for flag, example in needed.items():
+        if values.get("with_prior_preservation") and not str(values.get(flag) or "").strip():
+            yield Problem(f"--with_prior_preservation without --{flag}", "--with_prior_preservation",
+                          "pictures of the class are read from a folder and, where missing, generated from the prompt",
+                          f"add --{flag} {example}")
 
 
 def _is(flag: str, *wanted: Value) -> Callable[[Values], bool]:
     return lambda values: values.get(flag) in wanted
 
 
-def _set(flag: str) -> Callable[[Values], bool]:
-    return lambda values: bool(values.get(flag))
+def _set(*flags: str) -> Callable[[Values], bool]:
+    return lambda values: any(values.get(flag) for flag in flags)
 
 
 _CLASS = ("class_data_dir", "class_prompt", "num_class_images", "prior_loss_weight", "sample_batch_size",
           "prior_generation_precision")
 _PRODIGY = ("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup")
+_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
+_ADAM_LIKE = ("adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit", "prodigy", "schedule_free_adamw")
 _PREVIEW = ("num_validation_images", "validation_epochs", "validation_steps")
+_TOKENS = ("train_text_encoder_ti_frac", "token_abstraction", "num_new_tokens_per_abstraction", "initializer_concept",
+           "token_std_pull")
+_SNR_CAPPED = ("min_snr", "soft_min_snr")
+_TEXT_RATES = ("text_encoder_lr", "adam_weight_decay_text_encoder")
 
 READ_ONLY_WITH: tuple[tuple[tuple[str, ...], Callable[[Values], bool], str], ...] = (
     (_CLASS, _set("with_prior_preservation"), "--with_prior_preservation"),
     (_PRODIGY, _is("optimizer", "prodigy"), "--optimizer prodigy"),
+    (_ADAM, _is("optimizer", *_ADAM_LIKE), f"--optimizer {', '.join(_ADAM_LIKE)}"),
+    (("ema_decay",), _set("use_ema"), "--use_ema"),
     (_PREVIEW, _set("validation_prompt"), "--validation_prompt"),
+    (_TOKENS, _set("train_text_encoder_ti"), "--train_text_encoder_ti"),
+    (("train_text_encoder_frac", "text_encoder_2_lr"), _set("train_text_encoder"), "--train_text_encoder"),
+    (_TEXT_RATES, _set("train_text_encoder", "train_text_encoder_ti"),
+     "--train_text_encoder or --train_text_encoder_ti"),
     (("cached_crops",), _set("cache_latents"), "--cache_latents"),
+    (("snr_gamma",), _is("loss_weighting", None, *_SNR_CAPPED), f"--loss_weighting {' or '.join(_SNR_CAPPED)}"),
+    (("p2_k", "p2_gamma"), _is("loss_weighting", "p2"), "--loss_weighting p2"),
+    (("huber_c", "huber_schedule"), _is("loss_type", "huber", "smooth_l1"), "--loss_type huber or smooth_l1"),
+    (("multires_noise_discount",), _set("multires_noise_iterations"), "--multires_noise_iterations"),
+    (("logit_mean", "logit_std"), _is("timestep_sampling", "logit_normal"), "--timestep_sampling logit_normal"),
+    (("mode_scale",), _is("timestep_sampling", "mode"), "--timestep_sampling mode"),
     (("hub_model_id", "hub_token", "hub_private"), _set("push_to_hub"), "--push_to_hub"),
+    (("lokr_factor",), _is("lora_type", "lokr"), "--lora_type lokr"),
     (("lr_num_cycles",), _is("lr_scheduler", "cosine_with_restarts"), "--lr_scheduler cosine_with_restarts"),
     (("lr_power",), _is("lr_scheduler", "polynomial"), "--lr_scheduler polynomial"),
     (("num_train_epochs",), _is("max_train_steps", None), "no --max_train_steps"),
@@ -72,6 +184,10 @@ def notices(values: Values, chosen: Container[str]) -> Iterator[str]:
         for name in names:
             if name in chosen and not is_read(values):
                 yield f"--{name} has no effect: it is read only with {condition}"
+    trains_text = values.get("train_text_encoder") or values.get("train_text_encoder_ti")
+    if trains_text and estimates_step(str(values.get("optimizer"))) and "text_encoder_lr" not in chosen:
+        yield (f"--text_encoder_lr is at its default, which means nothing to --optimizer {values['optimizer']}: "
+               f"the rate of the UNet, {values['learning_rate']:g}, is used")
     if values.get("enable_xformers_memory_efficient_attention"):
         yield ("--enable_xformers_memory_efficient_attention: PyTorch's scaled_dot_product_attention is used, which is "
                "memory-efficient too")

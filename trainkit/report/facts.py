@@ -13,13 +13,15 @@ from functools import cached_property
 from pathlib import Path
 
 from trainkit.files import Json, read_json
+from trainkit.options.words import replace_words
+from trainkit.pivotal import EmbeddingsHeader, embeddings_file, read_header
+from trainkit.report.usage import DIFFUSERS_FILE, Usage, usage
 
 PATHS = {  # options whose value is a place on this machine
     "instance_data_dir", "class_data_dir", "output_dir", "logging_dir", "cache_dir", "latent_cache_dir", "config",
     "resume_from_checkpoint",
 }
 PATHS_OR_NAMES = {"pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name"}
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 SAMPLE = re.compile(r"step_(\d+)(?:_p(\d+)_s(\d+))?\.png")  # a single picture, or without p and s a step's grid
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -38,20 +40,6 @@ class WrittenFile:
     name: str
     size: str
     sha256: str
-
-
-@dataclass(frozen=True)
-class Interface:
-    """How to use the LoRA in one user interface; words between backticks are literal."""
-
-    name: str
-    steps: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Usage:
-    diffusers: str
-    interfaces: tuple[Interface, ...]
 
 
 class RunFacts:
@@ -80,11 +68,41 @@ class RunFacts:
 
     @property
     def trigger(self) -> str:
-        return str(self.option("instance_prompt") or "")
+        return self.prompted(str(self.option("instance_prompt") or ""))
 
     @property
     def validation_prompt(self) -> str:
         return str(self.option("validation_prompt") or "")
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether a network was trained, not new tokens alone."""
+        return self.option("train_unet_frac") != 0 or bool(self.option("train_text_encoder"))
+
+    @property
+    def embeddings_file(self) -> str:
+        return embeddings_file(self.name)
+
+    @property
+    def embeddings_stem(self) -> str:
+        """What user interfaces call the embeddings."""
+        return Path(self.embeddings_file).stem
+
+    @cached_property
+    def embeddings(self) -> EmbeddingsHeader | None:
+        """What the run's file of embeddings says; None when it has learned none, or not written them yet."""
+        path = self.folder / self.embeddings_file
+        return read_header(path) if self.option("train_text_encoder_ti") and path.is_file() else None
+
+    def prompted(self, prompt: str) -> str:
+        """`prompt` as Diffusers must be given it: with new tokens for the words that stand for them."""
+        tokens = self.embeddings.tokens if self.embeddings else {}
+        return replace_words(prompt, {word: "".join(names) for word, names in tokens.items()})
+
+    def spelled(self, name: str) -> str:
+        """The instance prompt with `name` for every word that stands for new tokens."""
+        words = self.embeddings.tokens if self.embeddings else {}
+        return replace_words(str(self.option("instance_prompt") or ""), dict.fromkeys(words, name))
 
     @property
     def step(self) -> int:
@@ -143,13 +161,14 @@ class RunFacts:
     @cached_property
     def files(self) -> list[WrittenFile]:
         """The run's own weight files, the one for Diffusers first; others in the folder are nobody's to describe."""
-        paths = [self.folder / name for name in weight_names(self.name)]
+        names = [*(weight_names(self.name) if self.has_lora else ()),
+                 *([self.embeddings_file] if self.embeddings else ())]
+        paths = [self.folder / name for name in names]
         return [WrittenFile(p.name, bytes_shown(p.stat().st_size), sha256(p)) for p in paths if p.is_file()]
 
     @cached_property
     def usage(self) -> Usage:
-        prompt = self.validation_prompt or self.trigger
-        return Usage(diffusers_snippet(self.base_model, self.hub_name or ".", prompt), interfaces(self))
+        return usage(self)
 
 
 def weight_names(run_name: str) -> tuple[str, str]:
@@ -202,35 +221,3 @@ def sha256(path: Path) -> str:
 
 def bytes_shown(size: int) -> str:
     return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{max(1, round(size / 2**10))} KiB"
-
-
-def diffusers_snippet(base: str, lora: str, prompt: str) -> str:
-    """Python that loads the LoRA; user text goes in as string literals."""
-    base, lora, prompt = (json.dumps(text, ensure_ascii=False) for text in (base, lora, prompt))
-    return f"""import torch
-from diffusers import StableDiffusionXLPipeline
-
-device = "cuda" if torch.cuda.is_available() else "cpu"
-dtype = torch.float16 if device == "cuda" else torch.float32
-pipe = StableDiffusionXLPipeline.from_pretrained({base}).to(device, dtype)
-pipe.load_lora_weights({lora}, weight_name="{DIFFUSERS_FILE}", adapter_name="lora")
-pipe.set_adapters("lora", 1.0)  # strength
-image = pipe({prompt}).images[0]
-image.save("picture.png")
-"""
-
-
-def interfaces(run: RunFacts) -> tuple[Interface, ...]:
-    file = f"{run.name}.safetensors"
-    comfy = (
-        f"Put `{file}` into `ComfyUI/models/loras/`.",
-        f"Add a `Load LoRA` node behind `Load Checkpoint` ({run.base_model}) and choose the file.",
-        "Set `strength_model` to 1. `strength_clip` changes nothing: the text encoders were not trained.",
-        f"Write `{run.trigger}` in the positive prompt.",
-    )
-    webui = (
-        f"Put `{file}` into `models/Lora/` and press Refresh in the Lora tab.",
-        f"Load the base model {run.base_model}.",
-        f"Prompt: `{run.trigger} <lora:{run.name}:1>`",
-    )
-    return Interface("ComfyUI", comfy), Interface("A1111 / Forge", webui)

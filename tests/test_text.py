@@ -1,0 +1,404 @@
+"""Text in training: gradients before the pivot, not one bit after it, each prompt encoded once, restarts exact."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.made_up_run import make_run
+from tests.test_pivotal import load, stock
+from tests.tiny import build_tiny_sdxl
+from trainkit import rng
+from trainkit.adapters import add_adapters
+from trainkit.data.cache import DiskStore, MemoryStore, Store
+from trainkit.export import write_diffusers
+from trainkit.families import sdxl
+from trainkit.optim import make_optimizer
+from trainkit.options import LoraOptions, OptimizerOptions, PivotalOptions, TextOptions, ValidationOptions
+from trainkit.pivotal import EOS_LINE
+from trainkit.preview import GUIDANCE, Previews, sampler
+from trainkit.publish import write_card
+from trainkit.report import write_report
+from trainkit.report.facts import RunFacts
+from trainkit.report.usage import DIFFUSERS_FILE
+from trainkit.text import LiveText, Text, make_text
+
+PROMPTS = ["a TOK dog", "a TOK cat", "a photo of a dog", ""]
+TI = {"pivotal": PivotalOptions(train_text_encoder_ti=True)}
+LORA = {"text": TextOptions(train_text_encoder=True, train_text_encoder_frac=0.5, text_encoder_lr=1e-2)}
+MODES = {"new tokens": TI, "LoRA": LORA}
+FAST = TextOptions(text_encoder_lr=1e-2)
+GROUP = 4  # pictures in an optimizer step
+
+
+def make(family: sdxl.SDXL, prompts: Sequence[str] = PROMPTS, store: Store | None = None, *, total: int = 4,
+         **changes: object) -> Text:
+    concerns = {"text": FAST, "pivotal": PivotalOptions(), "lora": LoraOptions(rank=2)} | changes
+    return make_text(family, prompts, store, total=total, seed=0, **concerns)
+
+
+def train(words: Text, steps: Sequence[int], *, optimizer: str = "adamw", prompts: Sequence[str] = PROMPTS,
+          state: tuple | None = None):
+    """Optimizer steps with a loss on what the encoders say -> the optimizer's state."""
+    options = OptimizerOptions(optimizer=optimizer, lr_scheduler="constant", learning_rate=1e-2)
+    idle = torch.nn.Parameter(torch.ones(2, 2))  # the UNet's adapters, which train to the end
+    unet = {"name": "unet", "params": [idle], "lr": 1e-2, "weight_decay": 0.0, "stop": None}
+    optim = make_optimizer([unet, *words.groups(options, GROUP)], options, 4)
+    if state:
+        optim.unpack(*state)
+    for step in steps:
+        optim.begin(step)
+        torch.manual_seed(step)
+        embeds, pooled = words(prompts, step)
+        (embeds.float().square().mean() + pooled.float().square().mean() + idle.square().sum()).backward()
+        for inner in optim.active:
+            for p in inner.param_groups[0]["params"]:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        optim.step()
+        optim.zero_grad()
+        words.after_update(step + 1)
+    return optim.pack()
+
+
+def state(words: Text) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in words.pack()[0].items()}
+
+
+def same(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[tuple[str, bool]]:
+    """(prompt, with gradient) for each prompt the encoders were asked."""
+    seen, encode = [], sdxl.SDXL.encode_prompts
+
+    def spy(family, prompts, clip_skip=None):
+        seen.extend((prompt, torch.is_grad_enabled()) for prompt in prompts)
+        return encode(family, prompts, clip_skip)
+
+    monkeypatch.setattr(sdxl.SDXL, "encode_prompts", spy)
+    return seen
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Before the pivot
+
+
+def test_frozen_text_trains_nothing_and_lets_the_encoders_go(tiny_sdxl):
+    family = load(tiny_sdxl)
+    words = make(family)
+    assert family.text_encoders == () and not words.groups(OptimizerOptions(), GROUP)
+    assert same(words(PROMPTS, 0), words(PROMPTS)) and words.pack() == ({}, {}) and words.rewrite("a TOK") == "a TOK"
+    assert not words.networks and not words.embeddings
+
+
+def test_a_distinct_prompt_is_encoded_once_a_step_and_one_without_new_tokens_once_a_run(tiny_sdxl, asked):
+    words = make(load(tiny_sdxl), **TI)
+    assert sorted(asked) == [("", False), ("a photo of a dog", False)]
+    asked.clear()
+    batch = ["a TOK dog", "a photo of a dog", "a TOK dog", "", "a TOK cat"]
+    embeds, pooled = words(batch, 0)
+    assert asked == [("a <s0><s1> dog", True), ("a <s0><s1> cat", True)]
+    assert torch.equal(embeds[0], embeds[2]) and torch.equal(pooled[0], pooled[2]) and len(embeds) == 5
+    family = words.family
+    with torch.no_grad():
+        alone = [family.encode_prompts([words.rewrite(p)]) for p in batch]
+    for row, (e, p) in enumerate(alone):
+        torch.testing.assert_close(embeds[row], e[0])
+        torch.testing.assert_close(pooled[row], p[0])
+    asked.clear()
+    assert not words(["", "a photo of a dog"], 1)[0].requires_grad and not asked
+
+
+def test_a_prompt_repeated_in_a_batch_counts_as_often_in_the_gradient(tiny_sdxl):
+    words, weights = make(load(tiny_sdxl), **TI), torch.randn(3, 77, 56)
+
+    def gradient(embeds: torch.Tensor) -> torch.Tensor:
+        (embeds * weights).sum().backward()
+        grads = [part.rows.grad.clone() for part in words.learner.overlays]
+        for part in words.learner.overlays:
+            part.rows.grad = None
+        return torch.cat([g.flatten() for g in grads])
+
+    shared = gradient(words(["a TOK dog", "a TOK cat", "a TOK dog"], 0)[0])
+    apart = gradient(words.family.encode_prompts([f"a <s0><s1> {noun}" for noun in ("dog", "cat", "dog")])[0])
+    torch.testing.assert_close(shared, apart, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_previews_see_the_weights_as_they_are_without_a_graph(tiny_sdxl, mode, asked):
+    words = make(load(tiny_sdxl), **MODES[mode])
+    before = words(["a TOK dog"])
+    train(words, [0])
+    after = words(["a TOK dog"])
+    assert not torch.equal(before[0], after[0]) and not after[0].requires_grad
+    assert asked[-1] == (words.rewrite("a TOK dog"), False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", MODES)
+def test_in_half_precision_what_trains_is_fp32(tiny_sdxl, mode, dtype):
+    words = make(load(tiny_sdxl, dtype), **MODES[mode])
+    embeds, pooled = words(PROMPTS, 0)
+    assert embeds.dtype == pooled.dtype == dtype
+    (embeds.float().mean() + pooled.float().mean()).backward()
+    params = [p for group in words.groups(OptimizerOptions(), GROUP) for p in group["params"]]
+    assert params and all(p.dtype == torch.float32 and p.requires_grad for p in params)
+    assert any(p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in params)
+    frozen = [p for e in words.family.text_encoders for p in e.parameters() if not p.requires_grad]
+    assert {p.dtype for p in frozen} == {dtype}
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.parametrize("mode", MODES)
+def test_gradient_checkpointing_gives_the_same_gradient(tiny_sdxl, mode):
+    def gradients(**changes: bool) -> list[torch.Tensor]:
+        words = make(load(tiny_sdxl), **MODES[mode], **changes)
+        embeds, pooled = words(PROMPTS, 0)
+        (embeds.square().mean() + pooled.square().mean()).backward()
+        checkpointed = [m for e in words.family.text_encoders for m in e.modules()
+                        if getattr(m, "gradient_checkpointing", False)]
+        assert bool(checkpointed) == bool(changes)
+        return [p.grad for group in words.groups(OptimizerOptions(), GROUP) for p in group["params"]]
+
+    for plain, saved in zip(gradients(), gradients(gradient_checkpointing=True), strict=True):
+        torch.testing.assert_close(plain, saved)
+
+
+def test_d23_text_encoder_lora_leaves_tables_without_gradients(tiny_sdxl):
+    words = make(load(tiny_sdxl), **LORA)
+    embeds, pooled = words(PROMPTS, 0)
+    (embeds.square().mean() + pooled.square().mean()).backward()
+    trained = {id(p) for group in words.groups(OptimizerOptions(), GROUP) for p in group["params"]}
+    for encoder in words.family.text_encoders:
+        assert all((id(p) in trained) == p.requires_grad for p in encoder.parameters())
+        assert encoder.get_input_embeddings().weight.grad is None
+
+
+def test_dropout_of_text_adapters_is_on_in_training_only(tiny_sdxl):
+    words = make(load(tiny_sdxl), lora=LoraOptions(rank=2, lora_dropout=0.5), **LORA)
+    train(words, [0])
+    draws = [words(["a TOK dog"], 1)[0] for _ in range(2)]
+    assert not torch.equal(*draws)
+    looks = [words(["a TOK dog"])[0] for _ in range(2)]
+    assert torch.equal(*looks)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rates
+
+
+@pytest.mark.parametrize(("mode", "names"), [("new tokens", ["tokens"]), ("LoRA", ["text_encoder", "text_encoder_2"])])
+def test_groups_have_their_own_rates_decay_and_end(tiny_sdxl, mode, names):
+    text = TextOptions(train_text_encoder=mode == "LoRA", text_encoder_lr=3e-4, text_encoder_2_lr=0.0,
+                       adam_weight_decay_text_encoder=0.0, train_text_encoder_frac=0.25)
+    words = make(load(tiny_sdxl), **(MODES[mode] | {"text": text}), total=8)
+    groups = words.groups(OptimizerOptions(adam_weight_decay=0.5), GROUP)
+    assert [g["name"] for g in groups] == names
+    assert [g["lr"] for g in groups] == [3e-4, 0.0][: len(names)], "0 is 0"
+    assert {g["weight_decay"] for g in groups} == {0.0}, "0 is 0, not --adam_weight_decay"
+    assert {g["stop"] for g in groups} == {4 if mode == "new tokens" else 2}
+
+
+def test_without_values_of_their_own_groups_take_the_unets_decay_and_prodigys_rate():
+    text = TextOptions()
+    assert text.decay(0.5) == 0.5 and text.lrs(OptimizerOptions(), global_batch=4) == (5e-6, 5e-6)
+    prodigy = OptimizerOptions(optimizer="prodigy", learning_rate=1.0)
+    assert text.lrs(prodigy, global_batch=4) == (1.0, 1.0)
+    assert TextOptions(text_encoder_lr=0.5).lrs(prodigy, global_batch=4) == (0.5, 0.5)
+
+
+def test_what_trains_to_the_end_has_no_stop(tiny_sdxl):
+    words = make(load(tiny_sdxl), pivotal=PivotalOptions(train_text_encoder_ti=True, train_text_encoder_ti_frac=1))
+    assert [g["stop"] for g in words.groups(OptimizerOptions(), GROUP)] == [None]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The pivot: 2 of 4 steps
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "prodigy"])
+@pytest.mark.parametrize("mode", MODES)
+def test_d8_from_the_pivot_on_nothing_moves_by_one_bit(tiny_sdxl, mode, optimizer, asked):
+    words = make(load(tiny_sdxl), **MODES[mode])
+    first = state(words)
+    packed = train(words, [0, 1], optimizer=optimizer)
+    trained = state(words)
+    assert not same(first.values(), trained.values())
+    asked.clear()
+    train(words, [2], optimizer=optimizer, state=packed)
+    assert all(not graph for _, graph in asked) and len(asked) == len(set(asked))
+    asked.clear()
+    train(words, [3], optimizer=optimizer, state=packed)
+    assert not asked, "every prompt was encoded once, at the pivot"
+    assert same(trained.values(), state(words).values())
+    assert not any(out.requires_grad for out in words(PROMPTS, 3)) and same(words(PROMPTS, 3), words(PROMPTS))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_at_the_pivot_the_encoders_leave_the_device(tiny_sdxl, mode):
+    family = load(tiny_sdxl)
+    words = make(family, **MODES[mode])
+    train(words, [0, 1])
+    assert len(family.text_encoders) == 2
+    words(PROMPTS, 2)
+    assert family.text_encoders == ()
+    assert all(p.device.type == "cpu" for network in words.networks for p in network.network.parameters())
+
+
+@pytest.mark.parametrize(("cut", "store"), [(1, MemoryStore), (2, MemoryStore), (2, DiskStore), (3, MemoryStore)])
+@pytest.mark.parametrize("mode", MODES)
+def test_d6_a_run_resumed_on_either_side_of_the_pivot_is_the_uninterrupted_one(tiny_sdxl, tmp_path, mode, cut, store):
+    kept = DiskStore(tmp_path) if store is DiskStore else None  # None: one in memory for each
+
+    def fresh() -> Text:
+        return make(load(tiny_sdxl), [f"{p} {k}" for k in range(5) for p in PROMPTS], kept, **MODES[mode])
+
+    prompts = [f"{p} {k}" for k in (0, 4) for p in PROMPTS]
+    whole, first, second = fresh(), fresh(), fresh()
+    train(whole, range(4), prompts=prompts)
+    optimizer = train(first, range(cut), prompts=prompts)
+    tensors, data = first.pack()
+    saved = {k: t.clone() for k, t in tensors.items()}, json.loads(json.dumps(data))
+    second.unpack(*saved)
+    train(second, range(cut, 4), prompts=prompts, state=optimizer)
+    assert same(state(whole).values(), state(second).values())
+    assert same(whole(prompts, 3), second(prompts, 3))
+
+
+def test_the_pull_ends_with_the_training(tiny_sdxl):
+    words = make(load(tiny_sdxl), **TI)
+    words.after_update(2)
+    before = state(words)
+    words.after_update(3)
+    assert same(before.values(), state(words).values())
+
+
+def test_other_trained_weights_have_entries_of_their_own_in_a_shared_store(tiny_sdxl, tmp_path):
+    store = DiskStore(tmp_path)
+    one, other = (make(load(tiny_sdxl), store=store, **TI) for _ in range(2))
+    train(one, [0, 1])
+    assert not torch.equal(one(["a TOK dog"], 2)[0], other(["a TOK dog"], 2)[0])
+    assert torch.equal(one(["a photo of a dog"], 2)[0], other(["a photo of a dog"], 2)[0])
+
+
+def test_a_prompt_nobody_announced_is_a_bug(tiny_sdxl):
+    with pytest.raises(AssertionError, match="not announced"):
+        make(load(tiny_sdxl), **TI)(["a TOK fish"], 0)
+
+
+def test_live_text_writes_its_file_and_lora_text_none(tiny_sdxl, tmp_path):
+    words = make(load(tiny_sdxl), **TI)
+    assert isinstance(words, LiveText) and words.export(tmp_path, "icons") == [tmp_path / "icons_emb.safetensors"]
+    assert make(load(tiny_sdxl), **LORA).export(tmp_path, "x") == [] == make(load(tiny_sdxl)).export(Path(), "x")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Card, report and usage
+
+
+def published(folder: Path, words: Text, **options: object) -> str:
+    """The card of a run that has learned the tokens of `words`."""
+    run = make_run(folder, train_text_encoder_ti=True, **options)
+    words.export(run, run.name)
+    write_report(run)
+    return write_card(run).read_text("utf-8")
+
+
+def test_the_card_says_how_to_write_the_new_tokens_everywhere(tiny_sdxl, tmp_path):
+    card = published(tmp_path / "icons", make(load(tiny_sdxl), **TI))
+    assert "`<s0><s1>` are new tokens, `TOK` in the captions" in card
+    assert "Write `3d icon in the style of <s0><s1>` in the prompt" in card
+    assert "Write `3d icon in the style of embedding:icons_emb` in the positive prompt" in card
+    assert "Prompt: `3d icon in the style of icons_emb <lora:icons:1>`" in card
+    assert "trained on the UNet and the new tokens' embeddings" in card and "textual_inversion" in card
+    assert "| `icons_emb.safetensors` | Diffusers, ComfyUI, A1111, Forge |" in card
+    assert "icons_emb.safetensors" in (tmp_path / "icons" / "report.html").read_text("utf-8")
+    assert "eos_token_id" not in card
+
+
+def test_the_card_of_pure_textual_inversion_speaks_of_no_lora(tiny_sdxl, tmp_path):
+    card = published(tmp_path / "icons", make(load(tiny_sdxl), **TI), train_unet_frac=0.0)
+    assert "New tokens for" in card and "load_lora_weights" not in card and "Load LoRA" not in card
+
+
+def test_a_model_with_eos_2_gets_the_line_that_mends_it(tmp_path):
+    card = published(tmp_path / "icons", make(load(build_tiny_sdxl(tmp_path / "old", eos_in_config=False)), **TI))
+    assert f"\n{EOS_LINE}\n" in card
+
+
+def test_d10_the_cards_snippet_draws_with_the_learned_tokens(tiny_sdxl, tmp_path, monkeypatch):
+    """Without a LoRA, so that the embeddings alone make the difference."""
+    words = make(load(tiny_sdxl), **TI)
+    published(folder := tmp_path / "icons", words, train_unet_frac=0.0, pretrained_model_name_or_path=str(tiny_sdxl),
+              validation_prompt="a TOK dog")
+    (folder / tiny_sdxl.name).symlink_to(tiny_sdxl)
+    monkeypatch.chdir(folder)
+    code = RunFacts(folder).usage.diffusers.replace(").images[0]", ", num_inference_steps=1).images[0]")
+    scope: dict = {}
+    exec(code, scope)
+    embeds, _, pooled, _ = scope["pipe"].encode_prompt("a <s0><s1> dog", do_classifier_free_guidance=False)
+    assert same([embeds, pooled], words(["a TOK dog"])) and 'pipe("a <s0><s1> dog"' in code
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The whole of it on the shipped model
+
+
+def trained_icons(assets: Path, folder: Path) -> tuple[sdxl.SDXL, Text]:
+    """Two steps of embeddings and LoRA on the shipped model, and what a run leaves: LoRA file and embeddings."""
+    family = load(assets / "tiny-sdxl-icons")
+    words = make(family, ["3d icon in the style of TOK, a fox", ""], **TI)
+    lora = add_adapters(family.unet, LoraOptions(rank=4), targets=family.lora_targets, seed=0)
+    family.settle(keep_vae=False)
+    options = OptimizerOptions(lr_scheduler="constant")
+    optim = make_optimizer([*lora.groups(lr=1e-2, weight_decay=0.0), *words.groups(options, GROUP)], options, 4)
+    for step in (0, 1):
+        optim.begin(step)
+        z, n = (rng.normal((4, 16, 16), [(step,)], name=name) for name in ("z", "n"))
+        text = words(["3d icon in the style of TOK, a fox"], step)
+        out = family.denoise(z, family.schedule.level(torch.tensor([500])), text=text,
+                             time_ids=torch.tensor([[64, 64, 0, 0, 64, 64]]))
+        (out - n).square().mean().backward()
+        optim.step()
+        optim.zero_grad()
+        words.after_update(step + 1)
+    write_diffusers([lora], folder / DIFFUSERS_FILE, {})
+    words.export(folder, "icons")
+    return family, words
+
+
+def test_d10_stock_diffusers_draws_our_preview_after_the_two_documented_calls(assets, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainkit.preview.STEPS", steps := 6)
+    family, words = trained_icons(assets, tmp_path)
+    prompt, seed = "3d icon in the style of TOK, a fox", 7
+    previews = Previews(family, ValidationOptions(validation_prompt=prompt, num_validation_images=1), words, tmp_path,
+                        seed=seed, resolution=64)
+    before, _ = previews.draw(2).values()
+    embeds = words([prompt])
+    settled = words([prompt], 2)
+    after, _ = previews.draw(3).values()
+
+    pipe = stock(assets / "tiny-sdxl-icons", tmp_path / "icons_emb.safetensors")
+    pipe.scheduler = sampler(family)
+
+    def draw(text: str) -> np.ndarray:
+        noise = rng.normal((4, 16, 16), [(seed, 1)], name="preview")
+        return np.asarray(pipe(text, latents=noise, height=64, width=64, num_inference_steps=steps,
+                               guidance_scale=GUIDANCE).images[0]).astype(int)
+
+    untrained = draw(words.rewrite(prompt))
+    pipe.load_lora_weights(tmp_path, weight_name=DIFFUSERS_FILE)
+    theirs = pipe.encode_prompt(words.rewrite(prompt), do_classifier_free_guidance=False)
+    assert torch.equal(theirs[0], embeds[0]) and torch.equal(theirs[2], embeds[1])
+    torch.testing.assert_close(settled, embeds, rtol=1e-5, atol=1e-5)
+    picture = draw(words.rewrite(prompt))
+    for ours in (before, after):
+        assert np.abs(np.asarray(ours).astype(int) - picture).max() <= 1
+    assert np.abs(untrained - picture).max() > 8 < np.abs(draw(prompt) - picture).max()

@@ -1,0 +1,116 @@
+"""How to use what a run has written: Python for Diffusers, steps for user interfaces."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trainkit.pivotal import ENCODERS, EOS_LINE
+
+if TYPE_CHECKING:
+    from trainkit.report.facts import RunFacts
+
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Interface:
+    """How to use the files in one user interface; words between backticks are literal."""
+
+    name: str
+    steps: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Usage:
+    diffusers: str
+    interfaces: tuple[Interface, ...]
+
+
+def usage(run: RunFacts) -> Usage:
+    return Usage(diffusers_snippet(run), (Interface("ComfyUI", tuple(comfyui(run))),
+                                          Interface("A1111 / Forge", tuple(webui(run)))))
+
+
+def diffusers_snippet(run: RunFacts) -> str:
+    """Python that loads the files and draws a picture; user text goes in as string literals."""
+    prompt = run.prompted(run.validation_prompt) or run.trigger
+    return "\n".join([
+        *imports(run),
+        "",
+        'device = "cuda" if torch.cuda.is_available() else "cpu"',
+        'dtype = torch.float16 if device == "cuda" else torch.float32',
+        f"pipe = StableDiffusionXLPipeline.from_pretrained({quoted(run.base_model)}).to(device, dtype)",
+        *lora_lines(run),
+        *token_lines(run),
+        f"image = pipe({quoted(prompt)}).images[0]",
+        'image.save("picture.png")',
+        "",
+    ])
+
+
+def quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def imports(run: RunFacts) -> Iterator[str]:
+    yield "import torch"
+    yield "from diffusers import StableDiffusionXLPipeline"
+    if run.embeddings and run.hub_name:
+        yield "from huggingface_hub import hf_hub_download"
+    if run.embeddings:
+        yield "from safetensors.torch import load_file"
+
+
+def lora_lines(run: RunFacts) -> Iterator[str]:
+    if run.has_lora:
+        place = quoted(run.hub_name or ".")
+        yield f'pipe.load_lora_weights({place}, weight_name="{DIFFUSERS_FILE}", adapter_name="lora")'
+        yield 'pipe.set_adapters("lora", 1.0)  # strength'
+
+
+def token_lines(run: RunFacts) -> Iterator[str]:
+    """One `load_textual_inversion` a text encoder."""
+    if run.embeddings is None:
+        return
+    file = quoted(run.embeddings_file)
+    place = f"hf_hub_download({quoted(run.hub_name)}, {file})" if run.hub_name else file
+    yield f"embeddings = load_file({place})"
+    yield f"tokens = {json.dumps(run.embeddings.names)}"
+    for name, end in zip(ENCODERS, ("", "_2"), strict=True):
+        yield f'pipe.load_textual_inversion(embeddings["{name}"], token=tokens,'
+        yield f"                            text_encoder=pipe.text_encoder{end}, tokenizer=pipe.tokenizer{end})"
+    if run.embeddings.sets_eos:
+        yield "# this model's config has a wrong end token, and new tokens make it count"
+        yield EOS_LINE
+
+
+def comfyui(run: RunFacts) -> Iterator[str]:
+    if run.has_lora:
+        yield f"Put `{run.name}.safetensors` into `ComfyUI/models/loras/`."
+        yield f"Add a `Load LoRA` node behind `Load Checkpoint` ({run.base_model}) and choose the file."
+        yield ("Set `strength_model` and `strength_clip` to 1." if run.option("train_text_encoder") else
+               "Set `strength_model` to 1. `strength_clip` changes nothing: the text encoders were not trained.")
+    if run.embeddings:
+        yield f"Put `{run.embeddings_file}` into `ComfyUI/models/embeddings/`."
+    yield f"Write `{run.spelled(f'embedding:{run.embeddings_stem}')}` in the positive prompt."
+    yield from all_rows_at_once(run)
+
+
+def webui(run: RunFacts) -> Iterator[str]:
+    if run.has_lora:
+        yield f"Put `{run.name}.safetensors` into `models/Lora/` and press Refresh in the Lora tab."
+    if run.embeddings:
+        yield f"Put `{run.embeddings_file}` into `embeddings/` and press Refresh in the Textual Inversion tab."
+    yield f"Load the base model {run.base_model}."
+    ending = f" <lora:{run.name}:1>" if run.has_lora else ""
+    yield f"Prompt: `{run.spelled(run.embeddings_stem)}{ending}`"
+    yield from all_rows_at_once(run)
+
+
+def all_rows_at_once(run: RunFacts) -> Iterator[str]:
+    if run.embeddings and len(run.embeddings.tokens) > 1:
+        listed = ", ".join(f"`{word}`" for word in run.embeddings.tokens)
+        yield f"The file's name stands for all its vectors at once; to use {listed} apart, take Diffusers."

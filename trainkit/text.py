@@ -1,0 +1,221 @@
+"""Prompts into conditioning while the text encoders learn: new tokens (pivotal tuning) or LoRA, up to a step.
+
+A text is asked as `text(prompts, step)`; which of the three it is (frozen, new tokens, LoRA) the caller never asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from trainkit import adapters
+from trainkit.data.cache import Store, tensors_digest
+from trainkit.families.text import FrozenText
+from trainkit.pivotal import NewTokens
+
+if TYPE_CHECKING:
+    from trainkit.adapters import Adapters
+    from trainkit.families.sdxl import SDXL
+    from trainkit.files import Json
+    from trainkit.optim import ParamGroup
+    from trainkit.options import LoraOptions, OptimizerOptions, PivotalOptions, TextOptions
+
+NETWORKS = ("text_encoder", "text_encoder_2")  # names of the adapters, in the order of the family's text encoders
+
+
+class Learner(Protocol):
+    """What trains in the text encoders: `NewTokens`, or `EncoderAdapters`."""
+
+    networks: Sequence[Adapters]
+
+    @property
+    def embeddings(self) -> Mapping[str, Tensor]: ...
+
+    def rewrite(self, prompt: str) -> str: ...
+
+    def learns_from(self, text: str) -> bool: ...
+
+    def groups(self, *, lrs: tuple[float, float], weight_decay: float, stop: int | None) -> list[ParamGroup]: ...
+
+    def after_update(self) -> None: ...
+
+    def export(self, folder: Path, name: str) -> list[Path]: ...
+
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Json]]: ...
+
+    def unpack(self, tensors: dict[str, Tensor], data: dict[str, Json]) -> None: ...
+
+
+class EncoderAdapters:
+    """LoRA on both text encoders."""
+
+    embeddings: Mapping[str, Tensor] = {}
+
+    def __init__(self, family: SDXL, options: LoraOptions, *, seed: int):
+        self.networks = [
+            adapters.add_adapters(encoder, options, prefix=prefix, targets=family.text_lora_targets, seed=seed)
+            for prefix, encoder in zip(NETWORKS, family.text_encoders, strict=True)]
+
+    def rewrite(self, prompt: str) -> str:
+        return prompt
+
+    def learns_from(self, text: str) -> bool:
+        return True
+
+    def groups(self, *, lrs: tuple[float, float], weight_decay: float, stop: int | None) -> list[ParamGroup]:
+        """Each encoder's own, at its rate."""
+        return [group for network, lr in zip(self.networks, lrs, strict=True)
+                for group in network.groups(lr=lr, weight_decay=weight_decay, stop=stop)]
+
+    def after_update(self) -> None:
+        """Nothing follows an update."""
+
+    def export(self, folder: Path, name: str) -> list[Path]:
+        return []  # the LoRA files hold every network
+
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Json]]:
+        packed = {network.prefix: network.pack() for network in self.networks}
+        tensors = {f"{prefix}.{key}": t for prefix, (own, _) in packed.items() for key, t in own.items()}
+        return tensors, {prefix: data for prefix, (_, data) in packed.items()}
+
+    def unpack(self, tensors: dict[str, Tensor], data: dict[str, Json]) -> None:
+        for network in self.networks:
+            start = f"{network.prefix}."
+            own = {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
+            network.unpack(own, data.get(network.prefix, {}))
+
+
+class LiveText:
+    """Text encoders in training, in the weight dtype, until step `stop`; from there on each prompt is looked up.
+
+    prompts    every prompt that will ever be asked, as the user wrote it
+    stop       finished steps after which nothing in the encoders changes: the pivot
+
+    A prompt the learner does not learn from is encoded once, at the start. From step `stop` on, a function of the step
+    alone, all others are too: no graph is built any more, the encoders leave the device, and a run that resumes on
+    either side of the pivot sees the bits of an uninterrupted one (see FrozenText).
+    """
+
+    def __init__(self, family: SDXL, learner: Learner, prompts: Iterable[str], store: Store | None,
+                 options: TextOptions, *, stop: int, total: int):
+        self.family, self.learner, self.options, self.stop, self.total = family, learner, options, stop, total
+        self.texts = {learner.rewrite(prompt) for prompt in prompts}
+        plain = [text for text in self.texts if not learner.learns_from(text)]
+        self._train_mode(False)
+        self.table = FrozenText(family, plain, store, options.clip_skip, state=self._precision)
+        self.settled = False
+
+    @property
+    def networks(self) -> Sequence[Adapters]:
+        return self.learner.networks
+
+    @property
+    def embeddings(self) -> Mapping[str, Tensor]:
+        return self.learner.embeddings
+
+    def rewrite(self, prompt: str) -> str:
+        """The prompt as the encoders and other programs are given it: new tokens for the words that stand for them."""
+        return self.learner.rewrite(prompt)
+
+    def __call__(self, prompts: Sequence[str], step: int | None = None) -> tuple[Tensor, Tensor]:
+        """-> embeds [B,T,D], pooled [B,P] on the device, a row per prompt.
+
+        step  optimizer step (from 0) that asks, after `Optim.begin`; None asks for the weights as they are, without
+              gradient, to look at
+        """
+        texts = [self.rewrite(prompt) for prompt in prompts]
+        assert self.texts.issuperset(texts), f"not announced before training: {set(texts) - self.texts}"
+        if step is not None and step >= self.stop and not self.settled:
+            self._settle()
+        if self.settled:
+            return self.table(texts)
+        with torch.set_grad_enabled(step is not None):
+            return self._live(texts, training=step is not None)
+
+    def _live(self, texts: Sequence[str], *, training: bool) -> tuple[Tensor, Tensor]:
+        """Each distinct text once: by the encoders what they learn from, the rest from the table."""
+        distinct = dict.fromkeys(texts)
+        live = [text for text in distinct if self.learner.learns_from(text)]
+        plain = [text for text in distinct if not self.learner.learns_from(text)]
+        self._train_mode(training)
+        parts = [self.family.encode_prompts(live, self.options.clip_skip)] if live else []
+        parts += [self.table(plain)] if plain else []
+        embeds, pooled = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        place = {text: row for row, text in enumerate([*live, *plain])}
+        rows = torch.tensor([place[text] for text in texts], device=embeds.device)
+        return embeds[rows], pooled[rows]  # by indexing: its backward adds repeated rows in a fixed order
+
+    def _settle(self) -> None:
+        """The pivot: encode what is left, all of it in one fixed order, and let the encoders go."""
+        self._train_mode(False)
+        state = f"{self._precision} {tensors_digest(self.learner.pack()[0])}"
+        self.table.add(self.family, [text for text in self.texts if self.learner.learns_from(text)], state=state)
+        for network in self.networks:
+            network.network.to("cpu")  # adapters outlive the training: checkpoints and files are written from them
+        self.family.free_text_encoders()
+        self.settled = True
+
+    @property
+    def _precision(self) -> str:
+        """"" where encoders run as frozen ones do, so that the entries of a shared store are the same."""
+        return "" if self.family.weight_dtype == torch.float32 else str(self.family.weight_dtype)
+
+    def _train_mode(self, on: bool) -> None:
+        """Adapters' dropout and gradient checkpointing work in train mode only; CLIP itself is the same in both."""
+        for encoder in self.family.text_encoders:
+            if encoder.training != on:
+                encoder.train(on)
+
+    def groups(self, optimizer: OptimizerOptions, global_batch: int) -> list[ParamGroup]:
+        """Parameter groups: "tokens", or one for each encoder's LoRA. global_batch: pictures in an optimizer step."""
+        return self.learner.groups(
+            lrs=self.options.lrs(optimizer, global_batch=global_batch),
+            weight_decay=self.options.decay(optimizer.adam_weight_decay),
+            stop=self.stop if self.stop < self.total else None)
+
+    def after_update(self, done: int) -> None:
+        """Call after the optimizer's update, with the number of finished steps, this one included."""
+        if done <= self.stop:
+            self.learner.after_update()
+
+    def export(self, folder: Path, name: str) -> list[Path]:
+        """Write the files besides LoRA that other programs load, each read back -> their paths."""
+        return self.learner.export(folder, name)
+
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Json]]:
+        return self.learner.pack()
+
+    def unpack(self, tensors: dict[str, Tensor], data: dict[str, Json]) -> None:
+        assert not self.settled, "restore before the first step"
+        self.learner.unpack(tensors, data)
+
+
+Text = FrozenText | LiveText
+
+
+def make_text(family: SDXL, prompts: Iterable[str], store: Store | None, *, text: TextOptions, pivotal: PivotalOptions,
+              lora: LoraOptions, total: int, seed: int, gradient_checkpointing: bool = False) -> Text:
+    """The text of a run of `total` optimizer steps: frozen, with new tokens, or with LoRA on the encoders.
+
+    prompts  every prompt the run will ever need encoded
+    Frozen encoders are freed here, those in training stay on the device.
+    Raises UserError where the base model has the new tokens already.
+    """
+    if not (text.train_text_encoder or pivotal.train_text_encoder_ti):
+        frozen = FrozenText(family, prompts, store, text.clip_skip)
+        family.free_text_encoders()
+        return frozen
+    for encoder in family.text_encoders:
+        encoder.to(family.device, family.weight_dtype)
+        if gradient_checkpointing:  # called gradient_checkpointing_enable before Transformers 5.23
+            enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
+            enable({"use_reentrant": False})  # needs no gradient at the input
+    if pivotal.train_text_encoder_ti:
+        return LiveText(family, NewTokens(family, pivotal, seed=seed), prompts, store, text,
+                        stop=pivotal.stop(total), total=total)
+    return LiveText(family, EncoderAdapters(family, lora, seed=seed), prompts, store, text, stop=text.stop(total),
+                    total=total)
