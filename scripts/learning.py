@@ -50,30 +50,28 @@ COMMON = (
 ADAMW = ("--learning_rate=1e-3", "--adam_beta2=0.99")
 PRODIGY = ("--optimizer=prodigy", "--learning_rate=1", "--adam_beta2=0.99", "--adam_weight_decay=0.01")
 RANK_8 = ("--rank=8", "--lora_layers=all-linear")
-TOKENS = ("--train_text_encoder_ti", "--train_text_encoder_ti_frac=0.5", "--text_encoder_lr=1e-2")
+TOKENS = ("--train_text_encoder_ti", "--text_encoder_lr=1e-3")
 PRIOR = ("--with_prior_preservation", f"--class_data_dir={CLASS}", "--class_prompt=icon", "--num_class_images=48")
 
 CASES: dict[str, tuple[str, ...]] = {
     "lora": (*RANK_8, *ADAMW),
     "ti": (*RANK_8, *ADAMW, *TOKENS),
+    "ti-icon": (*RANK_8, *ADAMW, *TOKENS, "--initializer_concept=icon"),
     "prior": (*RANK_8, *ADAMW, *PRIOR),
     "prodigy": (*RANK_8, *PRODIGY),
     "edm": (*RANK_8, *ADAMW, "--do_edm_style_training"),
     "snr": (*RANK_8, *ADAMW, "--snr_gamma=5"),
     "lora4": ("--rank=4", *ADAMW),
     "dora4": ("--rank=4", *ADAMW, "--use_dora"),
-    "founding": (*RANK_8, *PRODIGY, "--train_text_encoder_ti", "--snr_gamma=5"),
-    "founding-lora": (*RANK_8, *PRODIGY, "--snr_gamma=5"),
 }
 COMPARISONS = (  # title, without, with
-    ("Pivotal tuning (two tokens, half the steps) beside the LoRA", "lora", "ti"),
+    ("Pivotal tuning: two new tokens from random, in the first half", "lora", "ti"),
+    ("Pivotal tuning: two new tokens from the word icon, in the first half", "lora", "ti-icon"),
     ("DoRA at rank 4, attention layers", "lora4", "dora4"),
     ("Prior preservation with 48 real class pictures", "lora", "prior"),
     ("Prodigy for AdamW", "lora", "prodigy"),
     ("EDM noise levels and weights on this ε model", "lora", "edm"),
     ("Min-SNR, γ 5", "lora", "snr"),
-    ("The founding run: pivotal tuning + LoRA + Prodigy + Min-SNR, against it without the tokens", "founding-lora",
-     "founding"),
 )
 
 

@@ -67,6 +67,9 @@ def start_run(opts: OptionSet, project: str = "dreambooth-lora-sdxl") -> Run:
     Raises UserError: the output folder is another run's or cannot be written, a tracker is missing, the launcher
     wants DeepSpeed or the like.
     """
+    # Gradients of trained attention underflow, and a CPU multiplies subnormal numbers many times more slowly. Threads
+    # inherit the setting when they are made, so it comes before the first parallel operation.
+    torch.set_flush_denormal(True)
     ranks.refuse_wrappers(os.environ)
     names = trackers.chosen_trackers(opts.run.report_to)
     lock = take_folder(Path(opts.run.output_dir))
