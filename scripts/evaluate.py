@@ -188,11 +188,11 @@ def opened(path: Path) -> Image:
 def draw(args: argparse.Namespace, wanted: list[Wanted]) -> Iterator[tuple[float, list[Image]]]:
     """Every noun at every strength, from the same noise -> (strength, pictures)."""
     pipe = load(args)
-    for strength in args.strengths:  # 0 is the first
-        if strength == 0:
-            yield strength, pictures_of(pipe, args, wanted)
-            wanted = teach(pipe, args.embeddings, wanted) if args.embeddings else wanted
-            continue
+    if 0 in args.strengths:  # before the pipeline learns new tokens
+        yield 0.0, pictures_of(pipe, args, wanted)
+    if args.embeddings:
+        wanted = teach(pipe, args.embeddings, wanted)
+    for strength in filter(None, args.strengths):
         with with_lora(pipe, args.lora, strength) if args.lora else nullcontext():
             yield strength, pictures_of(pipe, args, wanted)
 

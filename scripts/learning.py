@@ -56,7 +56,6 @@ PRIOR = ("--with_prior_preservation", f"--class_data_dir={CLASS}", "--class_prom
 CASES: dict[str, tuple[str, ...]] = {
     "lora": (*RANK_8, *ADAMW),
     "ti": (*RANK_8, *ADAMW, *TOKENS),
-    "ti-icon": (*RANK_8, *ADAMW, *TOKENS, "--initializer_concept=icon"),
     "prior": (*RANK_8, *ADAMW, *PRIOR),
     "prodigy": (*RANK_8, *PRODIGY),
     "edm": (*RANK_8, *ADAMW, "--do_edm_style_training"),
@@ -65,8 +64,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "dora4": ("--rank=4", *ADAMW, "--use_dora"),
 }
 COMPARISONS = (  # title, without, with
-    ("Pivotal tuning: two new tokens from random, in the first half", "lora", "ti"),
-    ("Pivotal tuning: two new tokens from the word icon, in the first half", "lora", "ti-icon"),
+    ("Pivotal tuning: two new tokens beside the LoRA, in the first half of the steps", "lora", "ti"),
     ("DoRA at rank 4, attention layers", "lora4", "dora4"),
     ("Prior preservation with 48 real class pictures", "lora", "prior"),
     ("Prodigy for AdamW", "lora", "prodigy"),
