@@ -102,6 +102,13 @@ def test_schedule_equals_diffusers(name, warmup):
     assert ours == pytest.approx([theirs.lr_lambdas[0](step) for step in range(total + 6)], rel=1e-12, abs=1e-15)
 
 
+@pytest.mark.parametrize("base", [0.0, 1e-8, 1e-7])
+def test_polynomial_decay_raises_no_rate_up_to_its_end(base):
+    plan = Plan(2, 10, base_lr=base)
+    assert [base * SCHEDULES["polynomial"](step, plan) for step in range(14)] == pytest.approx(
+        [0, base / 2, *[base] * 12], abs=0)
+
+
 def test_the_schedules_are_exactly_those_of_diffusers_and_of_the_flag():
     from diffusers.optimization import SchedulerType
 
@@ -312,12 +319,12 @@ def test_d8_two_prodigies_with_gradients_1000_times_apart_each_find_their_own_st
 def test_d8_prodigy_with_the_default_text_rate_does_not_crash_and_takes_the_unets():
     """--text_encoder_lr stays at 5e-6 in many a command that says --learning_rate 1.0."""
     o = options(optimizer="prodigy", learning_rate=1.0)
-    (down, up), lr = model(), o.text_lr(5e-6, default=5e-6, global_batch=4)
+    (down, up), lr = model(), o.text_lr(5e-6, given=False, global_batch=4)
     optim = make_optimizer([group([down], lr=1.0), group([up], name="text_encoder", lr=lr)], o, total_steps=10)
     train(optim, [down, up], range(2))
     assert optim.describe()["lr/text_encoder"] == 1.0
-    assert o.text_lr(0.5, default=5e-6, global_batch=4) == 0.5, "a rate that was asked for is kept"
-    assert options().text_lr(5e-6, default=5e-6, global_batch=4) == 5e-6
+    assert o.text_lr(5e-6, given=True, global_batch=4) == 5e-6, "a rate that was asked for is kept"
+    assert options().text_lr(5e-6, given=False, global_batch=4) == 5e-6
 
 
 # -- averaged weights -------------------------------------------------------------------------------------------------
@@ -523,9 +530,20 @@ def test_arguments_nothing_can_take_are_refused(name, text, said, fix):
         assert "weight_decay" in problem.why, "the accepted ones are named"
 
 
-def test_a_rate_of_0_is_refused_for_prodigy():
-    with pytest.raises(UserError, match="Invalid learning rate: 0"):
-        make_optimizer([group(model(), lr=0.0)], options(optimizer="prodigy"), total_steps=10)
+@pytest.mark.parametrize("name", ["adamw", "prodigy"])
+def test_a_rate_of_0_is_0_and_one_rate_must_not_be(name):
+    with pytest.raises(UserError, match="nothing would be trained"):
+        make_optimizer([group(model(), lr=0.0)], options(optimizer=name), total_steps=10)
+    still, moving = model(), model()
+    groups = [group(still, lr=0.0, name="tokens"), group(moving, lr=rate(name))]
+    optimizer = make_optimizer(groups, options(optimizer=name), total_steps=10)
+    before = [p.detach().clone() for p in still]
+    optimizer.begin(0)
+    for p in [*still, *moving]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, still, strict=True))
+    assert "lr/tokens" not in optimizer.describe()
 
 
 def test_paging_without_a_gpu_is_said_to_be_none(caplog):

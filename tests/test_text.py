@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,10 +43,10 @@ def make(family: sdxl.SDXL, prompts: Sequence[str] = PROMPTS, store: Store | Non
     return make_text(family, prompts, store, total=total, seed=0, **concerns)
 
 
-def train(words: Text, steps: Sequence[int], *, optimizer: str = "adamw", prompts: Sequence[str] = PROMPTS,
-          state: tuple | None = None):
+def train(words: Text, steps: Sequence[int], *, prompts: Sequence[str] = PROMPTS, state: tuple | None = None,
+          **flags: object):
     """Optimizer steps with a loss on what the encoders say -> the optimizer's state."""
-    options = OptimizerOptions(optimizer=optimizer, lr_scheduler="constant", learning_rate=1e-2)
+    options = OptimizerOptions(**{"lr_scheduler": "constant", "learning_rate": 1e-2} | flags)
     idle = torch.nn.Parameter(torch.ones(2, 2))  # the UNet's adapters, which train to the end
     unet = {"name": "unet", "params": [idle], "lr": 1e-2, "weight_decay": 0.0, "stop": None}
     optim = make_optimizer([unet, *words.groups(options, GROUP)], options, 4)
@@ -121,9 +122,9 @@ def test_a_prompt_repeated_in_a_batch_counts_as_often_in_the_gradient(tiny_sdxl)
 
     def gradient(embeds: torch.Tensor) -> torch.Tensor:
         (embeds * weights).sum().backward()
-        grads = [part.rows.grad.clone() for part in words.learner.overlays]
-        for part in words.learner.overlays:
-            part.rows.grad = None
+        grads = [rows.grad.clone() for rows in words.learner.rows]
+        for rows in words.learner.rows:
+            rows.grad = None
         return torch.cat([g.flatten() for g in grads])
 
     shared = gradient(words(["a TOK dog", "a TOK cat", "a TOK dog"], 0)[0])
@@ -211,12 +212,23 @@ def test_without_values_of_their_own_groups_take_the_unets_decay_and_prodigys_ra
     assert text.decay(0.5) == 0.5 and text.lrs(OptimizerOptions(), global_batch=4) == (5e-6, 5e-6)
     prodigy = OptimizerOptions(optimizer="prodigy", learning_rate=1.0)
     assert text.lrs(prodigy, global_batch=4) == (1.0, 1.0)
-    assert TextOptions(text_encoder_lr=0.5).lrs(prodigy, global_batch=4) == (0.5, 0.5)
+    for rate in (0.5, 5e-6):
+        assert TextOptions(text_encoder_lr=rate).lrs(prodigy, global_batch=4) == (rate, rate), "given is given"
+        assert TextOptions(text_encoder_2_lr=rate).lrs(prodigy, global_batch=4) == (1.0, rate)
 
 
-def test_what_trains_to_the_end_has_no_stop(tiny_sdxl):
+def test_what_trains_to_the_end_stops_there(tiny_sdxl):
     words = make(load(tiny_sdxl), pivotal=PivotalOptions(train_text_encoder_ti=True, train_text_encoder_ti_frac=1))
-    assert [g["stop"] for g in words.groups(OptimizerOptions(), GROUP)] == [None]
+    assert [g["stop"] for g in words.groups(OptimizerOptions(), GROUP)] == [4] and LoraOptions().stop(4) == 4
+
+
+@pytest.mark.parametrize("schedule", [{"rate": 0.0}, {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 4}])
+def test_at_a_rate_of_0_embeddings_do_not_move_by_one_bit(tiny_sdxl, schedule):
+    rate = schedule.pop("rate", 1e-2)
+    words = make(load(tiny_sdxl), text=TextOptions(text_encoder_lr=rate), **TI)
+    before = state(words)
+    train(words, [0], **schedule)
+    assert same(before.values(), state(words).values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -247,8 +259,10 @@ def test_at_the_pivot_the_encoders_leave_the_device(tiny_sdxl, mode):
     words = make(family, **MODES[mode])
     train(words, [0, 1])
     assert len(family.text_encoders) == 2
+    embedded = [weakref.ref(next(encoder.get_input_embeddings().parameters())) for encoder in family.text_encoders]
     words(PROMPTS, 2)
     assert family.text_encoders == ()
+    assert [ref() is None for ref in embedded] == [mode == "new tokens"] * 2, "nothing holds the vocabularies"
     assert all(p.device.type == "cpu" for network in words.networks for p in network.network.parameters())
 
 
@@ -274,18 +288,45 @@ def test_d6_a_run_resumed_on_either_side_of_the_pivot_is_the_uninterrupted_one(t
 
 def test_the_pull_ends_with_the_training(tiny_sdxl):
     words = make(load(tiny_sdxl), **TI)
-    words.after_update(2)
-    before = state(words)
-    words.after_update(3)
-    assert same(before.values(), state(words).values())
+    for done, pulled in ((2, True), (3, False)):
+        for rows in words.learner.rows:
+            rows.data.mul_(2)
+        before = state(words)
+        words.after_update(done)
+        assert same(before.values(), state(words).values()) != pulled
 
 
-def test_other_trained_weights_have_entries_of_their_own_in_a_shared_store(tiny_sdxl, tmp_path):
+def test_what_trained_weights_say_is_not_for_a_shared_store(tiny_sdxl, tmp_path):
     store = DiskStore(tmp_path)
     one, other = (make(load(tiny_sdxl), store=store, **TI) for _ in range(2))
     train(one, [0, 1])
+    kept = sorted(tmp_path.rglob("*"))
+    one(PROMPTS, 2)
+    assert sorted(tmp_path.rglob("*")) == kept and len([path for path in kept if path.is_file()]) == 2
     assert not torch.equal(one(["a TOK dog"], 2)[0], other(["a TOK dog"], 2)[0])
     assert torch.equal(one(["a photo of a dog"], 2)[0], other(["a photo of a dog"], 2)[0])
+
+
+@pytest.mark.parametrize("mode", [{}, *MODES.values()], ids=["frozen", *MODES])
+def test_prompts_of_previews_change_no_bit_of_a_caption(tiny_sdxl, mode, monkeypatch):
+    captions = [f"{prompt} {k}" for k in range(5) for prompt in PROMPTS]
+    batches, encode = [], sdxl.SDXL.encode_prompts
+
+    def spy(family, prompts, clip_skip=None):
+        batches.append(tuple(prompts))
+        return encode(family, prompts, clip_skip)
+
+    def settled(also: Sequence[str]) -> tuple[tuple[torch.Tensor, torch.Tensor], set[tuple[str, ...]]]:
+        batches.clear()
+        words = make(load(tiny_sdxl), captions, also=also, **mode)
+        out = words(captions, 2)
+        shown = words(also or captions[:1])
+        assert len(shown[0]) == len(also or captions[:1])
+        return out, set(batches)
+
+    monkeypatch.setattr(sdxl.SDXL, "encode_prompts", spy)
+    (alone, own), (beside, all_) = settled([]), settled(["", "a TOK apple", "a cat", captions[0]])
+    assert same(alone, beside) and own < all_
 
 
 def test_a_prompt_nobody_announced_is_a_bug(tiny_sdxl):

@@ -22,7 +22,7 @@ FEATURES = {
     "adapter": [{}, {"use_dora": True}, {"lora_type": "loha"}, {"lora_type": "lokr", "lokr_factor": 4},
                 {"lora_layers": "attention+conv"}, {"init_lora_weights": "pissa"}],
     "optimizer": [{"use_ema": True}, {"optimizer": "prodigy", "learning_rate": 1.0, "use_ema": True},
-                  {"optimizer": "schedule_free_adamw"},
+                  {"optimizer": "schedule_free_adamw", "token_std_pull": 0.0},
                   {"optimizer": "adamw8bit", "optimizer_args": "min_8bit_size=16"}],  # else small ones keep 32 bits
     "objective": [{}, {"do_edm_style_training": True}, {"snr_gamma": 5.0}, {"loss_type": "huber"}],
     "text": [{}, {"train_text_encoder_ti": True}, {"train_text_encoder": True, "train_text_encoder_frac": 0.5}],

@@ -328,7 +328,7 @@ def test_d12_the_new_rows_are_all_that_is_trained_clipped_and_remembered(runs, t
     optimizer, gradients = make_optimizer(words.groups(options, 1), options, 4), Gradients(torch.device("cpu"))
     optimizer.begin(0)
     gradients.backward(sum(part.square().sum() for part in words(["a TOK dog", "a photo of a dog"], 0)))
-    own = torch.cat([part.rows.grad.flatten() for part in words.learner.overlays]).norm().item()
+    own = torch.cat([rows.grad.flatten() for rows in words.learner.rows]).norm().item()
     assert gradients.update(optimizer, step=0, max_grad_norm=1.0).grad_norm == pytest.approx(own)
     assert all(table.grad is None and not table.requires_grad for table in tables)
     assert all(torch.equal(*pair) for pair in zip(tables, before, strict=True))

@@ -3,7 +3,7 @@
 An abstraction such as TOK stands for new tokens <s0><s1>… in prompts. Each text encoder gets K rows [K,D] beside its
 token embedding, and these rows are all that is trained: the vocabulary is neither copied nor given a gradient.
 
-    after every optimizer step        rows ← rows · (σ_vocabulary / σ_rows)^power        --token_std_pull
+    after every optimizer step that moved them      rows ← rows · (σ_vocabulary / σ_rows)^power      --token_std_pull
 
 which keeps them as large as the words the encoder knows; σ is the standard deviation over all entries.
 
@@ -127,15 +127,16 @@ class NewTokens:
         refuse(taken(self.names, family.tokenizers))
         parts = list(zip(ENCODERS, family.tokenizers, family.text_encoders, strict=True))
         self.stds = [float(encoder.get_input_embeddings().weight.float().std()) for _, _, encoder in parts]
-        self.overlays: list[TokenRows] = []
+        self.rows: list[nn.Parameter] = []  # and no more of the encoders, which must be free to go at the pivot
         for (name, tokenizer, encoder), std in zip(parts, self.stds, strict=True):
             rows = first_rows(options, tokenizer, encoder.get_input_embeddings().weight, std=std, key=(seed, name))
-            self.overlays.append(overlay(tokenizer, encoder, self.names, rows))
+            self.rows.append(overlay(tokenizer, encoder, self.names, rows).rows)
+        self.last = [rows.detach().clone() for rows in self.rows]  # as the last update left them
 
     @property
     def embeddings(self) -> dict[str, Tensor]:
         """{"clip_l": [K,768], "clip_g": [K,1280]} in fp32, rows in the tokens' order."""
-        return {name: part.rows.detach() for name, part in zip(ENCODERS, self.overlays, strict=True)}
+        return {name: rows.detach() for name, rows in zip(ENCODERS, self.rows, strict=True)}
 
     def rewrite(self, prompt: str) -> str:
         return self.options.rewrite(prompt)
@@ -146,16 +147,18 @@ class NewTokens:
 
     def groups(self, *, lrs: tuple[float, float], weight_decay: float, stop: int | None) -> list[ParamGroup]:
         """One group with the rows of both encoders, at the first rate."""
-        return [{"name": "tokens", "params": [part.rows for part in self.overlays], "lr": lrs[0],
+        return [{"name": "tokens", "params": list(self.rows), "lr": lrs[0],
                  "weight_decay": weight_decay, "stop": stop, "first_step": FIRST_STEP * min(self.stds)}]
 
     @torch.no_grad()
     def after_update(self) -> None:
-        """Pull the rows' standard deviation towards the vocabulary's."""
+        """Pull the rows' standard deviation towards the vocabulary's, where the update moved them: a rate of 0 is 0."""
         if self.options.token_std_pull == 0:
             return
-        for part, std in zip(self.overlays, self.stds, strict=True):
-            part.rows.mul_((std / part.rows.std()) ** self.options.token_std_pull)
+        for rows, last, std in zip(self.rows, self.last, self.stds, strict=True):
+            if not torch.equal(rows, last):
+                rows.mul_((std / rows.std()) ** self.options.token_std_pull)
+                last.copy_(rows)
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         return self.embeddings, {"tokens": self.names}
@@ -170,8 +173,9 @@ class NewTokens:
                 "the checkpoint holds other new tokens than this run", "--token_abstraction",
                 f"the checkpoint's are {data.get('tokens')}, this run's {self.names}",
                 "resume with the words and the number of tokens of the first run, or name a new --output_dir"))
-        for name, rows in own.items():
+        for (name, rows), last in zip(own.items(), self.last, strict=True):
             rows.copy_(tensors[name])
+            last.copy_(tensors[name])
 
     def export(self, folder: Path, name: str) -> list[Path]:
         """Write <name>_emb.safetensors into `folder` and read it back -> [its path]."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trainkit import adapters
-from trainkit.data.cache import Store, tensors_digest
+from trainkit.data.cache import Store
 from trainkit.families.text import FrozenText
 from trainkit.pivotal import NewTokens
 
@@ -92,7 +92,9 @@ class EncoderAdapters:
 class LiveText:
     """Text encoders in training, in the weight dtype, until step `stop`; from there on each prompt is looked up.
 
-    prompts    every prompt that will ever be asked, as the user wrote it
+    prompts    every prompt to train on, as the user wrote it
+    also       every other that will ever be asked, see FrozenText
+    store      keeps what frozen encoders say; what trained ones say is this run's own and stays in memory
     stop       finished steps after which nothing in the encoders changes: the pivot
 
     A prompt the learner does not learn from is encoded once, at the start. From step `stop` on, a function of the step
@@ -101,13 +103,15 @@ class LiveText:
     """
 
     def __init__(self, family: SDXL, learner: Learner, prompts: Iterable[str], store: Store | None,
-                 options: TextOptions, *, stop: int, total: int):
-        self.family, self.learner, self.options, self.stop, self.total = family, learner, options, stop, total
-        self.texts = {learner.rewrite(prompt) for prompt in prompts}
-        plain = [text for text in self.texts if not learner.learns_from(text)]
+                 options: TextOptions, *, stop: int, also: Iterable[str] = ()):
+        self.family, self.learner, self.options, self.stop = family, learner, options, stop
+        texts, others = ([learner.rewrite(prompt) for prompt in part] for part in (prompts, also))
+        self.texts = {*texts, *others}
+        (learned, plain), (other_learned, other_plain) = self._parted(texts), self._parted(others)
+        self.learned = learned, other_learned
         self._train_mode(False)
-        self.table = FrozenText(family, plain, store, options.clip_skip, state=self._precision)
-        self.settled = False
+        self.table = FrozenText(family, plain, store, options.clip_skip, also=other_plain, state=self._precision)
+        self.settled: FrozenText | None = None
 
     @property
     def networks(self) -> Sequence[Adapters]:
@@ -129,35 +133,41 @@ class LiveText:
         """
         texts = [self.rewrite(prompt) for prompt in prompts]
         assert self.texts.issuperset(texts), f"not announced before training: {set(texts) - self.texts}"
-        if step is not None and step >= self.stop and not self.settled:
+        if step is not None and step >= self.stop and self.settled is None:
             self._settle()
-        if self.settled:
-            return self.table(texts)
         with torch.set_grad_enabled(step is not None):
-            return self._live(texts, training=step is not None)
+            return self._rows(texts, training=step is not None)
 
-    def _live(self, texts: Sequence[str], *, training: bool) -> tuple[Tensor, Tensor]:
-        """Each distinct text once: by the encoders what they learn from, the rest from the table."""
+    def _parted(self, texts: Iterable[str]) -> tuple[list[str], list[str]]:
+        """Each distinct text once: those the learner learns from, and the rest."""
         distinct = dict.fromkeys(texts)
-        live = [text for text in distinct if self.learner.learns_from(text)]
-        plain = [text for text in distinct if not self.learner.learns_from(text)]
-        self._train_mode(training)
-        parts = [self.family.encode_prompts(live, self.options.clip_skip)] if live else []
+        learned = [text for text in distinct if self.learner.learns_from(text)]
+        return learned, [text for text in distinct if not self.learner.learns_from(text)]
+
+    def _rows(self, texts: Sequence[str], *, training: bool) -> tuple[Tensor, Tensor]:
+        """Each distinct text once: what is learned from by the encoders or as they settled, the rest by the table."""
+        learned, plain = self._parted(texts)
+        parts = [self._learned(learned, training=training)] if learned else []
         parts += [self.table(plain)] if plain else []
         embeds, pooled = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        place = {text: row for row, text in enumerate([*live, *plain])}
+        place = {text: row for row, text in enumerate([*learned, *plain])}
         rows = torch.tensor([place[text] for text in texts], device=embeds.device)
         return embeds[rows], pooled[rows]  # by indexing: its backward adds repeated rows in a fixed order
+
+    def _learned(self, texts: Sequence[str], *, training: bool) -> tuple[Tensor, Tensor]:
+        if self.settled is not None:
+            return self.settled(texts)
+        self._train_mode(training)
+        return self.family.encode_prompts(texts, self.options.clip_skip)
 
     def _settle(self) -> None:
         """The pivot: encode what is left, all of it in one fixed order, and let the encoders go."""
         self._train_mode(False)
-        state = f"{self._precision} {tensors_digest(self.learner.pack()[0])}"
-        self.table.add(self.family, [text for text in self.texts if self.learner.learns_from(text)], state=state)
+        texts, others = self.learned
+        self.settled = FrozenText(self.family, texts, None, self.options.clip_skip, also=others)
         for network in self.networks:
             network.network.to("cpu")  # adapters outlive the training: checkpoints and files are written from them
         self.family.free_text_encoders()
-        self.settled = True
 
     @property
     def _precision(self) -> str:
@@ -175,7 +185,7 @@ class LiveText:
         return self.learner.groups(
             lrs=self.options.lrs(optimizer, global_batch=global_batch),
             weight_decay=self.options.decay(optimizer.adam_weight_decay),
-            stop=self.stop if self.stop < self.total else None)
+            stop=self.stop)
 
     def after_update(self, done: int) -> None:
         """Call after the optimizer's update, with the number of finished steps, this one included."""
@@ -190,7 +200,7 @@ class LiveText:
         return self.learner.pack()
 
     def unpack(self, tensors: dict[str, Tensor], data: dict[str, Json]) -> None:
-        assert not self.settled, "restore before the first step"
+        assert self.settled is None, "restore before the first step"
         self.learner.unpack(tensors, data)
 
 
@@ -198,15 +208,17 @@ Text = FrozenText | LiveText
 
 
 def make_text(family: SDXL, prompts: Iterable[str], store: Store | None, *, text: TextOptions, pivotal: PivotalOptions,
-              lora: LoraOptions, total: int, seed: int, gradient_checkpointing: bool = False) -> Text:
+              lora: LoraOptions, total: int, seed: int, also: Iterable[str] = (),
+              gradient_checkpointing: bool = False) -> Text:
     """The text of a run of `total` optimizer steps: frozen, with new tokens, or with LoRA on the encoders.
 
-    prompts  every prompt the run will ever need encoded
+    prompts  every prompt to train on: the captions
+    also     every other the run will need encoded: those of previews
     Frozen encoders are freed here, those in training stay on the device.
     Raises UserError where the base model has the new tokens already.
     """
     if not (text.train_text_encoder or pivotal.train_text_encoder_ti):
-        frozen = FrozenText(family, prompts, store, text.clip_skip)
+        frozen = FrozenText(family, prompts, store, text.clip_skip, also=also)
         family.free_text_encoders()
         return frozen
     for encoder in family.text_encoders:
@@ -214,8 +226,7 @@ def make_text(family: SDXL, prompts: Iterable[str], store: Store | None, *, text
         if gradient_checkpointing:  # called gradient_checkpointing_enable before Transformers 5.23
             enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
             enable({"use_reentrant": False})  # needs no gradient at the input
-    if pivotal.train_text_encoder_ti:
-        return LiveText(family, NewTokens(family, pivotal, seed=seed), prompts, store, text,
-                        stop=pivotal.stop(total), total=total)
-    return LiveText(family, EncoderAdapters(family, lora, seed=seed), prompts, store, text, stop=text.stop(total),
-                    total=total)
+    learner, stop = (
+        (NewTokens(family, pivotal, seed=seed), pivotal.stop(total)) if pivotal.train_text_encoder_ti
+        else (EncoderAdapters(family, lora, seed=seed), text.stop(total)))
+    return LiveText(family, learner, prompts, store, text, stop=stop, also=also)

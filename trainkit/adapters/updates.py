@@ -64,10 +64,18 @@ class Hadamard(Update):
         return (self.B1 @ self.A1) * (self.B2 @ self.A2) * self.scale
 
     def low_rank(self) -> LowRank:
-        """Entry by entry Σ_k B1 A1 · Σ_l B2 A2 is one sum over the pairs (k, l): r² components."""
+        """Entry by entry Σ_k B1 A1 · Σ_l B2 A2 is one sum over the pairs (k, l): r² components.
+
+        Where the weight has no room for so many, ΔW itself is one factor, and the pairs are not written out.
+        """
+        out, width = self.B1.shape[0], self.A1.shape[1]
+        if len(self.A1) ** 2 > min(out, width):
+            delta = (self.B1 @ self.A1) * (self.B2 @ self.A2)
+            whole = LowRank(delta, unit(out, delta)) if out < width else LowRank(unit(width, delta), delta)
+            return replace(whole, scale=self.scale)
         B = (self.B1.unsqueeze(2) * self.B2.unsqueeze(1)).flatten(1)  # [out,r²]
         A = (self.A1.unsqueeze(1) * self.A2.unsqueeze(0)).flatten(0, 1)  # [r²,in]
-        return no_wider(LowRank(A, B, self.scale))
+        return LowRank(A, B, self.scale)
 
 
 @dataclass(frozen=True)

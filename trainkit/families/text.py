@@ -33,28 +33,31 @@ class FrozenText:
     """Encodes each distinct prompt once; afterwards `text(prompts)` only looks up. Nothing in it trains.
 
     family    anything with `encode_prompts`, `text_identity` and `device`
+    prompts   those to train on
     store     where embeddings are kept (a disk store keeps memory flat); host memory by default
+    also      other prompts, those of previews: they must not change a bit of what is trained
     state     what the encoders' answers depend on besides the family: trained weights, their precision
 
-    Prompts are sorted and encoded in groups that depend on the set of prompts alone, and a group is encoded whole or
-    not at all: matrix products may round differently in batches of other sizes, and a restarted run must see the same
-    bits as an uninterrupted one. An entry that is there stays as it is, since another run may be reading it.
+    Prompts are sorted and encoded in groups that depend on the set of prompts alone, `also` in groups of its own, and a
+    group is encoded whole or not at all: matrix products may round differently in batches of other sizes, and a
+    restarted run must see the same bits as an uninterrupted one. An entry that is there stays as it is, since another
+    run may be reading it.
     """
 
     networks: Sequence[Adapters] = ()
     embeddings: Mapping[str, Tensor] = {}
 
     def __init__(self, family: SDXL, prompts: Iterable[str], store: Store | None = None, clip_skip: int | None = None,
-                 *, state: str = ""):
+                 *, also: Iterable[str] = (), state: str = ""):
         self.device, self.clip_skip = family.device, clip_skip
         self.store = MemoryStore() if store is None else store
         self.keys: dict[str, str] = {}
-        self.add(family, prompts, state=state)
+        for part in (prompts, also):
+            self._add(family, part, state)
 
     @torch.no_grad()
-    def add(self, family: SDXL, prompts: Iterable[str], *, state: str = "") -> None:
-        """Encode more prompts, by encoders that are in `state`."""
-        distinct = sorted(set(prompts))
+    def _add(self, family: SDXL, prompts: Iterable[str], state: str) -> None:
+        distinct = sorted(set(prompts) - self.keys.keys())
         parts = (family.text_identity, self.clip_skip, *([state] if state else []))
         self.keys |= {prompt: content_key("text", *parts, prompt) for prompt in distinct}
         for start in range(0, len(distinct), PROMPTS_AT_ONCE):

@@ -48,6 +48,11 @@ class Optim:
         """The torch optimizers that train in this step, one for each group that has not stopped."""
         return [m.inner for m in self.members if m.trains]
 
+    @property
+    def params(self) -> list[Tensor]:
+        """Everything that is trained in the run."""
+        return [p for m in self.members for p in m.params]
+
     def step(self) -> None:
         for member in self.members:
             if member.trains:
@@ -130,15 +135,21 @@ def make_optimizer(groups: Sequence[ParamGroup], o: OptimizerOptions, total_step
     refuse(problems(o))
     groups = [g for g in groups if g["params"]]
     assert len({g["name"] for g in groups}) == len(groups), "two groups share a name"
-    if o.is_class:
+    if not any(g["lr"] for g in groups):
+        raise UserError(Problem("nothing would be trained", "--learning_rate, --text_encoder_lr",
+                                "every learning rate is 0", "give --learning_rate 1e-4, with Prodigy 1.0"))
+    if o.is_class or o.optimizer_args:
         _try_out(o, groups[0]["params"][0].device)
     _warn(groups, o, total_steps)
     return Optim(o.algorithm, [_member(g, o, total_steps) for g in groups], estimates_step=o.estimates_step)
 
 
 def _member(group: ParamGroup, o: OptimizerOptions, total_steps: int) -> Member:
+    """A group at rate 0 is out of every update: Prodigy, for one, takes no such rate."""
+    group = {**group, "stop": group.get("stop") if group["lr"] else 0}
+    inner = table.make_inner({**group, "lr": group["lr"] or 1.0}, o)
     ema = _ema(group["params"], o) if o.use_ema and group["name"].partition(".")[0] == "unet" else None
-    return Member(group, table.make_inner(group, o), _schedule(o, total_steps, base_lr=group["lr"]), ema)
+    return Member(group, inner, _schedule(o, total_steps, base_lr=group["lr"]), ema)
 
 
 def _ema(params: Sequence[Tensor], o: OptimizerOptions) -> EMAModel:

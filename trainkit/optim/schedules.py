@@ -61,7 +61,7 @@ def cosine_with_restarts(progress: float, plan: Plan) -> float:
 
 
 def polynomial(progress: float, plan: Plan) -> float:
-    floor = POLYNOMIAL_END_LR / plan.base_lr
+    floor = POLYNOMIAL_END_LR / max(plan.base_lr, POLYNOMIAL_END_LR)  # rates up to the end's own stay as they are
     return floor if progress > 1 else (1 - floor) * (1 - progress) ** plan.power + floor
 
 

@@ -114,7 +114,7 @@ def make_inner(group: ParamGroup, o: OptimizerOptions) -> torch.optim.Optimizer:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # some constructors print, into our progress line
             inner = kind([{"name": group["name"], "params": group["params"]}], **arguments)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except (TypeError, ValueError, IndexError, AssertionError, RuntimeError) as error:
         raise UserError(Problem(
             f"--optimizer {o.optimizer} refuses its arguments", "--optimizer_args, --learning_rate", str(error),
             f"it was given {', '.join(f'{k}={v!r}' for k, v in arguments.items())}; change what it names")) from error

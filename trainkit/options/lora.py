@@ -39,6 +39,6 @@ class LoraOptions(Concern):
     train_unet_frac: float = opt(1.0, "share of the steps in which the UNet's adapters are trained; 0 makes none",
                                  unit="0..1", ge=0, le=1)
 
-    def stop(self, total: int) -> int | None:
-        """Finished steps of `total` after which the UNet's adapters no longer change; None: never."""
-        return None if self.train_unet_frac == 1 else steps_of_share(self.train_unet_frac, total)
+    def stop(self, total: int) -> int:
+        """Finished steps of `total` after which the UNet's adapters no longer change."""
+        return steps_of_share(self.train_unet_frac, total)

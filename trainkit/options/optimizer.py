@@ -79,13 +79,13 @@ class OptimizerOptions(Concern):
         """--learning_rate, with --scale_lr times the pictures in an optimizer step over all processes."""
         return self.learning_rate * (global_batch if self.scale_lr else 1)
 
-    def text_lr(self, lr: float, *, default: float, global_batch: int) -> float:
-        """The rate of parameters beside the UNet that asked for `lr`, a flag whose default is `default`.
+    def text_lr(self, lr: float, *, given: bool, global_batch: int) -> float:
+        """The rate of parameters beside the UNet whose flag says `lr`: because it was given, or by default.
 
-        A rate such as 5e-6 is meant for Adam. To an optimizer that estimates its own step it is a factor, which would
-        leave those parameters where they are; so there the default means the UNet's rate, near 1.
+        A default such as 5e-6 is meant for Adam. To an optimizer that estimates its own step it is a factor, which
+        would leave those parameters where they are; so there the UNet's rate, near 1, stands in for it.
         """
-        return self.base_lr(global_batch=global_batch) if self.estimates_step and lr == default else lr
+        return self.base_lr(global_batch=global_batch) if self.estimates_step and not given else lr
 
 
 def averages_weights(optimizer: str) -> bool:

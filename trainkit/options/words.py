@@ -11,8 +11,6 @@ from trainkit.options.base import Concern, opt, steps_of_share
 if TYPE_CHECKING:
     from trainkit.options.optimizer import OptimizerOptions
 
-TEXT_LR = 5e-6
-
 
 class TextOptions(Concern):
     """Text encoders"""
@@ -22,7 +20,7 @@ class TextOptions(Concern):
         1.0, "share of the steps in which the text encoders are trained", unit="0..1", ge=0, le=1,
         differs="a share of the steps, not of whole epochs")
     text_encoder_lr: float = opt(
-        TEXT_LR, "learning rate of text encoders and new embeddings; with Prodigy, the default is --learning_rate",
+        5e-6, "learning rate of text encoders and new embeddings; with Prodigy, --learning_rate unless this is given",
         unit="rate", ge=0, differs="0 means 0, not --learning_rate")
     text_encoder_2_lr: float | None = opt(
         None, "learning rate of the second text encoder's LoRA; without it --text_encoder_lr", unit="rate", ge=0)
@@ -35,10 +33,9 @@ class TextOptions(Concern):
 
     def lrs(self, optimizer: OptimizerOptions, *, global_batch: int) -> tuple[float, float]:
         """Learning rates of the first and the second text encoder; new embeddings of both have the first."""
-        second = self.text_encoder_lr if self.text_encoder_2_lr is None else self.text_encoder_2_lr
-        first, second = (optimizer.text_lr(lr, default=TEXT_LR, global_batch=global_batch)
-                         for lr in (self.text_encoder_lr, second))
-        return first, second
+        given = "text_encoder_lr" in self.model_fields_set
+        first = optimizer.text_lr(self.text_encoder_lr, given=given, global_batch=global_batch)
+        return first, first if self.text_encoder_2_lr is None else self.text_encoder_2_lr
 
     def decay(self, of_unet: float) -> float:
         """--adam_weight_decay_text_encoder, or without it the UNet's."""

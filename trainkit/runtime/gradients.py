@@ -32,6 +32,9 @@ class Steppable(Protocol):
     @property
     def active(self) -> Sequence[torch.optim.Optimizer]: ...
 
+    @property
+    def params(self) -> list[Tensor]: ...
+
     def step(self) -> None: ...
 
     def zero_grad(self) -> None: ...
@@ -69,9 +72,14 @@ class Gradients:
         self.in_a_row = 0
 
     def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's share of the step's loss (a scalar) to the gradients."""
+        """Add a micro-batch's share of the step's loss (a scalar) to the gradients.
+
+        A loss that depends on nothing that trains adds none: new tokens alone, in captions that hold none of them.
+        """
         self.loss += loss.detach()
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        scaled = loss if self.scaler is None else self.scaler.scale(loss)
+        if scaled.requires_grad:
+            scaled.backward()
 
     def update(
         self, optimizer: Steppable, *, step: int, max_grad_norm: float | None, votes: Sequence[float] = (),
