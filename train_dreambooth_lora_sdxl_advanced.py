@@ -34,6 +34,8 @@ from trainkit.options import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from trainkit.adapters import Adapters
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from trainkit.diffusion import LevelSampler, Noise
     from trainkit.families.sdxl import SDXL
     from trainkit.objective import Objective
-    from trainkit.optim import ParamGroup
+    from trainkit.optim import Optim, ParamGroup
     from trainkit.preview import Previews
     from trainkit.run import Run
     from trainkit.text import Text
@@ -92,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
             every=opt.validation.every(stream.steps_per_epoch), averaged=optimizer.averaged)
         saves = checkpoints.Checkpoints(
             job.out_dir, keep=opt.run.checkpoints_total_limit, fingerprint=fingerprint(opt, rows, family, job, total),
-            extra=partial(words.export, name=job.name), adapters=lora, text=words, optimizer=optimizer, run=job)
+            extra=partial(export, words, optimizer, job.name), adapters=lora, text=words, optimizer=optimizer, run=job)
         start = saves.resume(opt.run.resume_from_checkpoint, stop=stop)
         job.begin(start, total, previews)
         for step, batches in loader.micro_batches(pictures, stream, start_step=start, stop_step=stop, **job.share):
@@ -102,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
                 job.backward(losses.sum() / batch.num_instance)
             stats = job.update(optimizer, step=step, then=words.after_update)
             job.log(step + 1, stats | optimizer.describe())
-            after_step(step + 1, opt, job=job, saves=saves, previews=previews, last=step + 1 == stop)
+            after_step(step + 1, opt, job, optimizer, saves=saves, previews=previews, last=step + 1 == stop)
         if stop == total:
             with optimizer.averaged():
                 publish.publish(opt.run, family, lora, words=words, num_images=len(instances) // opt.data.repeats)
@@ -142,10 +144,11 @@ def make_words(opt: Options, family: SDXL, rows: Sequence[Row], store: Store, to
     from trainkit.preview import preview_prompts
     from trainkit.text import make_text
 
-    pivotal.warn_of_captions_without(opt.pivotal, [row.caption for row in rows if not row.is_class])
-    prompts = [row.caption for row in rows] + preview_prompts(opt.validation)
+    pivotal.warn_of_captions_without(
+        opt.pivotal, [row.caption for row in rows if not row.is_class and row.repeat == 0])
     return make_text(
-        family, prompts, store, text=opt.text, pivotal=opt.pivotal, lora=opt.lora, total=total, seed=opt.run.seed,
+        family, [row.caption for row in rows], store, also=preview_prompts(opt.validation), text=opt.text,
+        pivotal=opt.pivotal, lora=opt.lora, total=total, seed=opt.run.seed,
         gradient_checkpointing=opt.precision.gradient_checkpointing)
 
 
@@ -159,6 +162,12 @@ def make_train_step(opt: Options, family: SDXL, words: Text, job: Run) -> TrainS
     return TrainStep(family, words, job, levels, Noise.from_options(opt.objective), loss)
 
 
+def export(words: Text, optimizer: Optim, name: str, folder: Path) -> None:
+    """The embeddings in a checkpoint, as previews of the same step show them."""
+    with optimizer.averaged():
+        words.export(folder, name)
+
+
 def trained(opt: Options, lora: Adapters, words: Text, job: Run, total: int) -> list[ParamGroup]:
     """Everything that learns, in groups with rates, decays and last steps of their own."""
     unet = lora.groups(lr=opt.optimizer.base_lr(global_batch=job.global_batch),
@@ -166,11 +175,13 @@ def trained(opt: Options, lora: Adapters, words: Text, job: Run, total: int) -> 
     return [*unet, *words.groups(opt.optimizer, job.global_batch)]
 
 
-def after_step(done: int, opt: Options, *, job: Run, saves: Checkpoints, previews: Previews, last: bool) -> None:
+def after_step(done: int, opt: Options, job: Run, optimizer: Optim, *, saves: Checkpoints, previews: Previews,
+               last: bool) -> None:
     """What is due after `done` finished steps: save (and end there when a signal asked for it), draw, a last look."""
     from trainkit.run import due
 
     if due(done, opt.run.checkpointing_steps, last=last) or job.stopping:
+        job.require_finite(optimizer, done)
         job.end_if_asked(done, saves.save(done, prune=job.healthy))
     if previews.due(done, last=last):
         job.draw(done, previews)
@@ -192,7 +203,8 @@ def preflight(opt: Options) -> list[Row]:
     model, other_vae = opt.model.pretrained_model_name_or_path, opt.model.pretrained_vae_model_name_or_path
     model_problems = sdxl.problems(model, resolution=opt.data.resolution, vae_path=other_vae,
                                    revision=opt.model.revision, variant=opt.model.variant,
-                                   clip_skip=opt.text.clip_skip, **opt.objective.schedule)
+                                   clip_skip=opt.text.clip_skip, **opt.objective.schedule,
+                                   timesteps=(opt.objective.min_timestep, opt.objective.max_timestep))
     if not model_problems:
         unet = sdxl.skeleton(model, revision=opt.model.revision)
         model_problems = adapters.problems(unet, opt.lora, targets=sdxl.LORA_TARGETS)
@@ -203,38 +215,49 @@ def preflight(opt: Options) -> list[Row]:
     return rows
 
 
-# What decides the bits of a run: these concerns, but for flags whose effect is in the rows, and rates and decays, which
-# may be changed on resume.
-DECISIVE = ("data", "text", "pivotal", "lora", "objective")
+# What decides the bits of a run: these concerns, but for flags whose effect is in the rows, and for what one may turn
+# while training: rates and their course, decays, the clip.
+DECISIVE = ("data", "text", "pivotal", "lora", "objective", "optimizer")
 IN_ROWS = {
     "dataset_name", "dataset_config_name", "instance_data_dir", "image_column", "caption_column", "instance_prompt",
     "repeats", "cache_dir", "latent_cache_dir",
 }
-RATES = {"text_encoder_lr", "text_encoder_2_lr", "adam_weight_decay_text_encoder"}
-OF_OPTIMIZER = ("optimizer", "optimizer_args", "use_8bit_adam", "lr_scheduler", "use_ema", "ema_decay")
+TURNED = {
+    "learning_rate", "scale_lr", "text_encoder_lr", "text_encoder_2_lr", "lr_warmup_steps", "lr_num_cycles",
+    "lr_step_rules", "lr_power", "adam_weight_decay", "adam_weight_decay_text_encoder", "max_grad_norm",
+}
 
 
 def fingerprint(opt: Options, rows: Sequence[Row], family: SDXL, job: Run, total: int) -> dict[str, object]:
     """What a checkpoint and the run that resumes it must agree on, or going on would not be going on."""
-    from trainkit.data.cache import content_key
-
     flags = opt.flat()
     decisive = [name for concern in DECISIVE for name in opt.concerns()[concern].model_fields]
     return {
-        "base model": family.identity, "pictures": content_key(*[
-            (row.id, row.digest, row.caption, row.repeat, row.is_class, row.share) for row in rows]),
+        "base model": family.identity, "pictures": contents([row for row in rows if not row.is_class]),
+        "class pictures": contents([row for row in rows if row.is_class]),
+        "--prior_loss_weight": [row.share for row in rows if row.is_class][:1],
         "pictures in a step": job.global_batch, "--seed": job.seed, "--mixed_precision": job.precision,
-        "--compat": opt.run.compat, "steps": total if depends_on_length(opt) else None,
-        **{f"--{name}": flags[name] for name in (*decisive, *OF_OPTIMIZER) if name not in IN_ROWS | RATES},
+        "pictures in a micro-batch": opt.run.train_batch_size if opt.lora.lora_dropout else None,  # it cuts the masks
+        "--allow_tf32": opt.precision.allow_tf32, "--compat": opt.run.compat,
+        "steps": total if depends_on_length(opt) else None,
+        **{f"--{name}": flags[name] for name in decisive if name not in IN_ROWS | TURNED},
     }
+
+
+def contents(rows: Sequence[Row]) -> str | None:
+    """Digest of pictures and captions; None without any."""
+    from trainkit.data.cache import content_key
+
+    return content_key(*[(row.id, row.digest, row.caption, row.repeat) for row in rows]) if rows else None
 
 
 def depends_on_length(opt: Options) -> bool:
     """Whether a step means something else in a longer run: a rate decays, or a part stops after a share of the run."""
-    shares = (opt.lora.train_unet_frac,
-              opt.pivotal.train_text_encoder_ti_frac if opt.pivotal.train_text_encoder_ti else 1,
-              opt.text.train_text_encoder_frac if opt.text.train_text_encoder else 1)
-    return not opt.optimizer.lr_scheduler.startswith("constant") or any(0 < share < 1 for share in shares)
+    from trainkit.options.rules import shares
+
+    steady = ("constant", "constant_with_warmup", "piecewise_constant")
+    decays = opt.optimizer.lr_scheduler not in steady
+    return decays or any(0 < share < 1 for share in shares(opt.flat()).values())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 """Does a method help? Train with and without it on the shipped model, three seeds each, and measure both.
 
     python scripts/learning.py                          every case; resumes: what is finished is not run again
-    python scripts/learning.py --cases lora dora --steps 50 --out runs/quick
+    python scripts/learning.py --cases lora4 dora4 --steps 50 --out runs/quick
 
 Each case is the same short run on the 22 shipped 3-D icons but for the flags in CASES. Two numbers a run, both on
 pictures drawn at strength 1 from noise that is the same for all runs:
@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from trainkit.errors import exit_with_message  # noqa: E402
+from trainkit.errors import Problem, exit_with_message, refuse  # noqa: E402
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,6 +40,7 @@ TRAINER = ROOT / "train_dreambooth_lora_sdxl_advanced.py"
 BASE = ROOT / "assets/tiny-sdxl-icons"
 CLASS = ROOT / "assets/icons-class"
 DRIFT_PROMPTS = 50
+STEPS, DENOISING_STEPS = 300, 10  # defaults of the arguments
 
 COMMON = (
     f"--pretrained_model_name_or_path={BASE}", f"--dataset_name={ROOT / 'assets/icons-3d'}", "--caption_column=text",
@@ -75,15 +76,18 @@ COMPARISONS = (  # title, without, with
 
 @dataclass(frozen=True)
 class Result:
-    """What one run came to."""
+    """What one run came to, and what it was asked for: files of the first runs, all at the defaults, do not say."""
 
     gap_closed: float
     prior_drift: float
     seconds: float  # of training, start-up included
+    steps: int = STEPS
+    denoising_steps: int = DENOISING_STEPS
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    refuse(others(args))
     exam = Exam(args)
     for seed in range(args.seeds):
         for case in args.cases:
@@ -102,11 +106,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--cases", nargs="+", choices=CASES, default=list(CASES))
     add("--seeds", type=int, default=3, help="seeds 0, 1, … of every case")
-    add("--steps", type=int, default=300, help="optimizer steps of a run")
-    add("--denoising_steps", type=int, default=10, help="of every picture drawn")
+    add("--steps", type=int, default=STEPS, help="optimizer steps of a run")
+    add("--denoising_steps", type=int, default=DENOISING_STEPS, help="of every picture drawn")
     add("--out", type=Path, default=ROOT / "runs/learning", metavar="DIR", help="one folder a run")
     add("--debug", action="store_true", help="show a traceback for user errors")
     return parser.parse_args(argv)
+
+
+def others(args: argparse.Namespace) -> Iterator[Problem]:
+    """Results in --out of runs with other arguments, which no table may mix."""
+    folders = [args.out / f"{case}-seed{seed}" for seed in range(args.seeds) for case in args.cases]
+    for folder in folders:
+        found = read(folder) if (folder / "result.json").is_file() else None
+        if found and (found.steps, found.denoising_steps) != (args.steps, args.denoising_steps):
+            yield Problem(f"{folder.name} is finished, with other arguments", f"--out {args.out}",
+                          f"it had --steps {found.steps} --denoising_steps {found.denoising_steps}",
+                          "name another --out, or give these arguments")
 
 
 def train(case: str, seed: int, steps: int, folder: Path) -> float:
@@ -126,7 +141,7 @@ class Exam:
     """The pictures every run is judged by; those of the base are drawn once."""
 
     def __init__(self, args: argparse.Namespace):
-        self.denoising_steps = args.denoising_steps
+        self.steps, self.denoising_steps = args.steps, args.denoising_steps
 
     def result(self, folder: Path, seconds: float) -> Result:
         from trainkit.evaluation import style_distance
@@ -135,7 +150,8 @@ class Exam:
         distance = style_distance(style, self.real, self.evaluate.ASSETS / "tiny-clip-icons")
         self.sheet(folder, style)
         return Result(gap_closed=(self.base_distance - distance) / (self.base_distance - self.floor),
-                      prior_drift=drift(self.pictures(folder, self.prior_prompts), self.base_prior), seconds=seconds)
+                      prior_drift=drift(self.pictures(folder, self.prior_prompts), self.base_prior), seconds=seconds,
+                      steps=self.steps, denoising_steps=self.denoising_steps)
 
     @cached_property
     def evaluate(self):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -140,6 +142,48 @@ def test_pictures_of_another_prompt_size_or_model_are_left_alone_but_another_see
     assert class_rows(options(folder), SimpleNamespace(**vars(JOB) | {"seed": 4})) == cats and not drawn
 
 
+def test_a_recipe_tells_models_of_one_folder_name_apart(tiny_sdxl: Path, tmp_path: Path) -> None:
+    """By their weights, scheduler, revision and VAE; a folder that cannot be read still has a recipe."""
+    from safetensors.torch import load_file, save_file
+
+    def made_by(parent: str, **changes: object) -> str:
+        return recipe(options(None, tmp_path / parent / "base", **changes))
+
+    for parent in ("a", "b", "tuned", "scheduled"):
+        shutil.copytree(tiny_sdxl, tmp_path / parent / "base")
+    weights = tmp_path / "tuned/base/unet/diffusion_pytorch_model.safetensors"
+    save_file({name: tensor + 0.01 for name, tensor in load_file(weights).items()}, weights)
+    config = tmp_path / "scheduled/base/scheduler/scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | {"_class_name": "DDIMScheduler"}), "utf-8")
+    plain, pinned, other_vae = options(None, "owner/base"), options(None, "owner/base"), options(None, "owner/base")
+    pinned.model = plain.model.model_copy(update={"revision": "v2"})
+    other_vae.model = plain.model.model_copy(update={"pretrained_vae_model_name_or_path": "owner/vae"})
+    assert made_by("a") == made_by("b"), "a copy draws the same"
+    different = [made_by("a"), made_by("tuned"), made_by("scheduled"), *map(recipe, (plain, pinned, other_vae))]
+    assert len(set(different)) == len(different)
+    weights.write_bytes(b"cut short")
+    assert len(made_by("tuned")) == len(made_by("nowhere")) == 8
+
+
+def test_a_pictures_bytes_do_not_depend_on_how_many_are_asked_for(tmp_path: Path, drawn: list) -> None:
+    """Matrix products round differently in batches of other sizes, so a batch is drawn whole."""
+    for count in (3, 4):
+        class_rows(options(tmp_path / str(count), num_class_images=count), JOB)
+    few, more = (contents(tmp_path / count) for count in ("3", "4"))
+    assert len(few) == 3 and len(more) == 4 and few.items() <= more.items()
+    assert drawn == [[0, 1], [2, 3]] * 2
+
+
+def test_only_what_is_wanted_is_written(tmp_path: Path, drawn: list) -> None:
+    """One picture of four was sorted out and its neighbours too: one is wanted, one is written."""
+    opt = options(tmp_path / "d", num_class_images=8, sample_batch_size=4)
+    class_rows(opt, JOB)
+    for number in (1, 2, 3):
+        (tmp_path / "d" / f"generated-{recipe(opt)}-{number:05d}.png").unlink()
+    assert len(class_rows(options(tmp_path / "d", num_class_images=6, sample_batch_size=4), JOB)) == 6
+    assert len(contents(tmp_path / "d")) == 6
+
+
 @pytest.mark.parametrize("survivors", [[], [0], [0, 1, 2], [2, 3], [1, 4]])
 def test_an_interrupted_generation_ends_with_the_same_bytes_and_rows(
     tmp_path: Path, drawn: list, survivors: list[int]
@@ -192,12 +236,12 @@ def test_two_ranks_share_the_work_and_make_what_one_makes_d20(
     tmp_path: Path, drawn: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = class_rows(options(tmp_path / "one", num_class_images=7), JOB)
-    assert drawn == [[0, 1], [2, 3], [4, 5], [6]]
+    assert drawn == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert len({row.digest for row in alone}) == 7, "every picture has a seed of its own"
     drawn.clear()
     opt = options(tmp_path / "two", num_class_images=7)
     first, second = as_two_ranks(monkeypatch, lambda rank: class_rows(opt, JOB))
-    assert drawn == [[0, 1], [4, 5], [2, 3], [6]]
+    assert drawn == [[0, 1], [4, 5], [2, 3], [6, 7]]
     assert first == second and contents(tmp_path / "two") == contents(tmp_path / "one")
 
 

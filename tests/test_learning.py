@@ -8,10 +8,27 @@ from pathlib import Path
 
 import pytest
 
+from scripts import learning
 from tests.harness import ROOT, command, forked, launched, metrics
+from trainkit.errors import UserError
 
 STEPS = 150  # the quick start takes 400
 DENOISING_STEPS = 8  # the quick start takes 20
+
+
+def test_a_result_of_other_arguments_does_not_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A file without arguments is one of the default's; nothing is trained here, every run has its result."""
+    old = {"gap_closed": 0.5, "prior_drift": 0.1, "seconds": 60.0}
+    for name, said in {"lora-seed0": old, "ti-seed0": old | {"steps": 300, "denoising_steps": 10}}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps(said), "utf-8")
+    asked = ["--cases", "lora", "ti", "--seeds=1", f"--out={tmp_path}"]
+    learning.main(asked)
+    assert "| ti | **50** (50) | **0.100** (0.100) | 60 |" in capsys.readouterr().out
+    for other in ("--steps=50", "--denoising_steps=20"):
+        with pytest.raises(UserError, match="lora-seed0") as refused:
+            learning.main([*asked, other])
+        assert len(refused.value.problems) == 2 and "--out" in refused.value.problems[0].where
 
 
 @pytest.mark.timeout(900)

@@ -34,7 +34,7 @@ from trainkit.options import (
     ValidationOptions,
     parse,
 )
-from trainkit.options.base import Concern, opt
+from trainkit.options.rules import shares
 from trainkit.options.sources import nearest
 from trainkit.options.text import markdown
 
@@ -210,30 +210,6 @@ def test_defaults_are_valid_values_of_their_own_fields():
         kind(**{f.name: f.default for f in kind.flags(name) if not f.required}, **stand_in)
 
 
-class LaterOptions(Concern):
-    """Things to come"""
-
-    fly: bool = opt(False, "leave the ground", not_yet="flight")
-
-
-class TwoOptions(OptionSet):
-    lora: LoraOptions
-    later: LaterOptions
-
-
-def test_a_feature_that_is_not_there_is_refused_by_name_and_its_default_accepted(capsys):
-    (problem,) = parse(TwoOptions, ["--fly"], description="").problems()
-    assert problem.what == "not yet: flight (--fly)"
-    assert not list(parse(TwoOptions, ["--fly=False"], description="").problems())
-    with pytest.raises(SystemExit):
-        parse(TwoOptions, ["--help"], description="")
-    assert "not yet: flight" in capsys.readouterr().out
-
-
-def test_no_flag_of_the_script_is_refused_for_a_missing_feature():
-    assert not [f.name for f in Options.flags().values() if f.note("not_yet")]
-
-
 # Published commands of the Diffusers documentation's kind, as argument lists ------------------------------------------
 
 LORA = """--pretrained_model_name_or_path="stabilityai/stable-diffusion-xl-base-1.0"
@@ -338,6 +314,7 @@ def test_what_print_config_prints_is_a_config_that_gives_the_same_values(tmp_pat
     printed = capsys.readouterr().out
     assert re.search(r'^rank = 32 +# preset face$', printed, re.M)
     assert re.search(r'^prodigy_decouple = false +# command line$', printed, re.M)
+    assert re.search(r'^# text_encoder_lr = 5e-06 +# default$', printed, re.M), "else the config would give it"
     (tmp_path / "again.toml").write_text(printed)
     again = parse(Options, [f"--config={tmp_path / 'again.toml'}"], description="").flat()
     wanted = read(*argv).flat()
@@ -428,7 +405,8 @@ def test_the_default_text_rate_is_said_to_be_the_unets_where_the_optimizer_finds
     for name in ("prodigy", "pytorch_optimizer.DAdaptAdam"):
         (notice,) = read(*text, f"--optimizer={name}").notices()
         assert notice.startswith("--text_encoder_lr is at its default") and "the UNet, 1, is used" in notice
-    assert not read(*text, "--optimizer=prodigy", "--text_encoder_lr=0.5").notices()
+    for rate in (0.5, 5e-6):
+        assert not read(*text, "--optimizer=prodigy", f"--text_encoder_lr={rate}").notices()
     assert not read(*text).notices()
 
 
@@ -477,9 +455,17 @@ def test_an_abbreviation_is_named_but_not_taken():
     (["--train_unet_frac=0.5"], "nothing would be trained after 50% of the steps"),
     (["--train_unet_frac=0", "--train_text_encoder_ti"], "nothing would be trained after 50% of the steps"),
     (["--train_unet_frac=0", "--train_text_encoder_ti_frac=1"], "nothing would be trained after 0% of the steps"),
+    (["--train_text_encoder_ti", "--train_text_encoder_ti_frac=0"],
+     "--train_text_encoder_ti with --train_text_encoder_ti_frac 0"),
+    (["--train_text_encoder", "--train_text_encoder_frac=0"], "--train_text_encoder with --train_text_encoder_frac 0"),
+    (["--train_text_encoder_ti", "--optimizer=schedule_free_adamw"],
+     "--token_std_pull 0.1 with --optimizer schedule_free_adamw"),
 ])
 def test_contradictions_are_refused(argv, said):
     assert list(refused(*argv)) == [said]
+
+
+TOKENS_ALONE = ["--train_text_encoder_ti", "--train_text_encoder_ti_frac=1", "--train_unet_frac=0"]
 
 
 @pytest.mark.parametrize(("argv", "flag"), [
@@ -495,6 +481,12 @@ def test_contradictions_are_refused(argv, said):
     (["--loss_weighting=p2", "--snr_gamma=5"], "--snr_gamma"), (["--p2_k=2"], "--p2_k"), (["--huber_c=1"], "--huber_c"),
     (["--multires_noise_discount=0.5"], "--multires_noise_discount"), (["--logit_std=2"], "--logit_std"),
     (["--timestep_sampling=cosmap", "--mode_scale=1"], "--mode_scale"),
+    (["--lr_step_rules=1:10,0.1"], "--lr_step_rules"), (["--lr_warmup_steps=100"], "--lr_warmup_steps"),
+    (["--lr_scheduler=piecewise_constant", "--lr_step_rules=1:10,0.1", "--lr_warmup_steps=100"], "--lr_warmup_steps"),
+    ([*TOKENS_ALONE, "--rank=8"], "--rank"), ([*TOKENS_ALONE, "--use_dora"], "--use_dora"),
+    ([*TOKENS_ALONE, "--lora_dropout=0.1"], "--lora_dropout"), ([*TOKENS_ALONE, "--use_ema"], "--use_ema"),
+    (["--train_text_encoder", "--train_unet_frac=0", "--use_ema"], "--use_ema"),
+    (["--train_text_encoder", "--train_unet_frac=0", "--use_blora"], "--use_blora"),
 ])
 def test_flags_without_effect_are_said_to_be(argv, flag):
     options = read(*argv)
@@ -509,6 +501,28 @@ def test_flags_without_effect_are_said_to_be(argv, flag):
 def test_text_rates_are_read_with_either_way_to_train_text(argv):
     options = read(*argv)
     assert not list(options.problems()) and not options.notices()
+
+
+@pytest.mark.parametrize("kind", ["--use_dora", "--init_lora_weights=pissa", "--init_lora_weights=olora"])
+def test_a_decay_that_shrinks_the_base_is_said_to(kind):
+    assert not read(kind).notices() and not read("--adam_weight_decay=0.01").notices()
+    (notice,) = read(kind, "--adam_weight_decay=0.01").notices()
+    assert f"--adam_weight_decay 0.01 with {kind.replace('=', ' ')}" in notice
+
+
+def test_the_shares_are_those_of_the_parts_that_train():
+    assert shares(read().flat()) == {"train_unet_frac": 1.0}
+    text = read("--train_text_encoder", "--train_text_encoder_frac=0.5", "--train_text_encoder_ti_frac=0.1")
+    assert shares(text.flat()) == {"train_unet_frac": 1.0, "train_text_encoder_frac": 0.5}
+    assert shares(read(*TOKENS_ALONE).flat()) == {"train_unet_frac": 0.0, "train_text_encoder_ti_frac": 1.0}
+
+
+@pytest.mark.parametrize("argv", [
+    ["--lr_scheduler=cosine", "--lr_warmup_steps=100"],
+    ["--lr_scheduler=piecewise_constant", "--lr_step_rules=1:10,0.1", "--lr_warmup_steps=0"],
+    ["--train_text_encoder", "--train_unet_frac=0", "--rank=8", "--use_dora", "--lora_dropout=0.1"]])
+def test_flags_with_an_effect_are_not_said_to_have_none(argv):
+    assert not read(*argv).notices()
 
 
 def test_objective_flags_that_go_together_pass():

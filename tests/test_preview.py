@@ -207,6 +207,20 @@ def test_pictures_of_an_earlier_run_are_put_away_not_mixed_in(family, encoded, t
     assert len([*folder.glob("earlier/samples-*/*.png")]) == 6 - len(left)
 
 
+def test_a_resumed_run_finds_the_pictures_of_its_first_step(family, encoded, tmp_path):
+    """All of them, the grid included, and of the same prompt."""
+    previews = make(family, encoded, tmp_path)
+    assert not previews.there(5)
+    previews.draw(5)
+    assert previews.there(5) and not previews.there(6)
+    assert not make(family, encoded, tmp_path, prompt="a cat").there(5)
+    assert not make(family, encoded, tmp_path, images=3).there(5)
+    (tmp_path / "samples" / "step_000005.png").write_bytes(b"damaged")
+    assert not previews.there(5)
+    (tmp_path / "samples" / "step_000005.png").unlink()
+    assert not previews.there(5)
+
+
 def test_what_was_drawn_comes_back_as_it_was_written(family, encoded, tmp_path):
     drawn = make(family, encoded, tmp_path).draw(1)
     assert all((np.asarray(picture) == pixels(path)).all() for path, picture in drawn.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ from trainkit.families import sdxl
 from trainkit.files import atomic_write
 from trainkit.options import LoraOptions
 from trainkit.publish import problems, publish, uploads, write_card
+from trainkit.report import write_report
 from trainkit.report.facts import RunFacts
 
 TOKEN = "hf_plantedSecretToken123456"
@@ -97,6 +99,76 @@ def test_the_cards_snippet_draws_a_picture(family, adapters, tiny_sdxl, tmp_path
     snippet = python_block(card(folder)[1])
     exec(snippet.replace(").images[0]", ", num_inference_steps=2).images[0]"), {})
     assert Image.open("picture.png").size == (64, 64)
+
+
+def table(body: str) -> dict[str, str]:
+    """The rows of the card's settings."""
+    return dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", body.partition("## Training")[2].partition("## Files")[0],
+                           re.MULTILINE))
+
+
+def test_the_card_tells_what_was_used_not_what_was_said(tmp_path):
+    """Prodigy's text group has the UNet's rate, --use_8bit_adam another optimizer, P2 no Min-SNR gamma."""
+    folder = make_run(tmp_path / "run", optimizer="adamw", use_8bit_adam=True, train_text_encoder=True,
+                      text_encoder_lr=5e-6, loss_weighting="p2", snr_gamma=5.0, learning_rate=1e-4, lr_warmup_steps=500)
+    rows = [json.dumps({"step": step, "lr/unet": lr, "lr/text_encoder": lr}) for step, lr in ((1, 0.0), (2, 1.0))]
+    (folder / "metrics.jsonl").write_text("\n".join(rows), "utf-8")
+    told = table(card(folder)[1])
+    assert told["Optimizer"] == "adamw8bit" and told["Loss weighting"] == "p2" and told["Seed"] == "0"
+    assert told["Learning rate, unet"] == told["Learning rate, text\\_encoder"] == "1"
+    assert "Min-SNR gamma" not in told and "Warm-up, steps" not in told
+    assert "5e-06" not in str(told) and "0.0001" not in str(told)
+    described = room.header(RunFacts(folder), num_images=1)
+    assert described["ss_optimizer"] == "adamw8bit" and not {"ss_min_snr_gamma", "ss_lr_warmup_steps"} & set(described)
+
+
+def test_the_card_tells_every_choice_that_was_made_and_no_default(tmp_path):
+    plain = table(card(make_run(tmp_path / "plain"))[1])
+    made = {"lora_type": "lokr", "use_rslora": True, "init_lora_weights": "pissa", "loss_type": "huber",
+            "do_edm_style_training": True, "with_prior_preservation": True, "prior_loss_weight": 0.0,
+            "num_class_images": 48, "train_unet_frac": 0.5, "train_text_encoder_ti": True,
+            "train_text_encoder_ti_frac": 0.25, "use_ema": True, "ema_decay": 0.9, "noise_offset": 0.05}
+    chosen = table(card(make_run(tmp_path / "chosen", **made))[1])
+    new = {name.replace("\\", ""): value for name, value in chosen.items() if name not in plain}
+    assert new == {
+        "Kind": "lokr", "rsLoRA": "True", "Start": "pissa", "Loss": "huber", "EDM training": "True",
+        "Prior loss weight": "0.0", "Class pictures": "48", "Share of the steps, UNet": "0.5",
+        "Share of the steps, new tokens": "0.25", "EMA decay": "0.9", "Noise offset": "0.05"}
+
+
+def test_the_card_of_a_dora_sends_nobody_to_a_webui_that_cannot_draw_it(tmp_path):
+    for name in ("dora", "plain"):
+        folder = make_run(tmp_path / name, use_dora=name == "dora")
+        (folder / f"{name}.safetensors").write_bytes(b"weights")
+    body = card(tmp_path / "dora")[1]
+    assert "| `dora.safetensors` | ComfyUI, Forge: see above |" in body
+    assert "A1111 cannot draw it" in body and "Comfy-Org/ComfyUI\\#15458" in body
+    assert "A1111 cannot" in (write_report(tmp_path / "dora")).read_text("utf-8")
+    body = card(tmp_path / "plain")[1]
+    assert "| `plain.safetensors` | ComfyUI, A1111, Forge |" in body and "DoRA" not in body
+
+
+@pytest.mark.parametrize("flags, changed", [
+    ({}, {}),
+    ({"prediction_type": "v_prediction"}, {"prediction_type": "v_prediction"}),
+    ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+     {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}),
+])
+def test_the_snippets_scheduler_is_the_one_that_was_trained_on(tiny_sdxl, tmp_path, monkeypatch, flags, changed):
+    folder = make_run(tmp_path / "run", pretrained_model_name_or_path=str(tiny_sdxl), **flags)
+    (folder / tiny_sdxl.name).symlink_to(tiny_sdxl)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("diffusers.utils.logging._tqdm_active", False)
+    lines = python_block(card(folder)[1]).splitlines()
+    seen: dict = {}
+    exec("\n".join(line for line in lines if not line.startswith(("pipe.load", "pipe.set", "image"))), seen)
+    from diffusers import StableDiffusionXLPipeline
+
+    stock = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl).scheduler
+    assert type(seen["pipe"].scheduler) is type(stock)
+    now = {**seen["pipe"].scheduler.config}
+    assert {name: now[name] for name in changed} == changed
+    assert ("pipe.scheduler" in "\n".join(lines)) == bool(changed)
 
 
 def test_a_file_that_does_not_hold_the_trained_weights_ends_the_run_badly(family, adapters, tmp_path, monkeypatch):

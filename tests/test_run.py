@@ -71,6 +71,7 @@ class Optim:
     def __init__(self, *groups, lr=0.1, out=0):
         self.inner = [torch.optim.SGD(params, lr=lr) for params in groups]
         self.active = self.inner[out:]
+        self.params = [p for inner in self.inner for group in inner.param_groups for p in group["params"]]
         self.steps = 0
 
     def step(self):
@@ -611,6 +612,31 @@ def test_a_run_that_learned_nothing_is_not_done(out):
     assert caught.value.exit_code == 5 and records(out)["status"] == "nonfinite"
 
 
+def test_a_run_that_diverges_in_its_last_steps_is_not_done(out):
+    with pytest.raises(UserError, match="the last 2 steps were skipped") as caught, start_run(options(out)) as run:
+        train(run, steps=2)
+        train(run, steps=4, start=2, factor=math.nan)
+        run.require_progress()
+    assert caught.value.exit_code == 5 and records(out)["status"] == "nonfinite"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_never_written(out, bad):
+    optimizer = Optim([nn.Parameter(torch.tensor([1.0, bad]))])
+    with pytest.raises(UserError, match="not finite after step 3") as caught, start_run(options(out)) as run:
+        run.require_finite(optimizer, 3)
+    assert caught.value.exit_code == 5
+
+
+def test_a_loss_that_depends_on_nothing_trained_adds_no_gradient():
+    weight = nn.Parameter(torch.ones(2))
+    gradients = Gradients(torch.device("cpu"))
+    gradients.backward(torch.tensor(2.0))
+    gradients.backward((3 * weight).sum())
+    update = gradients.update(Optim([weight]), step=0, max_grad_norm=None)
+    assert update.loss == 8 and update.grad_norm == pytest.approx(18**0.5)
+
+
 def test_one_bad_step_is_no_lack_of_progress_and_a_good_one_heals(out):
     with start_run(options(out)) as run:
         train(run, steps=1, factor=math.nan)
@@ -627,13 +653,14 @@ def test_a_run_with_no_step_left_made_its_progress_before(out):
     assert records(out)["status"] == "done"
 
 
-def test_previews_are_begun_and_drawn_before_the_first_step(out):
+@pytest.mark.parametrize("there", [False, True])
+def test_previews_are_begun_and_drawn_before_the_first_step_unless_they_are_there(out, there):
     told = []
-    previews = SimpleNamespace(begin=lambda start: told.append(("begin", start)),
+    previews = SimpleNamespace(begin=lambda start: told.append(("begin", start)), there=lambda step: there,
                                draw=lambda step: told.append(("draw", step)) or {})
     with start_run(options(out)) as run:
         run.begin(2, 4, previews)
-    assert told == [("begin", 2), ("draw", 2)]
+    assert told == [("begin", 2), *([] if there else [("draw", 2)])]
 
 
 @pytest.mark.parametrize("rank, line", [("0", "stopped by Ctrl-C\n"), ("1", "rank 1: stopped by Ctrl-C\n")])

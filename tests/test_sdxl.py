@@ -323,6 +323,15 @@ def test_a_prediction_type_named_by_flag_counts_before_loading_too(copy):
     assert sdxl.problems(str(copy), resolution=64, prediction_type="v_prediction") == []
 
 
+@pytest.mark.parametrize("timesteps, refused", [
+    ((0, None), False), ((0, 1000), False), ((999, None), False), ((500, 501), False),
+    ((0, 5000), True), ((1000, None), True), ((0, 1001), True), ((600, 500), False),  # the last: options/rules.py
+])
+def test_timesteps_the_model_lacks_are_refused_before_loading(tiny_sdxl, timesteps, refused):
+    found = sdxl.problems(str(tiny_sdxl), resolution=64, timesteps=timesteps)
+    assert [p.why for p in found] == ["the model has 1000"] * refused
+
+
 @pytest.mark.parametrize("clip_skip, refused", [(None, False), (0, False), (2, False), (3, True), (50, True)])
 def test_a_clip_skip_beyond_the_encoders_layers_is_refused(tiny_sdxl, family, clip_skip, refused):
     found = sdxl.problems(str(tiny_sdxl), resolution=64, clip_skip=clip_skip)

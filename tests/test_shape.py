@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -90,6 +91,11 @@ def test_functions_fit_on_a_screen():
 def test_every_room_has_a_layer():
     rooms = {room(p) for p in ROOT.glob("trainkit/**/*.py")} - {"__init__"}
     assert rooms <= set().union(*LAYERS), f"give a layer to {rooms - set().union(*LAYERS)}"
+
+
+def test_the_readme_lists_the_layers():
+    sentence = (ROOT / "README.md").read_text("utf-8").partition("Imports go one way:")[2].partition("trainers and")[0]
+    assert [set(re.findall(r"`(\w+)`", part)) for part in sentence.split("←")] == [*LAYERS, set()]
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("trainkit/**/*.py")), ids=lambda p: str(p.relative_to(ROOT)))

@@ -63,6 +63,10 @@ def preview_prompts(options: ValidationOptions) -> list[str]:
     return [options.validation_prompt, ""] if options.validation_prompt else []
 
 
+def grid_name(step: int) -> str:
+    return f"step_{step:06d}.png"
+
+
 class Previews:
     """Draws `num_validation_images` pictures of the validation prompt; without a prompt, none.
 
@@ -90,6 +94,12 @@ class Previews:
         others = [path for path, step in sample_files(self.folder.parent).items() if step > start or start == 0]
         put_away(others, self.folder.parent, "samples")
 
+    def there(self, step: int) -> bool:
+        """Whether this prompt's pictures of `step` and their grid are in samples/: a resumed run keeps them."""
+        files = [*((shot, shot.file_name(step)) for shot in self.shots),
+                 *((shot, grid_name(step)) for shot in self.shots[:1])]
+        return all(is_of(self.folder / name, shot.prompt) for shot, name in files)
+
     def due(self, step: int, *, last: bool) -> bool:
         """Whether previews are due after `step` finished steps: every `every` steps, and after the last."""
         return bool(self.shots) and (last or bool(self.every) and step % self.every == 0)
@@ -103,7 +113,7 @@ class Previews:
         drawn = {self.folder / shot.file_name(step): one for shot, one in zip(self.shots, pictures, strict=True)}
         for shot, (path, picture) in zip(self.shots, drawn.items(), strict=True):
             save_png(path, picture, self._parameters(shot, picture))
-        grid, page = self.folder / f"step_{step:06d}.png", self._grid(step, pictures)
+        grid, page = self.folder / grid_name(step), self._grid(step, pictures)
         save_png(grid, page, self._parameters(self.shots[0], pictures[0]))
         return drawn | {grid: page}
 
@@ -218,6 +228,15 @@ def save_png(path: Path, picture: Image.Image, parameters: str) -> None:
     info.add_text("parameters", parameters)
     picture.save(buffer, format="PNG", pnginfo=info)
     atomic_write(path, buffer.getvalue())
+
+
+def is_of(path: Path, prompt: str) -> bool:
+    """Whether `path` is a picture that `save_png` has written for this prompt."""
+    try:
+        with Image.open(path) as picture:
+            return str(picture.info.get("parameters", "")).startswith(f"{prompt}\nSteps: ")
+    except OSError:  # not there, or damaged
+        return False
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,9 @@ import yaml
 from trainkit.errors import Problem, UserError
 from trainkit.export import verify, write_diffusers, write_kohya
 from trainkit.files import Json, atomic_write
+from trainkit.options import CONCERNS, RunOptions
 from trainkit.report import SampleStep, environment, sample_steps, write_report
+from trainkit.report.charts import number
 from trainkit.report.facts import RunFacts, sample_files, weight_names
 from trainkit.report.usage import DIFFUSERS_FILE
 from trainkit.runtime import ranks
@@ -24,7 +26,6 @@ from trainkit.runtime.record import redact
 if TYPE_CHECKING:
     from trainkit.adapters import Adapters
     from trainkit.families.sdxl import SDXL
-    from trainkit.options import RunOptions
     from trainkit.text import Text
 
 log = logging.getLogger(__name__)
@@ -37,13 +38,21 @@ HUB_ID = re.compile(r"([\w-][\w.-]{0,95}/)?[\w-][\w.-]{0,95}", re.ASCII)
 FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 SETTINGS = {  # name in the card: flag; nothing here holds a path
     "Resolution, pixels": "resolution", "Rank": "rank", "Alpha": "lora_alpha", "Layers": "lora_layers",
-    "Blocks": "lora_unet_blocks", "Optimizer": "optimizer", "Learning rate": "learning_rate",
-    "Schedule": "lr_scheduler", "Warm-up, steps": "lr_warmup_steps", "Batch size": "train_batch_size",
-    "Accumulation": "gradient_accumulation_steps", "Min-SNR gamma": "snr_gamma", "Noise offset": "noise_offset",
-    "Random flips": "random_flip", "CLIP skip": "clip_skip", "Mixed precision": "mixed_precision", "Seed": "seed",
+    "Blocks": "lora_unet_blocks", "Schedule": "lr_scheduler", "Warm-up, steps": "lr_warmup_steps",
+    "Text weight decay": "adam_weight_decay_text_encoder", "EMA decay": "ema_decay",
+    "Share of the steps, new tokens": "train_text_encoder_ti_frac", "Batch size": "train_batch_size",
+    "Accumulation": "gradient_accumulation_steps", "Min-SNR gamma": "snr_gamma", "Class pictures": "num_class_images",
+    "Prior loss weight": "prior_loss_weight", "Mixed precision": "mixed_precision", "Seed": "seed",
 }
-
-TEXT_SETTINGS = {"Text learning rate": "text_encoder_lr", "Text weight decay": "adam_weight_decay_text_encoder"}
+DEVIATIONS = {  # the same, of flags that are told only when they are not at their default
+    "Kind": "lora_type", "DoRA": "use_dora", "rsLoRA": "use_rslora", "B-LoRA": "use_blora",
+    "Start": "init_lora_weights", "LoRA+ ratio": "loraplus_lr_ratio", "Share of the steps, UNet": "train_unet_frac",
+    "Share of the steps, text encoders": "train_text_encoder_frac", "Loss": "loss_type",
+    "Loss weighting": "loss_weighting", "EDM training": "do_edm_style_training", "Prediction": "prediction_type",
+    "Schedule ends at SNR 0": "rescale_betas_zero_snr", "Noise offset": "noise_offset", "Random flips": "random_flip",
+    "CLIP skip": "clip_skip",
+}
+DEFAULTS = {flag.name: flag.default for name, kind in CONCERNS.items() for flag in kind.flags(name)}
 
 
 def problems(options: RunOptions) -> Iterator[Problem]:
@@ -138,8 +147,8 @@ def header(run: RunFacts, *, num_images: int | None) -> dict[str, str]:
         "ss_num_train_images": num_images, "ss_steps": run.step, "ss_max_train_steps": run.total_steps,
         "ss_num_epochs": math.ceil(run.step * int(run.record["global_batch"]) / visits) if visits else None,
         "ss_seed": run.record["seed"], "ss_learning_rate": run.option("learning_rate"),
-        "ss_optimizer": run.option("optimizer"), "ss_lr_scheduler": run.option("lr_scheduler"),
-        "ss_lr_warmup_steps": run.option("lr_warmup_steps"), "ss_min_snr_gamma": run.option("snr_gamma"),
+        "ss_optimizer": run.optimizer, "ss_lr_scheduler": run.option("lr_scheduler"),
+        "ss_lr_warmup_steps": run.setting("lr_warmup_steps"), "ss_min_snr_gamma": run.setting("snr_gamma"),
         "ss_noise_offset": run.option("noise_offset"), "ss_clip_skip": run.option("clip_skip"),
         "ss_batch_size_per_device": run.option("train_batch_size"),
         "ss_gradient_accumulation_steps": run.option("gradient_accumulation_steps"),
@@ -161,17 +170,21 @@ def write_card(folder: Path) -> Path:
     matter = yaml.safe_dump(front_matter(run, samples, licence), sort_keys=False, allow_unicode=True, width=1000)
     env = environment(autoescape=False)
     env.filters |= {"text": text, "code": code, "steps": mixed}
-    purposes = {run.embeddings_file: "Diffusers, ComfyUI, A1111, Forge", DIFFUSERS_FILE: "Diffusers",
-                f"{run.name}.safetensors": "ComfyUI, A1111, Forge"}
     card = env.get_template("card.md").render(
         run=run, samples=samples, samples_grid=f"samples/step_{samples[-1].step:06d}.png" if samples else "",
-        usage=run.usage, files=run.files, purposes=purposes, settings=settings(run), dataset=hub_dataset(run),
+        usage=run.usage, files=run.files, purposes=purposes(run), settings=settings(run), dataset=hub_dataset(run),
         licence=licence, base_is_local=Path(run.base_path).is_dir(), front_matter=matter, title=title(run),
         parts=parts(run), tokens=run.embeddings.tokens if run.embeddings else {},
     )
     path = folder / "README.md"
     atomic_write(path, card.encode("utf-8"))
     return path
+
+
+def purposes(run: RunFacts) -> dict[str, str]:
+    """What each file is for. A DoRA is another function in A1111, and nearly the same in ComfyUI: docs/adapters.md."""
+    return {run.embeddings_file: "Diffusers, ComfyUI, A1111, Forge", DIFFUSERS_FILE: "Diffusers",
+            f"{run.name}.safetensors": "ComfyUI, Forge: see above" if run.is_dora else "ComfyUI, A1111, Forge"}
 
 
 def title(run: RunFacts) -> str:
@@ -226,10 +239,12 @@ def hub_dataset(run: RunFacts) -> str | None:
 
 
 def settings(run: RunFacts) -> dict[str, str]:
-    """The rows of the card's table; options that are off are left out."""
-    flags = SETTINGS | (TEXT_SETTINGS if run.embeddings or run.option("train_text_encoder") else {})
-    values = {name: run.option(flag) for name, flag in flags.items()} | {"Steps": run.step}
-    return {name: str(value) for name, value in values.items() if value not in (None, False, "")}
+    """The rows of the card's table: what had an effect."""
+    told = {name: run.setting(flag) for name, flag in SETTINGS.items()}
+    told |= {name: run.setting(flag) for name, flag in DEVIATIONS.items() if run.option(flag) != DEFAULTS[flag]}
+    rates = {f"Learning rate, {group}": number(rate) for group, rate in run.rates.items()}
+    values = {"Steps": run.step, "Optimizer": run.optimizer, **rates, **told}
+    return {name: str(value) for name, value in values.items() if value is not None}
 
 
 def text(value: Json) -> str:

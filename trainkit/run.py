@@ -9,12 +9,13 @@
             for batch in micros:
                 losses = train_step(...)                          # [B]
                 run.backward(losses.sum() / batch.num_instance)
-            stats = run.update(optimizer, step=step)
+            stats = run.update(optimizer, step=step, then=words.after_update)
             run.log(step + 1, stats | optimizer.describe())       # finished steps
             if due(step + 1, opts.run.checkpointing_steps, last=step + 1 == total) or run.stopping:
                 run.end_if_asked(step + 1, checkpoints.save(step + 1, prune=run.healthy))
         run.require_progress()
-        ...                                                       # publish
+        with optimizer.averaged():                                # the weights to look at
+            ...                                                   # publish
 """
 
 from __future__ import annotations
@@ -160,7 +161,8 @@ class Run:
     def begin(self, start: int, total: int, previews: Previews | None = None) -> None:
         """Just before the loop, with `start` finished steps of `total`: from now on signals wait for a save.
 
-        The output folder is this run's from here on. `previews` are drawn once, before the run learns more.
+        The output folder is this run's from here on. `previews` are drawn once, before the run learns more; those of
+        step `start` that an earlier session left stay as they are.
         """
         self.signals.patient = True
         self._clock, self._step, self._total = time.monotonic(), start, total
@@ -171,7 +173,8 @@ class Run:
         if previews is not None:
             if self.is_main:
                 previews.begin(start)
-            self.draw(start, previews)
+            if not ranks.from_main(lambda: previews.there(start)):
+                self.draw(start, previews)
 
     def autocast(self) -> torch.autocast:
         """The context of a forward pass in --mixed_precision; does nothing under "no"."""
@@ -237,13 +240,30 @@ class Run:
     def require_progress(self) -> None:
         """After the loop, before anything is published.
 
-        Raises UserError(kind="nonfinite") when every finished step of the run, all sessions together, was skipped.
+        Raises UserError(kind="nonfinite") when every finished step of the run, all sessions together, was skipped, or
+        the last one: then the weights are those the losses went wrong with.
         """
         if self.gradients.skipped >= self._step > 0:
             raise UserError(Problem(
                 what=f"nothing was learned: all {self._step} steps were skipped", where=str(self.metrics.path),
                 why="no loss or gradient was finite, so no update reached the weights", kind="nonfinite",
                 fix="lower --learning_rate, or use --mixed_precision bf16 or no, and start anew",
+            ))
+        if not self.healthy:
+            raise UserError(Problem(
+                what=f"the run was diverging when it ended: the last {self.gradients.in_a_row} steps were skipped",
+                where=str(self.metrics.path), why="their loss or gradient was not finite; nothing was published",
+                kind="nonfinite", fix="lower --learning_rate and start anew, or resume from a checkpoint from before",
+            ))
+
+    def require_finite(self, optimizer: Steppable, step: int) -> None:
+        """Before weights are written: UserError(kind="nonfinite") where a step was too long for their numbers."""
+        if not all(bool(torch.isfinite(p).all()) for p in optimizer.params):
+            raise UserError(Problem(
+                what=f"the weights are not finite after step {step}", where=str(self.metrics.path), kind="nonfinite",
+                why="a step was longer than their numbers reach; nothing was written",
+                fix="lower the learning rate and start anew, or go back to a checkpoint (the newest is "
+                    f"{pointed(self.out_dir) or 'none'})",
             ))
 
     def end_if_asked(self, step: int, saved: Path) -> None:
@@ -330,7 +350,9 @@ class Run:
             raise told from error
 
     def _explained(self, error: BaseException) -> BaseException:
-        """`error`, as a UserError where memory or disk ran out."""
+        """`error`, as a UserError where memory or disk ran out, or where a library hid the one a signal raised."""
+        if self.signals.wish is not None and not self.signals.patient and not isinstance(error, UserError):
+            return self.signals.error(where="before the first step", why="there was nothing to save yet")
         if is_out_of_memory(error):
             return out_of_memory(error, self.device)
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:

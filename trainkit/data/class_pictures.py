@@ -11,18 +11,26 @@ import io
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from trainkit.data.rows import Folder, Listed, Row, check, list_folder
 from trainkit.errors import Problem, UserError, refuse
-from trainkit.families.pretrained import Repo, empty_device_cache, json_digest, load_part, quiet_loading
+from trainkit.families.pretrained import (
+    Repo,
+    empty_device_cache,
+    fingerprint,
+    json_digest,
+    load_part,
+    quiet_loading,
+)
 from trainkit.files import atomic_write, disk_errors
 from trainkit.rng import generator
 from trainkit.runtime import ranks
@@ -102,8 +110,25 @@ def recipe(opt: Options) -> str:
 
     The seed is left out, so runs that differ by it share their class pictures.
     """
-    model = Path(opt.model.pretrained_model_name_or_path).resolve().name
-    return json_digest(opt.prior.class_prompt, opt.data.resolution, model)[:8]
+    o = opt.model
+    names = [name and Path(name).resolve().name
+             for name in (o.pretrained_model_name_or_path, o.pretrained_vae_model_name_or_path)]
+    return json_digest(opt.prior.class_prompt, opt.data.resolution, *names, o.revision, o.variant, contents(o))[:8]
+
+
+def contents(options: ModelOptions) -> list[object]:
+    """What a local model folder draws with: a fingerprint of its UNet, and its scheduler's config.
+
+    [] for a Hub id, which its revision describes and whose files may not be here yet; and for a folder that cannot be
+    loaded, which is the model's own problem (families/sdxl.py) and not repeated here.
+    """
+    model = Repo(options.pretrained_model_name_or_path, "--pretrained_model_name_or_path")
+    if not model.is_local or any(model.weight_problems(("unet",), options.variant)):
+        return []
+    try:
+        return [fingerprint(model.folder("unet"), options.variant), model.json("scheduler/scheduler_config.json")]
+    except (OSError, SafetensorError, UserError):
+        return []
 
 
 def is_there(path: Path) -> bool:
@@ -125,7 +150,6 @@ class Plan:
     own: list[Listed]
     made: dict[int, Listed]  # there already
     absent: list[int]  # to be generated
-    room: int  # generated pictures wanted in all
 
 
 @dataclass(frozen=True)
@@ -154,7 +178,7 @@ class ClassFolder:
         numbered = {self._number(picture): picture for picture in listed if self._recipe(picture) is not None}
         made = {number: numbered[number] for number in sorted(numbered)[:room]}
         absent = [number for number in range(room) if number not in made][: room - len(made)]
-        return Plan(own, made, absent, room)
+        return Plan(own, made, absent)
 
     def pictures(self, plan: Plan) -> list[Listed]:
         """What to train on, in an order that does not tell which pictures were generated just now."""
@@ -192,30 +216,32 @@ class ClassFolder:
 def fill(folder: ClassFolder, plan: Plan, opt: Options, job: Job) -> None:
     """Generate the absent pictures: every rank a part, then each what its disk still lacks.
 
-    Pictures are drawn in batches cut by number, whole even where some of a batch are there already. So what a picture
+    Pictures are drawn in whole batches cut by number, also where only some of a batch are wanted. So what a picture
     looks like depends, to the last bit, on --seed, its number and --sample_batch_size, and neither on the number of
-    ranks nor on an earlier run that was cut off.
+    pictures or ranks nor on an earlier run that was cut off.
     """
     with disk_errors(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
     size = opt.prior.sample_batch_size
-    firsts = sorted({number // size * size for number in plan.absent})
-    batches = [range(first, min(first + size, plan.room)) for first in firsts]
-    draw_batches(batches[ranks.rank():: ranks.world()], folder, opt, job)
+    wanted = set(plan.absent)
+    batches = [range(first, first + size) for first in sorted({number // size * size for number in wanted})]
+    draw_batches(batches[ranks.rank():: ranks.world()], wanted, folder, opt, job)
     ranks.barrier()
-    lacking = {number for number in plan.absent if not folder.file(number).exists()}
-    draw_batches([batch for batch in batches if lacking.intersection(batch)], folder, opt, job)  # none on a shared disk
+    lacking = {number for number in wanted if not folder.file(number).exists()}  # none on a shared disk
+    draw_batches([batch for batch in batches if lacking.intersection(batch)], lacking, folder, opt, job)
 
 
-def draw_batches(batches: Sequence[Sequence[int]], folder: ClassFolder, opt: Options, job: Job) -> None:
-    """Generate whole batches of numbers and write what is not there; a file that is there is never replaced."""
+def draw_batches(batches: Sequence[Sequence[int]], wanted: Set[int], folder: ClassFolder, opt: Options, job: Job
+                 ) -> None:
+    """Generate whole batches of numbers and write the wanted ones; a file that is there is never replaced."""
     if not batches:
         return
     painter = Painter.load(opt, job)
     done, total = 0, sum(map(len, batches))
     for batch in batches:
         for number, picture in zip(batch, painter(batch), strict=True):
-            write(folder.file(number), picture)
+            if number in wanted:
+                write(folder.file(number), picture)
         done += len(batch)
         if job.is_main:
             job.progress.task("generating class pictures", done, total)

@@ -22,7 +22,7 @@ a *level sampler* draws how noisy each sample is (u [B] -> Level), a *prediction
 from trainkit.diffusion.level import Level, col
 from trainkit.diffusion.noise import Noise
 from trainkit.diffusion.predictions import EDM, PREDICTIONS, Eps, Prediction, V
-from trainkit.diffusion.sampling import LAWS, LevelSampler, Sigmas, Timesteps, make_levels
+from trainkit.diffusion.sampling import LAWS, LevelSampler, Sigmas, Timesteps, make_levels, range_problems
 from trainkit.diffusion.schedules import (
     EDM_SCHEDULERS,
     EDMSchedule,
@@ -37,5 +37,5 @@ from trainkit.diffusion.schedules import (
 __all__ = [
     "EDM", "EDM_SCHEDULERS", "LAWS", "PREDICTIONS", "EDMSchedule", "Eps", "Level", "LevelSampler", "Noise",
     "NoiseSchedule", "Prediction", "Schedule", "Sigmas", "Timesteps", "V", "col", "config_problems", "effective_config",
-    "is_edm", "make_levels", "make_schedule",
+    "is_edm", "make_levels", "make_schedule", "range_problems",
 ]

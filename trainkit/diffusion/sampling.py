@@ -119,7 +119,7 @@ def make_levels(
     first, end = o.min_timestep, o.max_timestep or schedule.steps
     lo, hi = schedule.sigma_range(first, end)
     say_unread(o, name)
-    refuse(range_problems(first, end, schedule, needs_sigma=name in SIGMA_LAWS and lo > hi))
+    refuse(range_problems(first, end, schedule.steps, needs_sigma=name in SIGMA_LAWS and lo > hi))
     if name in SIGMA_LAWS:
         return Sigmas(schedule, SIGMA_LAWS[name](schedule, o), lo, hi)
     return Timesteps(schedule, partial(TIME_LAWS[name], o=o), first, end)
@@ -140,11 +140,11 @@ def say_unread(o: ObjectiveOptions, name: str) -> None:
             log.warning("--%s has no effect: the noise levels follow the law %s, not lognormal", flag, name)
 
 
-def range_problems(first: int, end: int, schedule: Schedule, *, needs_sigma: bool) -> Iterator[Problem]:
-    """Timesteps that the schedule lacks, or among which a law of σ finds none."""
-    where, fix = "--min_timestep, --max_timestep", f"stay within 0 and {schedule.steps}, or leave them out"
-    if not first < end <= schedule.steps:
-        yield Problem(f"no timesteps from {first} to below {end}", where, f"the model has {schedule.steps}", fix)
+def range_problems(first: int, end: int, steps: int, *, needs_sigma: bool = False) -> Iterator[Problem]:
+    """Timesteps that a schedule of `steps` lacks, or among which a law of σ finds none."""
+    where, fix = "--min_timestep, --max_timestep", f"stay within 0 and {steps}, or leave them out"
+    if not first < end <= steps:
+        yield Problem(f"no timesteps from {first} to below {end}", where, f"the model has {steps}", fix)
     elif needs_sigma:
         yield Problem(f"no finite σ from timestep {first} to below {end}", where,
                       "at SNR 0 the noise is infinitely larger than the signal", fix)

@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 MODEL_FLAG, VAE_FLAG = "--pretrained_model_name_or_path", "--pretrained_vae_model_name_or_path"
 CLIP_LAYERS = 12  # where a text encoder's config does not say
+TIMESTEPS = 1000  # where a scheduler's does not
 PENULTIMATE = 2  # SDXL conditions on the last-but-one hidden state of both encoders
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -65,8 +66,11 @@ TEXT_LORA_TARGETS = dict.fromkeys(LORA_TARGETS, ("q_proj", "k_proj", "v_proj", "
 
 def problems(path: str, *, resolution: int, vae_path: str | None = None, revision: str | None = None,
              variant: str | None = None, clip_skip: int | None = None, prediction_type: str | None = None,
-             rescale_betas_zero_snr: bool = False) -> list[Problem]:
-    """Everything that stops training from this model folder or Hub id, read from its small JSON files."""
+             rescale_betas_zero_snr: bool = False, timesteps: tuple[int, int | None] = (0, None)) -> list[Problem]:
+    """Everything that stops training from this model folder or Hub id, read from its small JSON files.
+
+    timesteps  --min_timestep and --max_timestep
+    """
     model = Repo(str(path), MODEL_FLAG, revision)
     vae = Repo(str(vae_path), VAE_FLAG) if vae_path else model
     vae_folder = "" if vae_path else "vae"
@@ -80,7 +84,7 @@ def problems(path: str, *, resolution: int, vae_path: str | None = None, revisio
             return found
         unet_config = model.json("unet/config.json")
         found = [*fit_problems(model, unet_config, vae_config),
-                 *schedule_problems(model, prediction_type=prediction_type,
+                 *schedule_problems(model, prediction_type=prediction_type, timesteps=timesteps,
                                     rescale_betas_zero_snr=rescale_betas_zero_snr),
                  *resolution_problems(resolution, unet_config, vae_config), *text_problems(model, clip_skip)]
     except UserError as damaged:  # a JSON file that is none
@@ -121,8 +125,9 @@ def fit_problems(model: Repo, unet: Json, vae: Json) -> Iterator[Problem]:
             f"{vae['latent_channels']} (inpainting models take 9)", "name a text-to-image model and its VAE")
 
 
-def schedule_problems(model: Repo, *, prediction_type: str | None, rescale_betas_zero_snr: bool) -> Iterator[Problem]:
-    """Is there a noise schedule, and one that its parametrisation can be trained on?"""
+def schedule_problems(model: Repo, *, prediction_type: str | None, rescale_betas_zero_snr: bool,
+                      timesteps: tuple[int, int | None]) -> Iterator[Problem]:
+    """Is there a noise schedule, one that its parametrisation can be trained on, with the timesteps asked for?"""
     scheduler = model.json("scheduler/scheduler_config.json")
     if scheduler is None:
         yield model.problem("the model folder has no scheduler", "scheduler/scheduler_config.json is missing",
@@ -135,6 +140,9 @@ def schedule_problems(model: Repo, *, prediction_type: str | None, rescale_betas
         known = ", ".join(diffusion.EDM_SCHEDULERS)
         yield model.problem(f"an EDM scheduler we do not know: {config['_class_name']}",
                             f"scheduler/scheduler_config.json names it; known: {known}", "put one of these there")
+    (first, end), steps = timesteps, int(config.get("num_train_timesteps", TIMESTEPS))
+    if end is None or first < end:  # else the options' own problem (options/rules.py)
+        yield from diffusion.range_problems(first, end or steps, steps)
 
 
 def text_problems(model: Repo, clip_skip: int | None) -> Iterator[Problem]:

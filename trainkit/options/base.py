@@ -18,16 +18,14 @@ Value = str | int | float | bool | None
 
 
 def opt(
-    default: object, help: str, *, unit: str = "", not_yet: str = "", differs: str = "", **limits: Any,
+    default: object, help: str, *, unit: str = "", differs: str = "", **limits: Any,
 ) -> Any:  # as pydantic's Field, which stands as the default of a field of any type
     """A field of a concern.
 
-    `unit` is what the flag's value counts ("steps", "pixels", "0..1"); `not_yet` names the feature whose absence makes
-    any other value than the default refused; `differs` says where we leave the Diffusers script and why; `limits` are
-    pydantic's (ge, gt, le, lt, min_length).
+    `unit` is what the flag's value counts ("steps", "pixels", "0..1"); `differs` says where we leave the Diffusers
+    script and why; `limits` are pydantic's (ge, gt, le, lt, min_length).
     """
-    extra = {"unit": unit, "not_yet": not_yet, "differs": differs}
-    return Field(default, description=help, json_schema_extra=extra, **limits)
+    return Field(default, description=help, json_schema_extra={"unit": unit, "differs": differs}, **limits)
 
 
 def required(help: str, **settings: Any) -> Any:
@@ -102,7 +100,7 @@ class Flag:
                   if hasattr(limit, name)]
         return ", ".join(f"{sign} {bound}" for sign, bound in bounds)
 
-    def note(self, name: Literal["unit", "not_yet", "differs"]) -> str:
+    def note(self, name: Literal["unit", "differs"]) -> str:
         extra = self.field.json_schema_extra
         assert isinstance(extra, dict), f"--{self.name} must be made by opt()"
         return str(extra[name])

@@ -61,12 +61,9 @@ def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
 
 
 def help_text(flag: Flag) -> str:
-    """Meaning, default, and whether it waits for a feature."""
-    notes = ["required" if flag.required else f"default: {shown(flag.default)}"]
-    if feature := flag.note("not_yet"):
-        notes.append(f"not yet: {feature}")
+    """Meaning, choices and default."""
     choices = f": {flag.takes}" if flag.choices else ""
-    return f"{flag.help}{choices} ({'; '.join(notes)})"
+    return f"{flag.help}{choices} ({'required' if flag.required else f'default: {shown(flag.default)}'})"
 
 
 def shown(value: object) -> str:

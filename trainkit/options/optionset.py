@@ -48,15 +48,16 @@ class OptionSet(BaseModel):
         return _flat({name: getattr(self, name) for name in self.concerns()})
 
     def problems(self) -> Iterator[Problem]:
-        """Values that contradict each other, and flags whose feature is not there yet."""
-        return rules.problems(self.flags().values(), self.flat(), self.origins)
+        """Values that contradict each other."""
+        return rules.problems(self.flat())
 
     def notices(self) -> list[str]:
         """Sentences for the log about values that have no effect."""
         flags, values = self.flags(), self.flat()
         chosen = {name for name, origin in self._origins.items()
                   if not origin.startswith("preset ") and values[name] != flags[name].default}
-        return list(rules.notices(values, chosen))
+        given = {name for concern in self.concerns() for name in getattr(self, concern).model_fields_set}
+        return list(rules.notices(values, chosen, given))
 
 
 Options = TypeVar("Options", bound=OptionSet)
@@ -82,7 +83,7 @@ def parse(cls: type[Options], argv: Sequence[str] | None = None, *, description:
         built |= {concern: part} if part else {}
         problems += [_unfit(flags[str(error["loc"][0])], error, sources) for error in errors]
     if problems:
-        refuse([*problems, *rules.problems(flags.values(), _flat(built), origins)])
+        refuse([*problems, *rules.problems(_flat(built))])
     options = cls(**built)
     options._origins.update(origins)
     return _print_config(options) if options.flat().get("print_config") else options

@@ -1,40 +1,20 @@
-"""What no single field can know: features not there yet, values that contradict each other, values nobody reads.
+"""What no single field can know: values that contradict each other, values nobody reads, what trains how long.
 
 The rules see all values by flag. A trainer without a concern has no such flag, so every look-up allows for none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 
 from trainkit.errors import Problem
-from trainkit.options.base import Flag, Value
+from trainkit.options.base import Value
 from trainkit.options.optimizer import EIGHT_BIT, averages_weights, estimates_step
 
 Values = Mapping[str, Value]
 
 
-def problems(flags: Iterable[Flag], values: Values, where: Mapping[str, str]) -> Iterator[Problem]:
-    """What a run cannot honour; `where` is each flag's origin."""
-    yield from _not_yet(flags, values, where)
-    yield from _contradictions(values)
-
-
-def _not_yet(flags: Iterable[Flag], values: Values, where: Mapping[str, str]) -> Iterator[Problem]:
-    """One problem for each feature that is asked for and not there, naming all the flags that ask for it."""
-    asked: dict[str, list[str]] = {}
-    for flag in flags:
-        feature = flag.note("not_yet")
-        if feature and flag.name in values and values[flag.name] != flag.default:
-            asked.setdefault(feature, []).append(flag.name)
-    for feature, names in asked.items():
-        listed = ", ".join(f"--{name}" for name in names)
-        yield Problem(f"not yet: {feature} ({listed})", ", ".join(dict.fromkeys(where[name] for name in names)),
-                      "this version cannot do it, and training as if it had not been asked for would be a guess",
-                      f"run without {listed}")
-
-
-def _contradictions(values: Values) -> Iterator[Problem]:
+def problems(values: Values) -> Iterator[Problem]:
     """Values that cannot hold together, or not without another."""
     yield from _without_class(values)
     yield from _other_optimizer(values)
@@ -44,6 +24,7 @@ def _contradictions(values: Values) -> Iterator[Problem]:
             "--train_text_encoder with --train_text_encoder_ti", "--train_text_encoder, --train_text_encoder_ti",
             "new embeddings are learned for text encoders that stay as they are: encoders that change at the same time "
             "would take their meaning away", "leave out one of the two")
+    yield from _untrained_text(values)
     yield from _idle_steps(values)
     yield from _unclear_objective(values)
 
@@ -71,6 +52,10 @@ def _other_optimizer(values: Values) -> Iterator[Problem]:
     if values.get("use_ema") and averages_weights(optimizer):
         yield Problem(f"--use_ema with --optimizer {optimizer}", "--use_ema",
                       "a schedule-free optimizer averages its weights already", "leave out --use_ema")
+    if values.get("train_text_encoder_ti") and values.get("token_std_pull") and averages_weights(optimizer):
+        yield Problem(f"--token_std_pull {values['token_std_pull']:g} with --optimizer {optimizer}", "--token_std_pull",
+                      "a schedule-free optimizer keeps its weights twice, and a pull on one of the two would part them",
+                      "--token_std_pull 0")
     if estimates_step(optimizer) and values.get("loraplus_lr_ratio") not in (None, 1.0):
         yield Problem(f"--loraplus_lr_ratio with --optimizer {optimizer}", "--loraplus_lr_ratio",
                       "an optimizer that estimates its own step size would undo the ratio between the two rates",
@@ -110,16 +95,28 @@ def _other_adapter(values: Values) -> Iterator[Problem]:
         yield Problem("--lokr_factor 0", "--lokr_factor", "no matrix has a side of 0", "--lokr_factor 8, or -1")
 
 
+def _untrained_text(values: Values) -> Iterator[Problem]:
+    """Text that is to be trained in none of the steps."""
+    for part, what in {"train_text_encoder": "adapters", "train_text_encoder_ti": "embeddings"}.items():
+        if values.get(part) and values.get(f"{part}_frac") == 0:
+            yield Problem(f"--{part} with --{part}_frac 0", f"--{part}_frac 0", f"the {what} would never be trained",
+                          f"a share above 0, or leave out --{part}")
+
+
+def shares(values: Values) -> dict[str, float]:
+    """The share of the steps in which each part trains, by the flag that says so: the UNet, and text where it does."""
+    parts = [part for part in ("train_text_encoder", "train_text_encoder_ti") if values.get(part)]
+    flags = ["train_unet_frac", *(f"{part}_frac" for part in parts)]
+    return {flag: float(values.get(flag, 1.0) or 0) for flag in flags}
+
+
 def _idle_steps(values: Values) -> Iterator[Problem]:
     """Shares of the run that together leave its last steps with nothing to train."""
-    shares = {"train_unet_frac": values.get("train_unet_frac", 1.0)}
-    for part in ("train_text_encoder", "train_text_encoder_ti"):
-        if values.get(part):
-            shares[f"{part}_frac"] = values[f"{part}_frac"]
-    longest = max(shares, key=lambda flag: float(shares[flag] or 0))
-    if float(shares[longest] or 0) < 1:
-        yield Problem(f"nothing would be trained after {float(shares[longest] or 0):.0%} of the steps",
-                      ", ".join(f"--{flag} {share:g}" for flag, share in shares.items()),
+    parts = shares(values)
+    longest = max(parts, key=lambda flag: parts[flag])
+    if parts[longest] < 1:
+        yield Problem(f"nothing would be trained after {parts[longest]:.0%} of the steps",
+                      ", ".join(f"--{flag} {share:g}" for flag, share in parts.items()),
                       "each is the share of the steps in which that part is trained", f"--{longest} 1")
 
 
@@ -141,6 +138,15 @@ def _set(*flags: str) -> Callable[[Values], bool]:
     return lambda values: any(values.get(flag) for flag in flags)
 
 
+def _adapts_unet(values: Values) -> bool:
+    return shares(values)["train_unet_frac"] > 0
+
+
+def _warms_up(values: Values) -> bool:
+    """Also with no warm-up at all, which is what the schedules that never warm up give."""
+    return values.get("lr_warmup_steps") == 0 or values.get("lr_scheduler") not in ("constant", "piecewise_constant")
+
+
 _CLASS = ("class_data_dir", "class_prompt", "num_class_images", "prior_loss_weight", "sample_batch_size",
           "prior_generation_precision")
 _PRODIGY = ("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup")
@@ -150,7 +156,11 @@ _PREVIEW = ("num_validation_images", "validation_epochs", "validation_steps")
 _TOKENS = ("train_text_encoder_ti_frac", "token_abstraction", "num_new_tokens_per_abstraction", "initializer_concept",
            "token_std_pull")
 _SNR_CAPPED = ("min_snr", "soft_min_snr")
+_HARMLESS_DECAY = 1e-3  # times a rate of 1e-4: a ten-thousandth in a thousand steps
 _TEXT_RATES = ("text_encoder_lr", "adam_weight_decay_text_encoder")
+_LORA = ("lora_type", "rank", "lora_alpha", "use_rslora", "lora_dropout", "use_dora", "init_lora_weights",
+         "loraplus_lr_ratio")
+_OF_UNET = ("lora_layers", "lora_unet_blocks", "use_blora", "use_ema")
 
 READ_ONLY_WITH: tuple[tuple[tuple[str, ...], Callable[[Values], bool], str], ...] = (
     (_CLASS, _set("with_prior_preservation"), "--with_prior_preservation"),
@@ -170,24 +180,50 @@ READ_ONLY_WITH: tuple[tuple[tuple[str, ...], Callable[[Values], bool], str], ...
     (("logit_mean", "logit_std"), _is("timestep_sampling", "logit_normal"), "--timestep_sampling logit_normal"),
     (("mode_scale",), _is("timestep_sampling", "mode"), "--timestep_sampling mode"),
     (("hub_model_id", "hub_token", "hub_private"), _set("push_to_hub"), "--push_to_hub"),
+    (_LORA, lambda values: _adapts_unet(values) or bool(values.get("train_text_encoder")),
+     "--train_unet_frac above 0 or --train_text_encoder"),
+    (_OF_UNET, _adapts_unet, "--train_unet_frac above 0"),
     (("lokr_factor",), _is("lora_type", "lokr"), "--lora_type lokr"),
     (("lr_num_cycles",), _is("lr_scheduler", "cosine_with_restarts"), "--lr_scheduler cosine_with_restarts"),
     (("lr_power",), _is("lr_scheduler", "polynomial"), "--lr_scheduler polynomial"),
+    (("lr_step_rules",), _is("lr_scheduler", "piecewise_constant"), "--lr_scheduler piecewise_constant"),
+    (("lr_warmup_steps",), _warms_up, "an --lr_scheduler that warms up, such as constant_with_warmup"),
     (("num_train_epochs",), _is("max_train_steps", None), "no --max_train_steps"),
     (("validation_epochs",), _is("validation_steps", None), "no --validation_steps"),
 )
 
 
-def notices(values: Values, chosen: Container[str]) -> Iterator[str]:
-    """What the user should know though nothing is wrong: flags among `chosen` that are read only with another one."""
+def unread(values: Values) -> Iterator[tuple[str, str]]:
+    """Flags that have no effect beside these values, each with what they would be read with."""
     for names, is_read, condition in READ_ONLY_WITH:
-        for name in names:
-            if name in chosen and not is_read(values):
-                yield f"--{name} has no effect: it is read only with {condition}"
+        if not is_read(values):
+            yield from ((name, condition) for name in names)
+
+
+def notices(values: Values, chosen: Container[str], given: Container[str]) -> Iterator[str]:
+    """What the user should know though nothing is wrong.
+
+    chosen  flags the user gave another value than the default; some are read only with another flag
+    given   flags that any source gave a value, be it the default's
+    """
+    for name, condition in unread(values):
+        if name in chosen:
+            yield f"--{name} has no effect: it is read only with {condition}"
     trains_text = values.get("train_text_encoder") or values.get("train_text_encoder_ti")
-    if trains_text and estimates_step(str(values.get("optimizer"))) and "text_encoder_lr" not in chosen:
+    if trains_text and estimates_step(str(values.get("optimizer"))) and "text_encoder_lr" not in given:
         yield (f"--text_encoder_lr is at its default, which means nothing to --optimizer {values['optimizer']}: "
                f"the rate of the UNet, {values['learning_rate']:g}, is used")
+    yield from _shrinking_base(values)
     if values.get("enable_xformers_memory_efficient_attention"):
         yield ("--enable_xformers_memory_efficient_attention: PyTorch's scaled_dot_product_attention is used, which is "
                "memory-efficient too")
+
+
+def _shrinking_base(values: Values) -> Iterator[str]:
+    """Weight decay that reaches what holds a part of the base: DoRA's m, and A and B that start at its directions."""
+    start = values.get("init_lora_weights", "gaussian")
+    kind = "--use_dora" if values.get("use_dora") else f"--init_lora_weights {start}" if start != "gaussian" else ""
+    decay = float(values.get("adam_weight_decay") or 0)
+    if kind and decay > _HARMLESS_DECAY:
+        yield (f"--adam_weight_decay {decay:g} with {kind} decays the base model's own part of the weights, too: "
+               f"--adam_weight_decay 0 leaves it alone")

@@ -13,21 +13,25 @@ SOURCES = ("config", "preset", "print_config")  # they say where values come fro
 
 
 def config_text(flags: Mapping[str, Flag], values: Mapping[str, Value], origins: Mapping[str, str]) -> str:
-    """TOML of every value with its origin; `--config` reads it back. Unset and secret values are comments."""
+    """TOML of every value with its origin; `--config` reads it back.
+
+    Unset and secret values are comments. So are defaults: to give a value is more than to have it (--text_encoder_lr).
+    """
     lines = []
     for concern, members in groupby(flags.values(), key=lambda flag: flag.concern):
         lines += ["", f"[{concern}]"]
-        lines += [f"{_assignment(flag, values[flag.name]):<60} # {origins[flag.name]}" for flag in members]
+        lines += [f"{_assignment(flag, values[flag.name], origins[flag.name]):<60} # {origins[flag.name]}"
+                  for flag in members]
     return "\n".join(lines[1:]) + "\n"
 
 
-def _assignment(flag: Flag, value: Value) -> str:
+def _assignment(flag: Flag, value: Value, origin: str) -> str:
     if flag.secret and value is not None:
         return f"# {flag.name} is set, not shown"
     if value is None:
         return f"# {flag.name} is not set"
     text = f"{flag.name} = {json.dumps(value, ensure_ascii=False)}"  # JSON's scalars are TOML's
-    return f"# {text}" if flag.name in SOURCES else text
+    return f"# {text}" if flag.name in SOURCES or origin == "default" else text
 
 
 def markdown(concerns: Mapping[str, type[Concern]], presets: Mapping[str, Mapping[str, Value]]) -> str:
@@ -45,8 +49,6 @@ def _table(flags: Iterable[Flag]) -> str:
 
 def _row(flag: Flag) -> str:
     meaning = flag.help
-    if feature := flag.note("not_yet"):
-        meaning += f". *Not yet: {feature}.*"
     if differs := flag.note("differs"):
         meaning += f". *Unlike the Diffusers script: {differs}.*"
     default = "**required**" if flag.required else f"`{shown(flag.default)}`"
@@ -78,7 +80,7 @@ Names, types and defaults are those of the Diffusers script `train_dreambooth_lo
 - A value comes from the command line, else from the environment (`LORA_RANK=8` for `--rank 8`; an empty variable counts
   as unset), else from the `--config` file, else from the `--preset`, else it is the default.
 - A config file is TOML, YAML or JSON, its keys flat or in tables named after the groups below (`[lora]`).
-- `--print_config` prints every value with its origin and stops; what it prints is itself a config file.
+- `--print_config` prints every value with its origin and stops. That is a config file, too, with defaults as comments.
 - Dashes work for underscores (`--instance-data-dir`). Every switch has a twin `--no_…` and takes `=True` or `=False`.
 - Choices are read in any case. `none` unsets a number or a choice that a preset or a config has set.
 - All mistakes in a command are reported at once, each with the nearest flag or value; the exit code is 2."""

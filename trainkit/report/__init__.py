@@ -115,7 +115,7 @@ def charts(run: RunFacts) -> list[Chart]:
         smooth = smoothed(loss)
         found.append(line_chart("Loss", smooth, raw=loss, wide=True, summary=f"{number(smooth[-1][1])} at the end",
                                 explanation="The faint line is the loss itself, the strong one its running mean."))
-    for name in group_names(run):
+    for name in run.rates:
         rate = effective_rate(run, name)
         scaled = any(f"d/{name}" in row for row in run.metrics)
         title = f"Learning rate × d, {name}" if scaled else f"Learning rate, {name}"
@@ -125,11 +125,6 @@ def charts(run: RunFacts) -> list[Chart]:
         found.append(line_chart("Gradient norm, before clipping", smooth, raw=norm,
                                 summary=f"{number(smooth[-1][1])} at the end"))
     return found
-
-
-def group_names(run: RunFacts) -> list[str]:
-    keys = dict.fromkeys(key for row in run.metrics for key in row if key.startswith("lr/"))
-    return [key.removeprefix("lr/") for key in keys]
 
 
 def effective_rate(run: RunFacts, name: str) -> list[tuple[float, float]]:

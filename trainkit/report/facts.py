@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 
 from trainkit.files import Json, read_json
+from trainkit.options import OptimizerOptions
+from trainkit.options.rules import unread
 from trainkit.options.words import replace_words
 from trainkit.pivotal import EmbeddingsHeader, embeddings_file, read_header
 from trainkit.report.usage import DIFFUSERS_FILE, Usage, usage
@@ -54,6 +56,31 @@ class RunFacts:
         """Resolved value of a flag, None for a flag the run did not have."""
         return self.record["options"].get(flag, {}).get("value")
 
+    def setting(self, flag: str) -> Json:
+        """As `option`, but None for a flag that had no effect beside the others."""
+        return None if flag in self._unread else self.option(flag)
+
+    @cached_property
+    def _unread(self) -> set[str]:
+        return {name for name, _ in unread({flag: o["value"] for flag, o in self.record["options"].items()})}
+
+    @property
+    def optimizer(self) -> str:
+        """The optimizer that was used, with --use_8bit_adam read."""
+        return OptimizerOptions.model_construct(
+            optimizer=str(self.option("optimizer")), use_8bit_adam=bool(self.option("use_8bit_adam"))).algorithm
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The highest learning rate of each parameter group: what its schedule rises to or falls from."""
+        found: dict[str, float] = {}
+        for row in self.metrics:
+            for key in row:
+                group = key.removeprefix("lr/")
+                if group != key:
+                    found[group] = max(row[key], found.get(group, 0.0))
+        return found
+
     @property
     def name(self) -> str:
         return str(self.record["name"])
@@ -78,6 +105,10 @@ class RunFacts:
     def has_lora(self) -> bool:
         """Whether a network was trained, not new tokens alone."""
         return self.option("train_unet_frac") != 0 or bool(self.option("train_text_encoder"))
+
+    @property
+    def is_dora(self) -> bool:
+        return self.has_lora and bool(self.option("use_dora"))
 
     @property
     def embeddings_file(self) -> str:

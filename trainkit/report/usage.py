@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from trainkit.diffusion import effective_config
 from trainkit.pivotal import ENCODERS, EOS_LINE
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def diffusers_snippet(run: RunFacts) -> str:
         'device = "cuda" if torch.cuda.is_available() else "cpu"',
         'dtype = torch.float16 if device == "cuda" else torch.float32',
         f"pipe = StableDiffusionXLPipeline.from_pretrained({quoted(run.base_model)}).to(device, dtype)",
+        *scheduler_line(run),
         *lora_lines(run),
         *token_lines(run),
         f"image = pipe({quoted(prompt)}).images[0]",
@@ -62,6 +64,15 @@ def imports(run: RunFacts) -> Iterator[str]:
         yield "from huggingface_hub import hf_hub_download"
     if run.embeddings:
         yield "from safetensors.torch import load_file"
+
+
+def scheduler_line(run: RunFacts) -> Iterator[str]:
+    """The noise schedule that was trained on, where flags have changed the base model's."""
+    changed = effective_config({}, prediction_type=run.option("prediction_type"),
+                               rescale_betas_zero_snr=bool(run.option("rescale_betas_zero_snr")))
+    if changed:
+        listed = ", ".join(f"{name}={quoted(v) if isinstance(v, str) else v}" for name, v in changed.items())
+        yield f"pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, {listed})"
 
 
 def lora_lines(run: RunFacts) -> Iterator[str]:
@@ -93,6 +104,9 @@ def comfyui(run: RunFacts) -> Iterator[str]:
         yield f"Add a `Load LoRA` node behind `Load Checkpoint` ({run.base_model}) and choose the file."
         yield ("Set `strength_model` and `strength_clip` to 1." if run.option("train_text_encoder") else
                "Set `strength_model` to 1. `strength_clip` changes nothing: the text encoders were not trained.")
+    if run.is_dora:
+        yield ("Expect a DoRA a little stronger than it was trained: ComfyUI divides its rows by the norm of the "
+               "base's (Comfy-Org/ComfyUI#15458). Diffusers draws what was trained.")
     if run.embeddings:
         yield f"Put `{run.embeddings_file}` into `ComfyUI/models/embeddings/`."
     yield f"Write `{run.spelled(f'embedding:{run.embeddings_stem}')}` in the positive prompt."
@@ -100,6 +114,8 @@ def comfyui(run: RunFacts) -> Iterator[str]:
 
 
 def webui(run: RunFacts) -> Iterator[str]:
+    if run.is_dora:
+        yield "Take Forge, which draws a DoRA as ComfyUI does: A1111 cannot draw it, as it knows another kind of DoRA."
     if run.has_lora:
         yield f"Put `{run.name}.safetensors` into `models/Lora/` and press Refresh in the Lora tab."
     if run.embeddings:
