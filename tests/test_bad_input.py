@@ -35,7 +35,8 @@ CASES = {
     "resolution": (dict(resolution=33), 2, ["--resolution", "33", "32"]),
     "caption column": (dict(caption_column="txet"), 2, ["txet", "text"]),
     "block": (dict(lora_unet_blocks="unet.up_blocks.9"), 2, ["up_blocks.9"]),
-    "later feature": (dict(train_text_encoder_ti=True), 2, ["not yet", "--train_text_encoder_ti"]),
+    "two ways with text": (dict(train_text_encoder_ti=True, train_text_encoder=True), 2, ["--train_text_encoder_ti"]),
+    "no such word": (dict(train_text_encoder_ti=True, token_abstraction="TOKK"), 3, ["TOKK", "--instance_prompt"]),
     "unknown flag": (dict(learning_rat=1), 2, ["--learning_rate"]),
     "unknown optimizer": (dict(optimizer="prodgy"), 2, ["prodigy"]),
     "explicit checkpoint missing": (dict(resume_from_checkpoint="checkpoint-9"), 2, ["checkpoint-9"]),
@@ -70,7 +71,8 @@ def test_a_model_without_a_unet_is_refused(tiny_sdxl, pictures, tmp_path):
 
 
 def test_all_problems_come_in_one_message_and_usage_decides_the_exit_code(tiny_sdxl, tmp_path):
-    argv = command(tiny_sdxl, tmp_path / "nothing", tmp_path / "out", resolution=30, use_dora=True, lora_dropout=2)
+    argv = command(tiny_sdxl, tmp_path / "nothing", tmp_path / "out", resolution=30, use_dora=True,
+                   lora_type="loha", lora_dropout=2)
     done = forked(argv, log=tmp_path / "log")
     assert done.code == 2
     for word in ("--use_dora", "--lora_dropout"):

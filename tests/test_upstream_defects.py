@@ -195,7 +195,7 @@ def test_d17_frozen_encoders_are_let_go_and_never_loaded_again(watched, tiny_sdx
 
 def test_d22_captions_of_frozen_encoders_are_encoded_once(watched):
     """There: both encoders run at every step when there are captions."""
-    assert watched[1].count("encode") == 1, "8 captions and 2 prompts of previews, in one batch"
+    assert watched[1].count("encode") == 2, "8 captions in one batch, 2 prompts of previews in another"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -401,7 +401,7 @@ def test_d24_zero_is_zero_false_is_false_and_a_slip_is_an_error(runs, tiny_sdxl)
     """There: a text rate or decay of 0 falls back, =False is True, an unknown optimizer becomes AdamW."""
     out = runs("zero", train_text_encoder_ti=True, text_encoder_lr=0, token_std_pull=0, checkpointing_steps=1,
                train_text_encoder_ti_frac=1.0)
-    assert equal(rows_after(out, 1), rows_after(out, 2)) and metrics(out)[0]["lr/tokens"] == 0
+    assert equal(rows_after(out, 1), rows_after(out, 2)) and "lr/tokens" not in metrics(out)[0], "out of every update"
     text = TextOptions(train_text_encoder=True, adam_weight_decay_text_encoder=0)
     groups = make(load(tiny_sdxl), text=text).groups(OptimizerOptions(adam_weight_decay=0.1), 1)
     assert len(groups) == 2 and all(group["weight_decay"] == 0 for group in groups)
