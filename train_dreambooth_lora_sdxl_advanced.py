@@ -146,6 +146,7 @@ def make_words(opt: Options, family: SDXL, rows: Sequence[Row], store: Store, to
 
     pivotal.warn_of_captions_without(
         opt.pivotal, [row.caption for row in rows if not row.is_class and row.repeat == 0])
+    pivotal.warn_of_class_prompts_with(opt.pivotal, [row.caption for row in rows if row.is_class])
     return make_text(
         family, [row.caption for row in rows], store, also=preview_prompts(opt.validation), text=opt.text,
         pivotal=opt.pivotal, lora=opt.lora, total=total, seed=opt.run.seed,

@@ -104,6 +104,14 @@ def test_captions_without_a_word_are_counted_in_the_log(caplog):
     assert "2 of 3 captions" in caplog.text and "'a dog'" in caplog.text
 
 
+def test_a_word_in_captions_of_class_pictures_is_said_in_the_log(caplog):
+    with caplog.at_level(logging.WARNING):
+        pivotal.warn_of_class_prompts_with(options(), ["a dog"])
+        assert not caplog.text
+        pivotal.warn_of_class_prompts_with(options(), ["a dog", "a TOK dog"])
+    assert "1 captions of class pictures" in caplog.text and "'a TOK dog'" in caplog.text
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Rows
 

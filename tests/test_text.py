@@ -17,6 +17,7 @@ from tests.tiny import build_tiny_sdxl
 from trainkit import rng
 from trainkit.adapters import add_adapters
 from trainkit.data.cache import DiskStore, MemoryStore, Store
+from trainkit.errors import UserError
 from trainkit.export import write_diffusers
 from trainkit.families import sdxl
 from trainkit.optim import make_optimizer
@@ -118,7 +119,7 @@ def test_a_distinct_prompt_is_encoded_once_a_step_and_one_without_new_tokens_onc
 
 
 def test_a_prompt_repeated_in_a_batch_counts_as_often_in_the_gradient(tiny_sdxl):
-    words, weights = make(load(tiny_sdxl), **TI), torch.randn(3, 77, 56)
+    words, weights = make(load(tiny_sdxl), **TI), torch.randn(3, 77, 56, generator=rng.generator("weights"))
 
     def gradient(embeds: torch.Tensor) -> torch.Tensor:
         (embeds * weights).sum().backward()
@@ -129,7 +130,7 @@ def test_a_prompt_repeated_in_a_batch_counts_as_often_in_the_gradient(tiny_sdxl)
 
     shared = gradient(words(["a TOK dog", "a TOK cat", "a TOK dog"], 0)[0])
     apart = gradient(words.family.encode_prompts([f"a <s0><s1> {noun}" for noun in ("dog", "cat", "dog")])[0])
-    torch.testing.assert_close(shared, apart, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(shared, apart, rtol=1e-3, atol=1e-4)  # sums in another order
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -443,3 +444,13 @@ def test_d10_stock_diffusers_draws_our_preview_after_the_two_documented_calls(as
     for ours in (before, after):
         assert np.abs(np.asarray(ours).astype(int) - picture).max() <= 1
     assert np.abs(untrained - picture).max() > 8 < np.abs(draw(prompt) - picture).max()
+
+
+@pytest.mark.parametrize(("prompt", "tokens", "lost"), [("word " * 30 + "TOK", 2, "<s0>, <s1>"), ("TOK", 80, "<s75>")])
+def test_new_tokens_that_every_caption_is_cut_before_are_refused(tiny_sdxl, prompt, tokens, lost):
+    family = load(tiny_sdxl)
+    asked = PivotalOptions(train_text_encoder_ti=True, num_new_tokens_per_abstraction=tokens)
+    with pytest.raises(UserError, match="cut off in every caption") as refused:
+        make(family, [prompt, "a house"], pivotal=asked)
+    assert lost in refused.value.problems[0].what and refused.value.exit_code == 3
+    make(load(tiny_sdxl), [prompt, "a TOK"], pivotal=PivotalOptions(train_text_encoder_ti=True))

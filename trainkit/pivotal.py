@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from trainkit import rng
 from trainkit.errors import Problem, UserError, refuse
+from trainkit.families.text import token_ids
 from trainkit.files import disk_errors, load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -71,6 +72,14 @@ def problems(options: PivotalOptions, captions: Sequence[str]) -> Iterator[Probl
 def holds(options: PivotalOptions, caption: str, word: str) -> bool:
     """Whether the text encoders are shown a token of `word`: it is there as a whole word, or its token is."""
     return options.tokens[word][0] in options.rewrite(caption)
+
+
+def warn_of_class_prompts_with(options: PivotalOptions, captions: Sequence[str]) -> None:
+    """Say in the log which captions of class pictures hold a word that stands for new tokens."""
+    both = [caption for caption in captions if options.rewrite(caption) != caption]
+    if both:
+        log.warning("%d captions of class pictures hold a word of --token_abstraction: the new tokens learn the class "
+                    "from them (%r for one)", len(both), both[0])
 
 
 def warn_of_captions_without(options: PivotalOptions, captions: Sequence[str]) -> None:
@@ -194,6 +203,19 @@ def taken(names: Sequence[str], tokenizers: Sequence[CLIPTokenizer]) -> Iterator
                           "its tokenizers were saved with tokens of an earlier training, and two meanings of one token "
                           "cannot be told apart", "name the base model that the earlier training started from")
             return
+
+
+def unseen(names: Sequence[str], tokenizer: CLIPTokenizer, texts: Sequence[str]) -> list[Problem]:
+    """New tokens that no rewritten prompt shows the encoders, because it is cut before them."""
+    shown = set(token_ids(tokenizer, texts).flatten().tolist()) if texts else set()
+    lost = [name for name in names if tokenizer.convert_tokens_to_ids(name) not in shown]
+    if not lost:
+        return []
+    listed = ", ".join(lost[:4]) + (", …" if len(lost) > 4 else "")
+    return [Problem(f"{len(lost)} of {len(names)} new tokens are cut off in every caption ({listed})",
+                    "--token_abstraction, --num_new_tokens_per_abstraction",
+                    f"text encoders read {tokenizer.model_max_length} tokens, and those beyond learn nothing",
+                    "write the word near the start of captions, or give it fewer tokens", kind="data")]
 
 
 def first_rows(options: PivotalOptions, tokenizer: CLIPTokenizer, table: Tensor, *, std: float,

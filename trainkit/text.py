@@ -14,8 +14,9 @@ from torch import Tensor
 
 from trainkit import adapters
 from trainkit.data.cache import Store
+from trainkit.errors import refuse
 from trainkit.families.text import FrozenText
-from trainkit.pivotal import NewTokens
+from trainkit.pivotal import NewTokens, unseen
 
 if TYPE_CHECKING:
     from trainkit.adapters import Adapters
@@ -215,7 +216,7 @@ def make_text(family: SDXL, prompts: Iterable[str], store: Store | None, *, text
     prompts  every prompt to train on: the captions
     also     every other the run will need encoded: those of previews
     Frozen encoders are freed here, those in training stay on the device.
-    Raises UserError where the base model has the new tokens already.
+    Raises UserError where the base model has the new tokens already, or every caption is cut before one of them.
     """
     if not (text.train_text_encoder or pivotal.train_text_encoder_ti):
         frozen = FrozenText(family, prompts, store, text.clip_skip, also=also)
@@ -226,7 +227,9 @@ def make_text(family: SDXL, prompts: Iterable[str], store: Store | None, *, text
         if gradient_checkpointing:  # called gradient_checkpointing_enable before Transformers 5.23
             enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
             enable({"use_reentrant": False})  # needs no gradient at the input
-    learner, stop = (
-        (NewTokens(family, pivotal, seed=seed), pivotal.stop(total)) if pivotal.train_text_encoder_ti
-        else (EncoderAdapters(family, lora, seed=seed), text.stop(total)))
-    return LiveText(family, learner, prompts, store, text, stop=stop, also=also)
+    if not pivotal.train_text_encoder_ti:
+        learner = EncoderAdapters(family, lora, seed=seed)
+        return LiveText(family, learner, prompts, store, text, stop=text.stop(total), also=also)
+    prompts, tokens = list(prompts), NewTokens(family, pivotal, seed=seed)
+    refuse(unseen(tokens.names, family.tokenizers[0], [tokens.rewrite(prompt) for prompt in prompts]))
+    return LiveText(family, tokens, prompts, store, text, stop=pivotal.stop(total), also=also)
