@@ -81,11 +81,23 @@ def read_json(path: Path) -> Json:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file; dtypes and bits are kept, devices and strides are not."""
+    """Write a safetensors file; dtypes and bits are kept, devices and strides are not. One content, one SHA-256."""
     from safetensors.torch import save
 
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    atomic_write(path, save(flat, dict(metadata) if metadata else None))
+    data = save(flat, dict(metadata) if metadata else None)
+    atomic_write(path, metadata_sorted(data) if metadata else data)
+
+
+def metadata_sorted(data: bytes) -> bytes:
+    """A safetensors file with its metadata by name: the library writes it in an order that changes from run to run."""
+    length = int.from_bytes(data[:8], "little")
+    header: dict[str, Json] = json.loads(data[8 : 8 + length])
+    metadata = header.pop("__metadata__")
+    assert isinstance(metadata, dict), "metadata of a safetensors file are an object"
+    text = json.dumps({"__metadata__": dict(sorted(metadata.items())), **header}, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin on a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
