@@ -157,7 +157,7 @@ def test_d02_every_kind_of_text_is_tokenised_as_at_inference(tiny_sdxl):
     with torch.no_grad():
         embeds, _, pooled, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
     for concern in ({}, {"pivotal": NEW_TOKENS}, {"text": TextOptions(train_text_encoder=True)}):
-        ours = make(load(tiny_sdxl), prompts, **concern)(prompts, 0)
+        ours = make(load(tiny_sdxl), [*prompts, "a TOK"], **concern)(prompts, 0)
         torch.testing.assert_close(ours, (embeds, pooled), rtol=0, atol=1e-6)
 
 
