@@ -37,6 +37,11 @@ def sd():
     return StableDiffusionPipeline.from_pretrained(SD)
 
 
+def test_no_config_names_a_folder_of_the_machine_that_built_it():
+    configs = [path for model in (SDXL, SD, CLIP) for path in model.rglob("*.json") if "vocab" not in path.name]
+    assert [str(path) for path in configs if "_name_or_path" in path.read_text("utf-8")] == []
+
+
 def test_the_models_stay_within_their_sizes():
     files = [file for folder in (SDXL, SD, CLIP) for file in folder.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 40 * MB

@@ -108,6 +108,13 @@ def finish_text_encoder(folder: Path) -> None:
     load_in_fp32(folder / "config.json")
 
 
+def forget_origin(config: Path) -> None:
+    """Leave out where the part was loaded from: a folder of the machine that built it."""
+    values = json.loads(config.read_text(encoding="utf-8"))
+    values.pop("_name_or_path", None)
+    config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
 def load_in_fp32(config: Path) -> None:
     """Make fp32 the dtype that transformers chooses when the caller names none."""
     values = json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}
@@ -123,6 +130,7 @@ def export_pipeline(work_dir: Path, family: str, target: Path) -> None:
     for name in ("tokenizer", "tokenizer_2"):
         if (new / name).exists():
             finish_tokenizer(new / name, work_dir, name)
+    forget_origin(new / "vae" / "config.json")
     finish_text_encoder(new / "text_encoder")
     if (new / "text_encoder_2").exists():
         load_in_fp32(new / "text_encoder_2" / "config.json")
