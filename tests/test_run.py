@@ -840,3 +840,18 @@ def test_the_environments_keys_are_masked_too(monkeypatch):
     assert redact("logged in with 0123456789abcdef") == "logged in with ***"
     assert redacted_command(["t.py", "--hub_token"]) == ["t.py", "--hub_token"]
     assert redacted_command(["--hub-token", "abc", "--hub-token=abc"]) == ["--hub-token", "***", "--hub-token=***"]
+
+
+@pytest.mark.parametrize("meet", [
+    ranks.barrier, lambda: ranks.from_main(lambda: 1), lambda: ranks.sum_over_ranks(torch.ones(2))])
+def test_a_sibling_that_ended_is_one_line_and_no_traceback(monkeypatch, meet):
+    def closed(*args, **kwargs):
+        raise RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:1234\nmore")
+
+    for name in ("barrier", "broadcast_object_list", "all_reduce"):
+        monkeypatch.setattr(f"torch.distributed.{name}", closed)
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    monkeypatch.setattr(ranks, "rank", lambda: 1)
+    with pytest.raises(UserError, match="another process of this run has ended") as caught:
+        meet()
+    assert caught.value.exit_code == 1 and "Connection closed" in caught.value.problems[0].why

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["usage", "data", "memory", "nonfinite", "disk", "preempted", "stopped"]
+Kind = Literal["sibling", "usage", "data", "memory", "nonfinite", "disk", "preempted", "stopped"]
 
-EXIT_CODES: dict[Kind, int] = {
-    "usage": 2, "data": 3, "memory": 4, "nonfinite": 5, "disk": 74, "preempted": 75, "stopped": 130,
+EXIT_CODES: dict[Kind, int] = {  # a sibling's failure is told by that process
+    "sibling": 1, "usage": 2, "data": 3, "memory": 4, "nonfinite": 5, "disk": 74, "preempted": 75, "stopped": 130,
 }
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
-from trainkit.errors import Problem, refuse
+from trainkit.errors import Problem, UserError, refuse
 
 T = TypeVar("T")
 
@@ -39,10 +40,22 @@ def is_main() -> bool:
     return rank() == 0
 
 
+@contextmanager
+def together() -> Iterator[None]:
+    """What ranks do at once. Raises UserError(kind="sibling") when one has ended, where torch names a socket."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(Problem(
+            "another process of this run has ended", f"process {rank()} of {world()}, counted from 0",
+            f"{error}".partition("\n")[0], "see the message of that process", kind="sibling")) from error
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     if world() > 1:
-        dist.barrier()
+        with together():
+            dist.barrier()
 
 
 def from_main(compute: Callable[[], T]) -> T:
@@ -50,12 +63,14 @@ def from_main(compute: Callable[[], T]) -> T:
     if world() == 1:
         return compute()
     box = [compute() if is_main() else None]
-    dist.broadcast_object_list(box, src=0)
+    with together():
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def sum_over_ranks(flat: Tensor) -> Tensor:
     """Sum `flat` [N] over ranks, in place."""
     if world() > 1:
-        dist.all_reduce(flat, op=dist.ReduceOp.SUM)
+        with together():
+            dist.all_reduce(flat, op=dist.ReduceOp.SUM)
     return flat
