@@ -39,14 +39,20 @@ def check(folder: Path) -> dict[str, Json]:
     """
     body = _read(folder / NAME)
     for name, entry in body["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise Damaged(f"{name} is missing")
-        if path.stat().st_size != entry["size"]:
-            raise Damaged(f"{name} has {path.stat().st_size:,} bytes instead of {entry['size']:,}")
-        if _sha256(path) != entry["sha256"]:
-            raise Damaged(f"{name} has other content than was written (SHA-256 differs)")
+        try:
+            _check_file(folder / name, name, entry)
+        except FileNotFoundError as error:  # gone while we look, as when its folder is being pruned
+            raise Damaged(f"{name} is missing") from error
     return body
+
+
+def _check_file(path: Path, name: str, entry: dict[str, Json]) -> None:
+    if not path.is_file():
+        raise Damaged(f"{name} is missing")
+    if path.stat().st_size != entry["size"]:
+        raise Damaged(f"{name} has {path.stat().st_size:,} bytes instead of {entry['size']:,}")
+    if _sha256(path) != entry["sha256"]:
+        raise Damaged(f"{name} has other content than was written (SHA-256 differs)")
 
 
 def _read(path: Path) -> dict[str, Json]:
