@@ -174,6 +174,18 @@ def test_with_one_kept_there_is_a_whole_checkpoint_at_every_instant(tmp_path):
     assert resumed(tmp_path) > 1, "the child saved while we looked"
 
 
+def test_a_checkpoint_that_is_pruned_while_it_is_read_is_not_whole(tmp_path, monkeypatch):
+    save_steps(tmp_path, 1)
+    folder, = shelf.Shelf(tmp_path).all()
+    assert shelf.is_whole(folder)
+
+    def gone(path: Path) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("trainkit.runtime.manifest._sha256", gone)
+    assert not shelf.is_whole(folder)
+
+
 def truncate(p: Path): p.write_bytes(p.read_bytes()[:-7])
 def empty(p: Path): p.write_bytes(b"")
 def zero(p: Path): p.write_bytes(bytes(p.stat().st_size))
