@@ -70,9 +70,8 @@ class Hadamard(Update):
         """
         out, width = self.B1.shape[0], self.A1.shape[1]
         if len(self.A1) ** 2 > min(out, width):
-            delta = (self.B1 @ self.A1) * (self.B2 @ self.A2)
-            whole = LowRank(delta, unit(out, delta)) if out < width else LowRank(unit(width, delta), delta)
-            return replace(whole, scale=self.scale)
+            B, A = split((self.B1 @ self.A1) * (self.B2 @ self.A2))
+            return LowRank(A, B, self.scale)
         B = (self.B1.unsqueeze(2) * self.B2.unsqueeze(1)).flatten(1)  # [out,r²]
         A = (self.A1.unsqueeze(1) * self.A2.unsqueeze(0)).flatten(0, 1)  # [r²,in]
         return LowRank(A, B, self.scale)
@@ -96,8 +95,7 @@ class Kronecker(Update):
         a, c = self.C.shape
         B, A = self.B, self.A
         if B is None:
-            b, d = self.D.shape
-            B, A = (unit(b, self.D), self.D) if b < d else (self.D, unit(d, self.D))
+            B, A = split(self.D)
         if a < c:
             return LowRank(self.C.kron(A), unit(a, A).kron(B), self.scale)
         return LowRank(unit(c, A).kron(A), self.C.kron(B), self.scale)
@@ -107,13 +105,10 @@ def unit(n: int, like: Tensor) -> Tensor:
     return torch.eye(n, dtype=like.dtype, device=like.device)
 
 
-def no_wider(update: LowRank) -> LowRank:
-    """The update with a rank of at most its smaller side, exactly: past that an identity takes one factor's place."""
-    A, B = update.A, update.B
-    if len(A) <= min(B.shape[0], A.shape[1]):
-        return update
-    out, width = B.shape[0], A.shape[1]
-    return LowRank(B @ A, unit(out, A), update.scale) if out < width else LowRank(unit(width, A), B @ A, update.scale)
+def split(whole: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix [out,in] as B A of the least rank that holds any: one factor is it, the other an identity."""
+    out, width = whole.shape
+    return (unit(out, whole), whole) if out < width else (whole, unit(width, whole))
 
 
 def rows_norm(V: Tensor) -> Tensor:
