@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 TRAINER = ROOT / "train_dreambooth_lora_sdxl_advanced.py"
 BASE = ROOT / "assets/tiny-sdxl-icons"
 CLASS = ROOT / "assets/icons-class"
+CLIP = ROOT / "assets/tiny-clip-icons"
 DRIFT_PROMPTS = 50
 STEPS, DENOISING_STEPS = 300, 10  # defaults of the arguments
 
@@ -144,14 +145,18 @@ class Exam:
         self.steps, self.denoising_steps = args.steps, args.denoising_steps
 
     def result(self, folder: Path, seconds: float) -> Result:
-        from trainkit.evaluation import style_distance
-
         style = self.pictures(folder, self.style_prompts)
-        distance = style_distance(style, self.real, self.evaluate.ASSETS / "tiny-clip-icons")
+        distance = self.distance(style)
         self.sheet(folder, style)
         return Result(gap_closed=(self.base_distance - distance) / (self.base_distance - self.floor),
                       prior_drift=drift(self.pictures(folder, self.prior_prompts), self.base_prior), seconds=seconds,
                       steps=self.steps, denoising_steps=self.denoising_steps)
+
+    def distance(self, pictures: Sequence[Image]) -> float:
+        """Style distance to the real icons."""
+        from trainkit.evaluation import style_distance
+
+        return style_distance(pictures, self.real, CLIP)
 
     @cached_property
     def evaluate(self):
@@ -170,17 +175,11 @@ class Exam:
 
     @cached_property
     def floor(self) -> float:
-        from trainkit.evaluation import style_distance
-
-        training = [self.evaluate.opened(p) for p in self.evaluate.pictures_in(ROOT / "assets/icons-3d")]
-        return style_distance(training, self.real, self.evaluate.ASSETS / "tiny-clip-icons")
+        return self.distance([self.evaluate.opened(p) for p in self.evaluate.pictures_in(ROOT / "assets/icons-3d")])
 
     @cached_property
     def base_distance(self) -> float:
-        from trainkit.evaluation import style_distance
-
-        return style_distance(self.pictures(None, self.style_prompts), self.real,
-                              self.evaluate.ASSETS / "tiny-clip-icons")
+        return self.distance(self.pictures(None, self.style_prompts))
 
     @cached_property
     def base_prior(self) -> list[Image]:
@@ -224,7 +223,7 @@ def drift(pictures: list[Image], base: list[Image]) -> float:
 
     from trainkit.evaluation import load_clip, to_pixels
 
-    model, mean, std = load_clip(ROOT / "assets/tiny-clip-icons")
+    model, mean, std = load_clip(CLIP)
     side = model.config.vision_config.image_size
     with torch.no_grad():
         a, b = (model.get_image_features(to_pixels(some, side, mean, std)) for some in (pictures, base))
