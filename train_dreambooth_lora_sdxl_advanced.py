@@ -11,7 +11,7 @@ docs/flags.md explains them, docs/differences.md says where we differ from the D
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -38,15 +38,16 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from trainkit import rng
     from trainkit.adapters import Adapters
     from trainkit.checkpoints import Checkpoints
     from trainkit.data.batch import Batch
     from trainkit.data.cache import Store
     from trainkit.data.rows import Row
-    from trainkit.diffusion import LevelSampler, Noise
+    from trainkit.diffusion import Noise
     from trainkit.families.sdxl import SDXL
-    from trainkit.objective import Objective
     from trainkit.optim import Optim, ParamGroup
+    from trainkit.passes import Pass, Passes
     from trainkit.preview import Previews
     from trainkit.run import Run
     from trainkit.text import Text
@@ -71,7 +72,7 @@ class Options(OptionSet):
 def main(argv: list[str] | None = None) -> None:
     opt = parse(Options, argv, description=__doc__)  # frozen; --help and --print_config end here
 
-    from trainkit import adapters, checkpoints, optim, preview, publish, run
+    from trainkit import adapters, checkpoints, identity, optim, preview, publish, run
     from trainkit.data import cache, class_pictures, loader, order
     from trainkit.families import sdxl
 
@@ -93,17 +94,17 @@ def main(argv: list[str] | None = None) -> None:
             family, opt.validation, words, job.out_dir, seed=job.seed, resolution=opt.data.resolution,
             every=opt.validation.every(stream.steps_per_epoch), averaged=optimizer.averaged)
         saves = checkpoints.Checkpoints(
-            job.out_dir, keep=opt.run.checkpoints_total_limit, fingerprint=fingerprint(opt, rows, family, job, total),
-            extra=partial(export, words, optimizer, job.name), adapters=lora, text=words, optimizer=optimizer, run=job)
+            job.out_dir, keep=opt.run.checkpoints_total_limit, extra=partial(export, words, optimizer, job.name),
+            fingerprint=identity.fingerprint(opt, rows, family, job, total),
+            adapters=lora, text=words, passes=train_step.passes, optimizer=optimizer, run=job)
         start = saves.resume(opt.run.resume_from_checkpoint, stop=stop)
         job.begin(start, total, previews)
         for step, batches in loader.micro_batches(pictures, stream, start_step=start, stop_step=stop, **job.share):
             optimizer.begin(step)  # who trains in this step, and at which rate
-            for batch in batches:
-                losses = train_step(batch.to(job.device))  # [B]
-                job.backward(losses.sum() / batch.num_instance)
+            for loss in train_step(batches):  # a part of the step's loss for each forward pass
+                job.backward(loss)
             stats = job.update(optimizer, step=step, then=words.after_update)
-            job.log(step + 1, stats | optimizer.describe())
+            job.log(step + 1, stats | train_step.passes.describe() | optimizer.describe())
             after_step(step + 1, opt, job, optimizer, saves=saves, previews=previews, last=step + 1 == stop)
         if stop == total:
             with optimizer.averaged():
@@ -112,30 +113,38 @@ def main(argv: list[str] | None = None) -> None:
 
 @dataclass(frozen=True)
 class TrainStep:
-    """One micro-batch forward: noise it to a drawn level, ask the network, weigh the error."""
+    """The forward passes of one optimizer step: noise to a drawn level, ask the network, weigh the error."""
 
     family: SDXL
     words: Text
     job: Run
-    levels: LevelSampler
     noise: Noise
-    loss: Objective
+    passes: Passes
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """-> losses [B]. Every draw is a function of (seed, step, slot in the global batch)."""
+    def __call__(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
+        """-> the part of the step's loss that each pass of each micro-batch has; its graph may go before the next."""
+        for batch in batches:
+            on_device, keys = batch.to(self.job.device), batch.keys(self.job.seed)
+            x0 = self.family.sample_latents(on_device, keys)  # [B,C,h,w]
+            for one in self.passes(batch.step):
+                yield self.losses(one, on_device, x0, one.keys(keys)).sum() / batch.num_instance
+
+    def losses(self, one: Pass, batch: Batch, x0: Tensor, keys: Sequence[rng.Key]) -> Tensor:
+        """-> losses [B] of one pass. Every draw is a function of (seed, step, slot in the global batch)."""
         from trainkit import rng
+        from trainkit.objective import Outcome
 
-        keys, device = batch.keys(self.job.seed), batch.time_ids.device
         rng.reseed_dropout(*keys[0])
-        x0 = self.family.sample_latents(batch, keys)  # [B,C,h,w]
+        pred = one.loss.pred
         n = self.noise(x0.shape[1:], keys)  # [B,C,h,w]
-        level = self.levels(rng.uniform(keys, "timestep")).to(device)
-        z = self.loss.pred.add_noise(x0, self.noise.perturbed(n, keys).to(device), level)
-        text = self.words(batch.prompts, batch.step)  # embeds [B,T,D], pooled [B,P]
+        level = one.level(keys).to(x0.device)
+        z = pred.add_noise(x0, self.noise.perturbed(n, keys).to(x0.device), level)
+        embeds, pooled = self.words(batch.prompts, batch.step)  # [B,T,D], [B,P]
         with self.job.autocast():
-            seen = self.loss.pred.model_input(z, level)
-            out = self.family.denoise(seen, level, text=text, time_ids=batch.time_ids)
-        return self.loss(out, x0=x0, z=z, n=n.to(device), level=level, share=batch.share, is_class=batch.is_class)
+            seen = pred.model_input(z, level)
+            out = self.family.denoise(seen, level, text=(embeds, pooled), time_ids=batch.time_ids)
+        return one.loss(Outcome(out, x0=x0, z=z, n=n.to(x0.device), level=level, share=batch.share,
+                                is_class=batch.is_class, prompts=batch.prompts, text=embeds))
 
 
 def make_words(opt: Options, family: SDXL, rows: Sequence[Row], store: Store, total: int) -> Text:
@@ -157,10 +166,11 @@ def make_train_step(opt: Options, family: SDXL, words: Text, job: Run) -> TrainS
     """The step with the noise levels, noise and loss that the options ask for."""
     from trainkit.diffusion import Noise, make_levels
     from trainkit.objective import make_objective
+    from trainkit.passes import Pass, Plain
 
     levels = make_levels(opt.objective, family.schedule, opt.run.compat)
     loss = make_objective(opt.objective, family.schedule.prediction, opt.run.compat)
-    return TrainStep(family, words, job, levels, Noise.from_options(opt.objective), loss)
+    return TrainStep(family, words, job, Noise.from_options(opt.objective), Plain(Pass(levels, loss)))
 
 
 def export(words: Text, optimizer: Optim, name: str, folder: Path) -> None:
@@ -214,51 +224,6 @@ def preflight(opt: Options) -> list[Row]:
     words = pivotal.problems(opt.pivotal, [row.caption for row in rows])
     refuse([*asked, *model_problems, *data_problems, *class_pictures.problems(opt), *words])
     return rows
-
-
-# What decides the bits of a run: these concerns, but for flags whose effect is in the rows, and for what one may turn
-# while training: rates and their course, decays, the clip.
-DECISIVE = ("data", "text", "pivotal", "lora", "objective", "optimizer")
-IN_ROWS = {
-    "dataset_name", "dataset_config_name", "instance_data_dir", "image_column", "caption_column", "instance_prompt",
-    "repeats", "cache_dir", "latent_cache_dir",
-}
-TURNED = {
-    "learning_rate", "scale_lr", "text_encoder_lr", "text_encoder_2_lr", "lr_warmup_steps", "lr_num_cycles",
-    "lr_step_rules", "lr_power", "adam_weight_decay", "adam_weight_decay_text_encoder", "max_grad_norm",
-}
-
-
-def fingerprint(opt: Options, rows: Sequence[Row], family: SDXL, job: Run, total: int) -> dict[str, object]:
-    """What a checkpoint and the run that resumes it must agree on, or going on would not be going on."""
-    flags = opt.flat()
-    decisive = [name for concern in DECISIVE for name in opt.concerns()[concern].model_fields]
-    return {
-        "base model": family.identity, "pictures": contents([row for row in rows if not row.is_class]),
-        "class pictures": contents([row for row in rows if row.is_class]),
-        "--prior_loss_weight": [row.share for row in rows if row.is_class][:1],
-        "pictures in a step": job.global_batch, "--seed": job.seed, "--mixed_precision": job.precision,
-        "pictures in a micro-batch": opt.run.train_batch_size if opt.lora.lora_dropout else None,  # it cuts the masks
-        "--allow_tf32": opt.precision.allow_tf32, "--compat": opt.run.compat,
-        "steps": total if depends_on_length(opt) else None,
-        **{f"--{name}": flags[name] for name in decisive if name not in IN_ROWS | TURNED},
-    }
-
-
-def contents(rows: Sequence[Row]) -> str | None:
-    """Digest of pictures and captions; None without any."""
-    from trainkit.data.cache import content_key
-
-    return content_key(*[(row.id, row.digest, row.caption, row.repeat) for row in rows]) if rows else None
-
-
-def depends_on_length(opt: Options) -> bool:
-    """Whether a step means something else in a longer run: a rate decays, or a part stops after a share of the run."""
-    from trainkit.options.rules import shares
-
-    steady = ("constant", "constant_with_warmup", "piecewise_constant")
-    decays = opt.optimizer.lr_scheduler not in steady
-    return decays or any(0 < share < 1 for share in shares(opt.flat()).values())
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from tests.tiny import build_tiny_edm, build_tiny_sdxl
 from trainkit import preview, rng
 from trainkit.diffusion import PREDICTIONS, EDMSchedule, Noise, NoiseSchedule, make_levels
 from trainkit.families import sdxl
-from trainkit.objective import make_objective, per_sample
+from trainkit.objective import Outcome, make_objective, per_sample
 from trainkit.options import ModelOptions, ValidationOptions
 from trainkit.preview import Previews
 
@@ -91,7 +91,8 @@ def test_the_edm_flag_under_compat_is_upstreams_algebra_and_that_is_plain_traini
     seen, wanted = upstream_edm_loss(x0.double(), n.double(), out.double(), alphas().double()[T], name)
     z = objective.pred.add_noise(x0, n, level)
     torch.testing.assert_close(objective.pred.model_input(z, level), seen.float(), rtol=1e-5, atol=1e-5)
-    found = objective(out, x0=x0, z=z, n=n, level=level, share=torch.ones(5), is_class=torch.zeros(5) > 0)
+    no_class = torch.zeros(5) > 0
+    found = objective(Outcome(out, x0=x0, z=z, n=n, level=level, share=torch.ones(5), is_class=no_class))
     torch.testing.assert_close(found, wanted.float(), rtol=1e-4, atol=1e-7)
     plain = per_sample((out - objective.pred.target(x0, n, level)) ** 2)
     factor = torch.ones(5) if name == "epsilon" else alphas()[T]
@@ -112,7 +113,7 @@ def test_an_edm_model_under_compat_has_the_unweighted_error_on_x0(prediction_typ
     wanted = ((theirs.precondition_outputs(z, out, sigma.view(-1, 1, 1, 1)) - x0) ** 2).flatten(1).mean(1)
     level = schedule.nearest(sigma.double())
     is_class = torch.tensor([False, True, False])  # its prior loss is weighed alike
-    found = objective(out, x0=x0, z=z, n=n, level=level, share=torch.ones(3), is_class=is_class)
+    found = objective(Outcome(out, x0=x0, z=z, n=n, level=level, share=torch.ones(3), is_class=is_class))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
@@ -158,7 +159,8 @@ def edm_losses(family: sdxl.SDXL, x0: Tensor, keys: list[rng.Key], **flags: obje
     z = loss.pred.add_noise(x0, noise.perturbed(n, keys), level)
     text = torch.zeros(len(x0), 77, 56), torch.zeros(len(x0), 32)
     out = family.denoise(loss.pred.model_input(z, level), level, text=text, time_ids=torch.full((len(x0), 6), 32.0))
-    return loss(out, x0=x0, z=z, n=n, level=level, share=torch.ones(len(x0)), is_class=torch.zeros(len(x0)) > 0)
+    share, is_class = torch.ones(len(x0)), torch.zeros(len(x0)) > 0
+    return loss(Outcome(out, x0=x0, z=z, n=n, level=level, share=share, is_class=is_class))
 
 
 @pytest.mark.parametrize("flags", [{}, {"snr_gamma": 5.0}, {"loss_weighting": "debiased"}], ids=str)

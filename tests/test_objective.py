@@ -8,7 +8,7 @@ import torch
 
 from tests.test_diffusion import alphas, latents, schedules
 from trainkit.diffusion import PREDICTIONS, EDMSchedule, NoiseSchedule, make_levels
-from trainkit.objective import ERRORS, HUBER_SCHEDULES, WEIGHTS, Objective, make_objective, per_sample
+from trainkit.objective import ERRORS, HUBER_SCHEDULES, WEIGHTS, Objective, Outcome, make_objective, per_sample
 from trainkit.options import ObjectiveOptions
 
 GAMMA = 5.0
@@ -44,7 +44,7 @@ def losses_of(objective, level, *, share=1.0, seed=0, is_class=NO_CLASS):
     out = latents(len(level.a), seed=seed + 1)[0]
     mse = per_sample((out - objective.pred.target(x0, n, level)) ** 2)
     share = torch.as_tensor(share).expand(len(level.a))
-    return objective(out, x0=x0, z=z, n=n, level=level, share=share, is_class=is_class), mse
+    return objective(Outcome(out, x0=x0, z=z, n=n, level=level, share=share, is_class=is_class)), mse
 
 
 # Weights --------------------------------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def test_x0_weighting_is_the_plain_error_on_x0():
         objective = make_objective(ObjectiveOptions(loss_weighting="x0"), schedule.prediction)
         x0, n = latents(4)
         z, out = objective.pred.add_noise(x0, n, level), latents(4, seed=1)[0]
-        losses = objective(out, x0=x0, z=z, n=n, level=level, share=torch.ones(4), is_class=NO_CLASS)
+        losses = objective(Outcome(out, x0=x0, z=z, n=n, level=level, share=torch.ones(4), is_class=NO_CLASS))
         torch.testing.assert_close(losses, per_sample((objective.pred.to_x0(out, z, level) - x0) ** 2),
                                    rtol=2e-3, atol=1e-7)
 
@@ -165,7 +165,8 @@ def loss_for(e, c, loss_type, schedule="constant"):
                              huber_schedule=schedule)
     x0, n = latents(3)
     out = n + e
-    return objective(out, x0=x0, z=x0, n=n, level=level, share=torch.ones(3), is_class=NO_CLASS).double(), level
+    o = Outcome(out, x0=x0, z=x0, n=n, level=level, share=torch.ones(3), is_class=NO_CLASS)
+    return objective(o).double(), level
 
 
 @pytest.mark.parametrize(("loss_type", "formula"), [
@@ -234,7 +235,8 @@ def test_losses_are_per_sample_and_blind_to_their_neighbours(loss_type):
     x0, n = latents(3)
     z, out = objective.pred.add_noise(x0, n, level), latents(3, seed=1)[0]
     one = NoiseSchedule(alphas(), "epsilon").level(torch.tensor([500]))
-    alone = objective(out[1:2], x0=x0[1:2], z=z[1:2], n=n[1:2], level=one, share=torch.ones(1), is_class=NO_CLASS)
+    o = Outcome(out[1:2], x0=x0[1:2], z=z[1:2], n=n[1:2], level=one, share=torch.ones(1), is_class=NO_CLASS)
+    alone = objective(o)
     torch.testing.assert_close(alone, losses[1:2])
 
 
@@ -262,7 +264,7 @@ def test_half_precision_output_gives_an_fp32_loss_with_a_gradient():
     x0, n = latents(2)
     out = (n + 1e-3).bfloat16().requires_grad_()
     z = objective.pred.add_noise(x0, n, level)
-    losses = objective(out, x0=x0, z=z, n=n, level=level, share=torch.ones(2), is_class=NO_CLASS)
+    losses = objective(Outcome(out, x0=x0, z=z, n=n, level=level, share=torch.ones(2), is_class=NO_CLASS))
     losses.sum().backward()
     assert losses.dtype == torch.float32
     assert out.grad.isfinite().all() and out.grad.abs().sum() > 0
@@ -271,7 +273,7 @@ def test_half_precision_output_gives_an_fp32_loss_with_a_gradient():
 @pytest.mark.parametrize("name", PREDICTIONS)
 def test_terms_see_the_x0_the_output_implies(name):
     pred, level = PREDICTIONS[name](), NoiseSchedule(alphas(), name).level(torch.tensor([10, 500]))
-    terms = ((3.0, lambda x0_hat, x0: per_sample((x0_hat - x0) ** 2)),)
+    terms = (lambda x0_hat, o: 3 * per_sample((x0_hat - o.x0) ** 2),)
     with_terms = Objective(pred, pred.x0_gain, terms=terms)
     losses, mse = losses_of(with_terms, level)
     torch.testing.assert_close(losses, mse + 3 * mse / pred.x0_gain(level), rtol=1e-3, atol=1e-5)

@@ -18,10 +18,10 @@ BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.AsyncFor, ast.Async
 # The layers of README's tree, lowest first. A room imports rooms of its own layer or below.
 LAYERS = (
     {"errors", "files", "rng"},
-    {"options", "diffusion", "objective", "optim", "evaluation", "lean_lora", "runtime"},
+    {"options", "diffusion", "objective", "passes", "matching", "optim", "evaluation", "lean_lora", "runtime"},
     {"data", "families", "adapters", "pivotal", "text"},
     {"checkpoints", "export"},
-    {"run", "preview", "report"},
+    {"run", "preview", "report", "identity"},
     {"publish"},
 )
 LIGHT = {  # third-party packages a room may import at module level, where the rule is stricter than its layer

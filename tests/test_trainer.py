@@ -31,6 +31,7 @@ from trainkit.families.text import FrozenText
 from trainkit.objective import make_objective
 from trainkit.optim import ParamGroup, make_optimizer
 from trainkit.options import DataOptions, LoraOptions, ModelOptions, ObjectiveOptions, OptimizerOptions
+from trainkit.passes import Pass, Plain
 from trainkit.runtime.gradients import Gradients
 
 SEED, GLOBAL_BATCH, GAMMA = 3, 8, 5.0
@@ -53,11 +54,16 @@ class Rig:
             self.pictures, order, accumulation=accumulation, start_step=step, stop_step=step + 1)
         return found
 
+    def losses(self, batch: Batch) -> Tensor:
+        """[B] of the one pass."""
+        (one,), keys = self.step.passes(batch.step), batch.keys(SEED)
+        return self.step.losses(one, batch, self.step.family.sample_latents(batch, keys), keys)
+
     def backward(self, **which: int) -> Gradients:
         """The gradients of one optimizer step, on the parameters."""
         gradients = Gradients(CPU)
-        for batch in self.batches(**which):
-            gradients.backward(self.step(batch).sum() / batch.num_instance)
+        for loss in self.step(self.batches(**which)):
+            gradients.backward(loss)
         return gradients
 
 
@@ -74,9 +80,10 @@ def rig(model: Path, data: Path, *, gamma: float | None = None, dtype: torch.dty
     lora = add_adapters(family.unet, LoraOptions(rank=2), targets=family.lora_targets, seed=SEED)
     family.unet.to(dtype)  # the adapters too
     family.settle(keep_vae=pictures.live)
-    job = SimpleNamespace(seed=SEED, autocast=nullcontext)
+    job = SimpleNamespace(seed=SEED, device=CPU, autocast=nullcontext)
     loss = make_objective(ObjectiveOptions(snr_gamma=gamma), family.schedule.prediction)
-    step = TrainStep(family, prompts, job, make_levels(ObjectiveOptions(), family.schedule), Noise(), loss)
+    passes = Plain(Pass(make_levels(ObjectiveOptions(), family.schedule), loss))
+    step = TrainStep(family, prompts, job, Noise(), passes)
     return Rig(step, lora, pictures, encoders)
 
 
@@ -143,7 +150,7 @@ def test_the_loss_is_the_formula_on_stock_parts(kind, tiny_sdxl, v_model, data):
     fresh = rig(model, data, gamma=gamma)
     (batch,) = fresh.batches()
     with torch.no_grad():
-        torch.testing.assert_close(fresh.step(batch), losses_by_hand(model, batch, gamma))
+        torch.testing.assert_close(fresh.losses(batch), losses_by_hand(model, batch, gamma))
 
 
 def losses_by_hand(model: Path, batch: Batch, gamma: float | None) -> Tensor:

@@ -9,8 +9,8 @@ and with any parametrisation. docs/objectives.md lists them side by side.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -139,13 +139,30 @@ HUBER_SCHEDULES: dict[str, Callable[[Level, float], Tensor]] = {
 # The loss
 
 
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """One forward pass of a micro-batch: what the network was asked, and what it said."""
+
+    out: Tensor  # [B,C,h,w]
+    x0: Tensor  # [B,C,h,w]
+    z: Tensor  # [B,C,h,w]
+    n: Tensor  # [B,C,h,w]
+    level: Level
+    share: Tensor  # [B], 1 for instances and prior_loss_weight for class images
+    is_class: Tensor  # [B] bool
+    prompts: Sequence[str] = ()  # B of them
+    text: Tensor | None = None  # [B,T,D], what the network was told
+
+
+Term = Callable[[Tensor, Outcome], Tensor]  # (x̂0 [B,C,h,w], the pass) -> [B], scaled and shared as it sees fit
+
+
 @dataclass(frozen=True)
 class Objective:
     """Weighted error of the output, plus terms on the x0 it implies.
 
-        loss_b = share_b · ( w_b · mean error(out − target)  +  Σ_k scale_k · term_k(x̂0, x0)_b )
+        loss_b = share_b · w_b · mean error(out − target)  +  Σ_k term_k(x̂0, pass)_b
 
-    out, x0, z, n [B,C,h,w];  share [B] is 1 for instances and prior_loss_weight for class images;  is_class [B] bool.
     Class images are weighed by their noise level like any other sample unless there is a `prior_weight`.
     w = pred.loss_weight makes the squared error worth its weight exactly; the other errors are scaled by the same w.
     Returns [B], fp32.
@@ -156,16 +173,27 @@ class Objective:
     prior_weight: Callable[[Level], Tensor] | None = None  # the same for class images
     error: Callable[[Tensor, Tensor], Tensor] = l2
     huber_c: Callable[[Level], Tensor] = partial(HUBER_SCHEDULES["constant"], c=0.1)  # -> [B]
-    terms: tuple[tuple[float, Callable[[Tensor, Tensor], Tensor]], ...] = ()  # (scale, term); term(x0_hat, x0) -> [B]
+    terms: tuple[Term, ...] = ()
 
-    def __call__(self, out: Tensor, *, x0: Tensor, z: Tensor, n: Tensor, level: Level, share: Tensor,
-                 is_class: Tensor) -> Tensor:
-        out = out.float()  # half-precision squares lose the small errors the loss is made of
-        error = self.error(out - self.pred.target(x0, n, level), col(self.huber_c(level), out))
-        losses = per_sample(error) * self.pred.loss_weight(level, self._worth(level, is_class))  # [B]
-        for scale, term in self.terms:
-            losses = losses + scale * term(self.pred.to_x0(out, z, level), x0)
-        return losses * share
+    def __call__(self, o: Outcome) -> Tensor:
+        o = replace(o, out=o.out.float())  # half-precision squares lose the small errors the loss is made of
+        error = self.error(o.out - self.pred.target(o.x0, o.n, o.level), col(self.huber_c(o.level), o.out))
+        losses = per_sample(error) * self.pred.loss_weight(o.level, self._worth(o.level, o.is_class)) * o.share  # [B]
+        for term in self.terms:
+            losses = losses + term(self.pred.to_x0(o.out, o.z, o.level), o)
+        return losses
+
+    def scaled(self, factor: Callable[[Level], Tensor]) -> Objective:
+        """The same with every sample's error times factor(level) [B]; terms stay as they are."""
+        def times(weight: Callable[[Level], Tensor]) -> Callable[[Level], Tensor]:
+            return lambda level: weight(level) * factor(level)
+
+        prior_weight = times(self.prior_weight) if self.prior_weight else None
+        return replace(self, weight=times(self.weight), prior_weight=prior_weight)
+
+    def plus(self, term: Term) -> Objective:
+        """The same with one term more."""
+        return replace(self, terms=(*self.terms, term))
 
     def _worth(self, level: Level, is_class: Tensor) -> Tensor:
         """What each sample's x0 error is worth -> [B]."""

@@ -1,0 +1,65 @@
+"""What a checkpoint and the run that resumes it must agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from trainkit.data.cache import content_key
+from trainkit.options.rules import shares
+
+if TYPE_CHECKING:
+    from trainkit.data.rows import Row
+    from trainkit.families import Family
+    from trainkit.options import OptionSet
+    from trainkit.run import Run
+
+# What decides the bits of a run: these concerns, as far as a trainer has them, but for flags whose effect is in the
+# rows or in a digest, and for what one may turn while training: rates and their course, decays, the clip.
+DECISIVE = ("data", "text", "pivotal", "guidance", "lora", "objective", "matching", "optimizer")
+IN_CONTENT = {
+    "dataset_name", "dataset_config_name", "instance_data_dir", "train_data_dir", "image_column", "caption_column",
+    "instance_prompt", "max_train_samples", "repeats", "cache_dir", "latent_cache_dir", "guidance_features",
+}
+TURNED = {
+    "learning_rate", "scale_lr", "text_encoder_lr", "text_encoder_2_lr", "lr_warmup_steps", "lr_num_cycles",
+    "lr_step_rules", "lr_power", "adam_weight_decay", "adam_weight_decay_text_encoder", "max_grad_norm",
+}
+STEADY = ("constant", "constant_with_warmup", "piecewise_constant")  # schedules that do not know how long the run is
+
+
+def fingerprint(opt: OptionSet, rows: Sequence[Row], family: Family, job: Run, total: int, **more: object
+                ) -> dict[str, object]:
+    """All that decides the bits of a run of `total` optimizer steps; `more` is what a trainer adds.
+
+    Other values of these, and going on from a checkpoint would not be going on.
+    """
+    flags, concerns = opt.flat(), opt.concerns()
+    decisive = [name for concern in DECISIVE if concern in concerns for name in concerns[concern].model_fields]
+    return {
+        "base model": family.identity, "pictures": contents([row for row in rows if not row.is_class]),
+        "class pictures": contents([row for row in rows if row.is_class]),
+        "--prior_loss_weight": [row.share for row in rows if row.is_class][:1],
+        "pictures in a step": job.global_batch, "--seed": job.seed, "--mixed_precision": job.precision,
+        "pictures in a micro-batch": opt.run.train_batch_size if micro_batch_counts(flags) else None,
+        "--allow_tf32": opt.precision.allow_tf32, "--compat": opt.run.compat,
+        "steps": total if depends_on_length(opt) else None,
+        **{f"--{name}": flags[name] for name in decisive if name not in IN_CONTENT | TURNED},
+        **more,
+    }
+
+
+def contents(rows: Sequence[Row]) -> str | None:
+    """Digest of pictures and captions; None without any."""
+    return content_key(*[(row.id, row.digest, row.caption, row.repeat) for row in rows]) if rows else None
+
+
+def micro_batch_counts(flags: dict[str, object]) -> bool:
+    """Whether the cut of a step counts: for dropout's masks, and for the batches that distributions are matched in."""
+    return any(flags.get(name) for name in ("lora_dropout", "dist_match", "dist_match_gain"))
+
+
+def depends_on_length(opt: OptionSet) -> bool:
+    """Whether a step means something else in a longer run: a rate decays, or a part stops after a share of the run."""
+    decays = opt.optimizer.lr_scheduler not in STEADY
+    return decays or any(0 < share < 1 for share in shares(opt.flat()).values())

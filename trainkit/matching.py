@@ -1,0 +1,245 @@
+"""Distribution matching in training: which pass of a step carries the term, at which noise levels.
+
+    extra  a second pass at one noise level for all samples, for the term alone
+    combo  that second pass also carries the ordinary loss
+    swap   no second pass: with probability p the step itself is at one level for all
+    reuse  no second pass: the term takes the ordinary samples whose levels lie in the window
+
+The levels of all four come from the run's own law of noise levels, cut to a window of SNR, [0.1925, 3.07] by default:
+timesteps 200 to 599 of Stable Diffusion's schedule. The term itself is `freq_loss.DistributionMatchingLoss`.
+Source: Yuan et al. 2024, "Real-Fake: Effective Training Data Synthesis Through Distribution Matching" (the statistic);
+docs/frequency.md has the modes side by side, measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from trainkit import rng
+from trainkit.diffusion import Level, LevelSampler
+from trainkit.errors import Problem, UserError
+from trainkit.objective import Outcome
+from trainkit.passes import Pass, Passes, Plain
+
+if TYPE_CHECKING:
+    from trainkit.files import Json
+    from trainkit.options import MatchingOptions
+
+BISECTIONS = 60  # of [0, 1]: to the last bit of an fp64 number
+EXTRA = "matching"  # sets the noise of the second pass apart
+
+
+class Matcher(Protocol):
+    """What this room asks of the loss; see freq_loss.DistributionMatchingLoss."""
+
+    def __call__(self, x0_hat: Tensor, x0: Tensor, *, snr: Tensor, weight: Tensor, alike: Tensor | None) -> Tensor: ...
+
+    def low(self, x: Tensor) -> Tensor: ...
+
+    def describe(self) -> dict[str, float]: ...
+
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Json]]: ...
+
+    def unpack(self, tensors: dict[str, Tensor], data: dict[str, Json]) -> None: ...
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The window of noise levels
+
+
+@dataclass(frozen=True)
+class Window:
+    """The part of a law of noise levels whose SNR lies within bounds: u in [first, end) of its [0,1)."""
+
+    levels: LevelSampler
+    first: float
+    end: float
+
+    @property
+    def share(self) -> float:
+        """Probability of the window under the law itself."""
+        return self.end - self.first
+
+    def __call__(self, u: Tensor) -> Level:
+        return self.levels(self.first + u.double() * self.share)
+
+
+def window_of(levels: LevelSampler, min_snr: float, max_snr: float) -> Window:
+    """The window in which SNR is between the bounds. Raises UserError where the law has no such level."""
+    low_noise, high_noise = sorted([crossing(levels, max_snr), crossing(levels, min_snr)])
+    if high_noise - low_noise <= 0:
+        raise UserError(Problem(
+            f"no noise level with an SNR from {min_snr:g} to {max_snr:g}", "--dist_match_min_snr, --dist_match_max_snr",
+            "the run's own law of noise levels (--min_timestep, --max_timestep, --timestep_sampling) draws none there",
+            "widen the window, or the range of timesteps"))
+    return Window(levels, low_noise, high_noise)
+
+
+def crossing(levels: LevelSampler, snr: float) -> float:
+    """The u at which the SNR of a law, monotone in u, passes `snr`; 0 or 1 where it never does."""
+    ends = levels(torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)).snr
+    falls = bool(ends[0] >= ends[1])
+    lo, hi = 0.0, 1.0
+    for _ in range(BISECTIONS):
+        middle = (lo + hi) / 2
+        above = bool(levels(torch.tensor([middle], dtype=torch.float64)).snr > snr)
+        lo, hi = (middle, hi) if above == falls else (lo, middle)
+    return hi
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The term
+
+
+def same_caption(o: Outcome) -> Tensor:
+    """A number per caption -> [B] long: pictures with the same caption are a class."""
+    return torch.tensor([rng.seed_of(prompt) for prompt in o.prompts], device=o.x0.device)
+
+
+def text_features(o: Outcome) -> Tensor:
+    """The mean text embedding -> [B,D]."""
+    assert o.text is not None, "the pass was not told its text"
+    return o.text.float().mean(1)
+
+
+ALIKE: dict[str, Callable[[Outcome, Matcher], Tensor | None]] = {
+    "none": lambda o, matcher: None,
+    "class": lambda o, matcher: same_caption(o),
+    "text": lambda o, matcher: text_features(o),
+    "latent": lambda o, matcher: matcher.low(o.z).flatten(1),
+}
+
+
+@dataclass(frozen=True)
+class MatchingTerm:
+    """The term of an objective: weighs the samples, says by what they are compared, and asks the loss.
+
+    snr_gamma  Min-SNR's γ, min(1, γ/snr) here; at γ = 5 it is 1 in all of the default window
+    bounds     SNR outside of which samples do not count, where levels are not drawn from the window
+    """
+
+    matcher: Matcher
+    kernel: str
+    snr_gamma: float | None = None
+    bounds: tuple[float, float] | None = None
+
+    def __call__(self, x0_hat: Tensor, o: Outcome) -> Tensor:
+        snr, weight = o.level.snr, o.share.float()
+        if self.snr_gamma:
+            weight = weight * (self.snr_gamma / snr).clamp(max=1)
+        if self.bounds:
+            weight = weight * ((snr >= self.bounds[0]) & (snr <= self.bounds[1]))
+        return self.matcher(x0_hat, o.x0, snr=snr, weight=weight, alike=ALIKE[self.kernel](o, self.matcher))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Modes: (the ordinary pass, the term, the window, options, seed) -> the passes of a step
+
+
+@dataclass(frozen=True)
+class Always:
+    """The same passes in every step."""
+
+    passes: tuple[Pass, ...]
+
+    def __call__(self, step: int) -> Sequence[Pass]:
+        return self.passes
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One pass a step: with probability p the shared one, by (seed, step), on every rank alike."""
+
+    plain: Pass
+    shared: Pass
+    p: float
+    seed: int
+
+    def __call__(self, step: int) -> Sequence[Pass]:
+        swapped = bool(rng.uniform([(self.seed, step)], "swap") < self.p)
+        return (self.shared if swapped else self.plain,)
+
+
+Choice = Always | Swap
+
+
+def extra(plain: Pass, term: MatchingTerm, window: Window, o: MatchingOptions, seed: int) -> Choice:
+    """The seed's form: a second forward and backward pass for the term alone."""
+    alone = plain.loss.scaled(lambda level: torch.zeros_like(level.s)).plus(term)
+    return Always((plain, Pass(window, alone, EXTRA, shared=True)))
+
+
+def combo(plain: Pass, term: MatchingTerm, window: Window, o: MatchingOptions, seed: int) -> Choice:
+    """The second pass carries the ordinary loss too: it is trained on as more data."""
+    return Always((plain, Pass(window, plain.loss.plus(term), EXTRA, shared=True)))
+
+
+def swap(plain: Pass, term: MatchingTerm, window: Window, o: MatchingOptions, seed: int) -> Choice:
+    """No second pass. The law of the levels becomes (1−p)·base + p·window, and the ordinary loss is weighed by base
+    over that, 1/(1−p) outside of the window and 1/(1−p + p/q) in it, so that its expectation stays.
+
+    q is the window's probability under the base law.
+    """
+    p = o.dist_match_swap
+    ends = window(torch.tensor([0.0, 1 - 2**-40], dtype=torch.float64)).snr
+    low, high = sorted(ends.tolist())
+
+    def ratio(level: Level) -> Tensor:
+        inside = (level.snr >= low) & (level.snr <= high)
+        return torch.where(inside, 1 / (1 - p + p / window.share), 1 / (1 - p))
+
+    weighed = plain.loss.scaled(ratio)
+    return Swap(replace(plain, loss=weighed), Pass(window, weighed.plus(term), shared=True), p, seed)
+
+
+def reuse(plain: Pass, term: MatchingTerm, window: Window, o: MatchingOptions, seed: int) -> Choice:
+    """No second pass: the ordinary samples whose levels happen to lie in the window, each at its own."""
+    inside = replace(term, bounds=(o.dist_match_min_snr, o.dist_match_max_snr))
+    return Always((replace(plain, loss=plain.loss.plus(inside)),))
+
+
+MODES: dict[str, Callable[[Pass, MatchingTerm, Window, MatchingOptions, int], Choice]] = {
+    "extra": extra, "combo": combo, "swap": swap, "reuse": reuse,
+}
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Passes of which some carry the term; what is remembered is the term's."""
+
+    choice: Choice
+    matcher: Matcher
+
+    def __call__(self, step: int) -> Sequence[Pass]:
+        return self.choice(step)
+
+    def describe(self) -> dict[str, float]:
+        """What the term found since it was last asked: see docs/frequency.md."""
+        return self.matcher.describe()
+
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Json]]:
+        return self.matcher.pack()
+
+    def unpack(self, tensors: dict[str, Tensor], data: dict[str, Json]) -> None:
+        self.matcher.unpack(tensors, data)
+
+
+def make_passes(
+    o: MatchingOptions, plain: Pass, matcher: Callable[[], Matcher], *, seed: int, snr_gamma: float | None,
+) -> Passes:
+    """The passes of a run: the ordinary one alone, or those of --dist_match_mode with the term that `matcher` makes.
+
+    Without --dist_match and --dist_match_gain nothing of this is built, so such a run is the plain one bit for bit.
+    Raises UserError where the run's law of noise levels has none in the window.
+    """
+    if not o.active:
+        return Plain(plain)
+    window = window_of(plain.levels, o.dist_match_min_snr, o.dist_match_max_snr)
+    loss = matcher()
+    term = MatchingTerm(loss, o.dist_match_kernel, snr_gamma)
+    return Matching(MODES[o.dist_match_mode](plain, term, window, o, seed), loss)
