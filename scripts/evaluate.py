@@ -18,10 +18,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,12 +34,15 @@ sys.path.insert(0, str(ROOT))
 from trainkit.errors import Problem, exit_with_message, refuse  # noqa: E402
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionXLPipeline
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
     from PIL.Image import Image
+
+    Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 
 ASSETS = ROOT / "assets"
 MIN_PICTURES = 100  # below this the distance is too noisy to compare two LoRAs
 GRID_ROWS = 10
+NETWORKS = ("unet", "text_encoder", "text_encoder_2")  # of a pipeline, where a LoRA may train
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
@@ -79,7 +83,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     described = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=described, allow_abbrev=False)
     add = parser.add_argument
-    add("--base", required=True, metavar="MODEL", help="SDXL model folder or Hub id the LoRA was trained on")
+    add("--base", required=True, metavar="MODEL", help="SDXL, SD 1.x or 2.x folder or Hub id the LoRA was trained on")
     add("--lora", type=Path, metavar="FILE", help="LoRA file, Diffusers or WebUI layout; without it --embeddings alone")
     add("--embeddings", type=Path, metavar="FILE", help="the run's NAME_emb.safetensors, if it learned new tokens, "
         "which then stand for their words in prompts; the base is given the words")
@@ -125,6 +129,7 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
     if args.embeddings and not args.embeddings.is_file():
         yield Problem(f"no file of embeddings {args.embeddings}", "--embeddings", "the run's new tokens are in it",
                       "give the path of the NAME_emb.safetensors that the run wrote, or leave the flag out")
+    yield from base_problems(args.base, args.embeddings)
     for flag in ("training", "clip", "reference"):
         if not getattr(args, flag).is_dir():
             yield Problem(f"no folder {getattr(args, flag)}", f"--{flag}", "the style distance needs it",
@@ -137,6 +142,23 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
                       f"put {', '.join(sorted(PICTURE_SUFFIXES))} files there", kind="data")
     if args.reference.is_dir():
         yield from reference_problems(args)
+
+
+def base_problems(base: str, embeddings: Path | None) -> list[Problem]:
+    """What the small files of the base model say against drawing with it."""
+    from trainkit.families.pretrained import Repo
+
+    repo = Repo(base, "--base")
+    if found := repo.unreachable("model_index.json"):
+        return found
+    if repo.json("model_index.json") is None or repo.json("unet/config.json") is None:
+        return [repo.problem("not a Stable Diffusion model folder", "model_index.json or unet/config.json is missing",
+                             "--base FOLDER_OF_A_DIFFUSERS_MODEL (SDXL, SD 1.x or 2.x)", kind="data")]
+    if embeddings and repo.json("text_encoder_2/config.json") is None:
+        return [Problem("embeddings of two text encoders for a model with one", f"--embeddings {embeddings}",
+                        f"{base} has no text_encoder_2: new tokens are trained on SDXL", "leave --embeddings out, or "
+                        "name the SDXL model they were trained on with --base")]
+    return []
 
 
 def reference_problems(args: argparse.Namespace) -> Iterator[Problem]:
@@ -191,25 +213,46 @@ def draw(args: argparse.Namespace, wanted: list[Wanted]) -> Iterator[tuple[float
     if 0 in args.strengths:  # before the pipeline learns new tokens
         yield 0.0, pictures_of(pipe, args, wanted)
     if args.embeddings:
-        wanted = teach(pipe, args.embeddings, wanted)
+        renamed = learned_words(pipe, args.embeddings)
+        wanted = [replace(w, prompt=renamed(w.prompt)) for w in wanted]
     for strength in filter(None, args.strengths):
         with with_lora(pipe, args.lora, strength) if args.lora else nullcontext():
             yield strength, pictures_of(pipe, args, wanted)
 
 
 @contextmanager
-def with_lora(pipe: StableDiffusionXLPipeline, file: Path, strength: float) -> Iterator[None]:
+def with_lora(pipe: Pipeline, file: Path, strength: float) -> Iterator[None]:
     """The LoRA is part of the weights inside: as fast as the base while drawing."""
-    parts = ["unet", "text_encoder", "text_encoder_2"]
-    pipe.load_lora_weights(str(file.parent), weight_name=file.name)
-    pipe.fuse_lora(components=parts, lora_scale=strength)
+    fuse_lora(pipe, file, strength)
     yield
-    pipe.unfuse_lora(components=parts)
+    pipe.unfuse_lora(components=networks(pipe))
     pipe.unload_lora_weights()
 
 
-def teach(pipe: StableDiffusionXLPipeline, file: Path, wanted: list[Wanted]) -> list[Wanted]:
-    """Give the pipeline a run's new tokens -> what to draw, asked for by them."""
+def networks(pipe: Pipeline) -> list[str]:
+    return [name for name in NETWORKS if getattr(pipe, name, None) is not None]
+
+
+def fuse_lora(pipe: Pipeline, file: Path, strength: float) -> None:
+    """Make a LoRA part of the weights. UserError: the file is damaged, or of another kind of model."""
+    from safetensors import SafetensorError
+
+    logging.disable(logging.ERROR)  # Diffusers logs every shape that does not fit, and then raises
+    try:
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name)
+        why = "" if pipe.get_list_adapters() else "it has no layer of this model"
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        why = f"{error}".strip().partition("\n")[0]
+    finally:
+        logging.disable(logging.NOTSET)
+    if why:
+        refuse([Problem("the LoRA does not fit the base model", f"--lora {file}", why,
+                        "name the base model it was trained on with --base", "data")])
+    pipe.fuse_lora(components=networks(pipe), lora_scale=strength)
+
+
+def learned_words(pipe: Pipeline, file: Path) -> Callable[[str], str]:
+    """Give the pipeline a run's new tokens -> how to ask for them: puts their names for their words in a prompt."""
     from trainkit.files import load_tensors
     from trainkit.options.words import replace_words
     from trainkit.pivotal import ENCODERS, read_header
@@ -221,23 +264,27 @@ def teach(pipe: StableDiffusionXLPipeline, file: Path, wanted: list[Wanted]) -> 
     if header.sets_eos:
         pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id
     table = {word: "".join(names) for word, names in header.tokens.items()}
-    return [replace(w, prompt=replace_words(w.prompt, table)) for w in wanted]
+    return lambda prompt: replace_words(prompt, table)
 
 
-def load(args: argparse.Namespace) -> StableDiffusionXLPipeline:
+def load(args: argparse.Namespace) -> Pipeline:
+    """The stock pipeline of --base, without what would paint over its pictures: watermark and safety checker."""
     from trainkit.runtime.trackers import quiet_libraries
 
     quiet_libraries()
     import torch
-    from diffusers import StableDiffusionXLPipeline
+    from diffusers import AutoPipelineForText2Image
+
+    from trainkit.families.pretrained import Repo, load_part
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = StableDiffusionXLPipeline.from_pretrained(args.base, use_safetensors=True, add_watermarker=False)
+    pipe = load_part(Repo(args.base, "--base"), AutoPipelineForText2Image, "", use_safetensors=True,
+                     add_watermarker=False, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device, getattr(torch, args.dtype))
 
 
-def pictures_of(pipe: StableDiffusionXLPipeline, args: argparse.Namespace, wanted: list[Wanted]) -> list[Image]:
+def pictures_of(pipe: Pipeline, args: argparse.Namespace, wanted: list[Wanted]) -> list[Image]:
     from trainkit import rng
 
     pictures: list[Image] = []

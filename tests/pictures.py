@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
 
 from trainkit.data.images import content_digest, decode
 from trainkit.data.rows import Row
+from trainkit.options import DataOptions
 
-DATA = dict(
-    instance_data_dir=None, dataset_name=None, dataset_config_name=None, cache_dir=None, image_column="image",
-    caption_column=None, instance_prompt="a photo of TOK", repeats=1, resolution=32, center_crop=False,
-    random_flip=False, image_interpolation_mode="lanczos", cache_latents=False, cached_crops=4,
-)
+DATA = dict(instance_prompt="a photo of TOK", resolution=32)
 
 
-def data_options(**changes: object) -> SimpleNamespace:
-    """DataOptions as far as the data room reads them."""
-    return SimpleNamespace(**{**DATA, **{k: str(v) if isinstance(v, Path) else v for k, v in changes.items()}})
+def data_options(**changes: object) -> DataOptions:
+    return DataOptions(**{**DATA, **{k: str(v) if isinstance(v, Path) else v for k, v in changes.items()}})
 
 
 def marked(number: int, h: int, w: int) -> Image.Image:

@@ -126,10 +126,10 @@ def test_d5_instances_and_class_pictures_of_one_batch_keep_their_own_edm_weights
     (x0, n), out = latents(4), latents(4, seed=1)[0]
     objective, share = make_objective(o, schedule.prediction, compat), torch.tensor([1.0, 1.0, 0.3, 0.3])
     given = dict(x0=x0, z=objective.pred.add_noise(x0, n, level), n=n, share=share, is_class=share < 1)
-    together = objective(out, level=level, **given)
+    together = objective(Outcome(out, level=level, **given))
     for k in range(4):
         one = type(level)(*(v[k : k + 1] for v in (level.a, level.s, level.cond, level.time)), level.sigma_data)
-        alone = objective(out[k : k + 1], level=one, **{key: v[k : k + 1] for key, v in given.items()})
+        alone = objective(Outcome(out[k : k + 1], level=one, **{key: v[k : k + 1] for key, v in given.items()}))
         torch.testing.assert_close(alone, together[k : k + 1])
     assert len(set(together.tolist())) == 4
 
@@ -195,7 +195,7 @@ def test_previews_of_an_edm_model_come_from_its_own_scheduler(name, prediction_t
     config = json.loads((folder / "scheduler/scheduler_config.json").read_text("utf-8"))
     (folder / "scheduler/scheduler_config.json").write_text(json.dumps(config | {"_class_name": name}), "utf-8")
     family = load(folder)
-    pipe = preview.live_pipeline(family)
+    pipe = family.pipeline(preview.sampler(family))
     assert type(pipe.scheduler).__name__ == name and pipe.scheduler.config.prediction_type == prediction_type
     drawn = previews(family, tmp_path, monkeypatch)
     with torch.no_grad(), preview.evaluating(family.unet):
@@ -211,7 +211,7 @@ def test_the_stock_pipeline_draws_what_the_preview_draws(tiny_edm, tmp_path, mon
     drawn = previews(family, tmp_path, monkeypatch)
     stock = StableDiffusionXLPipeline.from_pretrained(tiny_edm)
     noise = rng.normal((4, 8, 8), [(1, 1)], name="preview")
-    wanted = stock("a red dog", latents=noise, num_inference_steps=4, guidance_scale=preview.GUIDANCE, height=32,
+    wanted = stock("a red dog", latents=noise, num_inference_steps=4, guidance_scale=family.guidance_scale, height=32,
                    width=32).images[0]
     found = next(iter(drawn.draw(1).values()))
     assert np.abs(np.asarray(found).astype(int) - np.asarray(wanted).astype(int)).max() <= 1

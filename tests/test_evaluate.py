@@ -25,17 +25,19 @@ NOUNS = ("dog", "cat", "fish", "bird")
 
 @pytest.fixture(scope="module")
 def lora(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_lora(tiny_sdxl, tmp_path_factory.mktemp("lora") / "lora.safetensors")
+
+
+def random_lora(base: Path, file: Path) -> Path:
     """A LoRA that changes the pictures a lot."""
     from diffusers import UNet2DConditionModel
 
-    unet = UNet2DConditionModel.from_pretrained(tiny_sdxl, subfolder="unet")
-    options = LoraOptions(rank=2)
-    adapters = add_adapters(unet.requires_grad_(False), options, targets=sdxl.LORA_TARGETS, seed=0)
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+    adapters = add_adapters(unet.requires_grad_(False), LoraOptions(rank=2), targets=sdxl.LORA_TARGETS, seed=0)
     with torch.no_grad():
         for path in adapters.layers:
             B = adapters.factors(path)[1]
             B.copy_(torch.randn(B.shape, generator=rng.generator("test", path)))
-    file = tmp_path_factory.mktemp("lora") / "lora.safetensors"
     write_diffusers([adapters], file, {})
     return file
 
@@ -118,3 +120,40 @@ def test_learned_tokens_stand_for_their_words_but_for_the_base(tiny_sdxl, lora, 
     result = json.loads((tmp_path / "alone" / "evaluation.json").read_text())
     assert result["embeddings"] == "run_emb.safetensors" and "lora" not in result
     assert [row["strength"] for row in result["strengths"]] == [0.0, 1.0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models with one text encoder
+
+
+def test_an_sd_model_and_its_lora_are_measured_too(tiny_sd, icons, judged, tmp_path):
+    file = random_lora(tiny_sd, tmp_path / "lora.safetensors")
+    evaluate.main(arguments(tiny_sd, file, icons, tmp_path / "out", "--strengths=1e-6,1"))
+    _, base, nothing, full = judged
+    same, changed = (np.abs(np.stack(a).astype(int) - np.stack(b)) for a, b in ((base, nothing), (base, full)))
+    assert same.max() <= 1 and changed.mean() > 1
+    result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert [row["strength"] for row in result["strengths"]] == [0.0, 1e-6, 1.0]
+
+
+def test_the_pipeline_is_the_models_own(tiny_sd, tiny_sdxl):
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    for base, kind in ((tiny_sd, StableDiffusionPipeline), (tiny_sdxl, StableDiffusionXLPipeline)):
+        pipe = evaluate.load(SimpleNamespace(base=str(base), dtype="float32"))
+        assert type(pipe) is kind and getattr(pipe, "watermark", None) is None and pipe.unet.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("base", "said"), [("nowhere", "does not exist"), ("empty", "not a Stable Diffusion model")])
+def test_what_is_no_model_is_refused_before_anything_is_drawn(base, said, lora, icons, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError) as caught:
+        evaluate.main(arguments(tmp_path / base, lora, icons, tmp_path / "out"))
+    assert said in str(caught.value)
+
+
+def test_a_lora_and_embeddings_of_another_model_are_refused(tiny_sd, lora, icons, judged, tmp_path):
+    with pytest.raises(UserError, match="does not fit"):
+        evaluate.main(arguments(tiny_sd, lora, icons, tmp_path / "out"))
+    with pytest.raises(UserError, match="two text encoders"):
+        evaluate.main(arguments(tiny_sd, lora, icons, tmp_path / "out", f"--embeddings={lora}"))

@@ -150,7 +150,7 @@ def test_the_stock_pipeline_loads_every_kind_into_unet_and_text_encoders(icons, 
     wanted, base = answers(*(n.network for n in networks)), answers(icons.unet, *icons.text_encoders)
     assert not all_near(base, wanted, base, 0.5)
     export.write_diffusers(networks, tmp_path / "ours.safetensors", METADATA)
-    assert export.verify(tmp_path / "ours.safetensors", networks, layout="diffusers") < 1e-6
+    assert export.verify(tmp_path / "ours.safetensors", networks, icons, layout="diffusers") < 1e-6
     pipe.load_lora_weights(tmp_path, weight_name="ours.safetensors")
     found = answers(pipe.unet, pipe.text_encoder, pipe.text_encoder_2)
     pipe.unload_lora_weights()
@@ -163,7 +163,7 @@ def test_the_webui_file_read_by_lycoris_rules_is_what_was_trained(icons, tmp_pat
     networks = all_networks(icons, **kind)
     wanted, base = answers(*(n.network for n in networks)), answers(icons.unet, *icons.text_encoders)
     export.write_kohya(networks, icons, tmp_path / "others.safetensors", METADATA)
-    assert export.verify(tmp_path / "others.safetensors", networks, layout="webui") < 2e-3
+    assert export.verify(tmp_path / "others.safetensors", networks, icons, layout="webui") < 2e-3
     tensors = load_tensors(tmp_path / "others.safetensors")
     merged = [copy.deepcopy(part) for part in (icons.unet, *icons.text_encoders)]
     for network, bare in zip(networks, merged, strict=True):
@@ -234,13 +234,13 @@ def test_any_changed_number_of_any_kind_is_found_out(icons, tmp_path, kind, layo
         changed = tensors | {name: tensors[name] * 1.01}
         save_tensors(path, changed)
         with pytest.raises(UserError, match="does not hold what was trained"):
-            export.verify(path, networks, layout=layout)
+            export.verify(path, networks, icons, layout=layout)
 
 
 def test_both_files_verify(adapters, family, tmp_path):
     ours, others = write(adapters, family, tmp_path)
-    assert export.verify(ours, [adapters], layout="diffusers") <= 1e-6
-    assert 0 < export.verify(others, [adapters], layout="webui") <= 1e-3
+    assert export.verify(ours, [adapters], family, layout="diffusers") <= 1e-6
+    assert 0 < export.verify(others, [adapters], family, layout="webui") <= 1e-3
 
 
 def test_the_diffusers_file_needs_no_alpha_and_says_so(adapters, family, tmp_path):
@@ -290,8 +290,8 @@ def test_an_adapter_of_any_size_keeps_its_digits(family, tmp_path, size):
     """A short Prodigy run, or a learning rate of 1e-9, ends with a B far below what fp16 can hold."""
     adapters = trained(family, size=size)
     ours, others = write(adapters, family, tmp_path)
-    assert export.verify(ours, [adapters], layout="diffusers") <= 1e-6
-    assert export.verify(others, [adapters], layout="webui") <= 1e-3
+    assert export.verify(ours, [adapters], family, layout="diffusers") <= 1e-6
+    assert export.verify(others, [adapters], family, layout="webui") <= 1e-3
 
 
 def test_modules_are_fp16_unless_their_numbers_leave_its_normal_range(family, tmp_path):
@@ -311,7 +311,7 @@ def test_one_column_far_below_the_others_rounds_to_subnormals_and_is_no_error(fa
         adapters.factors(path)[1].data[:, 1:].mul_(1e-4)
         adapters.factors(path)[0].data[0].mul_(1e-5)
     _, others = write(adapters, family, tmp_path)
-    export.verify(others, [adapters], layout="webui")
+    export.verify(others, [adapters], family, layout="webui")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -352,21 +352,21 @@ def test_a_small_error_in_a_large_fp32_file_is_found_out(adapters, family, tmp_p
     tensors[name][0] *= 1 + 3e-6
     save_tensors(path, tensors)
     with pytest.raises(UserError, match="does not hold what was trained"):
-        export.verify(path, [adapters], layout="diffusers")
+        export.verify(path, [adapters], family, layout="diffusers")
 
 
 def test_a_file_of_the_other_layout_is_found_out(adapters, family, tmp_path):
     ours, others = write(adapters, family, tmp_path)
     for path, layout in ((ours, "webui"), (others, "diffusers")):
         with pytest.raises(UserError, match="does not hold what was trained"):
-            export.verify(path, [adapters], layout=layout)
+            export.verify(path, [adapters], family, layout=layout)
 
 
 def test_an_untrained_adapter_is_written_and_verified(family, tmp_path):
     adapters = trained(family, size=0.0)
     ours, others = write(adapters, family, tmp_path)
     files = ((ours, "diffusers"), (others, "webui"))
-    assert [export.verify(path, [adapters], layout=layout) for path, layout in files] == [0.0, 0.0]
+    assert [export.verify(path, [adapters], family, layout=layout) for path, layout in files] == [0.0, 0.0]
 
 
 def change(name_end: str, edit: Callable[[Tensor], Tensor]) -> Callable[[Tensors], None]:
@@ -408,7 +408,7 @@ def test_a_file_that_differs_from_the_trained_weights_is_found_out(adapters, fam
     damage(tensors)
     save_tensors(path, tensors)
     with pytest.raises(UserError, match="does not hold what was trained") as caught:
-        export.verify(path, [adapters], layout=("diffusers", "webui")[which])
+        export.verify(path, [adapters], family, layout=("diffusers", "webui")[which])
     assert caught.value.exit_code == 74
 
 
@@ -421,7 +421,7 @@ def test_swapped_modules_are_found_out(adapters, family, tmp_path):
         tensors[q + part], tensors[k + part] = tensors[k + part], tensors[q + part]
     save_tensors(path, tensors)
     with pytest.raises(UserError, match="2 of"):
-        export.verify(path, [adapters], layout="webui")
+        export.verify(path, [adapters], family, layout="webui")
 
 
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])

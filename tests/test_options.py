@@ -3,6 +3,7 @@ mistakes in a command come back in one message."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import pickle
 import random
@@ -14,14 +15,19 @@ import time
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import ValidationError, create_model
 
 from trainkit.errors import Problem, UserError, refuse
 from trainkit.options import (
     CONCERNS,
     PRESETS,
+    TEXT_TO_IMAGE,
+    TRAINERS,
+    CaptionedOptimizerOptions,
+    CaptionedTextOptions,
     DataOptions,
     LoraOptions,
+    MatchingOptions,
     ModelOptions,
     ObjectiveOptions,
     OptimizerOptions,
@@ -34,7 +40,7 @@ from trainkit.options import (
     ValidationOptions,
     parse,
 )
-from trainkit.options.rules import shares
+from trainkit.options.rules import shares, unread
 from trainkit.options.sources import nearest
 from trainkit.options.text import markdown
 
@@ -55,8 +61,8 @@ class Options(OptionSet):
     run: RunOptions
 
 
+Captioned = create_model("Captioned", __base__=OptionSet, **{name: (kind, ...) for name, kind in TEXT_TO_IMAGE.items()})
 REQUIRED = ["--pretrained_model_name_or_path=base", "--instance_prompt=a photo of TOK"]
-NONE = type(None)
 
 # The flags of train_dreambooth_lora_sdxl_advanced.py (huggingface/diffusers): name -> (a value as typed, what it means,
 # the default there). `...` marks a flag that must be given.
@@ -143,17 +149,55 @@ UPSTREAM: dict[str, tuple[str, object, object]] = {
     "lora_unet_blocks": ("unet.up_blocks.0", "unet.up_blocks.0", None),
     "image_interpolation_mode": ("bicubic", "bicubic", "lanczos"),
 }
+# Those of train_text_to_image_lora.py, and what train_text_to_image_lora_sdxl.py has beside them.
+IN_BOTH = """
+    adam_beta1 adam_beta2 adam_epsilon adam_weight_decay allow_tf32 cache_dir caption_column center_crop
+    checkpointing_steps checkpoints_total_limit dataloader_num_workers dataset_config_name dataset_name
+    enable_xformers_memory_efficient_attention gradient_accumulation_steps gradient_checkpointing hub_model_id hub_token
+    image_column image_interpolation_mode learning_rate local_rank logging_dir lr_scheduler lr_warmup_steps
+    max_grad_norm max_train_steps mixed_precision noise_offset num_train_epochs num_validation_images output_dir
+    pretrained_model_name_or_path push_to_hub random_flip rank report_to resolution resume_from_checkpoint revision
+    scale_lr seed snr_gamma train_batch_size use_8bit_adam validation_epochs validation_prompt variant
+"""
+TEXT_TO_IMAGE_UPSTREAM = {name: UPSTREAM[name] for name in IN_BOTH.split()} | {
+    "train_data_dir": ("pics", "pics", None),
+    "max_train_samples": ("10", 10, None),
+    "prediction_type": ("v_prediction", "v_prediction", None),
+    "caption_column": ("words", "words", "text"),
+    "resolution": ("768", 768, 512),
+    "validation_epochs": ("7", 7, 1),
+    "output_dir": ("/a/b", "/a/b", "sd-model-finetuned-lora"),
+    "train_batch_size": ("3", 3, 16),
+    "num_train_epochs": ("9", 9, 100),
+    "adam_weight_decay": ("0.1", 0.1, 1e-2),
+}
+SDXL_UPSTREAM = {
+    "pretrained_vae_model_name_or_path": ("v", "v", None),
+    "train_text_encoder": ("true", True, False),
+    "enable_npu_flash_attention": ("true", True, False),
+    "debug_loss": ("true", True, False),
+}
+SCRIPTS = {"DreamBooth": (Options, UPSTREAM), "text-to-image": (Captioned, TEXT_TO_IMAGE_UPSTREAM | SDXL_UPSTREAM)}
+FLAGS = [(trainer, name) for trainer, (_, upstream) in SCRIPTS.items() for name in upstream]
 OTHER_DEFAULTS = {"seed": 0}  # where upstream's default is a defect; docs/flags.md says why
 
 
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for flag in Options.flags():
+    for flag in Options.flags() | Captioned.flags():
         monkeypatch.delenv(f"LORA_{flag.upper()}", raising=False)
 
 
 def read(*argv: str) -> Options:
     return parse(Options, [*REQUIRED, *argv], description="")
+
+
+def read_captioned(*argv: str) -> OptionSet:
+    return parse(Captioned, ["--pretrained_model_name_or_path=base", "--train_data_dir=pics", *argv], description="")
+
+
+def read_by(trainer: str, *argv: str) -> OptionSet:
+    return {"DreamBooth": read, "text-to-image": read_captioned}[trainer](*argv)
 
 
 def refused(*argv: str, required: bool = True) -> dict[str, Problem]:
@@ -166,18 +210,26 @@ def refused(*argv: str, required: bool = True) -> dict[str, Problem]:
     return {p.what: p for p in error.value.problems}
 
 
-# The 81 flags -------------------------------------------------------------------------------------------------------
+# The 81, and 51 + 4, flags ------------------------------------------------------------------------------------------
 
 
-def test_upstream_has_81_flags_and_we_have_them_all():
-    assert len(UPSTREAM) == 81
-    assert set(UPSTREAM) <= set(Options.flags())
+def test_upstream_has_so_many_flags_and_we_have_them_all():
+    assert len(UPSTREAM) == 81 and set(UPSTREAM) <= set(Options.flags())
+    assert len(TEXT_TO_IMAGE_UPSTREAM) == 51 and len(SDXL_UPSTREAM) == 4
+    assert {*TEXT_TO_IMAGE_UPSTREAM, *SDXL_UPSTREAM} <= set(Captioned.flags())
 
 
-@pytest.mark.parametrize("name", UPSTREAM)
-def test_default_is_upstreams(name):
-    default = OTHER_DEFAULTS.get(name, UPSTREAM[name][2])
-    flag = Options.flags()[name]
+@pytest.mark.parametrize(("trainer", "script"), [
+    ("DreamBooth", "train_dreambooth_lora_sdxl_advanced"), ("text-to-image", "train_text_to_image_lora")])
+def test_a_trainer_is_told_what_the_page_of_flags_says(trainer, script):
+    assert importlib.import_module(script).Options.concerns() == TRAINERS[trainer]
+
+
+@pytest.mark.parametrize(("trainer", "name"), FLAGS)
+def test_default_is_upstreams(trainer, name):
+    kind, upstream = SCRIPTS[trainer]
+    default = OTHER_DEFAULTS.get(name, upstream[name][2])
+    flag = kind.flags()[name]
     if default is ...:
         assert flag.required
     else:
@@ -185,29 +237,46 @@ def test_default_is_upstreams(name):
         assert (ours.lower(), type(ours)) == (default.lower(), str) if isinstance(default, str) else ours == default
 
 
-@pytest.mark.parametrize("name", UPSTREAM)
-def test_value_round_trips(name):
-    typed, meant, _ = UPSTREAM[name]
+@pytest.mark.parametrize(("trainer", "name"), FLAGS)
+def test_value_round_trips(trainer, name):
+    typed, meant, _ = SCRIPTS[trainer][1][name]
     dashed = name.replace("_", "-")
     for argv in ([f"--{name}", typed], [f"--{name}={typed}"], [f"--{dashed}", typed], [f"--{dashed}={typed}"]):
-        value = read(*argv).flat()[name]
+        value = read_by(trainer, *argv).flat()[name]
         assert value == meant and type(value) is type(meant)
 
 
-@pytest.mark.parametrize("name", [n for n, (typed, _, _) in UPSTREAM.items() if typed in ("true", "False")])
-def test_every_switch_works_bare_negated_and_with_a_value(name):
-    assert read(f"--{name}").flat()[name] is True
-    assert read(f"--no_{name}").flat()[name] is False
-    assert read(f"--no-{name.replace('_', '-')}").flat()[name] is False
+@pytest.mark.parametrize(("trainer", "name"), [
+    (trainer, name) for trainer, name in FLAGS if SCRIPTS[trainer][1][name][0] in ("true", "False")])
+def test_every_switch_works_bare_negated_and_with_a_value(trainer, name):
+    def value(*argv: str) -> object:
+        return read_by(trainer, *argv).flat()[name]
+
+    assert value(f"--{name}") is True
+    assert value(f"--no_{name}") is False
+    assert value(f"--no-{name.replace('_', '-')}") is False
     for typed, meant in {"True": True, "False": False, "true": True, "0": False}.items():
-        assert read(f"--{name}={typed}").flat()[name] is meant
-        assert read(f"--{name}", typed).flat()[name] is meant
+        assert value(f"--{name}={typed}") is meant
+        assert value(f"--{name}", typed) is meant
 
 
-def test_defaults_are_valid_values_of_their_own_fields():
-    for name, kind in CONCERNS.items():
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_defaults_are_valid_values_of_their_own_fields(trainer):
+    for name, kind in TRAINERS[trainer].items():
         stand_in = {f.name: "x" for f in kind.flags(name) if f.required}
         kind(**{f.name: f.default for f in kind.flags(name) if not f.required}, **stand_in)
+
+
+def test_a_changed_default_keeps_the_unit_limits_and_place_of_the_field():
+    for name in {**Options.flags()}.keys() & {**Captioned.flags()}.keys():
+        one, other = Options.flags()[name], Captioned.flags()[name]
+        assert (one.note("unit"), one.limits, one.choices) == (other.note("unit"), other.limits, other.choices), name
+    for concern in ("text", "optimizer", "validation"):
+        assert list(TEXT_TO_IMAGE[concern].model_fields) == list(CONCERNS[concern].model_fields)
+    with pytest.raises(UserError, match="--train_batch_size cannot be '0'"):
+        read_captioned("--train_batch_size=0")
+    with pytest.raises(UserError, match="--output_dir cannot be ''"):
+        read_captioned("--output_dir=")
 
 
 # Published commands of the Diffusers documentation's kind, as argument lists ------------------------------------------
@@ -247,6 +316,27 @@ COMMANDS = {
 @pytest.mark.parametrize("name", COMMANDS)
 def test_published_commands_parse(name):
     refuse(parse(Options, shlex.split(COMMANDS[name]), description="").problems())
+
+
+CAPTIONED_COMMANDS = {
+    "SD 1.x": """--pretrained_model_name_or_path="CompVis/stable-diffusion-v1-4" --center_crop --random_flip
+        --dataset_name="lambdalabs/naruto-blip-captions" --caption_column="text" --resolution=512 --train_batch_size=1
+        --num_train_epochs=100 --checkpointing_steps=5000 --learning_rate=1e-04 --lr_scheduler="constant"
+        --lr_warmup_steps=0 --seed=42 --output_dir="sd-naruto-model-lora" --report_to="wandb"
+        --validation_prompt="cute dragon creature" --max_grad_norm=1 --mixed_precision="fp16" """,
+    "SDXL": """--pretrained_model_name_or_path="stabilityai/stable-diffusion-xl-base-1.0" --enable_npu_flash_attention
+        --pretrained_vae_model_name_or_path="madebyollin/sdxl-vae-fp16-fix" --train_text_encoder --debug_loss
+        --dataset_name="lambdalabs/naruto-blip-captions" --resolution=1024 --random_flip --train_batch_size=1
+        --gradient_accumulation_steps=4 --num_train_epochs=2 --max_train_samples=100 --mixed_precision="fp16" """,
+    "frequency-aware, in the sum form": """--pretrained_model_name_or_path="CompVis/stable-diffusion-v1-4" --rank=4
+        --train_data_dir="pics" --train_batch_size=4 --snr_gamma=5 --dist_match=0.003 --guidance_token=8.0
+        --guidance_features=features.safetensors --dist_match_method=wavelet --dist_match_mode=extra""",
+}
+
+
+@pytest.mark.parametrize("name", CAPTIONED_COMMANDS)
+def test_published_commands_of_the_text_to_image_trainer_parse(name):
+    refuse(parse(Captioned, shlex.split(CAPTIONED_COMMANDS[name]), description="").problems())
 
 
 # Sources ------------------------------------------------------------------------------------------------------------
@@ -329,9 +419,10 @@ def test_none_unsets_what_a_preset_sets():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_runnable_as_they_are(name):
-    assert set(PRESETS[name]) <= set(Options.flags())
-    options = read(f"--preset={name}")
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_presets_are_runnable_as_they_are(trainer, name):
+    assert set(PRESETS[name]) <= set(SCRIPTS[trainer][0].flags())
+    options = read_by(trainer, f"--preset={name}")
     assert not list(options.problems()) and not options.notices()
 
 
@@ -546,6 +637,128 @@ def test_a_plain_command_gives_no_notice():
     assert read("--prodigy_decouple=True", "--lr_warmup_steps=0").notices() == []
 
 
+# What only the text-to-image trainer has -----------------------------------------------------------------------------
+
+
+U = "--dist_match_gain=0.1"
+
+
+@pytest.mark.parametrize(("argv", "said"), [
+    (["--dist_match=0.003", U], "--dist_match with --dist_match_gain"),
+    (["--dist_match=0.003", "--dist_match_statistic=u"], "--dist_match_statistic u with --dist_match"),
+    ([U, "--dist_match_statistic=sum"], "--dist_match_statistic sum with --dist_match_gain"),
+    ([U, "--dist_match_statistic=diagonal"], "--dist_match_statistic diagonal with --dist_match_gain"),
+    (["--dist_match=0.003", "--dist_match_bank=0.9"], "--dist_match_bank with --dist_match"),
+    ([U, "--dist_match_bank=0.9", "--dist_match_kernel=text"], "--dist_match_bank with --dist_match_kernel text"),
+    ([U, "--dist_match_bank=0.9", "--dist_match_kernel=latent"], "--dist_match_bank with --dist_match_kernel latent"),
+    ([U, "--dist_match_min_snr=3.07"], "no noise level from --dist_match_min_snr 3.07 to --dist_match_max_snr 3.07"),
+    ([U, "--dist_match_weights=1"], "1 numbers in --dist_match_weights"),
+    ([U, "--dist_match_weights=1,1,1,1"], "4 numbers in --dist_match_weights"),
+    ([U, "--dist_match_weights=1,1,1", "--dist_match_method=wavelet"],
+     "3 bands of wavelets with --dist_match_boundary zero"),
+    ([U, "--dist_match_backend=pytorch_wavelets"],
+     "--dist_match_backend pytorch_wavelets with --dist_match_method dct"),
+])
+def test_contradictions_of_distribution_matching_are_refused(argv, said):
+    (problem,) = read_captioned(*argv).problems()
+    assert problem.what == said and problem.where and problem.why and problem.fix
+    calm = [word for word in argv if word.partition("=")[0] not in ("--dist_match", "--dist_match_gain")]
+    assert not list(read_captioned(*calm).problems()), "without a strength nothing of this is read"
+
+
+@pytest.mark.parametrize("argv", [
+    [U, "--dist_match_statistic=u", "--dist_match_bank=0.9", "--dist_match_kernel=class"],
+    ["--dist_match=0.003", "--dist_match_statistic=diagonal"],
+    ["--dist_match=0.003", "--dist_match_method=wavelet", "--dist_match_backend=pytorch_wavelets"],
+    [U, "--dist_match_weights=3,2,1"], [U, "--dist_match_weights=0,1", "--dist_match_levels=3"],
+    [U, "--dist_match_weights=1,2,3", "--dist_match_method=wavelet", "--dist_match_boundary=periodization"],
+    [U, "--dist_match_mode=swap", "--dist_match_swap=0.3"],
+    ["--guidance_token=8", "--guidance_features=f", "--guidance_token_dropout=1", "--guidance_token_scale=-1"],
+    ["--train_text_encoder", "--text_encoder_lr=1e-5", "--text_encoder_2_lr=1e-6", "--clip_skip=1"],
+])
+def test_what_goes_together_passes_without_a_word(argv):
+    options = read_captioned(*argv)
+    assert not list(options.problems()) and not options.notices()
+
+
+@pytest.mark.parametrize("argument", [
+    "--dist_match=-1", "--dist_match_gain=-1", "--dist_match_weights=a,b", "--dist_match_weights=-1,2",
+    "--dist_match_weights=0,0", "--dist_match_weights=nan,1", "--dist_match_weights=1,,2", "--dist_match_levels=0",
+    "--dist_match_swap=0", "--dist_match_swap=1", "--dist_match_bank=1", "--dist_match_mode=both",
+    "--dist_match_max_snr=0", "--dist_match_boundary=symmetric", "--guidance_token=-1", "--guidance_token_dropout=1.1",
+    "--max_train_samples=0", "--train_data_dir=",
+])
+def test_values_out_of_range_are_refused_by_the_text_to_image_trainer(argument):
+    with pytest.raises(UserError) as error:
+        read_captioned(argument)
+    (problem,) = error.value.problems
+    assert problem.what.startswith(f"{argument.partition('=')[0]} cannot be")
+
+
+@pytest.mark.parametrize(("argv", "said"), [
+    (["--dataset_name=u/d"], "--train_data_dir has no effect: it is read only with no --dataset_name"),
+    (["--dataset_config_name=x"], "--dataset_config_name has no effect: it is read only with --dataset_name"),
+    (["--cache_dir=x"], "--cache_dir has no effect: it is read only with --dataset_name"),
+    (["--guidance_features=f"], "--guidance_features has no effect: it is read only with --guidance_token above 0"),
+    (["--text_encoder_lr=1e-4"], "--text_encoder_lr has no effect: it is read only with --train_text_encoder"),
+    (["--enable_npu_flash_attention"], "--enable_npu_flash_attention: PyTorch's scaled_dot_product_attention"),
+    (["--enable_xformers_memory_efficient_attention"], "--enable_xformers_memory_efficient_attention: PyTorch's"),
+    (["--debug_loss"], "--debug_loss: no loss is logged by picture"),
+    (["--dist_match_mode=swap"], "--dist_match_mode has no effect: it is read only with --dist_match or "),
+    (["--dist_match_swap=0.3"], "--dist_match_swap has no effect: it is read only with --dist_match or "),
+    ([U, "--dist_match_swap=0.3"], "--dist_match_swap has no effect: it is read only with --dist_match_mode swap"),
+    ([U, "--dist_match_wavelet=db2"], "--dist_match_wavelet has no effect: it is read only with --dist_match_method"),
+    ([U, "--dist_match_boundary=periodization"], "--dist_match_boundary has no effect: it is read only with"),
+    (["--dist_match=1", "--dist_match_statistic=diagonal", "--dist_match_kernel=text"], "--dist_match_kernel has no"),
+    (["--use_dora"], "--adam_weight_decay 0.01 with --use_dora decays"),
+])
+def test_the_text_to_image_trainer_says_what_has_no_effect(argv, said):
+    options = read_captioned(*argv)
+    assert not list(options.problems())
+    (notice,) = options.notices()
+    assert notice.startswith(said)
+
+
+def test_no_message_advises_a_flag_that_the_trainer_lacks():
+    rows = [row for kind in SCRIPTS for row in _unread_by(kind)]
+    assert len(rows) > 60
+    for trainer, flag, condition in rows:
+        named = set(re.findall(r"--(\w+)", condition))
+        assert named <= set(SCRIPTS[trainer][0].flags()), (trainer, flag, condition)
+
+
+def _unread_by(trainer: str) -> list[tuple[str, str, str]]:
+    """(trainer, flag, what it is read with) of every flag of the trainer that has no effect in a few commands."""
+    commands = [[], ["--optimizer=came", "--max_train_steps=5", "--validation_steps=5"],
+                ["--train_unet_frac=0", "--loss_weighting=p2", "--timestep_sampling=cosmap"]]
+    values = [read_by(trainer, *argv).flat() for argv in commands]
+    return [(trainer, flag, condition) for each in values for flag, condition in unread(each) if flag in each]
+
+
+def test_what_the_text_to_image_trainer_trains_of_text_has_the_rate_of_the_unet_unless_given():
+    optimizer = CaptionedOptimizerOptions(learning_rate=2e-4, scale_lr=True)
+    assert CaptionedTextOptions().lrs(optimizer, global_batch=8) == (16e-4, 16e-4)
+    assert CaptionedTextOptions(text_encoder_2_lr=1e-6).lrs(optimizer, global_batch=8) == (16e-4, 1e-6)
+    assert CaptionedTextOptions(text_encoder_lr=0).lrs(optimizer, global_batch=8) == (0, 0)
+    assert not read_captioned("--train_text_encoder", "--optimizer=prodigy", "--learning_rate=1").notices()
+
+
+@pytest.mark.parametrize(("given", "active", "statistic", "norm", "weight"), [
+    (dict(), False, "u", "whiten", "x0"),
+    (dict(dist_match=0.003), True, "sum", "grid", "x0"),
+    (dict(dist_match=0.003, dist_match_statistic="diagonal"), True, "diagonal", "grid", "x0"),
+    (dict(dist_match_gain=1, dist_match_mode="reuse"), True, "u", "whiten", "eps"),
+    (dict(dist_match_gain=1, dist_match_band_norm="dof", dist_match_timestep_weight="whiten"), True, "u", "dof",
+     "whiten"),
+])
+def test_what_is_left_open_of_distribution_matching_follows_from_the_rest(given, active, statistic, norm, weight):
+    options = MatchingOptions(**given, dist_match_weights="1, 0.5,2e-1")
+    assert (options.active, options.statistic, options.band_norm, options.timestep_weight) == (
+        active, statistic, norm, weight)
+    assert options.gain == max(given.get("dist_match", 0), given.get("dist_match_gain", 0))
+    assert options.weights == (1, 0.5, 0.2)
+
+
 # What the values are good for ---------------------------------------------------------------------------------------
 
 
@@ -619,26 +832,35 @@ def test_a_trainer_may_leave_out_a_concern():
 # Help and documentation ---------------------------------------------------------------------------------------------
 
 
-def test_help_is_grouped_short_of_100_columns_and_names_default_and_unit(capsys):
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_help_is_grouped_short_of_100_columns_and_names_default_and_unit(capsys, trainer):
     with pytest.raises(SystemExit) as stop:
-        parse(Options, ["--help"], description="Train a LoRA, 100 % offline.")
+        parse(SCRIPTS[trainer][0], ["--help"], description="Train a LoRA, 100 % offline.")
     text = capsys.readouterr().out
     assert stop.value.code == 0
     assert max(map(len, text.splitlines())) <= 100
     flat = " ".join(text.split())
-    for name, kind in CONCERNS.items():
+    for name, kind in TRAINERS[trainer].items():
         assert f"{kind.title()}:" in flat
         for flag in kind.flags(name):
             assert re.search(rf"--(\[no_\])?{flag.name}\b", flat)
-    assert "--rank RANK" in flat and "--resolution PIXELS" in flat and "(default: 1024)" in flat
+    size = TRAINERS[trainer]["data"].model_fields["resolution"].default
+    assert "--rank RANK" in flat and "--resolution PIXELS" in flat and f"(default: {size})" in flat
     assert "adamw, adamw8bit, " in flat and "came or schedule_free_adamw" in flat
     assert "(required)" in flat
 
 
 def test_every_number_has_a_unit_and_every_flag_help():
-    for flag in Options.flags().values():
+    for flag in [*Options.flags().values(), *Captioned.flags().values()]:
         assert flag.help
         assert flag.note("unit") or flag.kind not in (int, float), flag.name
+
+
+def test_help_names_no_flag_that_the_trainer_lacks():
+    for kind in (Options, Captioned):
+        for flag in kind.flags().values():
+            named = set(re.findall(r"--(\w+)", flag.help))
+            assert named <= set(kind.flags()), flag.name
 
 
 def test_help_answers_at_once_without_torch(tmp_path):
@@ -658,5 +880,17 @@ def test_help_answers_at_once_without_torch(tmp_path):
 
 
 def test_the_flags_page_is_current():
-    assert (ROOT / "docs/flags.md").read_text("utf-8") == markdown(CONCERNS, PRESETS), (
+    assert (ROOT / "docs/flags.md").read_text("utf-8") == markdown(TRAINERS, PRESETS), (
         "python -m trainkit.options > docs/flags.md")
+
+
+def test_the_flags_page_has_every_flag_once_and_says_whose_it_is():
+    page = markdown(TRAINERS, PRESETS)
+    for name in Options.flags() | Captioned.flags():
+        assert page.count(f"| `--{name}`") == 1, name
+    lines = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `--")}
+    assert lines["--instance_prompt"].startswith("| `--instance_prompt` (DreamBooth only) |")
+    assert lines["--train_data_dir"].startswith("| `--train_data_dir` (text-to-image only) |")
+    assert "| DreamBooth: `4`; text-to-image: `16` |" in lines["--train_batch_size"]
+    assert "(`[pivotal]`, DreamBooth only)" in page and "(`[matching]`, text-to-image only)" in page
+    assert "only" not in lines["--rank"] and "Unlike the Diffusers DreamBooth script" in lines["--center_crop"]

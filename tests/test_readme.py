@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import ROOT, launched
-from train_dreambooth_lora_sdxl_advanced import Options
+from trainkit.options import TRAINERS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = [*PAGES, *sorted({*ROOT.glob("*.md")} - {*PAGES}), ROOT / "assets" / "README.md"]
@@ -101,8 +101,9 @@ def tree_entries(tree: str) -> Iterator[tuple[Path, ...]]:
 
 @pytest.mark.parametrize("page", TEXTS, ids=named)
 def test_every_flag_exists(page):
-    flags = Options.flags()
-    known = OTHER_TOOLS | {"help", *flags} | {f"no_{name}" for name, flag in flags.items() if flag.is_switch}
+    flags = [flag for kinds in TRAINERS.values() for name, kind in kinds.items() for flag in kind.flags(name)]
+    known = OTHER_TOOLS | {"help", *(flag.name for flag in flags)}
+    known |= {f"no_{flag.name}" for flag in flags if flag.is_switch}
     for script in (ROOT / "scripts").glob("*.py"):
         known |= set(re.findall(r"\badd(?:_argument)?\(\s*\"--(\w+)\"", script.read_text("utf-8")))
     written = {name.replace("-", "_") for name in re.findall(r"(?<![\w-])--([a-z][\w-]*)", page.read_text("utf-8"))}

@@ -19,7 +19,7 @@ BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.AsyncFor, ast.Async
 LAYERS = (
     {"errors", "files", "rng"},
     {"options", "diffusion", "objective", "passes", "matching", "optim", "evaluation", "lean_lora", "runtime"},
-    {"data", "families", "adapters", "pivotal", "text"},
+    {"data", "families", "adapters", "guidance", "pivotal", "text"},
     {"checkpoints", "export"},
     {"run", "preview", "report", "identity"},
     {"publish"},

@@ -23,7 +23,7 @@ from trainkit.families import sdxl
 from trainkit.optim import make_optimizer
 from trainkit.options import LoraOptions, OptimizerOptions, PivotalOptions, TextOptions, ValidationOptions
 from trainkit.pivotal import EOS_LINE
-from trainkit.preview import GUIDANCE, Previews, sampler
+from trainkit.preview import Previews, sampler
 from trainkit.publish import write_card
 from trainkit.report import write_report
 from trainkit.report.facts import RunFacts
@@ -433,7 +433,7 @@ def test_d10_stock_diffusers_draws_our_preview_after_the_two_documented_calls(as
     def draw(text: str) -> np.ndarray:
         noise = rng.normal((4, 16, 16), [(seed, 1)], name="preview")
         return np.asarray(pipe(text, latents=noise, height=64, width=64, num_inference_steps=steps,
-                               guidance_scale=GUIDANCE).images[0]).astype(int)
+                               guidance_scale=family.guidance_scale).images[0]).astype(int)
 
     untrained = draw(words.rewrite(prompt))
     pipe.load_lora_weights(tmp_path, weight_name=DIFFUSERS_FILE)

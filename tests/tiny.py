@@ -1,4 +1,4 @@
-"""A random SDXL-layout model folder, small enough for every test: three levels, two text encoders, own vocabulary."""
+"""Random model folders in the layouts of SDXL, SD 1.x and 2.x, small enough for every test: three levels, own words."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORDS = """a an the of in on and with photo picture icon style red green blue dog cat house sun moon star tree fish bird
 apple flower car boat TOK 3d toy smooth shiny flat drawing white background""".lower().split()
 MAX_LENGTH = 77
+SD_TEXT_WIDTHS = {1: 24, 2: 32}  # by version; OpenCLIP's encoder is wider
 TEXT_WIDTHS = (24, 32)  # CLIP-L's and CLIP-G's part; their sum is the UNet's cross-attention width
 LATENT_CHANNELS = 4
 FIRST_SEED = 20261121
@@ -48,6 +49,32 @@ def build_tiny_edm(folder: Path, *, prediction_type: Literal["epsilon", "v_predi
     scheduler = EDMDPMSolverMultistepScheduler(sigma_data=0.5, prediction_type=prediction_type)
     latents = {"latents_mean": [-0.4, 0.3, 0.1, -0.2], "latents_std": [1.1, 0.7, 0.9, 0.8], "scaling_factor": 0.5}
     return build(folder, scheduler, partial(tiny_vae, **latents), widths=widths, eos_in_config=True)
+
+
+def build_tiny_sd(folder: Path, *, version: Literal[1, 2] = 1,
+                  prediction_type: Literal["epsilon", "v_prediction"] | None = None,
+                  widths: Sequence[int] = (32, 64, 64)) -> Path:
+    """Write a random model in the Diffusers layout of SD 1.x or of SD 2.x for 768 pixels -> its folder.
+
+    prediction_type  by default ε for 1, v for 2
+    """
+    from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
+
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
+             "set_alpha_to_one": False, "prediction_type": prediction_type or ("epsilon", "v_prediction")[version - 1]}
+    scheduler = PNDMScheduler(skip_prk_steps=True, **betas) if version == 1 else DDIMScheduler(
+        clip_sample=False, **betas)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.seed_of("tiny sd", FIRST_SEED, version))
+        words = tiny_tokenizer(folder / ".words", EOS if version == 1 else "!")
+        pipe = StableDiffusionPipeline(
+            vae=tiny_vae(), unet=tiny_sd_unet(widths, version), scheduler=scheduler, tokenizer=words,
+            text_encoder=tiny_text_encoder(len(words), SD_TEXT_WIDTHS[version], projected=False, eos=words.eos_token_id,
+                                           pad=words.pad_token_id, open_clip=version == 2),
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )
+    pipe.save_pretrained(folder)
+    return folder
 
 
 def build(folder: Path, scheduler: SchedulerMixin, make_vae: Callable[[], AutoencoderKL], *, widths: Sequence[int],
@@ -94,14 +121,14 @@ def merges_of(word: str) -> list[tuple[str, str]]:
     return [("".join(pieces[:k]), pieces[k]) for k in range(1, len(pieces))]
 
 
-def tiny_text_encoder(vocabulary: int, width: int, *, projected: bool, eos: int, pad: int):
+def tiny_text_encoder(vocabulary: int, width: int, *, projected: bool, eos: int, pad: int, open_clip: bool = False):
     """Three layers, so that the penultimate hidden state and one skipped layer exist."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3,
         num_attention_heads=2, max_position_embeddings=MAX_LENGTH, projection_dim=width, bos_token_id=vocabulary - 2,
-        eos_token_id=eos, pad_token_id=pad, hidden_act="gelu" if projected else "quick_gelu",
+        eos_token_id=eos, pad_token_id=pad, hidden_act="gelu" if projected or open_clip else "quick_gelu",
     )
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
 
@@ -128,4 +155,17 @@ def tiny_unet(widths: Sequence[int]):
         transformer_layers_per_block=(1, 1, 2), attention_head_dim=tuple(w // 32 for w in widths),
         cross_attention_dim=sum(TEXT_WIDTHS), use_linear_projection=True, addition_embed_type="text_time",
         addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + TEXT_WIDTHS[1],
+    )
+
+
+def tiny_sd_unet(widths: Sequence[int], version: int):
+    """SD's block layout: no attention on the last level; in 2.x linear projections, and heads counted by level."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=16, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, block_out_channels=tuple(widths),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), layers_per_block=2,
+        attention_head_dim=2 if version == 1 else tuple(w // 16 for w in widths), use_linear_projection=version == 2,
+        cross_attention_dim=SD_TEXT_WIDTHS[version],
     )

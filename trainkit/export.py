@@ -1,7 +1,7 @@
 """Two LoRA files people can load, each read back and compared with what was trained.
 
     Diffusers  pytorch_lora_weights.safetensors   PEFT's names, fp32, the scale multiplied into B, so alpha = rank
-    WebUI      <name>.safetensors                 SGM names, `.alpha` tensors, ss_* and ModelSpec metadata, fp16
+    WebUI      <name>.safetensors                 WebUIs' names, `.alpha` tensors, ss_* and ModelSpec metadata, fp16
                                                   (fp32 for a module whose numbers leave fp16's normal range)
 
 Reading goes by each file's own rules: ΔW = B A in the first, (alpha/r) · up · down in the second, DoRA's magnitude and
@@ -25,12 +25,11 @@ from torch import Tensor
 
 from trainkit.adapters.updates import Hadamard, Kronecker, LowRank, Update, decomposed, rows_norm
 from trainkit.errors import Problem, UserError
-from trainkit.families import sgm
 from trainkit.files import disk_errors, load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from trainkit.adapters import Adapters
-    from trainkit.families.sdxl import SDXL
+    from trainkit.families import Family
 
 DOWN, UP, ALPHA, DORA_SCALE = ".lora_down.weight", ".lora_up.weight", ".alpha", ".dora_scale"
 LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector.weight"
@@ -42,14 +41,13 @@ Tensors = dict[str, Tensor]
 EXACT = torch.finfo(torch.float64).eps  # of the arithmetic in which files are compared
 
 
-def architecture_metadata(networks: Sequence[Adapters], family: SDXL) -> dict[str, str]:
+def architecture_metadata(networks: Sequence[Adapters], family: Family) -> dict[str, str]:
     """What a reader needs to know about any LoRA: kohya's minimum and ModelSpec's obligatory keys."""
     v_prediction = family.schedule.prediction_type == "v_prediction"
     side = family.unet.config.sample_size * family.vae_factor
     return {
-        "ss_v2": "False", "ss_base_model_version": family.webui_base, **network_metadata(networks),
+        **family.base_metadata, **network_metadata(networks),
         "modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": f"{family.architecture}/lora",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.prediction_type": "v" if v_prediction else "epsilon",
     }
@@ -63,7 +61,7 @@ def network_metadata(networks: Sequence[Adapters]) -> dict[str, str]:
     lycoris = {"algo": first.kind} | ({"factor": str(first.factor)} if first.kind == "lokr" else {})
     if any(network.decomposed for network in networks):
         lycoris |= {"dora_wd": "True", "wd_on_output": "True"}
-    convolves = any(len(network.shape(path)) == 4 for network in networks for path in network.layers)
+    convolves = any(math.prod(network.shape(path)[2:]) > 1 for network in networks for path in network.layers)
     args = {"conv_dim": str(rank), "conv_alpha": alpha} if convolves else {}
     plain = lycoris == {"algo": "lora"}
     return {
@@ -142,7 +140,7 @@ def in_file(network: Adapters, module: str) -> str:
     return module if network.prefix == "unet" else TEXT_MODEL + stripped(module)
 
 
-def write_kohya(networks: Sequence[Adapters], family: SDXL, path: Path, metadata: Mapping[str, str], *,
+def write_kohya(networks: Sequence[Adapters], family: Family, path: Path, metadata: Mapping[str, str], *,
                 dtype: torch.dtype = torch.float16) -> None:
     """The file ComfyUI, A1111 and Forge read; docs/adapters.md says which kinds each of them does.
 
@@ -277,7 +275,7 @@ class Stated:
     magnitude: Tensor | None  # [out]
 
 
-def verify(path: Path, networks: Sequence[Adapters], *, layout: Layout) -> float:
+def verify(path: Path, networks: Sequence[Adapters], family: Family, *, layout: Layout) -> float:
     """Read a written file by its layout's rules and compare every ΔW with the trained one -> the largest error.
 
     An entry may be off by what rounding the file's own numbers can do (`Rounded`). The error that is returned counts
@@ -285,7 +283,7 @@ def verify(path: Path, networks: Sequence[Adapters], *, layout: Layout) -> float
     Raises UserError(kind="disk") naming what differs.
     """
     stems = gathered(load_tensors(path), layout)
-    places = {stem: place(stem, networks, layout) for stem in stems}
+    places = {stem: place(stem, networks, family, layout) for stem in stems}
     stated = {stem: parse(parts, layout) for stem, parts in stems.items()}
     strange = sorted(stem for stem in stems if places[stem] is None or stated[stem] is None)
     known = {(network.prefix, module) for network, module in filter(None, places.values())}
@@ -334,13 +332,13 @@ def gathered(tensors: Tensors, layout: Layout) -> dict[str, Tensors]:
     return stems
 
 
-def place(stem: str, networks: Sequence[Adapters], layout: Layout) -> tuple[Adapters, str] | None:
+def place(stem: str, networks: Sequence[Adapters], family: Family, layout: Layout) -> tuple[Adapters, str] | None:
     """The network and the module that a name in a file means; in WebUI files the parts of a path are joined by "_"."""
     for network in networks:
         paths = {stripped(path): path for path in network.layers}
         if layout == "webui":
             paths = {name.replace(".", "_"): path for name, path in paths.items()}
-            found = sgm.read_name(stem, network.prefix, network.network.config)
+            found = family.read_webui_name(stem, network.prefix)
         else:
             found = stripped(stem.removeprefix(f"{network.prefix}.")) if stem.startswith(f"{network.prefix}.") else ""
         if found in paths:

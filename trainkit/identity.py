@@ -51,7 +51,7 @@ def fingerprint(opt: OptionSet, rows: Sequence[Row], family: Family, job: Run, t
 
 def contents(rows: Sequence[Row]) -> str | None:
     """Digest of pictures and captions; None without any."""
-    return content_key(*[(row.id, row.digest, row.caption, row.repeat) for row in rows]) if rows else None
+    return content_key(*[(row.id, row.digest, *row.all_captions, row.repeat) for row in rows]) if rows else None
 
 
 def micro_batch_counts(flags: dict[str, object]) -> bool:

@@ -231,14 +231,21 @@ class Matching:
 
 def make_passes(
     o: MatchingOptions, plain: Pass, matcher: Callable[[], Matcher], *, seed: int, snr_gamma: float | None,
+    together: int,
 ) -> Passes:
     """The passes of a run: the ordinary one alone, or those of --dist_match_mode with the term that `matcher` makes.
 
+    together  samples of a micro-batch over all ranks
     Without --dist_match and --dist_match_gain nothing of this is built, so such a run is the plain one bit for bit.
-    Raises UserError where the run's law of noise levels has none in the window.
+    Raises UserError where the run's law of noise levels has none in the window, or no sample has another beside it.
     """
     if not o.active:
         return Plain(plain)
+    if together == 1 and o.statistic == "u" and not o.dist_match_bank:
+        raise UserError(Problem(
+            "distribution matching with one picture a micro-batch", "--train_batch_size 1",
+            "the unbiased statistic is made of pairs of pictures, and there is no pair",
+            "--train_batch_size 2 or more, or --dist_match_bank 0.9, which keeps what earlier pictures had in common"))
     window = window_of(plain.levels, o.dist_match_min_snr, o.dist_match_max_snr)
     loss = matcher()
     term = MatchingTerm(loss, o.dist_match_kernel, snr_gamma)

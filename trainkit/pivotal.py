@@ -132,7 +132,7 @@ class NewTokens:
     def __init__(self, family: SDXL, options: PivotalOptions, *, seed: int):
         self.options = options
         self.names = [name for names in options.tokens.values() for name in names]
-        self.base_model, self.sets_eos = family.name, family.sets_eos
+        self.base_model, self.architecture, self.sets_eos = family.name, family.architecture, family.sets_eos
         refuse(taken(self.names, family.tokenizers))
         parts = list(zip(ENCODERS, family.tokenizers, family.text_encoders, strict=True))
         self.stds = [float(encoder.get_input_embeddings().weight.float().std()) for _, _, encoder in parts]
@@ -189,7 +189,8 @@ class NewTokens:
     def export(self, folder: Path, name: str) -> list[Path]:
         """Write <name>_emb.safetensors into `folder` and read it back -> [its path]."""
         path = folder / embeddings_file(name)
-        header = {TOKENS: json.dumps(self.options.tokens), BASE: self.base_model, SETS_EOS: str(self.sets_eos)}
+        header = {TOKENS: json.dumps(self.options.tokens), BASE: self.base_model, SETS_EOS: str(self.sets_eos),
+                  "modelspec.architecture": f"{self.architecture}/textual-inversion"}
         write_embeddings(path, self.embeddings, header)
         return [path]
 

@@ -28,22 +28,20 @@ from trainkit.files import atomic_write, disk_errors
 from trainkit.report.facts import sample_files
 
 if TYPE_CHECKING:
-    from diffusers import SchedulerMixin, StableDiffusionXLPipeline
+    from diffusers import DiffusionPipeline, SchedulerMixin
 
-    from trainkit.families.sdxl import SDXL
+    from trainkit.families import Family
+    from trainkit.families.base import Encoded
     from trainkit.options import ValidationOptions
 
 log = logging.getLogger(__name__)
 
 STEPS = 25  # denoising steps of the Diffusers trainers' validation
-GUIDANCE = 5.0  # the stock SDXL pipeline's default
 SAMPLER_NAMES = {  # as WebUIs call them
     "DPMSolverMultistepScheduler": "DPM++ 2M", "EDMDPMSolverMultistepScheduler": "DPM++ 2M",
     "EDMEulerScheduler": "Euler",
 }
 TILE_PX = (192, 512)  # a sheet shows no picture smaller or larger than this
-
-Encoded = Callable[[list[str]], tuple[Tensor, Tensor]]  # prompts -> embeds [B,T,D], pooled [B,P]
 
 
 @dataclass(frozen=True)
@@ -70,14 +68,14 @@ def grid_name(step: int) -> str:
 class Previews:
     """Draws `num_validation_images` pictures of the validation prompt; without a prompt, none.
 
-    The stock SDXL pipeline is put together from the training run's own UNet; text comes encoded, because the encoders
+    The stock pipeline is put together from the training run's own UNet; text comes encoded, because the encoders
     are gone. Starting noise depends on the picture's seed alone, so two steps differ by what was learned in between.
     No global random state is read or advanced, and the UNet's modes are as before afterwards.
 
     averaged  context of the weights to look at, where they are not those that train (Optim.averaged)
     """
 
-    def __init__(self, family: SDXL, options: ValidationOptions, encoded: Encoded, output_dir: str | Path, *,
+    def __init__(self, family: Family, options: ValidationOptions, encoded: Encoded, output_dir: str | Path, *,
                  seed: int, resolution: int, every: int = 0,
                  averaged: Callable[[], AbstractContextManager[None]] = nullcontext):
         self.family, self.encoded, self.resolution, self.every = family, encoded, resolution, every
@@ -120,7 +118,7 @@ class Previews:
     def _pictures(self) -> list[Image.Image]:
         family, dtype = self.family, self.family.weight_dtype
         precision = torch.autocast(family.device.type, dtype=dtype, enabled=dtype != torch.float32)
-        pipe = live_pipeline(family)
+        pipe = family.pipeline(sampler(family))
         with self.averaged(), evaluating(family.unet), precision:
             latents = [self._latents(pipe, shot) for shot in self.shots]  # N × [1,C,h,w]
         with visiting(family.vae, family.device):
@@ -128,24 +126,16 @@ class Previews:
         empty_device_cache()
         return pictures
 
-    def _latents(self, pipe: StableDiffusionXLPipeline, shot: Shot) -> Tensor:
+    def _latents(self, pipe: DiffusionPipeline, shot: Shot) -> Tensor:
         """One finished latent -> [1,C,h,w]; one at a time, so that a preview never needs more memory than training."""
         side = self.resolution // self.family.vae_factor
         noise = rng.normal((self.family.latent_channels, side, side), [(shot.seed, shot.number)], name="preview")
-        embeds, pooled = self.encoded([shot.prompt])
-        empty, empty_pooled = self._negative(pipe, embeds, pooled)
         return pipe(
-            prompt_embeds=embeds, pooled_prompt_embeds=pooled, negative_prompt_embeds=empty,
-            negative_pooled_prompt_embeds=empty_pooled, latents=noise.to(embeds.device),
-            height=self.resolution, width=self.resolution, num_inference_steps=STEPS, guidance_scale=GUIDANCE,
+            **self.family.pipeline_text(pipe, [shot.prompt], self.encoded), latents=noise.to(self.family.device),
+            height=self.resolution, width=self.resolution, num_inference_steps=STEPS,
+            guidance_scale=self.family.guidance_scale,
             generator=rng.generator("preview-step", shot.seed, shot.number), output_type="latent",
         ).images
-
-    def _negative(self, pipe: StableDiffusionXLPipeline, embeds: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """The unconditional text as the checkpoint was trained: zeros, or the encoded empty prompt."""
-        if pipe.config.force_zeros_for_empty_prompt:
-            return torch.zeros_like(embeds), torch.zeros_like(pooled)
-        return self.encoded([""])
 
     def _grid(self, step: int, pictures: Sequence[Image.Image]) -> Image.Image:
         columns = [f"seed {shot.seed}" for shot in self.shots]
@@ -154,26 +144,11 @@ class Previews:
     def _parameters(self, shot: Shot, picture: Image.Image) -> str:
         """The text WebUI's PNG-info tab reads: prompt on the first line, settings on the last."""
         name = SAMPLER_NAMES.get(sampler_class(self.family), sampler_class(self.family))
-        return (f"{shot.prompt}\nSteps: {STEPS}, Sampler: {name}, CFG scale: {GUIDANCE}, Seed: {shot.seed}, "
-                f"Size: {picture.width}x{picture.height}")
+        return (f"{shot.prompt}\nSteps: {STEPS}, Sampler: {name}, CFG scale: {self.family.guidance_scale}, "
+                f"Seed: {shot.seed}, Size: {picture.width}x{picture.height}")
 
 
-def live_pipeline(family: SDXL) -> StableDiffusionXLPipeline:
-    """The stock pipeline around the UNet in training: no text encoders, no VAE."""
-    from diffusers import StableDiffusionXLPipeline
-
-    repo = StableDiffusionXLPipeline.load_config(family.path, revision=family.revision)
-    pipe = StableDiffusionXLPipeline(
-        vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=family.unet,
-        scheduler=sampler(family), force_zeros_for_empty_prompt=repo.get("force_zeros_for_empty_prompt", True),
-        add_watermarker=False,
-    )
-    pipe.vae_scale_factor = family.vae_factor  # otherwise guessed as 8, for want of a VAE
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def sampler(family: SDXL) -> SchedulerMixin:
+def sampler(family: Family) -> SchedulerMixin:
     """DPM-Solver++ on the levels the run trains on, as upstream validates; an EDM model's own scheduler."""
     import diffusers
 
@@ -182,7 +157,7 @@ def sampler(family: SDXL) -> SchedulerMixin:
     return kind.from_config(config, prediction_type=family.schedule.prediction_type)
 
 
-def sampler_class(family: SDXL) -> str:
+def sampler_class(family: Family) -> str:
     config = family.scheduler_config
     return str(config["_class_name"]) if is_edm(config) else "DPMSolverMultistepScheduler"
 

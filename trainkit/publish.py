@@ -15,7 +15,7 @@ import yaml
 from trainkit.errors import Problem, UserError
 from trainkit.export import verify, write_diffusers, write_kohya
 from trainkit.files import Json, atomic_write
-from trainkit.options import CONCERNS, RunOptions
+from trainkit.options import TRAINERS, RunOptions
 from trainkit.report import SampleStep, environment, sample_steps, write_report
 from trainkit.report.charts import number
 from trainkit.report.facts import RunFacts, sample_files, weight_names
@@ -25,14 +25,18 @@ from trainkit.runtime.record import redact
 
 if TYPE_CHECKING:
     from trainkit.adapters import Adapters
-    from trainkit.families.sdxl import SDXL
+    from trainkit.families import Family
     from trainkit.text import Text
 
 log = logging.getLogger(__name__)
 
-TAGS = ("text-to-image", "diffusers", "lora", "template:sd-lora", "stable-diffusion-xl")
+TAGS = ("text-to-image", "diffusers")
 LORA_TAGS, TOKEN_TAGS = ("lora", "template:sd-lora"), ("textual_inversion",)
-LICENCES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"}  # of bases on the Hub; a folder tells its own
+LICENCES = {  # of bases on the Hub; a folder tells its own
+    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++", "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
+    "stabilityai/stable-diffusion-2-1": "openrail++", "stabilityai/stable-diffusion-2-1-base": "openrail++",
+}
 LONGEST_NAME = 255 - len("._emb.safetensors.1234567-12345678.tmp")  # bytes; a file is written under a longer name
 HUB_ID = re.compile(r"([\w-][\w.-]{0,95}/)?[\w-][\w.-]{0,95}", re.ASCII)
 FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
@@ -42,7 +46,8 @@ SETTINGS = {  # name in the card: flag; nothing here holds a path
     "Text weight decay": "adam_weight_decay_text_encoder", "EMA decay": "ema_decay",
     "Share of the steps, new tokens": "train_text_encoder_ti_frac", "Batch size": "train_batch_size",
     "Accumulation": "gradient_accumulation_steps", "Min-SNR gamma": "snr_gamma", "Class pictures": "num_class_images",
-    "Prior loss weight": "prior_loss_weight", "Mixed precision": "mixed_precision", "Seed": "seed",
+    "Prior loss weight": "prior_loss_weight", "Matching, method": "dist_match_method",
+    "Matching, mode": "dist_match_mode", "Mixed precision": "mixed_precision", "Seed": "seed",
 }
 DEVIATIONS = {  # the same, of flags that are told only when they are not at their default
     "Kind": "lora_type", "DoRA": "use_dora", "rsLoRA": "use_rslora", "B-LoRA": "use_blora",
@@ -50,9 +55,13 @@ DEVIATIONS = {  # the same, of flags that are told only when they are not at the
     "Share of the steps, text encoders": "train_text_encoder_frac", "Loss": "loss_type",
     "Loss weighting": "loss_weighting", "EDM training": "do_edm_style_training", "Prediction": "prediction_type",
     "Schedule ends at SNR 0": "rescale_betas_zero_snr", "Noise offset": "noise_offset", "Random flips": "random_flip",
-    "CLIP skip": "clip_skip",
+    "CLIP skip": "clip_skip", "Distribution matching, lambda": "dist_match",
+    "Distribution matching, gain": "dist_match_gain", "Matching, statistic": "dist_match_statistic",
+    "Matching, weights": "dist_match_weights", "Matching, kernel": "dist_match_kernel",
+    "Matching, bank": "dist_match_bank", "CLIP guidance token": "guidance_token",
 }
-DEFAULTS = {flag.name: flag.default for name, kind in CONCERNS.items() for flag in kind.flags(name)}
+DEFAULTS = {flag.name: flag.default for concerns in TRAINERS.values() for name, kind in concerns.items()
+            for flag in kind.flags(name)}
 
 
 def problems(options: RunOptions) -> Iterator[Problem]:
@@ -87,7 +96,7 @@ def hub_problems(options: RunOptions) -> Iterator[Problem]:
                       "give --hub_model_id owner/name")
 
 
-def publish(options: RunOptions, family: SDXL, adapters: Adapters, *, words: Text | None = None,
+def publish(options: RunOptions, family: Family, adapters: Adapters, *, words: Text | None = None,
             num_images: int | None = None) -> list[Path]:
     """Write the final files into --output_dir, verify them, and upload them when asked -> the files, weights first.
 
@@ -103,7 +112,7 @@ def publish(options: RunOptions, family: SDXL, adapters: Adapters, *, words: Tex
         ranks.barrier()
 
 
-def publish_here(options: RunOptions, family: SDXL, adapters: Adapters, *, words: Text | None,
+def publish_here(options: RunOptions, family: Family, adapters: Adapters, *, words: Text | None,
                  num_images: int | None) -> list[Path]:
     folder = Path(options.output_dir)
     embeddings = words.export(folder, RunFacts(folder).name) if words else []  # first: the other files speak of them
@@ -117,7 +126,7 @@ def publish_here(options: RunOptions, family: SDXL, adapters: Adapters, *, words
     return files
 
 
-def write_weights(folder: Path, family: SDXL, networks: Sequence[Adapters], *, num_images: int | None) -> list[Path]:
+def write_weights(folder: Path, family: Family, networks: Sequence[Adapters], *, num_images: int | None) -> list[Path]:
     """The Diffusers file and the one for ComfyUI and WebUIs, each read back and compared with the adapters.
 
     No file where no network has adapters, as in pure textual inversion.
@@ -131,7 +140,7 @@ def write_weights(folder: Path, family: SDXL, networks: Sequence[Adapters], *, n
     write_diffusers(networks, ours, metadata)
     write_kohya(networks, family, others, metadata)
     for path, layout in ((ours, "diffusers"), (others, "webui")):
-        error = verify(path, networks, layout=layout)
+        error = verify(path, networks, family, layout=layout)
         log.info("%s holds the trained weights (largest error %.1e of its largest entry)", path.name, error)
     return [ours, others]
 
@@ -196,7 +205,9 @@ def title(run: RunFacts) -> str:
 
 def parts(run: RunFacts) -> str:
     """What was trained."""
-    trained = {"the UNet": run.option("train_unet_frac") != 0, "both text encoders": run.option("train_text_encoder"),
+    encoders = {group.partition(".")[0] for group in run.rates if group.startswith("text_encoder")}
+    text_part = "both text encoders" if len(encoders) > 1 else "the text encoder"
+    trained = {"the UNet": run.option("train_unet_frac") != 0, text_part: run.option("train_text_encoder"),
                "the new tokens' embeddings": run.embeddings}
     return " and ".join(name for name, yes in trained.items() if yes)
 
@@ -206,15 +217,19 @@ def front_matter(run: RunFacts, samples: Sequence[SampleStep], licence: str | No
     pictures = samples[-1].pictures if samples else ()
     matter: dict[str, Json] = {
         "base_model": run.base_model, "library_name": "diffusers", "license": licence or "other",
-        "instance_prompt": run.trigger, "pipeline_tag": "text-to-image", "tags": tags(run),
+        "pipeline_tag": "text-to-image", "tags": tags(run),
     }
+    if run.trigger:
+        matter["instance_prompt"] = run.trigger
     if pictures and run.validation_prompt:
         matter["widget"] = [{"text": run.prompted(run.validation_prompt), "output": {"url": p.file}} for p in pictures]
     return matter
 
 
 def tags(run: RunFacts) -> list[str]:
-    return [tag for tag in (*TAGS, *(TOKEN_TAGS if run.embeddings else ())) if run.has_lora or tag not in LORA_TAGS]
+    parts = (TAGS, LORA_TAGS if run.has_lora else (), [run.base_series] if run.base_series else (),
+             TOKEN_TAGS if run.embeddings else ())
+    return [tag for part in parts for tag in part]
 
 
 def licence_of(run: RunFacts) -> str | None:

@@ -5,6 +5,7 @@ A text is asked as `text(prompts, step)`; which of the three it is (frozen, new 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -20,12 +21,12 @@ from trainkit.pivotal import NewTokens, unseen
 
 if TYPE_CHECKING:
     from trainkit.adapters import Adapters
-    from trainkit.families.sdxl import SDXL
+    from trainkit.families import Family
     from trainkit.files import Json
     from trainkit.optim import ParamGroup
     from trainkit.options import LoraOptions, OptimizerOptions, PivotalOptions, TextOptions
 
-NETWORKS = ("text_encoder", "text_encoder_2")  # names of the adapters, in the order of the family's text encoders
+log = logging.getLogger(__name__)
 
 
 class Learner(Protocol):
@@ -52,14 +53,14 @@ class Learner(Protocol):
 
 
 class EncoderAdapters:
-    """LoRA on both text encoders."""
+    """LoRA on every text encoder of the family."""
 
     embeddings: Mapping[str, Tensor] = {}
 
-    def __init__(self, family: SDXL, options: LoraOptions, *, seed: int):
+    def __init__(self, family: Family, options: LoraOptions, *, seed: int):
         self.networks = [
             adapters.add_adapters(encoder, options, prefix=prefix, targets=family.text_lora_targets, seed=seed)
-            for prefix, encoder in zip(NETWORKS, family.text_encoders, strict=True)]
+            for prefix, encoder in zip(family.layout.text_encoders, family.text_encoders, strict=True)]
 
     def rewrite(self, prompt: str) -> str:
         return prompt
@@ -68,8 +69,8 @@ class EncoderAdapters:
         return True
 
     def groups(self, *, lrs: tuple[float, float], weight_decay: float, stop: int | None) -> list[ParamGroup]:
-        """Each encoder's own, at its rate."""
-        return [group for network, lr in zip(self.networks, lrs, strict=True)
+        """Each encoder's own, at its rate; a family with one encoder has the first."""
+        return [group for network, lr in zip(self.networks, lrs, strict=False)
                 for group in network.groups(lr=lr, weight_decay=weight_decay, stop=stop)]
 
     def after_update(self) -> None:
@@ -103,7 +104,7 @@ class LiveText:
     either side of the pivot sees the bits of an uninterrupted one (see FrozenText).
     """
 
-    def __init__(self, family: SDXL, learner: Learner, prompts: Iterable[str], store: Store | None,
+    def __init__(self, family: Family, learner: Learner, prompts: Iterable[str], store: Store | None,
                  options: TextOptions, *, stop: int, also: Iterable[str] = ()):
         self.family, self.learner, self.options, self.stop = family, learner, options, stop
         texts, others = ([learner.rewrite(prompt) for prompt in part] for part in (prompts, also))
@@ -208,17 +209,19 @@ class LiveText:
 Text = FrozenText | LiveText
 
 
-def make_text(family: SDXL, prompts: Iterable[str], store: Store | None, *, text: TextOptions, pivotal: PivotalOptions,
-              lora: LoraOptions, total: int, seed: int, also: Iterable[str] = (),
+def make_text(family: Family, prompts: Iterable[str], store: Store | None, *, text: TextOptions,
+              pivotal: PivotalOptions | None, lora: LoraOptions, total: int, seed: int, also: Iterable[str] = (),
               gradient_checkpointing: bool = False) -> Text:
     """The text of a run of `total` optimizer steps: frozen, with new tokens, or with LoRA on the encoders.
 
     prompts  every prompt to train on: the captions
     also     every other the run will need encoded: those of previews
+    pivotal  None in a trainer without new tokens
     Frozen encoders are freed here, those in training stay on the device.
     Raises UserError where the base model has the new tokens already, or every caption is cut before one of them.
     """
-    if not (text.train_text_encoder or pivotal.train_text_encoder_ti):
+    learns_tokens = pivotal is not None and pivotal.train_text_encoder_ti
+    if not (text.train_text_encoder or learns_tokens):
         frozen = FrozenText(family, prompts, store, text.clip_skip, also=also)
         family.free_text_encoders()
         return frozen
@@ -227,7 +230,9 @@ def make_text(family: SDXL, prompts: Iterable[str], store: Store | None, *, text
         if gradient_checkpointing:  # called gradient_checkpointing_enable before Transformers 5.23
             enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
             enable({"use_reentrant": False})  # needs no gradient at the input
-    if not pivotal.train_text_encoder_ti:
+    if text.text_encoder_2_lr is not None and len(family.text_encoders) == 1:
+        log.warning("--text_encoder_2_lr has no effect: %s has one text encoder", family.name)
+    if not learns_tokens:
         learner = EncoderAdapters(family, lora, seed=seed)
         return LiveText(family, learner, prompts, store, text, stop=text.stop(total), also=also)
     prompts, tokens = list(prompts), NewTokens(family, pivotal, seed=seed)

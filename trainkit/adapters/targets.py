@@ -37,14 +37,23 @@ def problems(network: nn.Module, options: LoraOptions, *, targets: Targets, in_b
                         f"this UNet has no layer to adapt in {', '.join(missing)}",
                         "name an SDXL model, or choose blocks with --lora_unet_blocks")]
     found = [unknown_block(block, network) for block in missing]
-    return found + narrow_layers(network, options, target_modules(network, options, targets=targets,
-                                                                  in_blocks=in_blocks))
+    if options.init_lora_weights == "gaussian":
+        return found
+    paths = target_modules(network, options, targets=targets, in_blocks=in_blocks)
+    return found + (convolutions(network, options, paths) or narrow_layers(network, options, paths))
+
+
+def convolutions(network: nn.Module, options: LoraOptions, paths: Iterable[str]) -> list[Problem]:
+    """PiSSA and OLoRA decompose a matrix; SD 1.x has 1×1 convolutions where other UNets have linear layers."""
+    found = [path for path in paths if isinstance(network.get_submodule(path), nn.Conv2d)]
+    return [Problem(f"--init_lora_weights {options.init_lora_weights} with convolutions",
+                    f"--lora_layers {options.lora_layers}",
+                    f"PiSSA and OLoRA decompose a matrix, and {found[0]} is a convolution in this UNet",
+                    "--lora_layers attention+ff")] if found else []
 
 
 def narrow_layers(network: nn.Module, options: LoraOptions, paths: Iterable[str]) -> list[Problem]:
     """PiSSA and OLoRA start from r directions of each weight, which has no more of them than its smaller side."""
-    if options.init_lora_weights == "gaussian":
-        return []
     sides = {path: min(network.get_submodule(path).weight.shape) for path in paths}
     narrowest = min(sides, key=lambda path: sides[path], default="")
     if not sides or sides[narrowest] >= options.rank:

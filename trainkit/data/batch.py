@@ -43,7 +43,7 @@ class Batch:
     """
 
     slots: tuple[Slot, ...]
-    prompts: tuple[str, ...]  # B captions, one per row
+    prompts: tuple[str, ...]  # B captions, one of each row's
     time_ids: Tensor  # [B,6]
     share: Tensor  # [B]
     is_class: Tensor  # [B] bool

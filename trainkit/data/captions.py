@@ -1,4 +1,4 @@
-"""Captions that lie beside pictures: `<picture>.txt` sidecars, and metadata.jsonl or metadata.csv.
+"""Captions that lie beside pictures: `<picture>.txt` sidecars, and metadata.jsonl, metadata.csv or metadata.parquet.
 
 A data set is somebody else's text: it never names a file outside its folder, and it becomes one plain line.
 """
@@ -22,7 +22,7 @@ from trainkit.errors import Problem
 log = logging.getLogger(__name__)
 
 SIDECARS = (".txt", ".caption")  # the first one found wins
-METADATA = ("metadata.jsonl", "metadata.csv")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTION_COLUMNS = ("text", "caption", "prompt")  # tried in this order when --caption_column is not given
 MAX_CAPTION = 65_536  # bytes; an encoder reads 77 tokens, so anything longer is not a caption
 MAX_LINE = 1_048_576  # bytes of one metadata line
@@ -38,7 +38,7 @@ class Entry:
     """One picture that the metadata names."""
 
     name: str  # path under the folder, forward slashes
-    caption: str
+    captions: tuple[str, ...]  # none of them blank
     where: str  # "metadata.jsonl:3"
 
 
@@ -116,26 +116,36 @@ def _read_sidecar(path: Path, folder: Path) -> tuple[str, str]:
 # ---------------------------------------------------------------------------------------------------------- metadata
 
 
-def read_metadata(folder: Path, column: str | None) -> tuple[list[Entry], list[Problem]]:
+def metadata_files(folder: Path) -> list[Path]:
+    return [folder / name for name in METADATA if (folder / name).is_file()]
+
+
+def read_metadata(
+    folder: Path, column: str | None, *, image_column: str = "image", several: bool = False
+) -> tuple[list[Entry], list[Problem]]:
     """Every line of the folder's metadata file, captions from `column`; no file and no column is fine.
+
+    image_column  the picture's file is named in `file_name`, or in `<image_column>_file_name`
+    several       whether a picture may have a list of captions
 
     Every bad line is reported with its number, all in one problem.
     """
-    files = [folder / name for name in METADATA if (folder / name).is_file()]
+    files = metadata_files(folder)
     if len(files) != 1:
-        return [], _no_single_file(folder, files, column)
+        return [], [_two_files(folder, files)] if files else []
     path = files[0]
     try:
         records, bad = _records(path)
     except OSError as error:
         return [], _problem([f"{error}"], "metadata files", path, f"chmod u+r {shlex.quote(str(path))}")
     columns = list(dict.fromkeys(key for _, record in records for key in record))
+    named_in = _name_column(columns, image_column)
     chosen = column or next((c for c in CAPTION_COLUMNS if c in columns), None)
-    problems = list(_column_problems(path, columns, chosen)) if records else []
+    problems = list(_column_problems(path, columns, named_in, chosen)) if records else []
     entries: dict[str, Entry] = {}
     for line, record in records if not problems else []:
         try:
-            entry = _entry(path, line, record, column=chosen)
+            entry = _entry(path, line, record, named_in=named_in, column=chosen, several=several)
             _refuse_second(entries.get(entry.name), entry)
             entries[entry.name] = entry
         except BadEntry as error:
@@ -143,24 +153,22 @@ def read_metadata(folder: Path, column: str | None) -> tuple[list[Entry], list[P
     return list(entries.values()), problems + _problem(bad, f"lines of {path.name}", path, "mend or delete these lines")
 
 
-def _no_single_file(folder: Path, files: list[Path], column: str | None) -> list[Problem]:
-    if files:
-        return [Problem("two metadata files", f"{folder}", "they may disagree about a caption",
-                        f"keep one of them: rm {folder / METADATA[1]}", kind="data")]
-    if (folder / "metadata.parquet").is_file():
-        return [Problem("metadata.parquet is read through the datasets library only", f"{folder}",
-                        "--instance_data_dir reads metadata.jsonl and metadata.csv",
-                        f"--dataset_name {folder} --caption_column {column or 'text'}")]
-    if column:
-        return [Problem(f"there is no column {column!r}", f"--caption_column {column}, --instance_data_dir {folder}",
-                        "the folder has no metadata.jsonl or metadata.csv to look it up in",
-                        "add one, or drop --caption_column to use .txt captions or --instance_prompt")]
-    return []
+def _two_files(folder: Path, files: list[Path]) -> Problem:
+    return Problem("two metadata files", f"{folder}", "they may disagree about a caption",
+                   f"keep one of them: rm {' '.join(shlex.quote(str(path)) for path in files[1:])}", kind="data")
 
 
-def _column_problems(path: Path, columns: list[str], chosen: str | None) -> Iterator[Problem]:
-    there, others = ", ".join(map(printable, columns)), [c for c in columns if c != "file_name"]
-    if "file_name" not in columns:
+def _name_column(columns: list[str], image_column: str) -> str | None:
+    """The column that names the pictures' files: that of the wanted pictures, else the only one there is."""
+    others = [column for column in columns if column.endswith("_file_name")]
+    wanted = (f"{image_column}_file_name", "file_name", *(others if len(others) == 1 else []))
+    return next((column for column in wanted if column in columns), None)
+
+
+def _column_problems(path: Path, columns: list[str], named_in: str | None, chosen: str | None) -> Iterator[Problem]:
+    there = ", ".join(map(printable, columns))
+    others = sorted((c for c in columns if c != named_in), key=lambda c: c not in CAPTION_COLUMNS)  # usual ones first
+    if named_in is None:
         yield Problem("the metadata has no column 'file_name'", f"{path}", f"columns there: {there}",
                       "name each picture in a column file_name", kind="data")
     if chosen is None:
@@ -176,10 +184,9 @@ Record = dict[str, object]
 
 def _records(path: Path) -> tuple[list[tuple[int, Record]], list[str]]:
     """([(line number, record)], complaints about lines that are none)."""
-    text, _ = decode_text(path.read_bytes())
-    parse = _jsonl if path.suffix == ".jsonl" else _csv
+    parse = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[path.suffix]
     records, bad = [], []
-    for line, item in parse(text):
+    for line, item in parse(path.read_bytes()):
         if isinstance(item, str):
             bad.append(f"{path.name}:{line}: {item}")
         else:
@@ -187,8 +194,8 @@ def _records(path: Path) -> tuple[list[tuple[int, Record]], list[str]]:
     return records, bad
 
 
-def _jsonl(text: str) -> Iterator[tuple[int, Record | str]]:
-    for line, content in enumerate(text.split("\n"), 1):
+def _jsonl(data: bytes) -> Iterator[tuple[int, Record | str]]:
+    for line, content in enumerate(decode_text(data)[0].split("\n"), 1):
         if len(content) > MAX_LINE:
             yield line, f"longer than {MAX_LINE} characters"
         elif content.strip():
@@ -203,8 +210,8 @@ def _json_object(content: str) -> Record | str:
     return item if isinstance(item, dict) else "not a JSON object"
 
 
-def _csv(text: str) -> Iterator[tuple[int, Record | str]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+def _csv(data: bytes) -> Iterator[tuple[int, Record | str]]:
+    reader = csv.DictReader(io.StringIO(decode_text(data)[0], newline=""))
     try:
         for record in reader:
             yield reader.line_num, "more cells than columns" if None in record else record
@@ -212,20 +219,43 @@ def _csv(text: str) -> Iterator[tuple[int, Record | str]]:
         yield reader.line_num, f"not CSV ({error})"
 
 
-def _entry(path: Path, line: int, record: Record, *, column: str | None) -> Entry:
+def _parquet(data: bytes) -> Iterator[tuple[int, Record | str]]:
+    """Rows count from 1."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        yield from enumerate(parquet.read_table(io.BytesIO(data)).to_pylist(), 1)
+    except (ArrowException, OSError) as error:
+        yield 1, f"not Parquet ({error})"
+
+
+def _entry(
+    path: Path, line: int, record: Record, *, named_in: str | None, column: str | None, several: bool
+) -> Entry:
     """One record, checked. Raises BadEntry naming file and line."""
     where = f"{path.name}:{line}"
-    name, caption = record.get("file_name"), record.get(column)
+    name = record.get(named_in)
     if not isinstance(name, str):
-        raise BadEntry(f"{where}: file_name is {_kind(name)}, not text")
-    if not (caption is None or isinstance(caption, str)):
-        raise BadEntry(f"{where}: {column} is {_kind(caption)}, not text")
-    if len((caption or "").encode("utf-8", "replace")) > MAX_CAPTION:
-        raise BadEntry(f"{where}: {column} is longer than {MAX_CAPTION} bytes")
+        raise BadEntry(f"{where}: {named_in} is {_kind(name)}, not text")
     try:
-        return Entry(_existing(name, path.parent), one_line(caption or ""), where)
+        captions = read_captions(record.get(column), several=several)
+    except BadEntry as error:
+        raise BadEntry(f"{where}: {column} {error}") from None
+    try:
+        return Entry(_existing(name, path.parent), captions, where)
     except (BadEntry, OSError) as error:
         raise BadEntry(f"{where}: {printable(name[:200])!r} {error}") from None
+
+
+def read_captions(value: object, *, several: bool) -> tuple[str, ...]:
+    """The captions in one cell, each a plain line; blank ones are none. Raises BadEntry for what is no caption."""
+    items = value if several and isinstance(value, list) else [value]
+    for item in items:
+        if not (item is None or isinstance(item, str)):
+            raise BadEntry(f"is {_kind(item)}, not text" if item is value else f"holds {_kind(item)}, not text alone")
+        if len((item or "").encode("utf-8", "replace")) > MAX_CAPTION:
+            raise BadEntry(f"is longer than {MAX_CAPTION} bytes")
+    return tuple(filter(None, (one_line(item or "") for item in items)))
 
 
 def _existing(name: str, folder: Path) -> str:

@@ -120,7 +120,7 @@ def contents(options: ModelOptions) -> list[object]:
     """What a local model folder draws with: a fingerprint of its UNet, and its scheduler's config.
 
     [] for a Hub id, which its revision describes and whose files may not be here yet; and for a folder that cannot be
-    loaded, which is the model's own problem (families/sdxl.py) and not repeated here.
+    loaded, which is the model's own problem (families/base.py) and not repeated here.
     """
     model = Repo(options.pretrained_model_name_or_path, "--pretrained_model_name_or_path")
     if not model.is_local or any(model.weight_problems(("unet",), options.variant)):

@@ -16,11 +16,11 @@ from trainkit.data.cache import Guarded, Latents, Store, cache_latents, unguarde
 from trainkit.data.images import CropPolicy, load_picture
 from trainkit.data.order import Order
 from trainkit.errors import UserError
-from trainkit.rng import generator
+from trainkit.rng import generator, permutation
 
 if TYPE_CHECKING:
     from trainkit.data.rows import Row
-    from trainkit.options import DataOptions
+    from trainkit.options import PictureOptions
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Family(Protocol):
 
 
 class Pictures(Dataset[Sample]):
-    """Slot -> Sample: the row's caption, sizes and share, with its pixels, or its cached posterior given `latents`."""
+    """Slot -> Sample: a caption of the row, its sizes and share, with its pixels, or its cached posterior."""
 
     def __init__(self, rows: Sequence[Row], policy: CropPolicy, *, seed: int, latents: Latents | None = None):
         self.rows, self.policy, self.seed, self.latents = rows, policy, seed, latents
@@ -50,16 +50,21 @@ class Pictures(Dataset[Sample]):
     def __getitem__(self, slot: Slot) -> Sample:
         row = self.rows[slot.row]
         plan = self.policy.plan(row, seed=self.seed, epoch=slot.epoch)
-        sample = partial(Sample, slot=slot, prompt=row.caption, share=row.share, is_class=row.is_class,
-                         time_ids=self.policy.time_ids(row, plan))
+        sample = partial(Sample, slot=slot, prompt=self.caption(row, slot.epoch), share=row.share,
+                         is_class=row.is_class, time_ids=self.policy.time_ids(row, plan))
         if self.latents is None:
             return sample(pixels=self.policy.pixels(load_picture(row), plan))
         mean, logvar = self.latents(row, plan)
         return sample(mean=mean, logvar=logvar)
 
+    def caption(self, row: Row, epoch: int) -> str:
+        """The one of the row's captions that a visit is trained with: a pure function, as its crop is."""
+        place = permutation(len(row.all_captions), "caption", self.seed, epoch, row.id, row.repeat)[0]
+        return row.all_captions[place]
+
 
 def ready_pictures(
-    rows: Sequence[Row], options: DataOptions, family: Family, store: Store, *, seed: int, num_workers: int = 0,
+    rows: Sequence[Row], options: PictureOptions, family: Family, store: Store, *, seed: int, num_workers: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Pictures:
     """The rows as --cache_latents and its companions want them: encoded now into `store`, or at each visit.

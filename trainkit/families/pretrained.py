@@ -42,11 +42,9 @@ class Repo:
         """The problem that keeps us from reading the small file `probe`, if any; a repository without it is reached."""
         if self.is_local:
             return self._local_problem()
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
         try:
             self.json(probe)
-        except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        except hub_errors() as error:
             revision = f" at revision {self.revision}" if self.revision else ""
             return [self.problem(
                 f"cannot read {self.path}{revision} from the Hub", str(error).strip().splitlines()[0],
@@ -61,7 +59,8 @@ class Repo:
             return [self.problem(
                 "a model folder is needed, not a file", f"{path.name} is a single file",
                 "convert it once: python -c \"from diffusers import StableDiffusionXLPipeline as P; "
-                f"P.from_single_file('{path}').save_pretrained('{path.with_suffix('')}')\"")]
+                f"P.from_single_file('{path}').save_pretrained('{path.with_suffix('')}')\" "
+                "(StableDiffusionPipeline for SD 1.x and 2.x)")]
         return [self.problem("the model folder does not exist", "no folder of this name, and not a Hub id (owner/name)",
                              f"correct {self.flag}")]
 
@@ -82,6 +81,13 @@ class Repo:
             raise UserError(self.problem(f"{name} is damaged", f"it holds a {type(content).__name__}, not an object",
                                          f"copy {name} of the model there again", kind="data"))
         return content
+
+    def glance(self, name: str) -> Json:
+        """As `json`, but {} where there is no such file or none that can be read."""
+        try:
+            return self.json(name) or {}
+        except (UserError, *hub_errors()):
+            return {}
 
     def has(self, name: str) -> bool:
         from huggingface_hub.errors import LocalEntryNotFoundError
@@ -129,6 +135,13 @@ class Repo:
             "add --variant fp16 if the weights are the fp16 ones; pickled .bin weights are not read, re-save them once "
             "with save_pretrained")
         return self.problem(f"no {wanted} for {component or 'the model'}", why, fix, kind="data")
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What the Hub's client raises where a file cannot be reached."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    return HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 
 def weight_name(variant: str | None) -> re.Pattern[str]:

@@ -12,10 +12,10 @@ from torch import Tensor
 from trainkit.data.cache import MemoryStore, Store, content_key
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+    from transformers import BatchEncoding, CLIPTokenizer
 
     from trainkit.adapters import Adapters
-    from trainkit.families.sdxl import SDXL
+    from trainkit.families import Family
     from trainkit.files import Json
     from trainkit.optim import ParamGroup
     from trainkit.options import OptimizerOptions
@@ -23,10 +23,18 @@ if TYPE_CHECKING:
 PROMPTS_AT_ONCE = 16
 
 
-def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
-    """Ids as the stock pipelines make them: BOS, text, EOS, padding to the tokenizer's length -> [B,T]."""
+def tokens(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> BatchEncoding:
+    """As the stock pipelines make them: BOS, text, EOS, padding to the tokenizer's length.
+
+    -> input_ids [B,T], attention_mask [B,T]
+    """
     return tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
-                     return_tensors="pt").input_ids
+                     return_tensors="pt")
+
+
+def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
+    """-> [B,T]"""
+    return tokens(tokenizer, prompts).input_ids
 
 
 class FrozenText:
@@ -47,7 +55,7 @@ class FrozenText:
     networks: Sequence[Adapters] = ()
     embeddings: Mapping[str, Tensor] = {}
 
-    def __init__(self, family: SDXL, prompts: Iterable[str], store: Store | None = None, clip_skip: int | None = None,
+    def __init__(self, family: Family, prompts: Iterable[str], store: Store | None = None, clip_skip: int | None = None,
                  *, also: Iterable[str] = (), state: str = ""):
         self.device, self.clip_skip = family.device, clip_skip
         self.store = MemoryStore() if store is None else store
@@ -56,14 +64,14 @@ class FrozenText:
             self._add(family, part, state)
 
     @torch.no_grad()
-    def _add(self, family: SDXL, prompts: Iterable[str], state: str) -> None:
+    def _add(self, family: Family, prompts: Iterable[str], state: str) -> None:
         distinct = sorted(set(prompts) - self.keys.keys())
         parts = (family.text_identity, self.clip_skip, *([state] if state else []))
         self.keys |= {prompt: content_key("text", *parts, prompt) for prompt in distinct}
         for start in range(0, len(distinct), PROMPTS_AT_ONCE):
             self._encode(family, distinct[start : start + PROMPTS_AT_ONCE])
 
-    def _encode(self, family: SDXL, prompts: list[str]) -> None:
+    def _encode(self, family: Family, prompts: list[str]) -> None:
         if all(self.keys[p] in self.store for p in prompts):
             return
         embeds, pooled = family.encode_prompts(prompts, self.clip_skip)  # [B,T,D], [B,P]

@@ -4,8 +4,18 @@ Importing this room imports neither torch nor any model library, so that `--help
 """
 
 from trainkit.options.base import REDACTED, Concern, Flag
-from trainkit.options.inputs import DataOptions, ModelOptions
+from trainkit.options.captioned import (
+    CaptionedDataOptions,
+    CaptionedOptimizerOptions,
+    CaptionedPrecisionOptions,
+    CaptionedRunOptions,
+    CaptionedTextOptions,
+    CaptionedValidationOptions,
+)
+from trainkit.options.guidance import GuidanceOptions
+from trainkit.options.inputs import DataOptions, ModelOptions, PictureOptions
 from trainkit.options.lora import LoraOptions
+from trainkit.options.matching import MatchingOptions
 from trainkit.options.objective import ObjectiveOptions
 from trainkit.options.optimizer import OptimizerOptions
 from trainkit.options.optionset import OptionSet, parse
@@ -14,14 +24,23 @@ from trainkit.options.running import PrecisionOptions, RunOptions, ValidationOpt
 from trainkit.options.sources import PRESETS
 from trainkit.options.words import PivotalOptions, TextOptions
 
-CONCERNS: dict[str, type[Concern]] = {
+CONCERNS: dict[str, type[Concern]] = {  # of the DreamBooth trainer
     "model": ModelOptions, "data": DataOptions, "prior": PriorOptions, "text": TextOptions, "pivotal": PivotalOptions,
     "lora": LoraOptions, "objective": ObjectiveOptions, "optimizer": OptimizerOptions, "precision": PrecisionOptions,
     "validation": ValidationOptions, "run": RunOptions,
 }
+TEXT_TO_IMAGE: dict[str, type[Concern]] = {
+    "model": ModelOptions, "data": CaptionedDataOptions, "text": CaptionedTextOptions, "guidance": GuidanceOptions,
+    "lora": LoraOptions, "objective": ObjectiveOptions, "matching": MatchingOptions,
+    "optimizer": CaptionedOptimizerOptions, "precision": CaptionedPrecisionOptions,
+    "validation": CaptionedValidationOptions, "run": CaptionedRunOptions,
+}
+TRAINERS = {"DreamBooth": CONCERNS, "text-to-image": TEXT_TO_IMAGE}
 
 __all__ = [
-    "CONCERNS", "PRESETS", "REDACTED", "Concern", "DataOptions", "Flag", "LoraOptions", "ModelOptions",
-    "ObjectiveOptions", "OptimizerOptions", "OptionSet", "PivotalOptions", "PrecisionOptions", "PriorOptions",
+    "CONCERNS", "PRESETS", "REDACTED", "TEXT_TO_IMAGE", "TRAINERS", "CaptionedDataOptions", "CaptionedOptimizerOptions",
+    "CaptionedPrecisionOptions", "CaptionedRunOptions", "CaptionedTextOptions", "CaptionedValidationOptions", "Concern",
+    "DataOptions", "Flag", "GuidanceOptions", "LoraOptions", "MatchingOptions", "ModelOptions", "ObjectiveOptions",
+    "OptimizerOptions", "OptionSet", "PictureOptions", "PivotalOptions", "PrecisionOptions", "PriorOptions",
     "RunOptions", "TextOptions", "ValidationOptions", "parse",
 ]

@@ -2,7 +2,7 @@
 
 import sys
 
-from trainkit.options import CONCERNS, PRESETS
+from trainkit.options import PRESETS, TRAINERS
 from trainkit.options.text import markdown
 
-sys.stdout.write(markdown(CONCERNS, PRESETS))
+sys.stdout.write(markdown(TRAINERS, PRESETS))

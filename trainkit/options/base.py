@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, fi
 from pydantic.fields import FieldInfo
 
 REDACTED = "***"
+SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}  # of pydantic's limits
 
 Value = str | int | float | bool | None
 
@@ -31,6 +32,17 @@ def opt(
 def required(help: str, **settings: Any) -> Any:
     """A field the user must give."""
     return opt(..., help, **settings)
+
+
+def changed(
+    kind: type[Concern], name: str, default: object, *, help: str | None = None, differs: str | None = None,
+) -> Any:
+    """A field of `kind` for a subclass: this default, other words where given, and its own unit, limits and place."""
+    flag = Flag(name, "", kind.model_fields[name])
+    bounds = {bound: getattr(limit, bound) for limit in flag.field.metadata for bound in (*SIGNS, "min_length")
+              if hasattr(limit, bound)}
+    return opt(default, flag.help if help is None else help, unit=flag.note("unit"),
+               differs=flag.note("differs") if differs is None else differs, **bounds)
 
 
 @dataclass(frozen=True)
@@ -95,8 +107,7 @@ class Flag:
     @property
     def limits(self) -> str:
         """The range of a number, such as "≥ 1, ≤ 4096"; a length says nothing here."""
-        signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-        bounds = [(sign, getattr(limit, name)) for limit in self.field.metadata for name, sign in signs.items()
+        bounds = [(sign, getattr(limit, name)) for limit in self.field.metadata for name, sign in SIGNS.items()
                   if hasattr(limit, name)]
         return ", ".join(f"{sign} {bound}" for sign, bound in bounds)
 

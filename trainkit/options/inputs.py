@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import field_validator
 
@@ -21,27 +21,46 @@ class ModelOptions(Concern):
         None, "weight files to take, 'fp16' for *.fp16.safetensors", unit="name", min_length=1)
 
 
-class DataOptions(Concern):
-    """Pictures and captions"""
+class InstanceOptions(Concern):
+    """What DreamBooth trains on. A concern's own fields come after its bases': this one puts its flags first."""
 
-    dataset_name: str | None = opt(
-        None, "Hub name of a dataset, or a local folder of the imagefolder kind; its train split is used. Exactly one "
-        "of this and --instance_data_dir", unit="path or name", min_length=1)
-    dataset_config_name: str | None = opt(None, "subset of the dataset", unit="name", min_length=1)
     instance_data_dir: str | None = opt(
-        None, "folder of pictures; captions in .txt files beside them or in metadata.jsonl or .csv are used",
-        unit="path", min_length=1,
+        None, "folder of pictures; captions in .txt files beside them or in metadata.jsonl, .csv or .parquet are used. "
+        "Exactly one of this and --dataset_name", unit="path", min_length=1,
         differs="other files than pictures are ignored, captions are read, the order is by name")
-    cache_dir: str | None = opt(None, "where the datasets library keeps its cache", unit="path", min_length=1)
-    image_column: str = opt("image", "column of the dataset with the pictures", unit="name", min_length=1)
-    caption_column: str | None = opt(
-        None, "column with one caption a picture; a picture without caption gets --instance_prompt. The columns text, "
-        "caption and prompt of a folder's metadata are found without it", unit="name",
-        min_length=1)
-    repeats: int = opt(1, "times each picture is visited an epoch, with fresh crops and flips", unit="times", ge=1)
     instance_prompt: str = required(
         "caption of pictures that have none of their own, with the trigger word, such as 'a photo of TOK dog'")
-    resolution: int = opt(1024, "side of the square the pictures are scaled and cropped to", unit="pixels", ge=1)
+
+    @field_validator("instance_prompt")
+    @classmethod
+    def _says_something(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("it is blank, so a picture without a caption would teach no word")
+        return value
+
+
+class PictureOptions(Concern):
+    """What every trainer is told of its pictures; the class variables say what a trainer's own flags mean."""
+
+    folder_flag: ClassVar[str]  # name of the flag that gives a folder of pictures
+    prompt_flag: ClassVar[str | None] = None  # name of the flag that gives pictures without a caption one
+    captioned: ClassVar[bool] = False  # subfolders are read too, and a picture may have several captions
+
+    dataset_name: str | None = opt(
+        None, "Hub name of a dataset, or a local folder of the imagefolder kind; its train split is used",
+        unit="path or name", min_length=1)
+    dataset_config_name: str | None = opt(None, "subset of the dataset", unit="name", min_length=1)
+    cache_dir: str | None = opt(None, "where the datasets library keeps its cache", unit="path", min_length=1)
+    image_column: str = opt(
+        "image", "column of the dataset with the pictures; in a folder's metadata, the names of the files are in "
+        "file_name, or in this name and _file_name", unit="name", min_length=1)
+    caption_column: str | None = opt(
+        None, "column with one caption a picture; a picture without caption gets --instance_prompt. The columns text, "
+        "caption and prompt of a folder's metadata are found without it", unit="name", min_length=1)
+    repeats: int = opt(1, "times each picture is visited an epoch, with fresh crops and flips", unit="times", ge=1)
+    resolution: int = opt(
+        1024, "side of the square the pictures are scaled and cropped to; SDXL wants 1024, SD 1.x 512", unit="pixels",
+        ge=1)
     center_crop: bool = opt(
         False, "crop the middle; otherwise a random square",
         differs="random crops and flips are drawn anew at every visit, not once at the start")
@@ -57,14 +76,34 @@ class DataOptions(Concern):
         None, "keep encoded captions, and latents with --cache_latents, on disk here, shared by runs; without it they "
         "are kept in memory", unit="path", min_length=1)
 
-    @field_validator("instance_prompt")
-    @classmethod
-    def _says_something(cls, value: str) -> str:
-        if not value.strip():
-            raise ValueError("it is blank, so a picture without a caption would teach no word")
-        return value
-
     @field_validator("image_interpolation_mode", mode="before")
     @classmethod
     def _pillow_has_one_nearest(cls, value: object) -> object:
         return "nearest" if value == "nearest_exact" else value
+
+    @property
+    def folder(self) -> str | None:
+        """The folder of pictures, as it was given."""
+        return getattr(self, self.folder_flag)
+
+    @property
+    def prompt(self) -> str:
+        """The caption of a picture that has none of its own."""
+        return getattr(self, self.prompt_flag) if self.prompt_flag else ""
+
+    @property
+    def wanted_column(self) -> str | None:
+        """The column of captions, where one was asked for by name."""
+        return self.caption_column
+
+    @property
+    def max_pictures(self) -> int | None:
+        """Pictures to train on at most; None: all."""
+        return None
+
+
+class DataOptions(PictureOptions, InstanceOptions):
+    """Pictures and captions"""
+
+    folder_flag = "instance_data_dir"
+    prompt_flag = "instance_prompt"

@@ -57,5 +57,5 @@ class ObjectiveOptions(Concern):
 
     @property
     def schedule(self) -> dict[str, str | bool | None]:
-        """What changes the model's own noise schedule: arguments of `families.sdxl.load` and `problems`."""
+        """What changes the model's own noise schedule: arguments of a family's `load` and `problems`."""
         return {"prediction_type": self.prediction_type, "rescale_betas_zero_snr": self.rescale_betas_zero_snr}

@@ -27,6 +27,9 @@ def problems(values: Values) -> Iterator[Problem]:
     yield from _untrained_text(values)
     yield from _idle_steps(values)
     yield from _unclear_objective(values)
+    if _matches(values):
+        yield from _unclear_matching(values)
+        yield from _unfit_bands(values)
 
 
 def _unclear_objective(values: Values) -> Iterator[Problem]:
@@ -41,6 +44,52 @@ def _unclear_objective(values: Values) -> Iterator[Problem]:
     if isinstance(first, int) and isinstance(end, int) and first >= end:
         yield Problem(f"no timestep from --min_timestep {first} to below --max_timestep {end}", "--max_timestep",
                       "the last timestep is not drawn itself", f"--max_timestep {first + 1} or more")
+
+
+def _unclear_matching(values: Values) -> Iterator[Problem]:
+    """What the strength of distribution matching, its statistic, its bank and its window have to agree about."""
+    statistic, kernel = values.get("dist_match_statistic"), values.get("dist_match_kernel")
+    low, high = values.get("dist_match_min_snr"), values.get("dist_match_max_snr")
+    if isinstance(low, float) and isinstance(high, float) and low >= high:
+        yield Problem(f"no noise level from --dist_match_min_snr {low:g} to --dist_match_max_snr {high:g}",
+                      "--dist_match_min_snr, --dist_match_max_snr", "the window is empty",
+                      "a lower --dist_match_min_snr, or a higher --dist_match_max_snr")
+    if values.get("dist_match_bank") and kernel in ("text", "latent"):
+        yield Problem(f"--dist_match_bank with --dist_match_kernel {kernel}", "--dist_match_bank",
+                      "the bank holds mean errors, not the pictures that a kernel would compare with",
+                      "--dist_match_kernel none or class, or leave out --dist_match_bank")
+    if values.get("dist_match") and values.get("dist_match_gain"):
+        yield Problem("--dist_match with --dist_match_gain", "--dist_match, --dist_match_gain",
+                      "each is the strength of one and the same term: of its sum form, or of its unbiased form",
+                      "leave out one of the two")
+        return
+    flag, other = _STRENGTHS if values.get("dist_match") else _STRENGTHS[::-1]
+    if statistic is not None and statistic not in _STATISTICS[flag]:
+        yield Problem(f"--dist_match_statistic {statistic} with --{flag}", "--dist_match_statistic",
+                      f"--{flag} is the strength of {' or '.join(_STATISTICS[flag])}, --{other} that of {statistic}",
+                      f"--{other} instead of --{flag}, or leave out --dist_match_statistic")
+    elif values.get("dist_match_bank") and flag == "dist_match":
+        yield Problem("--dist_match_bank with --dist_match", "--dist_match_bank",
+                      "the bank stands for what a picture's error shares with others', which only u measures",
+                      "--dist_match_gain instead of --dist_match, or leave out --dist_match_bank")
+
+
+def _unfit_bands(values: Values) -> Iterator[Problem]:
+    """What the split into bands cannot do."""
+    method, levels = values.get("dist_match_method"), int(values.get("dist_match_levels") or 0)
+    count = len(str(values.get("dist_match_weights")).split(","))
+    if count not in (2, levels + 1):
+        yield Problem(f"{count} numbers in --dist_match_weights", f"--dist_match_levels {levels}",
+                      f"there are 2 bands, low and high, or {levels + 1}, one more than levels",
+                      f"2 or {levels + 1} numbers, or --dist_match_levels {max(count - 1, 1)}")
+    elif count > 2 and method == "wavelet" and values.get("dist_match_boundary") == "zero":
+        yield Problem(f"{count} bands of wavelets with --dist_match_boundary zero", "--dist_match_weights",
+                      "with zeros beyond the border the bands overlap, so that their weights would not be theirs",
+                      "--dist_match_method dct, or --dist_match_boundary periodization, or 2 weights")
+    if method != "wavelet" and values.get("dist_match_backend") == "pytorch_wavelets":
+        yield Problem(f"--dist_match_backend pytorch_wavelets with --dist_match_method {method}",
+                      "--dist_match_backend", "the package computes wavelets only",
+                      "--dist_match_method wavelet, or leave out --dist_match_backend")
 
 
 def _other_optimizer(values: Values) -> Iterator[Problem]:
@@ -138,6 +187,20 @@ def _set(*flags: str) -> Callable[[Values], bool]:
     return lambda values: any(values.get(flag) for flag in flags)
 
 
+def _matches(values: Values) -> bool:
+    """Whether there is a term of distribution matching."""
+    return any(values.get(flag) for flag in _STRENGTHS)
+
+
+def _if_matching(flag: str, *wanted: Value) -> Callable[[Values], bool]:
+    """As `_is`, but without the term all its flags count as read: that it is not there is said once."""
+    return lambda values: not _matches(values) or values.get(flag) in wanted
+
+
+def _trains_text(values: Values) -> bool:
+    return bool(values.get("train_text_encoder") or values.get("train_text_encoder_ti"))
+
+
 def _adapts_unet(values: Values) -> bool:
     return shares(values)["train_unet_frac"] > 0
 
@@ -155,6 +218,11 @@ _ADAM_LIKE = ("adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit", "prodigy",
 _PREVIEW = ("num_validation_images", "validation_epochs", "validation_steps")
 _TOKENS = ("train_text_encoder_ti_frac", "token_abstraction", "num_new_tokens_per_abstraction", "initializer_concept",
            "token_std_pull")
+_STRENGTHS = ("dist_match", "dist_match_gain")
+_STATISTICS = {"dist_match": ("sum", "diagonal"), "dist_match_gain": ("u",)}
+_MATCHING = tuple(f"dist_match_{name}" for name in (
+    "statistic", "method", "wavelet", "levels", "boundary", "backend", "weights", "band_norm", "timestep_weight",
+    "kernel", "mode", "min_snr", "max_snr", "swap", "bank"))
 _SNR_CAPPED = ("min_snr", "soft_min_snr")
 _HARMLESS_DECAY = 1e-3  # times a rate of 1e-4: a ten-thousandth in a thousand steps
 _TEXT_RATES = ("text_encoder_lr", "adam_weight_decay_text_encoder")
@@ -170,8 +238,18 @@ READ_ONLY_WITH: tuple[tuple[tuple[str, ...], Callable[[Values], bool], str], ...
     (_PREVIEW, _set("validation_prompt"), "--validation_prompt"),
     (_TOKENS, _set("train_text_encoder_ti"), "--train_text_encoder_ti"),
     (("train_text_encoder_frac", "text_encoder_2_lr"), _set("train_text_encoder"), "--train_text_encoder"),
-    (_TEXT_RATES, _set("train_text_encoder", "train_text_encoder_ti"),
+    (_TEXT_RATES, lambda values: _trains_text(values) or "train_text_encoder_ti" not in values,
      "--train_text_encoder or --train_text_encoder_ti"),
+    (_TEXT_RATES, lambda values: _trains_text(values) or "train_text_encoder_ti" in values, "--train_text_encoder"),
+    (("dataset_config_name", "cache_dir"), _set("dataset_name"), "--dataset_name"),
+    (("train_data_dir",), lambda values: not values.get("dataset_name"), "no --dataset_name"),
+    (("guidance_token_scale", "guidance_token_dropout", "guidance_features"), _set("guidance_token"),
+     "--guidance_token above 0"),
+    (_MATCHING, _matches, "--dist_match or --dist_match_gain above 0"),
+    (("dist_match_wavelet", "dist_match_boundary"), _if_matching("dist_match_method", "wavelet"),
+     "--dist_match_method wavelet"),
+    (("dist_match_swap",), _if_matching("dist_match_mode", "swap"), "--dist_match_mode swap"),
+    (("dist_match_kernel",), _if_matching("dist_match_statistic", None, "sum", "u"), "--dist_match_statistic sum or u"),
     (("cached_crops",), _set("cache_latents"), "--cache_latents"),
     (("snr_gamma",), _is("loss_weighting", None, *_SNR_CAPPED), f"--loss_weighting {' or '.join(_SNR_CAPPED)}"),
     (("p2_k", "p2_gamma"), _is("loss_weighting", "p2"), "--loss_weighting p2"),
@@ -209,14 +287,18 @@ def notices(values: Values, chosen: Container[str], given: Container[str]) -> It
     for name, condition in unread(values):
         if name in chosen:
             yield f"--{name} has no effect: it is read only with {condition}"
-    trains_text = values.get("train_text_encoder") or values.get("train_text_encoder_ti")
-    if trains_text and estimates_step(str(values.get("optimizer"))) and "text_encoder_lr" not in given:
+    has_own_rate = values.get("text_encoder_lr") is not None
+    if (_trains_text(values) and has_own_rate and estimates_step(str(values.get("optimizer")))
+            and "text_encoder_lr" not in given):
         yield (f"--text_encoder_lr is at its default, which means nothing to --optimizer {values['optimizer']}: "
                f"the rate of the UNet, {values['learning_rate']:g}, is used")
     yield from _shrinking_base(values)
-    if values.get("enable_xformers_memory_efficient_attention"):
-        yield ("--enable_xformers_memory_efficient_attention: PyTorch's scaled_dot_product_attention is used, which is "
-               "memory-efficient too")
+    for flag in ("enable_xformers_memory_efficient_attention", "enable_npu_flash_attention"):
+        if values.get(flag):
+            yield f"--{flag}: PyTorch's scaled_dot_product_attention is used, which is memory-efficient too"
+    if values.get("debug_loss"):
+        yield ("--debug_loss: no loss is logged by picture: at one random noise level it says little of the picture; "
+               "metrics.jsonl has the loss of every step")
 
 
 def _shrinking_base(values: Values) -> Iterator[str]:

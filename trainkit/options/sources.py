@@ -173,7 +173,7 @@ def _unknown(written: str, match: str | None, where: str, noun: str, *, prefix: 
 
 def _stray(words: Sequence[str]) -> Problem:
     return Problem(f"belonging to no flag: {' '.join(words)}", "command line", "a value with blanks needs quotes",
-                   'quote the whole value: --instance_prompt "a photo of TOK dog"')
+                   'quote the whole value: --flag "a value with blanks"')
 
 
 def _unreadable_config(path: Path, error: Exception) -> Problem:

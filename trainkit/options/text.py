@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
+from functools import reduce
 from itertools import groupby
 
 from trainkit.options.base import Concern, Flag, Value
 from trainkit.options.cli import shown
+
+Concerns = Mapping[str, type[Concern]]  # of one trainer, by the name of the table in a config file
 
 SOURCES = ("config", "preset", "print_config")  # they say where values come from: the printed values replace them
 
@@ -34,25 +37,57 @@ def _assignment(flag: Flag, value: Value, origin: str) -> str:
     return f"# {text}" if flag.name in SOURCES or origin == "default" else text
 
 
-def markdown(concerns: Mapping[str, type[Concern]], presets: Mapping[str, Mapping[str, Value]]) -> str:
-    """docs/flags.md."""
+def markdown(trainers: Mapping[str, Concerns], presets: Mapping[str, Mapping[str, Value]]) -> str:
+    """docs/flags.md: every flag once, with what a trainer has otherwise; `trainers` is by name."""
     parts = [INTRODUCTION, _preset_text(presets)]
-    for name, kind in concerns.items():
-        parts.append(f"## {kind.title()} (`[{name}]`)\n\n{_table(kind.flags(name))}")
+    for concern in reduce(_merged, (list(kinds) for kinds in trainers.values())):
+        kinds = {trainer: kinds[concern] for trainer, kinds in trainers.items() if concern in kinds}
+        only = "" if len(kinds) == len(trainers) else f", {' and '.join(kinds)} only"
+        title = next(iter(kinds.values())).title()
+        parts.append(f"## {title} (`[{concern}]`{only})\n\n{_table(concern, kinds)}")
     return "\n\n".join(parts) + "\n"
 
 
-def _table(flags: Iterable[Flag]) -> str:
-    head = ["| flag | value | default | meaning |", "|---|---|---|---|"]
-    return "\n".join(head + [_row(flag) for flag in flags])
+def _merged(names: list[str], others: list[str]) -> list[str]:
+    """`names` with those of `others` that are missing, each behind its predecessor there."""
+    merged = list(names)
+    for before, name in zip([None, *others], others, strict=False):
+        if name not in merged:
+            merged.insert(merged.index(before) + 1 if before else 0, name)
+    return merged
 
 
-def _row(flag: Flag) -> str:
-    meaning = flag.help
-    if differs := flag.note("differs"):
-        meaning += f". *Unlike the Diffusers script: {differs}.*"
-    default = "**required**" if flag.required else f"`{shown(flag.default)}`"
-    return f"| `--{flag.name}` | {_value(flag)} | {default} | {meaning} |"
+def _table(concern: str, kinds: Mapping[str, type[Concern]]) -> str:
+    """A concern's flags, as its trainers have them."""
+    lines = ["| flag | value | default | meaning |", "|---|---|---|---|"]
+    for name in reduce(_merged, (list(kind.model_fields) for kind in kinds.values())):
+        flags = {trainer: Flag(name, concern, kind.model_fields[name]) for trainer, kind in kinds.items()
+                 if name in kind.model_fields}
+        only = "" if len(flags) == len(kinds) else f" ({' and '.join(flags)} only)"
+        cells = [f"`--{name}`{only}", _agreed(flags, _value), _agreed(flags, _default), _meaning(flags)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _agreed(flags: Mapping[str, Flag], text: Callable[[Flag], str]) -> str:
+    """What the flags of all trainers say, or else each one's after its trainer's name."""
+    texts = {trainer: text(flag) for trainer, flag in flags.items()}
+    if len(set(texts.values())) == 1:
+        return next(iter(texts.values()))
+    return "; ".join(f"{trainer}: {text}" for trainer, text in texts.items())
+
+
+def _meaning(flags: Mapping[str, Flag]) -> str:
+    notes = {trainer: flag.note("differs") for trainer, flag in flags.items()}
+    if len(set(notes.values())) == 1:
+        notes = {"": next(iter(notes.values()))}
+    unlike = [f". *Unlike the Diffusers {f'{trainer} ' if trainer else ''}script: {note}.*"
+              for trainer, note in notes.items() if note]
+    return _agreed(flags, lambda flag: flag.help) + "".join(unlike).replace(".*. *", ".* *")
+
+
+def _default(flag: Flag) -> str:
+    return "**required**" if flag.required else f"`{shown(flag.default)}`"
 
 
 def _value(flag: Flag) -> str:
@@ -74,8 +109,10 @@ INTRODUCTION = """\
 
 Generated from `trainkit/options` (`python -m trainkit.options > docs/flags.md`); a test keeps this page current.
 
-Names, types and defaults are those of the Diffusers script `train_dreambooth_lora_sdxl_advanced.py`
-(huggingface/diffusers, examples/advanced_diffusion_training); where we differ, the flag's row says so.
+Two trainers have these flags: DreamBooth is `train_dreambooth_lora_sdxl_advanced.py`, text-to-image is
+`train_text_to_image_lora.py`. What only one of them has, or has otherwise, is marked. Names, types and defaults are
+those of the Diffusers scripts of the same names (huggingface/diffusers: examples/advanced_diffusion_training, and
+examples/text_to_image with what its SDXL script adds); where we differ from a script with the flag, the row says so.
 
 - A value comes from the command line, else from the environment (`LORA_RANK=8` for `--rank 8`; an empty variable counts
   as unset), else from the `--config` file, else from the `--preset`, else it is the default.

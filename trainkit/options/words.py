@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class TextOptions(Concern):
     """Text encoders"""
 
-    train_text_encoder: bool = opt(False, "train LoRA on both text encoders too")
+    train_text_encoder: bool = opt(False, "train LoRA on the text encoders too")
     train_text_encoder_frac: float = opt(
         1.0, "share of the steps in which the text encoders are trained", unit="0..1", ge=0, le=1,
         differs="a share of the steps, not of whole epochs")
@@ -25,8 +25,8 @@ class TextOptions(Concern):
     text_encoder_2_lr: float | None = opt(
         None, "learning rate of the second text encoder's LoRA; without it --text_encoder_lr", unit="rate", ge=0)
     adam_weight_decay_text_encoder: float | None = opt(
-        None, "weight decay of text encoders and new embeddings; without it --adam_weight_decay", unit="decay", ge=0,
-        differs="0 means 0, not --adam_weight_decay")
+        None, "weight decay of what is trained of the text encoders; without it --adam_weight_decay", unit="decay",
+        ge=0, differs="0 means 0, not --adam_weight_decay")
     clip_skip: int | None = opt(
         None, "layers to skip below the text encoders' last but one", unit="layers", ge=0,
         differs="honoured with frozen text encoders too")

@@ -21,7 +21,7 @@ from trainkit.report.usage import DIFFUSERS_FILE, Usage, usage
 
 PATHS = {  # options whose value is a place on this machine
     "instance_data_dir", "class_data_dir", "output_dir", "logging_dir", "cache_dir", "latent_cache_dir", "config",
-    "resume_from_checkpoint",
+    "resume_from_checkpoint", "train_data_dir", "guidance_features",
 }
 PATHS_OR_NAMES = {"pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name"}
 SAMPLE = re.compile(r"step_(\d+)(?:_p(\d+)_s(\d+))?\.png")  # a single picture, or without p and s a step's grid
@@ -92,6 +92,15 @@ class RunFacts:
     @property
     def base_model(self) -> str:
         return public("pretrained_model_name_or_path", self.base_path)
+
+    @cached_property
+    def base_series(self) -> str | None:
+        """What the base model is one of, "stable-diffusion-xl" for example; None before a written file says it.
+
+        ModelSpec's name of its architecture, without the version: stable-diffusion-xl-v1-base/lora.
+        """
+        path = self.folder / (weight_names(self.name)[1] if self.has_lora else self.embeddings_file)
+        return read_metadata(path).get("modelspec.architecture", "").partition("-v")[0] or None
 
     @property
     def trigger(self) -> str:
@@ -205,6 +214,17 @@ class RunFacts:
 def weight_names(run_name: str) -> tuple[str, str]:
     """What the two weight files of a run are called, the one for Diffusers first."""
     return DIFFUSERS_FILE, f"{run_name}.safetensors"
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The header of a safetensors file; {} where there is none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (FileNotFoundError, SafetensorError):
+        return {}
 
 
 def sample_files(folder: Path) -> dict[Path, int]:

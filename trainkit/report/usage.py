@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from trainkit.report.facts import RunFacts
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+PIPELINES = {"stable-diffusion": "StableDiffusionPipeline", "stable-diffusion-xl": "StableDiffusionXLPipeline"}
+OWN_WORDS = "your prompt"  # where the run was told none
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,13 @@ def usage(run: RunFacts) -> Usage:
 
 def diffusers_snippet(run: RunFacts) -> str:
     """Python that loads the files and draws a picture; user text goes in as string literals."""
-    prompt = run.prompted(run.validation_prompt) or run.trigger
+    prompt = run.prompted(run.validation_prompt) or run.trigger or OWN_WORDS
     return "\n".join([
         *imports(run),
         "",
         'device = "cuda" if torch.cuda.is_available() else "cpu"',
         'dtype = torch.float16 if device == "cuda" else torch.float32',
-        f"pipe = StableDiffusionXLPipeline.from_pretrained({quoted(run.base_model)}).to(device, dtype)",
+        f"pipe = {pipeline(run)}.from_pretrained({quoted(run.base_model)}).to(device, dtype)",
         *scheduler_line(run),
         *lora_lines(run),
         *token_lines(run),
@@ -53,13 +55,18 @@ def diffusers_snippet(run: RunFacts) -> str:
     ])
 
 
+def pipeline(run: RunFacts) -> str:
+    """The class that draws with the base model; before a file says which it is, the one that finds out."""
+    return PIPELINES.get(run.base_series, "DiffusionPipeline")
+
+
 def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
 def imports(run: RunFacts) -> Iterator[str]:
     yield "import torch"
-    yield "from diffusers import StableDiffusionXLPipeline"
+    yield f"from diffusers import {pipeline(run)}"
     if run.embeddings and run.hub_name:
         yield "from huggingface_hub import hf_hub_download"
     if run.embeddings:
@@ -103,13 +110,13 @@ def comfyui(run: RunFacts) -> Iterator[str]:
         yield f"Put `{run.name}.safetensors` into `ComfyUI/models/loras/`."
         yield f"Add a `Load LoRA` node behind `Load Checkpoint` ({run.base_model}) and choose the file."
         yield ("Set `strength_model` and `strength_clip` to 1." if run.option("train_text_encoder") else
-               "Set `strength_model` to 1. `strength_clip` changes nothing: the text encoders were not trained.")
+               "Set `strength_model` to 1. `strength_clip` changes nothing: no text encoder was trained.")
     if run.is_dora:
         yield ("Expect a DoRA a little stronger than it was trained: ComfyUI divides its rows by the norm of the "
                "base's (Comfy-Org/ComfyUI#15458). Diffusers draws what was trained.")
     if run.embeddings:
         yield f"Put `{run.embeddings_file}` into `ComfyUI/models/embeddings/`."
-    yield f"Write `{run.spelled(f'embedding:{run.embeddings_stem}')}` in the positive prompt."
+    yield f"Write `{wording(run, f'embedding:{run.embeddings_stem}')}` in the positive prompt."
     yield from all_rows_at_once(run)
 
 
@@ -122,8 +129,13 @@ def webui(run: RunFacts) -> Iterator[str]:
         yield f"Put `{run.embeddings_file}` into `embeddings/` and press Refresh in the Textual Inversion tab."
     yield f"Load the base model {run.base_model}."
     ending = f" <lora:{run.name}:1>" if run.has_lora else ""
-    yield f"Prompt: `{run.spelled(run.embeddings_stem)}{ending}`"
+    yield f"Prompt: `{wording(run, run.embeddings_stem)}{ending}`"
     yield from all_rows_at_once(run)
+
+
+def wording(run: RunFacts, name: str) -> str:
+    """The instance prompt with `name` for new tokens; without such a prompt the name alone, or anything."""
+    return run.spelled(name) or (name if run.embeddings else OWN_WORDS)
 
 
 def all_rows_at_once(run: RunFacts) -> Iterator[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -74,3 +76,27 @@ def sum_over_ranks(flat: Tensor) -> Tensor:
         with together():
             dist.all_reduce(flat, op=dist.ReduceOp.SUM)
     return flat
+
+
+def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
+    """Rows [B,...] of all ranks whose trailing shape is mine -> (rows [G,...] in rank order, index of my first).
+
+    No gradient passes. Every rank enters the same collectives, whatever its shape or number of rows, 0 included; the
+    dtype is the same on all. At most 8 dimensions.
+    """
+    if world() == 1:
+        return rows, 0
+    shape = torch.full((8,), -1, device=rows.device)  # int64
+    shape[:rows.ndim] = torch.tensor(rows.shape)
+    shapes = [torch.empty_like(shape) for _ in range(world())]
+    with together():
+        dist.all_gather(shapes, shape)
+    sizes = [[side for side in other.tolist() if side >= 0] for other in shapes]
+    flat = rows.new_zeros(max(1, *(math.prod(size) for size in sizes)))
+    flat[:rows.numel()] = rows.detach().flatten()
+    flats = [torch.empty_like(flat) for _ in sizes]
+    with together():
+        dist.all_gather(flats, flat)
+    alike = [i for i, size in enumerate(sizes) if size[1:] == list(rows.shape[1:])]
+    found = [flats[i][:math.prod(sizes[i])].view(sizes[i]) for i in alike]
+    return torch.cat(found), sum(sizes[i][0] for i in alike if i < rank())

@@ -1,0 +1,653 @@
+"""Frequency bands of latents, and distribution matching in them: what a batch has wrong in common, band by band.
+
+    frequency_decomposition   low and high of a picture-like tensor, low + high = tensor
+    Bands                     two or J + 1 bands of latents, lowest first
+    DistributionMatchingLoss  the loss of the errors that the samples of a batch share
+
+It imports torch alone; wavelets other than db3 have their taps from PyWavelets. B samples of this process, G of all
+processes, n bands, C channels, h,w latent height and width, D = C·h·w, D_b the rank of a band in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache, partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Operators: the low-pass of a tensor
+
+DB3 = (0.03522629188570953, -0.08544127388202666, -0.13501102001025458,
+       0.45987750211849154, 0.8068915093110925, 0.33267055295008263)  # Daubechies 1992, table 6.1, reversed
+BOUNDARIES = ("zero", "periodization")
+BACKENDS = ("matrix", "pytorch_wavelets")
+
+
+def frequency_decomposition(
+    tensor: Tensor, method: str = "wavelet", wavelet: str = "db3", J: int = 2, *, boundary: str = "zero",
+    backend: str = "matrix",
+) -> tuple[Tensor, Tensor]:
+    """Split a real tensor [...,h,w] of any size into what is left of it at 1/2^J of its size, and the rest.
+
+    -> (low, high), both of the tensor's shape and dtype; high = tensor − low. See `LowPass` for the choices and errors.
+    """
+    low = LowPass(method, wavelet, J, boundary, backend)(tensor)
+    return low, tensor - low
+
+
+@dataclass(frozen=True)
+class LowPass:
+    """A linear low-pass [...,h,w] -> [...,h,w], low = A_h · x · A_wᵀ, exact and differentiable at every size.
+
+        dct      A projects on the first round(N/2^J) of the N DCT-II vectors: orthogonal at every size
+        wavelet  A analyses J levels and synthesises from the approximation alone, as PyWavelets does with that boundary
+                   zero           any size; low and high are not orthogonal
+                   periodization  orthogonal for orthogonal wavelets; 2^J must divide h and w
+        fft      frequencies up to 2^−(J+1) cycles per pixel in any direction: orthogonal, not separable
+
+    It computes in fp32 (fp64 for fp64) whatever the input or autocast says, and returns the input's dtype.
+    backend  "pytorch_wavelets" has that package compute the wavelets, where its result and gradient are right
+    Raises ValueError for what cannot be had, ImportError for a package that is missing.
+    """
+
+    method: str = "dct"
+    wavelet: str = "db3"
+    levels: int = 2
+    boundary: str = "zero"
+    backend: str = "matrix"
+
+    def __post_init__(self) -> None:
+        known("method", self.method, ("wavelet", "fft", "dct"))
+        known("backend", self.backend, BACKENDS)
+        if self.boundary not in BOUNDARIES:
+            raise ValueError(
+                f"boundary {self.boundary!r} is not offered: symmetric, reflect and periodic are not orthogonal, and "
+                "pytorch_wavelets has their gradients wrong. Use zero or periodization, or the method dct")
+        if self.levels < 1:
+            raise ValueError(f"{self.levels} levels split nothing: J must be 1 or more")
+        if self.backend != "matrix" and self.method != "wavelet":
+            raise ValueError(f"the backend {self.backend} computes wavelets only, not the method {self.method}: "
+                             "leave the backend at matrix, or use the method wavelet")
+        if self.method == "wavelet":
+            taps(self.wavelet)  # a wrong name is refused here
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.ndim < 2 or not x.is_floating_point():
+            raise ValueError(f"a low-pass takes real numbers of shape [...,h,w], not {x.dtype} {tuple(x.shape)}")
+        self.refuse_size(*x.shape[-2:])
+        with torch.autocast(x.device.type, enabled=False):
+            return self._apply(widened(x)).to(x.dtype)
+
+    def refuse_size(self, h: int, w: int) -> None:
+        """Raises ValueError for latents that this operator is not right on."""
+        if self.method != "wavelet" or self.boundary == "zero":
+            return
+        if h % 2**self.levels or w % 2**self.levels:
+            raise ValueError(f"periodization of {h}x{w} with J={self.levels} is not orthogonal: 2^J = {2**self.levels} "
+                             "must divide both sides. Use the boundary zero, the method dct, or fewer levels")
+        shortest = 2 ** (self.levels - 1) * len(taps(self.wavelet)[0])
+        if self.backend == "pytorch_wavelets" and min(h, w) < shortest:
+            raise ValueError(f"pytorch_wavelets wraps {self.wavelet} wrongly around sides below {shortest} "
+                             f"(here {h}x{w}, J={self.levels}): leave the backend at matrix")
+
+    def _apply(self, x: Tensor) -> Tensor:
+        h, w = x.shape[-2:]
+        if self.backend == "pytorch_wavelets":
+            return by_library(self, x)
+        if self.method == "fft":
+            return torch.fft.irfft2(torch.fft.rfft2(x) * kept(disc, self.levels, h, w, like=x), s=(h, w))
+        return kept(matrix, self, h, like=x) @ (x @ kept(matrix, self, w, like=x).T)
+
+
+def known(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raises ValueError for a value that is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} {value!r} is not known: choose one of {', '.join(choices)}")
+
+
+def widened(x: Tensor) -> Tensor:
+    """fp64 stays; everything else becomes fp32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def kept(make: Callable[..., Tensor], *args: object, like: Tensor) -> Tensor:
+    """make(*args), made once in fp64 and kept in the dtype and on the device of `like`."""
+    return _kept(make, args, like.device, like.dtype)
+
+
+@lru_cache(maxsize=256)
+def _kept(make: Callable[..., Tensor], args: tuple, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False), torch.device("cpu"):  # gradients may pass through it later
+        return make(*args).to(device, dtype)
+
+
+@lru_cache
+def taps(wavelet: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Low-pass filters of analysis and of synthesis, as convolutions."""
+    if wavelet == "db3":
+        return DB3, DB3[::-1]
+    try:
+        import pywt
+    except ImportError as error:
+        raise ImportError(f"the taps of the wavelet {wavelet!r} come from PyWavelets, which is not installed: "
+                          "pip install PyWavelets, or use db3, which needs no package") from error
+    try:
+        found = pywt.Wavelet(wavelet)
+    except ValueError as error:
+        raise ValueError(f"wavelet {wavelet!r} is not a discrete wavelet of PyWavelets: use db3, or one of "
+                         "pywt.wavelist(kind='discrete')") from error
+    return tuple(found.dec_lo), tuple(found.rec_lo)
+
+
+def filter_bank(size: int, wavelet: str, boundary: str) -> tuple[Tensor, Tensor]:
+    """One level on a side of `size`: analysis [K,size] and synthesis [size,K], fp64, in the phase of PyWavelets."""
+    analysis, synthesis = taps(wavelet)  # Mallat 1989, "A Theory for Multiresolution Signal Decomposition"
+    length, wraps = len(analysis), boundary == "periodization"
+    k = torch.arange(size // 2 if wraps else (size + length - 1) // 2)
+    shift = length // 2 if wraps else 1
+    down, up = torch.zeros(2, len(k), size, dtype=torch.float64)
+    for j in range(length):
+        for rows, tap, place in ((down, analysis[j], 2 * k + shift - j),
+                                 (up, synthesis[j], 2 * k + shift + j - (length - 1))):
+            place = place % size if wraps else place
+            inside = (place >= 0) & (place < size)
+            rows[k[inside], place[inside]] += tap
+    return down, up.T
+
+
+def wavelet_matrix(low: LowPass, size: int) -> Tensor:
+    """J levels down and, from the approximation alone, up again."""
+    analysis = synthesis = torch.eye(size, dtype=torch.float64)
+    for _ in range(low.levels):
+        down, up = filter_bank(len(analysis), low.wavelet, low.boundary)
+        analysis, synthesis = down @ analysis, synthesis @ up
+    return synthesis @ analysis
+
+
+def dct_matrix(low: LowPass, size: int) -> Tensor:
+    """The projector on the lowest DCT-II vectors √(2/N)·cos(π(m + ½)k/N), of which the first is a constant."""
+    k = torch.arange(max(1, round(size / 2**low.levels)), dtype=torch.float64)
+    m = torch.arange(size, dtype=torch.float64)
+    vectors = (math.pi / size * (m + 0.5) * k[:, None]).cos() * math.sqrt(2 / size)  # [K,N]
+    vectors[0] /= math.sqrt(2)
+    return vectors.T @ vectors
+
+
+MATRICES: dict[str, Callable[[LowPass, int], Tensor]] = {"wavelet": wavelet_matrix, "dct": dct_matrix}
+
+
+def matrix(low: LowPass, size: int) -> Tensor:
+    """A of one side -> [size,size] fp64."""
+    return MATRICES[low.method](low, size)
+
+
+def disc(levels: int, h: int, w: int, *, full: bool = False) -> Tensor:
+    """Which frequencies of rfft2 (or `full`, of fft2) are low -> bool [h, w//2 + 1] (or [h,w])."""
+    columns = (torch.fft.fftfreq if full else torch.fft.rfftfreq)(w, dtype=torch.float64)
+    return torch.fft.fftfreq(h, dtype=torch.float64)[:, None] ** 2 + columns**2 <= 4.0 ** -(levels + 1)
+
+
+@lru_cache(maxsize=256)
+def rank(low: LowPass, h: int, w: int) -> float:
+    """Trace of the operator on [h,w]: the dimension of low, where it is a projector."""
+    if low.method == "fft":
+        return float(disc(low.levels, h, w, full=True).sum())
+    return float(matrix(low, h).trace() * matrix(low, w).trace())
+
+
+@lru_cache(maxsize=64)
+def library(low: LowPass, device: torch.device, dtype: torch.dtype) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Analysis and synthesis of pytorch_wavelets (Cotter 2019, https://github.com/fbcotter/pytorch_wavelets)."""
+    try:
+        from pytorch_wavelets import DWTForward, DWTInverse
+    except ImportError as error:
+        raise ImportError(f"the backend pytorch_wavelets cannot be imported ({error}): it needs the packages "
+                          "pytorch_wavelets and setuptools<82, because it imports pkg_resources, which 82 removed. "
+                          "pip install pytorch_wavelets 'setuptools<82', or leave the backend at matrix") from error
+    with torch.inference_mode(False):
+        forward = DWTForward(J=low.levels, wave=low.wavelet, mode=low.boundary)
+        return forward.to(device, dtype), DWTInverse(wave=low.wavelet, mode=low.boundary).to(device, dtype)
+
+
+def by_library(low: LowPass, x: Tensor) -> Tensor:
+    """The low-pass as pytorch_wavelets computes it; sides may come out one too long and are cropped."""
+    forward, inverse = library(low, x.device, x.dtype)
+    h, w = x.shape[-2:]
+    coarse, details = forward(x.reshape(-1, 1, h, w))
+    return inverse((coarse, [torch.zeros_like(d) for d in details]))[..., :h, :w].reshape(x.shape)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bands
+
+
+@dataclass(frozen=True)
+class Bands:
+    """How latents are split into `count` bands that add up to them, lowest first.
+
+        2      P_J x, x − P_J x
+        J + 1  P_J x, (P_{J−1} − P_J) x, ..., x − P_1 x     mutually orthogonal, because the projectors are nested
+
+    Raises ValueError for another count, and for J + 1 bands of operators that are not nested projectors.
+    """
+
+    low: LowPass
+    count: int = 2
+
+    def __post_init__(self) -> None:
+        J = self.low.levels
+        if self.count not in (2, J + 1):
+            raise ValueError(f"{self.count} bands cannot be had of {J} levels: there are 2 (low and high) or J + 1 = "
+                             f"{J + 1}. Give as many weights, or change the levels")
+        if self.count > 2 and not self._nested:
+            raise ValueError(f"{self.count} bands would overlap: {self.low.wavelet} with the boundary "
+                             f"{self.low.boundary} is no orthogonal projector. Use the method dct or fft, an "
+                             "orthogonal wavelet with periodization, or two bands")
+
+    @cached_property
+    def lows(self) -> list[LowPass]:
+        """The low-passes between the bands, coarsest first."""
+        first = self.low.levels if self.count == 2 else 1
+        return [replace(self.low, levels=j) for j in range(self.low.levels, first - 1, -1)]
+
+    @property
+    def names(self) -> list[str]:
+        return ["low", "high"] if self.count == 2 else [f"band{b}" for b in range(self.count)]
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B,C,h,w] -> [n,B,C,h,w]."""
+        whole = [*(low(x) for low in self.lows), x]
+        return torch.stack([whole[0], *(wider - low for low, wider in zip(whole, whole[1:], strict=False))])
+
+    def degrees(self, shape: Sequence[int]) -> tuple[float, ...]:
+        """Degrees of freedom D_b of the bands of one latent (C,h,w); together D. ValueError where a band has none."""
+        channels, h, w = shape
+        ranks = [0.0, *(rank(low, h, w) for low in self.lows), float(h * w)]
+        degrees = tuple(channels * (wider - low) for low, wider in zip(ranks, ranks[1:], strict=False))
+        if min(degrees) < 0.5:
+            raise ValueError(f"latents of {h}x{w} are too small for {self.count} bands of {self.low.levels} levels: "
+                             "lower the levels, or train at a higher resolution")
+        return degrees
+
+    @property
+    def _nested(self) -> bool:
+        if self.low.method != "wavelet":
+            return True
+        analysis, synthesis = taps(self.low.wavelet)
+        orthogonal = all(abs(a - s) < 1e-6 for a, s in zip(analysis, synthesis[::-1], strict=True))
+        return orthogonal and self.low.boundary == "periodization"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The statistic: which samples are compared with which
+
+
+def same_class(features: Tensor, counts: Tensor) -> Tensor:
+    """1 where two samples have the same features."""
+    return (features[:, None] == features[None]).all(-1).to(features)
+
+
+def rbf(features: Tensor, counts: Tensor, widths: Sequence[float] = (1.0,)) -> Tensor:
+    """Mean over widths of exp(−|f_i − f_j|²/2σ²), σ = width · the median distance of two samples that count."""
+    distances = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")  # [G,G]
+    pairs = counts[:, None] & counts & ~torch.eye(len(counts), dtype=torch.bool, device=counts.device)
+    median = distances.masked_fill(~pairs, math.nan).nanmedian().nan_to_num(1.0).clamp(min=TINY)
+    return torch.stack([(-0.5 * (distances / (width * median)) ** 2).exp() for width in widths]).mean(0)
+
+
+# Features [G,F], who counts [G] -> k [G,G], k_ii = 1. Any of them keeps the optimum (Muandet et al. 2020, "Kernel
+# Conditional Moment Test via Maximum Moment Restriction"): the right denoiser has E[h(z, c)·error] = 0 for every h.
+KERNELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "none": lambda features, counts: features.new_ones(len(features), len(features)),
+    "class": same_class, "text": rbf, "image": rbf, "latent": partial(rbf, widths=(0.5, 1.0, 2.0)),
+}
+# w_i w_j k_ij [G,G] -> what each pair counts
+STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda pairs: pairs,
+    "diagonal": lambda pairs: pairs.diagonal().diag(),
+    "u": lambda pairs: pairs - pairs.diagonal().diag(),
+}
+BAND_NORMS = ("grid", "dof", "whiten")
+# snr [G], usual |e|²/D at its level [G] -> factor of the error [G]
+TIMESTEP_WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "x0": lambda snr, usual: torch.ones_like(snr),
+    "eps": lambda snr, usual: snr.sqrt(),
+    "whiten": lambda snr, usual: usual.rsqrt(),
+}
+BINS = 8  # of log SNR, over the window
+DECAY = 0.99  # of the running means: the last hundred visits of a bin
+TINY = 1e-30  # in place of 0 as a divisor
+
+Gather = Callable[[Tensor], tuple[Tensor, int]]  # my rows -> the rows of all processes, index of my first
+
+
+def alone(rows: Tensor) -> tuple[Tensor, int]:
+    """The gather of a single process."""
+    return rows, 0
+
+
+def digits(labels: Tensor) -> Tensor:
+    """Integers [B] as four numbers below 2^16 that fp32 holds exactly -> [B,4] fp32."""
+    return torch.stack([(labels >> shift) & 0xFFFF for shift in (0, 16, 32, 48)], 1).float()
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What the statistic needs of samples, without a graph. A sample of weight 0 has error 0 and SNR 1."""
+
+    error: Tensor  # [G,n,C,h,w]  P_b (x̂0 − x0)
+    weight: Tensor  # [G]
+    snr: Tensor  # [G]
+    energy: Tensor  # [G,n+1]  |P_b e|²/D_b of each band, then |e|²/D
+    slope: Tensor  # [G,2,n]  <P_b x0, P_b x̂0> and |P_b x̂0|²
+    alike: Tensor  # [G,F]  by what the kernel compares
+
+    def of_all(self, gather: Gather) -> tuple[Rows, int]:
+        """-> the rows of all processes with latents of this shape, index of my first. One call of `gather`.
+
+        Everything travels as channels of h·w numbers, so that only rows of the same h and w have the same shape.
+        """
+        h, w = self.error.shape[-2:]
+        parts = [getattr(self, field.name) for field in fields(self)]
+        sizes = [math.prod(part.shape[1:]) for part in parts]
+        flat = torch.cat([part.reshape(len(part), size) for part, size in zip(parts, sizes, strict=True)], 1)
+        channels = -(-flat.shape[1] // (h * w))
+        spare = channels * h * w - flat.shape[1]
+        rows, first = gather(F.pad(flat, (0, spare)).view(len(flat), channels, h, w))
+        *pieces, _ = rows.flatten(1).split([*sizes, spare], 1)
+        shapes = [(len(rows), *part.shape[1:]) for part in parts]
+        return Rows(*(piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True))), first
+
+
+class Scales:
+    """The usual size of the error at each noise level: running means per bin of log SNR, free of their start."""
+
+    def __init__(self, window: tuple[float, float], bands: int):
+        low, high = window
+        if not 0 <= low < high < math.inf:
+            raise ValueError(f"the window of SNR {low:g} to {high:g} is empty: give the lower end first")
+        self.ends = math.log(max(low, high * 1e-6)), math.log(high)
+        self.total, self.count = torch.zeros(BINS, bands + 1), torch.zeros(BINS, 1)
+
+    def bins(self, snr: Tensor) -> Tensor:
+        """[G] -> long [G]; levels outside of the window fall into the bins at its ends."""
+        low, high = self.ends
+        return ((snr.log() - low) / (high - low) * BINS).clamp(0, BINS - 1).long()
+
+    def update(self, rows: Tensor) -> None:
+        """Rows [N,3+n] of all processes: weight, snr, energy. What does not count or is not finite leaves no trace."""
+        weight, snr, energy = rows[:, 0], rows[:, 1], rows[:, 2:]
+        valid = (weight > 0) & energy.isfinite().all(1)
+        inside = F.one_hot(self.bins(snr), BINS).to(energy) * valid[:, None]  # [N,BINS]
+        seen = inside.sum(0)[:, None]  # [BINS,1]
+        mean = inside.T @ torch.where(valid[:, None], energy, 0) / seen.clamp(min=1)
+        keep = torch.where(seen > 0, DECAY, 1.0)
+        self.total = self.total.to(rows.device) * keep + mean
+        self.count = self.count.to(rows.device) * keep + (seen > 0)
+
+    def at(self, bins: Tensor) -> Tensor:
+        """-> [G,n+1]."""
+        return (self.total / self.count.clamp(min=TINY)).clamp(min=TINY)[bins]
+
+
+class Bank:
+    """Sums of past errors, scaled as the term scales them, that stand for a batch of hundreds.
+
+    Kept for each (bin of log SNR, class, latent shape), decayed at every visit: n·C·h·w numbers each, so as many as
+    there are captions for the kernel class. Reading the keys waits for the device once a call.
+    """
+
+    def __init__(self, decay: float):
+        self.decay = decay
+        self.sums: dict[tuple[int, ...], Tensor] = {}  # each [n,C,h,w]
+        self.counts: dict[tuple[int, ...], float] = {}
+
+    def keys(self, bins: Tensor, rows: Rows) -> list[tuple[int, ...]]:
+        label = torch.cat([bins[:, None].to(rows.alike), rows.alike], 1).long()
+        return [(*key, *rows.error.shape[2:]) for key in label.tolist()]
+
+    def recall(self, keys: Sequence[tuple[int, ...]], like: Tensor) -> tuple[Tensor, Tensor]:
+        """What is remembered for each of the samples `like` [G,n,C,h,w] -> sums of that shape, counts [G]."""
+        sums = torch.zeros_like(like)
+        for i, key in enumerate(keys):
+            if key in self.sums:
+                sums[i] = self.sums[key]
+        return sums, like.new_tensor([self.counts.get(key, 0.0) for key in keys])
+
+    def update(self, keys: Sequence[tuple[int, ...]], weight: Tensor, scaled: Tensor) -> None:
+        """Add weight [G] · scaled [G,n,C,h,w]; samples that do not count, or are not finite, leave no trace."""
+        finite = weight * scaled.flatten(1).isfinite().all(1)
+        added = [(key, w, errors) for key, w, errors in zip(keys, finite.tolist(), scaled, strict=True) if w > 0]
+        for key, w, errors in added:
+            self.sums[key] = w * errors + (self.sums[key].to(errors) if key in self.sums else 0)
+            self.counts[key] = w + self.counts.get(key, 0.0)
+        for key in dict.fromkeys(key for key, _, _ in added):
+            self.sums[key] *= self.decay
+            self.counts[key] *= self.decay
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+class DistributionMatchingLoss:
+    """What the errors of a batch have in common, band by band, as losses [B] whose mean over all G samples is the term.
+
+        r_bi = τ_bi · P_b (x̂0_i − x0_i)        M_ij by `statistic`, from w_i w_j k_ij
+        term = Σ_b κ_b (1/G) Σ_ij M_ij <r_bi, r_bj>
+
+        statistic  sum       M = G · w_i w_j k_ij: Σ_b κ_b |Σ_i w_i r_bi|², which grows with the batch (Real-Fake)
+                   diagonal  M = G · w_i² δ_ij: what sum has of each sample alone, a control
+                   u         M = G · w_i w_j k_ij (1 − δ_ij) / Σ_{i≠j} w_i w_j k_ij: the unbiased |mean error|², in
+                             expectation the same for every batch, number of processes and accumulation; may be negative
+        κ_b        gain · c_b / D (band_norm grid) or gain · c_b / D_b (dof, whiten), c = weights, lowest band first
+        τ_bi       by timestep_weight 1 (x0), √snr_i (eps) or 1/√s (whiten), times 1/√s_b for band_norm whiten; s and
+                   s_b are the usual |e|²/D and |P_b e|²/D_b at that noise level, running means over the run
+        kernel     k: 1 (none), 1 for equal integers `alike` [B] (class), by the distance of `alike` [B,F] (the others)
+        bank       decay of a memory of past errors that joins the others of a sample (u only); 0: none
+        window     lowest and highest SNR, between which s is told apart in 8 bins
+
+    r_j of the others are constants, so no graph crosses samples or processes, and the gradient of a sample is the exact
+    one of the term, 2 Σ_b κ_b m_bi with m_bi = Σ_j M_ij r_bj. Over processes gradients are to be summed, not averaged.
+    `gather` gives the rows of all processes; it is called twice a call, also for 0 rows or weights.
+
+    Sources: Yuan et al. 2024, "Real-Fake: Effective Training Data Synthesis Through Distribution Matching" (the sum);
+    Hoeffding 1948, "A Class of Statistics with Asymptotically Normal Distribution" (U). Raises ValueError for values
+    that do not go together.
+    """
+
+    def __init__(
+        self, *, gain: float, statistic: str = "u", method: str = "dct", wavelet: str = "db3", levels: int = 2,
+        boundary: str = "zero", backend: str = "matrix", weights: Sequence[float] = (0.7, 0.3),
+        band_norm: str = "whiten", timestep_weight: str = "x0", kernel: str = "none", bank: float = 0.0,
+        window: tuple[float, float] = (0.19, 3.07), gather: Gather = alone,
+    ):
+        for name, value, choices in (
+            ("statistic", statistic, STATISTICS), ("band_norm", band_norm, BAND_NORMS), ("kernel", kernel, KERNELS),
+            ("timestep_weight", timestep_weight, TIMESTEP_WEIGHTS),
+        ):
+            known(name, value, choices)
+        if not 0 <= gain < math.inf or min(weights) < 0 or not 0 < sum(weights) < math.inf:
+            raise ValueError(f"gain {gain} and weights {tuple(weights)} must be finite and not negative, and one "
+                             "weight above 0")
+        if band_norm == timestep_weight == "whiten":
+            raise ValueError("band_norm whiten already divides by the usual error at each noise level, which "
+                             "timestep_weight whiten would do again: use x0 or eps there, or another band_norm")
+        if statistic == "diagonal" and kernel != "none":
+            raise ValueError(f"the statistic diagonal compares no two samples, so the kernel {kernel} has no effect: "
+                             "leave it at none, or use the statistic u or sum")
+        if not 0 <= bank < 1 or bank and (statistic != "u" or kernel not in ("none", "class")):
+            raise ValueError(f"a bank of decay {bank} needs the statistic u, the kernel none or class, and a decay "
+                             f"from 0 to below 1 (here {statistic}, {kernel})")
+        self.bands = Bands(LowPass(method, wavelet, levels, boundary, backend), len(weights))
+        self.gain, self.weights, self.statistic, self.kernel = gain, tuple(weights), statistic, kernel
+        self.band_norm, self.timestep_weight, self.gather = band_norm, timestep_weight, gather
+        self.scales = Scales(window, len(weights))
+        self.bank = Bank(bank) if bank else None
+        self.seen: Tensor | None = None  # sums for `describe`, on the device
+
+    def __call__(
+        self, x0_hat: Tensor, x0: Tensor, *, snr: Tensor, weight: Tensor, alike: Tensor | None = None
+    ) -> Tensor:
+        """x0_hat, x0 [B,C,h,w], snr and weight [B] -> losses [B], fp32; weight 0: the sample does not count.
+
+        Raises ValueError for the statistic u of one sample without a bank, and without what the kernel compares by.
+        """
+        with torch.autocast(x0.device.type, enabled=False):
+            x0_hat = widened(x0_hat)
+            x0 = x0.detach().to(x0_hat)
+            error = self.bands.split(x0_hat - x0).transpose(0, 1)  # [B,n,C,h,w]
+            with torch.no_grad():
+                mine = self._rows(error.detach(), x0, snr, weight, alike)
+                rows, first = mine.of_all(self.gather)
+                sizes, _ = self.gather(torch.cat([mine.weight[:, None], mine.snr[:, None], mine.energy], 1))
+                self.scales.update(sizes)
+                factor, common = self._compare(rows, one_shape=len(rows.weight) == len(sizes))
+            here = slice(first, first + len(x0))
+            scaled = torch.where(column(mine.weight > 0), factor[here] * error, 0)
+            values = self._inner(scaled, common[here])
+            return 2 * values - values.detach()
+
+    def low(self, x: Tensor) -> Tensor:
+        """The lowest band of x [B,C,h,w], by which the kernel latent compares noised latents."""
+        return self.bands.low(x)
+
+    def describe(self) -> dict[str, float]:
+        """Means over the calls since last asked, per band (names low, high or band0, band1, ...):
+
+            u      U_b/D_b of r, the part that samples share; in units of a band's usual error where it is whitened
+            z      U_b over its standard deviation for independent errors of equal size
+            error  |P_b e|²/D_b, in units of x0
+            slope  <P_b x0, P_b x̂0>/|P_b x̂0|²: below 1 where x̂0 has too much of the band, above 1 where too little
+
+        and snr, bin, loss. Empty when no sample counted. Waits for the device.
+        """
+        if self.seen is None:
+            return {}
+        values, self.seen, n = self.seen.tolist(), None, self.bands.count
+        u, z, error, product, square = (values[k * n:(k + 1) * n] for k in range(5))
+        snr, place, loss, compared, calls = values[5 * n:]
+        if not calls:
+            return {}
+        found = {"snr": snr / calls, "bin": place / calls, "loss": loss / calls}
+        for b, name in enumerate(self.bands.names):
+            found[f"error_{name}"] = error[b] / calls
+            if compared:
+                found |= {f"u_{name}": u[b] / compared, f"z_{name}": z[b] / compared}
+            if square[b]:
+                found[f"slope_{name}"] = product[b] / square[b]
+        return {f"dist_match/{name}": value for name, value in found.items()}
+
+    def pack(self) -> tuple[dict[str, Tensor], dict]:
+        """All that lasts from call to call -> (tensors, JSON)."""
+        bank = self.bank or Bank(0)
+        tensors = {"scales.total": self.scales.total, "scales.count": self.scales.count}
+        tensors |= {f"bank.{i}": errors for i, errors in enumerate(bank.sums.values())}
+        packed = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        return packed, {"bank": [[list(key), count] for key, count in bank.counts.items()]}
+
+    def unpack(self, tensors: dict[str, Tensor], data: dict) -> None:
+        """Undo `pack`. Raises ValueError for the state of a loss with other bands, or with a bank that is not here."""
+        if tensors["scales.total"].shape != self.scales.total.shape or data["bank"] and not self.bank:
+            raise ValueError("the saved state of distribution matching has another number of bands, or a bank that is "
+                             "not asked for here: go on with the settings of that run, or start anew")
+        self.scales.total, self.scales.count = tensors["scales.total"].clone(), tensors["scales.count"].clone()
+        if self.bank:
+            self.bank.counts = {tuple(key): count for key, count in data["bank"]}
+            self.bank.sums = {key: tensors[f"bank.{i}"].clone() for i, key in enumerate(self.bank.counts)}
+
+    def _rows(self, error: Tensor, x0: Tensor, snr: Tensor, weight: Tensor, alike: Tensor | None) -> Rows:
+        """What the others need to know of my samples; error [B,n,C,h,w]."""
+        weight, snr = weight.detach().to(error), snr.detach().to(error)
+        counts = weight > 0
+        error = torch.where(column(counts), error, 0)
+        clean = self.bands.split(x0).transpose(0, 1)
+        recovered = clean + error
+        degrees = kept(numbers, *self.bands.degrees(x0.shape[1:]), like=error)
+        whole = error.sum(1).flatten(1).square().mean(1, keepdim=True)  # bands add up, but may not be orthogonal
+        energy = torch.cat([inner(error, error) / degrees, whole], 1)
+        slope = torch.stack([inner(clean, recovered), inner(recovered, recovered)], 1)
+        return Rows(error, weight, torch.where(counts, snr, 1), energy, slope, self._features(alike, error))
+
+    def _features(self, alike: Tensor | None, like: Tensor) -> Tensor:
+        """What the kernel compares by -> [B,F]."""
+        if (alike is None) != (self.kernel == "none"):
+            raise ValueError(f"the kernel is {self.kernel}: `alike`, by which it compares samples, must be given for "
+                             "every kernel but none, and left out for none")
+        if alike is None:
+            return like.new_zeros(len(like), 0)
+        if self.kernel == "class":
+            if alike.is_floating_point() or alike.ndim != 1:
+                raise ValueError("the kernel class compares by one integer a sample: give `alike` as [B] of integers")
+            return digits(alike).to(like)
+        return alike.detach().to(like).flatten(1)
+
+    def _compare(self, rows: Rows, *, one_shape: bool) -> tuple[Tensor, Tensor]:
+        """What each sample is scaled by, τ [G,n,1,1,1], and has in common with the others, m [G,n,C,h,w]."""
+        size, weight = len(rows.weight), rows.weight
+        if size == 1 and self.statistic == "u" and not self.bank:
+            raise ValueError("the statistic u compares samples with one another, and this batch has one: use a batch "
+                             "of 2 or more over all processes, a bank, or the statistic sum")
+        bins = self.scales.bins(rows.snr)
+        usual = self.scales.at(bins).to(rows.error)  # [G,n+1]
+        factor = TIMESTEP_WEIGHTS[self.timestep_weight](rows.snr, usual[:, -1])[:, None].expand(size, self.bands.count)
+        if self.band_norm == "whiten":
+            factor = factor * usual[:, :-1].rsqrt()
+        factor = factor[..., None, None, None]
+        scaled = factor * rows.error  # [G,n,C,h,w]
+        pairs = KERNELS[self.kernel](rows.alike, weight > 0) * weight[:, None] * weight
+        counted = STATISTICS[self.statistic](pairs)
+        common, total = (counted @ scaled.flatten(1)).view_as(scaled), counted.sum()
+        if self.bank:
+            keys = self.bank.keys(bins, rows)
+            sums, counts = self.bank.recall(keys, scaled)
+            common, total = common + column(weight) * sums, total + (weight * counts).sum()
+            if one_shape:  # else a process would remember what others have not seen
+                self.bank.update(keys, weight, scaled)
+        common = common * (torch.where(total > 0, size / total, 0) if self.statistic == "u" else size)
+        self._note(rows, scaled, pairs, bins, self._inner(scaled, common))
+        return factor, common
+
+    def _inner(self, r: Tensor, m: Tensor) -> Tensor:
+        """Σ_b κ_b <r_b, m_b> of [B,n,C,h,w] -> [B]."""
+        degrees = self.bands.degrees(r.shape[2:])
+        divisors = [sum(degrees)] * len(degrees) if self.band_norm == "grid" else degrees
+        kappa = [self.gain * c / d for c, d in zip(self.weights, divisors, strict=True)]
+        return inner(r, m) @ kept(numbers, *kappa, like=r)
+
+    def _note(self, rows: Rows, scaled: Tensor, pairs: Tensor, bins: Tensor, values: Tensor) -> None:
+        """Add to the sums that `describe` reports; a call of which nothing counts or not all is finite adds none."""
+        degrees = kept(numbers, *self.bands.degrees(scaled.shape[2:]), like=scaled)
+        counts = (rows.weight > 0).to(scaled)
+        number = counts.sum().clamp(min=1)
+        share = STATISTICS["u"](pairs)
+        compared = share.sum() > 0
+        share = share / share.sum().clamp(min=TINY)
+        gram = torch.einsum("gnd,hnd->ngh", scaled.flatten(2), scaled.flatten(2))
+        u = (share * gram).sum((1, 2)) / degrees
+        size = gram.diagonal(dim1=1, dim2=2).sum(1) / number / degrees
+        z = u / (size * (2 * share.square().sum() / degrees).sqrt()).clamp(min=TINY)
+        means = counts @ torch.cat([rows.energy[:, :-1], rows.snr[:, None], bins[:, None]], 1) / number
+        row = torch.cat([u, z, means[:-2], (counts @ rows.slope.flatten(1)), means[-2:],
+                         torch.stack([values.mean(), compared.to(u), torch.ones_like(number)])])
+        row = torch.where((counts.sum() > 0) & row.isfinite().all(), row, 0)
+        self.seen = row if self.seen is None else self.seen + row
+
+
+def numbers(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def column(v: Tensor) -> Tensor:
+    """[G] -> [G,1,1,1,1]."""
+    return v.view(-1, 1, 1, 1, 1)
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """<a_b, b_b> of [G,n,C,h,w] -> [G,n]."""
+    return (a * b).flatten(2).sum(2)

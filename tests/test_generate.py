@@ -1,0 +1,213 @@
+"""scripts/generate.py: the stock pipeline's own pictures, with LoRAs, learned words and the features of a picture."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from scripts import extract_clip_features, generate
+from tests.test_evaluate import random_lora
+from tests.test_guidance import build_tiny_clip, picture
+from trainkit.errors import Problem, UserError
+from trainkit.guidance import load_clip
+
+LONG = "a cat " * 60  # fills the context
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_clip(tmp_path_factory.mktemp("tiny") / "clip")
+
+
+@pytest.fixture(scope="module")
+def lora(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run whose LoRA changes the pictures a lot."""
+    return random_lora(tiny_sd, tmp_path_factory.mktemp("run") / generate.LORA_NAME).parent
+
+
+def drawn(base: Path, out: Path, *more: str, prompts: Sequence[str] = ("a red dog",)) -> list[np.ndarray]:
+    """The pictures of a run of the script, by prompt and then by seed."""
+    asked = [f"--prompt={prompt}" for prompt in prompts]
+    generate.main([f"--base={base}", f"--out={out}", "--steps=2", *asked, *more])
+    return [np.asarray(Image.open(path)).astype(int) for path in sorted(out.glob("p*.png"))]
+
+
+def near(one: np.ndarray, other: np.ndarray) -> bool:
+    """The same but for a rounding."""
+    return bool(np.abs(one - other).max() <= 1)
+
+
+def refused(base: Path, out: Path, *more: str, **settings: Sequence[str]) -> list[Problem]:
+    with pytest.raises(UserError) as caught:
+        drawn(base, out, *more, **settings)
+    assert not list(out.glob("*.png"))
+    return list(caught.value.problems)
+
+
+@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sd2", "tiny_sdxl"])
+def test_the_pictures_are_the_stock_pipelines(model, request, tmp_path):
+    from diffusers import AutoPipelineForText2Image
+
+    base = request.getfixturevalue(model)
+    pictures = drawn(base, tmp_path / "out", "--seeds=0,7", "--negative_prompt=blue", prompts=("a red dog", "the moon"))
+    pipe = AutoPipelineForText2Image.from_pretrained(base)
+    prompts, seeds = ["a red dog", "a red dog", "the moon", "the moon"], [0, 7, 0, 7]
+    stock = pipe(prompts, negative_prompt=["blue"] * 4, num_inference_steps=2,
+                 generator=[torch.Generator().manual_seed(seed) for seed in seeds]).images
+    assert len(pictures) == 4 and pictures[0].shape == (64, 64, 3)
+    assert all(near(ours, np.asarray(theirs)) for ours, theirs in zip(pictures, stock, strict=True))
+    assert not near(pictures[0], pictures[1]) and not near(pictures[0], pictures[2])
+    info = Image.open(tmp_path / "out" / "p02_s7.png").info["parameters"].splitlines()
+    assert info[:2] == ["the moon", "Negative prompt: blue"] and "Seed: 7, Size: 64x64" in info[2]
+    assert f"CFG scale: {5.0 if model == 'tiny_sdxl' else 7.5}" in info[2]
+    assert Image.open(tmp_path / "out" / "sheet.png").width > 2 * 192
+
+
+def test_sizes_are_asked_for_or_the_models(tiny_sd, tmp_path):
+    assert drawn(tiny_sd, tmp_path, "--width=96", "--height=32")[0].shape == (32, 96, 3)
+
+
+def test_loras_are_drawn_at_their_strengths(tiny_sd, lora, tmp_path):
+    base, full, none, half, halves = (drawn(tiny_sd, tmp_path / f"{i}", *flags)[0] for i, flags in enumerate((
+        (), (f"--lora={lora}",), (f"--lora={lora}", "--strength=0"),
+        (f"--lora={lora / generate.LORA_NAME}", "--strength=0.5"),
+        (f"--lora={lora}", f"--lora={lora}", "--strength=0.25", "--strength=0.25"))))
+    assert near(base, none) and not near(base, half) and not near(half, full)
+    assert np.abs(half - halves).max() < np.abs(half - full).max() / 10, "two of them add up, but for roundings"
+    settings = Image.open(tmp_path / "3" / "p01_s0.png").info["parameters"]
+    assert f"{lora.name}/{generate.LORA_NAME}:0.5" in settings and str(lora.parent) not in settings
+
+
+def test_a_lora_of_another_model_is_refused(tiny_sd, tiny_sdxl, tmp_path, capfd):
+    other = random_lora(tiny_sdxl, tmp_path / "other.safetensors")
+    problem, = refused(tiny_sd, tmp_path / "out", f"--lora={other}")
+    assert "does not fit" in problem.what and "size mismatch" not in capfd.readouterr().err
+
+
+def test_learned_words_are_drawn(tiny_sdxl, tiny_sd, tmp_path):
+    from safetensors.torch import save_file
+
+    rows, header = {"clip_l": torch.ones(2, 24), "clip_g": torch.ones(2, 32)}, {"tokens": '{"TOK": ["<s0>", "<s1>"]}'}
+    save_file(rows, file := tmp_path / "run_emb.safetensors", header)
+    plain, taught = (drawn(tiny_sdxl, tmp_path / f"{len(flags)}", *flags, prompts=["a TOK dog"])[0]
+                     for flags in ((), (f"--embeddings={file}",)))
+    assert not near(plain, taught)
+    assert Image.open(tmp_path / "1" / "p01_s0.png").info["parameters"].startswith("a TOK dog\n")
+    problem, = refused(tiny_sd, tmp_path / "out", f"--embeddings={file}")
+    assert "--embeddings" in problem.where and "SDXL" in problem.why
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The guidance token
+
+
+@pytest.fixture
+def shown(tmp_path: Path, clip: Path) -> list[Path]:
+    return [picture(tmp_path / "shown" / name, seed) for seed, name in enumerate(("狐.png", "b.png", "c.png"))]
+
+
+def test_the_token_changes_the_picture_in_one_branch_or_both(tiny_sd, clip, shown, tmp_path):
+    strong = (f"--clip={clip}", "--guidance_token_scale=10")  # the random model's features are small
+    flags = (*strong, f"--guidance_image={shown[0]}")
+    pictures = [drawn(tiny_sd, tmp_path / f"{i}", *more)[0] for i, more in enumerate((
+        (), flags, (*flags, "--guidance_both_branches"), (*strong, f"--guidance_image={shown[1]}")))]
+    assert not any(near(a, b) for i, a in enumerate(pictures) for b in pictures[:i])
+    settings = Image.open(tmp_path / "1" / "p01_s0.png").info["parameters"]
+    assert "Guidance image: 狐.png" in settings and str(tmp_path) not in settings
+
+
+def test_each_picture_is_drawn_with_its_own_features(tiny_sd, clip, shown, tmp_path):
+    prompts = ("a red dog", "a cat", "the moon")
+    images = [f"--guidance_image={path}" for path in shown]
+    together = drawn(tiny_sd, tmp_path / "all", f"--clip={clip}", *images, "--seeds=0,1", "--batch_size=4",
+                     "--guidance_token_scale=10", prompts=prompts)
+    for i, prompt in enumerate(prompts):
+        alone = drawn(tiny_sd, tmp_path / f"{i}", f"--clip={clip}", images[i], "--seeds=0,1", "--batch_size=1",
+                      "--guidance_token_scale=10", prompts=[prompt])
+        assert all(near(a, b) for a, b in zip(together[2 * i : 2 * i + 2], alone, strict=True))
+
+
+def test_only_the_positive_branch_is_fed_and_only_at_the_last_position(tiny_sd, clip, shown, monkeypatch, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    seen: list[dict] = []
+    call = StableDiffusionPipeline.__call__
+
+    def noted(self, **given):
+        seen.append(given)
+        return call(self, **given)
+
+    noted.__signature__ = inspect.signature(call)
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", noted)
+    flags = (f"--clip={clip}", f"--guidance_image={shown[0]}", "--guidance_token_scale=2")
+    for i, more in enumerate(((), flags, (*flags, "--guidance_both_branches"))):
+        drawn(tiny_sd, tmp_path / f"{i}", *more)
+    plain, one, both = seen
+    tower = load_clip(str(clip))
+    features = 2 * tower(tower.pixels(Image.open(shown[0]))[None])[0]
+    for name, given in (("prompt_embeds", one), ("prompt_embeds", both), ("negative_prompt_embeds", both)):
+        torch.testing.assert_close(given[name][0, -1], features)
+        assert torch.equal(given[name][:, :-1], plain[name][:, :-1])
+    assert torch.equal(one["negative_prompt_embeds"], plain["negative_prompt_embeds"])
+
+
+def test_a_full_prompt_is_drawn_without_the_picture(tiny_sd, clip, shown, tmp_path, caplog):
+    flags = (f"--clip={clip}", f"--guidance_image={shown[0]}")
+    plain, fed = (drawn(tiny_sd, tmp_path / f"{len(more)}", *more, prompts=[LONG])[0] for more in ((), flags))
+    assert near(plain, fed) and len(caplog.records) == 1 and "a cat a cat" in caplog.text
+
+
+def test_extracted_features_serve_as_well(tiny_sd, clip, shown, tmp_path):
+    file = tmp_path / "f.safetensors"
+    extract_clip_features.main([f"--images={shown[0].parent}", f"--clip={clip}", f"--out={file}"])
+    image = f"--guidance_image={shown[0]}"
+    computed, read = (drawn(tiny_sd, tmp_path / flag[2:6], image, flag)[0]
+                      for flag in (f"--clip={clip}", f"--guidance_features={file}"))
+    assert near(computed, read)
+    unknown = picture(tmp_path / "unknown.png", 99)
+    problem, = refused(tiny_sd, tmp_path / "out", f"--guidance_image={unknown}", f"--guidance_features={file}")
+    assert "unknown.png" in problem.what
+
+
+@pytest.mark.parametrize("model", ["tiny_sdxl", "tiny_sd2"])
+def test_features_that_do_not_fit_are_refused(model, clip, shown, request, tmp_path):
+    base = request.getfixturevalue(model)
+    problem, = refused(base, tmp_path / "out", f"--clip={clip}", f"--guidance_image={shown[0]}")
+    assert "24 wide" in problem.what and f"{56 if model == 'tiny_sdxl' else 32} wide" in problem.what
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+def test_all_that_is_wrong_is_said_at_once(tiny_sd, tmp_path):
+    wrong = ("--lora=no.safetensors", "--strength=1", "--strength=2", "--guidance_both_branches", "--width=50",
+             "--steps=0", "--embeddings=no_emb.safetensors")
+    found = refused(tiny_sd, tmp_path / "out", *wrong)
+    assert [p.where for p in found] == ["--embeddings no_emb.safetensors", "--lora", "--embeddings", "--strength",
+                                        "--guidance_both_branches", "--width", "--steps"]
+    assert "--width 48" in [p.fix for p in found]
+    problem, = refused(tiny_sd, tmp_path / "out", "--strength=0.5")
+    assert "0 LoRAs" in problem.what
+    problem, = refused(tiny_sd, tmp_path / "out", f"--guidance_image={__file__}", f"--guidance_image={__file__}",
+                       prompts=("a", "b", "c"))
+    assert "2 guidance images for 3 prompts" in problem.what
+
+
+def test_what_is_no_model_or_no_picture_is_refused(tiny_sd, clip, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for base, said in ((tmp_path / "nowhere", "does not exist"), (tmp_path / "empty", "not a Stable Diffusion")):
+        problem, = refused(base, tmp_path / "out")
+        assert said in problem.what and problem.where.startswith("--base")
+    (torn := tmp_path / "torn.png").write_bytes(b"\x89PNG")
+    problem, = refused(tiny_sd, tmp_path / "out", f"--clip={clip}", f"--guidance_image={torn}")
+    assert "torn.png cannot be read" in problem.what
+    (torn := tmp_path / "torn.safetensors").write_bytes(b"no")
+    problem, = refused(tiny_sd, tmp_path / "out", f"--lora={torn}")
+    assert "does not fit" in problem.what and "torn.safetensors" in problem.where

@@ -1,0 +1,489 @@
+"""The guidance token: features are extracted once, found by content, and stand only where a caption has a pad."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from scripts import extract_clip_features as script
+from tests.harness import forked
+from trainkit import guidance
+from trainkit.data.batch import Slot
+from trainkit.data.images import content_digest, decode
+from trainkit.errors import Problem, UserError
+from trainkit.guidance import Clip, Features, has_room, load_clip, make_guidance, read_features, with_token
+from trainkit.options import GuidanceOptions
+
+WIDTH = 24  # of the tiny CLIP's projection and of the tiny SD 1.x model's text
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_clip(tmp_path_factory.mktemp("tiny") / "clip")
+
+
+def build_tiny_clip(folder: Path) -> Path:
+    """A random vision tower, 32 px, without a config of its preprocessing -> its folder."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        CLIPVisionModelWithProjection(CLIPVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32,
+            patch_size=8, projection_dim=WIDTH)).save_pretrained(folder)
+    return folder
+
+
+def picture(path: Path, seed: int) -> Path:
+    """A small picture of its own, taller than wide."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (48, 40, 3), np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Six pictures, some in a folder below, with names that are not ASCII."""
+    for seed, name in enumerate(("a.png", "b.png", "müde 狐.png", "below/a.png", "below/ß.webp", "below/z z.bmp")):
+        picture(tmp_path / "images" / name, seed)
+    return tmp_path / "images"
+
+
+def digest(path: Path) -> str:
+    return content_digest(path.read_bytes())
+
+
+def extract(images: Path, clip: Path, out: Path, *more: str) -> Features:
+    script.main([f"--images={images}", f"--clip={clip}", f"--out={out}", *more])
+    return read_features(out)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pictures CLIP was asked for, call by call."""
+    sizes: list[int] = []
+    ask = Clip.__call__
+
+    def counted(clip: Clip, pixels: Tensor) -> Tensor:
+        sizes.append(len(pixels))
+        return ask(clip, pixels)
+
+    monkeypatch.setattr(Clip, "__call__", counted)
+    return sizes
+
+
+def refused(run: Callable[[], object]) -> Sequence[Problem]:
+    with pytest.raises(UserError) as caught:
+        run()
+    return caught.value.problems
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Extraction
+
+
+def test_features_are_clips_own_after_the_projection(assets, tmp_path):
+    from transformers import CLIPImageProcessorPil, CLIPModel
+
+    features = extract(assets / "icons-3d", assets / "tiny-clip-icons", tmp_path / "f.safetensors", "--batch_size=5")
+    model = CLIPModel.from_pretrained(assets / "tiny-clip-icons", dtype=torch.float32).eval()
+    processor = CLIPImageProcessorPil.from_pretrained(assets / "tiny-clip-icons")
+    paths = sorted((assets / "icons-3d").glob("*.png"))
+    assert len(features.digests) == len(paths) == 22 and features.rows.dtype == torch.float32
+    for path in paths:
+        pixels = processor([decode(path.read_bytes())], return_tensors="pt").pixel_values
+        with torch.no_grad():
+            expected = model.get_image_features(pixels).pooler_output[0]
+        torch.testing.assert_close(features[digest(path)], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_clip_without_its_preprocessing_gets_clips_standard_one(tiny_clip):
+    wide = Image.new("RGB", (96, 32), (255, 0, 0))
+    wide.paste((0, 0, 255), (32, 0, 64, 32))  # what a centre crop sees
+    clip = load_clip(str(tiny_clip))
+    blue = (torch.tensor([0.0, 0.0, 1.0]) - torch.tensor(clip.processor.image_mean)) / torch.tensor(
+        clip.processor.image_std)
+    torch.testing.assert_close(clip.pixels(wide)[:, 16, 16], blue)
+    assert clip.pixels(wide).shape == (3, 32, 32) and clip.processor.image_mean[0] == pytest.approx(0.48145466)
+
+
+def test_pictures_are_found_by_content_whatever_their_names(images, tiny_clip, tmp_path, asked):
+    before = extract(images, tiny_clip, out := tmp_path / "f.safetensors")
+    (images / "a.png").rename(images / "below" / "renamed ☃.png")
+    (images / "copy.png").write_bytes((images / "b.png").read_bytes())
+    new = picture(images / "new.png", 99)
+    after = extract(images, tiny_clip, out)
+    assert sum(asked) == 6 + 1, "a moved picture, and a copy of one, have their features already"
+    assert digest(new) in after and len(after.digests) == 7
+    assert all(torch.equal(after[d], before[d]) for d in before.digests)
+    assert list(after.digests) == sorted(after.digests)
+
+
+def test_a_killed_extraction_goes_on_where_it_was(images, tiny_clip, tmp_path, asked, monkeypatch):
+    whole = extract(images, tiny_clip, tmp_path / "whole.safetensors", "--batch_size=1")
+    asked.clear()
+    out, ask = tmp_path / "f.safetensors", Clip.__call__
+
+    def slowly(clip: Clip, pixels: Tensor) -> Tensor:
+        time.sleep(0.1)
+        return ask(clip, pixels)
+
+    def three_there() -> bool:
+        return out.exists() and len(read_features(out).digests) >= 3
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "SAVE_SECONDS", 0)
+        patch.setattr(script, "SAVE_SHARE", 0)
+        patch.setattr(Clip, "__call__", slowly)
+        done = forked([f"--images={images}", f"--clip={tiny_clip}", f"--out={out}", "--batch_size=1"],
+                      trainer="scripts.extract_clip_features", log=tmp_path / "log", kill_when=three_there)
+    assert done.code == -9, done.output
+    there = len(read_features(out).digests)
+    assert 3 <= there < 6
+    (tmp_path / ".f.safetensors.123-abcd.tmp").write_bytes(b"half")  # as a process killed while writing leaves it
+    again = extract(images, tiny_clip, out, "--batch_size=1")
+    assert len(asked) == 6 - there and again.digests == whole.digests
+    torch.testing.assert_close(again.rows, whole.rows)
+    assert not list(tmp_path.glob(".f.safetensors.*.tmp"))
+
+
+def test_processes_at_once_add_to_one_file(images, tiny_clip, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(script, "SAVE_SHARE", 0)
+    for seed in range(20):
+        picture(images / "other" / f"{seed}.png", 1000 + seed)
+    out, children = tmp_path / "f.safetensors", []
+    for folder in (images / "other", images / "below", images):
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                extract(folder, tiny_clip, out, "--batch_size=1")
+                os._exit(0)
+            finally:
+                os._exit(1)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
+    assert len(read_features(out).digests) == 26
+
+
+def test_two_writers_keep_each_others_rows(tmp_path):
+    one, other = (script.Growing(tmp_path / "f.safetensors", clip="c", made_by="m", width=2) for _ in range(2))
+    one.add("0" * 32, torch.zeros(2))
+    other.add("1" * 32, torch.ones(2))
+    one.save()
+    assert other.save().rows.tolist() == [[0, 0], [1, 1]]
+
+
+def test_a_data_set_of_the_datasets_library(images, tiny_clip, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "f.safetensors"
+    script.main([f"--dataset_name={images}", f"--clip={tiny_clip}", f"--out={out}"])
+    assert set(read_features(out).digests) == {digest(p) for p in images.rglob("*.*")}
+    problem, = refused(lambda: script.main([f"--dataset_name={images}", "--image_column=photo", f"--out={out}"]))
+    assert "no column 'photo'" in problem.what and "image" in problem.why
+
+
+def test_pictures_that_cannot_be_read_are_named_after_the_others_are_done(images, tiny_clip, tmp_path):
+    (images / "torn 画.png").write_bytes((images / "a.png").read_bytes()[:100])
+    problem, = refused(lambda: extract(images, tiny_clip, tmp_path / "f.safetensors"))
+    assert "torn 画.png" in problem.why and problem.what.startswith("1 of 7") and problem.kind == "data"
+    assert len(read_features(tmp_path / "f.safetensors").digests) == 6
+
+
+def test_damaged_weights_leave_no_features(images, tiny_clip, tmp_path, monkeypatch):
+    monkeypatch.setattr(Clip, "__call__", lambda clip, pixels: torch.full((len(pixels), WIDTH), torch.nan))
+    problem, = refused(lambda: extract(images, tiny_clip, tmp_path / "f.safetensors"))
+    assert problem.kind == "nonfinite" and not (tmp_path / "f.safetensors").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_one_message(images, tiny_clip, tmp_path):
+    (tmp_path / "file").write_text("")
+    problem, = refused(lambda: extract(images, tiny_clip, tmp_path / "file" / "f.safetensors"))
+    assert problem.kind == "disk" and "cannot write" in problem.what
+
+
+def test_what_cannot_be_extracted_is_refused(images, tiny_clip, assets, tmp_path):
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "f.safetensors"
+    for run, said in (
+        (lambda: extract(tmp_path / "empty", tiny_clip, out), "no pictures"),
+        (lambda: extract(tmp_path / "nowhere", tiny_clip, out), "no folder"),
+        (lambda: extract(images, tmp_path / "nowhere", out), "does not exist"),
+        (lambda: extract(images, assets / "tiny-sd-icons" / "text_encoder", out), "not a CLIP model"),
+        (lambda: script.main([f"--out={out}"]), "no pictures"),
+        (lambda: script.main([f"--out={out}", f"--images={images}", "--dataset_name=x"]), "two sources"),
+        (lambda: extract(images, tiny_clip, tmp_path / "f.pt"), "no name of a safetensors file"),
+    ):
+        problem, = refused(run)
+        assert said in problem.what
+    assert not out.exists()
+
+
+def test_a_file_belongs_to_one_clip(images, tiny_clip, assets, tmp_path):
+    extract(images, tiny_clip, out := tmp_path / "f.safetensors")
+    content = out.read_bytes()
+    problem, = refused(lambda: extract(images, assets / "tiny-clip-icons", out))
+    assert "another CLIP" in problem.what and out.read_bytes() == content
+
+
+def test_a_damaged_file_is_told_from_a_missing_one(images, tiny_clip, assets, tmp_path):
+    extract(images, tiny_clip, out := tmp_path / "f.safetensors")
+    content = bytearray(out.read_bytes())
+    content[-3] ^= 1
+    other = (assets / "tiny-clip-icons/model.safetensors").read_bytes()
+    for damaged in (bytes(content), bytes(content[:-9]), b"", other):
+        out.write_bytes(damaged)
+        problem, = refused(lambda: read_features(out))
+        assert "cannot be read" in problem.what and "python scripts/extract_clip_features.py" in problem.fix
+    out.unlink()
+    problem, = refused(lambda: read_features(out))
+    assert "no file" in problem.what and "python scripts/extract_clip_features.py" in problem.fix
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Features of other programs
+
+
+class Evil:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+def test_pickled_features_are_converted(images, tmp_path):
+    legacy = tmp_path / "pt"
+    (legacy / "below").mkdir(parents=True)
+    batch = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    paths = sorted(images.rglob("*.*"))
+    lines = []
+    for row, path in zip(batch, paths, strict=True):
+        name = path.relative_to(images)
+        torch.save(row.half(), legacy / f"{name}.pt" if path.suffix == ".webp" else legacy / name.with_suffix(".pt"))
+    torch.save(batch[0][None].half(), legacy / "first one.pt")
+    (legacy / paths[0].relative_to(images).with_suffix(".pt")).unlink()
+    lines.append(json.dumps({"file_name": str(paths[0].relative_to(images)), "img_features": "first one.pt"}))
+    (images / "metadata.jsonl").write_text("\n".join([*lines, json.dumps({"file_name": "b.png"})]), "utf-8")
+    script.main([f"--images={images}", f"--legacy={legacy}", f"--out={tmp_path / 'f.safetensors'}"])
+    features = read_features(tmp_path / "f.safetensors")
+    assert features.width == 5 and len(features.digests) == 6
+    for row, path in zip(batch, paths, strict=True):
+        assert torch.equal(features[digest(path)], row.half().float())
+
+
+def test_hostile_files_and_paths_are_refused_with_one_message(images, tmp_path):
+    legacy, witness = tmp_path / "pt", tmp_path / "it ran"
+    legacy.mkdir()
+    (legacy / "a.pt").write_bytes(pickle.dumps(Evil(witness)))
+    torch.save(Evil(witness), legacy / "b.pt")
+    torch.save(torch.zeros(5), tmp_path / "outside.pt")
+    (legacy / "müde 狐.pt").symlink_to(tmp_path / "outside.pt")
+    told = {"below/a.png": "../outside.pt", "below/ß.webp": str(tmp_path / "outside.pt")}
+    (images / "metadata.jsonl").write_text("\n".join(
+        json.dumps({"file_name": name, "img_features": path}) for name, path in told.items()), "utf-8")
+    out = tmp_path / "f.safetensors"
+    problem, = refused(lambda: script.main([f"--images={images}", f"--legacy={legacy}", f"--out={out}"]))
+    assert not witness.exists() and not out.exists()
+    assert problem.why.count("is refused") == 2 and problem.why.count("lies outside") == 3
+    assert "below/z z.png" not in problem.why and "there is no below/z z.pt or below/z z.bmp.pt" in problem.why
+
+
+@pytest.mark.parametrize("content", [
+    [torch.zeros(5), torch.zeros(6)], [torch.zeros(2, 5)] * 2, [torch.full((5,), torch.nan)] * 2, [{"a": 1}] * 2,
+    [torch.tensor(1.0)] * 2,
+], ids=["several widths", "a batch", "not a number", "no tensor", "no vector"])
+def test_a_pickle_must_hold_one_vector(tmp_path, content):
+    for seed, one in enumerate(content):
+        picture(tmp_path / "images" / f"{seed}.png", seed)
+        (tmp_path / "pt").mkdir(exist_ok=True)
+        torch.save(one, tmp_path / "pt" / f"{seed}.pt")
+    refused(lambda: script.main([f"--images={tmp_path / 'images'}", f"--legacy={tmp_path / 'pt'}",
+                                 f"--out={tmp_path / 'f.safetensors'}"]))
+    assert not (tmp_path / "f.safetensors").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The token in training
+
+CAPTIONS = ("a red dog", "a cat " * 60, "the moon")  # the second fills the context
+
+
+def rows_of(captions: Sequence[str] = CAPTIONS) -> list[SimpleNamespace]:
+    return [SimpleNamespace(id=f"p{i}.png", source=Path(f"/data/sub {i}/p.png"), digest=f"{i:032x}", caption=caption,
+                            all_captions=(caption,)) for i, caption in enumerate(captions)]
+
+
+def written(folder: Path, rows: Sequence[SimpleNamespace], width: int = WIDTH) -> Path:
+    """A file of features in which picture i has rows of i + 1; in another order than the rows."""
+    own = {row.digest: torch.full((width,), i + 1.0) for i, row in reversed([*enumerate(rows)])}
+    none = Features(torch.zeros(0, width), [], "assets/a clip", "made")
+    guidance.write_features(folder / "f.safetensors", none.with_rows(own))
+    return folder / "f.safetensors"
+
+
+@pytest.fixture
+def tokenizer(tiny_sd: Path):
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(tiny_sd, subfolder="tokenizer")
+
+
+def guide_of(folder: Path, tokenizer, **changes: float) -> guidance.Guidance:
+    rows = rows_of()
+    given = {"guidance_token": 8.0, "guidance_token_dropout": 0.0, **changes}
+    options = GuidanceOptions(guidance_features=str(written(folder, rows)), **given)
+    return make_guidance(options, rows, SimpleNamespace(tokenizers=(tokenizer,)))
+
+
+def batch_of(rows: Sequence[int]) -> SimpleNamespace:
+    return SimpleNamespace(slots=tuple(Slot(0, i, row, 0) for i, row in enumerate(rows)),
+                           prompts=tuple(CAPTIONS[row] for row in rows))
+
+
+def keys_of(n: int, step: int = 0) -> list[tuple[int, int, int]]:
+    return [(0, step, i) for i in range(n)]
+
+
+def text_of(n: int) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(n, 77, WIDTH, generator=g), torch.randn(n, 8, generator=g)
+
+
+def test_picture_i_is_fed_its_own_features_at_the_last_position_only(tmp_path, tokenizer):
+    guide = guide_of(tmp_path, tokenizer, guidance_token_scale=0.5)
+    embeds, pooled = text_of(3)
+    fed, same = guide((embeds, pooled), batch_of([2, 0, 2]), keys_of(3))
+    assert fed[:, -1].tolist() == [[1.5] * WIDTH, [0.5] * WIDTH, [1.5] * WIDTH]
+    assert torch.equal(fed[:, :-1], embeds[:, :-1]) and same is pooled
+
+
+def test_a_caption_that_fills_the_context_keeps_its_end(tmp_path, tokenizer, caplog):
+    guide = guide_of(tmp_path, tokenizer)
+    assert len(caplog.records) == 1 and "a cat a cat" in caplog.text and "the moon" not in caplog.text
+    embeds, pooled = text_of(2)
+    fed, _ = guide((embeds, pooled), batch_of([1, 0]), keys_of(2))
+    assert torch.equal(fed[0], embeds[0]) and not torch.equal(fed[1], embeds[1])
+    assert len(caplog.records) == 1, "said once, at the start"
+
+
+def test_room_is_where_the_last_id_is_padding(tokenizer):
+    words = [" ".join(["dog"] * n) for n in (0, 1, 74, 75, 76, 200)]
+    ids = tokenizer(words, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    lengths = [len(tokenizer(one).input_ids) for one in words]
+    assert has_room([tokenizer], words) == [length < 77 for length in lengths] == [True] * 3 + [False] * 3
+    assert ids[3, -1] == tokenizer.eos_token_id and lengths[3] == 77
+    shorter = copy.deepcopy(tokenizer)
+    shorter.model_max_length = 76
+    assert has_room([tokenizer, shorter], words) == [True] * 2 + [False] * 4, "every encoder must have room"
+
+
+def test_cached_text_stays_as_it_is_and_the_rest_learns(tmp_path, tokenizer):
+    guide = guide_of(tmp_path, tokenizer)
+    embeds, pooled = text_of(2)
+    before = embeds.clone()
+    fed, _ = guide((embeds.requires_grad_(), pooled), batch_of([0, 1]), keys_of(2))
+    fed.sum().backward()
+    assert torch.equal(embeds.detach(), before)
+    assert embeds.grad[0, -1].abs().max() == 0 and (embeds.grad[0, :-1] == 1).all() and (embeds.grad[1] == 1).all()
+
+
+def test_a_share_of_the_visits_is_without_the_token(tmp_path, tokenizer):
+    guide = guide_of(tmp_path, tokenizer, guidance_token_dropout=0.3)
+    text, batch = (torch.zeros(2000, 77, WIDTH), torch.zeros(2000, 0)), batch_of([0, 2] * 1000)
+    fed = guide(text, batch, keys_of(2000))[0][:, -1, 0] > 0
+    assert 0.66 < fed.float().mean() < 0.74
+    assert torch.equal(fed, guide(text, batch, keys_of(2000))[0][:, -1, 0] > 0), "a resumed run drops the same"
+    assert not torch.equal(fed, guide(text, batch, keys_of(2000, step=1))[0][:, -1, 0] > 0)
+    never = guide_of(tmp_path, tokenizer, guidance_token_dropout=1.0)
+    assert torch.equal(never(text, batch, keys_of(2000))[0], text[0])
+
+
+def test_half_precision_text_stays_half(tmp_path, tokenizer):
+    embeds, pooled = text_of(1)
+    fed, _ = guide_of(tmp_path, tokenizer)((embeds.bfloat16(), pooled), batch_of([0]), keys_of(1))
+    assert fed.dtype == torch.bfloat16
+    assert with_token(embeds, torch.ones(1, WIDTH), torch.tensor([False])) is not embeds
+
+
+def test_without_the_flag_the_text_passes_through(tokenizer):
+    guide = make_guidance(GuidanceOptions(), rows_of(), SimpleNamespace(tokenizers=(tokenizer,)))
+    text = text_of(1)
+    assert guide(text, batch_of([0]), keys_of(1)) is text and guide.identity == {}
+
+
+def test_the_flag_is_a_switch(tmp_path, tokenizer):
+    guides = [guide_of(tmp_path, tokenizer, guidance_token=value) for value in (8.0, 0.1)]
+    one, other = (guide(text_of(2), batch_of([0, 2]), keys_of(2))[0] for guide in guides)
+    assert torch.equal(one, other)
+
+
+def test_other_features_are_another_run(tmp_path, tokenizer):
+    one = guide_of(tmp_path, tokenizer).identity
+    assert one == guide_of(tmp_path, tokenizer).identity and "--guidance_features" in one
+    features = read_features(tmp_path / "f.safetensors")
+    guidance.write_features(tmp_path / "f.safetensors", Features(features.rows + 1, features.digests, "c", "m"))
+    options = GuidanceOptions(guidance_token=1.0, guidance_features=str(tmp_path / "f.safetensors"))
+    assert make_guidance(options, rows_of(), SimpleNamespace(tokenizers=(tokenizer,))).identity != one
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Before the run
+
+
+def told(options: GuidanceOptions, rows: Sequence[SimpleNamespace], width: int) -> list[Problem]:
+    return list(guidance.problems(options, rows, width))
+
+
+def test_nothing_is_asked_without_the_flag_and_nothing_is_wrong_with_all_there(tmp_path):
+    rows = rows_of()
+    assert told(GuidanceOptions(), rows, 2048) == []
+    there = GuidanceOptions(guidance_token=1.0, guidance_features=str(written(tmp_path, rows)))
+    assert told(there, rows, WIDTH) == []
+
+
+def test_without_features_the_command_that_extracts_them_is_named():
+    problem, = told(GuidanceOptions(guidance_token=1.0), rows_of(), 768)
+    assert problem.fix.startswith("python scripts/extract_clip_features.py --images /data "
+                                  "--clip openai/clip-vit-large-patch14 --out features.safetensors")
+    flags = [word for word in problem.fix.split() if word.startswith("--")][:-1]
+    script.parse([word for flag in flags for word in (flag, "x")])  # SystemExit if there were no such flag
+    of_table = [SimpleNamespace(id="row 0", source=object(), digest="0" * 32)]
+    assert "--dataset_name NAME" in told(GuidanceOptions(guidance_token=1.0), of_table, 768)[0].fix
+    problem, = told(GuidanceOptions(guidance_token=1.0), rows_of(), 2048)
+    assert "no CLIP" in problem.why and "2048" in problem.why
+
+
+def test_pictures_without_features_are_named(tmp_path):
+    file = written(tmp_path, rows_of()[1:2])
+    problem, = told(GuidanceOptions(guidance_token=1.0, guidance_features=str(file)), rows_of(), WIDTH)
+    assert "2 pictures" in problem.what and "p0.png" in problem.why and "p1.png" not in problem.why
+    assert f"--images /data --clip 'assets/a clip' --out {file}" in problem.fix and problem.kind == "data"
+
+
+@pytest.mark.parametrize(("width", "fix"), [
+    (768, "openai/clip-vit-large-patch14"), (1024, "laion/CLIP-ViT-H-14"), (2048, "leave the token out"), (640, "640"),
+])
+def test_features_of_another_width_are_refused_with_both_numbers(tmp_path, width, fix):
+    file = written(tmp_path, rows_of())
+    more = [*rows_of(), *rows_of(["new"] * 4)]  # adding their features to this file would not help
+    problem, = told(GuidanceOptions(guidance_token=1.0, guidance_features=str(file)), more, width)
+    assert f"{WIDTH} wide" in problem.what and f"{width} wide" in problem.what and fix in problem.fix
+
+
+def test_a_missing_file_is_one_problem(tmp_path):
+    problem, = told(GuidanceOptions(guidance_token=1.0, guidance_features=str(tmp_path / "no")), rows_of(), WIDTH)
+    assert problem.where == f"--guidance_features {tmp_path / 'no'}"

@@ -1,0 +1,452 @@
+"""What the latent diffusion families share: a frozen UNet, VAE and text, and what keeps a folder from being trained.
+
+B batch, T tokens, D width of the text, P width of the pooled text, C,h,w latent sizes.
+Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", §3.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from trainkit import diffusion, rng
+from trainkit.diffusion import Level, Schedule
+from trainkit.errors import Problem, UserError
+from trainkit.families.pretrained import (
+    Json,
+    Repo,
+    empty_device_cache,
+    fingerprint,
+    freeze,
+    json_digest,
+    load_part,
+    quiet_loading,
+    tokenizer_digest,
+)
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+    from transformers import CLIPTokenizer, PreTrainedModel
+
+    from trainkit.data.batch import Batch
+    from trainkit.options import ModelOptions
+
+log = logging.getLogger(__name__)
+
+MODEL_FLAG, VAE_FLAG = "--pretrained_model_name_or_path", "--pretrained_vae_model_name_or_path"
+NETWORK = "UNet2DConditionModel"  # what is trained
+CLIP_LAYERS = 12  # where a text encoder's config does not say
+TIMESTEPS = 1000  # where a scheduler's does not
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
+LINEAR: dict[str, tuple[str, ...]] = {
+    "attention": ATTENTION,
+    "attention+ff": (*ATTENTION, *FEED_FORWARD),
+    # every linear map of the transformer blocks; proj_in and proj_out are 1×1 convolutions in SD 1.x
+    "all-linear": (*ATTENTION, *FEED_FORWARD, "proj_in", "proj_out"),
+}
+LORA_TARGETS = LINEAR | {  # --lora_layers -> ends of the module paths that get an adapter
+    f"{name}+conv": (*ends, *CONVOLUTIONS) for name, ends in LINEAR.items()}
+TEXT_LORA_TARGETS = dict.fromkeys(LORA_TARGETS, ("q_proj", "k_proj", "v_proj", "out_proj"))  # of each text encoder
+
+Encoded = Callable[[list[str]], tuple[Tensor, Tensor]]  # prompts -> embeds [B,T,D], pooled [B,P]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a family's model folder holds besides UNet, VAE and scheduler."""
+
+    tokenizers: tuple[str, ...]  # folders
+    text_encoders: tuple[str, ...]  # folders, and the networks' names in LoRA files
+    misfits: Callable[[Repo, Json, Json], Iterator[Problem]]  # of a repo, its model_index.json and unet/config.json
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Before loading: the JSON files tell what will not work
+
+
+def problems(layout: Layout, path: str, *, resolution: int, vae_path: str | None = None, revision: str | None = None,
+             variant: str | None = None, clip_skip: int | None = None, prediction_type: str | None = None,
+             rescale_betas_zero_snr: bool = False, timesteps: tuple[int, int | None] = (0, None)) -> list[Problem]:
+    """Everything that stops training from this model folder or Hub id, read from its small JSON files.
+
+    timesteps  --min_timestep and --max_timestep
+    """
+    model = Repo(str(path), MODEL_FLAG, revision)
+    vae = Repo(str(vae_path), VAE_FLAG) if vae_path else model
+    vae_folder = "" if vae_path else "vae"
+    try:
+        found = model.unreachable("model_index.json") + (vae.unreachable("config.json") if vae_path else [])
+        if found:
+            return found
+        vae_config = vae.json(f"{vae_folder}/config.json".lstrip("/"))
+        found = [*folder_problems(layout, model), *no_vae(model, vae, vae_config)]
+        if found:
+            return found
+        unet_config = model.json("unet/config.json")
+        found = [*fit_problems(model, unet_config, vae_config),
+                 *schedule_problems(model, prediction_type=prediction_type, timesteps=timesteps,
+                                    rescale_betas_zero_snr=rescale_betas_zero_snr),
+                 *resolution_problems(resolution, unet_config, vae_config), *text_problems(layout, model, clip_skip)]
+    except UserError as damaged:  # a JSON file that is none
+        return [*damaged.problems]
+    found += model.weight_problems(("unet", *layout.text_encoders), variant)
+    return found + [*vae.weight_problems((vae_folder,), None if vae_path else variant)]
+
+
+def folder_problems(layout: Layout, model: Repo) -> Iterator[Problem]:
+    """Is this a base model of the family in the Diffusers layout?"""
+    index, unet = model.json("model_index.json"), model.json("unet/config.json")
+    if index is None:
+        yield model.problem("not a Diffusers model folder", "it has no model_index.json",
+                            f"name the folder that holds model_index.json in {MODEL_FLAG}")
+    elif unet is None and index.get("transformer"):
+        yield model.problem("a model without a UNet cannot be trained here",
+                            f"its network is a transformer ({index.get('_class_name')})",
+                            "name a Stable Diffusion 1.x, 2.x or SDXL model")
+    elif unet is None:
+        yield model.problem("the model folder has no UNet", "unet/config.json is missing",
+                            "copy the unet folder of the model there, or name a complete model", kind="data")
+    elif unet.get("_class_name", NETWORK) != NETWORK:
+        yield model.problem(f"a {unet['_class_name']} cannot be trained here", f"only a {NETWORK} can",
+                            "name a Stable Diffusion 1.x, 2.x or SDXL model")
+    else:
+        yield from layout.misfits(model, index, unet)
+
+
+def no_vae(model: Repo, vae: Repo, config: Json | None) -> Iterator[Problem]:
+    """Is there a VAE? Asked of a model folder only: what is none lacks more than that."""
+    if config is None and model.has("model_index.json"):
+        missing = "config.json" if vae.flag == VAE_FLAG else "vae/config.json"
+        yield vae.problem("no VAE there", f"{missing} is missing", f"name a folder that holds a VAE in {VAE_FLAG}")
+
+
+def fit_problems(model: Repo, unet: Json, vae: Json) -> Iterator[Problem]:
+    """Do the parts fit one another and the objectives we have?"""
+    if unet["in_channels"] != vae["latent_channels"]:
+        yield model.problem(
+            "UNet and VAE do not fit", f"the UNet takes {unet['in_channels']} channels, the VAE makes "
+            f"{vae['latent_channels']} (inpainting models take 9)", "name a text-to-image model and its VAE")
+
+
+def schedule_problems(model: Repo, *, prediction_type: str | None, rescale_betas_zero_snr: bool,
+                      timesteps: tuple[int, int | None]) -> Iterator[Problem]:
+    """Is there a noise schedule, one that its parametrisation can be trained on, with the timesteps asked for?"""
+    scheduler = model.json("scheduler/scheduler_config.json")
+    if scheduler is None:
+        yield model.problem("the model folder has no scheduler", "scheduler/scheduler_config.json is missing",
+                            "copy the scheduler folder of the model there", kind="data")
+        return
+    config = diffusion.effective_config(
+        scheduler, prediction_type=prediction_type, rescale_betas_zero_snr=rescale_betas_zero_snr)
+    yield from diffusion.config_problems(config)
+    if diffusion.is_edm(config) and config["_class_name"] not in diffusion.EDM_SCHEDULERS:
+        known = ", ".join(diffusion.EDM_SCHEDULERS)
+        yield model.problem(f"an EDM scheduler we do not know: {config['_class_name']}",
+                            f"scheduler/scheduler_config.json names it; known: {known}", "put one of these there")
+    (first, end), steps = timesteps, int(config.get("num_train_timesteps", TIMESTEPS))
+    if end is None or first < end:  # else the options' own problem (options/rules.py)
+        yield from diffusion.range_problems(first, end or steps, steps)
+
+
+def text_problems(layout: Layout, model: Repo, clip_skip: int | None) -> Iterator[Problem]:
+    """Are tokenizers and encoders there, the encoders with layers enough for --clip_skip?"""
+    for folder in layout.tokenizers:
+        words = any(model.has(f"{folder}/{name}") for name in ("vocab.json", "tokenizer.json"))
+        if not words or model.json(f"{folder}/tokenizer_config.json") is None:
+            yield model.problem(f"the model folder has no {folder}", f"{folder}/tokenizer_config.json or vocab.json is "
+                                "missing", f"copy the {folder} folder of the model there", kind="data")
+    for folder in layout.text_encoders:
+        config = model.json(f"{folder}/config.json")
+        if config is None:
+            yield model.problem(f"the model folder has no {folder}", f"{folder}/config.json is missing",
+                                f"copy the {folder} folder of the model there", kind="data")
+        elif (clip_skip or 0) >= (layers := config.get("num_hidden_layers", CLIP_LAYERS)):
+            yield Problem(f"{folder} has no layer to take with --clip_skip {clip_skip}", f"--clip_skip {clip_skip}",
+                          f"it has {layers} layers", f"--clip_skip {layers - 1} at most, or leave it out")
+
+
+def resolution_problems(resolution: int, unet: Json, vae: Json) -> Iterator[Problem]:
+    """A side must survive the VAE's and then the UNet's halvings without a remainder."""
+    vae_factor, unet_stride = halvings(vae), halvings(unet)
+    step = vae_factor * unet_stride
+    if resolution <= 0 or resolution % step:
+        near = max(step, round(resolution / step) * step)
+        yield Problem(
+            f"the model cannot take {resolution} px", f"--resolution {resolution}",
+            f"sides must be multiples of {step} (VAE factor {vae_factor} × UNet stride {unet_stride})",
+            f"--resolution {near}")
+
+
+def halvings(config: Json) -> int:
+    """Pixels (or latents) a side per innermost cell: every level but the last halves the sides."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def skeleton(path: str, *, revision: str | None = None) -> UNet2DConditionModel:
+    """The UNet without its weights, to look up module paths in."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(
+            UNet2DConditionModel.load_config(path, subfolder="unet", revision=revision))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class Family(ABC):
+    """The frozen base model.
+
+    unet in the weight dtype; VAE fp32 (it overflows in fp16); text encoders fp32, because they run once and their
+    rounding would stay in every step; what they return is cast to the weight dtype. Each part moves to the device when
+    it is first asked, the UNet in `settle`, so that no part waits there for its turn.
+    """
+
+    layout: ClassVar[Layout]
+    guidance_scale: ClassVar[float]  # the stock pipeline's default
+    lora_targets, text_lora_targets = LORA_TARGETS, TEXT_LORA_TARGETS
+
+    def __init__(self, *, path: str, revision: str | None, unet: UNet2DConditionModel, vae: AutoencoderKL,
+                 tokenizers: tuple[CLIPTokenizer, ...], text_encoders: tuple[PreTrainedModel, ...],
+                 schedule: Schedule, scheduler_config: Json, identity: Mapping[str, str], device: torch.device):
+        self.path, self.revision = path, revision
+        self.schedule, self.scheduler_config = schedule, dict(scheduler_config)
+        self.tokenizers, self.device, self.weight_dtype = tokenizers, device, unet.dtype
+        self.identity = dict(identity)
+        self.unet: UNet2DConditionModel = freeze(unet)
+        self.vae: AutoencoderKL = freeze(vae)
+        self.text_encoders = tuple(freeze(encoder) for encoder in text_encoders)
+
+    # What differs from family to family
+
+    @property
+    @abstractmethod
+    def architecture(self) -> str:
+        """ModelSpec's name of the base model."""
+
+    @property
+    @abstractmethod
+    def base_metadata(self) -> dict[str, str]:
+        """What the header of a LoRA file says about the base model, besides its architecture."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str], clip_skip: int | None = None) -> tuple[Tensor, Tensor]:
+        """Conditioning as the stock pipeline makes it -> embeds [B,T,D], pooled [B,P], in the weight dtype."""
+
+    @abstractmethod
+    def denoise(self, z: Tensor, level: Level, *, text: tuple[Tensor, Tensor], time_ids: Tensor) -> Tensor:
+        """The network's output for noised latents z [B,C,h,w] -> [B,C,h,w].
+
+        text      embeds [B,T,D], pooled [B,P]
+        time_ids  [B,6], sizes and crops
+        """
+
+    @abstractmethod
+    def pipeline(self, scheduler: SchedulerMixin) -> DiffusionPipeline:
+        """The stock pipeline around the UNet in training: no text encoders, no VAE."""
+
+    @abstractmethod
+    def pipeline_text(self, pipe: DiffusionPipeline, prompts: list[str], encoded: Encoded) -> dict[str, Tensor]:
+        """Encoded prompts, and the unconditional text as the base was trained, as arguments of `pipe`."""
+
+    @abstractmethod
+    def webui_name(self, path: str, network: str = "unet") -> str:
+        """What WebUIs call the module `path` of a network."""
+
+    @abstractmethod
+    def read_webui_name(self, name: str, network: str) -> str | None:
+        """The path, joined with "_" and without "text_model", that a name means in a network; None for another one's.
+
+        The reader's own arithmetic, so that a file read back is evidence.
+        """
+
+    # What does not
+
+    @property
+    def name(self) -> str:
+        """The base model without the folders it lies in."""
+        return Path(self.path).resolve().name if Repo(self.path, MODEL_FLAG).is_local else self.path
+
+    @property
+    def latent_channels(self) -> int:
+        return self.vae.config.latent_channels
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels a side per latent."""
+        return halvings(self.vae.config)
+
+    @property
+    def text_identity(self) -> str:
+        """Digest of everything that decides what `encode_prompts` returns."""
+        return json_digest(self.identity["text"], str(self.weight_dtype))
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels [B,3,H,W] in −1..1 -> mean, logvar [B,C,h,w] of the VAE posterior, fp32 and unscaled."""
+        vae = self.vae.to(self.device)
+        posterior = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist
+        return posterior.mean.float(), posterior.logvar.float()
+
+    def sample_latents(self, batch: Batch, keys: Sequence[rng.Key]) -> Tensor:
+        """Clean latents of a batch, drawn from the VAE's posterior, one key a row -> x0 [B,C,h,w] fp32."""
+        mean, logvar = (batch.mean, batch.logvar) if batch.pixels is None else self.encode_pixels(batch.pixels)
+        noise = rng.normal(mean.shape[1:], keys, name="posterior").to(mean.device)
+        return self.to_latents(mean + (0.5 * logvar).exp() * noise)
+
+    def to_latents(self, sample: Tensor) -> Tensor:
+        """A sample of the VAE posterior -> x0 as the UNet knows it [B,C,h,w]: (sample − mean) · scaling / std."""
+        mean, std = self._latent_statistics(sample)
+        return (sample - mean) * self.vae.config.scaling_factor / std
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """x0 [B,C,h,w] -> pictures."""
+        vae = self.vae.to(self.device)
+        latents = latents.to(self.device, vae.dtype)
+        mean, std = self._latent_statistics(latents)
+        pixels = vae.decode(latents * std / vae.config.scaling_factor + mean).sample  # [B,3,H,W]
+        levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)  # [B,H,W,3]
+        return [Image.fromarray(picture) for picture in levels.cpu().numpy()]
+
+    def _latent_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Per-channel mean and std of the latents where the VAE's config has them, else 0 and 1 -> [1,C,1,1] each."""
+        mean = self.vae.config.get("latents_mean") or [0.0] * self.latent_channels
+        std = self.vae.config.get("latents_std") or [1.0] * self.latent_channels
+        return tuple(torch.tensor(v, device=like.device, dtype=like.dtype).view(1, -1, 1, 1) for v in (mean, std))
+
+    def _ready_encoders(self) -> tuple[PreTrainedModel, ...]:
+        """The text encoders, on the device."""
+        assert self.text_encoders, "the text encoders were freed"
+        for encoder in self.text_encoders:
+            if encoder.device != self.device:  # `to` visits every parameter, and this may be a training step
+                encoder.to(self.device)
+        return self.text_encoders
+
+    def _silent(self, pipe: DiffusionPipeline) -> DiffusionPipeline:
+        """A pipeline without a VAE, told what it would ask the VAE."""
+        pipe.vae_scale_factor = self.vae_factor  # otherwise guessed as 8
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def settle(self, *, keep_vae: bool, gradient_checkpointing: bool = False) -> None:
+        """Make room on the device, then move the UNet there; text encoders that do not train are freed by then."""
+        if gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        if not keep_vae:
+            self.free_vae()
+        self.unet.to(self.device)
+
+    def free_text_encoders(self) -> None:
+        """Give their memory back, but for one that somebody else holds; every prompt must be encoded by now."""
+        self.text_encoders = ()
+        gc.collect()
+        empty_device_cache()
+
+    def free_vae(self) -> None:
+        """Move the VAE to host memory: the latents are cached, and only pictures to look at need it again."""
+        self.vae.to("cpu")
+        empty_device_cache()
+
+
+Kind = TypeVar("Kind", bound=Family)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a model as they lie in its files, and the fingerprints of these by folder."""
+
+    model: Repo
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    tokenizers: tuple[CLIPTokenizer, ...]
+    text_encoders: tuple[PreTrainedModel, ...]
+    weights: dict[str, str]
+
+
+def load_parts(options: ModelOptions, layout: Layout, encoders: Sequence[type[PreTrainedModel]], *,
+               weight_dtype: torch.dtype) -> Parts:
+    """Every part, from safetensors only. Revision and variant are the base model's, not another VAE's.
+
+    encoders  the classes of the layout's text encoders
+    """
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTokenizer
+
+    model = Repo(str(options.pretrained_model_name_or_path), MODEL_FLAG, options.revision)
+    other, variant = options.pretrained_vae_model_name_or_path, options.variant
+    vae_repo, vae_folder, vae_variant = (Repo(str(other), VAE_FLAG), "", None) if other else (model, "vae", variant)
+    files, full = {"variant": variant, "use_safetensors": True}, torch.float32
+    with quiet_loading():
+        unet = load_part(model, UNet2DConditionModel, "unet", torch_dtype=weight_dtype, **files)
+        vae = load_part(vae_repo, AutoencoderKL, vae_folder, torch_dtype=full, variant=vae_variant,
+                        use_safetensors=True)
+        texts = tuple(load_part(model, kind, folder, dtype=full, **files)
+                      for kind, folder in zip(encoders, layout.text_encoders, strict=True))
+        tokenizers = tuple(load_part(model, CLIPTokenizer, folder) for folder in layout.tokenizers)
+    weights = {name: fingerprint(model.folder(name), variant) for name in ("unet", *layout.text_encoders)}
+    weights["vae"] = fingerprint(vae_repo.folder(vae_folder), vae_variant)
+    return Parts(model, unet, vae, tokenizers, texts, weights)
+
+
+def assemble(kind: type[Kind], parts: Parts, *, device: torch.device, prediction_type: str | None,
+             rescale_betas_zero_snr: bool, text_detail: object, **more: object) -> Kind:
+    """The family of loaded parts, frozen.
+
+    prediction_type  overrides what the scheduler's config says; so does rescale_betas_zero_snr
+    text_detail      what decides the text besides weights and tokenizers
+    more             what this kind is told besides
+    """
+    config = scheduler_config(parts.model, prediction_type=prediction_type,
+                              rescale_betas_zero_snr=rescale_betas_zero_snr)
+    return kind(path=parts.model.path, revision=parts.model.revision, unet=parts.unet, vae=parts.vae,
+                tokenizers=parts.tokenizers, text_encoders=parts.text_encoders,
+                schedule=diffusion.make_schedule(config), scheduler_config=config,
+                identity=identity(parts, kind.layout, scheduler_config=config, text_detail=text_detail),
+                device=torch.device(device), **more)
+
+
+def scheduler_config(model: Repo, *, prediction_type: str | None, rescale_betas_zero_snr: bool) -> Json:
+    """The model's scheduler config as the flags change it; says so when it makes the run an EDM one."""
+    from diffusers import DDPMScheduler
+
+    config = diffusion.effective_config(
+        DDPMScheduler.load_config(model.path, subfolder="scheduler", revision=model.revision),
+        prediction_type=prediction_type, rescale_betas_zero_snr=rescale_betas_zero_snr)
+    if diffusion.is_edm(config):
+        log.info("%s has an EDM scheduler (%s): it is preconditioned and trained as in Karras et al. 2022", model.path,
+                 config["_class_name"])
+    return config
+
+
+def identity(parts: Parts, layout: Layout, *, scheduler_config: Json, text_detail: object) -> dict[str, str]:
+    """Digests of the parts: cache keys name the part they depend on, checkpoints name them all."""
+    text = [*(parts.weights[name] for name in layout.text_encoders), *map(tokenizer_digest, parts.tokenizers)]
+    return {
+        "unet": json_digest(parts.weights["unet"], config_values(parts.unet)),
+        "vae": json_digest(parts.weights["vae"], config_values(parts.vae)),
+        "text": json_digest(text, text_detail),
+        "schedule": json_digest(scheduler_config),
+    }
+
+
+def config_values(module: nn.Module) -> dict[str, object]:
+    """A config without the entries that tell where and by which version it was saved."""
+    return {k: v for k, v in module.config.items() if not k.startswith("_")}

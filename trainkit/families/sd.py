@@ -1,0 +1,149 @@
+"""Stable Diffusion 1.x and 2.x: one text encoder read to its end, no pooled text, no sizes; Diffusers names in files.
+
+1.x has CLIP's text encoder; 2.x has OpenCLIP's, saved without the last layer that it does not use, linear projections
+where 1.x has 1×1 convolutions, and for 768 pixels v-prediction. Their folders say all of it.
+B batch, T tokens, D width of the text encoder, C,h,w latent sizes.
+Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", §3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from trainkit.diffusion import Level
+from trainkit.errors import Problem
+from trainkit.families import base
+from trainkit.families.base import LORA_TARGETS, TEXT_LORA_TARGETS, Encoded, Family, Layout, skeleton
+from trainkit.families.pretrained import Json, Repo
+from trainkit.families.text import tokens
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin, StableDiffusionPipeline
+
+    from trainkit.options import ModelOptions
+
+__all__ = ["LAYOUT", "LORA_TARGETS", "SD", "TEXT_LORA_TARGETS", "load", "problems", "skeleton"]
+
+TEXT_ENCODER = "CLIPTextModel"
+OTHER_INPUTS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")  # of a UNet, besides text
+WEBUI_HEADS = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
+
+
+def misfits(model: Repo, index: Json, unet: Json) -> Iterator[Problem]:
+    """What makes it another model than Stable Diffusion's base."""
+    fix = "name a Stable Diffusion 1.x or 2.x base model, stable-diffusion-v1-5/stable-diffusion-v1-5 for example"
+    inputs = [f"{name} is {unet[name]!r}" for name in OTHER_INPUTS if unet.get(name)]
+    kind = (index.get("text_encoder") or (None, None))[1]
+    if inputs:
+        yield model.problem("a UNet that asks for more than text cannot be trained here",
+                            f"unet/config.json: {', '.join(inputs)} ({index.get('_class_name')})", fix)
+    elif kind not in (None, TEXT_ENCODER):
+        yield model.problem("not a Stable Diffusion model", f"its text encoder is a {kind}, not a {TEXT_ENCODER}", fix)
+
+
+LAYOUT = Layout(("tokenizer",), ("text_encoder",), misfits)
+problems = partial(base.problems, LAYOUT)
+
+
+class SD(Family):
+    """The frozen base model. Nothing is pooled, so where a config puts the end token does not matter."""
+
+    layout, guidance_scale = LAYOUT, 7.5
+
+    @property
+    def is_v2(self) -> bool:
+        return bool(self.unet.config.use_linear_projection)
+
+    @property
+    def architecture(self) -> str:
+        """ModelSpec has one name for 1.x, and two for 2.x by what the network predicts."""
+        if not self.is_v2:
+            return "stable-diffusion-v1"
+        return "stable-diffusion-v2-768-v" if self._predicts_v else "stable-diffusion-v2-512"
+
+    @property
+    def base_metadata(self) -> dict[str, str]:
+        """See Family; names of kohya-ss/sd-scripts, library/model_util.py and library/sai_model_spec.py."""
+        version = f"sd_v{1 + self.is_v2}" + ("_v" if self._predicts_v else "")
+        return {"ss_v2": str(self.is_v2), "ss_base_model_version": version, "modelspec.implementation": "diffusers"}
+
+    @property
+    def _predicts_v(self) -> bool:
+        return self.schedule.prediction_type == "v_prediction"
+
+    def encode_prompts(self, prompts: Sequence[str], clip_skip: int | None = None) -> tuple[Tensor, Tensor]:
+        """Conditioning as the stock pipeline makes it -> embeds [B,T,D], pooled [B,0], in the weight dtype.
+
+        The last hidden state behind the final layer norm; clip_skip k takes the layer k before it through that norm.
+        """
+        (encoder,), (tokenizer,) = self._ready_encoders(), self.tokenizers
+        given = tokens(tokenizer, prompts).to(self.device)
+        mask = given.attention_mask if masks_padding(encoder.config) else None
+        out = encoder(given.input_ids, attention_mask=mask, output_hidden_states=clip_skip is not None)
+        embeds = out.last_hidden_state
+        if clip_skip is not None:
+            body = getattr(encoder, "text_model", encoder)  # a level that Transformers 5 has dropped
+            embeds = body.final_layer_norm(out.hidden_states[-(clip_skip + 1)])
+        embeds = embeds.to(self.weight_dtype)
+        return embeds, embeds.new_zeros(len(embeds), 0)
+
+    def denoise(self, z: Tensor, level: Level, *, text: tuple[Tensor, Tensor], time_ids: Tensor) -> Tensor:
+        """The network's output for noised latents z [B,C,h,w] -> [B,C,h,w].
+
+        text      embeds [B,T,D], pooled [B,0]
+        time_ids  [B,6], which this UNet does not ask for
+        """
+        embeds, _ = text
+        return self.unet(z.to(self.weight_dtype), level.cond.to(z.device), encoder_hidden_states=embeds,
+                         return_dict=False)[0]
+
+    def pipeline(self, scheduler: SchedulerMixin) -> StableDiffusionPipeline:
+        """The stock pipeline around the UNet in training: no text encoder, no VAE, no safety checker."""
+        from diffusers import StableDiffusionPipeline
+
+        return self._silent(StableDiffusionPipeline(
+            vae=None, text_encoder=None, tokenizer=None, unet=self.unet, scheduler=scheduler, safety_checker=None,
+            feature_extractor=None, requires_safety_checker=False))
+
+    def pipeline_text(self, pipe: StableDiffusionPipeline, prompts: list[str], encoded: Encoded) -> dict[str, Tensor]:
+        """Encoded prompts as arguments of `pipe`; unconditional is the encoded empty prompt."""
+        return {"prompt_embeds": encoded(prompts)[0], "negative_prompt_embeds": encoded([""] * len(prompts))[0]}
+
+    def webui_name(self, path: str, network: str = "unet") -> str:
+        """What WebUIs call the module `path` of a network: the path as Diffusers has it, its parts joined by "_".
+
+        Source: kohya-ss/sd-scripts, networks/lora.py, which trains SD 1.x and 2.x on the Diffusers UNet.
+        """
+        head = ["lora_unet"] if network == "unet" else ["lora_te", "text_model"]
+        return "_".join([*head, *path.removeprefix("text_model.").split(".")])
+
+    def read_webui_name(self, name: str, network: str) -> str | None:
+        """See Family."""
+        head = WEBUI_HEADS[network]
+        return name.removeprefix(head) if name.startswith(head) else None
+
+
+def masks_padding(config: object) -> bool:
+    """Whether the text encoder must not look at the padding: not in the released models."""
+    return bool(getattr(config, "use_attention_mask", False))
+
+
+def load(options: ModelOptions, *, device: torch.device, weight_dtype: torch.dtype,
+         prediction_type: str | None = None, rescale_betas_zero_snr: bool = False,
+         compat: Literal["diffusers"] | None = None) -> SD:
+    """Load and freeze every part, from safetensors only. Revision and variant are the base model's, not another VAE's.
+
+    prediction_type  overrides what the scheduler's config says; so does rescale_betas_zero_snr
+    compat           changes nothing here: it tells where pooled text is taken, and there is none
+    """
+    from transformers import CLIPTextModel
+
+    parts = base.load_parts(options, LAYOUT, (CLIPTextModel,), weight_dtype=weight_dtype)
+    return base.assemble(SD, parts, device=device, prediction_type=prediction_type,
+                         rescale_betas_zero_snr=rescale_betas_zero_snr,
+                         text_detail=masks_padding(parts.text_encoders[0].config))

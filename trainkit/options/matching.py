@@ -1,0 +1,103 @@
+"""The concern of frequency-aware distribution matching."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import field_validator
+
+from trainkit.options.base import Concern, opt
+
+
+class MatchingOptions(Concern):
+    """Frequency-aware distribution matching: what all pictures of a batch have wrong in common"""
+
+    dist_match: float = opt(
+        0.0, "strength of the sum form (Real-Fake, Yuan et al. 2024, whose script has 0.003), which grows with the "
+        "batch; 0: off", unit="lambda", ge=0)
+    dist_match_gain: float = opt(
+        0.0, "strength of the unbiased form beside the ordinary loss, the same at every batch size; 0: off",
+        unit="gain", ge=0)
+    dist_match_statistic: Literal["sum", "diagonal", "u"] | None = opt(
+        None, "what is measured: the squared sum of the errors, its part that each picture has alone (a control), or "
+        "its part that two pictures share (U statistic). Without it sum with --dist_match, u with --dist_match_gain")
+    dist_match_method: Literal["dct", "wavelet", "fft"] = opt(
+        "dct", "how coarse and fine are told apart: orthogonally at every size (dct), by wavelets, or by a disc of "
+        "frequencies (fft)")
+    dist_match_wavelet: str = opt("db3", "wavelet of the method wavelet, as PyWavelets names it", unit="name",
+                                  min_length=1)
+    dist_match_levels: int = opt(
+        2, "halvings (J): low is what is left of the latent at 1/2^J of its size", unit="levels", ge=1, le=8)
+    dist_match_boundary: Literal["zero", "periodization"] = opt(
+        "zero", "what a wavelet sees beyond the border: zeros, or the other side, where 2^J divides the sides")
+    dist_match_backend: Literal["matrix", "pytorch_wavelets"] = opt(
+        "matrix", "what computes wavelets: our own matrices, or the package of this name")
+    dist_match_weights: str = opt(
+        "0.7,0.3", "weights of the bands, separated by commas: low and high, or J + 1 bands from the lowest",
+        unit="weights")
+    dist_match_band_norm: Literal["grid", "dof", "whiten"] | None = opt(
+        None, "what a band's error is divided by: the size of the latent, the band's own share of it, or this and the "
+        "band's usual error at the noise level. Without it whiten for the statistic u, else grid")
+    dist_match_timestep_weight: Literal["x0", "eps", "whiten"] | None = opt(
+        None, "what an error counts at each noise level: as it is in the picture, as it is in the noise, or in units "
+        "of the usual error there. Without it x0 where a batch shares its level, eps for --dist_match_mode reuse")
+    dist_match_kernel: Literal["none", "class", "text", "latent"] = opt(
+        "none", "which pictures are compared: all alike, those with the same caption, or the more, the closer their "
+        "captions (text) or their coarse noisy latents (latent) are")
+    dist_match_mode: Literal["extra", "combo", "swap", "reuse"] = opt(
+        "combo", "where the batch at one noise level comes from: a second forward pass a step for this term alone "
+        "(extra) or for the ordinary loss too (combo), some of the steps themselves (swap), or the ordinary batch, at "
+        "whatever levels are in the window (reuse)")
+    dist_match_min_snr: float = opt(
+        0.1925, "lowest signal-to-noise ratio the term is computed at; 0.1925 is timestep 599 of Stable Diffusion's "
+        "schedule", unit="SNR", ge=0)
+    dist_match_max_snr: float = opt(
+        3.07, "highest signal-to-noise ratio the term is computed at; 3.07 is timestep 200", unit="SNR", gt=0)
+    dist_match_swap: float = opt(
+        0.5, "share of the steps whose batch has one noise level, with --dist_match_mode swap", unit="0..1", gt=0, lt=1)
+    dist_match_bank: float = opt(
+        0.0, "decay of a running mean of the errors of past batches, which stands for a batch of hundreds; 0.9 to 0.99 "
+        "are usual, 0: none", unit="0..1", ge=0, lt=1)
+
+    @field_validator("dist_match_weights")
+    @classmethod
+    def _weighs_bands(cls, value: str) -> str:
+        try:
+            weights = _numbers(value)
+        except ValueError:
+            raise ValueError("it should be numbers separated by commas") from None
+        if not all(weight >= 0 and math.isfinite(weight) for weight in weights) or not any(weights):
+            raise ValueError("no weight may be negative, and one must be above 0")
+        return value
+
+    @property
+    def active(self) -> bool:
+        """Whether there is such a term at all."""
+        return self.gain > 0
+
+    @property
+    def gain(self) -> float:
+        """The factor of the term: λ of the sum form, or the dimensionless gain of the unbiased one."""
+        return self.dist_match or self.dist_match_gain
+
+    @property
+    def statistic(self) -> str:
+        return self.dist_match_statistic or ("sum" if self.dist_match else "u")
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Weights of the bands, lowest first."""
+        return _numbers(self.dist_match_weights)
+
+    @property
+    def band_norm(self) -> str:
+        return self.dist_match_band_norm or ("whiten" if self.statistic == "u" else "grid")
+
+    @property
+    def timestep_weight(self) -> str:
+        return self.dist_match_timestep_weight or ("eps" if self.dist_match_mode == "reuse" else "x0")
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(number) for number in text.split(","))
