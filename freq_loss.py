@@ -42,10 +42,12 @@ def frequency_decomposition(
 
 @dataclass(frozen=True)
 class LowPass:
-    """A linear low-pass [...,h,w] -> [...,h,w], low = A_h · x · A_wᵀ, exact and differentiable at every size.
+    """A linear low-pass [...,h,w] -> [...,h,w], exact and differentiable at every size.
 
-        dct      A projects on the first round(N/2^J) of the N DCT-II vectors: orthogonal at every size
-        wavelet  A analyses J levels and synthesises from the approximation alone, as PyWavelets does with that boundary
+        low = S_h · (D_h · x · D_wᵀ) · S_wᵀ,   of each side D takes K coefficients and S makes N values of them again
+
+        dct      the first K = round(N/2^J) of the N DCT-II vectors: orthogonal at every size
+        wavelet  the approximation of J levels, and it alone synthesised, as PyWavelets does with that boundary
                    zero           any size; low and high are not orthogonal
                    periodization  orthogonal for orthogonal wavelets; 2^J must divide h and w
         fft      frequencies up to 2^−(J+1) cycles per pixel in any direction: orthogonal, not separable
@@ -80,6 +82,8 @@ class LowPass:
         if x.ndim < 2 or not x.is_floating_point():
             raise ValueError(f"a low-pass takes real numbers of shape [...,h,w], not {x.dtype} {tuple(x.shape)}")
         self.refuse_size(*x.shape[-2:])
+        if not x.numel():  # a process without samples; fft and the library refuse it
+            return x
         with torch.autocast(x.device.type, enabled=False):
             return self._apply(widened(x)).to(x.dtype)
 
@@ -101,7 +105,8 @@ class LowPass:
             return by_library(self, x)
         if self.method == "fft":
             return torch.fft.irfft2(torch.fft.rfft2(x) * kept(disc, self.levels, h, w, like=x), s=(h, w))
-        return kept(matrix, self, h, like=x) @ (x @ kept(matrix, self, w, like=x).T)
+        coarse = kept(analysis, self, h, like=x) @ (x @ kept(analysis, self, w, like=x).T)
+        return kept(synthesis, self, h, like=x) @ coarse @ kept(synthesis, self, w, like=x).T
 
 
 def known(name: str, value: str, choices: Iterable[str]) -> None:
@@ -146,44 +151,49 @@ def taps(wavelet: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def filter_bank(size: int, wavelet: str, boundary: str) -> tuple[Tensor, Tensor]:
     """One level on a side of `size`: analysis [K,size] and synthesis [size,K], fp64, in the phase of PyWavelets."""
-    analysis, synthesis = taps(wavelet)  # Mallat 1989, "A Theory for Multiresolution Signal Decomposition"
-    length, wraps = len(analysis), boundary == "periodization"
+    down_taps, up_taps = taps(wavelet)  # Mallat 1989, "A Theory for Multiresolution Signal Decomposition"
+    length, wraps = len(down_taps), boundary == "periodization"
     k = torch.arange(size // 2 if wraps else (size + length - 1) // 2)
     shift = length // 2 if wraps else 1
     down, up = torch.zeros(2, len(k), size, dtype=torch.float64)
     for j in range(length):
-        for rows, tap, place in ((down, analysis[j], 2 * k + shift - j),
-                                 (up, synthesis[j], 2 * k + shift + j - (length - 1))):
+        for rows, tap, place in ((down, down_taps[j], 2 * k + shift - j),
+                                 (up, up_taps[j], 2 * k + shift + j - (length - 1))):
             place = place % size if wraps else place
             inside = (place >= 0) & (place < size)
             rows[k[inside], place[inside]] += tap
     return down, up.T
 
 
-def wavelet_matrix(low: LowPass, size: int) -> Tensor:
-    """J levels down and, from the approximation alone, up again."""
-    analysis = synthesis = torch.eye(size, dtype=torch.float64)
+def wavelet_factors(low: LowPass, size: int) -> tuple[Tensor, Tensor]:
+    """J levels down, and from the approximation alone up again."""
+    down = up = torch.eye(size, dtype=torch.float64)
     for _ in range(low.levels):
-        down, up = filter_bank(len(analysis), low.wavelet, low.boundary)
-        analysis, synthesis = down @ analysis, synthesis @ up
-    return synthesis @ analysis
+        next_down, next_up = filter_bank(len(down), low.wavelet, low.boundary)
+        down, up = next_down @ down, up @ next_up
+    return down, up
 
 
-def dct_matrix(low: LowPass, size: int) -> Tensor:
-    """The projector on the lowest DCT-II vectors √(2/N)·cos(π(m + ½)k/N), of which the first is a constant."""
+def dct_factors(low: LowPass, size: int) -> tuple[Tensor, Tensor]:
+    """The lowest DCT-II vectors √(2/N)·cos(π(m + ½)k/N), of which the first is a constant."""
     k = torch.arange(max(1, round(size / 2**low.levels)), dtype=torch.float64)
     m = torch.arange(size, dtype=torch.float64)
     vectors = (math.pi / size * (m + 0.5) * k[:, None]).cos() * math.sqrt(2 / size)  # [K,N]
     vectors[0] /= math.sqrt(2)
-    return vectors.T @ vectors
+    return vectors, vectors.T
 
 
-MATRICES: dict[str, Callable[[LowPass, int], Tensor]] = {"wavelet": wavelet_matrix, "dct": dct_matrix}
+FACTORS: dict[str, Callable[[LowPass, int], tuple[Tensor, Tensor]]] = {"wavelet": wavelet_factors, "dct": dct_factors}
 
 
-def matrix(low: LowPass, size: int) -> Tensor:
-    """A of one side -> [size,size] fp64."""
-    return MATRICES[low.method](low, size)
+def analysis(low: LowPass, size: int) -> Tensor:
+    """D of one side -> [K,size] fp64."""
+    return FACTORS[low.method](low, size)[0]
+
+
+def synthesis(low: LowPass, size: int) -> Tensor:
+    """S of one side -> [size,K] fp64."""
+    return FACTORS[low.method](low, size)[1]
 
 
 def disc(levels: int, h: int, w: int, *, full: bool = False) -> Tensor:
@@ -197,7 +207,7 @@ def rank(low: LowPass, h: int, w: int) -> float:
     """Trace of the operator on [h,w]: the dimension of low, where it is a projector."""
     if low.method == "fft":
         return float(disc(low.levels, h, w, full=True).sum())
-    return float(matrix(low, h).trace() * matrix(low, w).trace())
+    return math.prod(float((analysis(low, side) * synthesis(low, side).T).sum()) for side in (h, w))
 
 
 @lru_cache(maxsize=64)
@@ -218,7 +228,7 @@ def by_library(low: LowPass, x: Tensor) -> Tensor:
     """The low-pass as pytorch_wavelets computes it; sides may come out one too long and are cropped."""
     forward, inverse = library(low, x.device, x.dtype)
     h, w = x.shape[-2:]
-    coarse, details = forward(x.reshape(-1, 1, h, w))
+    coarse, details = forward(x.reshape(1, -1, h, w))  # all as channels: its fastest layout
     return inverse((coarse, [torch.zeros_like(d) for d in details]))[..., :h, :w].reshape(x.shape)
 
 
@@ -278,8 +288,8 @@ class Bands:
     def _nested(self) -> bool:
         if self.low.method != "wavelet":
             return True
-        analysis, synthesis = taps(self.low.wavelet)
-        orthogonal = all(abs(a - s) < 1e-6 for a, s in zip(analysis, synthesis[::-1], strict=True))
+        down, up = taps(self.low.wavelet)
+        orthogonal = all(abs(a - s) < 1e-6 for a, s in zip(down, up[::-1], strict=True))
         return orthogonal and self.low.boundary == "periodization"
 
 
@@ -516,6 +526,11 @@ class DistributionMatchingLoss:
     def low(self, x: Tensor) -> Tensor:
         """The lowest band of x [B,C,h,w], by which the kernel latent compares noised latents."""
         return self.bands.low(x)
+
+    def require(self, latents: Sequence[int]) -> None:
+        """Raises ValueError for latents of a shape (C,h,w) that these bands cannot split."""
+        self.bands.low.refuse_size(*latents[1:])
+        self.bands.degrees(latents)
 
     def describe(self) -> dict[str, float]:
         """Means over the calls since last asked, per band (names low, high or band0, band1, ...):

@@ -1,8 +1,8 @@
 """Teach Stable Diffusion 1.x, 2.x or SDXL from captioned pictures: a text-to-image LoRA.
 
-    accelerate launch train_text_to_image_lora.py \
-      --pretrained_model_name_or_path=assets/tiny-sd-icons --train_data_dir=assets/icons-3d \
-      --resolution=64 --rank=4 --train_batch_size=4 --learning_rate=1e-3 --snr_gamma=5.0 \
+    accelerate launch train_text_to_image_lora.py \\
+      --pretrained_model_name_or_path=assets/tiny-sd-icons --train_data_dir=assets/icons-3d \\
+      --resolution=64 --rank=4 --train_batch_size=4 --learning_rate=1e-3 --snr_gamma=5.0 \\
       --max_train_steps=300 --output_dir=runs/captioned
 
 Takes the command lines of the Diffusers script of the same name, and of its SDXL twin: what the model folder holds
@@ -172,10 +172,11 @@ def make_train_step(opt: Options, family: Family, words: Text, guide: Guidance, 
     from trainkit.objective import make_objective
     from trainkit.passes import Pass
 
-    levels = make_levels(opt.objective, family.schedule, opt.run.compat)
-    loss = make_objective(opt.objective, family.schedule.prediction, opt.run.compat)
+    levels = make_levels(opt.objective, family.schedule)  # --compat or not: these two are as in Diffusers' own
+    loss = make_objective(opt.objective, family.schedule.prediction)
     passes = make_passes(opt.matching, Pass(levels, loss), partial(make_matcher, opt.matching), seed=job.seed,
-                         snr_gamma=opt.objective.snr_gamma, together=opt.run.train_batch_size * job.world)
+                         snr_gamma=opt.objective.snr_gamma, together=opt.run.train_batch_size * job.world,
+                         latents=(family.latent_channels, *[opt.data.resolution // family.vae_factor] * 2))
     return TrainStep(family, words, guide, job, Noise.from_options(opt.objective), passes)
 
 
@@ -214,7 +215,7 @@ def after_step(done: int, opt: Options, job: Run, optimizer: Optim, *, saves: Ch
 
 def preflight(opt: Options, kind: ModuleType) -> list[Row]:
     """The rows to train on; or one message with everything that is wrong, before a weight is loaded."""
-    from trainkit import adapters, guidance, optim, publish
+    from trainkit import adapters, guidance, matching, optim, publish
     from trainkit.data.rows import read_rows
     from trainkit.runtime.startup import leave_out
 
@@ -231,7 +232,8 @@ def preflight(opt: Options, kind: ModuleType) -> list[Row]:
         unet = kind.skeleton(model, revision=opt.model.revision)
         model_problems = [*adapters.problems(unet, opt.lora, targets=kind.LORA_TARGETS),
                           *guidance.problems(opt.guidance, rows, unet.config.cross_attention_dim)]
-    asked = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run)]
+    asked = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run),
+             *matching.problems(opt.matching, partial(make_matcher, opt.matching))]
     refuse([*asked, *model_problems, *data_problems])
     return rows
 

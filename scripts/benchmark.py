@@ -1,7 +1,8 @@
-"""Time our SDXL trainer against another script that takes the same flags, and against the networks alone.
+"""Time a trainer of ours against another script that takes the same flags, and against the networks alone.
 
     python scripts/benchmark.py --peer path/to/diffusers/.../train_dreambooth_lora_sdxl_advanced.py --rounds 3
     python scripts/benchmark.py --cases plain ti dora --clock cpu          ours alone, on a machine that is not quiet
+    python scripts/benchmark.py --trainer text_to_image --peer path/to/diffusers/.../train_text_to_image_lora.py
 
 Runs ours and the peer in turn (A B A B …), one thread each, on the shipped model, and prints medians and ratios as a
 table: seconds a step, seconds from command to first step, peak memory. Steps are timed from outside, by the progress
@@ -35,24 +36,49 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAINER = ROOT / "train_dreambooth_lora_sdxl_advanced.py"
 
 FOLDER = ("--instance_data_dir={pictures}",)
 TOKENS = ("--train_text_encoder_ti", "--token_abstraction=TOK", "--text_encoder_lr=1e-4")
 PRIOR = ("--with_prior_preservation", "--class_data_dir={others}", "--class_prompt=icon", "--num_class_images={number}")
+CACHED = "--cache_latents"  # of the text-to-image scripts only ours has it
+MATCHED = (CACHED, "--dist_match_gain=0.3")
 PIVOT = 2  # steps before it where the steps after it are timed
 WARM = 4  # steps that are not timed
 
 
 @dataclass(frozen=True)
 class Case:
-    """Flags that ours and the peer both take, and which of benchmark_floor.py's kinds of step they make."""
+    """Flags that ours and the peer both take, and which of benchmark_floor.py's kinds of step they make.
+
+    own     flags that ours takes besides
+    passes  steps of that kind in one of ours
+    peer    whether the peer has something to compare
+    """
 
     flags: tuple[str, ...]
     floor: str = "plain"
+    own: tuple[str, ...] = ()
+    passes: int = 1
+    peer: bool = True
 
 
-CASES = {
+@dataclass(frozen=True)
+class Trainer:
+    """One of ours, what it is timed on unless told otherwise, and flags that it and its peer take in every case."""
+
+    script: str
+    model: str
+    batch: int
+    flags: tuple[str, ...]
+    cases: dict[str, Case]
+
+
+def matched(mode: str, *more: str, passes: int = 1) -> Case:
+    """Distribution matching, which only ours has."""
+    return Case((), own=(*MATCHED, f"--dist_match_mode={mode}", *more), passes=passes, peer=False)
+
+
+DREAMBOOTH = {
     "plain": Case(FOLDER),
     "captioned": Case(("--dataset_name={captioned}", "--caption_column=text")),
     "edm": Case((*FOLDER, "--do_edm_style_training")),
@@ -63,6 +89,21 @@ CASES = {
     "ti_after": Case((*FOLDER, *TOKENS, "--train_text_encoder_ti_frac={pivot}")),
     # with new tokens, because with frozen encoders and one prompt the peer fails
     "prior": Case((*FOLDER, *PRIOR, *TOKENS, "--train_text_encoder_ti_frac=1"), "prior"),
+}
+TEXT_TO_IMAGE = {
+    "plain": Case((), own=(CACHED,)),
+    "live": Case(()),
+    "swap": matched("swap"),
+    "reuse": matched("reuse"),
+    "extra": matched("extra", passes=2),
+    "combo": matched("combo", passes=2),
+    "combo_bank": matched("combo", "--dist_match_bank=0.95", passes=2),
+}
+TRAINERS = {
+    "dreambooth": Trainer("train_dreambooth_lora_sdxl_advanced.py", "assets/tiny-sdxl-icons", 2,
+                          ("--instance_prompt=3d icon in the style of TOK",), DREAMBOOTH),
+    "text_to_image": Trainer("train_text_to_image_lora.py", "assets/tiny-sd-icons", 4,
+                             ("--train_data_dir={captioned}",), TEXT_TO_IMAGE),
 }
 # torchvision's PyPI wheel registers no operators on a CPU build of torch and then fails on their fake versions;
 # declaring the two schemas first lets its transforms import.
@@ -87,12 +128,15 @@ class Timing:
     total_seconds: float
 
 
+Timings = dict[str, dict[str, list[Timing]]]  # by case, by "ours" or "peer"
+
+
 def flags(model: Path, *, steps: int, batch: int, resolution: int) -> list[str]:
     return [
         f"--pretrained_model_name_or_path={model}", "--output_dir=run", f"--max_train_steps={steps}",
-        f"--train_batch_size={batch}", f"--resolution={resolution}", "--instance_prompt=3d icon in the style of TOK",
-        "--rank=4", "--learning_rate=1e-4", "--lr_scheduler=constant", "--lr_warmup_steps=0", "--seed=0",
-        "--center_crop", "--checkpointing_steps=100000", "--report_to=tensorboard",
+        f"--train_batch_size={batch}", f"--resolution={resolution}", "--rank=4", "--learning_rate=1e-4",
+        "--lr_scheduler=constant", "--lr_warmup_steps=0", "--seed=0", "--center_crop", "--checkpointing_steps=100000",
+        "--report_to=tensorboard",
     ]
 
 
@@ -164,6 +208,8 @@ def with_vocabulary(model: Path, rows: int, target: Path) -> Path:
     """A copy of a model whose tokenizers know `rows` entries; the added ones are in no text, their rows random."""
     shutil.copytree(model, target)
     for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+        if not (target / encoder).is_dir():
+            continue  # SD 1.x and 2.x have one
         known = json.loads((target / tokenizer / "vocab.json").read_text("utf-8"))
         if rows < len(known):
             raise SystemExit(f"benchmark: --vocabulary {rows} is less than the {len(known)} entries there are")
@@ -196,7 +242,7 @@ def lengthen_table(path: Path, rows: int) -> None:
 # Runs and report
 
 
-def compare(args: argparse.Namespace, work: Path) -> tuple[dict[str, dict[str, list[Timing]]], dict[str, float]]:
+def compare(args: argparse.Namespace, trainer: Trainer, work: Path) -> tuple[Timings, dict[str, float]]:
     """Timings by case and by who, and the floor, all taken in turn."""
     model = args.model.resolve()
     if args.vocabulary:
@@ -204,21 +250,26 @@ def compare(args: argparse.Namespace, work: Path) -> tuple[dict[str, dict[str, l
     pictures, others = (plain_folder(args.data, work / name) for name in ("pictures", "others"))
     given = dict(captioned=args.data.resolve(), pictures=pictures, others=others, pivot=PIVOT / args.steps,
                  number=len(list(others.iterdir())))
-    found: dict[str, dict[str, list[Timing]]] = {case: {"ours": [], "peer": []} for case in args.cases}
+    scripts = {"ours": [ROOT / trainer.script]}
+    if args.peer:
+        scripts["peer"] = ["-c", PEER, args.peer_site.resolve(), args.peer.resolve()]
+    found: Timings = {name: {who: [] for who in scripts if who == "ours" or trainer.cases[name].peer}
+                      for name in args.cases}
     floors: list[dict[str, float]] = []
     for turn in range(args.rounds):
         floors.append(floor(model, batch=args.batch, latent=args.resolution // args.vae_factor, clock=args.clock))
-        for case, who in ((c, w) for c in args.cases for w in (("ours", "peer") if args.peer else ("ours",))):
-            cwd = work / f"{case}-{who}-{turn}"  # the peer's new tokens need an --output_dir that is a bare name
+        for name, who in ((name, who) for name, runs in found.items() for who in runs):
+            cwd = work / f"{name}-{who}-{turn}"  # the peer's new tokens need an --output_dir that is a bare name
             cwd.mkdir()
-            head = ["-c", PEER, args.peer_site.resolve(), args.peer.resolve()] if who == "peer" else [TRAINER]
-            line = [sys.executable, *map(str, head), *(flag.format(**given) for flag in CASES[case].flags),
+            case = trainer.cases[name]
+            asked = (*trainer.flags, *case.flags, *(case.own if who == "ours" else ()))
+            line = [sys.executable, *map(str, scripts[who]), *(flag.format(**given) for flag in asked),
                     *flags(model, steps=args.steps, batch=args.batch, resolution=args.resolution),
                     *(f"--{flag}" for flag in args.extra)]
             timing = timed(line, steps=args.steps, cwd=cwd, clock=args.clock)
             shutil.rmtree(cwd)
-            found[case][who].append(timing)
-            print(f"{case:10} {who:5} {timing.step_seconds:.4f} s/step, first step {timing.first_step_seconds:.1f} s, "
+            found[name][who].append(timing)
+            print(f"{name:10} {who:5} {timing.step_seconds:.4f} s/step, first step {timing.first_step_seconds:.1f} s, "
                   f"peak {timing.peak_mib:.0f} MiB", flush=True)
     return found, {kind: statistics.median(f[kind] for f in floors) for kind in floors[0]}
 
@@ -231,15 +282,17 @@ COLUMNS = {
 }
 
 
-def report(found: dict[str, dict[str, list[Timing]]], floors: dict[str, float]) -> None:
+def report(found: Timings, floors: dict[str, float], cases: dict[str, Case]) -> None:
     """The table; a cell without its plain case or its peer is empty."""
-    middle = {who: {case: medians(runs[who]) for case, runs in found.items() if runs[who]} for who in ("ours", "peer")}
+    middle = {who: {name: medians(runs[who]) for name, runs in found.items() if who in runs}
+              for who in ("ours", "peer")}
     print("\nfloor, s/step: " + ", ".join(f"{kind} {v:.4f}" for kind, v in floors.items()) + "\n")
     print("\n".join(f"{name}: {meaning}" for name, meaning in COLUMNS.items() if meaning))
     print(f"\n| case | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
-    for case in found:
-        cells = [cell(*numbers) for numbers in row(case, middle["ours"], middle["peer"], floors)]
-        print(f"| {case} | {' | '.join(cells)} |")
+    for name in found:
+        own = floors[cases[name].floor] * cases[name].passes
+        cells = [cell(*numbers) for numbers in row(name, middle["ours"], middle["peer"], own, floors["plain"])]
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 def medians(timings: list[Timing]) -> Timing:
@@ -250,14 +303,14 @@ def cell(number: float | None, form: str) -> str:
     return "" if number is None else format(number, form)
 
 
-def row(case: str, ours: dict[str, Timing], peers: dict[str, Timing],
-        floors: dict[str, float]) -> Iterator[tuple[float | None, str]]:
-    """A number and its format for each of COLUMNS."""
-    mine, peer, own = ours[case], peers.get(case), floors[CASES[case].floor]
+def row(case: str, ours: dict[str, Timing], peers: dict[str, Timing], own: float,
+        plain_floor: float) -> Iterator[tuple[float | None, str]]:
+    """A number and its format for each of COLUMNS; own: the floor of the case's passes."""
+    mine, peer = ours[case], peers.get(case)
     plain, peer_plain = (timings["plain"].step_seconds if "plain" in timings else None for timings in (ours, peers))
     yield mine.step_seconds, ".4f"
     yield plain and mine.step_seconds / plain, ".2f"
-    yield plain and mine.step_seconds / (plain + own - floors["plain"]), ".3f"
+    yield plain and mine.step_seconds / (plain + own - plain_floor), ".3f"
     yield own / mine.step_seconds, ".1%"
     yield peer and peer.step_seconds, ".4f"
     yield peer and peer_plain and peer.step_seconds / peer_plain, ".2f"
@@ -270,12 +323,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, help="the other script; without it only ours and the floor are timed")
     parser.add_argument("--peer_site", type=Path, default=Path(), help="folder with torchvision for the peer")
-    parser.add_argument("--model", type=Path, default=ROOT / "assets/tiny-sdxl-icons")
+    parser.add_argument("--trainer", choices=TRAINERS, default="dreambooth")
+    parser.add_argument("--model", type=Path, help="without it the shipped one that the trainer is for")
     parser.add_argument("--data", type=Path, default=ROOT / "assets/icons-3d")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cases", nargs="+", help="; ".join(
+        f"of {name} {', '.join(trainer.cases)}" for name, trainer in TRAINERS.items()))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=40,
+                        help="another number than the files of --data, to which other bars of a run count")
+    parser.add_argument("--batch", type=int, help="; ".join(
+        f"{trainer.batch} for {name}" for name, trainer in TRAINERS.items()))
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--vae_factor", type=int, default=4, help="pixels a side per latent: 4 here, 8 in real SDXL")
     parser.add_argument("--vocabulary", type=int, help="entries of the tokenizers and rows of the token embeddings")
@@ -283,9 +340,14 @@ def main() -> None:
                         help="what a step's seconds are of; CPU time counts on a machine that does other things too")
     parser.add_argument("--extra", nargs="*", default=[], help="more flags for both, such as cache_latents")
     args = parser.parse_args()
+    trainer = TRAINERS[args.trainer]
+    args.model, args.batch = args.model or ROOT / trainer.model, args.batch or trainer.batch
+    args.cases = args.cases or list(trainer.cases)
+    if unknown := [name for name in args.cases if name not in trainer.cases]:
+        parser.error(f"--trainer {args.trainer} has no case {', '.join(unknown)}: see --help")
     with tempfile.TemporaryDirectory() as work:
-        found, floors = compare(args, Path(work))
-    report(found, floors)
+        found, floors = compare(args, trainer, Path(work))
+    report(found, floors, trainer.cases)
 
 
 if __name__ == "__main__":

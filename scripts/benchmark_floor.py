@@ -9,6 +9,8 @@ end in _peft have PEFT's own layers in the UNet, all others ours:
     ti             plain, and both text encoders for one prompt, the gradient ending at the embeddings of its tokens
     te             plain, and both text encoders with LoRA for one prompt
     prior          ti with as many class pictures again, whose prompt is not encoded
+
+MODEL is SDXL's, or one of SD 1.x or 2.x with its one text encoder.
 """
 
 from __future__ import annotations
@@ -32,13 +34,13 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 
 from trainkit.adapters import add_adapters
-from trainkit.families.sdxl import LORA_TARGETS, TEXT_LORA_TARGETS
+from trainkit.families.base import LORA_TARGETS, TEXT_LORA_TARGETS
 from trainkit.options import LoraOptions
-from trainkit.text import NETWORKS
 
 RANK = 4
 PASSES = 5
 TOKENS = 77
+ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 Text = tuple[Tensor, Tensor]  # embeds [B,T,D], pooled [B,P]
@@ -75,8 +77,8 @@ class Step:
 
 def steps(model: str, batch: int, side: int) -> dict[str, Step]:
     base = UNet2DConditionModel.from_pretrained(model, subfolder="unet", torch_dtype=torch.float32)
-    encoders = (CLIPTextModel.from_pretrained(model, subfolder="text_encoder", dtype=torch.float32),
-                CLIPTextModelWithProjection.from_pretrained(model, subfolder="text_encoder_2", dtype=torch.float32))
+    encoders = [kind.from_pretrained(model, subfolder=folder, dtype=torch.float32)
+                for folder, kind in ENCODERS.items() if (Path(model) / folder).is_dir()]
     for network in (base.train(), *encoders):
         network.requires_grad_(False)
     known = encode(encoders)
@@ -115,17 +117,20 @@ def with_rows(encoders: Sequence[PreTrainedModel]) -> Callable[[], Text]:
 
 def with_text_lora(encoders: Sequence[PreTrainedModel]) -> Callable[[], Text]:
     copies = [copy.deepcopy(encoder) for encoder in encoders]
-    for prefix, encoder in zip(NETWORKS, copies, strict=True):
+    for prefix, encoder in zip(ENCODERS, copies, strict=False):
         add_adapters(encoder, LoraOptions(rank=RANK), prefix=prefix, targets=TEXT_LORA_TARGETS, seed=0)
     return partial(encode, copies)
 
 
 def encode(encoders: Sequence[PreTrainedModel]) -> Text:
-    """One prompt of BOS, twenty words, EOS and padding, by what SDXL conditions on."""
+    """One prompt of BOS, twenty words, EOS and padding, by what the UNet is told; SD's reads nothing pooled."""
     bos, eos = encoders[0].config.bos_token_id, encoders[0].config.eos_token_id
     ids = torch.tensor([[bos, *range(300, 320), *[eos] * (TOKENS - 21)]])
     for encoder in encoders:
         encoder.zero_grad()
+    if len(encoders) == 1:
+        out = encoders[0](ids)
+        return out.last_hidden_state, out.pooler_output
     outs = [encoder(ids, output_hidden_states=True) for encoder in encoders]
     return torch.cat([out.hidden_states[-2] for out in outs], dim=-1), outs[-1].text_embeds
 

@@ -7,7 +7,7 @@ import torch
 
 from trainkit.diffusion import EDMSchedule, NoiseSchedule, make_levels
 from trainkit.errors import UserError
-from trainkit.matching import ALIKE, MODES, MatchingTerm, make_passes, window_of
+from trainkit.matching import ALIKE, MODES, MatchingTerm, make_passes, problems, window_of
 from trainkit.objective import Outcome, make_objective
 from trainkit.options import MatchingOptions, ObjectiveOptions
 from trainkit.passes import Pass, Plain
@@ -29,6 +29,10 @@ class Recorder:
 
     def low(self, x):
         return x.mean((2, 3), keepdim=True).expand_as(x)
+
+    def require(self, latents):
+        if latents[1] < 2:
+            raise ValueError("too small to split: train larger")
 
     def describe(self):
         return {"dist_match/loss": self.answer}
@@ -52,7 +56,8 @@ def plain(schedule=None, **flags) -> Pass:
 
 def passes(mode: str, recorder: Recorder | None = None, base: Pass | None = None, together: int = 4, **flags):
     o = MatchingOptions(**{"dist_match_gain": 1.0, "dist_match_mode": mode, **flags})
-    return make_passes(o, base or plain(), lambda: recorder or Recorder(), seed=7, snr_gamma=5.0, together=together)
+    return make_passes(o, base or plain(), lambda: recorder or Recorder(), seed=7, snr_gamma=5.0, together=together,
+                       latents=(4, 8, 8))
 
 
 def outcome(one: Pass, keys=KEYS) -> Outcome:
@@ -110,7 +115,7 @@ def test_without_a_weight_there_is_one_plain_pass_and_no_loss_is_made():
         raise AssertionError("nothing of the term may be built")
 
     base = plain()
-    one = make_passes(MatchingOptions(), base, unwanted, seed=0, snr_gamma=None, together=1)
+    one = make_passes(MatchingOptions(), base, unwanted, seed=0, snr_gamma=None, together=1, latents=(4, 8, 8))
     assert one == Plain(base) and one(0) == (base,) and one.describe() == {} and one.pack() == ({}, {})
 
 
@@ -221,3 +226,21 @@ def test_what_the_loss_remembers_and_finds_is_the_runs():
     tensors, data = found.pack()
     found.unpack(tensors, data)
     assert recorder.restored == (tensors, data) and found.describe() == {"dist_match/loss": 2.0}
+
+
+def test_what_the_loss_refuses_is_the_runs_message():
+    def refusing():
+        raise ValueError("this and that do not go together: leave one out")
+
+    (problem,) = problems(MatchingOptions(dist_match_gain=1.0), refusing)
+    assert (problem.why, problem.fix) == ("this and that do not go together", "leave one out")
+    assert problems(MatchingOptions(), refusing) == []
+    o = MatchingOptions(dist_match_gain=1.0)
+    with pytest.raises(UserError, match="too small to split"):
+        make_passes(o, plain(), Recorder, seed=0, snr_gamma=None, together=4, latents=(4, 1, 1))
+
+
+def test_levels_are_comparable_by_whitening_or_by_weighing_them_in_noise():
+    assert MatchingOptions(dist_match_gain=1, dist_match_mode="reuse").timestep_weight == "x0"
+    assert MatchingOptions(dist_match=1, dist_match_mode="reuse").timestep_weight == "eps"
+    assert MatchingOptions(dist_match=1).timestep_weight == "x0"

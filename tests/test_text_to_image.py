@@ -198,6 +198,14 @@ def test_gradient_clipping_works(tiny_sd, pictures, tmp_path):
     assert length == pytest.approx(limit, rel=1e-2)
 
 
+def test_compat_keeps_min_snr_of_v_as_the_diffusers_scripts_have_it(tiny_sd2, pictures, tmp_path):
+    """min(snr,γ)/(snr + 1) in both of them; the slip of the DreamBooth script is not theirs."""
+    for name, changes in {"ours": {}, "compat": {"compat": "diffusers"}}.items():
+        argv = captioned(tiny_sd2, pictures, tmp_path / name, snr_gamma=5.0, max_train_steps=1, **changes)
+        run(argv, tmp_path / "log")
+    assert losses(tmp_path / "ours") == losses(tmp_path / "compat")
+
+
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_the_learning_rate_follows_optimizer_steps_under_accumulation(accumulation, tiny_sd, pictures, tmp_path):
     """Upstream's SDXL script stretches warm-up and decay by the accumulation (huggingface/diffusers #4387, #9633)."""
@@ -217,7 +225,7 @@ def test_the_two_trainers_differ_in_story_only():
     ours, other = ((ROOT / f"{name}.py").read_text("utf-8").splitlines()
                    for name in (TRAINER, "train_dreambooth_lora_sdxl_advanced"))
     shared = [line for line in ours if line.strip() and line in other]
-    assert len(shared) > 0.65 * len([line for line in ours if line.strip()])
+    assert len(shared) > 0.6 * len([line for line in ours if line.strip()])
 
 
 def test_the_recipe_runs_as_it_is(tmp_path):

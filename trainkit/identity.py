@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from trainkit.data.cache import content_key
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 DECISIVE = ("data", "text", "pivotal", "guidance", "lora", "objective", "matching", "optimizer")
 IN_CONTENT = {
     "dataset_name", "dataset_config_name", "instance_data_dir", "train_data_dir", "image_column", "caption_column",
-    "instance_prompt", "max_train_samples", "repeats", "cache_dir", "latent_cache_dir", "guidance_features",
+    "instance_prompt", "max_train_samples", "repeats", "cache_dir", "latent_cache_dir", "guidance_token",
+    "guidance_features",
 }
 TURNED = {
     "learning_rate", "scale_lr", "text_encoder_lr", "text_encoder_2_lr", "lr_warmup_steps", "lr_num_cycles",
@@ -41,7 +42,8 @@ def fingerprint(opt: OptionSet, rows: Sequence[Row], family: Family, job: Run, t
         "class pictures": contents([row for row in rows if row.is_class]),
         "--prior_loss_weight": [row.share for row in rows if row.is_class][:1],
         "pictures in a step": job.global_batch, "--seed": job.seed, "--mixed_precision": job.precision,
-        "pictures in a micro-batch": opt.run.train_batch_size if micro_batch_counts(flags) else None,
+        "pictures in a micro-batch": opt.run.train_batch_size if opt.lora.lora_dropout else None,  # it cuts the masks
+        "pictures matched with one another": opt.run.train_batch_size * job.world if is_matched(flags) else None,
         "--allow_tf32": opt.precision.allow_tf32, "--compat": opt.run.compat,
         "steps": total if depends_on_length(opt) else None,
         **{f"--{name}": flags[name] for name in decisive if name not in IN_CONTENT | TURNED},
@@ -54,9 +56,9 @@ def contents(rows: Sequence[Row]) -> str | None:
     return content_key(*[(row.id, row.digest, *row.all_captions, row.repeat) for row in rows]) if rows else None
 
 
-def micro_batch_counts(flags: dict[str, object]) -> bool:
-    """Whether the cut of a step counts: for dropout's masks, and for the batches that distributions are matched in."""
-    return any(flags.get(name) for name in ("lora_dropout", "dist_match", "dist_match_gain"))
+def is_matched(flags: Mapping[str, object]) -> bool:
+    """Whether a loss compares the pictures of a micro-batch, so that its size counts, over all ranks."""
+    return bool(flags.get("dist_match") or flags.get("dist_match_gain"))
 
 
 def depends_on_length(opt: OptionSet) -> bool:

@@ -41,6 +41,8 @@ class Matcher(Protocol):
 
     def low(self, x: Tensor) -> Tensor: ...
 
+    def require(self, latents: tuple[int, int, int]) -> None: ...
+
     def describe(self) -> dict[str, float]: ...
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Json]]: ...
@@ -229,15 +231,33 @@ class Matching:
         self.matcher.unpack(tensors, data)
 
 
+def problems(o: MatchingOptions, matcher: Callable[[], Matcher]) -> list[Problem]:
+    """What of the options does not go together, in the words of the loss that `matcher` makes."""
+    try:
+        if o.active:
+            matcher()
+    except (ValueError, ImportError) as error:
+        return [_unfit(error)]
+    return []
+
+
+def _unfit(error: Exception) -> Problem:
+    what, _, fix = str(error).partition(": ")
+    return Problem("distribution matching cannot be computed like this", "--dist_match_...", what,
+                   fix or "see --help for the --dist_match flags")
+
+
 def make_passes(
     o: MatchingOptions, plain: Pass, matcher: Callable[[], Matcher], *, seed: int, snr_gamma: float | None,
-    together: int,
+    together: int, latents: tuple[int, int, int],
 ) -> Passes:
     """The passes of a run: the ordinary one alone, or those of --dist_match_mode with the term that `matcher` makes.
 
     together  samples of a micro-batch over all ranks
+    latents   shape (C,h,w) of one of them
     Without --dist_match and --dist_match_gain nothing of this is built, so such a run is the plain one bit for bit.
-    Raises UserError where the run's law of noise levels has none in the window, or no sample has another beside it.
+    Raises UserError where the run's law of noise levels has none in the window, no sample has another beside it, or
+    latents of this shape cannot be split.
     """
     if not o.active:
         return Plain(plain)
@@ -248,5 +268,9 @@ def make_passes(
             "--train_batch_size 2 or more, or --dist_match_bank 0.9, which keeps what earlier pictures had in common"))
     window = window_of(plain.levels, o.dist_match_min_snr, o.dist_match_max_snr)
     loss = matcher()
+    try:
+        loss.require(latents)
+    except ValueError as error:
+        raise UserError(_unfit(error)) from error
     term = MatchingTerm(loss, o.dist_match_kernel, snr_gamma)
     return Matching(MODES[o.dist_match_mode](plain, term, window, o, seed), loss)

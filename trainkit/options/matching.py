@@ -41,7 +41,7 @@ class MatchingOptions(Concern):
         "band's usual error at the noise level. Without it whiten for the statistic u, else grid")
     dist_match_timestep_weight: Literal["x0", "eps", "whiten"] | None = opt(
         None, "what an error counts at each noise level: as it is in the picture, as it is in the noise, or in units "
-        "of the usual error there. Without it x0 where a batch shares its level, eps for --dist_match_mode reuse")
+        "of the usual error there. Without it x0, but eps for --dist_match_mode reuse without whitened bands")
     dist_match_kernel: Literal["none", "class", "text", "latent"] = opt(
         "none", "which pictures are compared: all alike, those with the same caption, or the more, the closer their "
         "captions (text) or their coarse noisy latents (latent) are")
@@ -96,7 +96,8 @@ class MatchingOptions(Concern):
 
     @property
     def timestep_weight(self) -> str:
-        return self.dist_match_timestep_weight or ("eps" if self.dist_match_mode == "reuse" else "x0")
+        mixed = self.dist_match_mode == "reuse" and self.band_norm != "whiten"  # whitening makes levels comparable
+        return self.dist_match_timestep_weight or ("eps" if mixed else "x0")
 
 
 def _numbers(text: str) -> tuple[float, ...]:

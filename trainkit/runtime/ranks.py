@@ -92,7 +92,7 @@ def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     with together():
         dist.all_gather(shapes, shape)
     sizes = [[side for side in other.tolist() if side >= 0] for other in shapes]
-    flat = rows.new_zeros(max(1, *(math.prod(size) for size in sizes)))
+    flat = rows.new_zeros(max(math.prod(size) for size in sizes))
     flat[:rows.numel()] = rows.detach().flatten()
     flats = [torch.empty_like(flat) for _ in sizes]
     with together():
