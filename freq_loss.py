@@ -314,13 +314,13 @@ def rbf(features: Tensor, counts: Tensor, widths: Sequence[float] = (1.0,)) -> T
 # Conditional Moment Test via Maximum Moment Restriction"): the right denoiser has E[h(z, c)·error] = 0 for every h.
 KERNELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "none": lambda features, counts: features.new_ones(len(features), len(features)),
-    "class": same_class, "text": rbf, "image": rbf, "latent": partial(rbf, widths=(0.5, 1.0, 2.0)),
+    "class": same_class, "text": rbf, "latent": partial(rbf, widths=(0.5, 1.0, 2.0)),
 }
-# w_i w_j k_ij [G,G] -> what each pair counts
-STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sum": lambda pairs: pairs,
-    "diagonal": lambda pairs: pairs.diagonal().diag(),
-    "u": lambda pairs: pairs - pairs.diagonal().diag(),
+# w_i w_j k_ij [G,G], which pairs are one picture twice (the diagonal too) bool [G,G] -> what each pair counts
+STATISTICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": lambda pairs, same: pairs,
+    "diagonal": lambda pairs, same: pairs.diagonal().diag(),
+    "u": lambda pairs, same: pairs.masked_fill(same, 0),
 }
 BAND_NORMS = ("grid", "dof", "whiten")
 # snr [G], usual |e|²/D at its level [G] -> factor of the error [G]
@@ -356,6 +356,13 @@ class Rows:
     energy: Tensor  # [G,n+1]  |P_b e|²/D_b of each band, then |e|²/D
     slope: Tensor  # [G,2,n]  <P_b x0, P_b x̂0> and |P_b x̂0|²
     alike: Tensor  # [G,F]  by what the kernel compares
+    picture: Tensor  # [G,4]  which picture it is, or [G,0]: each another
+
+    @property
+    def same(self) -> Tensor:
+        """Which pairs are one picture, whose errors are not independent of each other -> bool [G,G]."""
+        itself = torch.eye(len(self.weight), dtype=torch.bool, device=self.weight.device)
+        return itself | same_class(self.picture, self.weight > 0).bool() if self.picture.shape[1] else itself
 
     def of_all(self, gather: Gather) -> tuple[Rows, int]:
         """-> the rows of all processes with latents of this shape, index of my first. One call of `gather`.
@@ -453,8 +460,10 @@ class DistributionMatchingLoss:
 
         statistic  sum       M = G · w_i w_j k_ij: Σ_b κ_b |Σ_i w_i r_bi|², which grows with the batch (Real-Fake)
                    diagonal  M = G · w_i² δ_ij: what sum has of each sample alone, a control
-                   u         M = G · w_i w_j k_ij (1 − δ_ij) / Σ_{i≠j} w_i w_j k_ij: the unbiased |mean error|², in
-                             expectation the same for every batch, number of processes and accumulation; may be negative
+                   u         M = G · w_i w_j k_ij / Σ_{i≠j} w_i w_j k_ij, 0 for i = j: the unbiased |mean error|², in
+                             expectation the same for every batch, number of processes and accumulation (kernel none,
+                             every sample counting); may be negative. Samples of one `picture` are no pair: the right
+                             denoiser's errors of it are not independent
         κ_b        gain · c_b / D (band_norm grid) or gain · c_b / D_b (dof, whiten), c = weights, lowest band first
         τ_bi       by timestep_weight 1 (x0), √snr_i (eps) or 1/√s (whiten), times 1/√s_b for band_norm whiten; s and
                    s_b are the usual |e|²/D and |P_b e|²/D_b at that noise level, running means over the run
@@ -475,7 +484,7 @@ class DistributionMatchingLoss:
         self, *, gain: float, statistic: str = "u", method: str = "dct", wavelet: str = "db3", levels: int = 2,
         boundary: str = "zero", backend: str = "matrix", weights: Sequence[float] = (0.7, 0.3),
         band_norm: str = "whiten", timestep_weight: str = "x0", kernel: str = "none", bank: float = 0.0,
-        window: tuple[float, float] = (0.19, 3.07), gather: Gather = alone,
+        window: tuple[float, float] = (0.1925, 3.07), gather: Gather = alone,
     ):
         for name, value, choices in (
             ("statistic", statistic, STATISTICS), ("band_norm", band_norm, BAND_NORMS), ("kernel", kernel, KERNELS),
@@ -502,9 +511,12 @@ class DistributionMatchingLoss:
         self.seen: Tensor | None = None  # sums for `describe`, on the device
 
     def __call__(
-        self, x0_hat: Tensor, x0: Tensor, *, snr: Tensor, weight: Tensor, alike: Tensor | None = None
+        self, x0_hat: Tensor, x0: Tensor, *, snr: Tensor, weight: Tensor, alike: Tensor | None = None,
+        picture: Tensor | None = None,
     ) -> Tensor:
         """x0_hat, x0 [B,C,h,w], snr and weight [B] -> losses [B], fp32; weight 0: the sample does not count.
+
+        picture  [B] of integers, the same for samples of the same picture; None: no two are
 
         Raises ValueError for the statistic u of one sample without a bank, and without what the kernel compares by.
         """
@@ -513,7 +525,7 @@ class DistributionMatchingLoss:
             x0 = x0.detach().to(x0_hat)
             error = self.bands.split(x0_hat - x0).transpose(0, 1)  # [B,n,C,h,w]
             with torch.no_grad():
-                mine = self._rows(error.detach(), x0, snr, weight, alike)
+                mine = self._rows(error.detach(), x0, snr, weight, self._features(alike, error), picture)
                 rows, first = mine.of_all(self.gather)
                 sizes, _ = self.gather(torch.cat([mine.weight[:, None], mine.snr[:, None], mine.energy], 1))
                 self.scales.update(sizes)
@@ -576,7 +588,8 @@ class DistributionMatchingLoss:
             self.bank.counts = {tuple(key): count for key, count in data["bank"]}
             self.bank.sums = {key: tensors[f"bank.{i}"].clone() for i, key in enumerate(self.bank.counts)}
 
-    def _rows(self, error: Tensor, x0: Tensor, snr: Tensor, weight: Tensor, alike: Tensor | None) -> Rows:
+    def _rows(self, error: Tensor, x0: Tensor, snr: Tensor, weight: Tensor, alike: Tensor, picture: Tensor | None
+              ) -> Rows:
         """What the others need to know of my samples; error [B,n,C,h,w]."""
         weight, snr = weight.detach().to(error), snr.detach().to(error)
         counts = weight > 0
@@ -587,7 +600,8 @@ class DistributionMatchingLoss:
         whole = error.sum(1).flatten(1).square().mean(1, keepdim=True)  # bands add up, but may not be orthogonal
         energy = torch.cat([inner(error, error) / degrees, whole], 1)
         slope = torch.stack([inner(clean, recovered), inner(recovered, recovered)], 1)
-        return Rows(error, weight, torch.where(counts, snr, 1), energy, slope, self._features(alike, error))
+        names = error.new_zeros(len(error), 0) if picture is None else digits(picture).to(error)
+        return Rows(error, weight, torch.where(counts, snr, 1), energy, slope, alike, names)
 
     def _features(self, alike: Tensor | None, like: Tensor) -> Tensor:
         """What the kernel compares by -> [B,F]."""
@@ -616,7 +630,7 @@ class DistributionMatchingLoss:
         factor = factor[..., None, None, None]
         scaled = factor * rows.error  # [G,n,C,h,w]
         pairs = KERNELS[self.kernel](rows.alike, weight > 0) * weight[:, None] * weight
-        counted = STATISTICS[self.statistic](pairs)
+        counted = STATISTICS[self.statistic](pairs, rows.same)
         common, total = (counted @ scaled.flatten(1)).view_as(scaled), counted.sum()
         if self.bank:
             keys = self.bank.keys(bins, rows)
@@ -640,7 +654,7 @@ class DistributionMatchingLoss:
         degrees = kept(numbers, *self.bands.degrees(scaled.shape[2:]), like=scaled)
         counts = (rows.weight > 0).to(scaled)
         number = counts.sum().clamp(min=1)
-        share = STATISTICS["u"](pairs)
+        share = STATISTICS["u"](pairs, rows.same)
         compared = share.sum() > 0
         share = share / share.sum().clamp(min=TINY)
         gram = torch.einsum("gnd,hnd->ngh", scaled.flatten(2), scaled.flatten(2))

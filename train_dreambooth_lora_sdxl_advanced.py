@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     from trainkit.families import sdxl
 
     instances = preflight(opt)  # every problem in one message
-    with run.start_run(opt) as job:
+    with run.start_run(opt, "dreambooth-lora-sdxl") as job:
         total, stop = opt.run.ends(len(instances), job.world)  # finished steps of the run, and of this session
         rows = [*instances, *class_pictures.class_rows(opt, job)]  # the prior's, generated where they are missing
         family = sdxl.load(opt.model, device=job.device, weight_dtype=job.weight_dtype, compat=opt.run.compat,
@@ -144,7 +144,7 @@ class TrainStep:
             seen = pred.model_input(z, level)
             out = self.family.denoise(seen, level, text=(embeds, pooled), time_ids=batch.time_ids)
         return one.loss(Outcome(out, x0=x0, z=z, n=n.to(x0.device), level=level, share=batch.share,
-                                is_class=batch.is_class, prompts=batch.prompts, text=embeds))
+                                is_class=batch.is_class, prompts=batch.prompts, pictures=batch.pictures, text=embeds))
 
 
 def make_words(opt: Options, family: SDXL, rows: Sequence[Row], store: Store, total: int) -> Text:
@@ -166,11 +166,11 @@ def make_train_step(opt: Options, family: SDXL, words: Text, job: Run) -> TrainS
     """The step with the noise levels, noise and loss that the options ask for."""
     from trainkit.diffusion import Noise, make_levels
     from trainkit.objective import make_objective
-    from trainkit.passes import Pass, Plain
+    from trainkit.passes import Pass, Passes, always
 
     levels = make_levels(opt.objective, family.schedule, opt.run.compat)
     loss = make_objective(opt.objective, family.schedule.prediction, opt.run.compat)
-    return TrainStep(family, words, job, Noise.from_options(opt.objective), Plain(Pass(levels, loss)))
+    return TrainStep(family, words, job, Noise.from_options(opt.objective), Passes(always(Pass(levels, loss))))
 
 
 def export(words: Text, optimizer: Optim, name: str, folder: Path) -> None:

@@ -151,7 +151,7 @@ class TrainStep:
             seen = pred.model_input(z, level)
             out = self.family.denoise(seen, level, text=(embeds, pooled), time_ids=batch.time_ids)
         return one.loss(Outcome(out, x0=x0, z=z, n=n.to(x0.device), level=level, share=batch.share,
-                                is_class=batch.is_class, prompts=batch.prompts, text=embeds))
+                                is_class=batch.is_class, prompts=batch.prompts, pictures=batch.pictures, text=embeds))
 
 
 def make_words(opt: Options, family: Family, rows: Sequence[Row], store: Store, total: int) -> Text:
@@ -175,21 +175,16 @@ def make_train_step(opt: Options, family: Family, words: Text, guide: Guidance, 
     levels = make_levels(opt.objective, family.schedule)  # --compat or not: these two are as in Diffusers' own
     loss = make_objective(opt.objective, family.schedule.prediction)
     passes = make_passes(opt.matching, Pass(levels, loss), partial(make_matcher, opt.matching), seed=job.seed,
-                         snr_gamma=opt.objective.snr_gamma, together=opt.run.train_batch_size * job.world,
-                         latents=(family.latent_channels, *[opt.data.resolution // family.vae_factor] * 2))
+                         snr_gamma=opt.objective.capped_gamma, together=opt.run.train_batch_size * job.world)
     return TrainStep(family, words, guide, job, Noise.from_options(opt.objective), passes)
 
 
 def make_matcher(o: MatchingOptions) -> Matcher:
-    """The statistic that --dist_match and its companions describe, over all ranks."""
+    """The loss that --dist_match and its companions describe, over all ranks."""
     from freq_loss import DistributionMatchingLoss
     from trainkit.runtime import ranks
 
-    return DistributionMatchingLoss(
-        gain=o.gain, statistic=o.statistic, method=o.dist_match_method, wavelet=o.dist_match_wavelet,
-        levels=o.dist_match_levels, boundary=o.dist_match_boundary, backend=o.dist_match_backend, weights=o.weights,
-        band_norm=o.band_norm, timestep_weight=o.timestep_weight, kernel=o.dist_match_kernel, bank=o.dist_match_bank,
-        window=(o.dist_match_min_snr, o.dist_match_max_snr), gather=ranks.gather_rows)
+    return DistributionMatchingLoss(**o.loss, gather=ranks.gather_rows)
 
 
 def trained(opt: Options, lora: Adapters, words: Text, job: Run, total: int) -> list[ParamGroup]:
@@ -230,10 +225,12 @@ def preflight(opt: Options, kind: ModuleType) -> list[Row]:
     rows, data_problems = read_rows(opt.data, seed=opt.run.seed)
     if not model_problems:
         unet = kind.skeleton(model, revision=opt.model.revision)
+        latents = kind.latents(model, opt.data.resolution, vae_path=other_vae, revision=opt.model.revision)
         model_problems = [*adapters.problems(unet, opt.lora, targets=kind.LORA_TARGETS),
-                          *guidance.problems(opt.guidance, rows, unet.config.cross_attention_dim)]
-    asked = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run),
-             *matching.problems(opt.matching, partial(make_matcher, opt.matching))]
+                          *guidance.problems(opt.guidance, rows, unet.config.cross_attention_dim),
+                          *matching.problems(opt.matching, partial(make_matcher, opt.matching),
+                                             [row.caption for row in rows], latents)]
+    asked = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run)]
     refuse([*asked, *model_problems, *data_problems])
     return rows
 

@@ -10,7 +10,7 @@ from trainkit.errors import UserError
 from trainkit.matching import ALIKE, MODES, MatchingTerm, make_passes, problems, window_of
 from trainkit.objective import Outcome, make_objective
 from trainkit.options import MatchingOptions, ObjectiveOptions
-from trainkit.passes import Pass, Plain
+from trainkit.passes import Pass
 
 SD_BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 KEYS = [(7, 3, slot) for slot in range(6)]
@@ -23,8 +23,8 @@ class Recorder:
     def __init__(self, answer: float = 2.0):
         self.answer, self.asked = answer, []
 
-    def __call__(self, x0_hat, x0, *, snr, weight, alike):
-        self.asked.append({"x0_hat": x0_hat, "x0": x0, "snr": snr, "weight": weight, "alike": alike})
+    def __call__(self, x0_hat, x0, *, snr, weight, alike, picture):
+        self.asked.append(dict(x0_hat=x0_hat, x0=x0, snr=snr, weight=weight, alike=alike, picture=picture))
         return torch.full_like(weight, self.answer)
 
     def low(self, x):
@@ -56,8 +56,7 @@ def plain(schedule=None, **flags) -> Pass:
 
 def passes(mode: str, recorder: Recorder | None = None, base: Pass | None = None, together: int = 4, **flags):
     o = MatchingOptions(**{"dist_match_gain": 1.0, "dist_match_mode": mode, **flags})
-    return make_passes(o, base or plain(), lambda: recorder or Recorder(), seed=7, snr_gamma=5.0, together=together,
-                       latents=(4, 8, 8))
+    return make_passes(o, base or plain(), lambda: recorder or Recorder(), seed=7, snr_gamma=5.0, together=together)
 
 
 def outcome(one: Pass, keys=KEYS) -> Outcome:
@@ -68,6 +67,7 @@ def outcome(one: Pass, keys=KEYS) -> Outcome:
     z = one.loss.pred.add_noise(x0, n, level)
     return Outcome(torch.zeros_like(x0), x0=x0, z=z, n=n, level=level, share=torch.ones(len(keys)),
                    is_class=torch.zeros(len(keys)) > 0, prompts=["a", "b", "a", "a", "b", "c"][: len(keys)],
+                   pictures=["1", "2", "3", "1", "5", "6"][: len(keys)],
                    text=torch.randn(len(keys), 5, 3, generator=g))
 
 
@@ -115,8 +115,8 @@ def test_without_a_weight_there_is_one_plain_pass_and_no_loss_is_made():
         raise AssertionError("nothing of the term may be built")
 
     base = plain()
-    one = make_passes(MatchingOptions(), base, unwanted, seed=0, snr_gamma=None, together=1, latents=(4, 8, 8))
-    assert one == Plain(base) and one(0) == (base,) and one.describe() == {} and one.pack() == ({}, {})
+    one = make_passes(MatchingOptions(), base, unwanted, seed=0, snr_gamma=None, together=1)
+    assert one(0) == (base,) and one.describe() == {} and one.pack() == ({}, {})
 
 
 def test_a_second_pass_has_one_level_for_all_and_noise_of_its_own():
@@ -151,6 +151,8 @@ def test_the_term_sees_the_x0_of_the_output():
     torch.testing.assert_close(recorder.asked[0]["x0_hat"], second.loss.pred.to_x0(o.out, o.z, o.level))
     assert recorder.asked[0]["x0"] is o.x0 and recorder.asked[0]["alike"] is None
     torch.testing.assert_close(recorder.asked[0]["weight"], torch.ones(6))  # min(1, 5/snr) in the window
+    picture = recorder.asked[0]["picture"]
+    assert (picture[:, None] == picture[None]).tolist() == [[a == b for b in o.pictures] for a in o.pictures]
 
 
 def test_swap_has_one_pass_and_swaps_the_share_of_steps_asked_for():
@@ -214,8 +216,9 @@ def test_kernels_are_told_what_to_compare_by(kernel):
 
 
 def test_one_picture_has_nothing_to_be_matched_with_but_a_bank():
-    with pytest.raises(UserError, match="--dist_match_bank"):
-        passes("combo", together=1)
+    for changes in ({}, {"dist_match_gain": 0.0, "dist_match": 0.003}):
+        with pytest.raises(UserError, match="--train_batch_size 2 or more"):
+            passes("combo", together=1, **changes)
     passes("combo", together=1, dist_match_bank=0.9)
     assert len(MODES) == 4
 
@@ -230,17 +233,41 @@ def test_what_the_loss_remembers_and_finds_is_the_runs():
 
 def test_what_the_loss_refuses_is_the_runs_message():
     def refusing():
-        raise ValueError("this and that do not go together: leave one out")
+        raise ValueError("zero: is no boundary of this and that: leave one out")
 
-    (problem,) = problems(MatchingOptions(dist_match_gain=1.0), refusing)
-    assert (problem.why, problem.fix) == ("this and that do not go together", "leave one out")
-    assert problems(MatchingOptions(), refusing) == []
-    o = MatchingOptions(dist_match_gain=1.0)
-    with pytest.raises(UserError, match="too small to split"):
-        make_passes(o, plain(), Recorder, seed=0, snr_gamma=None, together=4, latents=(4, 1, 1))
+    o, captions = MatchingOptions(dist_match_gain=1.0), ["a", "b", "a"]
+    (problem,) = problems(o, refusing, captions, (4, 8, 8))
+    assert (problem.why, problem.fix) == ("zero: is no boundary of this and that", "leave one out")
+    (problem,) = problems(o, Recorder, captions, (4, 1, 1))
+    assert problem.why == "too small to split"
+    assert not list(problems(MatchingOptions(), refusing, captions, (4, 8, 8)))
+    assert not list(problems(o, Recorder, captions, (4, 8, 8)))
+
+
+def test_a_class_needs_two_pictures_with_one_caption():
+    o = MatchingOptions(dist_match_gain=1.0, dist_match_kernel="class")
+    (problem,) = problems(o, Recorder, ["a", "b", "c"], (4, 8, 8))
+    assert problem.where == "--dist_match_kernel class"
+    assert not list(problems(o, Recorder, ["a", "b", "a"], (4, 8, 8)))
 
 
 def test_levels_are_comparable_by_whitening_or_by_weighing_them_in_noise():
-    assert MatchingOptions(dist_match_gain=1, dist_match_mode="reuse").timestep_weight == "x0"
-    assert MatchingOptions(dist_match=1, dist_match_mode="reuse").timestep_weight == "eps"
-    assert MatchingOptions(dist_match=1).timestep_weight == "x0"
+    assert MatchingOptions(dist_match_gain=1, dist_match_mode="reuse").loss["timestep_weight"] == "x0"
+    assert MatchingOptions(dist_match=1, dist_match_mode="reuse").loss["timestep_weight"] == "eps"
+    assert MatchingOptions(dist_match=1).loss["timestep_weight"] == "x0"
+
+
+def test_one_flag_is_the_form_as_it_was_first_written_and_the_other_the_better_one():
+    first, better = MatchingOptions(dist_match=0.003), MatchingOptions(dist_match_gain=0.3)
+    assert (first.mode, first.loss["method"], first.loss["statistic"], first.loss["band_norm"]) == (
+        "extra", "wavelet", "sum", "grid")
+    assert (better.mode, better.loss["method"], better.loss["statistic"], better.loss["band_norm"]) == (
+        "combo", "dct", "u", "whiten")
+
+
+def test_what_decides_the_bits_is_what_flags_come_to_not_how_they_were_written():
+    short, long = MatchingOptions(dist_match=0.003), MatchingOptions(dist_match=0.003, dist_match_statistic="sum")
+    assert short.decisive() == long.decisive() != MatchingOptions(dist_match=0.004).decisive()
+    assert MatchingOptions(dist_match_mode="swap", dist_match_swap=0.2).decisive() == MatchingOptions().decisive()
+    swaps = [MatchingOptions(dist_match_gain=1, dist_match_mode="swap", dist_match_swap=p) for p in (0.2, 0.3)]
+    assert swaps[0].decisive() != swaps[1].decisive()

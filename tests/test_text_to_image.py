@@ -19,7 +19,7 @@ from trainkit.guidance import Features, write_features
 
 TRAINER = "train_text_to_image_lora"
 STEPS = 4
-SEED_FORM = {"dist_match": 0.003, "dist_match_mode": "extra", "dist_match_method": "wavelet"}
+SEED_FORM = {"dist_match": 0.003}
 FEATURES = {
     "model": ["tiny_sd", "tiny_sd2", "tiny_sdxl"],
     "matching": [{}, SEED_FORM, {"dist_match_gain": 0.3}, {"dist_match_gain": 0.3, "dist_match_mode": "swap"},
@@ -180,7 +180,7 @@ def test_the_statistic_is_over_all_processes(changes, tiny_sd, pictures, tmp_pat
 def test_a_single_picture_a_step_is_refused_for_pairs(tiny_sd, pictures, tmp_path):
     argv = captioned(tiny_sd, pictures, tmp_path / "out", dist_match_gain=1, train_batch_size=1)
     done = forked(argv, trainer=TRAINER, log=tmp_path / "log")
-    assert done.code == 2 and "--dist_match_bank" in done.output
+    assert done.code == 2 and "--train_batch_size 2 or more" in done.output
 
 
 # -- what the Diffusers scripts get wrong -----------------------------------------------------------------------------

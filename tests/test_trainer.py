@@ -31,7 +31,7 @@ from trainkit.families.text import FrozenText
 from trainkit.objective import make_objective
 from trainkit.optim import ParamGroup, make_optimizer
 from trainkit.options import DataOptions, LoraOptions, ModelOptions, ObjectiveOptions, OptimizerOptions
-from trainkit.passes import Pass, Plain
+from trainkit.passes import Pass, Passes, always
 from trainkit.runtime.gradients import Gradients
 
 SEED, GLOBAL_BATCH, GAMMA = 3, 8, 5.0
@@ -82,7 +82,7 @@ def rig(model: Path, data: Path, *, gamma: float | None = None, dtype: torch.dty
     family.settle(keep_vae=pictures.live)
     job = SimpleNamespace(seed=SEED, device=CPU, autocast=nullcontext)
     loss = make_objective(ObjectiveOptions(snr_gamma=gamma), family.schedule.prediction)
-    passes = Plain(Pass(make_levels(ObjectiveOptions(), family.schedule), loss))
+    passes = Passes(always(Pass(make_levels(ObjectiveOptions(), family.schedule), loss)))
     step = TrainStep(family, prompts, job, Noise(), passes)
     return Rig(step, lora, pictures, encoders)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from trainkit.data.cache import content_key
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 DECISIVE = ("data", "text", "pivotal", "guidance", "lora", "objective", "matching", "optimizer")
 IN_CONTENT = {
     "dataset_name", "dataset_config_name", "instance_data_dir", "train_data_dir", "image_column", "caption_column",
-    "instance_prompt", "max_train_samples", "repeats", "cache_dir", "latent_cache_dir", "guidance_token",
-    "guidance_features",
+    "instance_prompt", "max_train_samples", "repeats", "cache_dir", "latent_cache_dir",
 }
 TURNED = {
     "learning_rate", "scale_lr", "text_encoder_lr", "text_encoder_2_lr", "lr_warmup_steps", "lr_num_cycles",
@@ -35,18 +34,19 @@ def fingerprint(opt: OptionSet, rows: Sequence[Row], family: Family, job: Run, t
 
     Other values of these, and going on from a checkpoint would not be going on.
     """
-    flags, concerns = opt.flat(), opt.concerns()
-    decisive = [name for concern in DECISIVE if concern in concerns for name in concerns[concern].model_fields]
+    concerns = [getattr(opt, concern) for concern in DECISIVE if concern in opt.concerns()]
+    decisive = {flag: value for concern in concerns for flag, value in concern.decisive().items()}
+    matched = isinstance(decisive.get("--dist_match"), dict)  # a loss compares the pictures of a micro-batch
     return {
         "base model": family.identity, "pictures": contents([row for row in rows if not row.is_class]),
         "class pictures": contents([row for row in rows if row.is_class]),
         "--prior_loss_weight": [row.share for row in rows if row.is_class][:1],
         "pictures in a step": job.global_batch, "--seed": job.seed, "--mixed_precision": job.precision,
         "pictures in a micro-batch": opt.run.train_batch_size if opt.lora.lora_dropout else None,  # it cuts the masks
-        "pictures matched with one another": opt.run.train_batch_size * job.world if is_matched(flags) else None,
+        "pictures matched with one another": opt.run.train_batch_size * job.world if matched else None,
         "--allow_tf32": opt.precision.allow_tf32, "--compat": opt.run.compat,
         "steps": total if depends_on_length(opt) else None,
-        **{f"--{name}": flags[name] for name in decisive if name not in IN_CONTENT | TURNED},
+        **{flag: value for flag, value in decisive.items() if flag.removeprefix("--") not in IN_CONTENT | TURNED},
         **more,
     }
 
@@ -54,11 +54,6 @@ def fingerprint(opt: OptionSet, rows: Sequence[Row], family: Family, job: Run, t
 def contents(rows: Sequence[Row]) -> str | None:
     """Digest of pictures and captions; None without any."""
     return content_key(*[(row.id, row.digest, *row.all_captions, row.repeat) for row in rows]) if rows else None
-
-
-def is_matched(flags: Mapping[str, object]) -> bool:
-    """Whether a loss compares the pictures of a micro-batch, so that its size counts, over all ranks."""
-    return bool(flags.get("dist_match") or flags.get("dist_match_gain"))
 
 
 def depends_on_length(opt: OptionSet) -> bool:

@@ -13,7 +13,7 @@ docs/frequency.md has the modes side by side, measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,30 +24,24 @@ from trainkit import rng
 from trainkit.diffusion import Level, LevelSampler
 from trainkit.errors import Problem, UserError
 from trainkit.objective import Outcome
-from trainkit.passes import Pass, Passes, Plain
+from trainkit.passes import Memory, Pass, Passes, always
 
 if TYPE_CHECKING:
-    from trainkit.files import Json
     from trainkit.options import MatchingOptions
 
 BISECTIONS = 60  # of [0, 1]: to the last bit of an fp64 number
 EXTRA = "matching"  # sets the noise of the second pass apart
 
 
-class Matcher(Protocol):
+class Matcher(Memory, Protocol):
     """What this room asks of the loss; see freq_loss.DistributionMatchingLoss."""
 
-    def __call__(self, x0_hat: Tensor, x0: Tensor, *, snr: Tensor, weight: Tensor, alike: Tensor | None) -> Tensor: ...
+    def __call__(self, x0_hat: Tensor, x0: Tensor, *, snr: Tensor, weight: Tensor, alike: Tensor | None,
+                 picture: Tensor) -> Tensor: ...
 
     def low(self, x: Tensor) -> Tensor: ...
 
     def require(self, latents: tuple[int, int, int]) -> None: ...
-
-    def describe(self) -> dict[str, float]: ...
-
-    def pack(self) -> tuple[dict[str, Tensor], dict[str, Json]]: ...
-
-    def unpack(self, tensors: dict[str, Tensor], data: dict[str, Json]) -> None: ...
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -98,9 +92,9 @@ def crossing(levels: LevelSampler, snr: float) -> float:
 # The term
 
 
-def same_caption(o: Outcome) -> Tensor:
-    """A number per caption -> [B] long: pictures with the same caption are a class."""
-    return torch.tensor([rng.seed_of(prompt) for prompt in o.prompts], device=o.x0.device)
+def numbered(names: Sequence[str], like: Tensor) -> Tensor:
+    """A number for each name, the same for the same name on every rank -> [B] long."""
+    return torch.tensor([rng.seed_of(name) for name in names], device=like.device)
 
 
 def text_features(o: Outcome) -> Tensor:
@@ -111,7 +105,7 @@ def text_features(o: Outcome) -> Tensor:
 
 ALIKE: dict[str, Callable[[Outcome, Matcher], Tensor | None]] = {
     "none": lambda o, matcher: None,
-    "class": lambda o, matcher: same_caption(o),
+    "class": lambda o, matcher: numbered(o.prompts, o.x0),  # pictures with the same caption
     "text": lambda o, matcher: text_features(o),
     "latent": lambda o, matcher: matcher.low(o.z).flatten(1),
 }
@@ -136,73 +130,50 @@ class MatchingTerm:
             weight = weight * (self.snr_gamma / snr).clamp(max=1)
         if self.bounds:
             weight = weight * ((snr >= self.bounds[0]) & (snr <= self.bounds[1]))
-        return self.matcher(x0_hat, o.x0, snr=snr, weight=weight, alike=ALIKE[self.kernel](o, self.matcher))
+        return self.matcher(x0_hat, o.x0, snr=snr, weight=weight, alike=ALIKE[self.kernel](o, self.matcher),
+                            picture=numbered(o.pictures, o.x0))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Modes: (the ordinary pass, the term, the window, options, seed) -> the passes of a step
+# Modes: (the ordinary pass, the term, the window, options, seed) -> step -> its passes
 
-
-@dataclass(frozen=True)
-class Always:
-    """The same passes in every step."""
-
-    passes: tuple[Pass, ...]
-
-    def __call__(self, step: int) -> Sequence[Pass]:
-        return self.passes
-
-
-@dataclass(frozen=True)
-class Swap:
-    """One pass a step: with probability p the shared one, by (seed, step), on every rank alike."""
-
-    plain: Pass
-    shared: Pass
-    p: float
-    seed: int
-
-    def __call__(self, step: int) -> Sequence[Pass]:
-        swapped = bool(rng.uniform([(self.seed, step)], "swap") < self.p)
-        return (self.shared if swapped else self.plain,)
-
-
-Choice = Always | Swap
+Choice = Callable[[int], Sequence[Pass]]
 
 
 def extra(plain: Pass, term: MatchingTerm, window: Window, o: MatchingOptions, seed: int) -> Choice:
-    """The seed's form: a second forward and backward pass for the term alone."""
+    """A second forward and backward pass for the term alone."""
     alone = plain.loss.scaled(lambda level: torch.zeros_like(level.s)).plus(term)
-    return Always((plain, Pass(window, alone, EXTRA, shared=True)))
+    return always(plain, Pass(window, alone, EXTRA, shared=True))
 
 
 def combo(plain: Pass, term: MatchingTerm, window: Window, o: MatchingOptions, seed: int) -> Choice:
     """The second pass carries the ordinary loss too: it is trained on as more data."""
-    return Always((plain, Pass(window, plain.loss.plus(term), EXTRA, shared=True)))
+    return always(plain, Pass(window, plain.loss.plus(term), EXTRA, shared=True))
 
 
 def swap(plain: Pass, term: MatchingTerm, window: Window, o: MatchingOptions, seed: int) -> Choice:
-    """No second pass. The law of the levels becomes (1−p)·base + p·window, and the ordinary loss is weighed by base
-    over that, 1/(1−p) outside of the window and 1/(1−p + p/q) in it, so that its expectation stays.
+    """No second pass: with probability p a step, on every rank, is at one level for all and carries the term.
 
-    q is the window's probability under the base law.
+    The law of the levels becomes (1−p)·base + p·window, and the ordinary loss is weighed by base over that, 1/(1−p)
+    outside of the window and 1/(1−p + p/q) in it, so that its expectation stays; q is the window's probability under
+    the base law.
     """
     p = o.dist_match_swap
-    ends = window(torch.tensor([0.0, 1 - 2**-40], dtype=torch.float64)).snr
-    low, high = sorted(ends.tolist())
+    low, high = sorted(window(torch.tensor([0.0, 1 - 2**-40], dtype=torch.float64)).snr.tolist())
 
     def ratio(level: Level) -> Tensor:
         inside = (level.snr >= low) & (level.snr <= high)
         return torch.where(inside, 1 / (1 - p + p / window.share), 1 / (1 - p))
 
-    weighed = plain.loss.scaled(ratio)
-    return Swap(replace(plain, loss=weighed), Pass(window, weighed.plus(term), shared=True), p, seed)
+    ordinary = replace(plain, loss=plain.loss.scaled(ratio))
+    swapped = Pass(window, ordinary.loss.plus(term), shared=True)
+    return lambda step: (swapped if rng.uniform([(seed, step)], "swap") < p else ordinary,)
 
 
 def reuse(plain: Pass, term: MatchingTerm, window: Window, o: MatchingOptions, seed: int) -> Choice:
     """No second pass: the ordinary samples whose levels happen to lie in the window, each at its own."""
     inside = replace(term, bounds=(o.dist_match_min_snr, o.dist_match_max_snr))
-    return Always((replace(plain, loss=plain.loss.plus(inside)),))
+    return always(replace(plain, loss=plain.loss.plus(inside)))
 
 
 MODES: dict[str, Callable[[Pass, MatchingTerm, Window, MatchingOptions, int], Choice]] = {
@@ -210,67 +181,50 @@ MODES: dict[str, Callable[[Pass, MatchingTerm, Window, MatchingOptions, int], Ch
 }
 
 
-@dataclass(frozen=True)
-class Matching:
-    """Passes of which some carry the term; what is remembered is the term's."""
-
-    choice: Choice
-    matcher: Matcher
-
-    def __call__(self, step: int) -> Sequence[Pass]:
-        return self.choice(step)
-
-    def describe(self) -> dict[str, float]:
-        """What the term found since it was last asked: see docs/frequency.md."""
-        return self.matcher.describe()
-
-    def pack(self) -> tuple[dict[str, Tensor], dict[str, Json]]:
-        return self.matcher.pack()
-
-    def unpack(self, tensors: dict[str, Tensor], data: dict[str, Json]) -> None:
-        self.matcher.unpack(tensors, data)
+# ----------------------------------------------------------------------------------------------------------------------
+# From options to passes
 
 
-def problems(o: MatchingOptions, matcher: Callable[[], Matcher]) -> list[Problem]:
-    """What of the options does not go together, in the words of the loss that `matcher` makes."""
+def problems(o: MatchingOptions, matcher: Callable[[], Matcher], captions: Sequence[str], latents: tuple[int, int, int]
+             ) -> Iterator[Problem]:
+    """What keeps the options from being trained with, in the words of the loss that `matcher` makes.
+
+    captions  of all pictures, one each
+    latents   shape (C,h,w) of one sample
+    """
+    if not o.active:
+        return
     try:
-        if o.active:
-            matcher()
+        matcher().require(latents)
     except (ValueError, ImportError) as error:
-        return [_unfit(error)]
-    return []
-
-
-def _unfit(error: Exception) -> Problem:
-    what, _, fix = str(error).partition(": ")
-    return Problem("distribution matching cannot be computed like this", "--dist_match_...", what,
-                   fix or "see --help for the --dist_match flags")
+        why, _, fix = str(error).rpartition(": ")
+        yield Problem("distribution matching cannot be computed like this", "--dist_match_...", why or fix,
+                      fix if why else "see the --dist_match flags in --help")
+    if o.dist_match_kernel == "class" and len(set(captions)) == len(captions):
+        yield Problem("no two pictures are of one class", "--dist_match_kernel class",
+                      "a class is made of the pictures with the same caption, and every caption here is another",
+                      "--dist_match_kernel text compares by likeness of the captions, none all with all")
 
 
 def make_passes(
     o: MatchingOptions, plain: Pass, matcher: Callable[[], Matcher], *, seed: int, snr_gamma: float | None,
-    together: int, latents: tuple[int, int, int],
+    together: int,
 ) -> Passes:
     """The passes of a run: the ordinary one alone, or those of --dist_match_mode with the term that `matcher` makes.
 
-    together  samples of a micro-batch over all ranks
-    latents   shape (C,h,w) of one of them
+    snr_gamma  Min-SNR's γ where the ordinary loss is weighed by it
+    together   samples of a micro-batch over all ranks
     Without --dist_match and --dist_match_gain nothing of this is built, so such a run is the plain one bit for bit.
-    Raises UserError where the run's law of noise levels has none in the window, no sample has another beside it, or
-    latents of this shape cannot be split.
+    Raises UserError where the run's law of noise levels has none in the window, or no sample has another beside it.
     """
     if not o.active:
-        return Plain(plain)
-    if together == 1 and o.statistic == "u" and not o.dist_match_bank:
+        return Passes(always(plain))
+    if together == 1 and o.statistic != "diagonal" and not o.dist_match_bank:
         raise UserError(Problem(
             "distribution matching with one picture a micro-batch", "--train_batch_size 1",
-            "the unbiased statistic is made of pairs of pictures, and there is no pair",
-            "--train_batch_size 2 or more, or --dist_match_bank 0.9, which keeps what earlier pictures had in common"))
+            "it is about what several pictures have wrong in common, and there is one",
+            "--train_batch_size 2 or more"))
     window = window_of(plain.levels, o.dist_match_min_snr, o.dist_match_max_snr)
     loss = matcher()
-    try:
-        loss.require(latents)
-    except ValueError as error:
-        raise UserError(_unfit(error)) from error
     term = MatchingTerm(loss, o.dist_match_kernel, snr_gamma)
-    return Matching(MODES[o.dist_match_mode](plain, term, window, o, seed), loss)
+    return Passes(MODES[o.mode](plain, term, window, o, seed), loss)

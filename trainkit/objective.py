@@ -151,6 +151,7 @@ class Outcome:
     share: Tensor  # [B], 1 for instances and prior_loss_weight for class images
     is_class: Tensor  # [B] bool
     prompts: Sequence[str] = ()  # B of them
+    pictures: Sequence[str] = ()  # B digests of files
     text: Tensor | None = None  # [B,T,D], what the network was told
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -41,10 +41,8 @@ class Pass:
         return self.levels(rng.uniform([(seed, step)], "shared timestep").expand(len(keys)))
 
 
-class Passes(Protocol):
-    """The passes of a step, a function of the step alone, and what they remember from step to step."""
-
-    def __call__(self, step: int) -> Sequence[Pass]: ...
+class Memory(Protocol):
+    """What a loss remembers from step to step, and has found since it was last asked."""
 
     def describe(self) -> dict[str, float]: ...
 
@@ -54,20 +52,26 @@ class Passes(Protocol):
 
 
 @dataclass(frozen=True)
-class Plain:
-    """One pass a step, nothing to remember."""
+class Passes:
+    """The passes of every step, a function of the step alone; and the memory of a loss that has one."""
 
-    one: Pass
+    of_step: Callable[[int], Sequence[Pass]]
+    memory: Memory | None = None
 
     def __call__(self, step: int) -> Sequence[Pass]:
-        return (self.one,)
+        return self.of_step(step)
 
     def describe(self) -> dict[str, float]:
-        """Nothing beyond what every run logs."""
-        return {}
+        return self.memory.describe() if self.memory else {}
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Json]]:
-        return {}, {}
+        return self.memory.pack() if self.memory else ({}, {})
 
     def unpack(self, tensors: dict[str, Tensor], data: dict[str, Json]) -> None:
-        """There is no state."""
+        if self.memory:
+            self.memory.unpack(tensors, data)
+
+
+def always(*passes: Pass) -> Callable[[int], Sequence[Pass]]:
+    """The same passes in every step."""
+    return lambda step: passes

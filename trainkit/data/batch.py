@@ -30,6 +30,7 @@ class Sample:
     time_ids: Tensor  # [6]  original h, w · crop top, left · target h, w  (pixels)
     share: float  # 1 for instances, prior_loss_weight for class pictures
     is_class: bool = False
+    picture: str = ""  # digest of its file: the same for its repeats
     pixels: Tensor | None = None  # [3,H,W] in -1..1
     mean: Tensor | None = None  # [C,h,w] of the VAE posterior
     logvar: Tensor | None = None  # [C,h,w]
@@ -48,6 +49,7 @@ class Batch:
     share: Tensor  # [B]
     is_class: Tensor  # [B] bool
     num_instance: int  # instance rows in the whole optimizer step, all ranks and micro-batches: the loss divisor
+    pictures: tuple[str, ...] = ()  # B digests of files
     pixels: Tensor | None = None  # [B,3,H,W]
     mean: Tensor | None = None  # [B,C,h,w]
     logvar: Tensor | None = None  # [B,C,h,w]
@@ -77,5 +79,6 @@ def collate(samples: Sequence[Sample], num_instance: int) -> Batch:
         slots=tuple(s.slot for s in samples), prompts=tuple(s.prompt for s in samples),
         time_ids=torch.stack([s.time_ids for s in samples]), share=torch.tensor([s.share for s in samples]),
         is_class=torch.tensor([s.is_class for s in samples]), num_instance=num_instance,
+        pictures=tuple(s.picture for s in samples),
         pixels=stack("pixels"), mean=stack("mean"), logvar=stack("logvar"),
     )

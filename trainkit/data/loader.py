@@ -51,7 +51,7 @@ class Pictures(Dataset[Sample]):
         row = self.rows[slot.row]
         plan = self.policy.plan(row, seed=self.seed, epoch=slot.epoch)
         sample = partial(Sample, slot=slot, prompt=self.caption(row, slot.epoch), share=row.share,
-                         is_class=row.is_class, time_ids=self.policy.time_ids(row, plan))
+                         is_class=row.is_class, picture=row.digest, time_ids=self.policy.time_ids(row, plan))
         if self.latents is None:
             return sample(pixels=self.policy.pixels(load_picture(row), plan))
         mean, logvar = self.latents(row, plan)

@@ -1,4 +1,7 @@
-"""The model families that can be trained, each a module with `problems`, `skeleton`, `load` and `LORA_TARGETS`."""
+"""The model families that can be trained.
+
+Each is a module with `problems`, `latents`, `native_resolution`, `skeleton`, `load` and `LORA_TARGETS`.
+"""
 
 from __future__ import annotations
 

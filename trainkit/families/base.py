@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from trainkit import diffusion, rng
 from trainkit.diffusion import Level, Schedule
-from trainkit.errors import Problem, UserError
+from trainkit.errors import Problem, UserError, refuse
 from trainkit.families.pretrained import (
     Json,
     Repo,
@@ -46,6 +46,7 @@ MODEL_FLAG, VAE_FLAG = "--pretrained_model_name_or_path", "--pretrained_vae_mode
 NETWORK = "UNet2DConditionModel"  # what is trained
 CLIP_LAYERS = 12  # where a text encoder's config does not say
 TIMESTEPS = 1000  # where a scheduler's does not
+UNET_NEEDS, VAE_NEEDS = ("in_channels", "block_out_channels"), ("latent_channels", "block_out_channels")  # of a config
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
@@ -84,17 +85,17 @@ def problems(layout: Layout, path: str, *, resolution: int, vae_path: str | None
     timesteps  --min_timestep and --max_timestep
     """
     model = Repo(str(path), MODEL_FLAG, revision)
-    vae = Repo(str(vae_path), VAE_FLAG) if vae_path else model
-    vae_folder = "" if vae_path else "vae"
+    vae, vae_folder = vae_place(model, vae_path)
+    vae_file = f"{vae_folder}/config.json".lstrip("/")
     try:
         found = model.unreachable("model_index.json") + (vae.unreachable("config.json") if vae_path else [])
         if found:
             return found
-        vae_config = vae.json(f"{vae_folder}/config.json".lstrip("/"))
-        found = [*folder_problems(layout, model), *no_vae(model, vae, vae_config)]
+        vae_config, unet_config = vae.json(vae_file), model.json("unet/config.json")
+        found = [*folder_problems(layout, model), *no_vae(model, vae, vae_config)] or [
+            *lacks(model, "unet/config.json", unet_config, UNET_NEEDS), *lacks(vae, vae_file, vae_config, VAE_NEEDS)]
         if found:
             return found
-        unet_config = model.json("unet/config.json")
         found = [*fit_problems(model, unet_config, vae_config),
                  *schedule_problems(model, prediction_type=prediction_type, timesteps=timesteps,
                                     rescale_betas_zero_snr=rescale_betas_zero_snr),
@@ -103,6 +104,11 @@ def problems(layout: Layout, path: str, *, resolution: int, vae_path: str | None
         return [*damaged.problems]
     found += model.weight_problems(("unet", *layout.text_encoders), variant)
     return found + [*vae.weight_problems((vae_folder,), None if vae_path else variant)]
+
+
+def vae_place(model: Repo, vae_path: str | None) -> tuple[Repo, str]:
+    """Whose VAE it is, and the folder in there."""
+    return (Repo(str(vae_path), VAE_FLAG), "") if vae_path else (model, "vae")
 
 
 def folder_problems(layout: Layout, model: Repo) -> Iterator[Problem]:
@@ -130,6 +136,14 @@ def no_vae(model: Repo, vae: Repo, config: Json | None) -> Iterator[Problem]:
     if config is None and model.has("model_index.json"):
         missing = "config.json" if vae.flag == VAE_FLAG else "vae/config.json"
         yield vae.problem("no VAE there", f"{missing} is missing", f"name a folder that holds a VAE in {VAE_FLAG}")
+
+
+def lacks(repo: Repo, file: str, config: Json | None, names: Sequence[str]) -> Iterator[Problem]:
+    """Values that a network's config must have and does not."""
+    missing = ", ".join(name for name in names if (config or {}).get(name) is None)
+    if missing:
+        yield repo.problem(f"{file} lacks {missing}", "the sizes of the model are read from there",
+                           f"copy {file} of the model there again", kind="data")
 
 
 def fit_problems(model: Repo, unet: Json, vae: Json) -> Iterator[Problem]:
@@ -192,6 +206,29 @@ def resolution_problems(resolution: int, unet: Json, vae: Json) -> Iterator[Prob
 def halvings(config: Json) -> int:
     """Pixels (or latents) a side per innermost cell: every level but the last halves the sides."""
     return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def latents(path: str, resolution: int, *, vae_path: str | None = None, revision: str | None = None
+            ) -> tuple[int, int, int]:
+    """Shape (C,h,w) of the latents of square pictures, for a model that `problems` has nothing against."""
+    vae, folder = vae_place(Repo(str(path), MODEL_FLAG, revision), vae_path)
+    config = vae.json(f"{folder}/config.json".lstrip("/")) or {}
+    side = resolution // halvings(config)
+    return int(config["latent_channels"]), side, side
+
+
+def native_resolution(path: str, revision: str | None = None) -> int:
+    """Pixels a side that the model was made for: the UNet's sample_size times the VAE's factor.
+
+    Raises UserError for a model that cannot be read, or does not say.
+    """
+    model = Repo(str(path), MODEL_FLAG, revision)
+    refuse(model.unreachable("unet/config.json"))
+    unet, vae = model.json("unet/config.json"), model.json("vae/config.json")
+    refuse([*lacks(model, "unet/config.json", unet, ("sample_size",)),
+            *lacks(model, "vae/config.json", vae, ("block_out_channels",))])
+    size = unet["sample_size"]  # [h,w] where a model is not of squares
+    return halvings(vae) * (max(size) if isinstance(size, list) else size)
 
 
 def skeleton(path: str, *, revision: str | None = None) -> UNet2DConditionModel:
@@ -392,7 +429,7 @@ def load_parts(options: ModelOptions, layout: Layout, encoders: Sequence[type[Pr
 
     model = Repo(str(options.pretrained_model_name_or_path), MODEL_FLAG, options.revision)
     other, variant = options.pretrained_vae_model_name_or_path, options.variant
-    vae_repo, vae_folder, vae_variant = (Repo(str(other), VAE_FLAG), "", None) if other else (model, "vae", variant)
+    (vae_repo, vae_folder), vae_variant = vae_place(model, other), None if other else variant
     files, full = {"variant": variant, "use_safetensors": True}, torch.float32
     with quiet_loading():
         unet = load_part(model, UNet2DConditionModel, "unet", torch_dtype=weight_dtype, **files)

@@ -18,7 +18,16 @@ from torch import Tensor
 from trainkit.diffusion import Level
 from trainkit.errors import Problem
 from trainkit.families import base
-from trainkit.families.base import LORA_TARGETS, TEXT_LORA_TARGETS, Encoded, Family, Layout, skeleton
+from trainkit.families.base import (
+    LORA_TARGETS,
+    TEXT_LORA_TARGETS,
+    Encoded,
+    Family,
+    Layout,
+    latents,
+    native_resolution,
+    skeleton,
+)
 from trainkit.families.pretrained import Json, Repo
 from trainkit.families.text import tokens
 
@@ -27,7 +36,8 @@ if TYPE_CHECKING:
 
     from trainkit.options import ModelOptions
 
-__all__ = ["LAYOUT", "LORA_TARGETS", "SD", "TEXT_LORA_TARGETS", "load", "problems", "skeleton"]
+__all__ = ["LAYOUT", "LORA_TARGETS", "SD", "TEXT_LORA_TARGETS", "latents", "load", "native_resolution", "problems",
+           "skeleton"]
 
 TEXT_ENCODER = "CLIPTextModel"
 OTHER_INPUTS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")  # of a UNet, besides text

@@ -16,7 +16,16 @@ from torch import Tensor
 from trainkit.diffusion import Level
 from trainkit.errors import Problem
 from trainkit.families import base
-from trainkit.families.base import LORA_TARGETS, TEXT_LORA_TARGETS, Encoded, Family, Layout, skeleton
+from trainkit.families.base import (
+    LORA_TARGETS,
+    TEXT_LORA_TARGETS,
+    Encoded,
+    Family,
+    Layout,
+    latents,
+    native_resolution,
+    skeleton,
+)
 from trainkit.families.pretrained import Json, Repo
 from trainkit.families.sgm import read_name, text_name, webui_name
 from trainkit.families.text import token_ids
@@ -26,7 +35,8 @@ if TYPE_CHECKING:
 
     from trainkit.options import ModelOptions
 
-__all__ = ["LAYOUT", "LORA_TARGETS", "SDXL", "TEXT_LORA_TARGETS", "load", "problems", "skeleton"]
+__all__ = ["LAYOUT", "LORA_TARGETS", "SDXL", "TEXT_LORA_TARGETS", "latents", "load", "native_resolution", "problems",
+           "skeleton"]
 
 PENULTIMATE = 2  # SDXL conditions on the last-but-one hidden state of both encoders
 

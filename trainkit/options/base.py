@@ -134,6 +134,10 @@ class Concern(BaseModel):
     def flags(cls, concern: str) -> Iterator[Flag]:
         return (Flag(name, concern, field) for name, field in cls.model_fields.items())
 
+    def decisive(self) -> dict[str, object]:
+        """What of it decides the bits of a run, by flag: all, unless a concern knows better."""
+        return {f"--{name}": REDACTED if isinstance(value, SecretStr) else value for name, value in self}
+
     @classmethod
     def title(cls) -> str:
         return (cls.__doc__ or "").partition("\n")[0]

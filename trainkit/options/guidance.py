@@ -18,3 +18,8 @@ class GuidanceOptions(Concern):
     guidance_features: str | None = opt(
         None, "the features: what scripts/extract_clip_features.py wrote for these pictures", unit="path",
         min_length=1)
+
+    def decisive(self) -> dict[str, object]:
+        """Nothing where there is no token; the switch's value and the place of the features never."""
+        return {f"--{name}": getattr(self, name) for name in ("guidance_token_scale", "guidance_token_dropout")
+                } if self.guidance_token else {}

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import field_validator
 
-from trainkit.options.base import Concern, opt
+from trainkit.options.base import Concern, Value, opt
 
 
 class MatchingOptions(Concern):
@@ -22,9 +22,9 @@ class MatchingOptions(Concern):
     dist_match_statistic: Literal["sum", "diagonal", "u"] | None = opt(
         None, "what is measured: the squared sum of the errors, its part that each picture has alone (a control), or "
         "its part that two pictures share (U statistic). Without it sum with --dist_match, u with --dist_match_gain")
-    dist_match_method: Literal["dct", "wavelet", "fft"] = opt(
-        "dct", "how coarse and fine are told apart: orthogonally at every size (dct), by wavelets, or by a disc of "
-        "frequencies (fft)")
+    dist_match_method: Literal["dct", "wavelet", "fft"] | None = opt(
+        None, "how coarse and fine are told apart: orthogonally at every size (dct), by wavelets, or by a disc of "
+        "frequencies (fft). Without it wavelet with --dist_match, dct with --dist_match_gain")
     dist_match_wavelet: str = opt("db3", "wavelet of the method wavelet, as PyWavelets names it", unit="name",
                                   min_length=1)
     dist_match_levels: int = opt(
@@ -45,10 +45,10 @@ class MatchingOptions(Concern):
     dist_match_kernel: Literal["none", "class", "text", "latent"] = opt(
         "none", "which pictures are compared: all alike, those with the same caption, or the more, the closer their "
         "captions (text) or their coarse noisy latents (latent) are")
-    dist_match_mode: Literal["extra", "combo", "swap", "reuse"] = opt(
-        "combo", "where the batch at one noise level comes from: a second forward pass a step for this term alone "
+    dist_match_mode: Literal["extra", "combo", "swap", "reuse"] | None = opt(
+        None, "where the batch at one noise level comes from: a second forward pass a step for this term alone "
         "(extra) or for the ordinary loss too (combo), some of the steps themselves (swap), or the ordinary batch, at "
-        "whatever levels are in the window (reuse)")
+        "whatever levels are in the window (reuse). Without it extra with --dist_match, combo with --dist_match_gain")
     dist_match_min_snr: float = opt(
         0.1925, "lowest signal-to-noise ratio the term is computed at; 0.1925 is timestep 599 of Stable Diffusion's "
         "schedule", unit="SNR", ge=0)
@@ -57,8 +57,8 @@ class MatchingOptions(Concern):
     dist_match_swap: float = opt(
         0.5, "share of the steps whose batch has one noise level, with --dist_match_mode swap", unit="0..1", gt=0, lt=1)
     dist_match_bank: float = opt(
-        0.0, "decay of a running mean of the errors of past batches, which stands for a batch of hundreds; 0.9 to 0.99 "
-        "are usual, 0: none", unit="0..1", ge=0, lt=1)
+        0.0, "decay of a running mean of the errors of past batches, which counts as decay / (1 - decay) of them; for "
+        "sets of hundreds of pictures, since it holds each picture's own errors too; 0: none", unit="0..1", ge=0, lt=1)
 
     @field_validator("dist_match_weights")
     @classmethod
@@ -86,18 +86,26 @@ class MatchingOptions(Concern):
         return self.dist_match_statistic or ("sum" if self.dist_match else "u")
 
     @property
-    def weights(self) -> tuple[float, ...]:
-        """Weights of the bands, lowest first."""
-        return _numbers(self.dist_match_weights)
+    def mode(self) -> str:
+        return self.dist_match_mode or ("extra" if self.dist_match else "combo")
 
     @property
-    def band_norm(self) -> str:
-        return self.dist_match_band_norm or ("whiten" if self.statistic == "u" else "grid")
+    def loss(self) -> dict[str, Value | tuple[float, ...]]:
+        """Arguments of freq_loss.DistributionMatchingLoss, defaults that depend on others filled in."""
+        band_norm = self.dist_match_band_norm or ("whiten" if self.statistic == "u" else "grid")
+        mixed = self.mode == "reuse" and band_norm != "whiten"  # whitening makes levels comparable
+        return {
+            "gain": self.gain, "statistic": self.statistic, "weights": _numbers(self.dist_match_weights),
+            "method": self.dist_match_method or ("wavelet" if self.dist_match else "dct"),
+            "wavelet": self.dist_match_wavelet, "levels": self.dist_match_levels, "boundary": self.dist_match_boundary,
+            "backend": self.dist_match_backend, "kernel": self.dist_match_kernel, "bank": self.dist_match_bank,
+            "band_norm": band_norm, "timestep_weight": self.dist_match_timestep_weight or ("eps" if mixed else "x0"),
+            "window": (self.dist_match_min_snr, self.dist_match_max_snr),
+        }
 
-    @property
-    def timestep_weight(self) -> str:
-        mixed = self.dist_match_mode == "reuse" and self.band_norm != "whiten"  # whitening makes levels comparable
-        return self.dist_match_timestep_weight or ("eps" if mixed else "x0")
+    def decisive(self) -> dict[str, object]:
+        swap = self.dist_match_swap if self.mode == "swap" else None
+        return {"--dist_match": {**self.loss, "mode": self.mode, "swap": swap} if self.active else None}
 
 
 def _numbers(text: str) -> tuple[float, ...]:
