@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError, create_model
 
+from tests.harness import make_pictures
 from trainkit.errors import Problem, UserError, refuse
+from trainkit.families import sd
 from trainkit.options import (
     CONCERNS,
     PRESETS,
@@ -43,6 +45,7 @@ from trainkit.options import (
 from trainkit.options.rules import shares, unread
 from trainkit.options.sources import nearest
 from trainkit.options.text import markdown
+from trainkit.options.trainers import SCRIPTS as TRAINER_SCRIPTS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -223,6 +226,7 @@ def test_upstream_has_so_many_flags_and_we_have_them_all():
     ("DreamBooth", "train_dreambooth_lora_sdxl_advanced"), ("text-to-image", "train_text_to_image_lora")])
 def test_a_trainer_is_told_what_the_page_of_flags_says(trainer, script):
     assert importlib.import_module(script).Options.concerns() == TRAINERS[trainer]
+    assert TRAINER_SCRIPTS[trainer] == f"{script}.py"
 
 
 @pytest.mark.parametrize(("trainer", "name"), FLAGS)
@@ -453,6 +457,27 @@ def test_all_mistakes_come_at_once():
     assert "--optimizer adamw" in problems["--optimizer cannot be 'adamm'"].fix
 
 
+@pytest.mark.parametrize(("trainer", "flag", "script"), [
+    ("text-to-image", "instance_prompt", "train_dreambooth_lora_sdxl_advanced.py"),
+    ("text-to-image", "no-with-prior-preservation", "train_dreambooth_lora_sdxl_advanced.py"),
+    ("DreamBooth", "dist_match", "train_text_to_image_lora.py"),
+])
+def test_a_flag_of_the_other_trainer_is_known_as_such(trainer, flag, script):
+    with pytest.raises(UserError) as error:
+        read_by(trainer, f"--{flag}=1")
+    (problem,) = error.value.problems
+    written = f"--{flag.replace('-', '_')}"
+    assert problem.what == f"unknown flag {written}" and "remove it" in problem.fix
+    assert problem.why == f"no flag has this name here: {written} belongs to {script}"
+
+
+def test_a_key_of_the_other_trainer_is_known_as_such_and_one_of_both_is_not(tmp_path):
+    (tmp_path / "c.toml").write_text('dist-match = 1\nconfig = "c.toml"')
+    problems = refused(f"--config={tmp_path / 'c.toml'}")
+    assert problems["unknown key dist-match"].why.endswith("dist-match belongs to train_text_to_image_lora.py")
+    assert problems["unknown key config"].why == "no key has this name"
+
+
 def test_messages_carry_no_links_and_no_library_words():
     text = "\n".join(map(str, refused("--rank=x", "--center_crop=maybe", "--learning_rate=nan").values()))
     assert "http" not in text and "pydantic" not in text.lower()
@@ -648,16 +673,8 @@ U = "--dist_match_gain=0.1"
     (["--dist_match=0.003", "--dist_match_statistic=u"], "--dist_match_statistic u with --dist_match"),
     ([U, "--dist_match_statistic=sum"], "--dist_match_statistic sum with --dist_match_gain"),
     ([U, "--dist_match_statistic=diagonal"], "--dist_match_statistic diagonal with --dist_match_gain"),
-    (["--dist_match=0.003", "--dist_match_bank=0.9"], "--dist_match_bank with --dist_match"),
-    ([U, "--dist_match_bank=0.9", "--dist_match_kernel=text"], "--dist_match_bank with --dist_match_kernel text"),
-    ([U, "--dist_match_bank=0.9", "--dist_match_kernel=latent"], "--dist_match_bank with --dist_match_kernel latent"),
-    ([U, "--dist_match_min_snr=3.07"], "no noise level from --dist_match_min_snr 3.07 to --dist_match_max_snr 3.07"),
-    ([U, "--dist_match_weights=1"], "1 numbers in --dist_match_weights"),
-    ([U, "--dist_match_weights=1,1,1,1"], "4 numbers in --dist_match_weights"),
-    ([U, "--dist_match_weights=1,1,1", "--dist_match_method=wavelet"],
-     "3 bands of wavelets with --dist_match_boundary zero"),
-    ([U, "--dist_match_backend=pytorch_wavelets"],
-     "--dist_match_backend pytorch_wavelets with --dist_match_method dct"),
+    (["--dist_match=0.003", "--input_perturbation=0.1"], "--input_perturbation with --dist_match"),
+    ([U, "--input_perturbation=0.1"], "--input_perturbation with --dist_match_gain"),
 ])
 def test_contradictions_of_distribution_matching_are_refused(argv, said):
     (problem,) = read_captioned(*argv).problems()
@@ -666,9 +683,31 @@ def test_contradictions_of_distribution_matching_are_refused(argv, said):
     assert not list(read_captioned(*calm).problems()), "without a strength nothing of this is read"
 
 
+@pytest.mark.parametrize(("argv", "said"), [
+    (["--dist_match=0.003", "--dist_match_bank=0.9"], "statistic u"),
+    ([U, "--dist_match_bank=0.9", "--dist_match_kernel=text"], "kernel none or class"),
+    ([U, "--dist_match_bank=0.9", "--dist_match_kernel=latent"], "kernel none or class"),
+    (["--dist_match=1", "--dist_match_statistic=diagonal", "--dist_match_kernel=text"], "compares no two samples"),
+    ([U, "--dist_match_min_snr=3.07"], "window of SNR 3.07 to 3.07"),
+    ([U, "--dist_match_weights=1"], "1 bands"), ([U, "--dist_match_weights=1,1,1,1"], "4 bands"),
+    ([U, "--dist_match_weights=1,1,1", "--dist_match_method=wavelet"], "3 bands would overlap"),
+    (["--dist_match=0.003", "--dist_match_weights=1,1,1"], "3 bands would overlap"),
+    ([U, "--dist_match_backend=pytorch_wavelets"], "computes wavelets only"),
+])
+def test_what_the_matching_loss_cannot_compute_is_one_problem_before_the_run(argv, said, tiny_sd, tmp_path):
+    trainer = importlib.import_module("train_text_to_image_lora")
+    model = [f"--pretrained_model_name_or_path={tiny_sd}", f"--train_data_dir={make_pictures(tmp_path / 'p', n=2)}",
+             "--resolution=32"]
+    with pytest.raises(UserError) as error:
+        trainer.preflight(parse(trainer.Options, [*model, *argv], description=""), sd)
+    (problem,) = error.value.problems
+    assert said in f"{problem.why} {problem.fix}"
+
+
 @pytest.mark.parametrize("argv", [
     [U, "--dist_match_statistic=u", "--dist_match_bank=0.9", "--dist_match_kernel=class"],
     ["--dist_match=0.003", "--dist_match_statistic=diagonal"],
+    ["--dist_match=0.003", "--dist_match_wavelet=db2", "--dist_match_boundary=periodization"],
     ["--dist_match=0.003", "--dist_match_method=wavelet", "--dist_match_backend=pytorch_wavelets"],
     [U, "--dist_match_weights=3,2,1"], [U, "--dist_match_weights=0,1", "--dist_match_levels=3"],
     [U, "--dist_match_weights=1,2,3", "--dist_match_method=wavelet", "--dist_match_boundary=periodization"],
@@ -709,7 +748,7 @@ def test_values_out_of_range_are_refused_by_the_text_to_image_trainer(argument):
     ([U, "--dist_match_swap=0.3"], "--dist_match_swap has no effect: it is read only with --dist_match_mode swap"),
     ([U, "--dist_match_wavelet=db2"], "--dist_match_wavelet has no effect: it is read only with --dist_match_method"),
     ([U, "--dist_match_boundary=periodization"], "--dist_match_boundary has no effect: it is read only with"),
-    (["--dist_match=1", "--dist_match_statistic=diagonal", "--dist_match_kernel=text"], "--dist_match_kernel has no"),
+    (["--dist_match=1", "--dist_match_method=fft", "--dist_match_wavelet=db2"], "--dist_match_wavelet has no effect"),
     (["--use_dora"], "--adam_weight_decay 0.01 with --use_dora decays"),
 ])
 def test_the_text_to_image_trainer_says_what_has_no_effect(argv, said):
@@ -747,16 +786,18 @@ def test_what_the_text_to_image_trainer_trains_of_text_has_the_rate_of_the_unet_
     (dict(), False, "u", "whiten", "x0"),
     (dict(dist_match=0.003), True, "sum", "grid", "x0"),
     (dict(dist_match=0.003, dist_match_statistic="diagonal"), True, "diagonal", "grid", "x0"),
-    (dict(dist_match_gain=1, dist_match_mode="reuse"), True, "u", "whiten", "eps"),
+    (dict(dist_match_gain=1, dist_match_mode="reuse"), True, "u", "whiten", "x0"),
+    (dict(dist_match=1, dist_match_mode="reuse"), True, "sum", "grid", "eps"),
     (dict(dist_match_gain=1, dist_match_band_norm="dof", dist_match_timestep_weight="whiten"), True, "u", "dof",
      "whiten"),
 ])
 def test_what_is_left_open_of_distribution_matching_follows_from_the_rest(given, active, statistic, norm, weight):
     options = MatchingOptions(**given, dist_match_weights="1, 0.5,2e-1")
-    assert (options.active, options.statistic, options.band_norm, options.timestep_weight) == (
-        active, statistic, norm, weight)
+    assert options.active == active
+    assert (options.loss["statistic"], options.loss["band_norm"], options.loss["timestep_weight"]) == (
+        statistic, norm, weight)
     assert options.gain == max(given.get("dist_match", 0), given.get("dist_match_gain", 0))
-    assert options.weights == (1, 0.5, 0.2)
+    assert options.loss["weights"] == (1, 0.5, 0.2)
 
 
 # What the values are good for ---------------------------------------------------------------------------------------

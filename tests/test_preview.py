@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from trainkit import preview, rng
 from trainkit.adapters import add_adapters
 from trainkit.families import sdxl
 from trainkit.families.text import FrozenText
-from trainkit.options import LoraOptions
+from trainkit.options import LoraOptions, ValidationOptions
 from trainkit.preview import Previews, evaluating, preview_prompts, sheet, tile_px
 
 PROMPT = "3d icon in the style of TOK, a red dog"
@@ -181,6 +182,19 @@ def test_a_sheet_shows_every_picture_at_its_place():
 def test_previews_are_due_every_so_many_steps_and_after_the_last(family, encoded, tmp_path):
     previews = Previews(family, options(), encoded, tmp_path, seed=42, resolution=SIDE, every=50)
     assert [s for s in range(1, 121) if previews.due(s, last=s == 120)] == [50, 100, 120]
+
+
+@pytest.mark.parametrize("given, every, said", [
+    ({"validation_epochs": 1}, 2, ["--validation_epochs 1 draws previews every 2 steps"]),
+    ({"validation_epochs": 1}, 1, ["--validation_epochs 1 draws previews every step"]),
+    ({"validation_epochs": 1}, 20, []), ({"validation_steps": 2}, 2, []), ({"validation_prompt": None}, 2, []),
+])
+def test_epochs_that_draw_previews_every_few_steps_are_told_at_the_start(tmp_path, caplog, given, every, said):
+    asked = ValidationOptions(**{"validation_prompt": PROMPT} | given)
+    with caplog.at_level(logging.WARNING, logger="trainkit.preview"):
+        Previews(SimpleNamespace(), asked, {}, tmp_path, seed=0, resolution=SIDE, every=every)
+    assert [message.partition(",")[0] for message in caplog.messages] == said
+    assert all("--validation_steps" in message for message in caplog.messages)
 
 
 def names(folder: Path) -> list[str]:

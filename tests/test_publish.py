@@ -291,6 +291,17 @@ def test_only_named_files_are_uploaded_to_a_private_repository(family, adapters,
     }
 
 
+def test_a_run_without_previews_uploads_its_card_weights_and_report(family, adapters, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
+    folder = make_run(tmp_path / "run", samples=(), validation_prompt=None)
+    asked = options(folder, push_to_hub=True, hub_model_id="anna/icons", hub_token=SecretStr(TOKEN))
+    publish(asked, family, adapters, num_images=22)
+    assert FakeHub.calls["files"] == [
+        "README.md", "pytorch_lora_weights.safetensors", "report.html", "run.safetensors"]
+    matter, body = card(folder)
+    assert "widget" not in matter and "![" not in body
+
+
 def test_the_token_is_in_no_file(family, adapters, cluttered, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
     publish(options(cluttered, push_to_hub=True, hub_token=SecretStr(TOKEN)), family, adapters, num_images=22)

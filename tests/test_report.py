@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from tests.made_up_run import STEPS, make_run
-from trainkit.report import EMBED_PX, effective_rate, sample_steps, spread, write_report
-from trainkit.report.charts import MAX_POINTS, line_chart, nice_ticks, number, smoothed, thinned
+from trainkit.report import EMBED_PX, charts, effective_rate, sample_steps, spread, tiles, write_report
+from trainkit.report.charts import LEFT, MAX_POINTS, Chart, labels, line_chart, nice_ticks, number, smoothed, thinned
 from trainkit.report.facts import RunFacts, public, read_metrics
+from trainkit.report.matched import band_charts, band_tables
 
 HOSTILE = """</script><script>alert(1)</script> "quoted" 'single' {{ 7*7 }} <img src=x onerror=alert(2)> \\ ` & \n---"""
 
@@ -91,6 +92,76 @@ def test_the_learning_rate_shown_for_prodigy_is_its_step_size(tmp_path):
     assert effective_rate(run, "unet")[-1] == (STEPS, pytest.approx(1e-5 * STEPS))
 
 
+MATCHED = {"dist_match_gain": 0.3, "dist_match_mode": "combo"}
+
+
+def heights(chart: Chart) -> tuple[dict[str, float], list[float]]:
+    """Where each number of the axis stands, and the neutral line."""
+    numbers = re.findall(rf'x="{LEFT - 8}" y="([\d.]+)" text-anchor="end">([^<]*)<', chart.svg)
+    ticks = {label: float(y) - 4 for y, label in numbers}
+    line = re.search(r'class="neutral" points="([^"]*)"', chart.svg)
+    return ticks, [float(point.partition(",")[2]) for point in line[1].split()] if line else []
+
+
+def test_a_matched_run_shows_u_and_slope_of_each_band_with_the_line_they_should_come_to(tmp_path):
+    folder = make_run(tmp_path / "run", **MATCHED)
+    drawn = {chart.title: chart for chart in band_charts(RunFacts(folder))}
+    assert list(drawn) == ["U, low band", "U, high band", "Slope, low band", "Slope, high band"]
+    for title, chart in drawn.items():
+        ticks, line = heights(chart)
+        assert line == [ticks["0" if title.startswith("U") else "1"]] * 2
+        assert 'class="raw"' in chart.svg and title in page(folder)
+
+
+def test_a_matched_run_shows_means_by_band_and_noise_level_of_its_last_half(tmp_path):
+    folder = make_run(tmp_path / "run", **MATCHED)
+    low, high = band_tables(RunFacts(folder))
+    assert low.name == "low band" and low.lines == (
+        ("0.3", "5", "0.1000", "2.00", "0.3000", "0.990"), ("0.9", "5", "0.1000", "2.00", "0.3000", "0.990"),
+        ("2.5", "5", "–", "–", "0.3000", "0.990"))
+    assert high.name == "high band" and high.lines[0] == ("0.3", "5", "-0.0200", "-0.40", "0.3000", "0.990")
+    assert page(folder).count("by noise level</h3>") == 2
+
+
+def test_a_run_without_matching_has_nothing_of_it(tmp_path):
+    run = RunFacts(make_run(tmp_path / "run"))
+    assert not band_charts(run) and not band_tables(run)
+    assert "wrong in common" not in page(run.folder)
+
+
+@pytest.mark.parametrize("given, name", [
+    ({"dist_match_gain": 0.3, "dist_match_mode": "combo"}, "Loss of both passes"),
+    ({"dist_match_gain": 0.3, "dist_match_mode": None}, "Loss of both passes"),
+    ({"dist_match": 0.003, "dist_match_mode": None}, "Loss of both passes"),
+    ({"dist_match_gain": 0.3, "dist_match_mode": "swap"}, "Loss"),
+    ({"dist_match": 0.003, "dist_match_mode": "reuse"}, "Loss"),
+])
+def test_the_loss_of_a_step_of_two_passes_is_called_that(tmp_path, given, name):
+    run = RunFacts(make_run(tmp_path / "run", **given))
+    assert charts(run)[0].title == name and tiles(run)[0].label == f"{name}, smoothed"
+    assert ("two forward passes" in page(run.folder)) == (name != "Loss")
+
+
+def test_the_mode_of_a_run_that_matches_nothing_does_not_count(tmp_path):
+    run = RunFacts(make_run(tmp_path / "run", dist_match_gain=0.0, dist_match_mode="combo"))
+    assert charts(run)[0].title == "Loss"
+
+
+def test_the_pace_says_what_its_time_holds(tmp_path):
+    shown = {tile.label: tile for tile in tiles(RunFacts(make_run(tmp_path / "run")))}
+    assert (shown["Time"].value, shown["Time"].note) == ("15.0 s", "2 steps a second with previews and saving")
+
+
+@pytest.mark.parametrize("prompts, written", [
+    ({}, "3d icon in the style of TOK"), ({"instance_prompt": None}, "3d icon in the style of TOK, a dog"),
+    ({"instance_prompt": None, "validation_prompt": None}, "your prompt"),
+])
+def test_user_interfaces_are_told_a_prompt_that_the_run_knows(tmp_path, prompts, written):
+    run = RunFacts(make_run(tmp_path / "run", **prompts))
+    comfy, webui = (interface.steps[-1] for interface in run.usage.interfaces)
+    assert comfy == f"Write `{written}` in the positive prompt." and webui == f"Prompt: `{written} <lora:run:1>`"
+
+
 def test_only_options_that_were_set_are_listed_and_the_command_repeats_the_run(tmp_path):
     run = RunFacts(make_run(tmp_path / "run", rank=8))
     flags = {c.flag for c in run.changed}
@@ -144,7 +215,8 @@ def test_ticks_are_few_and_enclose_the_data(low, high):
     assert ticks[0] <= low and ticks[-1] >= high and 3 <= len(ticks) <= 8
 
 
-@pytest.mark.parametrize("points", [[(1, 0.5)], [(1, 0.0), (2, 0.0)], [(1, 1e-4)] * 3, [(5, 1.0), (6, 1e9)]])
+@pytest.mark.parametrize("points", [
+    [(1, 0.5)], [(1, -0.5)], [(1, 0.0), (2, 0.0)], [(1, 1e-4)] * 3, [(5, 1.0), (6, 1e9)]])
 def test_charts_of_flat_and_tiny_series_stay_inside_their_frame(points):
     chart = line_chart("t", points)
     for x, y, _ in json.loads(chart.points_json):
@@ -155,3 +227,13 @@ def test_charts_of_flat_and_tiny_series_stay_inside_their_frame(points):
                                          (3.05e-6, "3.05e-6")])
 def test_numbers_read_well(value, text):
     assert number(value) == text
+
+
+@pytest.mark.parametrize("ticks, written", [
+    ([0, 5e-4, 1e-3, 1.5e-3], ["0", "0.0005", "0.001", "0.0015"]), ([0, 2e-4, 4e-4], ["0", "2e-4", "4e-4"]),
+    ([0, 5e5, 1e6], ["0", "5e5", "1e6"]), ([-1e-3, -5e-4, 0], ["-0.001", "-0.0005", "0"]),
+])
+def test_the_numbers_of_an_axis_are_written_alike(ticks, written):
+    assert labels(ticks) == written
+    chart = line_chart("t", [(k, tick) for k, tick in enumerate(ticks)])
+    assert {"e" in label for label in heights(chart)[0] if label != "0"} == {"e" in written[1]}

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,10 +22,10 @@ import pytest
 import torch
 from torch import nn
 
-from trainkit import files
+from trainkit import files, run
 from trainkit.checkpoints import Checkpoints
 from trainkit.errors import Problem, UserError, exit_with_message
-from trainkit.run import Run, due, start_run
+from trainkit.run import Run, due
 from trainkit.runtime import progress as line_room
 from trainkit.runtime import ranks
 from trainkit.runtime.gradients import Gradients, clip, total_norm
@@ -35,6 +36,7 @@ from trainkit.runtime.signals import Signals
 from trainkit.runtime.trackers import chosen_trackers
 
 SECRET = "hf_abcdefghijklmnop"
+start_run = partial(run.start_run, project="tests")
 
 
 class Secret(SimpleNamespace):
@@ -673,6 +675,15 @@ def test_ctrl_c_while_libraries_load_is_one_line(monkeypatch, capsys, rank, line
     with pytest.raises(SystemExit) as caught:
         exit_with_message(main)
     assert caught.value.code == 130 and capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("rank, told", [("0", "WARNING 3 pictures have no caption\n"), ("1", "")])
+def test_what_is_logged_before_the_run_reads_as_in_it(monkeypatch, capsys, rank, told):
+    """Preflight comes before the run's own handler."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    exit_with_message(lambda: logging.getLogger("preflight").warning("%d pictures have no caption", 3))
+    assert capsys.readouterr().err == told
 
 
 # -- signals ----------------------------------------------------------------------------------------------------------

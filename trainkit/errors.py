@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -10,6 +11,7 @@ from typing import Literal
 
 Kind = Literal["sibling", "usage", "data", "memory", "nonfinite", "disk", "preempted", "stopped"]
 
+LOG_LINE = "%(levelname)s %(message)s"  # how a log record reads in the terminal, before a run and in it
 EXIT_CODES: dict[Kind, int] = {  # a sibling's failure is told by that process
     "sibling": 1, "usage": 2, "data": 3, "memory": 4, "nonfinite": 5, "disk": 74, "preempted": 75, "stopped": 130,
 }
@@ -56,10 +58,14 @@ def refuse(problems: Iterable[Problem]) -> None:
 def exit_with_message(main: Callable[[], None]) -> None:
     """Run `main`; a UserError becomes its report on stderr and its exit code (a traceback only with --debug).
 
+    Until a run takes over, what is logged reads as it will then, on the first process alone.
     Of several processes the first tells the whole story and the others one line each. A Ctrl-C that no run is there to
     take, as while libraries are imported, is one line and the exit code of a stopped run.
     """
     rank = os.environ.get("RANK", "0")
+    if logging.lastResort is not None:  # the handler of records for which there is none yet
+        logging.lastResort.setFormatter(logging.Formatter(LOG_LINE))
+        logging.lastResort.setLevel(logging.WARNING if rank == "0" else logging.ERROR)
     try:
         main()
     except KeyboardInterrupt:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+OFTEN = 20  # training steps between previews, below which drawing may well take longer than training
 STEPS = 25  # denoising steps of the Diffusers trainers' validation
 SAMPLER_NAMES = {  # as WebUIs call them
     "DPMSolverMultistepScheduler": "DPM++ 2M", "EDMDPMSolverMultistepScheduler": "DPM++ 2M",
@@ -83,6 +84,10 @@ class Previews:
         self.folder = Path(output_dir) / "samples"
         count = options.num_validation_images if options.validation_prompt else 0
         self.shots = [Shot(options.validation_prompt, 1, seed + k) for k in range(count)]
+        if self.shots and 0 < every < OFTEN and options.validation_steps is None:
+            log.warning("--validation_epochs %d draws previews every %s, which may take longer than the training does: "
+                        "--validation_steps 100 draws fewer", options.validation_epochs,
+                        "step" if every == 1 else f"{every} steps")
 
     def begin(self, start: int) -> None:
         """Once a run, on rank 0, before its first picture: move pictures of another run to earlier/.

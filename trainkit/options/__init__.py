@@ -22,20 +22,8 @@ from trainkit.options.optionset import OptionSet, parse
 from trainkit.options.prior import PriorOptions
 from trainkit.options.running import PrecisionOptions, RunOptions, ValidationOptions
 from trainkit.options.sources import PRESETS
+from trainkit.options.trainers import CONCERNS, TEXT_TO_IMAGE, TRAINERS
 from trainkit.options.words import PivotalOptions, TextOptions
-
-CONCERNS: dict[str, type[Concern]] = {  # of the DreamBooth trainer
-    "model": ModelOptions, "data": DataOptions, "prior": PriorOptions, "text": TextOptions, "pivotal": PivotalOptions,
-    "lora": LoraOptions, "objective": ObjectiveOptions, "optimizer": OptimizerOptions, "precision": PrecisionOptions,
-    "validation": ValidationOptions, "run": RunOptions,
-}
-TEXT_TO_IMAGE: dict[str, type[Concern]] = {
-    "model": ModelOptions, "data": CaptionedDataOptions, "text": CaptionedTextOptions, "guidance": GuidanceOptions,
-    "lora": LoraOptions, "objective": ObjectiveOptions, "matching": MatchingOptions,
-    "optimizer": CaptionedOptimizerOptions, "precision": CaptionedPrecisionOptions,
-    "validation": CaptionedValidationOptions, "run": CaptionedRunOptions,
-}
-TRAINERS = {"DreamBooth": CONCERNS, "text-to-image": TEXT_TO_IMAGE}
 
 __all__ = [
     "CONCERNS", "PRESETS", "REDACTED", "TEXT_TO_IMAGE", "TRAINERS", "CaptionedDataOptions", "CaptionedOptimizerOptions",

@@ -9,6 +9,7 @@ from collections.abc import Callable, Container, Iterator, Mapping
 
 from trainkit.errors import Problem
 from trainkit.options.base import Value
+from trainkit.options.matching import MatchingOptions
 from trainkit.options.optimizer import EIGHT_BIT, averages_weights, estimates_step
 
 Values = Mapping[str, Value]
@@ -29,7 +30,6 @@ def problems(values: Values) -> Iterator[Problem]:
     yield from _unclear_objective(values)
     if _matches(values):
         yield from _unclear_matching(values)
-        yield from _unfit_bands(values)
 
 
 def _unclear_objective(values: Values) -> Iterator[Problem]:
@@ -47,49 +47,21 @@ def _unclear_objective(values: Values) -> Iterator[Problem]:
 
 
 def _unclear_matching(values: Values) -> Iterator[Problem]:
-    """What the strength of distribution matching, its statistic, its bank and its window have to agree about."""
-    statistic, kernel = values.get("dist_match_statistic"), values.get("dist_match_kernel")
-    low, high = values.get("dist_match_min_snr"), values.get("dist_match_max_snr")
-    if isinstance(low, float) and isinstance(high, float) and low >= high:
-        yield Problem(f"no noise level from --dist_match_min_snr {low:g} to --dist_match_max_snr {high:g}",
-                      "--dist_match_min_snr, --dist_match_max_snr", "the window is empty",
-                      "a lower --dist_match_min_snr, or a higher --dist_match_max_snr")
-    if values.get("dist_match_bank") and kernel in ("text", "latent"):
-        yield Problem(f"--dist_match_bank with --dist_match_kernel {kernel}", "--dist_match_bank",
-                      "the bank holds mean errors, not the pictures that a kernel would compare with",
-                      "--dist_match_kernel none or class, or leave out --dist_match_bank")
+    """What the strength of distribution matching has to agree about; what its loss cannot compute, the loss says."""
+    statistic = values.get("dist_match_statistic")
+    flag, other = _STRENGTHS if values.get("dist_match") else _STRENGTHS[::-1]
+    if values.get("input_perturbation"):
+        yield Problem(f"--input_perturbation with --{flag}", "--input_perturbation",
+                      "x0 read back from a perturbed input has the perturbation in it, so the term would ask for "
+                      "another output than the loss", "leave out one of the two")
     if values.get("dist_match") and values.get("dist_match_gain"):
         yield Problem("--dist_match with --dist_match_gain", "--dist_match, --dist_match_gain",
                       "each is the strength of one and the same term: of its sum form, or of its unbiased form",
                       "leave out one of the two")
-        return
-    flag, other = _STRENGTHS if values.get("dist_match") else _STRENGTHS[::-1]
-    if statistic is not None and statistic not in _STATISTICS[flag]:
+    elif statistic is not None and statistic not in _STATISTICS[flag]:
         yield Problem(f"--dist_match_statistic {statistic} with --{flag}", "--dist_match_statistic",
                       f"--{flag} is the strength of {' or '.join(_STATISTICS[flag])}, --{other} that of {statistic}",
                       f"--{other} instead of --{flag}, or leave out --dist_match_statistic")
-    elif values.get("dist_match_bank") and flag == "dist_match":
-        yield Problem("--dist_match_bank with --dist_match", "--dist_match_bank",
-                      "the bank stands for what a picture's error shares with others', which only u measures",
-                      "--dist_match_gain instead of --dist_match, or leave out --dist_match_bank")
-
-
-def _unfit_bands(values: Values) -> Iterator[Problem]:
-    """What the split into bands cannot do."""
-    method, levels = values.get("dist_match_method"), int(values.get("dist_match_levels") or 0)
-    count = len(str(values.get("dist_match_weights")).split(","))
-    if count not in (2, levels + 1):
-        yield Problem(f"{count} numbers in --dist_match_weights", f"--dist_match_levels {levels}",
-                      f"there are 2 bands, low and high, or {levels + 1}, one more than levels",
-                      f"2 or {levels + 1} numbers, or --dist_match_levels {max(count - 1, 1)}")
-    elif count > 2 and method == "wavelet" and values.get("dist_match_boundary") == "zero":
-        yield Problem(f"{count} bands of wavelets with --dist_match_boundary zero", "--dist_match_weights",
-                      "with zeros beyond the border the bands overlap, so that their weights would not be theirs",
-                      "--dist_match_method dct, or --dist_match_boundary periodization, or 2 weights")
-    if method != "wavelet" and values.get("dist_match_backend") == "pytorch_wavelets":
-        yield Problem(f"--dist_match_backend pytorch_wavelets with --dist_match_method {method}",
-                      "--dist_match_backend", "the package computes wavelets only",
-                      "--dist_match_method wavelet, or leave out --dist_match_backend")
 
 
 def _other_optimizer(values: Values) -> Iterator[Problem]:
@@ -187,14 +159,20 @@ def _set(*flags: str) -> Callable[[Values], bool]:
     return lambda values: any(values.get(flag) for flag in flags)
 
 
+def _matching(values: Values) -> MatchingOptions:
+    """The flags of distribution matching as their concern, which knows what those left open come to."""
+    return MatchingOptions.model_construct(**{name: values[name] for name in MatchingOptions.model_fields
+                                              if name in values})
+
+
 def _matches(values: Values) -> bool:
     """Whether there is a term of distribution matching."""
-    return any(values.get(flag) for flag in _STRENGTHS)
+    return _matching(values).active
 
 
-def _if_matching(flag: str, *wanted: Value) -> Callable[[Values], bool]:
-    """As `_is`, but without the term all its flags count as read: that it is not there is said once."""
-    return lambda values: not _matches(values) or values.get(flag) in wanted
+def _if_matching(is_read: Callable[[MatchingOptions], bool]) -> Callable[[Values], bool]:
+    """Without the term all its flags count as read: that it is not there is said once."""
+    return lambda values: not _matches(values) or is_read(_matching(values))
 
 
 def _trains_text(values: Values) -> bool:
@@ -246,10 +224,9 @@ READ_ONLY_WITH: tuple[tuple[tuple[str, ...], Callable[[Values], bool], str], ...
     (("guidance_token_scale", "guidance_token_dropout", "guidance_features"), _set("guidance_token"),
      "--guidance_token above 0"),
     (_MATCHING, _matches, "--dist_match or --dist_match_gain above 0"),
-    (("dist_match_wavelet", "dist_match_boundary"), _if_matching("dist_match_method", "wavelet"),
+    (("dist_match_wavelet", "dist_match_boundary"), _if_matching(lambda term: term.loss["method"] == "wavelet"),
      "--dist_match_method wavelet"),
-    (("dist_match_swap",), _if_matching("dist_match_mode", "swap"), "--dist_match_mode swap"),
-    (("dist_match_kernel",), _if_matching("dist_match_statistic", None, "sum", "u"), "--dist_match_statistic sum or u"),
+    (("dist_match_swap",), _if_matching(lambda term: term.mode == "swap"), "--dist_match_mode swap"),
     (("cached_crops",), _set("cache_latents"), "--cache_latents"),
     (("snr_gamma",), _is("loss_weighting", None, *_SNR_CAPPED), f"--loss_weighting {' or '.join(_SNR_CAPPED)}"),
     (("p2_k", "p2_gamma"), _is("loss_weighting", "p2"), "--loss_weighting p2"),

@@ -14,6 +14,7 @@ from pathlib import Path
 from trainkit.errors import Problem
 from trainkit.options.base import Flag
 from trainkit.options.cli import MISSING, make_parser, split_leftovers, underscored
+from trainkit.options.trainers import only_script_with
 
 ENV_PREFIX = "LORA_"
 
@@ -168,7 +169,10 @@ def _without_value(flag: Flag) -> Problem:
 def _unknown(written: str, match: str | None, where: str, noun: str, *, prefix: str = "--") -> Problem:
     match = match and (prefix + match.upper() if prefix == ENV_PREFIX else prefix + match)
     fix = f"did you mean {match}? otherwise remove it" if match else "remove it; --help lists all flags"
-    return Problem(f"unknown {noun} {written}", where, f"no {noun} has this name", fix)
+    name = written.removeprefix(prefix).lower().replace("-", "_").removeprefix("no_")
+    script = only_script_with(name)
+    why = f"no {noun} has this name" + (f" here: {written} belongs to {script}" if script else "")
+    return Problem(f"unknown {noun} {written}", where, why, fix)
 
 
 def _stray(words: Sequence[str]) -> Problem:

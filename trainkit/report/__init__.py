@@ -1,7 +1,8 @@
 """report.html: one offline page that tells how a run went, from its run.json, metrics.jsonl and samples/.
 
-`facts` reads and cleans what a run left behind, `charts` draws lines, this file puts the page together. The page makes
-no request: styles, script and pictures are inside, and its content security policy allows nothing else.
+`facts` reads and cleans what a run left behind, `charts` draws lines, `matched` tells of distribution matching, this
+file puts the page together. The page makes no request: styles, script and pictures are inside, and its content
+security policy allows nothing else.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from PIL import Image
 from trainkit.files import atomic_write
 from trainkit.report.charts import Chart, line_chart, number, smoothed
 from trainkit.report.facts import SAMPLE, RunFacts, sample_files
+from trainkit.report.matched import MEASURES, band_charts, band_tables, loss_name, loss_note
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
 MAX_SAMPLE_STEPS = 24  # steps on the slider: the first, the last and others spread between
@@ -55,7 +57,8 @@ def write_report(folder: str | Path) -> Path:
     css, js = ((TEMPLATES / name).read_text("utf-8") for name in ("report.css", "report.js"))
     page = environment(autoescape=True).get_template("report.html").render(
         run=run, tiles=tiles(run), samples=sample_steps(folder, last=run.step), charts=charts(run), usage=run.usage,
-        files=run.files, machine=machine(run), css=Markup(css), js=Markup(js), policy=policy(css, js),
+        bands=band_charts(run), measures=MEASURES, tables=band_tables(run), files=run.files, machine=machine(run),
+        css=Markup(css), js=Markup(js), policy=policy(css, js),
     )
     path = folder / "report.html"
     atomic_write(path, page.encode("utf-8"))
@@ -93,10 +96,11 @@ def tiles(run: RunFacts) -> list[Tile]:
 def progress_tiles(run: RunFacts) -> Iterator[Tile]:
     loss = smoothed(column(run, "loss"))
     if loss:
-        yield Tile("Loss, smoothed", number(loss[-1][1]), f"{number(loss[0][1])} at the start")
+        yield Tile(f"{loss_name(run)}, smoothed", number(loss[-1][1]), f"{number(loss[0][1])} at the start")
     yield Tile("Steps", f"{run.step:,}", f"of {run.total_steps:,}" if run.total_steps else "")
     if run.seconds:
-        yield Tile("Time", duration(run.seconds), f"{run.step / run.seconds:.2g} steps a second")
+        pace = f"{run.step / run.seconds:.2g} steps a second with previews and saving"
+        yield Tile("Time", duration(run.seconds), pace)
 
 
 def resource_tiles(run: RunFacts) -> Iterator[Tile]:
@@ -113,8 +117,9 @@ def charts(run: RunFacts) -> list[Chart]:
     found = []
     if loss:
         smooth = smoothed(loss)
-        found.append(line_chart("Loss", smooth, raw=loss, wide=True, summary=f"{number(smooth[-1][1])} at the end",
-                                explanation="The faint line is the loss itself, the strong one its running mean."))
+        told = f"The faint line is the loss itself, the strong one its running mean. {loss_note(run)}".rstrip()
+        found.append(line_chart(loss_name(run), smooth, raw=loss, wide=True, explanation=told,
+                                summary=f"{number(smooth[-1][1])} at the end"))
     for name in run.rates:
         rate = effective_rate(run, name)
         scaled = any(f"d/{name}" in row for row in run.metrics)

@@ -47,16 +47,21 @@ class Frame:
         return f'<polyline class="{name}" points="{where}"/>'
 
 
-def line_chart(title: str, points: Points, *, raw: Points | None = None, summary: str = "", explanation: str = "",
-               wide: bool = False) -> Chart:
-    """`points` as a strong line, `raw` as a faint one behind it; raw spikes above the 98th percentile are cut off."""
+def line_chart(title: str, points: Points, *, raw: Points | None = None, neutral: float | None = None,
+               summary: str = "", explanation: str = "", wide: bool = False) -> Chart:
+    """`points` as a strong line, `raw` as a faint one behind it; raw spikes above the 98th percentile are cut off.
+
+    neutral  a value to tell the line from: always in sight, 2 % around it too, with a line of its own
+    """
     points, raw = thinned(points), thinned(raw or [])
-    high = max([y for _, y in points] + [percentile([y for _, y in raw], 0.98)])
-    low = min([y for _, y in points] + [percentile([y for _, y in raw], 0.02)])
-    ticks = nice_ticks(*((low, high) if high - low > 0.02 * abs(high) else (0, high * 1.25 or 1)))
+    level = [] if neutral is None else [neutral]
+    high = max([y for _, y in points] + [percentile([y for _, y in raw], 0.98)] + [1.02 * value for value in level])
+    low = min([y for _, y in points] + [percentile([y for _, y in raw], 0.02)] + [0.98 * value for value in level])
+    ticks = nice_ticks(*((low, high) if high - low > 0.02 * abs(high) else sorted((0, high * 1.25 or 1))))
     x_range = (points[0][0], max(points[-1][0], points[0][0] + 1))
     frame = Frame(1040 if wide else 500, 270 if wide else 210, x_range, (ticks[0], ticks[-1]))
-    parts = [*grid(frame, ticks), frame.line(raw, "raw"), frame.line(points, "main"), marker(frame)]
+    rules = [frame.line([(x, value) for x in x_range], "neutral") for value in level]
+    parts = [*grid(frame, ticks), *rules, frame.line(raw, "raw"), frame.line(points, "main"), marker(frame)]
     near = [[round(frame.x(x), 1), round(frame.y(y), 1), f"step {x:.0f}: {number(y)}"] for x, y in points]
     svg = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         frame.width, frame.height, title, Markup("".join(parts)))
@@ -67,10 +72,10 @@ def grid(frame: Frame, ticks: Sequence[float]) -> list[str]:
     """Horizontal lines with their values; first, middle and last step below."""
     right, floor = frame.width - RIGHT, frame.height - BOTTOM
     parts = []
-    for k, tick in enumerate(ticks):
+    for k, (tick, label) in enumerate(zip(ticks, labels(ticks), strict=True)):
         y = frame.y(tick)
         parts.append(f'<line class="{"grid" if k else "axis"}" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{number(tick)}</text>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
     first, last = frame.x_range
     for step, anchor in ((first, "start"), ((first + last) / 2, "middle"), (last, "end")):
         x = frame.x(step)
@@ -121,9 +126,16 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def number(value: float) -> str:
-    """Three significant digits: 0.0412, 1,640, 1e-4."""
-    if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
+def labels(ticks: Sequence[float]) -> list[str]:
+    """The numbers of one axis, all with exponents or all without: the largest decides."""
+    largest = max(abs(tick) for tick in ticks)
+    return [number(tick, beside=largest) for tick in ticks]
+
+
+def number(value: float, *, beside: float | None = None) -> str:
+    """Three significant digits: 0.0412, 1,640, 1e-4; with an exponent where `beside` has one, if that is given."""
+    size = abs(value if beside is None else beside)
+    if value and (size < 1e-3 or size >= 1e6):
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

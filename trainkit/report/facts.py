@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from trainkit.files import Json, read_json
-from trainkit.options import OptimizerOptions
+from trainkit.options import MatchingOptions, OptimizerOptions
 from trainkit.options.rules import unread
 from trainkit.options.words import replace_words
 from trainkit.pivotal import EmbeddingsHeader, embeddings_file, read_header
@@ -69,6 +69,13 @@ class RunFacts:
         """The optimizer that was used, with --use_8bit_adam read."""
         return OptimizerOptions.model_construct(
             optimizer=str(self.option("optimizer")), use_8bit_adam=bool(self.option("use_8bit_adam"))).algorithm
+
+    @property
+    def matching_mode(self) -> str | None:
+        """The mode of distribution matching that was used, where it was left open too; None without matching."""
+        names = MatchingOptions.model_fields.keys() & self.record["options"].keys()
+        asked = MatchingOptions.model_construct(**{name: self.option(name) for name in names})
+        return asked.mode if asked.active else None
 
     @property
     def rates(self) -> dict[str, float]:
@@ -140,9 +147,10 @@ class RunFacts:
         return replace_words(prompt, {word: "".join(names) for word, names in tokens.items()})
 
     def spelled(self, name: str) -> str:
-        """The instance prompt with `name` for every word that stands for new tokens."""
+        """The instance prompt, else the validation prompt, with `name` for every word that stands for new tokens."""
         words = self.embeddings.tokens if self.embeddings else {}
-        return replace_words(str(self.option("instance_prompt") or ""), dict.fromkeys(words, name))
+        prompt = str(self.option("instance_prompt") or self.validation_prompt)
+        return replace_words(prompt, dict.fromkeys(words, name))
 
     @property
     def step(self) -> int:

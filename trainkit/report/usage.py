@@ -134,7 +134,7 @@ def webui(run: RunFacts) -> Iterator[str]:
 
 
 def wording(run: RunFacts, name: str) -> str:
-    """The instance prompt with `name` for new tokens; without such a prompt the name alone, or anything."""
+    """The instance prompt, else the validation prompt, with `name` for new tokens; else the name alone, or anything."""
     return run.spelled(name) or (name if run.embeddings else OWN_WORDS)
 
 

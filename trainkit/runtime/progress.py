@@ -12,6 +12,8 @@ from typing import TextIO
 
 import torch
 
+from trainkit.errors import LOG_LINE
+
 LOSS_MEMORY = 0.98  # the shown loss is an average over about the last 50 steps
 REDRAW_SECONDS = 0.1
 LOG_SECONDS = 30.0
@@ -140,7 +142,7 @@ class LineHandler(logging.StreamHandler):
     def __init__(self, progress: Progress):
         super().__init__(progress.stream)
         self.progress = progress
-        self.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+        self.setFormatter(logging.Formatter(LOG_LINE))
 
     def emit(self, record: logging.LogRecord) -> None:
         self.progress.clear()
