@@ -4,15 +4,16 @@
 #
 #   bash train_freq_aware.sh                                        the shipped SD 1.x model and 22 shipped icons
 #   MODEL=stable-diffusion-v1-5/stable-diffusion-v1-5 CLIP=openai/clip-vit-large-patch14 \
-#     DATA=my_pictures OUTPUT=runs/mine LEARNING_RATE=1e-4 STEPS=1000 bash train_freq_aware.sh
+#     DATA=my_pictures PROMPT="a fox in the snow" OUTPUT=runs/mine LEARNING_RATE=1e-4 STEPS=1000 bash train_freq_aware.sh
 #
-# Hardware   as it is: any CPU, 1 GB of memory. SD 1.5 at 512 px: a GPU, and MIXED_PRECISION=fp16 or bf16
+# Hardware   as it is: any CPU, 1 GB of memory. SD 1.5 at its 512 px: a GPU, and MIXED_PRECISION=fp16 or bf16
 # Time       as it is: about 6 minutes on one CPU core; each step has two forward passes (the second is the term's own)
 # Outputs    in OUTPUT (runs/freq-aware): pytorch_lora_weights.safetensors (Diffusers), <name>.safetensors (ComfyUI, A1111,
-#            Forge), README.md (model card), report.html, samples/, metrics.jsonl (dist_match/* in every row), run.json;
-#            clip_features.safetensors (the pictures' features). Run it again after a stop and it goes on.
-# Overrides  MODEL CLIP DATA OUTPUT RESOLUTION STEPS BATCH LEARNING_RATE MIXED_PRECISION; further flags may follow, the last
-#            one counts: bash train_freq_aware.sh --dist_match_mode=swap
+#            Forge), README.md (model card), report.html, samples/ (with a prompt), metrics.jsonl (dist_match/* in every row),
+#            run.json; clip_features.safetensors (the pictures' features). Run it again after a stop and it goes on.
+# Overrides  MODEL CLIP DATA OUTPUT STEPS BATCH LEARNING_RATE MIXED_PRECISION; RESOLUTION, else what the model was made for;
+#            PROMPT of the previews, of which DATA without PROMPT has none. Further flags may follow, the last one counts:
+#            bash train_freq_aware.sh --dist_match_mode=swap
 #
 # This is the recipe as it was first written. What helps more at the same cost, measured: docs/frequency.md.
 set -euo pipefail
@@ -23,9 +24,13 @@ model=${MODEL:-assets/tiny-sd-icons}
 clip=${CLIP:-assets/tiny-clip-icons} # its image features must be as wide as the model's text states: 768 for SD 1.x
 data=${DATA:-assets/icons-3d}
 out=${OUTPUT:-runs/freq-aware}
-if [ -n "${MODEL:-}" ]; then side=512; else side=64; fi
-resolution=${RESOLUTION:-$side}
+prompt=${PROMPT:-}
+[ -n "${DATA:-}" ] || prompt=${PROMPT:-3d icon in the style of TOK, a ladybug} # of the shipped icons
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # on a busy CPU two threads are slower than one
+resolution=${RESOLUTION:-$(.venv/bin/python -c 'import sys
+from trainkit.errors import exit_with_message
+from trainkit.families.base import native_resolution
+exit_with_message(lambda: print(native_resolution(sys.argv[1])))' "$model")}
 
 printf '\nCLIP features of the pictures:\n\n'
 mkdir -p "$out"
@@ -42,7 +47,7 @@ printf '\nTraining:\n\n'
   --dist_match_weights=0.7,0.3 \
   --guidance_token=8.0 --guidance_features="$out/clip_features.safetensors" \
   --max_train_steps="${STEPS:-300}" --checkpointing_steps=100 --resume_from_checkpoint=latest \
-  --validation_prompt="3d icon in the style of TOK, a ladybug" --seed=0 "$@"
+  ${prompt:+--validation_prompt="$prompt"} --seed=0 "$@"
 
 printf '\nOpen %s in a browser. Pictures with the token of a picture of yours:\n\n' "$out/report.html"
 printf '.venv/bin/python scripts/generate.py --base %q --lora %q --clip %q \\\n' "$model" "$out" "$clip"

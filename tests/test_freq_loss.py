@@ -1065,18 +1065,6 @@ def test_a_picture_is_no_pair_with_itself():
     assert float(untold) > float(told) + 0.01
 
 
-def test_a_bank_of_few_pictures_takes_what_they_have_by_chance_for_shared():
-    """docs/frequency.md says so: the right denoiser's errors of N pictures have a mean of 1/N of their energy."""
-    own = latents(20, 1, 8, 8)  # independent, so nothing is shared; always the same of a picture
-    banked, plain = (unbiased(bank=decay, weights=(1.0, 1.0)) for decay in (0.99, 0.0))
-    visits = [torch.randperm(20)[:4] for _ in range(500)]
-    found, pairs = (float(torch.stack([value_and_grad(loss, own[v], picture=v)[0] for v in visits])[200:].mean())
-                    for loss in (banked, plain))
-    chance = float(own.mean(0).square().mean())
-    assert 0.02 < chance < 0.09 and found == pytest.approx(chance, rel=0.25)
-    assert abs(pairs) < chance / 3
-
-
 def test_a_bank_stands_for_hundreds_of_samples_and_stays_unbiased():
     shared = torch.full((1, 4, 4), 0.3, dtype=F64)
     loss, plain = (unbiased(bank=b, weights=(1.0, 1.0)) for b in (0.99, 0.0))

@@ -24,6 +24,7 @@ from trainkit.adapters import problems as adapter_problems
 from trainkit.data.cache import DiskStore
 from trainkit.errors import UserError
 from trainkit.families import sd, sdxl
+from trainkit.families.base import VAE_FLAG
 from trainkit.families.text import FrozenText
 from trainkit.files import load_tensors, save_tensors
 from trainkit.options import LoraOptions, ModelOptions, OptimizerOptions, TextOptions
@@ -84,8 +85,14 @@ def test_the_family_is_chosen_by_looking_at_the_folder(folders, tiny_sdxl, asset
         sdxl: [tiny_sdxl, assets / "tiny-sdxl-icons", build_tiny_edm(tmp_path / "edm", widths=(32, 32, 32))]}
     for kind, paths in layouts.items():
         assert [families.of(ModelOptions(pretrained_model_name_or_path=str(p))) for p in paths] == [kind] * len(paths)
+    offered = ("problems", "latents", "native_resolution", "skeleton", "load", "LORA_TARGETS")
     for kind in layouts:
-        assert all(hasattr(kind, name) for name in ("problems", "skeleton", "load", "LORA_TARGETS"))
+        assert all(hasattr(kind, name) for name in offered)
+
+
+def without(file: Path, *names: str) -> None:
+    values = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps({name: value for name, value in values.items() if name not in names}), "utf-8")
 
 
 def refiner(model: Path) -> None:
@@ -133,6 +140,44 @@ def test_what_cannot_be_trained_is_one_clear_problem(clone, what):
     STRANGE[what](clone)
     problem, = families.of(ModelOptions(pretrained_model_name_or_path=str(clone))).problems(str(clone), resolution=64)
     assert what in problem.what and str(clone) in problem.where and problem.fix
+
+
+@pytest.mark.parametrize("file, names", [
+    ("unet/config.json", "in_channels"), ("unet/config.json", "block_out_channels"),
+    ("vae/config.json", "latent_channels, block_out_channels"),
+])
+def test_a_config_without_its_sizes_is_one_problem_of_the_data(clone, folders, file, names):
+    without(clone / file, *names.split(", "))
+    problem, = sd.problems(str(clone), resolution=64)
+    assert (problem.what, problem.kind) == (f"{file} lacks {names}", "data")
+    found = sd.problems(str(folders[1]), resolution=64, vae_path=str(clone / "vae"))
+    assert [(p.what, p.where) for p in found] == [
+        (f"config.json lacks {names}", f"{VAE_FLAG} {clone / 'vae'}")] * file.startswith("vae")
+
+
+def test_the_shape_of_latents_is_known_before_a_weight_is_loaded(models, folders, tiny_sdxl, assets, tmp_path):
+    other = Path(shutil.copytree(assets / "tiny-sd-icons/vae", tmp_path / "vae"))
+    edit(other / "config.json", latent_channels=16, block_out_channels=[8, 8, 8, 8])
+    for version, kind in ((1, sd), (2, sdxl)):  # the two offer the same function
+        mean, _ = models[version].encode_pixels(torch.zeros(1, 3, 48, 48))
+        assert kind.latents(str(folders[version]), 48) == mean.shape[1:]
+        assert kind.latents(str(folders[version]), 64, vae_path=str(other)) == (16, 8, 8)
+    assert sdxl.latents(str(tiny_sdxl), 64)[1:] == (16, 16)
+
+
+def test_the_native_resolution_is_what_the_unet_was_made_for(clone, tiny_sdxl, assets):
+    assert sd.native_resolution(str(assets / "tiny-sd-icons")) == 64
+    assert sdxl.native_resolution(str(tiny_sdxl)) == 16 * 4
+    edit(clone / "unet/config.json", sample_size=[24, 40])
+    assert sd.native_resolution(str(clone)) == 40 * 4
+    without(clone / "unet/config.json", "sample_size")
+    without(clone / "vae/config.json", "block_out_channels")
+    with pytest.raises(UserError) as caught:
+        sd.native_resolution(str(clone))
+    assert [p.what for p in caught.value.problems] == [
+        "unet/config.json lacks sample_size", "vae/config.json lacks block_out_channels"]
+    with pytest.raises(UserError, match="the model folder does not exist"):
+        sd.native_resolution(str(clone / "nowhere"))
 
 
 def test_an_unreachable_hub_id_is_left_to_problems(monkeypatch):
@@ -479,7 +524,8 @@ def test_card_and_report_speak_of_stable_diffusion_and_of_nothing_the_run_was_no
     rows = [("Distribution matching, lambda", 0.003), ("Matching, method", "wavelet"), ("CLIP guidance token", 8.0)]
     assert all(f"| {name} | {value} |" in page for name, value in rows) and "Matching, bank" not in page
     assert "trained on the UNet and the text encoder for 30 steps" in page
-    assert "StableDiffusionPipeline.from_pretrained" in page and "Prompt: `your prompt <lora:icons:1>`" in page
+    assert "Prompt: `3d icon in the style of TOK, a dog <lora:icons:1>`" in page
+    assert "StableDiffusionPipeline.from_pretrained" in page
     assert not re.search(r"sdxl|diffusion.?xl|dreambooth|/anna/", page, re.IGNORECASE)
 
 

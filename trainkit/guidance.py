@@ -1,6 +1,6 @@
 """The CLIP guidance token: a picture's own CLIP features stand where its caption's encoding has its last pad.
 
-Training on pictures beside captions: Yuan et al. 2023, "Real-Fake: Effective Training Data Synthesis Through
+Training on pictures beside captions: Yuan et al. 2024, "Real-Fake: Effective Training Data Synthesis Through
 Distribution Matching", arXiv:2310.10402. Also the file the features are kept in and the CLIP they come from.
 
 B batch, T tokens, D width of the text and of the features, N pictures with features.
@@ -45,7 +45,7 @@ CLIPS = {  # width of the projection -> a CLIP that has it
     96: "assets/tiny-clip-icons", 768: "openai/clip-vit-large-patch14", 1024: "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
 }
 KINDS = {"clip": "CLIPModel", "clip_vision_model": "CLIPVisionModelWithProjection"}  # model_type -> its class
-TOO_WIDE = "; no CLIP's image projection is as wide as SDXL's two text encoders together"
+TOO_WIDE = f"; no CLIP we know projects pictures to more than {max(CLIPS)}"
 PREPROCESSING = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor",
                  "do_normalize", "image_mean", "image_std")
 

@@ -1,6 +1,6 @@
 """The run: device and precision, one writer per folder, records, trackers, the progress line, signals, and its end.
 
-    with start_run(opts) as run:
+    with start_run(opts, project) as run:
         ...
         start = checkpoints.resume(opts.run.resume_from_checkpoint)
         run.begin(start, total, previews)
@@ -62,8 +62,10 @@ def due(step: int, every: int | None, *, last: bool = False) -> bool:
     return last or (bool(every) and step > 0 and step % every == 0)
 
 
-def start_run(opts: OptionSet, project: str = "dreambooth-lora-sdxl") -> Run:
+def start_run(opts: OptionSet, project: str) -> Run:
     """Everything a run needs before its first model is loaded.
+
+    project  what trackers file the run under
 
     Raises UserError: the output folder is another run's or cannot be written, a tracker is missing, the launcher
     wants DeepSpeed or the like.
