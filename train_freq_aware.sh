@@ -10,12 +10,12 @@
 # Time       as it is: about 6 minutes on one CPU core; each step has two forward passes (the second is the term's own)
 # Outputs    in OUTPUT (runs/freq-aware): pytorch_lora_weights.safetensors (Diffusers), <name>.safetensors (ComfyUI, A1111,
 #            Forge), README.md (model card), report.html, samples/ (with a prompt), metrics.jsonl (dist_match/* in every row),
-#            run.json; clip_features.safetensors (the pictures' features). Run it again after a stop and it goes on.
+#            run.json; clip_features-<CLIP>.safetensors. Run it again after a stop and it goes on.
 # Overrides  MODEL CLIP DATA OUTPUT STEPS BATCH LEARNING_RATE MIXED_PRECISION; RESOLUTION, else what the model was made for;
 #            PROMPT of the previews, of which DATA without PROMPT has none. Further flags may follow, the last one counts:
-#            bash train_freq_aware.sh --dist_match_mode=swap
+#            OUTPUT=runs/swap bash train_freq_aware.sh --dist_match_mode=swap. Paths count from this script's folder
 #
-# This is the recipe as it was first written. What helps more at the same cost, measured: docs/frequency.md.
+# This is the recipe as it was first written. What it does and what it does not, measured: docs/frequency.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 bash scripts/install.sh
@@ -24,6 +24,7 @@ model=${MODEL:-assets/tiny-sd-icons}
 clip=${CLIP:-assets/tiny-clip-icons} # its image features must be as wide as the model's text states: 768 for SD 1.x
 data=${DATA:-assets/icons-3d}
 out=${OUTPUT:-runs/freq-aware}
+features=$out/clip_features-$(basename "$clip").safetensors
 prompt=${PROMPT:-}
 [ -n "${DATA:-}" ] || prompt=${PROMPT:-3d icon in the style of TOK, a ladybug} # of the shipped icons
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # on a busy CPU two threads are slower than one
@@ -34,7 +35,7 @@ exit_with_message(lambda: print(native_resolution(sys.argv[1])))' "$model")}
 
 printf '\nCLIP features of the pictures:\n\n'
 mkdir -p "$out"
-.venv/bin/python scripts/extract_clip_features.py --images "$data" --clip "$clip" --out "$out/clip_features.safetensors"
+.venv/bin/python scripts/extract_clip_features.py --images "$data" --clip "$clip" --out "$features"
 
 printf '\nTraining:\n\n'
 .venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision "${MIXED_PRECISION:-no}" --dynamo_backend no \
@@ -45,7 +46,7 @@ printf '\nTraining:\n\n'
   --dist_match=0.003 --dist_match_statistic=sum --dist_match_mode=extra \
   --dist_match_method=wavelet --dist_match_wavelet=db3 --dist_match_levels=2 --dist_match_boundary=zero \
   --dist_match_weights=0.7,0.3 \
-  --guidance_token=8.0 --guidance_features="$out/clip_features.safetensors" \
+  --guidance_token=8.0 --guidance_features="$features" \
   --max_train_steps="${STEPS:-300}" --checkpointing_steps=100 --resume_from_checkpoint=latest \
   ${prompt:+--validation_prompt="$prompt"} --seed=0 "$@"
 

@@ -229,7 +229,7 @@ def preflight(opt: Options, kind: ModuleType) -> list[Row]:
         model_problems = [*adapters.problems(unet, opt.lora, targets=kind.LORA_TARGETS),
                           *guidance.problems(opt.guidance, rows, unet.config.cross_attention_dim),
                           *matching.problems(opt.matching, partial(make_matcher, opt.matching),
-                                             [row.caption for row in rows], latents)]
+                                             {row.digest: row.caption for row in rows}, latents)]
     asked = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run)]
     refuse([*asked, *model_problems, *data_problems])
     return rows

@@ -235,7 +235,7 @@ def test_what_the_loss_refuses_is_the_runs_message():
     def refusing():
         raise ValueError("zero: is no boundary of this and that: leave one out")
 
-    o, captions = MatchingOptions(dist_match_gain=1.0), ["a", "b", "a"]
+    o, captions = MatchingOptions(dist_match_gain=1.0), {"1": "a", "2": "b", "3": "a"}
     (problem,) = problems(o, refusing, captions, (4, 8, 8))
     assert (problem.why, problem.fix) == ("zero: is no boundary of this and that", "leave one out")
     (problem,) = problems(o, Recorder, captions, (4, 1, 1))
@@ -246,9 +246,15 @@ def test_what_the_loss_refuses_is_the_runs_message():
 
 def test_a_class_needs_two_pictures_with_one_caption():
     o = MatchingOptions(dist_match_gain=1.0, dist_match_kernel="class")
-    (problem,) = problems(o, Recorder, ["a", "b", "c"], (4, 8, 8))
+    (problem,) = problems(o, Recorder, {"1": "a", "2": "b", "3": "c"}, (4, 8, 8))
     assert problem.where == "--dist_match_kernel class"
-    assert not list(problems(o, Recorder, ["a", "b", "a"], (4, 8, 8)))
+    assert not list(problems(o, Recorder, {"1": "a", "2": "b", "3": "a"}, (4, 8, 8)))
+
+
+def test_one_picture_however_often_repeated_has_nothing_in_common_with_another():
+    o = MatchingOptions(dist_match_gain=1.0)
+    (problem,) = problems(o, Recorder, {"1": "a"}, (4, 8, 8))
+    assert problem.what == "distribution matching of one picture"
 
 
 def test_levels_are_comparable_by_whitening_or_by_weighing_them_in_noise():
@@ -268,6 +274,8 @@ def test_one_flag_is_the_form_as_it_was_first_written_and_the_other_the_better_o
 def test_what_decides_the_bits_is_what_flags_come_to_not_how_they_were_written():
     short, long = MatchingOptions(dist_match=0.003), MatchingOptions(dist_match=0.003, dist_match_statistic="sum")
     assert short.decisive() == long.decisive() != MatchingOptions(dist_match=0.004).decisive()
+    dct = [MatchingOptions(dist_match_gain=1, dist_match_wavelet=name).decisive() for name in ("db3", "db4")]
+    assert dct[0] == dct[1], "a wavelet is not read by the method dct"
     assert MatchingOptions(dist_match_mode="swap", dist_match_swap=0.2).decisive() == MatchingOptions().decisive()
     swaps = [MatchingOptions(dist_match_gain=1, dist_match_mode="swap", dist_match_swap=p) for p in (0.2, 0.3)]
     assert swaps[0].decisive() != swaps[1].decisive()

@@ -232,6 +232,7 @@ def test_the_recipe_runs_as_it_is(tmp_path):
     done = launched(["bash", "train_freq_aware.sh", "--max_train_steps=2"], env={"OUTPUT": str(tmp_path / "out")})
     assert done.code == 0, done.output
     found = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"clip_features.safetensors", "pytorch_lora_weights.safetensors", "out.safetensors", "report.html"} <= found
+    assert {"clip_features-tiny-clip-icons.safetensors", "pytorch_lora_weights.safetensors", "out.safetensors",
+            "report.html"} <= found
     rows = metrics(tmp_path / "out")
     assert len(rows) == 2 and all(row["dist_match/loss"] > 0 for row in rows)

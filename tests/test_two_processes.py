@@ -26,6 +26,15 @@ def test_two_processes_equal_one(tiny_sdxl, tmp_path):
     close(tmp_path / "one", tmp_path / "two")
 
 
+def test_processes_that_do_not_know_of_each_other_are_refused(tiny_sdxl, tmp_path):
+    """torchrun on a CPU without accelerate's word for it: two runs of one picture stream into one folder."""
+    argv = command(tiny_sdxl, make_pictures(tmp_path / "data", n=2), tmp_path / "out")
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29523"]
+    done = launched([*line, f"{TRAINER}.py", *argv])
+    assert done.code != 0 and "ACCELERATE_USE_CPU=1" in done.output
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
 def close(a: Path, b: Path) -> None:
     name = "pytorch_lora_weights.safetensors"
     one, two = load_file(a / name), load_file(b / name)

@@ -36,7 +36,7 @@ def fingerprint(opt: OptionSet, rows: Sequence[Row], family: Family, job: Run, t
     """
     concerns = [getattr(opt, concern) for concern in DECISIVE if concern in opt.concerns()]
     decisive = {flag: value for concern in concerns for flag, value in concern.decisive().items()}
-    matched = isinstance(decisive.get("--dist_match"), dict)  # a loss compares the pictures of a micro-batch
+    matched = decisive.get("distribution matching") == "on"  # a loss compares the pictures of a micro-batch
     return {
         "base model": family.identity, "pictures": contents([row for row in rows if not row.is_class]),
         "class pictures": contents([row for row in rows if row.is_class]),

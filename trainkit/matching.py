@@ -13,7 +13,7 @@ docs/frequency.md has the modes side by side, measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -185,11 +185,12 @@ MODES: dict[str, Callable[[Pass, MatchingTerm, Window, MatchingOptions, int], Ch
 # From options to passes
 
 
-def problems(o: MatchingOptions, matcher: Callable[[], Matcher], captions: Sequence[str], latents: tuple[int, int, int]
-             ) -> Iterator[Problem]:
+def problems(
+    o: MatchingOptions, matcher: Callable[[], Matcher], captions: Mapping[str, str], latents: tuple[int, int, int],
+) -> Iterator[Problem]:
     """What keeps the options from being trained with, in the words of the loss that `matcher` makes.
 
-    captions  of all pictures, one each
+    captions  of the pictures, by what tells these apart
     latents   shape (C,h,w) of one sample
     """
     if not o.active:
@@ -200,7 +201,10 @@ def problems(o: MatchingOptions, matcher: Callable[[], Matcher], captions: Seque
         why, _, fix = str(error).rpartition(": ")
         yield Problem("distribution matching cannot be computed like this", "--dist_match_...", why or fix,
                       fix if why else "see the --dist_match flags in --help")
-    if o.dist_match_kernel == "class" and len(set(captions)) == len(captions):
+    if len(captions) < 2 and o.statistic == "u":
+        yield Problem("distribution matching of one picture", "--dist_match_gain",
+                      "it is about what different pictures have wrong in common", "add pictures, or leave it out")
+    elif o.dist_match_kernel == "class" and len(set(captions.values())) == len(captions):
         yield Problem("no two pictures are of one class", "--dist_match_kernel class",
                       "a class is made of the pictures with the same caption, and every caption here is another",
                       "--dist_match_kernel text compares by likeness of the captions, none all with all")

@@ -91,6 +91,11 @@ def take_folder(out_dir: Path) -> OutputLock | None:
     """The output folder, there and locked; rank 0 locks for all. Raises UserError: it is a file, or another run's."""
     with disk_errors(out_dir):
         in_the_way = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
+        if not out_dir.resolve().name:
+            raise UserError(Problem(
+                what=f"--output_dir {out_dir} has no name", where="--output_dir", fix="--output_dir runs/mine",
+                why="its last part names the LoRA file",
+            ))
         if not in_the_way.is_dir():
             raise UserError(Problem(
                 what=f"--output_dir {out_dir} cannot be a folder", where="--output_dir", why=f"{in_the_way} is a file",
@@ -369,9 +374,17 @@ def make_accelerator(opts: OptionSet, tracker_names: list[str]) -> Accelerator:
 
     out_dir = Path(opts.run.output_dir)
     places = ProjectConfiguration(project_dir=str(out_dir), logging_dir=str(out_dir / opts.run.logging_dir))
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=opts.precision.mixed_precision, log_with=tracker_names or None, project_config=places,
     )
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != started:  # torchrun without a GPU: each would train alone, all into one folder
+        raise UserError(Problem(
+            what=f"{started} processes were started, and each takes itself for the only one", where="WORLD_SIZE",
+            why="accelerate runs several processes on CPUs only when it is told to",
+            fix="ACCELERATE_USE_CPU=1 in front of the command, or one process",
+        ))
+    return accelerator
 
 
 def with_origins(options: Mapping[str, Json], origins: Mapping[str, str]) -> dict[str, Json]:

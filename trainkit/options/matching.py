@@ -104,8 +104,13 @@ class MatchingOptions(Concern):
         }
 
     def decisive(self) -> dict[str, object]:
+        if not self.active:
+            return {"distribution matching": "off"}
+        unread = set() if self.loss["method"] == "wavelet" else {"wavelet", "boundary", "backend"}
         swap = self.dist_match_swap if self.mode == "swap" else None
-        return {"--dist_match": {**self.loss, "mode": self.mode, "swap": swap} if self.active else None}
+        values = {name: value for name, value in self.loss.items() if name not in unread}
+        return {"distribution matching": "on", "--dist_match_mode": self.mode, "--dist_match_swap": swap,
+                **{f"--dist_match_{name}": value for name, value in values.items()}}
 
 
 def _numbers(text: str) -> tuple[float, ...]:
