@@ -413,7 +413,7 @@ class Scales:
 
 
 class Bank:
-    """Sums of past errors, scaled as the term scales them, that stand for a batch of hundreds.
+    """Sums of past errors, scaled as the term scales them; they stand for B · decay / (1 − decay) samples at batch B.
 
     Kept for each (bin of log SNR, class, latent shape), decayed at every visit: n·C·h·w numbers each, so as many as
     there are captions for the kernel class. Reading the keys waits for the device once a call.
@@ -621,7 +621,7 @@ class DistributionMatchingLoss:
         size, weight = len(rows.weight), rows.weight
         if size == 1 and self.statistic == "u" and not self.bank:
             raise ValueError("the statistic u compares samples with one another, and this batch has one: use a batch "
-                             "of 2 or more over all processes, a bank, or the statistic sum")
+                             "of 2 or more over all processes, or a bank")
         bins = self.scales.bins(rows.snr)
         usual = self.scales.at(bins).to(rows.error)  # [G,n+1]
         factor = TIMESTEP_WEIGHTS[self.timestep_weight](rows.snr, usual[:, -1])[:, None].expand(size, self.bands.count)

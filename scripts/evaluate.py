@@ -19,6 +19,7 @@ import argparse
 import hashlib
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -31,18 +32,22 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from trainkit.errors import Problem, exit_with_message, refuse  # noqa: E402
+from trainkit.errors import Problem, UserError, exit_with_message, refuse  # noqa: E402
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
     from PIL.Image import Image
 
+    from trainkit.families.pretrained import Repo
+
     Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 
 ASSETS = ROOT / "assets"
 MIN_PICTURES = 100  # below this the distance is too noisy to compare two LoRAs
+FEWEST = 2  # pictures a side of an unbiased distance
 GRID_ROWS = 10
 NETWORKS = ("unet", "text_encoder", "text_encoder_2")  # of a pipeline, where a LoRA may train
+ANY_SIDE = 2**20  # pixels: any model halves it; the pipelines check the sides that are drawn
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
@@ -67,15 +72,17 @@ class Wanted:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     refuse(problems(args))
+    refuse(made(args.out))
     reference = of_nouns(read_reference(args.reference), args.nouns)
     wanted = enough(reference, args.prompt)
     started = time.monotonic()
     drawn = dict(draw(args, wanted))
     seconds = time.monotonic() - started
     result = measure(args, drawn, reference) | {"pictures": len(wanted), "seconds": round(seconds, 1)}
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
-    grid(drawn, wanted, reference).save(args.out / "grid.png")
+    page = grid(drawn, wanted, reference)
+    with writing(args.out):
+        (args.out / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+        page.save(args.out / "grid.png")
     print(table(result, args.out))
 
 
@@ -130,6 +137,7 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
         yield Problem(f"no file of embeddings {args.embeddings}", "--embeddings", "the run's new tokens are in it",
                       "give the path of the NAME_emb.safetensors that the run wrote, or leave the flag out")
     yield from base_problems(args.base, args.embeddings)
+    yield from damaged_loras([args.lora] if args.lora else [])
     for flag in ("training", "clip", "reference"):
         if not getattr(args, flag).is_dir():
             yield Problem(f"no folder {getattr(args, flag)}", f"--{flag}", "the style distance needs it",
@@ -137,15 +145,71 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
     if args.prompt and "{noun}" not in args.prompt:
         yield Problem(f"no {{noun}} in {args.prompt!r}", "--prompt", "each picture is drawn for one noun",
                       'write for instance --prompt "icon of a {noun}"')
-    if args.training.is_dir() and not pictures_in(args.training):
-        yield Problem(f"no picture in {args.training}", "--training", "they give the floor of the style distance",
-                      f"put {', '.join(sorted(PICTURE_SUFFIXES))} files there", kind="data")
+    yield from number_problems(args, counts=("steps", "batch_size"), reals=("strengths", "guidance_scale"))
+    if args.training.is_dir():
+        yield from training_problems(args.training)
     if args.reference.is_dir():
         yield from reference_problems(args)
+    yield from in_the_way(args.out)
 
 
-def base_problems(base: str, embeddings: Path | None) -> list[Problem]:
-    """What the small files of the base model say against drawing with it."""
+def number_problems(args: argparse.Namespace, *, counts: Sequence[str], reals: Sequence[str]) -> Iterator[Problem]:
+    """Counts below 1, and numbers or lists of them that are not finite."""
+    for flag in counts:
+        if getattr(args, flag) < 1:
+            yield Problem(f"--{flag} {getattr(args, flag)}", f"--{flag}", "it is a count", f"--{flag} 1 or more")
+    for flag in reals:
+        value = getattr(args, flag)
+        several = value if isinstance(value, (list, tuple)) else [value]
+        yield from (Problem(f"--{flag} {number}", f"--{flag}", "nothing can be drawn with it",
+                            f"give --{flag} a finite number")
+                    for number in several if number is not None and not math.isfinite(number))
+
+
+def damaged_loras(files: Sequence[Path]) -> Iterator[Problem]:
+    """Files, of those that are there, whose header cannot be read or whose end is missing."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in (file for file in files if file.is_file() and file.suffix == ".safetensors"):
+        try:
+            safe_open(file, framework="pt")
+        except (OSError, SafetensorError) as error:
+            yield Problem("the LoRA file is damaged", f"--lora {file}", f"{error}", "copy or export it again", "data")
+
+
+def in_the_way(out: Path) -> Iterator[Problem]:
+    """Is the folder for the results, or one that it shall lie in, a file?"""
+    there = next((path for path in (out, *out.parents) if path.exists()), out)
+    if there.exists() and not there.is_dir():
+        yield Problem(f"{there} is a file", f"--out {out}", "the results go into a folder", "name another with --out")
+
+
+def made(out: Path) -> Iterator[Problem]:
+    """Make the folder for the results, before hours are spent on them -> why that cannot be done."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        why = "" if os.access(out, os.W_OK | os.X_OK) else "nothing may be written there"
+    except OSError as error:
+        why = os.strerror(error.errno)
+    if why:
+        yield Problem(f"{out} cannot be written to", f"--out {out}", why, "name another folder with --out")
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """A disk that is full or gone while the results are written ends in a problem of the kind "disk"."""
+    try:
+        yield
+    except OSError as error:
+        refuse([Problem("the results cannot be written", f"--out {out}", f"{error}",
+                        "free some space, or name a folder on another disk with --out", "disk")])
+
+
+def base_problems(base: str, embeddings: Path | None, *, sized: bool = True) -> list[Problem]:
+    """What the small files of the base model say against drawing with it.
+
+    sized  whether the model must say how large its pictures are
+    """
     from trainkit.families.pretrained import Repo
 
     repo = Repo(base, "--base")
@@ -154,11 +218,56 @@ def base_problems(base: str, embeddings: Path | None) -> list[Problem]:
     if repo.json("model_index.json") is None or repo.json("unet/config.json") is None:
         return [repo.problem("not a Stable Diffusion model folder", "model_index.json or unet/config.json is missing",
                              "--base FOLDER_OF_A_DIFFUSERS_MODEL (SDXL, SD 1.x or 2.x)", kind="data")]
+    if found := family_problems(repo):
+        return found
+    if sized and repo.json("unet/config.json").get("sample_size") is None:
+        return [repo.problem("the model does not say how large its pictures are", "unet/config.json has no sample_size",
+                             "add sample_size, pixels divided by 8, to unet/config.json", kind="data")]
     if embeddings and repo.json("text_encoder_2/config.json") is None:
         return [Problem("embeddings of two text encoders for a model with one", f"--embeddings {embeddings}",
                         f"{base} has no text_encoder_2: new tokens are trained on SDXL", "leave --embeddings out, or "
                         "name the SDXL model they were trained on with --base")]
-    return []
+    return embeddings_problems(repo, embeddings) if embeddings and embeddings.is_file() else []
+
+
+def family_problems(repo: Repo) -> list[Problem]:
+    """What keeps the model from being trained keeps it from being drawn with; flags of the trainers are not named."""
+    from trainkit import families
+    from trainkit.options import ModelOptions
+
+    family = families.of(ModelOptions(pretrained_model_name_or_path=repo.path))
+    return [replace(repo.problem(found.what.replace("trained", "drawn with"), found.why, "name a complete SDXL, SD 1.x "
+                                 "or 2.x base model, its weights in safetensors, with --base"), kind=found.kind)
+            for found in family.problems(repo.path, resolution=ANY_SIDE)]
+
+
+def embeddings_problems(repo: Repo, file: Path) -> list[Problem]:
+    """Is it a file of a run's new tokens, as wide as the text encoders?"""
+    from safetensors import SafetensorError
+
+    from trainkit.files import load_tensors
+    from trainkit.pivotal import ENCODERS, read_header
+
+    try:
+        names, tensors = read_header(file).names, load_tensors(file)
+        shapes = [tuple(tensors[name].shape) for name in ENCODERS]
+    except (OSError, SafetensorError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        return [Problem("no file of embeddings", f"--embeddings {file}", f"{error}".partition("\n")[0],
+                        "give the path of the NAME_emb.safetensors that the run wrote", "data")]
+    configs = [repo.json(f"{folder}/config.json") for folder in ("text_encoder", "text_encoder_2")]
+    wanted = [(len(names), config.get("hidden_size")) for config in configs]
+    return [] if shapes == wanted else [
+        Problem("the embeddings do not fit the base model", f"--embeddings {file}", f"their shapes are {shapes}, and "
+                f"{wanted} are asked for", "name the base model they were trained on with --base", "data")]
+
+
+def training_problems(folder: Path) -> Iterator[Problem]:
+    files = pictures_in(folder)
+    if len(files) < FEWEST:
+        yield Problem(f"{len(files)} pictures in {folder}" if files else f"no picture in {folder}", "--training",
+                      f"they give the floor of the style distance, and it takes {FEWEST}",
+                      f"put {', '.join(sorted(PICTURE_SUFFIXES))} files there", kind="data")
+    yield from unreadable("--training", files)
 
 
 def reference_problems(args: argparse.Namespace) -> Iterator[Problem]:
@@ -167,17 +276,64 @@ def reference_problems(args: argparse.Namespace) -> Iterator[Problem]:
         yield Problem(f"no {index}", "--reference", "it says which noun each picture shows",
                       'write one line a picture: {"file_name": "cat.png", "noun": "cat", "text": "a cat"}', kind="data")
         return
-    known = {real.noun for real in read_reference(args.reference)}
+    try:
+        every = read_reference(args.reference)
+    except UserError as damaged:
+        yield from damaged.problems
+        return
+    known = {real.noun for real in every}
     missing = sorted(set(args.nouns or ()) - known)
+    chosen = of_nouns(every, args.nouns)
     if missing:
         yield Problem(f"no real picture of {', '.join(missing)}", "--nouns", "both sides must show the same nouns",
                       f"choose among the {len(known)} nouns in {index}")
+    elif len(chosen) < FEWEST and args.nouns is not None:
+        yield Problem(f"{len(chosen)} real pictures of the nouns", "--nouns", f"the style distance takes {FEWEST}",
+                      f"give more of the {len(known)} nouns in {index}, or leave --nouns out")
+    elif len(chosen) < FEWEST:
+        yield Problem(f"{len(chosen)} pictures in {index}", "--reference", f"the style distance takes {FEWEST}",
+                      "add a line for each real picture", kind="data")
+    yield from unreadable("--reference", [real.path for real in chosen])
+
+
+def unreadable(flag: str, files: Sequence[Path]) -> Iterator[Problem]:
+    """One problem for all the pictures that cannot be read."""
+    from trainkit.data.images import UnreadablePicture, decode
+
+    faults = []
+    for file in files:
+        try:
+            decode(file.read_bytes())
+        except (OSError, UnreadablePicture) as error:
+            faults.append(f"{file.name}: {error}")
+    if faults:
+        yield Problem(f"{len(faults)} pictures cannot be read", flag, faults[0], "put whole pictures there", "data")
 
 
 def read_reference(folder: Path) -> list[Real]:
-    lines = (folder / "metadata.jsonl").read_text("utf-8").splitlines()
-    rows = [json.loads(line) for line in lines if line.strip()]
-    return [Real(row["noun"], folder / row["file_name"], row["text"]) for row in rows]
+    """The real pictures that metadata.jsonl lists. UserError: a line of it is damaged."""
+    index = folder / "metadata.jsonl"
+    try:
+        lines = enumerate(index.read_text("utf-8").splitlines(), 1)
+        return [real_of(folder, number, line) for number, line in lines if line.strip()]
+    except ValueError as error:  # of UTF-8, of JSON, or of a row
+        raise UserError(Problem(f"{index} is damaged", "--reference", f"{error}", "write one line a picture: "
+                                '{"file_name": "cat.png", "noun": "cat", "text": "a cat"}', kind="data")) from error
+
+
+def real_of(folder: Path, number: int, line: str) -> Real:
+    """A line of metadata.jsonl. ValueError: it is no JSON, lacks a text, or names a file outside of the folder."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number} is no JSON: {error}") from error
+    keys = ("noun", "file_name", "text")
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) and row[key].strip() for key in keys):
+        raise ValueError(f"line {number} has no {', '.join(keys)} that are all text")
+    name = Path(row["file_name"])
+    if name.is_absolute() or ".." in name.parts:
+        raise ValueError(f"line {number}: file_name {row['file_name']!r} leaves the folder")
+    return Real(row["noun"], folder / name, row["text"])
 
 
 def of_nouns(reference: list[Real], nouns: Sequence[str] | None) -> list[Real]:
@@ -290,11 +446,20 @@ def pictures_of(pipe: Pipeline, args: argparse.Namespace, wanted: list[Wanted]) 
     pictures: list[Image] = []
     for start in range(0, len(wanted), args.batch_size):
         some = wanted[start : start + args.batch_size]
-        pictures += pipe(
-            [w.prompt for w in some], num_inference_steps=args.steps, guidance_scale=args.guidance_scale,
-            generator=[rng.generator("evaluate", args.seed, w.noun, w.copy) for w in some],
-        ).images
+        pictures += finite_pictures(
+            pipe, prompt=[w.prompt for w in some], num_inference_steps=args.steps, guidance_scale=args.guidance_scale,
+            generator=[rng.generator("evaluate", args.seed, w.noun, w.copy) for w in some])
     return pictures
+
+
+def finite_pictures(pipe: Pipeline, **asked: object) -> list[Image]:
+    """What the pipeline draws. UserError: values that are not finite, which a PNG would show as black."""
+    pixels = pipe(**asked, output_type="pt").images  # [B,3,H,W] in 0..1
+    if not pixels.isfinite().all():
+        refuse([Problem("pictures of NaN or infinity were drawn", f"--dtype {pipe.unet.dtype}".replace("torch.", ""),
+                        "activations overflow the number format, or the weights of the model or the LoRA are damaged; "
+                        "nothing was saved", "--dtype float32, a smaller strength, or another file", "nonfinite")])
+    return pipe.numpy_to_pil(pipe.image_processor.pt_to_numpy(pixels))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

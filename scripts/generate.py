@@ -29,7 +29,18 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.evaluate import base_problems, fuse_lora, learned_words, load  # noqa: E402
+from scripts.evaluate import (  # noqa: E402
+    base_problems,
+    damaged_loras,
+    finite_pictures,
+    fuse_lora,
+    in_the_way,
+    learned_words,
+    load,
+    made,
+    number_problems,
+    writing,
+)
 from trainkit.errors import Problem, exit_with_message, refuse  # noqa: E402
 
 if TYPE_CHECKING:
@@ -41,6 +52,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LORA_NAME = "pytorch_lora_weights.safetensors"  # in a run's folder
+SEEDS = range(-(2**63), 2**64)  # that torch.manual_seed takes
 SIDE_STEP = 8  # pixels: the stock pipelines take no other sides
 EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
@@ -68,6 +80,7 @@ class Shot:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     refuse(problems(args))
+    refuse(made(args.out))
     shots = plan(args)
     pipe = load(args)
     for file, strength in loras(args):
@@ -133,11 +146,12 @@ def whole_numbers(text: str) -> tuple[int, ...]:
 
 
 def problems(args: argparse.Namespace) -> Iterator[Problem]:
-    yield from base_problems(args.base, args.embeddings)
+    yield from base_problems(args.base, args.embeddings, sized=not (args.width and args.height))
     named = [("--lora", file) for file in args.lora] + [("--guidance_image", file) for file in args.guidance_image]
     named += [("--embeddings", args.embeddings)] if args.embeddings else []
     yield from (Problem(f"no file {file}", flag, "it is read before drawing", "name a file that is there", "data")
                 for flag, file in named if not file.is_file())
+    yield from damaged_loras(args.lora)
     if args.strength and (not args.lora or len(args.strength) not in {1, len(args.lora)}):
         yield Problem(f"{len(args.strength)} strengths for {len(args.lora)} LoRAs", "--strength",
                       "it is one for all, or one for each", "give --strength once, or as often as --lora")
@@ -153,9 +167,11 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
         if side is not None and (side < SIDE_STEP or side % SIDE_STEP):
             yield Problem(f"--{flag} {side}", f"--{flag}", f"sides are multiples of {SIDE_STEP} pixels",
                           f"--{flag} {max(SIDE_STEP, round(side / SIDE_STEP) * SIDE_STEP)}")
-    for flag in ("steps", "batch_size"):
-        if getattr(args, flag) < 1:
-            yield Problem(f"--{flag} {getattr(args, flag)}", f"--{flag}", "it is a count", f"--{flag} 1 or more")
+    yield from number_problems(args, counts=("steps", "batch_size"),
+                               reals=("strength", "guidance_scale", "guidance_token_scale"))
+    yield from (Problem(f"seed {seed}", "--seeds", "it is no number of 64 bits", f"{SEEDS[0]} to {SEEDS[-1]}")
+                for seed in args.seeds if seed not in SEEDS)
+    yield from in_the_way(args.out)
 
 
 def plan(args: argparse.Namespace) -> list[Shot]:
@@ -255,8 +271,16 @@ def draw(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) -> lis
     with torch.no_grad():
         text = encode(pipe, args, shots)
     noise = [torch.Generator().manual_seed(shot.seed) for shot in shots]
-    return pipe(**text, height=args.height, width=args.width, num_inference_steps=args.steps,
-                guidance_scale=scale(pipe, args), generator=noise).images
+    width, height = size(pipe, args)
+    return finite_pictures(pipe, **text, height=height, width=width, num_inference_steps=args.steps,
+                           guidance_scale=scale(pipe, args), generator=noise)
+
+
+def size(pipe: Pipeline, args: argparse.Namespace) -> tuple[int, int]:
+    """Width and height in pixels; the stock pipelines would overlook one that is asked for alone."""
+    own = pipe.unet.config.sample_size
+    high, wide = own if isinstance(own, (list, tuple)) else (own, own)
+    return args.width or wide * pipe.vae_scale_factor, args.height or high * pipe.vae_scale_factor
 
 
 def scale(pipe: Pipeline, args: argparse.Namespace) -> float:
@@ -269,12 +293,10 @@ def scale(pipe: Pipeline, args: argparse.Namespace) -> float:
 
 
 def write(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot], pictures: Sequence[Image]) -> None:
-    from trainkit.files import disk_errors
     from trainkit.preview import save_png
 
     page = contact_sheet(args, shots, pictures)
-    with disk_errors(args.out):
-        args.out.mkdir(parents=True, exist_ok=True)
+    with writing(args.out):
         for shot, picture in zip(shots, pictures, strict=True):
             save_png(args.out / shot.file_name, picture, parameters(pipe, args, shot, picture))
         save_png(args.out / "sheet.png", page, parameters(pipe, args, shots[0], pictures[0]))

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -120,6 +121,18 @@ def launched(command_line: list[str], *, env: dict[str, str] | None = None, time
         command_line, cwd=ROOT, env=full, timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )
     return Done(done.returncode, done.stdout)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def torchrun(processes: int) -> list[str]:
+    """The start of a command line for several processes, at a port of its own: tests run beside each other."""
+    ranks = [f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
+    return [sys.executable, "-m", "torch.distributed.run", *ranks]
 
 
 def metrics(out: Path) -> list[dict]:

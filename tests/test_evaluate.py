@@ -90,7 +90,8 @@ def test_every_strength_is_drawn_from_the_same_noise_and_measured(tiny_sdxl, lor
 
 def test_a_picture_depends_on_its_noun_and_seed_not_on_the_others(tiny_sdxl, lora, icons, judged, tmp_path):
     evaluate.main(arguments(tiny_sdxl, lora, icons, tmp_path / "a", "--strengths=0"))
-    evaluate.main(arguments(tiny_sdxl, lora, icons, tmp_path / "b", "--strengths=0", "--nouns=cat", "--batch_size=1"))
+    evaluate.main(arguments(tiny_sdxl, lora, icons, tmp_path / "b", "--strengths=0", "--nouns=cat,bird",
+                            "--batch_size=1"))
     cat, alone = judged[1][1], judged[3][0]
     assert np.abs(np.asarray(cat).astype(int) - np.asarray(alone)).max() <= 1
 
@@ -102,6 +103,44 @@ def test_all_that_is_wrong_is_said_at_once(tiny_sdxl, icons, tmp_path):
         evaluate.main(wrong)
     assert [p.where for p in caught.value.problems] == ["--lora", "--clip", "--prompt", "--nouns"]
     assert "unicorn" in str(caught.value) and caught.value.exit_code == 2
+
+
+def refused(*words: str) -> UserError:
+    with pytest.raises(UserError) as caught:
+        evaluate.main(list(words))
+    return caught.value
+
+
+def test_numbers_and_sides_too_small_are_refused(tiny_sdxl, lora, icons, tmp_path):
+    (one := tmp_path / "one").mkdir()
+    Image.new("RGB", (64, 64)).save(one / "a.png")
+    (afile := tmp_path / "file").write_text("")
+    usual = arguments(tiny_sdxl, lora, icons, afile / "out")
+    found = refused(*usual, "--steps=0", "--batch_size=0", "--strengths=nan,1", "--guidance_scale=inf", "--nouns=,",
+                    f"--training={one}")
+    assert [p.where for p in found.problems] == [
+        "--steps", "--batch_size", "--strengths", "--guidance_scale", "--training", "--nouns",
+        f"--out {afile / 'out'}"]
+    assert found.exit_code == 2
+    problem, = refused(*arguments(tiny_sdxl, lora, icons, tmp_path / "out", "--nouns=cat")).problems
+    assert "1 real pictures" in problem.what and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("", "pictures in"), ("xx", "no JSON"), ("[1]", "line 1"), ('{"file_name": "dog.png", "text": "a"}', "noun"),
+    ('{"file_name": "dog.png", "noun": 3, "text": "a"}', "noun"),
+    ('{"file_name": "../dog.png", "noun": "a", "text": "a"}', "leaves the folder"),
+    ('{"file_name": "no.png", "noun": "a", "text": "a"}\n{"file_name": "dog.png", "noun": "b", "text": "b"}', "no.png"),
+    ('{"file_name": "torn.png", "noun": "a", "text": "a"}\n{"file_name": "dog.png", "noun": "b", "text": "b"}', "torn"),
+])
+def test_a_damaged_reference_is_one_problem_of_the_data(line, said, tiny_sdxl, lora, icons, tmp_path):
+    (tmp_path / "train").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "train" / name).write_bytes((icons / "dog.png").read_bytes())
+    (icons / "torn.png").write_bytes((icons / "dog.png").read_bytes()[:60])
+    (icons / "metadata.jsonl").write_text(line, "utf-8")
+    found = refused(*arguments(tiny_sdxl, lora, icons, tmp_path / "out", f"--training={tmp_path / 'train'}"))
+    assert len(found.problems) == 1 and said in str(found) and found.exit_code == 3
 
 
 def test_learned_tokens_stand_for_their_words_but_for_the_base(tiny_sdxl, lora, icons, judged, tmp_path):

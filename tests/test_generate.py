@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,6 +74,7 @@ def test_the_pictures_are_the_stock_pipelines(model, request, tmp_path):
 
 def test_sizes_are_asked_for_or_the_models(tiny_sd, tmp_path):
     assert drawn(tiny_sd, tmp_path, "--width=96", "--height=32")[0].shape == (32, 96, 3)
+    assert drawn(tiny_sd, tmp_path / "wide", "--width=96")[0].shape == (64, 96, 3), "the other side is the model's"
 
 
 def test_loras_are_drawn_at_their_strengths(tiny_sd, lora, tmp_path):
@@ -210,4 +214,55 @@ def test_what_is_no_model_or_no_picture_is_refused(tiny_sd, clip, tmp_path):
     assert "torn.png cannot be read" in problem.what
     (torn := tmp_path / "torn.safetensors").write_bytes(b"no")
     problem, = refused(tiny_sd, tmp_path / "out", f"--lora={torn}")
-    assert "does not fit" in problem.what and "torn.safetensors" in problem.where
+    assert "damaged" in problem.what and "torn.safetensors" in problem.where
+
+
+def test_numbers_and_places_that_cannot_be_are_refused(tiny_sd, lora, tmp_path):
+    (afile := tmp_path / "file").write_text("")
+    found = refused(tiny_sd, afile, f"--lora={lora}", "--strength=nan", "--guidance_scale=inf",
+                    "--guidance_token_scale=nan", f"--seeds=-1,{2**64}")
+    assert [p.where for p in found] == ["--strength", "--guidance_scale", "--guidance_token_scale", "--seeds",
+                                        f"--out {afile}"]
+    assert all(p.kind == "usage" and "--resume_from_checkpoint" not in p.fix for p in found)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_drawing(tiny_sd, monkeypatch, tmp_path):
+    def no_room(*_, **__):
+        raise PermissionError(errno.EPERM, "no")
+
+    monkeypatch.setattr(Path, "mkdir", no_room)
+    monkeypatch.setattr(generate, "load", None)  # nothing is loaded
+    problem, = refused(tiny_sd, tmp_path / "out")
+    assert problem.where.startswith("--out") and problem.kind == "usage"
+
+
+def test_pictures_of_nan_are_no_pictures(tiny_sd, lora, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    weights = {name: torch.full_like(w, torch.nan) for name, w in load_file(lora / generate.LORA_NAME).items()}
+    save_file(weights, bad := tmp_path / "nan.safetensors")
+    problem, = refused(tiny_sd, tmp_path / "out", f"--lora={bad}")
+    assert problem.kind == "nonfinite"
+
+
+@pytest.mark.parametrize(("file", "key", "value", "said"), [
+    ("unet/config.json", "in_channels", 9, "do not fit"),
+    ("scheduler/scheduler_config.json", "prediction_type", "flow", "flow"),
+    ("unet/config.json", "sample_size", None, "how large"),
+    ("tokenizer/tokenizer_config.json", None, None, "no tokenizer"),
+])
+def test_models_that_cannot_be_drawn_with_are_refused_before_loading(file, key, value, said, tiny_sd, monkeypatch,
+                                                                     tmp_path):
+    shutil.copytree(tiny_sd, base := tmp_path / "base")
+    if key:
+        (base / file).write_text(json.dumps(json.loads((base / file).read_text()) | {key: value}))
+    else:
+        (base / file).unlink()
+    monkeypatch.setattr(generate, "load", None)
+    problem, = refused(base, tmp_path / "out")
+    assert said in problem.what and problem.where == f"--base {base}" and "--pretrained" not in problem.fix
+
+
+def test_what_is_no_file_of_embeddings_is_refused(tiny_sdxl, lora, tmp_path):
+    problem, = refused(tiny_sdxl, tmp_path / "out", f"--embeddings={lora / generate.LORA_NAME}")
+    assert "no file of embeddings" in problem.what and problem.kind == "data"

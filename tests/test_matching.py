@@ -255,6 +255,7 @@ def test_one_picture_however_often_repeated_has_nothing_in_common_with_another()
     o = MatchingOptions(dist_match_gain=1.0)
     (problem,) = problems(o, Recorder, {"1": "a"}, (4, 8, 8))
     assert problem.what == "distribution matching of one picture"
+    assert not list(problems(o, Recorder, {}, (4, 8, 8))), "no picture at all is the data's problem"
 
 
 def test_levels_are_comparable_by_whitening_or_by_weighing_them_in_noise():

@@ -10,7 +10,6 @@ import math
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.harness import free_port
 from trainkit import files, run
 from trainkit.checkpoints import Checkpoints
 from trainkit.errors import Problem, UserError, exit_with_message
@@ -259,12 +259,6 @@ def test_scale_and_counters_survive_a_restart():
     assert (second.skipped, second.in_a_row, second.scaler.get_scale()) == (1, 1, 2.0**15)
     second.backward((model(rows()) ** 2).sum())
     assert second.scaler.get_scale() == 2.0**15
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def on_two_ranks(work) -> list:

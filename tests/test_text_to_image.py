@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.harness import ROOT, Done, command, forked, launched, make_pictures, metrics
+from tests.harness import ROOT, Done, command, forked, launched, make_pictures, metrics, torchrun
 from tests.test_resume import same_checkpoint, same_tensors
 from tests.test_train_modes import every_value_first
 from tests.test_train_smoke import pairwise
@@ -164,8 +164,7 @@ def test_a_second_pass_takes_no_randomness_from_the_first(tiny_sd, pictures, tmp
 def test_the_statistic_is_over_all_processes(changes, tiny_sd, pictures, tmp_path):
     one = captioned(tiny_sd, pictures, tmp_path / "one", train_batch_size=4, **changes)
     two = captioned(tiny_sd, pictures, tmp_path / "two", train_batch_size=2, **changes)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29519"]
-    for line in ([sys.executable, f"{TRAINER}.py", *one], [*torchrun, f"{TRAINER}.py", *two]):
+    for line in ([sys.executable, f"{TRAINER}.py", *one], [*torchrun(2), f"{TRAINER}.py", *two]):
         done = launched(line, env={"ACCELERATE_USE_CPU": "1"})
         assert done.code == 0, done.output
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):

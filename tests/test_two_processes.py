@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.harness import TRAINER, command, launched, make_pictures, metrics
+from tests.harness import TRAINER, command, launched, make_pictures, metrics, torchrun
 
 STEP = 1e-3  # the learning rate: Adam turns a gradient that is all rounding into a step of that size
 
@@ -18,8 +18,7 @@ def test_two_processes_equal_one(tiny_sdxl, tmp_path):
     one = command(tiny_sdxl, pictures, tmp_path / "one", train_batch_size=4, max_train_steps=3, checkpointing_steps=3)
     two = command(tiny_sdxl, pictures, tmp_path / "two", train_batch_size=1, gradient_accumulation_steps=2,
                   max_train_steps=3, checkpointing_steps=3)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
-    for line in ([sys.executable, f"{TRAINER}.py", *one], [*torchrun, f"{TRAINER}.py", *two]):
+    for line in ([sys.executable, f"{TRAINER}.py", *one], [*torchrun(2), f"{TRAINER}.py", *two]):
         done = launched(line, env={"ACCELERATE_USE_CPU": "1"})
         assert done.code == 0, done.output
     assert [m["step"] for m in metrics(tmp_path / "two") if "loss" in m] == [1, 2, 3], "only rank 0 writes"
@@ -29,8 +28,7 @@ def test_two_processes_equal_one(tiny_sdxl, tmp_path):
 def test_processes_that_do_not_know_of_each_other_are_refused(tiny_sdxl, tmp_path):
     """torchrun on a CPU without accelerate's word for it: two runs of one picture stream into one folder."""
     argv = command(tiny_sdxl, make_pictures(tmp_path / "data", n=2), tmp_path / "out")
-    line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29523"]
-    done = launched([*line, f"{TRAINER}.py", *argv])
+    done = launched([*torchrun(2), f"{TRAINER}.py", *argv])
     assert done.code != 0 and "ACCELERATE_USE_CPU=1" in done.output
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 

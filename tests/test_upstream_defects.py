@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import re
-import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +18,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.harness import ROOT, TRAINER, command, forked, launched, make_pictures, metrics
+from tests.harness import ROOT, TRAINER, command, forked, launched, make_pictures, metrics, torchrun
 from tests.test_pivotal import load
 from tests.test_resume import same_checkpoint, same_tensors
-from tests.test_run import free_port
 from tests.test_text import make
 from tests.tiny import build_tiny_sdxl
 from train_dreambooth_lora_sdxl_advanced import Options
@@ -432,9 +430,8 @@ def test_d21_two_processes_train_tokens_and_prior_as_one_does(tiny_sdxl, tmp_pat
     one, two = tmp_path / "one" / "lora", tmp_path / "two" / "lora"
     alone = forked(command(tiny_sdxl, data, one, train_batch_size=2, **changes), log=tmp_path / "log")
     assert alone.code == 0, alone.output
-    ranks = ["--nproc_per_node", "2", "--master_port", str(free_port())]
     argv = [f"{TRAINER}.py", *command(tiny_sdxl, data, two, train_batch_size=1, **changes)]
-    both = launched([sys.executable, "-m", "torch.distributed.run", *ranks, *argv], env={"ACCELERATE_USE_CPU": "1"})
+    both = launched([*torchrun(2), *argv], env={"ACCELERATE_USE_CPU": "1"})
     assert both.code == 0, both.output
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
     for name in (DIFFUSERS_FILE, "lora_emb.safetensors"):

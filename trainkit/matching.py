@@ -201,10 +201,10 @@ def problems(
         why, _, fix = str(error).rpartition(": ")
         yield Problem("distribution matching cannot be computed like this", "--dist_match_...", why or fix,
                       fix if why else "see the --dist_match flags in --help")
-    if len(captions) < 2 and o.statistic == "u":
+    if len(captions) == 1 and o.statistic == "u":
         yield Problem("distribution matching of one picture", "--dist_match_gain",
                       "it is about what different pictures have wrong in common", "add pictures, or leave it out")
-    elif o.dist_match_kernel == "class" and len(set(captions.values())) == len(captions):
+    elif o.dist_match_kernel == "class" and captions and len(set(captions.values())) == len(captions):
         yield Problem("no two pictures are of one class", "--dist_match_kernel class",
                       "a class is made of the pictures with the same caption, and every caption here is another",
                       "--dist_match_kernel text compares by likeness of the captions, none all with all")
