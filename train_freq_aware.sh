@@ -48,7 +48,7 @@ printf '\nTraining:\n\n'
   --dist_match_weights=0.7,0.3 \
   --guidance_token=8.0 --guidance_features="$features" \
   --max_train_steps="${STEPS:-300}" --checkpointing_steps=100 --resume_from_checkpoint=latest \
-  ${prompt:+--validation_prompt="$prompt"} --seed=0 "$@"
+  ${prompt:+--validation_prompt="$prompt" --validation_steps=100} --seed=0 "$@"
 
 printf '\nOpen %s in a browser. Pictures with the token of a picture of yours:\n\n' "$out/report.html"
 printf '.venv/bin/python scripts/generate.py --base %q --lora %q --clip %q \\\n' "$model" "$out" "$clip"
