@@ -19,6 +19,12 @@ from typing import TYPE_CHECKING
 
 from trainkit.errors import exit_with_message, refuse
 from trainkit.options import (
+    CaptionedDataOptions,
+    CaptionedOptimizerOptions,
+    CaptionedPrecisionOptions,
+    CaptionedRunOptions,
+    CaptionedTextOptions,
+    CaptionedValidationOptions,
     GuidanceOptions,
     LoraOptions,
     MatchingOptions,
@@ -26,14 +32,6 @@ from trainkit.options import (
     ObjectiveOptions,
     OptionSet,
     parse,
-)
-from trainkit.options.captioned import (
-    CaptionedDataOptions,
-    CaptionedOptimizerOptions,
-    CaptionedPrecisionOptions,
-    CaptionedRunOptions,
-    CaptionedTextOptions,
-    CaptionedValidationOptions,
 )
 
 if TYPE_CHECKING:

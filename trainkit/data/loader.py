@@ -59,6 +59,8 @@ class Pictures(Dataset[Sample]):
 
     def caption(self, row: Row, epoch: int) -> str:
         """The one of the row's captions that a visit is trained with: a pure function, as its crop is."""
+        if not row.others:
+            return row.caption
         place = permutation(len(row.all_captions), "caption", self.seed, epoch, row.id, row.repeat)[0]
         return row.all_captions[place]
 
