@@ -1,8 +1,9 @@
-"""Frequency bands of latents, and distribution matching in them: what a batch has wrong in common, band by band.
+"""Frequencies of latents: distribution matching in bands of them, and the Fourier loss of their spectra.
 
     frequency_decomposition   low and high of a picture-like tensor, low + high = tensor
     Bands                     two or J + 1 bands of latents, lowest first
     DistributionMatchingLoss  the loss of the errors that the samples of a batch share
+    FourierLoss               the loss of a prediction's spectrum; get_fourier_loss_config has its presets
 
 It imports torch alone; wavelets other than db3 have their taps from PyWavelets. B samples of this process, G of all
 processes, n bands, C channels, h,w latent height and width, D = C·h·w, D_b the rank of a band in it.
@@ -10,10 +11,13 @@ processes, n bands, C channels, h,w latent height and width, D = C·h·w, D_b th
 
 from __future__ import annotations
 
+import difflib
+import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -680,3 +684,562 @@ def column(v: Tensor) -> Tensor:
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """<a_b, b_b> of [G,n,C,h,w] -> [G,n]."""
     return (a * b).flatten(2).sum(2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The Fourier loss: which frequencies of the error count how much
+
+HIGH = (1.0, 3.0)  # between which a high-frequency weight is clipped
+CAP = 10.0  # how many times its base a sample's Fourier loss may be before it counts less
+FLOOR = 0.1  # ... and how little it may count then
+LEAST = 2  # sides of pooled latents; one of 1 has its mean alone
+NAMED_BANDS = {"low": (0.0, 1 / 3), "mid": (1 / 3, 2 / 3), "high": (2 / 3, 1.0)}
+# Factor of the high-frequency weight: its highest and lowest value, progress in [0,1] -> value
+CURVES: dict[str, Callable[[float, float, float], float]] = {
+    "linear": lambda high, low, progress: high - (high - low) * progress,
+    "cosine": lambda high, low, progress: low + (high - low) * (1 + math.cos(math.pi * progress)) / 2,
+    "exponential": lambda high, low, progress: low + (high - low) * math.exp(-5 * progress),
+}
+Term = tuple[float, int, float]  # what a term counts, its scale, its high-frequency weight before it is clipped
+
+
+def basic(loss: FourierLoss, progress: float, terms: Sequence[Term]) -> list[Term]:
+    return [(1.0, 1, 1.0)]
+
+
+def weighted(loss: FourierLoss, progress: float, terms: Sequence[Term]) -> list[Term]:
+    return [(1.0, 1, loss.high_freq_weight)]
+
+
+def multiscale(loss: FourierLoss, progress: float, terms: Sequence[Term]) -> list[Term]:
+    return [(share, scale, 1.0) for share, scale, _ in terms]
+
+
+def adaptive(loss: FourierLoss, progress: float, terms: Sequence[Term]) -> list[Term]:
+    return [(1.0, 1, loss.curve(progress))]
+
+
+def unified(loss: FourierLoss, progress: float, terms: Sequence[Term]) -> list[Term]:
+    """α of all scales and β of the full size; adaptive_scaling moves weight from the first to the second."""
+    alpha, beta = loss.mix
+    if loss.adaptive_scaling:
+        alpha, beta = alpha * (1.5 - 0.5 * progress), beta * (1 + 0.5 * progress)
+        alpha, beta = alpha / (alpha + beta), beta / (alpha + beta)
+    a = loss.curve(progress)
+    return [*((alpha * share, scale, a * high) for share, scale, high in terms), (beta, 1, a * loss.high_freq_weight)]
+
+
+class Mode(NamedTuple):
+    """The terms of a mode, made of those that its valid scales give, and the fields it reads with their defaults."""
+
+    terms: Callable[[FourierLoss, float, Sequence[Term]], list[Term]]
+    fields: dict[str, object]
+    decay: float = 0.5  # the weight of a scale is scale^−decay
+
+
+UNIFIED = {"high_freq_weight": 2.0, "scales": (1, 2, 4), "adaptive_max_weight": 2.5, "adaptive_min_weight": 0.8,
+           "adaptive_mode": "linear", "mix": (0.6, 0.4), "adaptive_scaling": True}
+MODES: dict[str, Mode] = {
+    "basic": Mode(basic, {}),
+    "weighted": Mode(weighted, {"high_freq_weight": 2.0}),
+    "multiscale": Mode(multiscale, {"scales": (1, 2)}, decay=1),
+    "adaptive": Mode(adaptive, {"adaptive_max_weight": 2.0, "adaptive_min_weight": 0.5, "adaptive_mode": "linear"}),
+    "unified": Mode(unified, UNIFIED),
+    "unified_basic": Mode(unified, UNIFIED | {
+        "scales": (1,), "high_freq_weight": 1.5, "adaptive_max_weight": 2.0, "adaptive_min_weight": 1.0}),
+    "unified_balanced": Mode(unified, UNIFIED | {"scales": (1, 2)}),
+    "unified_detail": Mode(unified, UNIFIED | {
+        "high_freq_weight": 2.5, "scale_high_freq_weights": (2.0, 2.5, 3.0), "adaptive_max_weight": 3.0,
+        "adaptive_min_weight": 1.0, "adaptive_mode": "cosine", "mix": (0.7, 0.3)}),
+    "unified_adaptive": Mode(unified, UNIFIED | {
+        "scales": (1, 2), "adaptive_max_weight": 2.8, "adaptive_min_weight": 0.5, "adaptive_mode": "exponential"}),
+}
+PRESETS: dict[str, dict[str, object]] = {
+    "conservative": dict(weight=0.01, mode="basic", norm="l2", high_freq_weight=1.5, warmup_steps=500),
+    "balanced": dict(weight=0.05, mode="weighted", norm="l2", high_freq_weight=2.0, warmup_steps=300),
+    "aggressive": dict(weight=0.10, mode="multiscale", norm="l1", scales="1,2,4", warmup_steps=200),
+    "super_resolution": dict(weight=0.08, mode="adaptive", norm="l2", adaptive_max_weight=3.0, adaptive_min_weight=1.0,
+                             warmup_steps=400),
+    "fine_detail": dict(weight=0.12, mode="weighted", norm="l1", high_freq_weight=2.5, warmup_steps=100),
+    "unified_basic": dict(weight=0.03, mode="unified_basic", norm="l2", warmup_steps=250),
+    "unified_balanced": dict(weight=0.06, mode="unified_balanced", norm="l2", warmup_steps=250),
+    "unified_detail": dict(weight=0.08, mode="unified_detail", norm="l2", warmup_steps=200),
+    "unified_adaptive": dict(weight=0.07, mode="unified_adaptive", norm="l2", warmup_steps=300),
+    "unified_custom": dict(weight=0.05, mode="unified", norm="l2", high_freq_weight=2.0, scales="1,2,4",
+                           adaptive_max_weight=2.5, adaptive_min_weight=0.8, warmup_steps=250),
+}
+
+
+def get_fourier_loss_config(name: str = "balanced") -> dict[str, object]:
+    """The settings of a preset, by the names of their flags, to be edited and given to `FourierLoss.from_config`.
+
+    Raises ValueError for a name that is no preset.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"the Fourier preset {name!r} is not known{nearest(name, PRESETS)}: choose one of "
+                         f"{', '.join(PRESETS)}")
+    return {f"fourier_{field}": value for field, value in PRESETS[name].items()}
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """", did you mean …?" where a choice is like the name, else nothing."""
+    found = difflib.get_close_matches(name, list(choices), n=1)
+    return f", did you mean {found[0]}?" if found else ""
+
+
+# Spectra of [B,C,h,w], orthonormal, half of each: that of real numbers is symmetric
+
+
+def power(x: Tensor) -> Tensor:
+    """|X|² -> [B,C,h,w//2 + 1]."""
+    X = torch.fft.rfft2(x, norm="ortho")
+    return X.real.square() + X.imag.square()
+
+
+def complex_error(p: Tensor, t: Tensor, norm: str, eps: float) -> Tensor:
+    """|X_p − X_t|^q; for l1 √(|X_p − X_t|² + ε²) − ε, which has a gradient everywhere."""
+    squares = power(p - t)
+    return squares if norm == "l2" else (squares + eps**2).sqrt() - eps
+
+
+def magnitude_error(p: Tensor, t: Tensor, norm: str, eps: float) -> Tensor:
+    """| |X_p| − |X_t| |^q with |X| = √(re² + im² + ε²): what has another sign or is shifted is no error."""
+    difference = (power(p) + eps**2).sqrt() - (power(t) + eps**2).sqrt()
+    return difference.square() if norm == "l2" else difference.abs()
+
+
+METRICS: dict[str, Callable[[Tensor, Tensor, str, float], Tensor]] = {
+    "magnitude": magnitude_error, "complex": complex_error,
+}
+# By what pred and target are divided, of their own sizes [B,1,1,1]
+NORMALIZERS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "none": lambda size, p, t: (p, t),
+    "target": lambda size, p, t: (p / size(t), t / size(t)),
+    "separate": lambda size, p, t: (p / size(p), t / size(t)),
+}
+# snr [B], gate_min_snr, gate_max_snr -> g [B]
+GATES: dict[str, Callable[[Tensor, float, float], Tensor]] = {
+    "none": lambda snr, low, high: torch.ones_like(snr),
+    "snr": lambda snr, low, high: (snr >= low).to(snr),
+    "linear": lambda snr, low, high: ((snr / low).log() / math.log(high / low)).clamp(0, 1),
+    "wiener": lambda snr, low, high: torch.ones_like(snr),  # gates frequencies instead, inside
+}
+
+
+def multiplicities(h: int, w: int) -> Tensor:
+    """How often a coefficient of rfft2 stands in fft2 -> [h, w//2 + 1] of 1 and 2."""
+    columns = torch.full((w // 2 + 1,), 2.0, dtype=torch.float64)
+    columns[0] = 1
+    columns[w // 2] = 1 if w % 2 == 0 else columns[w // 2]
+    return columns.expand(h, -1)
+
+
+def radius(h: int, w: int) -> Tensor:
+    """ρ̂ = √2·√(f_y² + f_x²) of rfft2's frequencies, 1 in the corner -> [h, w//2 + 1]."""
+    rows, columns = torch.fft.fftfreq(h, dtype=torch.float64), torch.fft.rfftfreq(w, dtype=torch.float64)
+    return torch.hypot(rows[:, None], columns) * math.sqrt(2)
+
+
+def coefficients(h: int, w: int, scale: int, bands: str, dc: bool) -> Tensor:
+    """What |error|^q of a coefficient counts in Q0 and in Q1 -> [2,h,w//2 + 1]; means over h·w are folded in."""
+    rho = radius(h, w)
+    flat = multiplicities(h, w) / (h * w)
+    for low, high, value in parsed_bands(bands):  # of the latents' own frequencies, which pooling stretches
+        inside = (rho / scale >= low) & (rho / scale < (high if high < 1 else math.inf))
+        flat = torch.where(inside, flat * value, flat)
+    if not dc:
+        flat = flat.clone()
+        flat[0, 0] = 0
+    return torch.stack([flat, flat * (4 * (rho - 0.5)).sigmoid()])
+
+
+def rings(h: int, w: int) -> Tensor:
+    """Which ring of |k| a coefficient belongs to -> [h, w//2 + 1], below max(h,w)."""
+    return (radius(h, w) / math.sqrt(2) * max(h, w)).round()
+
+
+def ring_shares(h: int, w: int) -> Tensor:
+    """What a coefficient counts in the mean of its ring -> [h, w//2 + 1]."""
+    ring, counts = rings(h, w).long(), multiplicities(h, w)
+    return counts / torch.bincount(ring.flatten(), counts.flatten())[ring]
+
+
+@torch.no_grad()
+def wiener(clean: Tensor, snr: Tensor) -> Tensor:
+    """S·snr/(S·snr + 1), the share of signal in each frequency, S of clean latents [B,C,h,w] -> [B,h,w//2 + 1].
+
+    S is the mean of |X|² over channels and rings; noise has 1 in every frequency.
+    """
+    h, w = clean.shape[-2:]
+    ring = kept(rings, h, w, like=clean).long().flatten()
+    shares = power(clean).mean(1).mul(kept(ring_shares, h, w, like=clean)).flatten(1)
+    spectrum = shares.new_zeros(len(shares), max(h, w)).index_add(1, ring, shares)[:, ring]
+    return (spectrum / (spectrum + 1 / snr[:, None]).clamp(min=TINY)).view(-1, h, w // 2 + 1)
+
+
+def pooled(x: Tensor, scale: int) -> Tensor:
+    """Means of scale x scale; what is left over at the ends is left out."""
+    return F.avg_pool2d(x, scale) if scale > 1 else x
+
+
+def parsed_bands(text: str) -> list[tuple[float, float, float]]:
+    """"low:0.5,0.7-1:2" -> [(0, 1/3, 0.5), (0.7, 1, 2)]. Raises ValueError for what is no range and weight."""
+    found = []
+    for part in filter(None, text.replace(" ", "").split(",")):
+        name, _, value = part.partition(":")
+        try:
+            low, high = NAMED_BANDS[name] if name in NAMED_BANDS else map(float, name.split("-"))
+            weight = float(value)
+        except ValueError:
+            low, high, weight = 0.0, 0.0, -1.0
+        if not (0 <= low < high <= 1 and 0 <= weight < math.inf):
+            raise ValueError(f"fourier_bands {part!r} is no range and weight: write high:2, low:0.5 or 0.25-0.5:3, "
+                             "with low, mid, high or a range within 0-1, and a weight of 0 or more")
+        found.append((low, high, weight))
+    return found
+
+
+def listed(name: str, value: object, kind: type) -> tuple | None:
+    """"1,2,4" or a sequence -> a tuple of that kind. Raises ValueError for what is no such number."""
+    if value is None:
+        return None
+    parts = value if isinstance(value, (list, tuple)) else str(value).split(",")
+    try:
+        found = tuple(kind(part) for part in parts)
+        if found and all(number == float(part) for number, part in zip(found, parts, strict=True)):
+            return found
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"fourier_{name} {value!r} is no list of {'whole ' * (kind is int)}numbers: write it as 1,2,4")
+
+
+def shown(value: object) -> str:
+    """(1, 2, 4) -> "1,2,4"."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def clip(high: float) -> float:
+    """A high-frequency weight as it counts."""
+    return min(max(high, HIGH[0]), HIGH[1])
+
+
+@lru_cache
+def warn_once(message: str) -> None:
+    logging.getLogger(__name__).warning(message)
+
+
+FOURIER_CHOICES: dict[str, Iterable[str]] = {
+    "mode": MODES, "norm": ("l1", "l2"), "metric": METRICS, "space": ("prediction", "x0"), "normalize": NORMALIZERS,
+    "balance": ("cap", "none"), "timestep_gate": GATES, "adaptive_mode": CURVES,
+}
+FOURIER_LISTS = {"scales": int, "scale_weights": float, "scale_high_freq_weights": float, "mix": float}
+NOT_NEGATIVE, POSITIVE = (lambda v: v >= 0, "0 or more"), (lambda v: v > 0, "above 0")
+FOURIER_NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    **dict.fromkeys(("weight", "warmup_steps", "ramp_steps", "mix"), NOT_NEGATIVE),
+    **dict.fromkeys(("high_freq_weight", "scales", "scale_weights", "scale_high_freq_weights", "adaptive_max_weight",
+                     "adaptive_min_weight", "gate_min_snr", "gate_max_snr"), POSITIVE),
+    "eps": (lambda v: 1e-15 <= v < 1, "from 1e-15, below which its square is 0, to below 1"),
+}
+
+
+class FourierPart(NamedTuple):
+    """What the Fourier loss adds to each sample's loss, all [B]."""
+
+    added: Tensor  # factor · weight · raw
+    raw: Tensor  # L_F, detached; 0 where the sample does not count
+    weight: Tensor  # weight · gain · ramp · g · b, detached
+
+
+@dataclass(frozen=True)
+class FourierLoss:
+    """The spectrum of a prediction against that of its target, as losses [B].
+
+        L_F = Σ_s A_s Q0_s + B_s Q1_s         Q0 = <Δ>, Q1 = <S·Δ>, S = sigmoid(4(ρ̂ − ½)), of latents pooled by s
+        Δ   = | |X_p| − |X_t| |^q (magnitude) or |X_p − X_t|^q (complex), q = 1 or 2 by norm, X the orthonormal DFT
+        <Δ> = mean over channels and all h·w frequencies; ρ̂ = √2·cycles per pixel, 1 in the corner
+
+    A term that counts c with the high-frequency weight w is c·(Q0 + (w − 1)·Q1), w clipped to [1,3]; π = progress:
+
+        basic       w = 1                                     weighted    w = high_freq_weight
+        adaptive    w = a(π), from adaptive_max_weight to adaptive_min_weight by adaptive_mode
+        multiscale  w = 1, c = ω_s/Σω of each scale; scales that leave less than 2x2 are left out
+        unified…    α(π)·ω_s/Σω with w = h_s·a(π) of each scale, and β(π) with w = high_freq_weight·a(π) of scale 1
+
+    None stands for what the mode says (`MODES`), and is filled in where the mode reads it.
+    mix         α, β; adaptive_scaling: α(1 + ½(1−π)) and β(1 + ½π), divided by their sum
+    normalize   p and t are divided by the target's standard deviation (target: magnitude's default), by their own
+                (separate), or not (none: complex's default); of one sample, one scale, inside its mask
+    space       what pred and target are: prediction, or x0 (no mean of a channel counts)
+    bands       weights of ranges of ρ̂ of the latents, as "low:0.5,high:2" or "0.25-0.5:3"; the others keep 1
+    balance     cap: b = clamp(10·base/L_F, 0.1, 1), without a gradient; none: b = 1
+    timestep_gate  none; snr: g = 1 from gate_min_snr; linear: g from 0 to 1 in log SNR up to gate_max_snr; wiener:
+                Δ times the share of signal in its frequency at that noise level, by the sample's own clean latents
+
+    (complex, l2) is a quadratic form, whose optimum is the conditional mean, as that of MSE, for any weights. magnitude
+    sees neither sign nor shift, and its optimum has larger amplitudes than the mean: those of (μ + λR)/(1 + λ), where
+    R = E|X_t|, the Rician mean (Rice 1945, "Mathematical Analysis of Random Noise"). Sources: Jiang et al. 2021, "Focal
+    Frequency Loss for Image Reconstruction and Synthesis" (complex distance); Wiener 1949, "Extrapolation,
+    Interpolation, and Smoothing of Stationary Time Series". Raises ValueError for values that do not go together.
+    """
+
+    weight: float = 0.05
+    mode: str = "weighted"
+    norm: str = "l2"
+    high_freq_weight: float | None = None
+    scales: tuple[int, ...] | None = None
+    scale_weights: tuple[float, ...] | None = None
+    scale_high_freq_weights: tuple[float, ...] | None = None
+    adaptive_max_weight: float | None = None
+    adaptive_min_weight: float | None = None
+    adaptive_mode: str | None = None
+    mix: tuple[float, float] | None = None
+    adaptive_scaling: bool | None = None
+    warmup_steps: int = 300
+    ramp_steps: int = 0
+    eps: float = 1e-8
+    metric: str = "magnitude"
+    space: str = "prediction"
+    normalize: str | None = None
+    balance: str = "cap"
+    timestep_gate: str = "none"
+    gate_min_snr: float = 0.1
+    gate_max_snr: float = 10.0
+    bands: str = ""
+
+    def __post_init__(self) -> None:
+        for name, choices in FOURIER_CHOICES.items():
+            if getattr(self, name) is not None:
+                known(f"fourier_{name}", getattr(self, name), choices)
+        for name, kind in FOURIER_LISTS.items():
+            object.__setattr__(self, name, listed(name, getattr(self, name), kind))
+        self._refuse_numbers()
+        parsed_bands(self.bands)  # a wrong one is refused here
+        for name, value in self._defaults().items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        self._refuse_pairs()
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, object]) -> FourierLoss:
+        """Of settings by the names of their flags. Raises ValueError for a name that is none of them."""
+        names = {f"fourier_{field.name}": field.name for field in fields(cls)}
+        for key in config:
+            if key not in names:
+                raise ValueError(f"{key!r} is no setting of the Fourier loss{nearest(key, names)}: choose one "
+                                 f"of {', '.join(names)}")
+        return cls(**{names[key]: value for key, value in config.items()})
+
+    def config(self) -> dict[str, object]:
+        """The resolved settings by the names of their flags, for JSON; without what nobody gave or reads."""
+        values = {f"fourier_{field.name}": getattr(self, field.name) for field in fields(self)}
+        return {name: shown(value) if isinstance(value, tuple) else value
+                for name, value in values.items() if value is not None}
+
+    def __call__(
+        self, pred: Tensor, target: Tensor, *, base: Tensor, factor: Tensor | None = None, step: int, total_steps: int,
+        mask: Tensor | None = None, snr: Tensor | None = None, clean: Tensor | None = None,
+        gain: Tensor | float | None = None,
+    ) -> FourierPart:
+        """What is added to the losses `base` [B] of pred and target [B,...,h,w] at an optimizer step, from 0.
+
+            added = factor · weight · gain · ramp(step) · g · b · L_F       b by base and factor · L_F
+
+        factor  [B] what one unit of L_F counts, as base has it already; None: 1
+        mask    what of pred and target counts, broadcast to their shape
+        snr     [B], for any gate; clean: latents of pred's shape, for wiener
+
+        Raises ValueError for tensors that do not fit, or that a gate lacks.
+        """
+        zeros = widened(base.detach()).new_zeros(len(base))
+        rate = self.weight * self.ramp(step)
+        if not rate or not self._spatial(pred, target):
+            return FourierPart(zeros, zeros, zeros)
+        factor = zeros + 1 if factor is None else factor.detach().to(zeros)
+        gain = 1.0 if gain is None else gain.detach().to(zeros) if isinstance(gain, Tensor) else gain
+        rate = rate * gain * self._gate(snr, clean, zeros)
+        counts = factor * rate != 0
+        if counts.device.type == "cpu" and not counts.any():  # elsewhere to know it would be to wait
+            return FourierPart(zeros, zeros, zeros)
+        raw = self._compare(pred, target, counts, min(step / max(total_steps, 1), 1.0), mask, snr, clean)
+        size = factor * raw.detach()
+        if self.balance == "cap":
+            share = (CAP * base.detach().to(size) / size).clamp(FLOOR, 1)
+            rate = rate * torch.where(size > CAP * base.detach(), share, 1)
+        return FourierPart(factor * rate * raw, raw.detach(), rate)
+
+    def distance(
+        self, pred: Tensor, target: Tensor, *, progress: float = 0.0, mask: Tensor | None = None,
+        snr: Tensor | None = None, clean: Tensor | None = None,
+    ) -> Tensor:
+        """g · L_F of pred and target [B,...,h,w] -> [B], fp32 (fp64 of fp64)."""
+        zeros = widened(pred.detach()).new_zeros(len(pred))
+        if not self._spatial(pred, target):
+            return zeros
+        gate = self._gate(snr, clean, zeros)
+        return gate * self._compare(pred, target, gate > 0, progress, mask, snr, clean)
+
+    def ramp(self, step: int) -> float:
+        """0 in the warm-up; then 1, or over ramp_steps from 0 to 1."""
+        since = step - self.warmup_steps
+        return 0.0 if since < 0 else min(1.0, since / self.ramp_steps) if self.ramp_steps else 1.0
+
+    def idle(self, step: int) -> bool:
+        """Whether nothing is added at this step, whatever the tensors."""
+        return not self.weight * self.ramp(step)
+
+    def curve(self, progress: float) -> float:
+        """a(π)."""
+        return CURVES[self.adaptive_mode](self.adaptive_max_weight, self.adaptive_min_weight, progress)
+
+    def require(self, latents: Sequence[int]) -> None:
+        """Raises ValueError for latents of a shape (C,h,w) that have no frequencies to compare."""
+        h, w = latents[-2:]
+        if not any(coefficients(h // s, w // s, s, self.bands, self.space != "x0")[0].any()
+                   for s in self._plan(h, w, 0.0)):
+            raise ValueError(f"fourier_bands {self.bands} leaves nothing of latents of {h}x{w}: give a weight above 0 "
+                             "to a range that they have")
+
+    def pinned(self, total_steps: int) -> float:
+        """In which share of the steps a high-frequency weight is clipped to [1,3]."""
+        steps = min(max(total_steps, 1), 1000)
+        terms = self._terms(math.inf)
+        clipped = [any(w != clip(w) for _, _, w in MODES[self.mode].terms(self, k / steps, terms))
+                   for k in range(steps)]
+        return sum(clipped) / steps
+
+    @property
+    def only_rescales(self) -> bool:
+        """Whether L_F is the mean squared error, of which adding a share changes nothing but the learning rate."""
+        if self.norm != "l2" or self.metric != "complex" or self.normalize != "none" or self.timestep_gate != "none":
+            return False
+        ends = [self._plan(math.inf, math.inf, end) for end in (0.0, 1.0)]  # the curves are monotonic
+        flat = all(set(plan) == {1} and plan[1][1] == 0 for plan in ends)
+        return flat and self.space == "prediction" and all(value == 1 for _, _, value in parsed_bands(self.bands))
+
+    @property
+    def unused(self) -> list[str]:
+        """The flags that were given and that the mode does not read."""
+        read = self._defaults()
+        optional = [field.name for field in fields(self) if field.default is None]
+        return [f"fourier_{name}" for name in optional if getattr(self, name) is not None and name not in read]
+
+    def _defaults(self) -> dict[str, object]:
+        """The fields that the mode reads, with what stands for None in them."""
+        _, found, decay = MODES[self.mode]
+        found = dict(found, normalize="target" if self.metric == "magnitude" else "none")
+        if "scales" in found:
+            scales = self.scales or found["scales"]
+            found["scale_weights"] = tuple(scale**-decay for scale in scales)
+            if "mix" in found and (self.scales or self.high_freq_weight or "scale_high_freq_weights" not in found):
+                high = self.high_freq_weight or found["high_freq_weight"]
+                found["scale_high_freq_weights"] = (high,) * len(scales)
+        return found
+
+    def _refuse_numbers(self) -> None:
+        """Raises ValueError for numbers that mean nothing."""
+        for name, (right, what) in FOURIER_NUMBERS.items():
+            value = getattr(self, name)
+            values = value if isinstance(value, tuple) else () if value is None else (value,)
+            if not all(right(number) and number < math.inf for number in values):
+                raise ValueError(f"fourier_{name} {shown(value)} must be {what}, and finite")
+
+    def _refuse_pairs(self) -> None:
+        """Raises ValueError for values that do not go together."""
+        if self.gate_min_snr >= self.gate_max_snr:
+            raise ValueError(f"fourier_gate_min_snr {self.gate_min_snr} must be below fourier_gate_max_snr "
+                             f"{self.gate_max_snr}")
+        high, low = self.adaptive_max_weight, self.adaptive_min_weight
+        if high is not None and low is not None and low > high:
+            raise ValueError(f"fourier_adaptive_min_weight {low} is above fourier_adaptive_max_weight {high}: give the "
+                             "higher one as maximum")
+        if self.mix and (len(self.mix) != 2 or not sum(self.mix)):
+            raise ValueError(f"fourier_mix {shown(self.mix)} must be two numbers, what all scales count and what the "
+                             "full size does, and one above 0: write it as 0.6,0.4")
+        for name in ("scale_weights", "scale_high_freq_weights"):
+            value = getattr(self, name)
+            if self.scales and value and len(value) != len(self.scales):
+                raise ValueError(f"fourier_{name} {shown(value)} must have one number for each of fourier_scales "
+                                 f"{shown(self.scales)}")
+
+    def _terms(self, side: float) -> list[Term]:
+        """(ω_s/Σω, s, h_s) of the scales that leave sides of 2 or more, of latents with this shorter side."""
+        if not self.scales or not self.scale_weights:
+            return []
+        high = self.scale_high_freq_weights or (1.0,) * len(self.scales)
+        valid = [term for term in zip(self.scale_weights, self.scales, high, strict=True) if term[1] * LEAST <= side]
+        total = sum(share for share, _, _ in valid)
+        return [(share / total, scale, h) for share, scale, h in valid]
+
+    def _plan(self, h: float, w: float, progress: float) -> dict[int, tuple[float, float]]:
+        """scale -> A_s, B_s. Raises ValueError for latents too small."""
+        terms = MODES[self.mode].terms(self, progress, self._terms(min(h, w)))
+        if not terms or min(h, w) < LEAST:
+            raise ValueError(f"latents of {h}x{w} are too small for the Fourier loss with scales "
+                             f"{shown(self.scales or (1,))}: each must leave 2x2 or more, so add the scale 1, or train "
+                             "at a higher resolution")
+        plan: dict[int, tuple[float, float]] = {}
+        for share, scale, high in terms:
+            flat, tilted = plan.get(scale, (0.0, 0.0))
+            plan[scale] = flat + share, tilted + share * (clip(high) - 1)
+        return plan
+
+    def _spatial(self, pred: Tensor, target: Tensor) -> bool:
+        """Whether they have two spatial axes; else it warns once. Raises ValueError for different shapes."""
+        if pred.shape != target.shape:
+            raise ValueError(f"pred {tuple(pred.shape)} and target {tuple(target.shape)} of the Fourier loss must have "
+                             "one shape")
+        if pred.ndim < 3:
+            warn_once(f"the Fourier loss needs tensors of at least 3 axes, [B,...,h,w], not {tuple(pred.shape)}: "
+                      "it adds nothing for such batches")
+        return pred.ndim >= 3
+
+    def _gate(self, snr: Tensor | None, clean: Tensor | None, like: Tensor) -> Tensor:
+        """g -> [B]. Raises ValueError without what the gate goes by."""
+        if self.timestep_gate == "none":
+            return torch.ones_like(like)
+        if snr is None or self.timestep_gate == "wiener" and clean is None:
+            raise ValueError(f"fourier_timestep_gate {self.timestep_gate} goes by the signal-to-noise ratio snr [B]"
+                             f"{' and the clean latents' * (self.timestep_gate == 'wiener')}, which are missing: give "
+                             "them, or use the gate none")
+        return GATES[self.timestep_gate](snr.detach().to(like), self.gate_min_snr, self.gate_max_snr)
+
+    def _compare(
+        self, pred: Tensor, target: Tensor, counts: Tensor, progress: float, mask: Tensor | None, snr: Tensor | None,
+        clean: Tensor | None,
+    ) -> Tensor:
+        """L_F -> [B], 0 where a sample does not count, whatever its pred."""
+        with torch.autocast(pred.device.type, enabled=False):
+            pred = widened(pred)
+            if not pred.numel():
+                return pred.flatten(1).sum(1)
+            target = target.detach().to(pred)
+            pred = torch.where(counts.view(-1, *[1] * (pred.ndim - 1)), pred, target)
+            mask = None if mask is None else mask.detach().to(pred).expand_as(pred)
+            clean = clean.detach().to(pred) if self.timestep_gate == "wiener" else None
+            if mask is not None:
+                pred, target = mask * pred, mask * target
+            planes = [x if x is None else x.reshape(len(x), -1, *x.shape[-2:]) for x in (pred, target, mask, clean)]
+            found = pred.new_zeros(len(pred))
+            for scale, (flat, tilted) in self._plan(*pred.shape[-2:], progress).items():
+                q0, q1 = self._pair(scale, *(x if x is None else pooled(x, scale) for x in planes), snr)
+                found = found + flat * q0 + tilted * q1
+            return found
+
+    def _pair(
+        self, scale: int, p: Tensor, t: Tensor, mask: Tensor | None, clean: Tensor | None, snr: Tensor | None
+    ) -> Sequence[Tensor]:
+        """Q0 and Q1 of masked latents [B,C,h,w] that were pooled by scale -> each [B]."""
+        p, t = NORMALIZERS[self.normalize](partial(self._size, mask=mask), p, t)
+        error = METRICS[self.metric](p, t, self.norm, self.eps).mean(1)  # [B,h,w//2+1]
+        if clean is not None:  # pooling leaves noise 1/s² of its power
+            error = error * wiener(scale * clean, snr.detach().to(error))
+        shares = kept(coefficients, *p.shape[-2:], scale, self.bands, self.space != "x0", like=error)
+        return (error[:, None] * shares).sum((-2, -1)).unbind(1)
+
+    def _size(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Standard deviation inside the mask, of x that it multiplied already -> [B,1,1,1]."""
+        mask = torch.ones_like(x[:, :1]) if mask is None else mask
+        axes = (2, 3) if self.space == "x0" else (1, 2, 3)
+        rest = x - mask * (x.mean(axes, True) / mask.mean(axes, True).clamp(min=TINY))
+        variance = rest.square().mean((1, 2, 3), True) / mask.square().mean((1, 2, 3), True).clamp(min=TINY)
+        return (variance + self.eps**2).sqrt()

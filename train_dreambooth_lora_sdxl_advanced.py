@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from trainkit.errors import exit_with_message, refuse
 from trainkit.options import (
     DataOptions,
+    FourierOptions,
     LoraOptions,
     ModelOptions,
     ObjectiveOptions,
@@ -63,6 +64,7 @@ class Options(OptionSet):
     pivotal: PivotalOptions
     lora: LoraOptions
     objective: ObjectiveOptions
+    fourier_loss: FourierOptions
     optimizer: OptimizerOptions
     precision: PrecisionOptions
     validation: ValidationOptions
@@ -88,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         lora = adapters.add_adapters(family.unet, opt.lora, targets=family.lora_targets, seed=job.seed)
         family.settle(keep_vae=pictures.live, gradient_checkpointing=opt.precision.gradient_checkpointing)
         optimizer = optim.make_optimizer(trained(opt, lora, words, job, total), opt.optimizer, total)
-        train_step = make_train_step(opt, family, words, job)
+        train_step = make_train_step(opt, family, words, job, total)
         stream = order.Order(rows, job.global_batch, seed=job.seed)  # the same on 1 or N processes
         previews = preview.Previews(
             family, opt.validation, words, job.out_dir, seed=job.seed, resolution=opt.data.resolution,
@@ -144,7 +146,8 @@ class TrainStep:
             seen = pred.model_input(z, level)
             out = self.family.denoise(seen, level, text=(embeds, pooled), time_ids=batch.time_ids)
         return one.loss(Outcome(out, x0=x0, z=z, n=n.to(x0.device), level=level, share=batch.share,
-                                is_class=batch.is_class, prompts=batch.prompts, pictures=batch.pictures, text=embeds))
+                                is_class=batch.is_class, prompts=batch.prompts, pictures=batch.pictures, text=embeds,
+                                step=batch.step, num_instance=batch.num_instance))
 
 
 def make_words(opt: Options, family: SDXL, rows: Sequence[Row], store: Store, total: int) -> Text:
@@ -162,15 +165,19 @@ def make_words(opt: Options, family: SDXL, rows: Sequence[Row], store: Store, to
         gradient_checkpointing=opt.precision.gradient_checkpointing)
 
 
-def make_train_step(opt: Options, family: SDXL, words: Text, job: Run) -> TrainStep:
+def make_train_step(opt: Options, family: SDXL, words: Text, job: Run, total: int) -> TrainStep:
     """The step with the noise levels, noise and loss that the options ask for."""
     from trainkit.diffusion import Noise, make_levels
+    from trainkit.fourier import make_fourier
     from trainkit.objective import make_objective
     from trainkit.passes import Pass, Passes, always
 
     levels = make_levels(opt.objective, family.schedule, opt.run.compat)
-    loss = make_objective(opt.objective, family.schedule.prediction, opt.run.compat)
-    return TrainStep(family, words, job, Noise.from_options(opt.objective), Passes(always(Pass(levels, loss))))
+    fourier = make_fourier(opt.fourier_loss, opt.objective.loss_type, total_steps=total, note=job.note)  # or none
+    loss = make_objective(opt.objective, family.schedule.prediction, opt.run.compat,
+                          base_loss=opt.fourier_loss.fourier_base_loss).plus(*fourier.values())
+    passes = Passes(always(Pass(levels, loss)), fourier)
+    return TrainStep(family, words, job, Noise.from_options(opt.objective), passes)
 
 
 def export(words: Text, optimizer: Optim, name: str, folder: Path) -> None:
@@ -202,7 +209,7 @@ def after_step(done: int, opt: Options, job: Run, optimizer: Optim, *, saves: Ch
 
 def preflight(opt: Options) -> list[Row]:
     """The rows to train on; or one message with everything that is wrong, before a weight is loaded."""
-    from trainkit import adapters, optim, pivotal, publish
+    from trainkit import adapters, fourier, optim, pivotal, publish
     from trainkit.data import class_pictures
     from trainkit.data.rows import read_rows
     from trainkit.families import sdxl
@@ -218,7 +225,9 @@ def preflight(opt: Options) -> list[Row]:
                                    timesteps=(opt.objective.min_timestep, opt.objective.max_timestep))
     if not model_problems:
         unet = sdxl.skeleton(model, revision=opt.model.revision)
-        model_problems = adapters.problems(unet, opt.lora, targets=sdxl.LORA_TARGETS)
+        latents = sdxl.latents(model, opt.data.resolution, vae_path=other_vae, revision=opt.model.revision)
+        model_problems = [*adapters.problems(unet, opt.lora, targets=sdxl.LORA_TARGETS),
+                          *fourier.problems(opt.fourier_loss, opt.objective.loss_type, latents)]
     rows, data_problems = read_rows(opt.data)
     asked = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run)]
     words = pivotal.problems(opt.pivotal, [row.caption for row in rows])

@@ -25,6 +25,7 @@ from trainkit.options import (
     CaptionedRunOptions,
     CaptionedTextOptions,
     CaptionedValidationOptions,
+    FourierOptions,
     GuidanceOptions,
     LoraOptions,
     MatchingOptions,
@@ -65,6 +66,7 @@ class Options(OptionSet):
     guidance: GuidanceOptions
     lora: LoraOptions
     objective: ObjectiveOptions
+    fourier_loss: FourierOptions
     matching: MatchingOptions
     optimizer: CaptionedOptimizerOptions
     precision: CaptionedPrecisionOptions
@@ -91,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         lora = adapters.add_adapters(family.unet, opt.lora, targets=family.lora_targets, seed=job.seed)
         family.settle(keep_vae=pictures.live, gradient_checkpointing=opt.precision.gradient_checkpointing)
         optimizer = optim.make_optimizer(trained(opt, lora, words, job, total), opt.optimizer, total)
-        train_step = make_train_step(opt, family, words, guide, job)
+        train_step = make_train_step(opt, family, words, guide, job, total)
         stream = order.Order(rows, job.global_batch, seed=job.seed)  # the same on 1 or N processes
         previews = preview.Previews(
             family, opt.validation, words, job.out_dir, seed=job.seed, resolution=opt.data.resolution,
@@ -149,7 +151,8 @@ class TrainStep:
             seen = pred.model_input(z, level)
             out = self.family.denoise(seen, level, text=(embeds, pooled), time_ids=batch.time_ids)
         return one.loss(Outcome(out, x0=x0, z=z, n=n.to(x0.device), level=level, share=batch.share,
-                                is_class=batch.is_class, prompts=batch.prompts, pictures=batch.pictures, text=embeds))
+                                is_class=batch.is_class, prompts=batch.prompts, pictures=batch.pictures, text=embeds,
+                                step=batch.step, num_instance=batch.num_instance))
 
 
 def make_words(opt: Options, family: Family, rows: Sequence[Row], store: Store, total: int) -> Text:
@@ -163,17 +166,21 @@ def make_words(opt: Options, family: Family, rows: Sequence[Row], store: Store, 
         gradient_checkpointing=opt.precision.gradient_checkpointing)
 
 
-def make_train_step(opt: Options, family: Family, words: Text, guide: Guidance, job: Run) -> TrainStep:
+def make_train_step(opt: Options, family: Family, words: Text, guide: Guidance, job: Run, total: int) -> TrainStep:
     """The step with the noise levels, noise, loss and passes that the options ask for."""
     from trainkit.diffusion import Noise, make_levels
+    from trainkit.fourier import make_fourier
     from trainkit.matching import make_passes
     from trainkit.objective import make_objective
     from trainkit.passes import Pass
 
     levels = make_levels(opt.objective, family.schedule)  # --compat or not: these two are as in Diffusers' own
-    loss = make_objective(opt.objective, family.schedule.prediction)
+    fourier = make_fourier(opt.fourier_loss, opt.objective.loss_type, total_steps=total, note=job.note)  # or none
+    loss = make_objective(opt.objective, family.schedule.prediction,
+                          base_loss=opt.fourier_loss.fourier_base_loss).plus(*fourier.values())
     passes = make_passes(opt.matching, Pass(levels, loss), partial(make_matcher, opt.matching), seed=job.seed,
-                         snr_gamma=opt.objective.capped_gamma, together=opt.run.train_batch_size * job.world)
+                         snr_gamma=opt.objective.capped_gamma, together=opt.run.train_batch_size * job.world,
+                         memories=fourier)
     return TrainStep(family, words, guide, job, Noise.from_options(opt.objective), passes)
 
 
@@ -208,7 +215,7 @@ def after_step(done: int, opt: Options, job: Run, optimizer: Optim, *, saves: Ch
 
 def preflight(opt: Options, kind: ModuleType) -> list[Row]:
     """The rows to train on; or one message with everything that is wrong, before a weight is loaded."""
-    from trainkit import adapters, guidance, matching, optim, publish
+    from trainkit import adapters, fourier, guidance, matching, optim, publish
     from trainkit.data.rows import read_rows
     from trainkit.runtime.startup import leave_out
 
@@ -226,6 +233,7 @@ def preflight(opt: Options, kind: ModuleType) -> list[Row]:
         latents = kind.latents(model, opt.data.resolution, vae_path=other_vae, revision=opt.model.revision)
         model_problems = [*adapters.problems(unet, opt.lora, targets=kind.LORA_TARGETS),
                           *guidance.problems(opt.guidance, rows, unet.config.cross_attention_dim),
+                          *fourier.problems(opt.fourier_loss, opt.objective.loss_type, latents),
                           *matching.problems(opt.matching, partial(make_matcher, opt.matching),
                                              {row.digest: row.caption for row in rows}, latents)]
     asked = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run)]

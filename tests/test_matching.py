@@ -56,7 +56,8 @@ def plain(schedule=None, **flags) -> Pass:
 
 def passes(mode: str, recorder: Recorder | None = None, base: Pass | None = None, together: int = 4, **flags):
     o = MatchingOptions(**{"dist_match_gain": 1.0, "dist_match_mode": mode, **flags})
-    return make_passes(o, base or plain(), lambda: recorder or Recorder(), seed=7, snr_gamma=5.0, together=together)
+    return make_passes(o, base or plain(), lambda: recorder or Recorder(), seed=7, snr_gamma=5.0, together=together,
+                       memories={})
 
 
 def outcome(one: Pass, keys=KEYS) -> Outcome:
@@ -115,7 +116,7 @@ def test_without_a_weight_there_is_one_plain_pass_and_no_loss_is_made():
         raise AssertionError("nothing of the term may be built")
 
     base = plain()
-    one = make_passes(MatchingOptions(), base, unwanted, seed=0, snr_gamma=None, together=1)
+    one = make_passes(MatchingOptions(), base, unwanted, seed=0, snr_gamma=None, together=1, memories={})
     assert one(0) == (base,) and one.describe() == {} and one.pack() == ({}, {})
 
 
@@ -197,7 +198,7 @@ def test_min_snr_and_shares_weigh_the_samples_of_the_statistic():
     term = MatchingTerm(recorder, "none", snr_gamma=1.0)
     _, second = passes("combo")(0)
     o = outcome(second)
-    term(o.x0, o)
+    term(second.loss.judge(o))
     torch.testing.assert_close(recorder.asked[0]["weight"], (1.0 / o.level.snr).clamp(max=1))
 
 
@@ -228,7 +229,7 @@ def test_what_the_loss_remembers_and_finds_is_the_runs():
     found = passes("combo", recorder)
     tensors, data = found.pack()
     found.unpack(tensors, data)
-    assert recorder.restored == (tensors, data) and found.describe() == {"dist_match/loss": 2.0}
+    assert recorder.restored == recorder.pack() and found.describe() == {"dist_match/loss": 2.0}
 
 
 def test_what_the_loss_refuses_is_the_runs_message():

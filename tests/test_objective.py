@@ -273,7 +273,7 @@ def test_half_precision_output_gives_an_fp32_loss_with_a_gradient():
 @pytest.mark.parametrize("name", PREDICTIONS)
 def test_terms_see_the_x0_the_output_implies(name):
     pred, level = PREDICTIONS[name](), NoiseSchedule(alphas(), name).level(torch.tensor([10, 500]))
-    terms = (lambda x0_hat, o: 3 * per_sample((x0_hat - o.x0) ** 2),)
+    terms = (lambda judged: 3 * per_sample((judged.x0_hat - judged.outcome.x0) ** 2),)
     with_terms = Objective(pred, pred.x0_gain, terms=terms)
     losses, mse = losses_of(with_terms, level)
     torch.testing.assert_close(losses, mse + 3 * mse / pred.x0_gain(level), rtol=1e-3, atol=1e-5)

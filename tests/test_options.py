@@ -28,6 +28,7 @@ from trainkit.options import (
     CaptionedOptimizerOptions,
     CaptionedTextOptions,
     DataOptions,
+    FourierOptions,
     LoraOptions,
     MatchingOptions,
     ModelOptions,
@@ -58,6 +59,7 @@ class Options(OptionSet):
     pivotal: PivotalOptions
     lora: LoraOptions
     objective: ObjectiveOptions
+    fourier_loss: FourierOptions
     optimizer: OptimizerOptions
     precision: PrecisionOptions
     validation: ValidationOptions
@@ -887,7 +889,7 @@ def test_help_is_grouped_short_of_100_columns_and_names_default_and_unit(capsys,
             assert re.search(rf"--(\[no_\])?{flag.name}\b", flat)
     size = TRAINERS[trainer]["data"].model_fields["resolution"].default
     assert "--rank RANK" in flat and "--resolution PIXELS" in flat and f"(default: {size})" in flat
-    assert "adamw, adamw8bit, " in flat and "came or schedule_free_adamw" in flat
+    assert "adamw, adamw8bit, " in flat and "schedule_free_adamw or hina_adaptive" in flat
     assert "(required)" in flat
 
 

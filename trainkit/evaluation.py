@@ -2,6 +2,8 @@
 
 Compare the same nouns on both sides, at least 100 pictures of each; a set against its own other half gives about 0,
 and, the estimate being unbiased, may fall a little below.
+
+`power_spectrum` tells how much of a set's pictures is fine detail, whatever the style.
 """
 
 import json
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 STYLE_LAYER = "vision_model.encoder.layers.3.layer_norm1"  # chosen by measurement: assets/tiny-clip-icons/README.md
 Channels = tuple[float, float, float]
 HALF: Channels = (0.5, 0.5, 0.5)
+LUMA: Channels = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 def features(
@@ -115,3 +118,23 @@ def load_clip(clip_dir: str | Path) -> "tuple[CLIPModel, Channels, Channels]":
     settings = json.loads((Path(clip_dir) / "preprocessor_config.json").read_text(encoding="utf-8"))
     model = CLIPModel.from_pretrained(clip_dir, dtype=torch.float32).eval().requires_grad_(False)
     return model, tuple(settings["image_mean"]), tuple(settings["image_std"])
+
+
+def power_spectrum(images: "Sequence[Image]", side: int) -> Tensor:
+    """Variance of the luminance by frequency: mean over pictures of Σ_ring |FFT₂(y)|² / side⁴, y in 0..1.
+
+    Ring k = 1 … side/2 holds the frequencies whose distance from 0, rounded, is k cycles a picture; the last is
+    Nyquist's. Neither the mean (0) nor the corners beyond the last ring are in any. A wave of k cycles and amplitude a
+    counts a²/2 in ring k; white noise of variance σ² counts σ² by the share of the frequencies that a ring holds.
+
+    Shapes: N pictures of any size, on white and resized to side × side -> float64 [side/2], the first for k = 1.
+    Errors: ValueError for no pictures, and for a side that is not even.
+    """
+    if not images or side < 2 or side % 2:
+        raise ValueError(f"power_spectrum: needs pictures and an even side, got {len(images)} and {side}")
+    pixels = to_pixels(images, side, mean=(0, 0, 0), std=(1, 1, 1)).double()  # [N,3,side,side]
+    luminance = torch.einsum("nchw,c->nhw", pixels, torch.tensor(LUMA, dtype=torch.float64))
+    power = torch.fft.fft2(luminance).abs().square().mean(0) / side**4
+    cycles = torch.fft.fftfreq(side, d=1 / side, dtype=torch.float64)
+    rings = torch.hypot(cycles[:, None], cycles[None, :]).round().long()
+    return torch.bincount(rings.flatten(), weights=power.flatten())[1 : side // 2 + 1]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # What decides the bits of a run: these concerns, as far as a trainer has them, but for flags whose effect is in the
 # rows or in a digest, and for what one may turn while training: rates and their course, decays, the clip.
-DECISIVE = ("data", "text", "pivotal", "guidance", "lora", "objective", "matching", "optimizer")
+DECISIVE = ("data", "text", "pivotal", "guidance", "lora", "objective", "fourier_loss", "matching", "optimizer")
 IN_CONTENT = {
     "dataset_name", "dataset_config_name", "instance_data_dir", "train_data_dir", "image_column", "caption_column",
     "instance_prompt", "max_train_samples", "repeats", "cache_dir", "latent_cache_dir",
@@ -34,7 +34,8 @@ def fingerprint(opt: OptionSet, rows: Sequence[Row], family: Family, job: Run, t
 
     Other values of these, and going on from a checkpoint would not be going on.
     """
-    concerns = [getattr(opt, concern) for concern in DECISIVE if concern in opt.concerns()]
+    unread = () if opt.objective.loss_type == "fourier" else ("fourier_loss",)
+    concerns = [getattr(opt, concern) for concern in DECISIVE if concern in opt.concerns() and concern not in unread]
     decisive = {flag: value for concern in concerns for flag, value in concern.decisive().items()}
     matched = decisive.get("distribution matching") == "on"  # a loss compares the pictures of a micro-batch
     return {
@@ -57,6 +58,8 @@ def contents(rows: Sequence[Row]) -> str | None:
 
 
 def depends_on_length(opt: OptionSet) -> bool:
-    """Whether a step means something else in a longer run: a rate decays, or a part stops after a share of the run."""
+    """Whether a step means something else in a longer run: a rate or a weight moves, or a part stops at a share of it.
+    """
     decays = opt.optimizer.lr_scheduler not in STEADY
-    return decays or any(0 < share < 1 for share in shares(opt.flat()).values())
+    moves = opt.objective.loss_type == "fourier" and opt.fourier_loss.moves
+    return decays or moves or any(0 < share < 1 for share in shares(opt.flat()).values())

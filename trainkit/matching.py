@@ -23,7 +23,7 @@ from torch import Tensor
 from trainkit import rng
 from trainkit.diffusion import Level, LevelSampler
 from trainkit.errors import Problem, UserError
-from trainkit.objective import Outcome
+from trainkit.objective import Judged, Outcome
 from trainkit.passes import Memory, Pass, Passes, always
 
 if TYPE_CHECKING:
@@ -124,13 +124,14 @@ class MatchingTerm:
     snr_gamma: float | None = None
     bounds: tuple[float, float] | None = None
 
-    def __call__(self, x0_hat: Tensor, o: Outcome) -> Tensor:
+    def __call__(self, judged: Judged) -> Tensor:
+        o = judged.outcome
         snr, weight = o.level.snr, o.share.float()
         if self.snr_gamma:
             weight = weight * (self.snr_gamma / snr).clamp(max=1)
         if self.bounds:
             weight = weight * ((snr >= self.bounds[0]) & (snr <= self.bounds[1]))
-        return self.matcher(x0_hat, o.x0, snr=snr, weight=weight, alike=ALIKE[self.kernel](o, self.matcher),
+        return self.matcher(judged.x0_hat, o.x0, snr=snr, weight=weight, alike=ALIKE[self.kernel](o, self.matcher),
                             picture=numbered(o.pictures, o.x0))
 
 
@@ -142,8 +143,7 @@ Choice = Callable[[int], Sequence[Pass]]
 
 def extra(plain: Pass, term: MatchingTerm, window: Window, o: MatchingOptions, seed: int) -> Choice:
     """A second forward and backward pass for the term alone."""
-    alone = plain.loss.scaled(lambda level: torch.zeros_like(level.s)).plus(term)
-    return always(plain, Pass(window, alone, EXTRA, shared=True))
+    return always(plain, Pass(window, plain.loss.only(term), EXTRA, shared=True))
 
 
 def combo(plain: Pass, term: MatchingTerm, window: Window, o: MatchingOptions, seed: int) -> Choice:
@@ -212,17 +212,18 @@ def problems(
 
 def make_passes(
     o: MatchingOptions, plain: Pass, matcher: Callable[[], Matcher], *, seed: int, snr_gamma: float | None,
-    together: int,
+    together: int, memories: Mapping[str, Memory],
 ) -> Passes:
     """The passes of a run: the ordinary one alone, or those of --dist_match_mode with the term that `matcher` makes.
 
     snr_gamma  Min-SNR's γ where the ordinary loss is weighed by it
     together   samples of a micro-batch over all ranks
+    memories   what other terms of the ordinary loss remember
     Without --dist_match and --dist_match_gain nothing of this is built, so such a run is the plain one bit for bit.
     Raises UserError where the run's law of noise levels has none in the window, or no sample has another beside it.
     """
     if not o.active:
-        return Passes(always(plain))
+        return Passes(always(plain), memories)
     if together == 1 and o.statistic != "diagonal" and not o.dist_match_bank:
         raise UserError(Problem(
             "distribution matching with one picture a micro-batch", "--train_batch_size 1",
@@ -231,4 +232,4 @@ def make_passes(
     window = window_of(plain.levels, o.dist_match_min_snr, o.dist_match_max_snr)
     loss = matcher()
     term = MatchingTerm(loss, o.dist_match_kernel, snr_gamma)
-    return Passes(MODES[o.mode](plain, term, window, o, seed), loss)
+    return Passes(MODES[o.mode](plain, term, window, o, seed), {**memories, "matching": loss})

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -153,16 +153,35 @@ class Outcome:
     prompts: Sequence[str] = ()  # B of them
     pictures: Sequence[str] = ()  # B digests of files
     text: Tensor | None = None  # [B,T,D], what the network was told
+    step: int = 0  # finished optimizer steps
+    num_instance: int = 1  # instance samples in the whole optimizer step, by which losses are divided
 
 
-Term = Callable[[Tensor, Outcome], Tensor]  # (x̂0 [B,C,h,w], the pass) -> [B], scaled and shared as it sees fit
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """A pass with what its error came to: all that a term of the objective may want to know."""
+
+    outcome: Outcome  # its `out` is fp32
+    pred: Prediction
+    target: Tensor  # [B,C,h,w], what the output should have been
+    losses: Tensor  # [B], the ordinary loss as it enters the sum
+    factor: Tensor  # [B], what a squared error of the output counts
+    worth: Tensor  # [B], what a squared error of x̂0 counts
+
+    @cached_property
+    def x0_hat(self) -> Tensor:
+        """The x0 that the output implies [B,C,h,w]."""
+        return self.pred.to_x0(self.outcome.out, self.outcome.z, self.outcome.level)
+
+
+Term = Callable[[Judged], Tensor]  # -> [B], as it enters the sum
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Weighted error of the output, plus terms on the x0 it implies.
+    """Weighted error of the output, plus terms.
 
-        loss_b = share_b · w_b · mean error(out − target)  +  Σ_k term_k(x̂0, pass)_b
+        loss_b = share_b · w_b · mean error(out − target)  +  Σ_k term_k(pass)_b
 
     Class images are weighed by their noise level like any other sample unless there is a `prior_weight`.
     w = pred.loss_weight makes the squared error worth its weight exactly; the other errors are scaled by the same w.
@@ -177,24 +196,32 @@ class Objective:
     terms: tuple[Term, ...] = ()
 
     def __call__(self, o: Outcome) -> Tensor:
-        o = replace(o, out=o.out.float())  # half-precision squares lose the small errors the loss is made of
-        error = self.error(o.out - self.pred.target(o.x0, o.n, o.level), col(self.huber_c(o.level), o.out))
-        losses = per_sample(error) * self.pred.loss_weight(o.level, self._worth(o.level, o.is_class)) * o.share  # [B]
-        for term in self.terms:
-            losses = losses + term(self.pred.to_x0(o.out, o.z, o.level), o)
-        return losses
+        judged = self.judge(replace(o, out=o.out.float()))  # half-precision squares lose what the loss is made of
+        return sum((term(judged) for term in self.terms), start=judged.losses)
+
+    def judge(self, o: Outcome) -> Judged:
+        """The ordinary loss of a pass, and what it was made of."""
+        worth, target = self._worth(o.level, o.is_class), self.pred.target(o.x0, o.n, o.level)
+        error = per_sample(self.error(o.out - target, col(self.huber_c(o.level), o.out)))  # [B]
+        factor = self.pred.loss_weight(o.level, worth) * o.share
+        return Judged(o, self.pred, target, losses=error * factor, factor=factor,
+                      worth=worth * o.share / o.level.sigma_data**2)
 
     def scaled(self, factor: Callable[[Level], Tensor]) -> Objective:
-        """The same with every sample's error times factor(level) [B]; terms stay as they are."""
+        """The same with every sample's weight times factor(level) [B], which terms are told too."""
         def times(weight: Callable[[Level], Tensor]) -> Callable[[Level], Tensor]:
             return lambda level: weight(level) * factor(level)
 
         prior_weight = times(self.prior_weight) if self.prior_weight else None
         return replace(self, weight=times(self.weight), prior_weight=prior_weight)
 
-    def plus(self, term: Term) -> Objective:
-        """The same with one term more."""
-        return replace(self, terms=(*self.terms, term))
+    def plus(self, *terms: Term) -> Objective:
+        """The same with more terms."""
+        return replace(self, terms=(*self.terms, *terms))
+
+    def only(self, term: Term) -> Objective:
+        """The term alone."""
+        return replace(self.scaled(lambda level: torch.zeros_like(level.s)), terms=(term,))
 
     def _worth(self, level: Level, is_class: Tensor) -> Tensor:
         """What each sample's x0 error is worth -> [B]."""
@@ -203,9 +230,12 @@ class Objective:
 
 
 def make_objective(
-    o: ObjectiveOptions, prediction: Prediction, compat: Literal["diffusers"] | None = None
+    o: ObjectiveOptions, prediction: Prediction, compat: Literal["diffusers"] | None = None, *, base_loss: str = "l2",
 ) -> Objective:
-    """The objective the options ask for."""
+    """The objective the options ask for.
+
+    base_loss  the error where --loss_type names a term beside it
+    """
 
     def weight(name: str) -> Callable[[Level], Tensor]:
         return partial(WEIGHTS[name], pred=prediction, o=o)
@@ -216,7 +246,8 @@ def make_objective(
         prior_weight = weight(unasked_weight(o, prediction, compat))  # its prior loss is never weighed by SNR
         if name == "min_snr" and not isinstance(prediction, EDM):  # with EDM it refuses Min-SNR: nothing to be like
             name = "min_snr_diffusers"
-    return Objective(prediction, weight(name), prior_weight=prior_weight, error=ERRORS[o.loss_type],
+    error = ERRORS[base_loss if o.loss_type == "fourier" else o.loss_type]
+    return Objective(prediction, weight(name), prior_weight=prior_weight, error=error,
                      huber_c=partial(HUBER_SCHEDULES[o.huber_schedule], c=o.huber_c))
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 from trainkit import rng
 from trainkit.diffusion import Level, LevelSampler
+from trainkit.errors import Problem, UserError
 from trainkit.objective import Objective
 
 if TYPE_CHECKING:
@@ -42,9 +43,10 @@ class Pass:
 
 
 class Memory(Protocol):
-    """What a loss remembers from step to step, and has found since it was last asked."""
+    """What a term remembers from step to step, and has to say of each."""
 
-    def describe(self) -> dict[str, float]: ...
+    def describe(self) -> dict[str, float]:
+        """For the log, of the step that has just ended; every rank asks, once a step."""
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Json]]: ...
 
@@ -53,23 +55,31 @@ class Memory(Protocol):
 
 @dataclass(frozen=True)
 class Passes:
-    """The passes of every step, a function of the step alone; and the memory of a loss that has one."""
+    """The passes of every step, a function of the step alone; and what terms of their losses remember, by name."""
 
     of_step: Callable[[int], Sequence[Pass]]
-    memory: Memory | None = None
+    memories: Mapping[str, Memory] = field(default_factory=dict)
 
     def __call__(self, step: int) -> Sequence[Pass]:
         return self.of_step(step)
 
     def describe(self) -> dict[str, float]:
-        return self.memory.describe() if self.memory else {}
+        return {name: value for memory in self.memories.values() for name, value in memory.describe().items()}
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Json]]:
-        return self.memory.pack() if self.memory else ({}, {})
+        packed = {name: memory.pack() for name, memory in self.memories.items()}
+        tensors = {f"{name}/{key}": tensor for name, (own, _) in packed.items() for key, tensor in own.items()}
+        return tensors, {name: data for name, (_, data) in packed.items()}
 
     def unpack(self, tensors: dict[str, Tensor], data: dict[str, Json]) -> None:
-        if self.memory:
-            self.memory.unpack(tensors, data)
+        if data.keys() != self.memories.keys():
+            raise UserError(Problem(
+                "the checkpoint remembers other terms of the loss", "--resume_from_checkpoint",
+                f"checkpoint: {', '.join(data) or 'none'}; now: {', '.join(self.memories) or 'none'}",
+                "repeat the settings of the checkpoint, or give a new --output_dir"))
+        for name, memory in self.memories.items():
+            own = {key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")}
+            memory.unpack(own, data[name])
 
 
 def always(*passes: Pass) -> Callable[[int], Sequence[Pass]]:

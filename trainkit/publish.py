@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -55,7 +56,9 @@ DEVIATIONS = {  # the same, of flags that are told only when they are not at the
     "Share of the steps, text encoders": "train_text_encoder_frac", "Loss": "loss_type",
     "Loss weighting": "loss_weighting", "EDM training": "do_edm_style_training", "Prediction": "prediction_type",
     "Schedule ends at SNR 0": "rescale_betas_zero_snr", "Noise offset": "noise_offset", "Random flips": "random_flip",
-    "CLIP skip": "clip_skip", "Distribution matching, lambda": "dist_match",
+    "CLIP skip": "clip_skip", "Fourier preset": "fourier_config", "Fourier weight": "fourier_weight",
+    "Fourier mode": "fourier_mode", "Fourier metric": "fourier_metric", "Fourier space": "fourier_space",
+    "Distribution matching, lambda": "dist_match",
     "Distribution matching, gain": "dist_match_gain", "Matching, statistic": "dist_match_statistic",
     "Matching, weights": "dist_match_weights", "Matching, kernel": "dist_match_kernel",
     "Matching, bank": "dist_match_bank", "CLIP guidance token": "guidance_token",
@@ -158,6 +161,7 @@ def header(run: RunFacts, *, num_images: int | None) -> dict[str, str]:
         "ss_seed": run.record["seed"], "ss_learning_rate": run.option("learning_rate"),
         "ss_optimizer": run.optimizer, "ss_lr_scheduler": run.option("lr_scheduler"),
         "ss_lr_warmup_steps": run.setting("lr_warmup_steps"), "ss_min_snr_gamma": run.setting("snr_gamma"),
+        "ss_loss_type": run.option("loss_type"), "ss_fourier_loss": packed(run.record.get("fourier_loss")),
         "ss_noise_offset": run.option("noise_offset"), "ss_clip_skip": run.option("clip_skip"),
         "ss_batch_size_per_device": run.option("train_batch_size"),
         "ss_gradient_accumulation_steps": run.option("gradient_accumulation_steps"),
@@ -166,6 +170,11 @@ def header(run: RunFacts, *, num_images: int | None) -> dict[str, str]:
         "modelspec.tags": "lora, text-to-image",
     }
     return {key: str(value) for key, value in values.items() if value not in (None, "")}
+
+
+def packed(value: Json) -> str | None:
+    """Settings as one string."""
+    return json.dumps(value) if value else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

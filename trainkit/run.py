@@ -163,6 +163,11 @@ class Run:
         token = self.opts.run.hub_token
         return [] if token is None else [token.get_secret_value()]
 
+    def note(self, **facts: Json) -> None:
+        """Add to run.json what has become known. Rank 0 only."""
+        if self.is_main:
+            self.record.add(**facts)
+
     # -- the loop -------------------------------------------------------------------------------------------------
 
     def begin(self, start: int, total: int, previews: Previews | None = None) -> None:

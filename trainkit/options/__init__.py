@@ -12,6 +12,7 @@ from trainkit.options.captioned import (
     CaptionedTextOptions,
     CaptionedValidationOptions,
 )
+from trainkit.options.fourier import FourierOptions
 from trainkit.options.guidance import GuidanceOptions
 from trainkit.options.inputs import DataOptions, ModelOptions, PictureOptions
 from trainkit.options.lora import LoraOptions
@@ -28,7 +29,7 @@ from trainkit.options.words import PivotalOptions, TextOptions
 __all__ = [
     "CONCERNS", "PRESETS", "REDACTED", "TEXT_TO_IMAGE", "TRAINERS", "CaptionedDataOptions", "CaptionedOptimizerOptions",
     "CaptionedPrecisionOptions", "CaptionedRunOptions", "CaptionedTextOptions", "CaptionedValidationOptions", "Concern",
-    "DataOptions", "Flag", "GuidanceOptions", "LoraOptions", "MatchingOptions", "ModelOptions", "ObjectiveOptions",
-    "OptimizerOptions", "OptionSet", "PictureOptions", "PivotalOptions", "PrecisionOptions", "PriorOptions",
-    "RunOptions", "TextOptions", "ValidationOptions", "parse",
+    "DataOptions", "Flag", "FourierOptions", "GuidanceOptions", "LoraOptions", "MatchingOptions", "ModelOptions",
+    "ObjectiveOptions", "OptimizerOptions", "OptionSet", "PictureOptions", "PivotalOptions", "PrecisionOptions",
+    "PriorOptions", "RunOptions", "TextOptions", "ValidationOptions", "parse",
 ]

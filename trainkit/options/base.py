@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
@@ -19,14 +19,16 @@ Value = str | int | float | bool | None
 
 
 def opt(
-    default: object, help: str, *, unit: str = "", differs: str = "", **limits: Any,
+    default: object, help: str, *, unit: str = "", differs: str = "", many: bool = False, **limits: Any,
 ) -> Any:  # as pydantic's Field, which stands as the default of a field of any type
     """A field of a concern.
 
     `unit` is what the flag's value counts ("steps", "pixels", "0..1"); `differs` says where we leave the Diffusers
-    script and why; `limits` are pydantic's (ge, gt, le, lt, min_length).
+    script and why; `many` words on the command line are one value; `limits` are pydantic's (ge, gt, le, lt,
+    min_length).
     """
-    return Field(default, description=help, json_schema_extra={"unit": unit, "differs": differs}, **limits)
+    notes = {"unit": unit, "differs": differs, "many": many}
+    return Field(default, description=help, json_schema_extra=notes, **limits)
 
 
 def required(help: str, **settings: Any) -> Any:
@@ -42,7 +44,7 @@ def changed(
     bounds = {bound: getattr(limit, bound) for limit in flag.field.metadata for bound in (*SIGNS, "min_length")
               if hasattr(limit, bound)}
     return opt(default, flag.help if help is None else help, unit=flag.note("unit"),
-               differs=flag.note("differs") if differs is None else differs, **bounds)
+               differs=flag.note("differs") if differs is None else differs, many=flag.many, **bounds)
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,11 @@ class Flag:
         return self.kind is SecretStr
 
     @property
+    def many(self) -> bool:
+        """Whether all words after it on the command line are its value."""
+        return self.note("many") == "True"
+
+    @property
     def is_switch(self) -> bool:
         return self.kind is bool
 
@@ -111,7 +118,7 @@ class Flag:
                   if hasattr(limit, name)]
         return ", ".join(f"{sign} {bound}" for sign, bound in bounds)
 
-    def note(self, name: Literal["unit", "differs"]) -> str:
+    def note(self, name: Literal["unit", "differs", "many"]) -> str:
         extra = self.field.json_schema_extra
         assert isinstance(extra, dict), f"--{self.name} must be made by opt()"
         return str(extra[name])
@@ -129,10 +136,20 @@ class Concern(BaseModel):
     """Options that belong together; frozen, so that what was asked for is what a run's record says."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    prefix: ClassVar[str] = ""  # of the flags, which the concern's own table in a config file may leave out
 
     @classmethod
     def flags(cls, concern: str) -> Iterator[Flag]:
         return (Flag(name, concern, field) for name, field in cls.model_fields.items())
+
+    @classmethod
+    def choices(cls, name: str) -> tuple[str, ...]:
+        return Flag(name, "", cls.model_fields[name]).choices
+
+    @classmethod
+    def shorthand(cls, value_of: Callable[[str], object]) -> tuple[str, Mapping[str, object]] | None:
+        """What a flag of this concern stands for: the preset's name and its values by flag. `value_of` reads flags."""
+        return None
 
     def decisive(self) -> dict[str, object]:
         """What of it decides the bits of a run, by flag: all, unless a concern knows better."""

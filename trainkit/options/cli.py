@@ -54,7 +54,8 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
     text = help_text(flag).replace("%", "%%")
     if not flag.is_switch:
-        group.add_argument(f"--{flag.name}", nargs="?", const=MISSING, metavar=flag.metavar, help=text)
+        words = {"nargs": "*"} if flag.many else {"nargs": "?", "const": MISSING}
+        group.add_argument(f"--{flag.name}", **words, metavar=flag.metavar, help=text)
         return
     group.add_argument(f"--{flag.name}", nargs="?", const="true", help=text)
     group.add_argument(f"--no_{flag.name}", dest=flag.name, action="store_const", const="false", help=argparse.SUPPRESS)

@@ -17,8 +17,9 @@ class ObjectiveOptions(Concern):
         None, "gamma of Min-SNR weighting (Hang et al. 2023), 5 in the paper", unit="gamma", gt=0)
     p2_k: float = opt(1.0, "k of P2 weighting (Choi et al. 2022)", unit="SNR", gt=0)
     p2_gamma: float = opt(1.0, "gamma of P2 weighting, 0.5 or 1 in the paper", unit="gamma", ge=0)
-    loss_type: Literal["l2", "l1", "huber", "smooth_l1"] = opt(
-        "l2", "the error of one number: squared, absolute, or squared up to about --huber_c and absolute above")
+    loss_type: Literal["l2", "l1", "huber", "smooth_l1", "fourier"] = opt(
+        "l2", "the error of one number: squared, absolute, or squared up to about --huber_c and absolute above; "
+        "fourier: --fourier_base_loss and a distance of spectra (docs/fourier.md)")
     huber_c: float = opt(0.1, "where huber and smooth_l1 turn from squared to absolute", unit="error", gt=0)
     huber_schedule: Literal["constant", "exponential", "snr"] = opt(
         "snr", "how that place moves with the noise level: not at all, or from 1 without noise down to --huber_c "

@@ -18,12 +18,12 @@ class OptimizerOptions(Concern):
 
     optimizer: Literal[
         "adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit", "prodigy", "adafactor", "lion", "came",
-        "schedule_free_adamw"] | str = opt(
+        "schedule_free_adamw", "hina_adaptive"] | str = opt(
         "adamw", "what turns gradients into updates, or any class by its dotted path, such as torch.optim.NAdam",
         differs="an unknown name is an error, not AdamW")
     optimizer_args: str | None = opt(
-        None, "arguments of the optimizer's constructor, stronger than other flags: \"d_coef=0.5 betas=(0.9, 0.99)\"",
-        unit="name=value", min_length=1)
+        None, "arguments of the optimizer's constructor, stronger than other flags: d_coef=0.5 betas=(0.9,0.99)",
+        unit="name=value", many=True, min_length=1)
     use_8bit_adam: bool = opt(
         False, "the 8-bit form of adamw or paged_adamw", differs="refused with other optimizers, not ignored")
     learning_rate: float = opt(1e-4, "learning rate of the UNet's adapters; 1 is right for Prodigy", unit="rate", ge=0)

@@ -55,7 +55,7 @@ class OptionSet(BaseModel):
         """Sentences for the log about values that have no effect."""
         flags, values = self.flags(), self.flat()
         chosen = {name for name, origin in self._origins.items()
-                  if not origin.startswith("preset ") and values[name] != flags[name].default}
+                  if not origin.startswith(("preset ", "fourier_config ")) and values[name] != flags[name].default}
         given = {name for concern in self.concerns() for name in getattr(self, concern).model_fields_set}
         return list(rules.notices(values, chosen, given))
 
@@ -71,9 +71,8 @@ def parse(cls: type[Options], argv: Sequence[str] | None = None, *, description:
     together with those of its model and data. Exits 0 after --help and --print_config.
     """
     flags = cls.flags()
-    titles = {name: kind.title() for name, kind in cls.concerns().items()}
     words = sys.argv[1:] if argv is None else argv
-    layers, problems = read_layers(words, flags, titles=titles, description=description)
+    layers, problems = read_layers(words, flags, concerns=cls.concerns(), description=description)
     sources = {name: layer for layer in reversed(layers) for name in layer.values}
     origins = {name: layer.origin for name, layer in sources.items()}
     built: dict[str, Concern] = {}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Container, Iterator, Mapping
 
 from trainkit.errors import Problem
 from trainkit.options.base import Value
+from trainkit.options.fourier import MOVING, FourierOptions
 from trainkit.options.matching import MatchingOptions
 from trainkit.options.optimizer import EIGHT_BIT, averages_weights, estimates_step
 
@@ -28,6 +29,7 @@ def problems(values: Values) -> Iterator[Problem]:
     yield from _untrained_text(values)
     yield from _idle_steps(values)
     yield from _unclear_objective(values)
+    yield from _perturbed(values)
     if _matches(values):
         yield from _unclear_matching(values)
 
@@ -46,14 +48,20 @@ def _unclear_objective(values: Values) -> Iterator[Problem]:
                       "the last timestep is not drawn itself", f"--max_timestep {first + 1} or more")
 
 
+def _perturbed(values: Values) -> Iterator[Problem]:
+    """Terms on x0, which cannot be read back from an input with noise that the target does not know."""
+    terms = {f"--{_STRENGTHS[0] if values.get('dist_match') else _STRENGTHS[1]}": _matches(values),
+             "--fourier_space x0": _has_fourier(values) and values.get("fourier_space") == "x0"}
+    for term in [name for name, there in terms.items() if there and values.get("input_perturbation")]:
+        yield Problem(f"--input_perturbation with {term}", "--input_perturbation",
+                      "x0 read back from a perturbed input has the perturbation in it, so the term would ask for "
+                      "another output than the loss", "leave out one of the two")
+
+
 def _unclear_matching(values: Values) -> Iterator[Problem]:
     """What the strength of distribution matching has to agree about; what its loss cannot compute, the loss says."""
     statistic = values.get("dist_match_statistic")
     flag, other = _STRENGTHS if values.get("dist_match") else _STRENGTHS[::-1]
-    if values.get("input_perturbation"):
-        yield Problem(f"--input_perturbation with --{flag}", "--input_perturbation",
-                      "x0 read back from a perturbed input has the perturbation in it, so the term would ask for "
-                      "another output than the loss", "leave out one of the two")
     if values.get("dist_match") and values.get("dist_match_gain"):
         yield Problem("--dist_match with --dist_match_gain", "--dist_match, --dist_match_gain",
                       "each is the strength of one and the same term: of its sum form, or of its unbiased form",
@@ -159,6 +167,11 @@ def _set(*flags: str) -> Callable[[Values], bool]:
     return lambda values: any(values.get(flag) for flag in flags)
 
 
+def _error(values: Values) -> Value:
+    """The error of one number, by whichever flag names it."""
+    return values.get("fourier_base_loss" if _has_fourier(values) else "loss_type")
+
+
 def _matching(values: Values) -> MatchingOptions:
     """The flags of distribution matching as their concern, which knows what those left open come to."""
     return MatchingOptions.model_construct(**{name: values[name] for name in MatchingOptions.model_fields
@@ -173,6 +186,16 @@ def _matches(values: Values) -> bool:
 def _if_matching(is_read: Callable[[MatchingOptions], bool]) -> Callable[[Values], bool]:
     """Without the term all its flags count as read: that it is not there is said once."""
     return lambda values: not _matches(values) or is_read(_matching(values))
+
+
+def _has_fourier(values: Values) -> bool:
+    """Whether there is a Fourier term."""
+    return values.get("loss_type") == "fourier"
+
+
+def _if_fourier(flag: str, *wanted: Value) -> Callable[[Values], bool]:
+    """Without the term all its flags count as read: that it is not there is said once."""
+    return lambda values: not _has_fourier(values) or values.get(flag) in wanted
 
 
 def _trains_text(values: Values) -> bool:
@@ -192,7 +215,8 @@ _CLASS = ("class_data_dir", "class_prompt", "num_class_images", "prior_loss_weig
           "prior_generation_precision")
 _PRODIGY = ("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup")
 _ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
-_ADAM_LIKE = ("adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit", "prodigy", "schedule_free_adamw")
+_ADAM_LIKE = (
+    "adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit", "prodigy", "schedule_free_adamw", "hina_adaptive")
 _PREVIEW = ("num_validation_images", "validation_epochs", "validation_steps")
 _TOKENS = ("train_text_encoder_ti_frac", "token_abstraction", "num_new_tokens_per_abstraction", "initializer_concept",
            "token_std_pull")
@@ -201,6 +225,8 @@ _STATISTICS = {"dist_match": ("sum", "diagonal"), "dist_match_gain": ("u",)}
 _MATCHING = tuple(f"dist_match_{name}" for name in (
     "statistic", "method", "wavelet", "levels", "boundary", "backend", "weights", "band_norm", "timestep_weight",
     "kernel", "mode", "min_snr", "max_snr", "swap", "bank"))
+_FOURIER = tuple(FourierOptions.model_fields)
+_UNIFIED = tuple(mode for mode in MOVING if mode != "adaptive")
 _SNR_CAPPED = ("min_snr", "soft_min_snr")
 _HARMLESS_DECAY = 1e-3  # times a rate of 1e-4: a ten-thousandth in a thousand steps
 _TEXT_RATES = ("text_encoder_lr", "adam_weight_decay_text_encoder")
@@ -230,7 +256,20 @@ READ_ONLY_WITH: tuple[tuple[tuple[str, ...], Callable[[Values], bool], str], ...
     (("cached_crops",), _set("cache_latents"), "--cache_latents"),
     (("snr_gamma",), _is("loss_weighting", None, *_SNR_CAPPED), f"--loss_weighting {' or '.join(_SNR_CAPPED)}"),
     (("p2_k", "p2_gamma"), _is("loss_weighting", "p2"), "--loss_weighting p2"),
-    (("huber_c", "huber_schedule"), _is("loss_type", "huber", "smooth_l1"), "--loss_type huber or smooth_l1"),
+    (("huber_c", "huber_schedule"), lambda values: _error(values) in ("huber", "smooth_l1"),
+     "--loss_type huber or smooth_l1"),
+    (_FOURIER, _has_fourier, "--loss_type fourier"),
+    (("fourier_high_freq_weight",), _if_fourier("fourier_mode", "weighted", *_UNIFIED),
+     "--fourier_mode weighted or a unified one"),
+    (("fourier_scales", "fourier_scale_weights"), _if_fourier("fourier_mode", "multiscale", *_UNIFIED),
+     "--fourier_mode multiscale or a unified one"),
+    (("fourier_adaptive_max_weight", "fourier_adaptive_min_weight", "fourier_adaptive_mode"),
+     _if_fourier("fourier_mode", *MOVING), "--fourier_mode adaptive or a unified one"),
+    (("fourier_scale_high_freq_weights", "fourier_mix", "fourier_adaptive_scaling"),
+     _if_fourier("fourier_mode", *_UNIFIED), "a unified --fourier_mode"),
+    (("fourier_gate_min_snr",), _if_fourier("fourier_timestep_gate", "snr", "linear"),
+     "--fourier_timestep_gate snr or linear"),
+    (("fourier_gate_max_snr",), _if_fourier("fourier_timestep_gate", "linear"), "--fourier_timestep_gate linear"),
     (("multires_noise_discount",), _set("multires_noise_iterations"), "--multires_noise_iterations"),
     (("logit_mean", "logit_std"), _is("timestep_sampling", "logit_normal"), "--timestep_sampling logit_normal"),
     (("mode_scale",), _is("timestep_sampling", "mode"), "--timestep_sampling mode"),

@@ -9,10 +9,11 @@ import tomllib
 from argparse import ArgumentParser
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from trainkit.errors import Problem
-from trainkit.options.base import Flag
+from trainkit.options.base import Concern, Flag
 from trainkit.options.cli import MISSING, make_parser, split_leftovers, underscored
 from trainkit.options.trainers import only_script_with
 
@@ -45,15 +46,16 @@ class Layer:
 
 
 def read_layers(
-    argv: Sequence[str], flags: Mapping[str, Flag], *, titles: Mapping[str, str], description: str
+    argv: Sequence[str], flags: Mapping[str, Flag], *, concerns: Mapping[str, type[Concern]], description: str
 ) -> tuple[list[Layer], list[Problem]]:
-    """Every source that says something, strongest first, and what could not be read. `titles` is by concern."""
+    """Every source that says something, strongest first, and what could not be read."""
+    titles = {name: kind.title() for name, kind in concerns.items()}
     command, problems = _command_line(argv, flags, make_parser(flags.values(), description, titles))
     environment, more = _environment(flags)
     problems += more
     layers = [Layer("command line", command), Layer("environment", environment)]
     if (path := first_value(layers, "config")) is not None:
-        values, more = _config(Path(str(path)), flags, titles)
+        values, more = _config(Path(str(path)), flags, concerns)
         layers.append(Layer(f"config {path}", values))
         problems += more
     if (name := first_value(layers, "preset")) is not None:
@@ -61,6 +63,8 @@ def read_layers(
             layers.append(Layer(f"preset {name}", {k: v for k, v in PRESETS[str(name)].items() if k in flags}))
         else:
             problems.append(_unknown_preset(str(name), layers))
+    shorthands = [kind.shorthand(partial(first_value, layers)) for kind in concerns.values()]
+    layers += [Layer(*shorthand) for shorthand in shorthands if shorthand]
     return layers, problems
 
 
@@ -79,7 +83,8 @@ def _command_line(
     argv: Sequence[str], flags: Mapping[str, Flag], parser: ArgumentParser
 ) -> tuple[dict[str, object], list[Problem]]:
     found, leftovers = parser.parse_known_args(underscored(argv))
-    values = vars(found)
+    values = {name: " ".join(value) or MISSING if isinstance(value, list) else value
+              for name, value in vars(found).items()}
     problems = [_without_value(flags[name]) for name, value in values.items() if value is MISSING]
     unknown, strays = split_leftovers(leftovers)
     known = list(flags) + [f"no_{name}" for name, flag in flags.items() if flag.is_switch]
@@ -104,7 +109,7 @@ def _environment(flags: Mapping[str, Flag]) -> tuple[dict[str, object], list[Pro
 
 
 def _config(
-    path: Path, flags: Mapping[str, Flag], concerns: Container[str]
+    path: Path, flags: Mapping[str, Flag], concerns: Mapping[str, type[Concern]]
 ) -> tuple[dict[str, object], list[Problem]]:
     try:
         data = _load(path)
@@ -113,10 +118,12 @@ def _config(
     values: dict[str, object] = {}
     problems = []
     for table, written, value in _entries(data, concerns):
+        prefix = concerns[table].prefix if table else ""
         name = written.replace("-", "_")
+        name = prefix + name if prefix + name in flags else name
         where = f"config {path}" + (f", [{table}]" if table else "")
         if name not in flags or name == "config":
-            problems.append(_unknown(written, nearest(name, list(flags)), where, "key", prefix=""))
+            problems.append(_unknown(written, _nearest_key(name, flags, table, prefix), where, "key", prefix=""))
         elif table not in (None, flags[name].concern):
             problems.append(_wrong_table(name, flags[name].concern, where))
         elif name in values:
@@ -133,6 +140,12 @@ def _entries(data: Mapping[str, object], concerns: Container[str]) -> Iterator[t
             yield from ((key, str(inner), leaf) for inner, leaf in value.items())
         else:
             yield None, str(key), value
+
+
+def _nearest_key(name: str, flags: Mapping[str, Flag], table: str | None, prefix: str) -> str | None:
+    """The key most likely meant, without its prefix in the table that may leave it out."""
+    short = [flag.removeprefix(prefix) for flag, kind in flags.items() if prefix and kind.concern == table]
+    return nearest(name, short) or nearest(name, list(flags))
 
 
 def _load(path: Path) -> dict[str, object]:

@@ -11,6 +11,7 @@ from trainkit.options.captioned import (
     CaptionedTextOptions,
     CaptionedValidationOptions,
 )
+from trainkit.options.fourier import FourierOptions
 from trainkit.options.guidance import GuidanceOptions
 from trainkit.options.inputs import DataOptions, ModelOptions
 from trainkit.options.lora import LoraOptions
@@ -23,12 +24,12 @@ from trainkit.options.words import PivotalOptions, TextOptions
 
 CONCERNS: dict[str, type[Concern]] = {  # of the DreamBooth trainer
     "model": ModelOptions, "data": DataOptions, "prior": PriorOptions, "text": TextOptions, "pivotal": PivotalOptions,
-    "lora": LoraOptions, "objective": ObjectiveOptions, "optimizer": OptimizerOptions, "precision": PrecisionOptions,
-    "validation": ValidationOptions, "run": RunOptions,
+    "lora": LoraOptions, "objective": ObjectiveOptions, "fourier_loss": FourierOptions,
+    "optimizer": OptimizerOptions, "precision": PrecisionOptions, "validation": ValidationOptions, "run": RunOptions,
 }
 TEXT_TO_IMAGE: dict[str, type[Concern]] = {
     "model": ModelOptions, "data": CaptionedDataOptions, "text": CaptionedTextOptions, "guidance": GuidanceOptions,
-    "lora": LoraOptions, "objective": ObjectiveOptions, "matching": MatchingOptions,
+    "lora": LoraOptions, "objective": ObjectiveOptions, "fourier_loss": FourierOptions, "matching": MatchingOptions,
     "optimizer": CaptionedOptimizerOptions, "precision": CaptionedPrecisionOptions,
     "validation": CaptionedValidationOptions, "run": CaptionedRunOptions,
 }

@@ -103,6 +103,7 @@ def line(pace: Pace, loss: float | None, values: Mapping[str, float], *, note: s
     name, rate = step_size(values)
     parts = [
         f"{pace.step}/{pace.total}", None if loss is None else f"loss {loss:.4f}",
+        f"fourier_component {values['fourier_component']:.4f}" if "fourier_component" in values else None,
         None if rate is None else f"{name} {rate:.1e}",
         None if pace.per_second is None else f"{pace.per_second:.2f} it/s",
         f"{values['images']:.0f} images" if "images" in values else None,

@@ -1,0 +1,149 @@
+"""The Fourier loss in training: on which pair it looks, what of it the log shows, and the gain that holds its share.
+
+The loss itself is `freq_loss.FourierLoss`; docs/fourier.md has its formulas and what it did, measured.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trainkit.errors import Problem
+from trainkit.objective import Judged
+from trainkit.runtime import ranks
+
+if TYPE_CHECKING:
+    from freq_loss import FourierLoss, FourierPart
+    from trainkit.files import Json
+    from trainkit.options import FourierOptions
+
+log = logging.getLogger(__name__)
+
+DECAY = 0.95  # of the running means behind the gain: the last twenty steps or so
+GAINS = (1e-3, 1e3)
+
+
+class Gain:
+    """The factor on the Fourier weight that makes the term `target` of the ordinary loss and the term together.
+
+        gain = target/(1 − target) · mean(base) / mean(term/gain)
+
+    over the past steps, the newest counting most; 1 before the first. A target of None leaves it at 1.
+    """
+
+    def __init__(self, target: float | None):
+        self.target, self.value = target, 1.0
+        self.base = self.unit = 0.0  # running sums of the ordinary loss, and of the term at gain 1
+
+    def update(self, base: float, unit: float) -> None:
+        """After a step whose ordinary loss was `base` and whose term would have been `unit` at gain 1."""
+        if self.target is None or not (math.isfinite(base) and math.isfinite(unit) and base > 0 and unit > 0):
+            return  # warming up, or a step that was skipped
+        self.base = DECAY * self.base + base
+        self.unit = DECAY * self.unit + unit
+        wanted = self.target / (1 - self.target) * self.base / self.unit
+        self.value = min(max(wanted, GAINS[0]), GAINS[1])
+
+
+class FourierTerm:
+    """The Fourier loss as a term of an objective, over all ranks.
+
+    total_steps   optimizer steps of the run, over which adaptive modes move
+    target_share  share of the loss that the term shall be (None: as its weight makes it)
+    """
+
+    def __init__(self, loss: FourierLoss, *, total_steps: int, target_share: float | None = None):
+        self.loss, self.total_steps, self.gain = loss, total_steps, Gain(target_share)
+        self.seen: Tensor | None = None  # sums of this step, on the device
+        self.rate = 0.0  # what this step's term was multiplied by, ramp and gain
+
+    def __call__(self, judged: Judged) -> Tensor:
+        """-> [B], weighted like the ordinary loss: an error of x̂0 or of the output counts what it does there."""
+        o = judged.outcome
+        pair, factor = (o.out, judged.target), judged.factor
+        if self.loss.space == "x0":
+            pair, factor = (judged.x0_hat, o.x0), judged.worth
+        part = self.loss(*pair, base=judged.losses, factor=factor, step=o.step, total_steps=self.total_steps,
+                         snr=o.level.snr, clean=o.x0, gain=self.gain.value)
+        self.rate = self.gain.value * self.loss.ramp(o.step)
+        self._note(part, judged.losses.detach(), factor, o.num_instance)
+        return part.added
+
+    def describe(self) -> dict[str, float]:
+        """What the term was of the step's loss, and of what it was made; the gain moves for the next step.
+
+            fourier_component   its part of `loss`
+            fourier_raw         mean distance of the spectra (0 while warming up: it is not computed then)
+            fourier_weight_eff  mean of all that multiplies it but the sample's weight
+            fourier_base_ratio  weighted distance over the ordinary loss
+            fourier_gain        factor that --fourier_target_share is held with, where it is given
+        """
+        if self.seen is None:
+            return {"fourier_component": 0.0}
+        sums, self.seen = ranks.sum_over_ranks(self.seen).tolist(), None
+        component, base, raw, weight, weighted, plain, count = sums
+        self.gain.update(base, component / self.rate if self.rate else 0.0)
+        found = {"fourier_component": component, "fourier_raw": raw / count, "fourier_weight_eff": weight / count,
+                 "fourier_base_ratio": weighted / plain if plain else 0.0}
+        return found if self.gain.target is None else found | {"fourier_gain": self.gain.value}
+
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Json]]:
+        return {}, {"base": self.gain.base, "unit": self.gain.unit, "gain": self.gain.value}
+
+    def unpack(self, tensors: dict[str, Tensor], data: dict[str, Json]) -> None:
+        self.gain.base, self.gain.unit, self.gain.value = data["base"], data["unit"], data["gain"]
+
+    def _note(self, part: FourierPart, base: Tensor, factor: Tensor, num_instance: int) -> None:
+        added = part.added.detach()
+        row = torch.stack([added.sum() / num_instance, base.sum() / num_instance, part.raw.sum(), part.weight.sum(),
+                           (factor * part.raw).sum(), base.sum(), torch.ones_like(base).sum()])
+        self.seen = row if self.seen is None else self.seen + row
+
+
+def problems(o: FourierOptions, loss_type: str, latents: tuple[int, int, int]) -> Iterator[Problem]:
+    """What keeps the Fourier loss from being computed, in its own words; latents is the shape (C,h,w) of one sample."""
+    if loss_type != "fourier":
+        return
+    from freq_loss import FourierLoss
+
+    try:
+        FourierLoss(**o.loss).require(latents)
+    except ValueError as error:
+        why, _, fix = str(error).rpartition(": ")
+        yield Problem("the Fourier loss cannot be computed like this", "--fourier_...", why or fix,
+                      fix if why else "see the --fourier flags in --help")
+
+
+def make_fourier(o: FourierOptions, loss_type: str, *, total_steps: int, note: Callable[..., None],
+                 ) -> Mapping[str, FourierTerm]:
+    """The term that --loss_type fourier adds, by name; nothing for another loss.
+
+    note  puts facts into the run's record: here every setting, those too that the mode filled in
+    """
+    if loss_type != "fourier":
+        return {}
+    from freq_loss import FourierLoss
+
+    loss = FourierLoss(**o.loss)
+    note(fourier_loss={**loss.config(), "fourier_base_loss": o.fourier_base_loss,
+                       "fourier_target_share": o.fourier_target_share})
+    _warn(loss, total_steps)
+    return {"fourier": FourierTerm(loss, total_steps=total_steps, target_share=o.fourier_target_share)}
+
+
+def _warn(loss: FourierLoss, total_steps: int) -> None:
+    """Say what the settings come to, where that is not what they look like."""
+    if loss.warmup_steps >= total_steps:
+        log.warning("--fourier_warmup_steps %d: the Fourier term counts in none of the %d steps", loss.warmup_steps,
+                    total_steps)
+    if loss.only_rescales:
+        log.warning("--fourier_mode %s with --fourier_metric complex and --fourier_norm l2 is the squared error once "
+                    "more (Parseval): it only rescales the loss; weigh the frequencies, or use magnitude", loss.mode)
+    if pinned := loss.pinned(total_steps):
+        log.info("the high-frequency weight of the Fourier term is at a bound (1 to 3) in %.0f %% of the steps",
+                 100 * pinned)

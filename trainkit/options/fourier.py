@@ -1,0 +1,106 @@
+"""The concern of the Fourier loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Literal
+
+from pydantic import field_validator
+
+from trainkit.options.base import Concern, Value, opt
+
+OF_TRAINER = ("fourier_config", "fourier_base_loss", "fourier_target_share")  # the others are freq_loss.FourierLoss's
+MOVING = ("adaptive", "unified", "unified_basic", "unified_balanced", "unified_detail", "unified_adaptive")
+
+
+class FourierOptions(Concern):
+    """Fourier loss: how the spectra of output and target differ, with --loss_type fourier"""
+
+    prefix: ClassVar[str] = "fourier_"
+
+    fourier_config: Literal[
+        "conservative", "balanced", "aggressive", "super_resolution", "fine_detail", "unified_basic",
+        "unified_balanced", "unified_detail", "unified_adaptive", "unified_custom"] | None = opt(
+        None, "a preset of the flags below, which count for more where they are given (docs/fourier.md)")
+    fourier_base_loss: Literal["l2", "l1", "huber", "smooth_l1"] = opt("l2", "the error it is added to")
+    fourier_weight: float = opt(0.05, "strength of the term beside that error", unit="weight", ge=0)
+    fourier_mode: Literal[
+        "basic", "weighted", "multiscale", "adaptive", "unified", "unified_basic", "unified_balanced",
+        "unified_detail", "unified_adaptive"] = opt(
+        "weighted", "what is compared: spectra as they are, high frequencies counting more, several resolutions, high "
+        "frequencies counting more at first, or all of these")
+    fourier_norm: Literal["l2", "l1"] = opt("l2", "squared or absolute difference of the spectra")
+    fourier_high_freq_weight: float | None = opt(
+        None, "what the highest frequencies count against the lowest, 1 to 3; without it as the mode has it, 2 in "
+        "weighted", unit="factor", gt=0)
+    fourier_scales: str | None = opt(
+        None, "resolutions that are compared, as divisors: 1,2,4; without it as the mode has them", unit="divisors",
+        min_length=1)
+    fourier_scale_weights: str | None = opt(
+        None, "what each resolution counts; without it 1/scale, in unified modes 1/sqrt(scale)", unit="weights",
+        min_length=1)
+    fourier_scale_high_freq_weights: str | None = opt(
+        None, "--fourier_high_freq_weight of each resolution, in unified modes", unit="factors", min_length=1)
+    fourier_adaptive_max_weight: float | None = opt(
+        None, "high-frequency weight, in unified modes its factor, at the first step; without it as the mode has it",
+        unit="factor", gt=0)
+    fourier_adaptive_min_weight: float | None = opt(
+        None, "the same at the last step", unit="factor", gt=0)
+    fourier_adaptive_mode: Literal["linear", "cosine", "exponential"] | None = opt(
+        None, "its course between the two; without it as the mode has it, linear in most")
+    fourier_mix: str | None = opt(
+        None, "what several resolutions and the full one count in unified modes: 0.6,0.4", unit="two_weights",
+        min_length=1)
+    fourier_adaptive_scaling: bool | None = opt(
+        None, "let that move over the run, from several resolutions towards the full one; without it on")
+    fourier_warmup_steps: int = opt(300, "optimizer steps before the term counts", unit="steps", ge=0)
+    fourier_ramp_steps: int = opt(0, "steps after those in which its weight rises from 0", unit="steps", ge=0)
+    fourier_eps: float = opt(1e-8, "keeps the slope of a magnitude finite at 0", unit="number", gt=0)
+    fourier_metric: Literal["magnitude", "complex"] = opt(
+        "magnitude", "what of a frequency is compared: its magnitude, which no shift and no sign changes, or all of it")
+    fourier_space: Literal["prediction", "x0"] = opt(
+        "prediction", "whose spectra: those of the network's output, or of the picture that it implies")
+    fourier_normalize: Literal["target", "none", "separate"] | None = opt(
+        None, "divide by the spread of the target, by nothing, or each spectrum by its own; without it target for "
+        "magnitude and none for complex")
+    fourier_balance: Literal["cap", "none"] = opt(
+        "cap", "lower the weight, to a tenth at most, where the term is more than 10 times the error it is added to")
+    fourier_timestep_gate: Literal["none", "snr", "linear", "wiener"] = opt(
+        "none", "at which noise levels it counts: all, above --fourier_gate_min_snr, rising from there to "
+        "--fourier_gate_max_snr, or frequency by frequency where the picture outweighs the noise")
+    fourier_gate_min_snr: float = opt(0.1, "signal-to-noise ratio below which snr and linear leave it out", unit="SNR",
+                                      gt=0)
+    fourier_gate_max_snr: float = opt(10.0, "signal-to-noise ratio from which it fully counts in linear", unit="SNR",
+                                      gt=0)
+    fourier_bands: str = opt(
+        "", "weights of ranges of frequency, where 1 is the highest there is: low:0.5,high:2 (thirds) or 0.25-0.5:3",
+        unit="range:weight")
+    fourier_target_share: float | None = opt(
+        None, "hold the term at this share of error and term together, 0.05 to 0.2 are usual; the weight is then "
+        "where it starts", unit="share", gt=0, le=0.9)
+
+    @field_validator("fourier_scales", "fourier_scale_weights", "fourier_scale_high_freq_weights", "fourier_mix",
+                     mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        """A config file may list them: [1, 2, 4]."""
+        return ",".join(map(str, value)) if isinstance(value, list) else value
+
+    @classmethod
+    def shorthand(cls, value_of: Callable[[str], object]) -> tuple[str, Mapping[str, object]] | None:
+        name = str(value_of("fourier_config")).lower()
+        if name not in cls.choices("fourier_config"):
+            return None
+        from freq_loss import get_fourier_loss_config
+
+        return f"fourier_config {name}", get_fourier_loss_config(name)
+
+    @property
+    def moves(self) -> bool:
+        """Whether a step's loss depends on how long the run is."""
+        return self.fourier_mode in MOVING
+
+    @property
+    def loss(self) -> dict[str, Value]:
+        """Arguments of freq_loss.FourierLoss."""
+        return {name.removeprefix(self.prefix): value for name, value in self if name not in OF_TRAINER}
