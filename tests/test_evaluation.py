@@ -1,11 +1,11 @@
-"""The style distance: a KID one can check by hand, and features that depend on the picture alone."""
+"""The style distance: a KID one can check by hand, features of the picture alone; and the power spectrum."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from trainkit.evaluation import features, kid, style_distance, to_pixels
+from trainkit.evaluation import features, kid, power_spectrum, style_distance, to_pixels
 
 
 def kid_by_loops(x: np.ndarray, y: np.ndarray) -> float:
@@ -98,3 +98,53 @@ def test_style_distance_tells_another_style_from_the_same_one(clip_dir: str):
     same = style_distance(noise_pictures(40, 1), noise_pictures(40, 2), clip_dir, layer)
     other = style_distance(noise_pictures(40, 1), noise_pictures(40, 2, low=128), clip_dir, layer)
     assert other > 20 * abs(same)
+
+
+# -- power spectrum ----------------------------------------------------------------------------------------------------
+
+SIDE = 64
+
+
+def wave(x_cycles: int, y_cycles: int, amplitude: float) -> Image.Image:
+    places = np.arange(SIDE) / SIDE
+    phase = 2 * np.pi * (x_cycles * places[None, :] + y_cycles * places[:, None])
+    return Image.fromarray(np.round(127.5 + 255 * amplitude * np.cos(phase)).astype(np.uint8)).convert("RGB")
+
+
+@pytest.mark.parametrize(("x_cycles", "y_cycles", "ring"), [(1, 0, 1), (0, 7, 7), (3, 4, 5), (-20, 21, 29)])
+def test_a_wave_is_in_the_ring_of_its_cycles(x_cycles: int, y_cycles: int, ring: int):
+    """Amplitude a has the variance a²/2; 8-bit levels leave about 1e-6 elsewhere."""
+    power = power_spectrum([wave(x_cycles, y_cycles, 0.4)], SIDE)
+    assert power.shape == (SIDE // 2,)
+    assert power[ring - 1] == pytest.approx(0.08, rel=1e-3)
+    assert power.sum() - power[ring - 1] < 1e-5
+
+
+def test_a_set_has_the_mean_of_its_pictures_power():
+    pictures = [wave(5, 0, 0.4), wave(5, 0, 0.2), wave(30, 0, 0.1)]
+    power = power_spectrum(pictures, SIDE)
+    assert power[4] == pytest.approx((0.08 + 0.02) / 3, rel=1e-2)
+    assert power[29] == pytest.approx(0.005 / 3, rel=5e-2)  # 8-bit levels
+
+
+def test_neither_brightness_nor_the_corners_are_in_the_power_spectrum():
+    """White noise keeps its variance by the share of the frequencies within Nyquist's circle, about π/4."""
+    assert power_spectrum([Image.new("RGB", (SIDE, SIDE), "#c08040")], SIDE).abs().max() < 1e-12
+    grey = [picture.convert("L").convert("RGB") for picture in noise_pictures(20, seed=3)]
+    variance = np.mean([np.asarray(picture.convert("L"), dtype=float).var() for picture in grey]) / 255**2
+    assert float(power_spectrum(grey, SIDE).sum()) == pytest.approx(variance * np.pi / 4, rel=0.05)
+
+
+def test_a_blurred_picture_has_less_of_the_high_frequencies():
+    from PIL import ImageFilter
+
+    sharp = noise_pictures(5, seed=4)
+    blurred = [picture.filter(ImageFilter.GaussianBlur(1)) for picture in sharp]
+    ratio = power_spectrum(blurred, SIDE) / power_spectrum(sharp, SIDE)
+    assert ratio[0] > 0.9 and ratio[16:].max() < 0.1
+
+
+def test_the_power_spectrum_refuses_what_it_cannot_measure():
+    for pictures, side in (([], SIDE), (noise_pictures(1, 0), 63)):
+        with pytest.raises(ValueError, match="even side"):
+            power_spectrum(pictures, side)
