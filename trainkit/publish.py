@@ -51,7 +51,8 @@ SETTINGS = {  # name in the card: flag; nothing here holds a path
     "Matching, mode": "dist_match_mode", "Mixed precision": "mixed_precision", "Seed": "seed",
 }
 DEVIATIONS = {  # the same, of flags that are told only when they are not at their default
-    "Kind": "lora_type", "DoRA": "use_dora", "rsLoRA": "use_rslora", "B-LoRA": "use_blora",
+    "Optimizer arguments": "optimizer_args", "Kind": "lora_type", "DoRA": "use_dora", "rsLoRA": "use_rslora",
+    "B-LoRA": "use_blora",
     "Start": "init_lora_weights", "LoRA+ ratio": "loraplus_lr_ratio", "Share of the steps, UNet": "train_unet_frac",
     "Share of the steps, text encoders": "train_text_encoder_frac", "Loss": "loss_type",
     "Loss weighting": "loss_weighting", "EDM training": "do_edm_style_training", "Prediction": "prediction_type",
