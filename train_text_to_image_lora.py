@@ -108,8 +108,8 @@ def main(argv: list[str] | None = None) -> None:
             optimizer.begin(step)  # who trains in this step, and at which rate
             for loss in train_step(batches):  # a part of the step's loss for each forward pass
                 job.backward(loss)
-            stats = job.update(optimizer, step=step, then=words.after_update)
-            job.log(step + 1, stats | train_step.passes.describe() | optimizer.describe())
+            stats = train_step.passes.describe() | job.update(optimizer, step=step, then=words.after_update)
+            job.log(step + 1, stats | optimizer.describe())
             after_step(step + 1, opt, job, optimizer, saves=saves, previews=previews, last=step + 1 == stop)
         if stop == total:
             with optimizer.averaged():

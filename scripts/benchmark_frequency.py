@@ -142,15 +142,17 @@ def product_rate(dtype: torch.dtype, rounds: int, clock: Callable[[], float]) ->
     return 2 * PRODUCT**3 / min(seconds)
 
 
-def medians(ways: Mapping[str, Pass], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
+def medians(
+    ways: Mapping[str, Pass], rounds: int, clock: Callable[[], float], *, warm_up: int = WARM_UP,
+) -> dict[str, float]:
     """Milliseconds of each way."""
     names, taken = list(ways), {name: [] for name in ways}
-    for i in range(WARM_UP + rounds):
+    for i in range(warm_up + rounds):
         for name in names[i % len(names):] + names[:i % len(names)]:
             start = clock()
             ways[name]()
             taken[name].append(clock() - start)
-    return {name: 1e3 * statistics.median(seconds[WARM_UP:]) for name, seconds in taken.items()}
+    return {name: 1e3 * statistics.median(seconds[warm_up:]) for name, seconds in taken.items()}
 
 
 def print_operators(side: int, rounds: int, clock: Callable[[], float]) -> None:

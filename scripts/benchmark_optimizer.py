@@ -127,7 +127,7 @@ def main() -> None:
     params = lora_tensors(asked.device)
     kinds = optimizers(params, asked.only)
     ways = {name: updates(optimizer) for name, optimizer in kinds.items()}
-    found = medians(ways, asked.rounds, clock_of(asked.device, asked.clock))
+    found = medians(ways, asked.rounds, clock_of(asked.device, asked.clock), warm_up=1)
     print(f"{len(params)} tensors, {sum(p.numel() for p in params) / 1e6:.2f} M numbers, {asked.device}")
     for name, ms in found.items():
         ratio, kept = ms / found[BASELINE], bytes_per_number(kinds[name])

@@ -18,7 +18,8 @@ BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.AsyncFor, ast.Async
 # The layers of README's tree, lowest first. A room imports rooms of its own layer or below.
 LAYERS = (
     {"errors", "files", "rng"},
-    {"options", "diffusion", "objective", "passes", "fourier", "matching", "optim", "evaluation", "lean_lora", "runtime"},
+    {"options", "diffusion", "objective", "passes", "fourier", "matching", "optim", "evaluation", "lean_lora",
+     "runtime"},
     {"data", "families", "adapters", "guidance", "pivotal", "text"},
     {"checkpoints", "export"},
     {"run", "preview", "report", "identity"},

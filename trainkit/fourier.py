@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 DECAY = 0.95  # of the running means behind the gain: the last twenty steps or so
 GAINS = (1e-3, 1e3)
+POWERS = {"l2": 2, "l1": 1}  # of an error, by --fourier_norm
 
 
 class Gain:
@@ -63,13 +64,20 @@ class FourierTerm:
         self.rate = 0.0  # what this step's term was multiplied by, ramp and gain
 
     def __call__(self, judged: Judged) -> Tensor:
-        """-> [B], weighted like the ordinary loss: an error of x̂0 or of the output counts what it does there."""
-        o = judged.outcome
-        pair, factor = (o.out, judged.target), judged.factor
+        """-> [B], weighted like the ordinary loss: an error of the output counts what it counts there.
+
+        In the space x0, errors are in units of σ_data, where |out − target|² is gain·σ_data² times as large, and count
+        by that.
+        """
+        o, sigma = judged.outcome, judged.outcome.level.sigma_data
+        if self.loss.idle(o.step):
+            return torch.zeros_like(judged.losses)
+        pair, factor, clean = (o.out, judged.target), judged.factor, o.x0 / sigma
         if self.loss.space == "x0":
-            pair, factor = (judged.x0_hat, o.x0), judged.worth
+            pair, power = (judged.x0_hat / sigma, clean), POWERS[self.loss.norm]
+            factor = factor * (judged.pred.x0_gain(o.level) * sigma**2) ** (power / 2)
         part = self.loss(*pair, base=judged.losses, factor=factor, step=o.step, total_steps=self.total_steps,
-                         snr=o.level.snr, clean=o.x0, gain=self.gain.value)
+                         snr=o.level.snr, clean=clean, gain=self.gain.value)
         self.rate = self.gain.value * self.loss.ramp(o.step)
         self._note(part, judged.losses.detach(), factor, o.num_instance)
         return part.added
@@ -78,10 +86,12 @@ class FourierTerm:
         """What the term was of the step's loss, and of what it was made; the gain moves for the next step.
 
             fourier_component   its part of `loss`
-            fourier_raw         mean distance of the spectra (0 while warming up: it is not computed then)
+            fourier_raw         mean distance of the spectra
             fourier_weight_eff  mean of all that multiplies it but the sample's weight
             fourier_base_ratio  weighted distance over the ordinary loss
             fourier_gain        factor that --fourier_target_share is held with, where it is given
+
+        While warming up there is the first alone.
         """
         if self.seen is None:
             return {"fourier_component": 0.0}
@@ -132,16 +142,16 @@ def make_fourier(o: FourierOptions, loss_type: str, *, total_steps: int, note: C
     loss = FourierLoss(**o.loss)
     note(fourier_loss={**loss.config(), "fourier_base_loss": o.fourier_base_loss,
                        "fourier_target_share": o.fourier_target_share})
-    _warn(loss, total_steps)
+    _warn(loss, o.fourier_base_loss, total_steps)
     return {"fourier": FourierTerm(loss, total_steps=total_steps, target_share=o.fourier_target_share)}
 
 
-def _warn(loss: FourierLoss, total_steps: int) -> None:
+def _warn(loss: FourierLoss, base_loss: str, total_steps: int) -> None:
     """Say what the settings come to, where that is not what they look like."""
     if loss.warmup_steps >= total_steps:
         log.warning("--fourier_warmup_steps %d: the Fourier term counts in none of the %d steps", loss.warmup_steps,
                     total_steps)
-    if loss.only_rescales:
+    if loss.only_rescales and base_loss == "l2":
         log.warning("--fourier_mode %s with --fourier_metric complex and --fourier_norm l2 is the squared error once "
                     "more (Parseval): it only rescales the loss; weigh the frequencies, or use magnitude", loss.mode)
     if pinned := loss.pinned(total_steps):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from trainkit.data.cache import content_key
+from trainkit.optim.table import decisive_arguments
 from trainkit.options.rules import shares
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def fingerprint(opt: OptionSet, rows: Sequence[Row], family: Family, job: Run, t
     unread = () if opt.objective.loss_type == "fourier" else ("fourier_loss",)
     concerns = [getattr(opt, concern) for concern in DECISIVE if concern in opt.concerns() and concern not in unread]
     decisive = {flag: value for concern in concerns for flag, value in concern.decisive().items()}
+    decisive |= {"--optimizer_args": decisive_arguments(opt.optimizer)}
     matched = decisive.get("distribution matching") == "on"  # a loss compares the pictures of a micro-batch
     return {
         "base model": family.identity, "pictures": contents([row for row in rows if not row.is_class]),

@@ -165,8 +165,7 @@ class Judged:
     pred: Prediction
     target: Tensor  # [B,C,h,w], what the output should have been
     losses: Tensor  # [B], the ordinary loss as it enters the sum
-    factor: Tensor  # [B], what a squared error of the output counts
-    worth: Tensor  # [B], what a squared error of x̂0 counts
+    factor: Tensor  # [B], what an error of the output counts
 
     @cached_property
     def x0_hat(self) -> Tensor:
@@ -201,11 +200,10 @@ class Objective:
 
     def judge(self, o: Outcome) -> Judged:
         """The ordinary loss of a pass, and what it was made of."""
-        worth, target = self._worth(o.level, o.is_class), self.pred.target(o.x0, o.n, o.level)
+        target = self.pred.target(o.x0, o.n, o.level)
         error = per_sample(self.error(o.out - target, col(self.huber_c(o.level), o.out)))  # [B]
-        factor = self.pred.loss_weight(o.level, worth) * o.share
-        return Judged(o, self.pred, target, losses=error * factor, factor=factor,
-                      worth=worth * o.share / o.level.sigma_data**2)
+        factor = self.pred.loss_weight(o.level, self._worth(o.level, o.is_class)) * o.share
+        return Judged(o, self.pred, target, losses=error * factor, factor=factor)
 
     def scaled(self, factor: Callable[[Level], Tensor]) -> Objective:
         """The same with every sample's weight times factor(level) [B], which terms are told too."""

@@ -46,7 +46,7 @@ class Memory(Protocol):
     """What a term remembers from step to step, and has to say of each."""
 
     def describe(self) -> dict[str, float]:
-        """For the log, of the step that has just ended; every rank asks, once a step."""
+        """For the log, of the step whose passes are done; every rank asks, once a step, before the update."""
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Json]]: ...
 

@@ -109,7 +109,8 @@ def problems(o: OptimizerOptions) -> Iterator[Problem]:
         yield from _rule_problems(o.lr_step_rules or "")
     try:
         if o.is_class or o.optimizer_args:
-            table.make_inner(_stand_in(o), o)  # the first of a process takes a second, which known ones need not
+            with _silence():  # the run's own optimizer will say what there is to say
+                table.make_inner(_stand_in(o), o)  # the first of a process takes a second, which known ones need not
         else:
             table.find_class(o)
     except UserError as error:
@@ -170,17 +171,31 @@ def _stand_in(o: OptimizerOptions, device: torch.device | str = "cpu") -> ParamG
     return {"name": "unet", "params": [matrix], "lr": o.learning_rate, "weight_decay": o.adam_weight_decay}
 
 
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No warnings of a constructor inside."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def _try_out(o: OptimizerOptions, device: torch.device) -> None:
     """One step of a class we do not know, and its state into a checkpoint: better refused now than at the first save.
 
     Raises UserError when either fails, as for classes whose step takes a closure.
     """
     group = _stand_in(o, device)
-    member = Member(group, table.make_inner(group, o), schedule=lambda step: 1.0)
-    member.params[0].grad = torch.ones_like(member.params[0])
     try:
-        member.step()
-        member.pack()
+        with _silence():
+            member = Member(group, table.make_inner(group, o), schedule=lambda step: 1.0)
+            member.params[0].grad = torch.ones_like(member.params[0])
+            member.step()
+            member.pack()
+    except UserError:
+        raise
     except Exception as error:  # whatever a class of somebody else's raises
         raise UserError(Problem(
             f"--optimizer {o.optimizer} cannot be driven by this trainer", "--optimizer",

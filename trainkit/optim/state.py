@@ -32,6 +32,9 @@ def pack_state(inner: torch.optim.Optimizer, made: Mapping[str, object]) -> tupl
 
     Raises TypeError for state that has no exact form in tensors and JSON.
     """
+    device = inner.param_groups[0]["params"][0].device
+    if device.type != "cpu":  # an optimizer that keeps state in host memory may still be sending it there
+        torch.get_device_module(device).synchronize(device)
     tensors: dict[str, Tensor] = {}
     params = []
     for i, p in enumerate(inner.param_groups[0]["params"]):

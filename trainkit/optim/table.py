@@ -12,7 +12,7 @@ import importlib
 import inspect
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 Arguments = dict[str, object]
 OURS = ("params", "lr")  # arguments of a constructor that only we give
 WORDS = {"true": True, "false": False, "none": None}
+
+
+class Word(str):
+    """A text that was given without quotes."""
 
 
 def no_arguments(o: OptimizerOptions, group: ParamGroup) -> Arguments:
@@ -88,6 +92,8 @@ OPTIMIZERS = {
     "came": Row("pytorch_optimizer.CAME"),
     # Defazio et al. 2024, "The Road Less Scheduled", arXiv:2405.15682
     "schedule_free_adamw": Row("pytorch_optimizer.ScheduleFreeAdamW", adam),
+    # AdamW and what --optimizer_args switches on beside it; sources in trainkit/optim/hina
+    "hina_adaptive": Row("trainkit.optim.HinaAdaptive", fused_adam),
 }
 
 
@@ -106,7 +112,7 @@ def make_inner(group: ParamGroup, o: OptimizerOptions) -> torch.optim.Optimizer:
     Raises UserError for a class that is not there or is no optimizer, and for arguments it does not take.
     """
     kind = find_class(o)
-    accepted = parameters_of(kind)
+    accepted = parameters_of(kind)  # name -> default
     asked = dict(read_arguments(o.optimizer_args or ""))
     refuse(_argument_problems(kind, accepted, asked))
     common = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
@@ -153,10 +159,10 @@ def _nearest_class(package: str, name: str) -> str:
         "give the full path of an optimizer class, such as torch.optim.NAdam")
 
 
-def parameters_of(kind: type) -> list[str]:
-    """Names of the arguments that a class's constructor declares; what it might find in **kwargs does not count."""
+def parameters_of(kind: type) -> dict[str, object]:
+    """The arguments that a class's constructor declares, with their defaults; what is in **kwargs does not count."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [name for name, p in inspect.signature(kind).parameters.items() if p.kind in named]
+    return {name: p.default for name, p in inspect.signature(kind).parameters.items() if p.kind in named}
 
 
 def read_arguments(text: str) -> Iterator[tuple[str, object]]:
@@ -164,15 +170,23 @@ def read_arguments(text: str) -> Iterator[tuple[str, object]]:
     for part in filter(None, re.split(r"\s+(?=[A-Za-z_]\w*=)", text.strip())):
         name, _, value = part.partition("=")
         try:
-            yield name, WORDS[value.lower()] if value.lower() in WORDS else ast.literal_eval(value)
+            yield name, WORDS[value.lower()] if value.lower() in WORDS else (
+                Word(value) if value.isidentifier() else ast.literal_eval(value))
         except (ValueError, SyntaxError) as error:
             raise UserError(Problem(
                 f"--optimizer_args cannot hold {part!r}", "--optimizer_args",
-                "a value is a number, true, false, none, a tuple, or text in quotes",
-                "--optimizer_args \"d_coef=0.5 betas=(0.9, 0.99) mode='fast'\", for example")) from error
+                "a value is a number, true, false, none, a word, a tuple, or text in quotes",
+                "--optimizer_args \"d_coef=0.5 betas=(0.9, 0.99) mode=fast\", for example")) from error
 
 
-def _argument_problems(kind: type, accepted: Sequence[str], asked: Mapping[str, object]) -> Iterator[Problem]:
+def decisive_arguments(o: OptimizerOptions) -> str | None:
+    """--optimizer_args, in order of their names and without those that change no bit of a run."""
+    free = getattr(find_class(o), "CHANGE_NO_BIT", ())
+    asked = sorted((name, value) for name, value in read_arguments(o.optimizer_args or "") if name not in free)
+    return " ".join(f"{name}={value}" for name, value in asked) or None
+
+
+def _argument_problems(kind: type, accepted: Mapping[str, object], asked: Mapping[str, object]) -> Iterator[Problem]:
     if "lr" not in accepted:
         yield Problem(f"{kind.__name__} takes no learning rate", "--optimizer",
                       "the rate follows --lr_scheduler, so its constructor must take lr", "choose another class")
@@ -181,3 +195,8 @@ def _argument_problems(kind: type, accepted: Sequence[str], asked: Mapping[str, 
     if unknown:
         yield Problem(f"{kind.__name__} takes no {', '.join(unknown)} from --optimizer_args", "--optimizer_args",
                       f"it takes {', '.join(open_ones)}", "mend or remove it; --learning_rate gives lr")
+    for name, value in asked.items():
+        default = accepted.get(name, "")
+        if isinstance(value, Word) and not isinstance(default, str):
+            yield Problem(f"{kind.__name__} takes no word as {name}", f"--optimizer_args {name}={value}",
+                          f"its default is {default}", f"--optimizer_args {name}={default}, for example")

@@ -91,7 +91,8 @@ class Flag:
     @property
     def many(self) -> bool:
         """Whether all words after it on the command line are its value."""
-        return self.note("many") == "True"
+        extra = self.field.json_schema_extra
+        return isinstance(extra, dict) and extra["many"] is True
 
     @property
     def is_switch(self) -> bool:
@@ -118,7 +119,7 @@ class Flag:
                   if hasattr(limit, name)]
         return ", ".join(f"{sign} {bound}" for sign, bound in bounds)
 
-    def note(self, name: Literal["unit", "differs", "many"]) -> str:
+    def note(self, name: Literal["unit", "differs"]) -> str:
         extra = self.field.json_schema_extra
         assert isinstance(extra, dict), f"--{self.name} must be made by opt()"
         return str(extra[name])

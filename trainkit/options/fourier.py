@@ -31,8 +31,8 @@ class FourierOptions(Concern):
         "frequencies counting more at first, or all of these")
     fourier_norm: Literal["l2", "l1"] = opt("l2", "squared or absolute difference of the spectra")
     fourier_high_freq_weight: float | None = opt(
-        None, "what the highest frequencies count against the lowest, 1 to 3; without it as the mode has it, 2 in "
-        "weighted", unit="factor", gt=0)
+        None, "the more, the more high frequencies count against low ones; clipped to 1 to 3; without it as the mode "
+        "has it, 2 in weighted", unit="factor", gt=0)
     fourier_scales: str | None = opt(
         None, "resolutions that are compared, as divisors: 1,2,4; without it as the mode has them", unit="divisors",
         min_length=1)
@@ -94,6 +94,14 @@ class FourierOptions(Concern):
         from freq_loss import get_fourier_loss_config
 
         return f"fourier_config {name}", get_fourier_loss_config(name)
+
+    def decisive(self) -> dict[str, object]:
+        """What the settings come to: a preset and its values written out are one run."""
+        from freq_loss import FourierLoss
+
+        settings = {f"--{name}": value for name, value in FourierLoss(**self.loss).config().items()}
+        return settings | {"--fourier_base_loss": self.fourier_base_loss,
+                           "--fourier_target_share": self.fourier_target_share}
 
     @property
     def moves(self) -> bool:

@@ -30,6 +30,7 @@ def problems(values: Values) -> Iterator[Problem]:
     yield from _idle_steps(values)
     yield from _unclear_objective(values)
     yield from _perturbed(values)
+    yield from _idle_fourier(values)
     if _matches(values):
         yield from _unclear_matching(values)
 
@@ -46,6 +47,13 @@ def _unclear_objective(values: Values) -> Iterator[Problem]:
     if isinstance(first, int) and isinstance(end, int) and first >= end:
         yield Problem(f"no timestep from --min_timestep {first} to below --max_timestep {end}", "--max_timestep",
                       "the last timestep is not drawn itself", f"--max_timestep {first + 1} or more")
+
+
+def _idle_fourier(values: Values) -> Iterator[Problem]:
+    """A share to be held by a weight of 0."""
+    if _has_fourier(values) and values.get("fourier_target_share") and not values.get("fourier_weight"):
+        yield Problem("--fourier_target_share with --fourier_weight 0", "--fourier_weight 0",
+                      "the share is held by a factor on the weight", "leave out --fourier_weight, or the share")
 
 
 def _perturbed(values: Values) -> Iterator[Problem]:
@@ -257,7 +265,7 @@ READ_ONLY_WITH: tuple[tuple[tuple[str, ...], Callable[[Values], bool], str], ...
     (("snr_gamma",), _is("loss_weighting", None, *_SNR_CAPPED), f"--loss_weighting {' or '.join(_SNR_CAPPED)}"),
     (("p2_k", "p2_gamma"), _is("loss_weighting", "p2"), "--loss_weighting p2"),
     (("huber_c", "huber_schedule"), lambda values: _error(values) in ("huber", "smooth_l1"),
-     "--loss_type huber or smooth_l1"),
+     "--loss_type or --fourier_base_loss huber or smooth_l1"),
     (_FOURIER, _has_fourier, "--loss_type fourier"),
     (("fourier_high_freq_weight",), _if_fourier("fourier_mode", "weighted", *_UNIFIED),
      "--fourier_mode weighted or a unified one"),

@@ -1,0 +1,86 @@
+"""What a HinaAdaptive reports of itself: what is on, where it acts, what contradicts itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from trainkit.optim.hina import rules
+from trainkit.optim.hina.memory import state_kinds
+from trainkit.optim.hina.rank import lora_pairs
+from trainkit.optim.hina.settings import MEMORY_FLAGS, RULE_FLAGS
+
+Group = Mapping[str, object]
+
+MEMORY = (*MEMORY_FLAGS, "vram_budget_gb", "max_buffer_memory_mb")
+ADAPTATION = ("adaptation_strength", "relationship_discovery_interval", "importance_decay", "compatibility_threshold")
+EDGE_CONTROL = (
+    "edge_suppression", "edge_penalty", "edge_threshold", "spatial_awareness", "frequency_penalty",
+    "detail_preservation", "background_regularization", "lora_rank_penalty", "rank_penalty_strength",
+    "low_rank_emphasis", "rank_penalty_interval", "rank_penalty_target")
+
+
+def describe(optimizer: torch.optim.Optimizer) -> dict[str, object]:
+    """Settings are those of the first group; features, active_on and warnings look at all of them.
+
+    features                 {flag: whether it is on}
+    active_on                {flag: "3 of 4 tensors: why not on the others"} for what is on
+    memory_optimization, adaptation_config, edge_overfitting_control   settings, by subject
+    training_stats           steps so far, tensors and numbers that train
+    warnings                 sentences on settings that contradict each other
+    """
+    groups = optimizer.param_groups
+    first, params = groups[0], [p for group in groups for p in group["params"]]
+    return {
+        "features": {flag: any(group[flag] for group in groups) for flag in RULE_FLAGS},
+        "active_on": {flag: active_on(groups, flag) for flag in RULE_FLAGS if any(group[flag] for group in groups)},
+        "memory_optimization": {name: first[name] for name in MEMORY} | {"states": state_kinds(optimizer)},
+        "adaptation_config": {"use_dynamic_adaptation": first["use_dynamic_adaptation"]} | {
+            name: first[name] for name in ADAPTATION},
+        "edge_overfitting_control": {name: first[name] for name in EDGE_CONTROL},
+        "training_stats": {"steps": first["clock"], "lr": [group["lr"] for group in groups],
+                           "tensors": len(params), "parameters": sum(map(Tensor.numel, params))},
+        "warnings": list(dict.fromkeys(w for group in groups for w in warnings_of(group))),
+    }
+
+
+def active_on(groups: Sequence[Group], flag: str) -> str:
+    """On how many tensors a rule acts, and why not on the others."""
+    reasons = [reason for group in groups for reason in reasons_against(group, flag)]
+    against = Counter(filter(None, reasons))
+    words = f"{len(reasons) - against.total()} of {len(reasons)} tensors"
+    return f"{words}: {', '.join(r for r, _ in against.most_common())}" if against else words
+
+
+def reasons_against(group: Group, flag: str) -> Iterator[str]:
+    """For each tensor of the group why a rule cannot act on it, or ""."""
+    whole = "it is off in their group" if not group[flag] else no_use(group, flag)
+    rule = next((rule for rule in rules.RULES if rule.flag == flag), None)
+    products = flag == "lora_rank_penalty" and group["rank_penalty_target"] == "product"
+    paired = {b for _, b in lora_pairs(group)} if products else set()
+    for p in group["params"]:
+        unfit = rule.unfit(p.shape) if rule else ""
+        yield whole or unfit or ("only the B of a LoRA pair changes" if products and p not in paired else "")
+
+
+def no_use(group: Group, flag: str) -> str:
+    """Why a rule that is on changes nothing in the whole group, or ""."""
+    if flag == "use_cautious" and group["use_grams"]:
+        return "Grams already goes where the gradient points"
+    if flag == "dynamic_weight_decay" and not group["weight_decay"]:
+        return "weight_decay is 0"
+    if flag == "use_dynamic_adaptation" and len(group["params"]) == 1:
+        return "a single tensor has none to share with"
+    return ""
+
+
+def warnings_of(group: Group) -> Iterator[str]:
+    """What the group's settings say twice or against each other."""
+    if group["use_grams"] and group["use_cautious"]:
+        yield "use_cautious changes nothing beside use_grams, which already takes the gradient's sign"
+    if group["use_spd"] and group["weight_decay"] > 0:
+        yield ("use_spd is meant to replace weight decay, and both are on: set weight_decay to 0 unless weights are to "
+               "be drawn to 0 and to their anchor")

@@ -1,0 +1,280 @@
+"""Between the rules, which see fp32 tensors of whole buckets, and the states as they are kept.
+
+A bucket is the parameters of one group that share shape, dtype, device and step count. `stream` hands them out in
+chunks, stacked in fp32, and writes back what the rules made of them:
+
+    for chunk in stream(optimizer.state, group, params, names=("exp_avg",), step=t):
+        chunk.state["exp_avg"].lerp_(chunk.g, 0.1)      # in place
+        chunk.w.sub_(chunk.state["exp_avg"], alpha=lr)  # in place
+
+Dtypes and devices are settled here and nowhere else: placing.py says what a state is kept as, ferry.py brings states
+from host memory, rounding.py writes bf16.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainkit.optim.hina.ferry import Ferry, Span, adjacent
+from trainkit.optim.hina.placing import (
+    MASTER,
+    Group,
+    Initial,
+    State,
+    arrived,
+    can_offload,
+    compute_dtype,
+    is_offloaded,
+    offloaded,
+    place,
+    restore,
+    rounder_of,
+    settle,
+)
+from trainkit.optim.hina.rounding import join, split
+
+__all__ = [
+    "Chunk", "Scratch", "arrived", "is_offloaded", "lend", "place", "restore", "scratch_limit", "scratch_of", "settle",
+    "stream",
+]
+
+log = logging.getLogger(__name__)
+
+FERRIED = 4  # chunks of a bucket whose states come from host memory, at least
+PARAM = "param"  # what the noise of the weights themselves is called
+CACHE_ELEMENTS = 1 << 16  # of a chunk on the CPU: w, g, its states and the rules' temporaries stay in a core's cache
+
+
+@dataclass
+class Chunk:
+    """Some tensors of a bucket, stacked. Its tensors are used again for the next chunk: keep none.
+
+    w      [n,*shape] fp32, the weights, a copy: update in place
+    g      [n,*shape] fp32, the gradient, a copy: may be overwritten
+    state  name -> fp32 [n,*shape], for a scalar per tensor [n]: update in place
+    step   t of this update, from 1
+    """
+
+    params: list[Tensor]
+    group: Group
+    step: int
+    w: Tensor
+    g: Tensor
+    state: dict[str, Tensor]
+
+
+@dataclass
+class Scratch:
+    """What the chunks of an optimizer take besides its states, in bytes, as planned from their sizes."""
+
+    now: int = 0
+    peak: int = 0
+    floor: int = 0  # what the largest single tensor takes, below which no limit brings it
+    kinds: set[tuple[int, ...]] = field(default_factory=set)  # shapes of chunks so far
+    said: set[str] = field(default_factory=set)  # warnings given
+
+    @contextmanager
+    def taking(self, row: int, shape: tuple[int, ...], *, fixed: int = 0) -> Iterator[None]:
+        """While chunks of that shape are laid out: `row` bytes for each of its tensors, and `fixed` ones."""
+        self.now, self.floor = shape[0] * row + fixed, max(self.floor, row + fixed)
+        self.peak = max(self.peak, self.now)
+        self.kinds.add(shape)
+        try:
+            yield
+        finally:
+            self.now = 0
+
+    def warn_once(self, sentence: str) -> None:
+        if sentence not in self.said:
+            self.said.add(sentence)
+            log.warning(sentence)
+
+
+class Lent(NamedTuple):
+    """Rows lo..hi of a bucket and their states on the device, in the dtype they are kept in: name -> [n,*shape]."""
+
+    span: Span
+    rows: dict[str, Tensor]
+
+
+def scratch_of(optimizer: torch.optim.Optimizer) -> Scratch:
+    """The optimizer's own record; a copy of the optimizer starts a new one."""
+    return optimizer.__dict__.setdefault("scratch", Scratch())
+
+
+def scratch_limit(group: Group) -> int | None:
+    """Bytes; None: no limit, where the group is not memory_efficient and all its states are where they are used."""
+    limited = group.get("memory_efficient") or offloaded(group)
+    return int(group["max_buffer_memory_mb"] * 2**20) if limited else None
+
+
+def lend(
+    optimizer_state: State, group: Group, params: Sequence[Tensor], *, names: Sequence[str], step: int,
+    scratch_bytes: int | None = None, scratch: Scratch | None = None,
+) -> Iterator[tuple[list[Tensor], dict[str, list[Tensor]]]]:
+    """A bucket's states on its device as they are kept, for a kernel that takes lists of tensors: (parameters, states).
+
+    What lies in host memory comes and goes chunk by chunk; what lies on the device is lent itself.
+    """
+    place(optimizer_state, group, params, names=names, step=step)
+    desk = Desk(optimizer_state, group, params, names=tuple(names), step=step)
+    rows = desk.rows(scratch_bytes, desk.slot_bytes()) if desk.slot_bytes() else len(params)
+    with (scratch or Scratch()).taking(desk.slot_bytes(), (rows, *desk.shape)):
+        for lent in rows_of(optimizer_state, params, names=names, spans=cut(len(params), rows)):
+            lo, hi = lent.span
+            yield list(params[lo:hi]), {name: list(t.unbind()) for name, t in lent.rows.items()}
+
+
+def stream(
+    optimizer_state: State, group: Group, params: Sequence[Tensor], *, names: Sequence[str],
+    scalars: Sequence[str] = (), step: int, scratch_bytes: int | None = None, temporaries: int = 4,
+    initial: Initial | None = None, read_only: Collection[str] = (), scratch: Scratch | None = None,
+) -> Iterator[Chunk]:
+    """Chunks of a bucket, in order; inside torch.no_grad().
+
+    params         have gradients and share shape, dtype, device and step
+    names          states of the parameter's shape; scalars: one fp32 number for each tensor
+    scratch_bytes  what a chunk and the rules' temporaries may take, if a single tensor does; None: no limit
+    temporaries    how many tensors of the chunk's size the rules keep alive at once
+    initial        a new state's value, or what makes it of the stacked weights; 0 where it is not named
+    read_only      states that are not written back
+    scratch        where to note what is taken
+    """
+    scratch = scratch or Scratch()
+    if group.get("cpu_offload_states") and not can_offload(params[0].device):
+        scratch.warn_once("cpu_offload_states has nothing to do: parameters and optimizer states are in main memory")
+    names = (*names, MASTER) if has_master(group, params[0]) else tuple(names)
+    place(optimizer_state, group, params, names=names, scalars=scalars, step=step, initial=initial)
+    desk = Desk(optimizer_state, group, params, names=(*names, *scalars), step=step)
+    row_bytes = desk.row_bytes(temporaries)
+    rows = desk.rows(scratch_bytes, row_bytes)
+    with scratch.taking(row_bytes, (rows, *desk.shape), fixed=desk.table_bytes()):
+        spans = cut(len(params), rows)
+        for lent in rows_of(optimizer_state, params, names=desk.kept, spans=spans, read_only=read_only):
+            chunk = desk.lay_out(lent)
+            given = dict(chunk.state)
+            yield chunk
+            assert all(chunk.state[n] is t for n, t in given.items()), "a rule replaced a state: update it in place"
+            desk.clear(lent, chunk, read_only)
+
+
+def rows_of(state: State, params: Sequence[Tensor], *, names: Collection[str], spans: Sequence[Span],
+            read_only: Collection[str] = ()) -> Iterator[Lent]:
+    """States chunk by chunk, to be changed in place: views where that can be, else copies, which are taken back."""
+    device = params[0].device
+    columns = {name: [state[p][name] for p in params] for name in names}
+    here = {name: column for name, column in columns.items() if column[0].device == device}
+    away = {name: column for name, column in columns.items() if name not in here}
+    ferry = Ferry(away, spans, device, read_only=read_only) if away else None
+    try:
+        for c, (lo, hi) in enumerate(spans):
+            views = {name: adjacent(column[lo:hi]) for name, column in here.items()}
+            rows = {name: torch.stack(here[name][lo:hi]) if v is None else v for name, v in views.items()}
+            yield Lent((lo, hi), rows | (ferry.take(c) if ferry else {}))
+            for name in (n for n, v in views.items() if v is None and n not in read_only):
+                torch._foreach_copy_(here[name][lo:hi], list(rows[name].unbind()))
+            if ferry:
+                ferry.give(c)
+    finally:
+        if ferry:
+            ferry.close()
+
+
+def cut(count: int, rows: int) -> list[Span]:
+    return [(lo, min(lo + rows, count)) for lo in range(0, count, rows)]
+
+
+def has_master(group: Group, p: Tensor) -> bool:
+    return p.dtype == torch.bfloat16 and bool(group.get("master_weights"))
+
+
+class Desk:
+    """Where the chunks of one bucket are laid out in fp32, on memory that all of them share."""
+
+    def __init__(self, state: State, group: Group, params: Sequence[Tensor], *, names: Sequence[str], step: int):
+        first = params[0]
+        self.group, self.params, self.step, self.master = group, params, step, has_master(group, first)
+        self.dtype, self.device, self.shape = compute_dtype(first), first.device, first.shape
+        self.kept = {name: state[first][name] for name in names}  # one of each, for its dtype and place
+        rounded = self.kept if self.master else self.kept | {PARAM: first}
+        self.rounds = [name for name, t in rounded.items() if t.dtype == torch.bfloat16]
+        self.rounder = None
+        if self.rounds:
+            self.rounder = rounder_of(group, params, names=self.rounds, device=self.device, step=step)
+        self.paper: dict[str, Tensor] = {}
+
+    def slot_bytes(self) -> int:
+        """What the ferry's two slots take for one tensor of the bucket."""
+        return sum(2 * t.numel() * t.element_size() for t in self.kept.values() if t.device != self.device)
+
+    def row_bytes(self, temporaries: int) -> int:
+        """What one tensor of the bucket takes, at most: w, g, copies of states, slots, and what is in work.
+
+        In work are the rules' temporaries or, after them, those of the rounding (5 at most, in rounding.split).
+        """
+        numel = self.params[0].numel()
+        copies = sum(t.numel() for t in self.kept.values() if t.dtype != self.dtype)
+        work = max(temporaries, 5 if self.rounds or self.master else 0)
+        noise = 4 * numel if self.rounds else 0
+        return self.dtype.itemsize * ((2 + work) * numel + copies) + noise + self.slot_bytes()
+
+    def rows(self, scratch_bytes: int | None, row_bytes: int) -> int:
+        """As many tensors at once as the limit allows, on the CPU no more than its cache likes; one at least.
+
+        A bucket with states to fetch is cut in FERRIED, so that copies can run beside the rules.
+        """
+        count = rows = len(self.params)
+        if scratch_bytes is not None:
+            rows = min(rows, (scratch_bytes - self.table_bytes()) // max(1, row_bytes))
+        if self.device.type == "cpu":
+            rows = min(rows, CACHE_ELEMENTS // max(1, self.params[0].numel()))
+        if self.slot_bytes():
+            rows = min(rows, -(-count // FERRIED))
+        return max(1, rows)
+
+    def table_bytes(self) -> int:
+        """What the rounding keeps for the whole bucket."""
+        return 4 * self.params[0].numel() if self.rounds else 0
+
+    def lay_out(self, lent: Lent) -> Chunk:
+        lo, hi = lent.span
+        part = list(self.params[lo:hi])
+        state = {n: t if t.dtype == self.dtype else self._copy(n, t) for n, t in lent.rows.items() if n != MASTER}
+        w = join(torch.stack(part), lent.rows[MASTER]) if self.master else self._stack("w", part)
+        return Chunk(part, self.group, self.step, w, self._stack("g", [p.grad for p in part]), state)
+
+    def clear(self, lent: Lent, chunk: Chunk, read_only: Collection[str]) -> None:
+        """Write the chunk back into what was lent, and into the parameters."""
+        lo, _ = lent.span
+        for name, rows in chunk.state.items():
+            if rows is not lent.rows[name] and name not in read_only:
+                self.rounder.round_(lent.rows[name], rows, name, lo)
+        w = chunk.w
+        if self.master:
+            w, rest = split(w)
+            lent.rows[MASTER].copy_(rest)
+        elif self.params[0].dtype == torch.bfloat16:
+            w = torch.empty_like(w, dtype=torch.bfloat16)
+            self.rounder.round_(w, chunk.w, PARAM, lo)
+        torch._foreach_copy_(chunk.params, list(w.unbind()))
+
+    def _stack(self, name: str, tensors: list[Tensor]) -> Tensor:
+        if tensors[0].dtype != self.dtype:
+            return self._copy(name, torch.stack(tensors))
+        return torch.stack(tensors, out=self._sheet(name, (len(tensors), *self.shape)))
+
+    def _copy(self, name: str, rows: Tensor) -> Tensor:
+        return self._sheet(name, rows.shape).copy_(rows)
+
+    def _sheet(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Memory of that shape: the first chunk's, which is the largest, serves all that follow."""
+        if name not in self.paper:
+            self.paper[name] = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return self.paper[name][:shape[0]]
