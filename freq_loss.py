@@ -129,7 +129,7 @@ def kept(make: Callable[..., Tensor], *args: object, like: Tensor) -> Tensor:
     return _kept(make, args, like.device, like.dtype)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=512)  # 64 sizes with 3 scales, of each a mask and its rings, and what matching keeps beside them
 def _kept(make: Callable[..., Tensor], args: tuple, device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False), torch.device("cpu"):  # gradients may pass through it later
         return make(*args).to(device, dtype)
@@ -687,13 +687,10 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The Fourier loss: which frequencies of the error count how much
+# The Fourier loss: modes and presets
 
-HIGH = (1.0, 3.0)  # between which a high-frequency weight is clipped
-CAP = 10.0  # how many times its base a sample's Fourier loss may be before it counts less
-FLOOR = 0.1  # ... and how little it may count then
-LEAST = 2  # sides of pooled latents; one of 1 has its mean alone
-NAMED_BANDS = {"low": (0.0, 1 / 3), "mid": (1 / 3, 2 / 3), "high": (2 / 3, 1.0)}
+HIGH_FREQ_BOUNDS = (1.0, 3.0)  # between which a high-frequency weight is clipped
+LEAST_SIDE = 2  # of pooled latents; a side of 1 has its mean alone
 # Factor of the high-frequency weight: its highest and lowest value, progress in [0,1] -> value
 CURVES: dict[str, Callable[[float, float, float], float]] = {
     "linear": lambda high, low, progress: high - (high - low) * progress,
@@ -703,20 +700,16 @@ CURVES: dict[str, Callable[[float, float, float], float]] = {
 Term = tuple[float, int, float]  # what a term counts, its scale, its high-frequency weight before it is clipped
 
 
-def basic(loss: FourierLoss, progress: float, terms: Sequence[Term]) -> list[Term]:
-    return [(1.0, 1, 1.0)]
-
-
-def weighted(loss: FourierLoss, progress: float, terms: Sequence[Term]) -> list[Term]:
-    return [(1.0, 1, loss.high_freq_weight)]
-
-
-def multiscale(loss: FourierLoss, progress: float, terms: Sequence[Term]) -> list[Term]:
+def even(loss: FourierLoss, progress: float, terms: Sequence[Term]) -> list[Term]:
     return [(share, scale, 1.0) for share, scale, _ in terms]
 
 
+def weighted(loss: FourierLoss, progress: float, terms: Sequence[Term]) -> list[Term]:
+    return [(share, scale, loss.high_freq_weight) for share, scale, _ in terms]
+
+
 def adaptive(loss: FourierLoss, progress: float, terms: Sequence[Term]) -> list[Term]:
-    return [(1.0, 1, loss.curve(progress))]
+    return [(share, scale, loss.curve(progress)) for share, scale, _ in terms]
 
 
 def unified(loss: FourierLoss, progress: float, terms: Sequence[Term]) -> list[Term]:
@@ -727,6 +720,11 @@ def unified(loss: FourierLoss, progress: float, terms: Sequence[Term]) -> list[T
         alpha, beta = alpha / (alpha + beta), beta / (alpha + beta)
     a = loss.curve(progress)
     return [*((alpha * share, scale, a * high) for share, scale, high in terms), (beta, 1, a * loss.high_freq_weight)]
+
+
+def clip(high: float) -> float:
+    """A high-frequency weight as it counts."""
+    return min(max(high, HIGH_FREQ_BOUNDS[0]), HIGH_FREQ_BOUNDS[1])
 
 
 class Mode(NamedTuple):
@@ -740,9 +738,9 @@ class Mode(NamedTuple):
 UNIFIED = {"high_freq_weight": 2.0, "scales": (1, 2, 4), "adaptive_max_weight": 2.5, "adaptive_min_weight": 0.8,
            "adaptive_mode": "linear", "mix": (0.6, 0.4), "adaptive_scaling": True}
 MODES: dict[str, Mode] = {
-    "basic": Mode(basic, {}),
+    "basic": Mode(even, {}),
     "weighted": Mode(weighted, {"high_freq_weight": 2.0}),
-    "multiscale": Mode(multiscale, {"scales": (1, 2)}, decay=1),
+    "multiscale": Mode(even, {"scales": (1, 2)}, decay=1),
     "adaptive": Mode(adaptive, {"adaptive_max_weight": 2.0, "adaptive_min_weight": 0.5, "adaptive_mode": "linear"}),
     "unified": Mode(unified, UNIFIED),
     "unified_basic": Mode(unified, UNIFIED | {
@@ -787,7 +785,8 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return f", did you mean {found[0]}?" if found else ""
 
 
-# Spectra of [B,C,h,w], orthonormal, half of each: that of real numbers is symmetric
+# ----------------------------------------------------------------------------------------------------------------------
+# The Fourier loss: spectra of [B,C,h,w], orthonormal, half of each, since that of real numbers is symmetric
 
 
 def power(x: Tensor) -> Tensor:
@@ -814,23 +813,15 @@ METRICS: dict[str, Callable[[Tensor, Tensor, str, float], Tensor]] = {
 # By what pred and target are divided, of their own sizes [B,1,1,1]
 NORMALIZERS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "none": lambda size, p, t: (p, t),
-    "target": lambda size, p, t: (p / size(t), t / size(t)),
+    "target": lambda size, p, t: (p / (spread := size(t)), t / spread),
     "separate": lambda size, p, t: (p / size(p), t / size(t)),
-}
-# snr [B], gate_min_snr, gate_max_snr -> g [B]
-GATES: dict[str, Callable[[Tensor, float, float], Tensor]] = {
-    "none": lambda snr, low, high: torch.ones_like(snr),
-    "snr": lambda snr, low, high: (snr >= low).to(snr),
-    "linear": lambda snr, low, high: ((snr / low).log() / math.log(high / low)).clamp(0, 1),
-    "wiener": lambda snr, low, high: torch.ones_like(snr),  # gates frequencies instead, inside
 }
 
 
 def multiplicities(h: int, w: int) -> Tensor:
     """How often a coefficient of rfft2 stands in fft2 -> [h, w//2 + 1] of 1 and 2."""
     columns = torch.full((w // 2 + 1,), 2.0, dtype=torch.float64)
-    columns[0] = 1
-    columns[w // 2] = 1 if w % 2 == 0 else columns[w // 2]
+    columns[[0] if w % 2 else [0, -1]] = 1
     return columns.expand(h, -1)
 
 
@@ -847,21 +838,14 @@ def coefficients(h: int, w: int, scale: int, bands: str, dc: bool) -> Tensor:
     for low, high, value in parsed_bands(bands):  # of the latents' own frequencies, which pooling stretches
         inside = (rho / scale >= low) & (rho / scale < (high if high < 1 else math.inf))
         flat = torch.where(inside, flat * value, flat)
-    if not dc:
-        flat = flat.clone()
-        flat[0, 0] = 0
+    flat[0, 0] *= dc
     return torch.stack([flat, flat * (4 * (rho - 0.5)).sigmoid()])
 
 
 def rings(h: int, w: int) -> Tensor:
-    """Which ring of |k| a coefficient belongs to -> [h, w//2 + 1], below max(h,w)."""
-    return (radius(h, w) / math.sqrt(2) * max(h, w)).round()
-
-
-def ring_shares(h: int, w: int) -> Tensor:
-    """What a coefficient counts in the mean of its ring -> [h, w//2 + 1]."""
-    ring, counts = rings(h, w).long(), multiplicities(h, w)
-    return counts / torch.bincount(ring.flatten(), counts.flatten())[ring]
+    """Of which ring of |k| below max(h,w) a coefficient is, and what it counts in its mean -> [2,h,w//2 + 1]."""
+    ring, counts = (radius(h, w) / math.sqrt(2) * max(h, w)).round().long(), multiplicities(h, w)
+    return torch.stack([ring, counts / torch.bincount(ring.flatten(), counts.flatten())[ring]])
 
 
 @torch.no_grad()
@@ -871,15 +855,48 @@ def wiener(clean: Tensor, snr: Tensor) -> Tensor:
     S is the mean of |X|² over channels and rings; noise has 1 in every frequency.
     """
     h, w = clean.shape[-2:]
-    ring = kept(rings, h, w, like=clean).long().flatten()
-    shares = power(clean).mean(1).mul(kept(ring_shares, h, w, like=clean)).flatten(1)
+    ring, counts = kept(rings, h, w, like=clean)
+    ring, shares = ring.long().flatten(), (power(clean).mean(1) * counts).flatten(1)
     spectrum = shares.new_zeros(len(shares), max(h, w)).index_add(1, ring, shares)[:, ring]
-    return (spectrum / (spectrum + 1 / snr[:, None]).clamp(min=TINY)).view(-1, h, w // 2 + 1)
+    return (spectrum / (spectrum + 1 / snr.to(clean)[:, None]).clamp(min=TINY)).view(-1, h, w // 2 + 1)
+
+
+class Gate(NamedTuple):
+    """What counts at a signal-to-noise ratio: how much of a sample, and how much of each of its frequencies."""
+
+    sample: Callable[[Tensor, float, float], Tensor] | None = None  # snr [B], gate_min_snr, gate_max_snr -> [B]
+    frequency: Callable[[Tensor, Tensor], Tensor] | None = None  # clean latents, snr [B] -> [B,h,w//2 + 1]
+
+
+GATES: dict[str, Gate] = {
+    "none": Gate(),
+    "snr": Gate(sample=lambda snr, low, high: (snr >= low).to(snr)),
+    "linear": Gate(sample=lambda snr, low, high: ((snr / low).log() / math.log(high / low)).clamp(0, 1)),
+    "wiener": Gate(frequency=wiener),
+}
 
 
 def pooled(x: Tensor, scale: int) -> Tensor:
     """Means of scale x scale; what is left over at the ends is left out."""
     return F.avg_pool2d(x, scale) if scale > 1 else x
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The Fourier loss: settings
+
+FOURIER_CHOICES: dict[str, Iterable[str]] = {
+    "mode": MODES, "norm": ("l1", "l2"), "metric": METRICS, "space": ("prediction", "x0"), "normalize": NORMALIZERS,
+    "balance": ("cap", "none"), "timestep_gate": GATES, "adaptive_mode": CURVES,
+}
+FOURIER_LISTS = {"scales": int, "scale_weights": float, "scale_high_freq_weights": float, "mix": float}
+NOT_NEGATIVE, POSITIVE = (lambda v: v >= 0, "0 or more"), (lambda v: v > 0, "above 0")
+FOURIER_NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    **dict.fromkeys(("weight", "warmup_steps", "ramp_steps", "mix"), NOT_NEGATIVE),
+    **dict.fromkeys(("high_freq_weight", "scales", "scale_weights", "scale_high_freq_weights", "adaptive_max_weight",
+                     "adaptive_min_weight", "gate_min_snr", "gate_max_snr"), POSITIVE),
+    "eps": (lambda v: 1e-15 <= v < 1, "from 1e-15, below which its square is 0, to below 1"),
+}
+NAMED_BANDS = {"low": (0.0, 1 / 3), "mid": (1 / 3, 2 / 3), "high": (2 / 3, 1.0)}
 
 
 def parsed_bands(text: str) -> list[tuple[float, float, float]]:
@@ -918,28 +935,60 @@ def shown(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def clip(high: float) -> float:
-    """A high-frequency weight as it counts."""
-    return min(max(high, HIGH[0]), HIGH[1])
+def refuse_values(loss: FourierLoss) -> None:
+    """Raises ValueError for a setting that means nothing."""
+    for name, choices in FOURIER_CHOICES.items():
+        if getattr(loss, name) is not None:
+            known(f"fourier_{name}", getattr(loss, name), choices)
+    for name, (right, what) in FOURIER_NUMBERS.items():
+        value = getattr(loss, name)
+        values = value if isinstance(value, tuple) else () if value is None else (value,)
+        if not all(right(number) and number < math.inf for number in values):
+            raise ValueError(f"fourier_{name} {shown(value)} must be {what}, and finite")
+    parsed_bands(loss.bands)
+
+
+def refuse_pairs(loss: FourierLoss) -> None:
+    """Raises ValueError for settings that do not go together."""
+    if loss.gate_min_snr >= loss.gate_max_snr:
+        raise ValueError(f"fourier_gate_min_snr {loss.gate_min_snr} must be below fourier_gate_max_snr "
+                         f"{loss.gate_max_snr}")
+    high, low = loss.adaptive_max_weight, loss.adaptive_min_weight
+    if high is not None and low is not None and low > high:
+        raise ValueError(f"fourier_adaptive_min_weight {low} is above fourier_adaptive_max_weight {high}: give the "
+                         "higher one as maximum")
+    if loss.mix and (len(loss.mix) != 2 or not sum(loss.mix)):
+        raise ValueError(f"fourier_mix {shown(loss.mix)} must be two numbers, what all scales count and what the "
+                         "full size does, and one above 0: write it as 0.6,0.4")
+    for name in ("scale_weights", "scale_high_freq_weights"):
+        value = getattr(loss, name)
+        if loss.scales and value and len(value) != len(loss.scales):
+            raise ValueError(f"fourier_{name} {shown(value)} must have one number for each of fourier_scales "
+                             f"{shown(loss.scales)}")
+
+
+def defaults(loss: FourierLoss) -> dict[str, object]:
+    """What stands for None in the settings that the mode reads."""
+    _, found, decay = MODES[loss.mode]
+    found = found | {"normalize": "target" if loss.metric == "magnitude" else "none"}
+    if "scales" in found:
+        scales = loss.scales or found["scales"]
+        found["scale_weights"] = tuple(scale**-decay for scale in scales)
+    if "mix" in found and (loss.scales or loss.high_freq_weight or "scale_high_freq_weights" not in found):
+        found["scale_high_freq_weights"] = (loss.high_freq_weight or found["high_freq_weight"],) * len(scales)
+    return {name: value for name, value in found.items() if getattr(loss, name) is None}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The Fourier loss
+
+CAP_RATIO = 10.0  # how many times its base a sample's Fourier loss may be before it counts less
+CAP_FLOOR = 0.1  # ... and how little it may count then
 
 
 @lru_cache
 def warn_once(message: str) -> None:
     logging.getLogger(__name__).warning(message)
-
-
-FOURIER_CHOICES: dict[str, Iterable[str]] = {
-    "mode": MODES, "norm": ("l1", "l2"), "metric": METRICS, "space": ("prediction", "x0"), "normalize": NORMALIZERS,
-    "balance": ("cap", "none"), "timestep_gate": GATES, "adaptive_mode": CURVES,
-}
-FOURIER_LISTS = {"scales": int, "scale_weights": float, "scale_high_freq_weights": float, "mix": float}
-NOT_NEGATIVE, POSITIVE = (lambda v: v >= 0, "0 or more"), (lambda v: v > 0, "above 0")
-FOURIER_NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
-    **dict.fromkeys(("weight", "warmup_steps", "ramp_steps", "mix"), NOT_NEGATIVE),
-    **dict.fromkeys(("high_freq_weight", "scales", "scale_weights", "scale_high_freq_weights", "adaptive_max_weight",
-                     "adaptive_min_weight", "gate_min_snr", "gate_max_snr"), POSITIVE),
-    "eps": (lambda v: 1e-15 <= v < 1, "from 1e-15, below which its square is 0, to below 1"),
-}
 
 
 class FourierPart(NamedTuple):
@@ -1007,17 +1056,11 @@ class FourierLoss:
     bands: str = ""
 
     def __post_init__(self) -> None:
-        for name, choices in FOURIER_CHOICES.items():
-            if getattr(self, name) is not None:
-                known(f"fourier_{name}", getattr(self, name), choices)
-        for name, kind in FOURIER_LISTS.items():
-            object.__setattr__(self, name, listed(name, getattr(self, name), kind))
-        self._refuse_numbers()
-        parsed_bands(self.bands)  # a wrong one is refused here
-        for name, value in self._defaults().items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        self._refuse_pairs()
+        fill = vars(self).update  # frozen for everybody else
+        fill({name: listed(name, getattr(self, name), kind) for name, kind in FOURIER_LISTS.items()})
+        refuse_values(self)
+        fill(defaults(self))
+        refuse_pairs(self)
 
     @classmethod
     def from_config(cls, config: Mapping[str, object]) -> FourierLoss:
@@ -1037,8 +1080,7 @@ class FourierLoss:
 
     def __call__(
         self, pred: Tensor, target: Tensor, *, base: Tensor, factor: Tensor | None = None, step: int, total_steps: int,
-        mask: Tensor | None = None, snr: Tensor | None = None, clean: Tensor | None = None,
-        gain: Tensor | float | None = None,
+        mask: Tensor | None = None, snr: Tensor | None = None, clean: Tensor | None = None, gain: float = 1.0,
     ) -> FourierPart:
         """What is added to the losses `base` [B] of pred and target [B,...,h,w] at an optimizer step, from 0.
 
@@ -1051,21 +1093,21 @@ class FourierLoss:
         Raises ValueError for tensors that do not fit, or that a gate lacks.
         """
         zeros = widened(base.detach()).new_zeros(len(base))
-        rate = self.weight * self.ramp(step)
-        if not rate or not self._spatial(pred, target):
-            return FourierPart(zeros, zeros, zeros)
-        factor = zeros + 1 if factor is None else factor.detach().to(zeros)
-        gain = 1.0 if gain is None else gain.detach().to(zeros) if isinstance(gain, Tensor) else gain
-        rate = rate * gain * self._gate(snr, clean, zeros)
-        counts = factor * rate != 0
+        nothing = FourierPart(zeros, zeros, zeros)
+        rate = self.weight * self.ramp(step) * gain
+        if not self._spatial(pred, target) or not rate:
+            return nothing
+        factor = torch.ones_like(zeros) if factor is None else factor.detach().to(zeros)
+        weight = rate * self._gate(snr, clean, zeros)
+        counts = factor * weight != 0
         if counts.device.type == "cpu" and not counts.any():  # elsewhere to know it would be to wait
-            return FourierPart(zeros, zeros, zeros)
+            return nothing
         raw = self._compare(pred, target, counts, min(step / max(total_steps, 1), 1.0), mask, snr, clean)
-        size = factor * raw.detach()
         if self.balance == "cap":
-            share = (CAP * base.detach().to(size) / size).clamp(FLOOR, 1)
-            rate = rate * torch.where(size > CAP * base.detach(), share, 1)
-        return FourierPart(factor * rate * raw, raw.detach(), rate)
+            size = factor * raw.detach()
+            share = (CAP_RATIO * base.detach().to(size) / size).clamp(CAP_FLOOR, 1)
+            weight = weight * share.nan_to_num(1)  # 0/0
+        return FourierPart(factor * weight * raw, raw.detach(), weight)
 
     def distance(
         self, pred: Tensor, target: Tensor, *, progress: float = 0.0, mask: Tensor | None = None,
@@ -1103,105 +1145,61 @@ class FourierLoss:
         """In which share of the steps a high-frequency weight is clipped to [1,3]."""
         steps = min(max(total_steps, 1), 1000)
         terms = self._terms(math.inf)
-        clipped = [any(w != clip(w) for _, _, w in MODES[self.mode].terms(self, k / steps, terms))
-                   for k in range(steps)]
-        return sum(clipped) / steps
+        return sum(any(w != clip(w) for _, _, w in MODES[self.mode].terms(self, k / steps, terms))
+                   for k in range(steps)) / steps
 
     @property
     def only_rescales(self) -> bool:
         """Whether L_F is the mean squared error, of which adding a share changes nothing but the learning rate."""
-        if self.norm != "l2" or self.metric != "complex" or self.normalize != "none" or self.timestep_gate != "none":
-            return False
-        ends = [self._plan(math.inf, math.inf, end) for end in (0.0, 1.0)]  # the curves are monotonic
-        flat = all(set(plan) == {1} and plan[1][1] == 0 for plan in ends)
-        return flat and self.space == "prediction" and all(value == 1 for _, _, value in parsed_bands(self.bands))
-
-    @property
-    def unused(self) -> list[str]:
-        """The flags that were given and that the mode does not read."""
-        read = self._defaults()
-        optional = [field.name for field in fields(self) if field.default is None]
-        return [f"fourier_{name}" for name in optional if getattr(self, name) is not None and name not in read]
-
-    def _defaults(self) -> dict[str, object]:
-        """The fields that the mode reads, with what stands for None in them."""
-        _, found, decay = MODES[self.mode]
-        found = dict(found, normalize="target" if self.metric == "magnitude" else "none")
-        if "scales" in found:
-            scales = self.scales or found["scales"]
-            found["scale_weights"] = tuple(scale**-decay for scale in scales)
-            if "mix" in found and (self.scales or self.high_freq_weight or "scale_high_freq_weights" not in found):
-                high = self.high_freq_weight or found["high_freq_weight"]
-                found["scale_high_freq_weights"] = (high,) * len(scales)
-        return found
-
-    def _refuse_numbers(self) -> None:
-        """Raises ValueError for numbers that mean nothing."""
-        for name, (right, what) in FOURIER_NUMBERS.items():
-            value = getattr(self, name)
-            values = value if isinstance(value, tuple) else () if value is None else (value,)
-            if not all(right(number) and number < math.inf for number in values):
-                raise ValueError(f"fourier_{name} {shown(value)} must be {what}, and finite")
-
-    def _refuse_pairs(self) -> None:
-        """Raises ValueError for values that do not go together."""
-        if self.gate_min_snr >= self.gate_max_snr:
-            raise ValueError(f"fourier_gate_min_snr {self.gate_min_snr} must be below fourier_gate_max_snr "
-                             f"{self.gate_max_snr}")
-        high, low = self.adaptive_max_weight, self.adaptive_min_weight
-        if high is not None and low is not None and low > high:
-            raise ValueError(f"fourier_adaptive_min_weight {low} is above fourier_adaptive_max_weight {high}: give the "
-                             "higher one as maximum")
-        if self.mix and (len(self.mix) != 2 or not sum(self.mix)):
-            raise ValueError(f"fourier_mix {shown(self.mix)} must be two numbers, what all scales count and what the "
-                             "full size does, and one above 0: write it as 0.6,0.4")
-        for name in ("scale_weights", "scale_high_freq_weights"):
-            value = getattr(self, name)
-            if self.scales and value and len(value) != len(self.scales):
-                raise ValueError(f"fourier_{name} {shown(value)} must have one number for each of fourier_scales "
-                                 f"{shown(self.scales)}")
+        kind = (self.norm, self.metric, self.normalize, self.timestep_gate, self.space)
+        plans = [self._plan(math.inf, math.inf, end) for end in (0.0, 1.0)]  # the curves are monotonic
+        return (kind == ("l2", "complex", "none", "none", "prediction")
+                and all(scale == 1 and tilted == 0 for plan in plans for scale, (_, tilted) in plan.items())
+                and all(value == 1 for _, _, value in parsed_bands(self.bands)))
 
     def _terms(self, side: float) -> list[Term]:
-        """(ω_s/Σω, s, h_s) of the scales that leave sides of 2 or more, of latents with this shorter side."""
-        if not self.scales or not self.scale_weights:
-            return []
-        high = self.scale_high_freq_weights or (1.0,) * len(self.scales)
-        valid = [term for term in zip(self.scale_weights, self.scales, high, strict=True) if term[1] * LEAST <= side]
+        """(ω_s/Σω, s, h_s) of the scales that leave latents with this shorter side 2 or more of it.
+
+        Raises ValueError where none does. A mode without scales has the scale 1.
+        """
+        scales, shares, high = (1,), (1.0,), (1.0,)
+        if "scales" in MODES[self.mode].fields:
+            scales, shares = self.scales, self.scale_weights
+            high = self.scale_high_freq_weights or (1.0,) * len(scales)
+        valid = [term for term in zip(shares, scales, high, strict=True) if term[1] * LEAST_SIDE <= side]
+        if not valid:
+            raise ValueError(f"latents with a side of {side} are too small for the Fourier loss with scales "
+                             f"{shown(scales)}: each must leave 2x2 or more, so add the scale 1, or train at a higher "
+                             "resolution")
         total = sum(share for share, _, _ in valid)
         return [(share / total, scale, h) for share, scale, h in valid]
 
     def _plan(self, h: float, w: float, progress: float) -> dict[int, tuple[float, float]]:
         """scale -> A_s, B_s. Raises ValueError for latents too small."""
-        terms = MODES[self.mode].terms(self, progress, self._terms(min(h, w)))
-        if not terms or min(h, w) < LEAST:
-            raise ValueError(f"latents of {h}x{w} are too small for the Fourier loss with scales "
-                             f"{shown(self.scales or (1,))}: each must leave 2x2 or more, so add the scale 1, or train "
-                             "at a higher resolution")
         plan: dict[int, tuple[float, float]] = {}
-        for share, scale, high in terms:
+        for share, scale, high in MODES[self.mode].terms(self, progress, self._terms(min(h, w))):
             flat, tilted = plan.get(scale, (0.0, 0.0))
             plan[scale] = flat + share, tilted + share * (clip(high) - 1)
         return plan
 
     def _spatial(self, pred: Tensor, target: Tensor) -> bool:
-        """Whether they have two spatial axes; else it warns once. Raises ValueError for different shapes."""
+        """Whether there are spectra; of too few axes it warns once. Raises ValueError for different shapes."""
         if pred.shape != target.shape:
             raise ValueError(f"pred {tuple(pred.shape)} and target {tuple(target.shape)} of the Fourier loss must have "
                              "one shape")
         if pred.ndim < 3:
             warn_once(f"the Fourier loss needs tensors of at least 3 axes, [B,...,h,w], not {tuple(pred.shape)}: "
                       "it adds nothing for such batches")
-        return pred.ndim >= 3
+        return pred.ndim >= 3 and pred.numel() > 0
 
     def _gate(self, snr: Tensor | None, clean: Tensor | None, like: Tensor) -> Tensor:
         """g -> [B]. Raises ValueError without what the gate goes by."""
-        if self.timestep_gate == "none":
-            return torch.ones_like(like)
-        if snr is None or self.timestep_gate == "wiener" and clean is None:
+        sample, frequency = GATES[self.timestep_gate]
+        if (sample or frequency) and snr is None or frequency and clean is None:
             raise ValueError(f"fourier_timestep_gate {self.timestep_gate} goes by the signal-to-noise ratio snr [B]"
-                             f"{' and the clean latents' * (self.timestep_gate == 'wiener')}, which are missing: give "
-                             "them, or use the gate none")
-        return GATES[self.timestep_gate](snr.detach().to(like), self.gate_min_snr, self.gate_max_snr)
+                             f"{' and the clean latents' if frequency else ''}, which are missing: give them, or use "
+                             "the gate none")
+        return sample(snr.detach().to(like), self.gate_min_snr, self.gate_max_snr) if sample else torch.ones_like(like)
 
     def _compare(
         self, pred: Tensor, target: Tensor, counts: Tensor, progress: float, mask: Tensor | None, snr: Tensor | None,
@@ -1209,37 +1207,31 @@ class FourierLoss:
     ) -> Tensor:
         """L_F -> [B], 0 where a sample does not count, whatever its pred."""
         with torch.autocast(pred.device.type, enabled=False):
-            pred = widened(pred)
-            if not pred.numel():
-                return pred.flatten(1).sum(1)
-            target = target.detach().to(pred)
+            pred, clean = widened(pred), clean if GATES[self.timestep_gate].frequency else None
+            target, mask, clean = (x if x is None else x.detach().to(pred).expand_as(pred)
+                                   for x in (target, mask, clean))
             pred = torch.where(counts.view(-1, *[1] * (pred.ndim - 1)), pred, target)
-            mask = None if mask is None else mask.detach().to(pred).expand_as(pred)
-            clean = clean.detach().to(pred) if self.timestep_gate == "wiener" else None
             if mask is not None:
                 pred, target = mask * pred, mask * target
-            planes = [x if x is None else x.reshape(len(x), -1, *x.shape[-2:]) for x in (pred, target, mask, clean)]
-            found = pred.new_zeros(len(pred))
-            for scale, (flat, tilted) in self._plan(*pred.shape[-2:], progress).items():
-                q0, q1 = self._pair(scale, *(x if x is None else pooled(x, scale) for x in planes), snr)
-                found = found + flat * q0 + tilted * q1
-            return found
+            planes = [x if x is None else x.unsqueeze(1).flatten(1, -3) for x in (pred, target, mask, clean)]
+            plan = self._plan(*pred.shape[-2:], progress)
+            return sum(self._term(scale, shares, planes, snr) for scale, shares in plan.items())
 
-    def _pair(
-        self, scale: int, p: Tensor, t: Tensor, mask: Tensor | None, clean: Tensor | None, snr: Tensor | None
-    ) -> Sequence[Tensor]:
-        """Q0 and Q1 of masked latents [B,C,h,w] that were pooled by scale -> each [B]."""
+    def _term(self, scale: int, shares: Sequence[float], planes: Sequence[Tensor | None], snr: Tensor | None) -> Tensor:
+        """A·Q0 + B·Q1 of masked pred and target, their mask and clean latents, each [B,C,h,w] -> [B]."""
+        p, t, mask, clean = (x if x is None else pooled(x, scale) for x in planes)
         p, t = NORMALIZERS[self.normalize](partial(self._size, mask=mask), p, t)
-        error = METRICS[self.metric](p, t, self.norm, self.eps).mean(1)  # [B,h,w//2+1]
+        error = METRICS[self.metric](p, t, self.norm, self.eps).mean(1)  # [B,h,w//2 + 1]
         if clean is not None:  # pooling leaves noise 1/s² of its power
-            error = error * wiener(scale * clean, snr.detach().to(error))
-        shares = kept(coefficients, *p.shape[-2:], scale, self.bands, self.space != "x0", like=error)
-        return (error[:, None] * shares).sum((-2, -1)).unbind(1)
+            error = error * GATES[self.timestep_gate].frequency(scale * clean, snr)
+        flat, tilted = kept(coefficients, *p.shape[-2:], scale, self.bands, self.space != "x0", like=error)
+        return (error * (shares[0] * flat + shares[1] * tilted)).sum((-2, -1))
 
     def _size(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Standard deviation inside the mask, of x that it multiplied already -> [B,1,1,1]."""
-        mask = torch.ones_like(x[:, :1]) if mask is None else mask
         axes = (2, 3) if self.space == "x0" else (1, 2, 3)
-        rest = x - mask * (x.mean(axes, True) / mask.mean(axes, True).clamp(min=TINY))
-        variance = rest.square().mean((1, 2, 3), True) / mask.square().mean((1, 2, 3), True).clamp(min=TINY)
-        return (variance + self.eps**2).sqrt()
+        middle, share = x.mean(axes, True), 1.0
+        if mask is not None:
+            middle = mask * (middle / mask.mean(axes, True).clamp(min=TINY))
+            share = mask.square().mean((1, 2, 3), True).clamp(min=TINY)
+        return ((x - middle).square().mean((1, 2, 3), True) / share + self.eps**2).sqrt()

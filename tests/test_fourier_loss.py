@@ -10,6 +10,7 @@ import logging
 import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from functools import partial
 
 import pytest
@@ -18,6 +19,8 @@ from torch import Tensor
 
 import freq_loss
 from freq_loss import MODES, PRESETS, FourierLoss, get_fourier_loss_config
+from trainkit.options import FourierOptions
+from trainkit.options.rules import unread
 
 F64 = torch.float64
 SIZES = [(64, 64), (65, 63), (96, 160), (104, 152), (2, 2)]
@@ -230,8 +233,18 @@ def test_what_is_given_wins_over_the_mode() -> None:
     assert FourierLoss(mode="unified_detail", high_freq_weight=1.2).scale_high_freq_weights == (1.2, 1.2, 1.2)
     assert FourierLoss(mode="unified_detail", scale_high_freq_weights="1,2,3").scale_high_freq_weights == (1, 2, 3)
     assert FourierLoss(mode="basic", adaptive_mode="cosine").high_freq_weight is None
-    assert FourierLoss(mode="basic", high_freq_weight=1.5, mix="1,1").unused == ["fourier_high_freq_weight",
-                                                                               "fourier_mix"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_trainers_know_which_flags_a_mode_reads_and_which_modes_move(mode: str) -> None:
+    """The options may not import torch, so they have lists of their own, which MODES judges here."""
+    loss = FourierLoss(mode=mode)
+    optional = {field.name for field in fields(loss) if field.default is None}
+    told = {name.removeprefix("fourier_") for name, _ in unread({"loss_type": "fourier", "fourier_mode": mode})}
+    assert told & optional == {name for name in optional if getattr(loss, name) is None}, "None: not filled in"
+    p, t = pair(1, 2, 16, 16)
+    start, end = (loss.distance(p, t, progress=progress) for progress in (0.0, 1.0))
+    assert FourierOptions(fourier_mode=mode).moves == (not torch.equal(start, end))
 
 
 @pytest.mark.parametrize("wrong", [
@@ -458,7 +471,10 @@ def test_an_empty_mask_and_an_empty_batch_give_finite_zeros() -> None:
     for normalize in freq_loss.NORMALIZERS:
         found = FourierLoss(normalize=normalize).distance(p, t, mask=torch.zeros(8, 8))
         assert not found.any() and torch.autograd.grad(found.sum(), p)[0].isfinite().all()
-    assert FourierLoss()(p[:0], t[:0], base=t.new_zeros(0), **ON).added.shape == (0,)
+    for shape in ((0, 2, 8, 8), (0, 8, 8), (0, 2, 3, 8, 8)):
+        empty = torch.zeros(shape, dtype=F64)
+        assert FourierLoss()(empty, empty, base=t.new_zeros(0), **ON).added.shape == (0,)
+        assert FourierLoss(mode="unified").distance(empty, empty).shape == (0,)
 
 
 # What it sees and what it does not
@@ -556,10 +572,10 @@ def test_scales_that_leave_less_than_2x2_are_left_out_and_the_others_share_their
     for mode in ("multiscale", "unified"):
         torch.testing.assert_close(FourierLoss(mode=mode, scales="1,2,4").distance(p, t),
                                    FourierLoss(mode=mode, scales="1,2").distance(p, t))
-    with pytest.raises(ValueError, match="too small"):
-        FourierLoss(mode="multiscale", scales="4,8").distance(p, t)
-    with pytest.raises(ValueError, match="too small"):
-        FourierLoss(mode="multiscale", scales="4,8").require((3, 7, 12))
+        none = FourierLoss(mode=mode, scales="4,8")
+        for use in (lambda loss=none: loss.distance(p, t), lambda loss=none: loss.require((3, 7, 12))):
+            with pytest.raises(ValueError, match="side of 7 are too small .* scales 4,8: .* add the scale 1"):
+                use()
     with pytest.raises(ValueError, match="leaves nothing"):
         FourierLoss(bands="low:0,mid:0,high:0").require((4, 8, 8))
     FourierLoss(mode="multiscale", scales="1,8").require((3, 7, 12))
@@ -570,15 +586,19 @@ def test_what_has_no_two_spatial_axes_adds_nothing_and_says_so_once(caplog: pyte
     p, t = pair(3, 5)
     freq_loss.warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
-        for _ in range(3):
-            assert FourierLoss()(p, t, base=mse(p, t), **ON).added.tolist() == [0, 0, 0]
-    assert len(caplog.records) == 1 and "at least 3 axes" in caplog.text
+        for step in (0, 1000, 1001):
+            assert FourierLoss()(p, t, base=mse(p, t), step=step, total_steps=2000).added.tolist() == [0, 0, 0]
+            assert len(caplog.records) == 1, "in the warm-up already"
+    assert "at least 3 axes" in caplog.text
 
 
 def test_different_shapes_are_refused() -> None:
-    """F16: broadcast they would be compared wrongly."""
+    """F16: broadcast they would be compared wrongly. In the warm-up already, not after hours."""
+    p, t = torch.zeros(2, 4, 8, 8), torch.zeros(2, 1, 8, 8)
     with pytest.raises(ValueError, match="one shape"):
-        FourierLoss().distance(torch.zeros(2, 4, 8, 8), torch.zeros(2, 1, 8, 8))
+        FourierLoss().distance(p, t)
+    with pytest.raises(ValueError, match="one shape"):
+        FourierLoss()(p, t, base=torch.ones(2), step=0, total_steps=2000)
 
 
 # Off, ramp, balance
@@ -625,7 +645,7 @@ def test_added_is_the_product_of_what_it_says() -> None:
     p, t = pair(2, 4, 8, 8)
     factor, snr = torch.tensor([0.5, 2.0], dtype=F64), torch.tensor([1.0, 100.0], dtype=F64)
     loss = FourierLoss(ramp_steps=100, timestep_gate="linear")
-    part = loss(p, t, base=mse(p, t), factor=factor, snr=snr, gain=torch.tensor(3.0), step=350, total_steps=700)
+    part = loss(p, t, base=mse(p, t), factor=factor, snr=snr, gain=3.0, step=350, total_steps=700)
     torch.testing.assert_close(part.weight, 0.05 * 3 * 0.5 * torch.tensor([0.5, 1.0], dtype=F64))
     torch.testing.assert_close(part.added, factor * part.weight * part.raw)
     torch.testing.assert_close(part.raw, FourierLoss().distance(p, t))
@@ -741,16 +761,26 @@ def test_a_scale_costs_two_transforms_by_magnitude_and_one_by_complex(ffts: list
         assert len(ffts) == each * scales
 
 
-def test_the_second_call_makes_no_mask() -> None:
-    """F13: also at another weight and progress."""
-    p, t = pair(1, 4, 24, 40)
+def test_a_second_epoch_of_64_bucket_sizes_makes_no_mask() -> None:
+    """F13: also at another progress."""
     loss = FourierLoss(mode="unified", timestep_gate="wiener")
-    snr = torch.ones(1)
-    loss.distance(p, t, snr=snr, clean=t)
-    before = freq_loss._kept.cache_info()
-    loss.distance(p, t, snr=snr, clean=t, progress=0.7)
-    after = freq_loss._kept.cache_info()
-    assert after.misses == before.misses and after.hits > before.hits
+
+    def epoch(progress: float) -> int:
+        before = freq_loss._kept.cache_info().misses
+        for k in range(64):
+            p, t = pair(1, 1, 8 + k, 72 - k)
+            loss.distance(p, t, snr=torch.ones(1), clean=t, progress=progress)
+        return freq_loss._kept.cache_info().misses - before
+
+    assert epoch(0.0) >= 64
+    assert epoch(0.7) == 0
+
+
+def test_the_spread_of_the_target_is_computed_once_a_scale() -> None:
+    seen: list[Tensor] = []
+    p, t = pair(2, 1, 8, 8)
+    freq_loss.NORMALIZERS["target"](lambda x: (seen.append(x), x.std())[1], p, t)
+    assert len(seen) == 1 and seen[0] is t
 
 
 @pytest.mark.gpu
