@@ -56,7 +56,7 @@ def hina(recipe: str) -> Case:
     return Case((*RANK_8, *ADAMW, "--optimizer=hina_adaptive", f"--optimizer_args={recipe}"))
 
 
-PRESETS = {  # three seeds each, with their warm-ups
+PRESETS = {  # three seeds each, the strongest more on request, with their warm-ups
     "conservative": 500, "balanced": 300, "aggressive": 200, "super_resolution": 400, "fine_detail": 100,
 }
 UNIFIED = {  # one seed each
@@ -64,7 +64,8 @@ UNIFIED = {  # one seed each
     "unified_custom": 250,
 }
 FOURIER = (
-    {f"fourier_{name}": fourier(name, warmup) for name, warmup in PRESETS.items()}
+    {f"fourier_{name}": fourier(name, warmup, seeds=6 if name == "aggressive" else 3)
+     for name, warmup in PRESETS.items()}
     | {f"fourier_{name}": fourier(name, warmup, seeds=1) for name, warmup in UNIFIED.items()}
     | {"fourier_balanced_complex": fourier("balanced", PRESETS["balanced"], "--fourier_metric=complex", seeds=1),
        "fourier_balanced_x0": fourier("balanced", PRESETS["balanced"], "--fourier_space=x0", seeds=1)}
@@ -78,7 +79,7 @@ HINA = {
                        "vram_budget_gb=16.0 reduce_precision=True cpu_offload_states=True"),
 }
 CASES: dict[str, Case] = {
-    "lora": Case((*RANK_8, *ADAMW)),
+    "lora": Case((*RANK_8, *ADAMW), seeds=6),
     "ti": Case((*RANK_8, *ADAMW, *TOKENS)),
     "prior": Case((*RANK_8, *ADAMW, *PRIOR)),
     "prodigy": Case((*RANK_8, *PRODIGY)),
