@@ -313,6 +313,7 @@ def test_groups_hold_every_parameter_once(base):
     group, = adapters.groups(lr=1e-4, weight_decay=0.01, stop=7)
     assert group["name"] == "unet" and group["lr"] == 1e-4 and group["weight_decay"] == 0.01 and group["stop"] == 7
     assert [id(p) for p in group["params"]] == [id(p) for p in adapters.parameters()]
+    assert group["names"] == list(adapters.named_parameters())
 
 
 def test_groups_out_of_training_are_still_packed(base):
@@ -328,6 +329,8 @@ def test_loraplus_gives_the_bs_their_own_rate(base):
     assert (first["name"], second["name"]) == ("unet", "unet.B") and second["lr"] == pytest.approx(1.6e-3)
     assert {id(p) for p in second["params"]} == {id(adapters.factors(path)[1]) for path in adapters.layers}
     assert len(first["params"]) == 2 * len(adapters.layers)  # A and the magnitude
+    named = adapters.named_parameters()
+    assert all(p is named[n] for g in (first, second) for n, p in zip(g["names"], g["params"], strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

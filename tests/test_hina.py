@@ -206,12 +206,97 @@ def test_state_appears_with_the_first_gradient_and_never_for_frozen_parameters()
 def test_anchor_zero_keeps_no_anchor():
     """H18"""
     params = parameters()
-    zero, init = HinaAdaptive(params, use_spd=True), HinaAdaptive(params, use_spd=True, spd_anchor="init")
+    zero, init = (HinaAdaptive(params, use_spd=True, spd_anchor=anchor) for anchor in ("zero", "init"))
     train(zero, params, range(1))
     before = [p.detach().clone() for p in params]
     train(init, params, range(3))
     assert "anchor" not in zero.state[params[0]]
     assert_same([init.state[p]["anchor"] for p in params[:4]], before[:4])
+
+
+ADAPTER = {
+    "down.0.conv.lora_A.weight": (4, 3, 3, 3), "down.0.conv.lora_B.weight": (12, 4, 1, 1),
+    "down.0.conv.lora_magnitude_vector.weight": (1, 12, 1, 1),
+    "up.q.lora_A.weight": (4, 12), "up.q.lora_B.weight": (20, 4),
+    "up.k.hada_w1_a": (4, 12), "up.v.lokr_w1": (3, 3), "clip_l.token_embedding.new.weight": (4, 12),
+    "up.norm.weight": (12,), "up.proj.weight": (20, 12)}
+AT_START = {"down.0.conv.lora_magnitude_vector.weight", "clip_l.token_embedding.new.weight", "up.norm.weight",
+            "up.proj.weight"}
+
+
+def named(seed: int = 0) -> list[tuple[str, torch.nn.Parameter]]:
+    """One of every kind of tensor that the trainers train, and two of full fine-tuning."""
+    return list(zip(ADAPTER, parameters(seed, ADAPTER.values()), strict=True))
+
+
+def test_factors_are_drawn_to_0_and_keep_no_anchor_and_all_else_is_drawn_to_its_start():
+    """H18, "auto" by names: each tensor goes as with "zero" or with "init", and three of one shape differ."""
+    def go(anchor: str) -> tuple[HinaAdaptive, dict[str, Tensor]]:
+        weights = dict(named())
+        opt = HinaAdaptive(weights.items(), lr=1e-2, weight_decay=0.0, use_spd=True, spd_lambda=0.5, spd_anchor=anchor)
+        for step in range(30):
+            give_gradients([*weights.values()], step % 7)
+            opt.step()
+        return opt, weights
+
+    (opt, auto), (_, zero), (_, init) = map(go, ("auto", "zero", "init"))
+    assert {name for name, p in auto.items() if "anchor" in opt.state[p]} == AT_START
+    for name, p in auto.items():
+        assert torch.equal(p, (init if name in AT_START else zero)[name]), name
+        assert not torch.equal(init[name], zero[name]), "else this proves nothing"
+    assert opt.get_optimization_info()["active_on"]["use_spd"] == (
+        "10 of 10 tensors, 4 drawn to their start and the others to 0")
+
+
+def test_without_names_the_members_of_a_pair_are_drawn_to_0():
+    params = parameters()
+    opt = HinaAdaptive(params, use_spd=True)
+    train(opt, params, range(1))
+    assert ["anchor" in opt.state[p] for p in params[:7]] == [False] * 4 + [True] * 3
+    lora = HinaAdaptive(params[:4], use_spd=True).get_optimization_info()["active_on"]["use_spd"]
+    assert lora == "4 of 4 tensors, drawn to 0"
+
+
+@pytest.mark.parametrize("target", ["factors", "product"])
+def test_the_rank_penalty_spares_new_tokens_and_magnitudes(target):
+    """The magnitude of a convolution has four axes, and is no matrix for that."""
+    def go(weights: list) -> list[Tensor]:
+        opt = HinaAdaptive(weights, lr=0.1, weight_decay=0.0, lora_rank_penalty=True, rank_penalty_strength=1.0,
+                           rank_penalty_interval=1, rank_penalty_target=target)
+        params = opt.param_groups[0]["params"]
+        before = [p.detach().clone() for p in params]
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        opt.step()
+        words.append(opt.get_optimization_info()["active_on"]["lora_rank_penalty"])
+        return [not torch.equal(p, b) for p, b in zip(params, before, strict=True)]
+
+    words: list[str] = []
+    moved = dict(zip(ADAPTER, go(named()), strict=True))
+    spared = {"clip_l.token_embedding.new.weight", "down.0.conv.lora_magnitude_vector.weight", "up.norm.weight"}
+    wanted = {n for n in ADAPTER if "lora_B" in n} if target == "product" else ADAPTER.keys() - spared
+    assert {name for name, far in moved.items() if far} == wanted
+    assert f"{len(wanted)} of 10 tensors: " in words[0]
+    assert "its rows are tokens" in words[0] and "magnitude" in words[0]
+    if target == "factors":
+        assert sum(go([p for _, p in named()])) == 9, "a name is what tells"
+
+
+def test_a_run_of_named_tensors_resumes_bit_for_bit():
+    """H3, where tensors of one shape differ in what is kept of them."""
+    settings = OFTEN | ALL | {"reduce_precision": True}
+    whole, other = named(), named(1)
+    a = HinaAdaptive(whole, **settings)
+    train(a, [p for _, p in whole], range(5))
+    b = HinaAdaptive(other, **settings)
+    b.load_state_dict(saved(a))
+    with torch.no_grad():
+        for (_, p), (_, q) in zip(whole, other, strict=True):
+            q.copy_(p)
+    train(a, [p for _, p in whole], range(5, 9))
+    train(b, [p for _, p in other], range(5, 9))
+    assert_same([p for _, p in whole], [p for _, p in other])
+    assert_same_state(a, b)
 
 
 # --- determinism ----------------------------------------------------------------------------------------------------
@@ -252,7 +337,7 @@ def test_memory_limits_change_no_bit(settings):
 
 def test_tensors_are_updated_alike_alone_and_among_others():
     """A bucket of equal shapes is one stack; what happens to its rows must not depend on their neighbours."""
-    flags = {flag: flag != "use_dynamic_adaptation" for flag in RULE_FLAGS}
+    flags = {flag: flag != "use_dynamic_adaptation" for flag in RULE_FLAGS} | {"spd_anchor": "init"}
     params, alone = parameters(), parameters()
     together = HinaAdaptive(params, **OFTEN, **flags)
     single = [HinaAdaptive([p], **OFTEN, **flags) for p in alone]
@@ -268,7 +353,7 @@ def test_tensors_are_updated_alike_alone_and_among_others():
 def test_permuting_the_parameters_permutes_what_happens_to_them():
     order = [3, 0, 5, 2, 1, 6, 4]
     params, mixed = parameters(shapes=SHAPES[:7]), parameters(shapes=SHAPES[:7])
-    flags = ALL | {"use_dynamic_adaptation": False}
+    flags = ALL | {"use_dynamic_adaptation": False, "spd_anchor": "init"}  # pairs are found by neighbourhood here
     a, b = HinaAdaptive(params, **OFTEN, **flags), HinaAdaptive([mixed[i] for i in order], **OFTEN, **flags)
     for step in range(5):
         give_gradients(params, step)
@@ -488,6 +573,17 @@ def test_active_on_says_where_a_rule_acts_and_why_not_elsewhere():
     assert active["spatial_awareness"].startswith("1 of 8 tensors")
     assert active["lora_rank_penalty"].startswith("2 of 8 tensors")
     assert lora["features"] == ALL
+
+
+def test_active_on_says_when_pairs_are_parted_as_by_loraplus():
+    groups = [{"params": [(n, p) for n, p in named() if factor in n]} for factor in ("lora_A", "lora_B")]
+    active = HinaAdaptive(groups, lora_rank_penalty=True, rank_penalty_target="product", use_dynamic_adaptation=True
+                          ).get_optimization_info()["active_on"]
+    assert active["lora_rank_penalty"] == "0 of 4 tensors: the group holds no LoRA pair (LoRA+ parts A from B)"
+    assert active["use_dynamic_adaptation"] == (
+        "4 of 4 tensors, partners left apart because the group holds no LoRA pair (LoRA+ parts A from B)")
+    together = HinaAdaptive(named(), use_dynamic_adaptation=True).get_optimization_info()["active_on"]
+    assert together["use_dynamic_adaptation"] == "10 of 10 tensors"
 
 
 def test_reports_have_the_keys_of_the_guide():

@@ -89,7 +89,8 @@ def test_every_case_of_a_seed_comes_before_the_next_and_seeds_caps_them():
 
     assert planned() == [("lora", 0), ("fourier_unified_basic", 0), ("lora", 1), ("lora", 2)]
     assert planned("--seeds=1") == [("lora", 0), ("fourier_unified_basic", 0)]
-    assert max(seed for _, seed in learning.runs(learning.parse(["--seeds=9"]))) == 2
+    assert max(seed for _, seed in learning.runs(learning.parse(["--seeds=9"]))) == 5
+    assert max(seed for _, seed in learning.runs(learning.parse([]))) == 2, "six seeds on request"
 
 
 def test_what_is_finished_is_not_run_again(tmp_path: Path, no_runs: list[str]):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from trainkit.errors import UserError
 from trainkit.optim import OPTIMIZERS, library, make_optimizer, problems
 from trainkit.optim.schedules import SCHEDULES, Plan, parse_rules
+from trainkit.optim.table import decisive_arguments
 from trainkit.options import OptimizerOptions
 from trainkit.options.base import Flag
 
@@ -529,6 +530,85 @@ def test_arguments_nothing_can_take_are_refused(name, text, said, fix):
     assert said in problem.what and fix in problem.fix
     if "takes no" in said and "takes no word" not in said:
         assert "weight_decay" in problem.why, "the accepted ones are named"
+
+
+@pytest.mark.parametrize(("text", "why"), [
+    ("fourier_feature_loss=True", "--loss_type fourier"), ("edge_supression=True", "did you mean edge_suppression?"),
+    ("optim_bits=8 use_tamm=True", "use_tamm: did you mean use_tam?"), ("zzzz=1", "it takes betas"),
+    ("lr=1e-4", "it takes betas")])
+def test_hina_answers_a_name_it_does_not_take_with_what_was_meant(text, why):
+    problem, = problems(options(optimizer="hina_adaptive", learning_rate=1e-4, optimizer_args=text))
+    assert problem.what.startswith("HinaAdaptive takes no") and why in problem.why
+    assert "reduce_precision=True" in problem.why or "optim_bits" not in text
+
+
+@pytest.mark.parametrize("name", ["adamw", "prodigy", "lion", "torch.optim.NAdam", "pytorch_optimizer.Ranger"])
+def test_only_a_class_that_wants_names_is_given_any(name):
+    """A class of somebody else's may take a tensor for nothing but a tensor."""
+    lora = group(model(), lr=rate(name)) | {"names": ["q.lora_A.weight", "q.lora_B.weight"]}
+    theirs = make_optimizer([lora], options(optimizer=name, learning_rate=rate(name)), total_steps=9)
+    assert "param_names" not in theirs.active[0].param_groups[0]
+    ours = make_optimizer([lora], options(optimizer="hina_adaptive", learning_rate=1e-4), total_steps=9)
+    assert ours.active[0].param_groups[0]["param_names"] == ["q.lora_A.weight", "q.lora_B.weight"]
+
+
+def test_names_are_no_part_of_a_checkpoint(tmp_path):
+    """A state that was packed with names goes on without, and the other way round."""
+    names = {"names": ["q.lora_A.weight", "q.lora_B.weight"]}
+    o = options(optimizer="hina_adaptive", optimizer_args="use_cautious=True use_spd=True")
+
+    def made(params, extra):
+        return make_optimizer([group(params) | extra], o, total_steps=9)
+
+    with_names, plain = model(), model()
+    one, two = made(with_names, names), made(plain, {})
+    train(one, with_names, range(3))
+    train(two, plain, range(3))
+    _same(one.pack(), two.pack())  # names of a pair tell what its shapes tell, and nothing of them is saved
+    crossed = [torch.nn.Parameter(p.detach().clone()) for p in plain]
+    fresh = made(crossed, names)
+    fresh.unpack(*through_files(two.pack(), tmp_path))
+    train(fresh, crossed, range(3, 6))
+    train(one, with_names, range(3, 6))
+    assert same(with_names, crossed)
+
+
+def test_the_log_says_at_the_start_what_is_on_and_where_it_acts(caplog):
+    """Once for each group that trains; in silence for optimizers that cannot tell."""
+    o = options(optimizer="hina_adaptive", learning_rate=1e-4,
+                optimizer_args="edge_suppression=True spatial_awareness=True use_spd=True")
+    groups = [group(model(), weight_decay=0.0), group(model()[:1], name="tokens", weight_decay=0.0),
+              group(model(), name="text_encoder", lr=0.0, weight_decay=0.0)]
+    with caplog.at_level("INFO", logger="trainkit"):
+        make_optimizer(groups, o, total_steps=10)
+        make_optimizer(groups[:1], options(), total_steps=10)
+    assert [r.message for r in caplog.records] == [
+        "hina_adaptive, unet: spatial_awareness on 0 of 2 tensors: it has no spatial axes; "
+        "edge_suppression on 2 of 2 tensors; use_spd on 2 of 2 tensors, drawn to 0",
+        "hina_adaptive, tokens: spatial_awareness on 0 of 1 tensors: it has no spatial axes; "
+        "edge_suppression on 1 of 1 tensors; use_spd on 1 of 1 tensors, drawn to their start"]
+    caplog.clear()
+    with caplog.at_level("INFO", logger="trainkit"):
+        make_optimizer(groups[:1], options(optimizer="hina_adaptive"), total_steps=10)
+    assert [r.message for r in caplog.records] == ["hina_adaptive, unet: no rule is on"]
+
+
+def test_what_changes_no_bit_may_change_at_a_resume_and_what_moves_a_number_may_not(tmp_path):
+    rules, memory = "use_cautious=True reduce_precision=True", "memory_efficient=True cpu_offload_states=True"
+    more = f"{memory} vram_budget_gb=4 max_buffer_memory_mb=0.01 {rules}"
+
+    def decisive(text):
+        return decisive_arguments(options(optimizer="hina_adaptive", optimizer_args=text))
+
+    assert decisive(rules) == decisive(more) == "reduce_precision=True use_cautious=True"
+    assert decisive(memory) is None and decisive("adaptive_features=True") == "adaptive_features=True"
+    params = model()
+    optim = optim_for(params, "hina_adaptive", optimizer_args=rules)
+    train(optim, params, range(3))
+    fresh, copies = resumed(optim, params, tmp_path, optimizer_args=more)
+    train(optim, params, range(3, 6))
+    train(fresh, copies, range(3, 6))
+    assert same(params, copies)
 
 
 @pytest.mark.parametrize("name", ["adamw", "prodigy"])

@@ -16,6 +16,7 @@ from trainkit import pivotal
 from trainkit.errors import UserError
 from trainkit.families import sdxl
 from trainkit.files import load_tensors
+from trainkit.optim import HinaAdaptive
 from trainkit.options import ModelOptions, PivotalOptions
 from trainkit.pivotal import NewTokens, TokenRows
 
@@ -197,6 +198,15 @@ def test_d12_the_vocabulary_has_no_gradient_and_keeps_every_bit(tiny_sdxl):
     tables = [encoder.get_input_embeddings().table.weight for encoder in family.text_encoders]
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, tables, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, rows, strict=True))
+
+
+def test_an_optimizer_that_asks_for_names_knows_new_tokens_by_them(tiny_sdxl):
+    tokens = NewTokens(load(tiny_sdxl), options(), seed=0)
+    group, = tokens.groups(lrs=(1e-4, 1e-4), weight_decay=0.0, stop=None)
+    named = list(zip(group["names"], group["params"], strict=True))
+    active = HinaAdaptive(named, use_spd=True, lora_rank_penalty=True).get_optimization_info()["active_on"]
+    assert active["use_spd"] == "2 of 2 tensors, drawn to their start"
+    assert active["lora_rank_penalty"] == "0 of 2 tensors: its rows are tokens"
 
 
 @pytest.mark.parametrize("power", [0.1, 0.0, 1.0])

@@ -157,6 +157,7 @@ class NewTokens:
     def groups(self, *, lrs: tuple[float, float], weight_decay: float, stop: int | None) -> list[ParamGroup]:
         """One group with the rows of both encoders, at the first rate."""
         return [{"name": "tokens", "params": list(self.rows), "lr": lrs[0],
+                 "names": [f"{encoder}.token_embedding.new.weight" for encoder in ENCODERS],
                  "weight_decay": weight_decay, "stop": stop, "first_step": FIRST_STEP * min(self.stds)}]
 
     @torch.no_grad()

@@ -72,8 +72,9 @@ class Adapters:
         """
         named = self.named_parameters()
         fast = {name for name in named if self.b_ratio != 1 and name.endswith(".lora_B.weight")}
-        parts = ((self.prefix, lr, named.keys() - fast), (f"{self.prefix}.B", lr * self.b_ratio, fast))
-        return [{"name": name, "params": [p for n, p in named.items() if n in members], "lr": rate,
+        parts = ((self.prefix, lr, [n for n in named if n not in fast]),
+                 (f"{self.prefix}.B", lr * self.b_ratio, [n for n in named if n in fast]))
+        return [{"name": name, "params": [named[n] for n in members], "names": members, "lr": rate,
                  "weight_decay": weight_decay, "stop": stop} for name, rate, members in parts if members]
 
     # ------------------------------------------------------------------------------------------------------------------

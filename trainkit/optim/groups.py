@@ -24,6 +24,7 @@ class ParamGroup(TypedDict):
 
     name: str  # what logs call them: "unet", "text_encoder", "text_encoder_2", "tokens", "unet.B"
     params: list[Tensor]
+    names: NotRequired[list[str]]  # of `params`, as their modules call them
     lr: float
     weight_decay: float
     first_step: NotRequired[float]  # a step that is surely not too long; where Prodigy's estimate starts

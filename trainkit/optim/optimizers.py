@@ -142,7 +142,10 @@ def make_optimizer(groups: Sequence[ParamGroup], o: OptimizerOptions, total_step
     if o.is_class or o.optimizer_args:
         _try_out(o, groups[0]["params"][0].device)
     _warn(groups, o, total_steps)
-    return Optim(o.algorithm, [_member(g, o, total_steps) for g in groups], estimates_step=o.estimates_step)
+    members = [_member(g, o, total_steps) for g in groups]
+    for member in members:
+        _tell(member, o.algorithm)
+    return Optim(o.algorithm, members, estimates_step=o.estimates_step)
 
 
 def _member(group: ParamGroup, o: OptimizerOptions, total_steps: int) -> Member:
@@ -151,6 +154,15 @@ def _member(group: ParamGroup, o: OptimizerOptions, total_steps: int) -> Member:
     inner = table.make_inner({**group, "lr": group["lr"] or 1.0}, o)
     ema = _ema(group["params"], o) if o.use_ema and group["name"].partition(".")[0] == "unet" else None
     return Member(group, inner, _schedule(o, total_steps, base_lr=group["lr"]), ema)
+
+
+def _tell(member: Member, name: str) -> None:
+    """In the log, what is on in a group that trains and where it acts, if its optimizer can tell."""
+    describe = getattr(member.inner, "get_optimization_info", None)
+    if describe is None or member.stop == 0:
+        return
+    acting = "; ".join(f"{rule} on {where}" for rule, where in describe()["active_on"].items())
+    log.info("%s, %s: %s", name, member.name, acting or "no rule is on")
 
 
 def _ema(params: Sequence[Tensor], o: OptimizerOptions) -> EMAModel:

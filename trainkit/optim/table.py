@@ -12,11 +12,12 @@ import importlib
 import inspect
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from trainkit.errors import Problem, UserError, refuse
 from trainkit.optim.groups import ParamGroup, averages
@@ -119,7 +120,7 @@ def make_inner(group: ParamGroup, o: OptimizerOptions) -> torch.optim.Optimizer:
     arguments = {k: v for k, v in common.items() if k in accepted} | row_of(o).arguments(o, group) | asked
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # some constructors print, into our progress line
-            inner = kind([{"name": group["name"], "params": group["params"]}], **arguments)
+            inner = kind([{"name": group["name"], "params": parameters_for(kind, group)}], **arguments)
     except (TypeError, ValueError, IndexError, AssertionError, RuntimeError) as error:
         raise UserError(Problem(
             f"--optimizer {o.optimizer} refuses its arguments", "--optimizer_args, --learning_rate", str(error),
@@ -127,6 +128,12 @@ def make_inner(group: ParamGroup, o: OptimizerOptions) -> torch.optim.Optimizer:
     if averages(inner):
         inner.train()
     return inner
+
+
+def parameters_for(kind: type, group: ParamGroup) -> list[Tensor] | list[tuple[str, Tensor]]:
+    """With names for a class that has WANTS_NAMES; others may take a tensor for nothing but a tensor."""
+    named = getattr(kind, "WANTS_NAMES", False) and "names" in group
+    return list(zip(group["names"], group["params"], strict=True)) if named else group["params"]
 
 
 def find_class(o: OptimizerOptions) -> type[torch.optim.Optimizer]:
@@ -194,9 +201,16 @@ def _argument_problems(kind: type, accepted: Mapping[str, object], asked: Mappin
     unknown = [name for name in asked if name not in open_ones]
     if unknown:
         yield Problem(f"{kind.__name__} takes no {', '.join(unknown)} from --optimizer_args", "--optimizer_args",
-                      f"it takes {', '.join(open_ones)}", "mend or remove it; --learning_rate gives lr")
+                      _why_unknown(kind, set(unknown) - accepted.keys()) or f"it takes {', '.join(open_ones)}",
+                      "mend or remove it; --learning_rate gives lr")
     for name, value in asked.items():
         default = accepted.get(name, "")
         if isinstance(value, Word) and not isinstance(default, str):
             yield Problem(f"{kind.__name__} takes no word as {name}", f"--optimizer_args {name}={value}",
                           f"its default is {default}", f"--optimizer_args {name}={default}, for example")
+
+
+def _why_unknown(kind: type, names: Collection[str]) -> str:
+    """What the class itself says to names that it does not take, if it says anything."""
+    explain = getattr(kind, "why_unknown", lambda name: "")
+    return "; ".join(f"{name}: {why}" for name in sorted(names) if (why := explain(name)))

@@ -11,9 +11,11 @@ from torch import Tensor
 from trainkit.optim.hina import rules
 from trainkit.optim.hina.memory import state_kinds
 from trainkit.optim.hina.rank import lora_pairs
+from trainkit.optim.hina.roles import anchored, is_factor, names_of, no_factor
 from trainkit.optim.hina.settings import MEMORY_FLAGS, RULE_FLAGS
 
 Group = Mapping[str, object]
+NO_PAIR = "the group holds no LoRA pair (LoRA+ parts A from B)"
 
 MEMORY = (*MEMORY_FLAGS, "vram_budget_gb", "max_buffer_memory_mb")
 ADAPTATION = ("adaptation_strength", "relationship_discovery_interval", "importance_decay", "compatibility_threshold")
@@ -27,7 +29,7 @@ def describe(optimizer: torch.optim.Optimizer) -> dict[str, object]:
     """Settings are those of the first group; features, active_on and warnings look at all of them.
 
     features                 {flag: whether it is on}
-    active_on                {flag: "3 of 4 tensors: why not on the others"} for what is on
+    active_on                {flag: "3 of 4 tensors, how: why not on the others"} for what is on
     memory_optimization, adaptation_config, edge_overfitting_control   settings, by subject
     training_stats           steps so far, tensors and numbers that train
     warnings                 sentences on settings that contradict each other
@@ -52,6 +54,7 @@ def active_on(groups: Sequence[Group], flag: str) -> str:
     reasons = [reason for group in groups for reason in reasons_against(group, flag)]
     against = Counter(filter(None, reasons))
     words = f"{len(reasons) - against.total()} of {len(reasons)} tensors"
+    words += how([group for group in groups if group[flag]], flag) if against.total() < len(reasons) else ""
     return f"{words}: {', '.join(r for r, _ in against.most_common())}" if against else words
 
 
@@ -61,9 +64,22 @@ def reasons_against(group: Group, flag: str) -> Iterator[str]:
     rule = next((rule for rule in rules.RULES if rule.flag == flag), None)
     products = flag == "lora_rank_penalty" and group["rank_penalty_target"] == "product"
     paired = {b for _, b in lora_pairs(group)} if products else set()
-    for p in group["params"]:
+    alone = "only the B of a LoRA pair changes" if paired else NO_PAIR
+    for p, name in zip(group["params"], names_of(group), strict=True):
         unfit = rule.unfit(p.shape) if rule else ""
-        yield whole or unfit or ("only the B of a LoRA pair changes" if products and p not in paired else "")
+        unfit = unfit or (no_factor(name) if flag == "lora_rank_penalty" else "")
+        yield whole or unfit or (alone if products and p not in paired else "")
+
+
+def how(groups: Sequence[Group], flag: str) -> str:
+    """What a rule does not do to every tensor alike, after a comma, or ""."""
+    if flag == "use_spd":
+        total, kept = sum(len(group["params"]) for group in groups), sum(len(anchored(group)) for group in groups)
+        some = f", {kept} drawn to their start and the others to 0"
+        return {0: ", drawn to 0", total: ", drawn to their start"}.get(kept, some)
+    if flag == "use_dynamic_adaptation" and any(is_factor(name) for group in groups for name in names_of(group)):
+        return "" if any(map(lora_pairs, groups)) else f", partners left apart because {NO_PAIR}"
+    return ""
 
 
 def no_use(group: Group, flag: str) -> str:

@@ -14,7 +14,8 @@ from torch.optim.adamw import adamw
 from trainkit.optim.hina import info, memory, rules
 from trainkit.optim.hina.rank import lora_pairs
 from trainkit.optim.hina.regularize import is_kernel, share_out
-from trainkit.optim.hina.settings import CHANGE_NO_BIT, DEFAULTS, RULE_FLAGS, Value, check, resolve
+from trainkit.optim.hina.roles import Role, roles
+from trainkit.optim.hina.settings import CHANGE_NO_BIT, DEFAULTS, RULE_FLAGS, Value, check, resolve, why_unknown
 from trainkit.optim.hina.storage import Chunk, arrived, is_offloaded, lend, restore, scratch_limit, scratch_of, stream
 from trainkit.optim.hina.work import Facts, Pad, Work
 
@@ -40,6 +41,8 @@ class HinaAdaptive(torch.optim.Optimizer):
     """
 
     CHANGE_NO_BIT = CHANGE_NO_BIT
+    WANTS_NAMES = True  # a tensor's name tells what it is for, see roles.py
+    why_unknown = staticmethod(why_unknown)
 
     def __init__(
         self, params: Iterable[Tensor] | Iterable[Group] | Iterable[tuple[str, Tensor]], lr: float = 1e-3, *,
@@ -215,17 +218,17 @@ def rule_step(opt: HinaAdaptive, group: Group, params: Sequence[Tensor]) -> None
     counts = steps_of(opt, params, on_device=False)
     torch._foreach_add_(counts, torch.tensor(1.0))  # a number would be made a tensor for each
     at = dict(zip(params, map(int, torch.stack(counts).tolist()), strict=True))
-    pad = Pad()
-    for bucket in like(params, lambda p: (p.shape, p.dtype, p.device, at[p])):
-        acting = rules.active(group, bucket[0].shape)
-        for chunk in chunks_of(opt, group, bucket, at[bucket[0]]):
+    pad, role = Pad(), roles(group)
+    for bucket in like(params, lambda p: (p.shape, p.dtype, p.device, at[p], role[p])):
+        acting = rules.active(group, bucket[0].shape, role[bucket[0]])
+        for chunk in chunks_of(opt, group, bucket, at[bucket[0]], role[bucket[0]]):
             rules.run(Work(chunk, facts, pad), acting)
     if facts.refresh:
         share_out(params, opt.state, group, pairs)
 
 
-def chunks_of(opt: HinaAdaptive, group: Group, bucket: Sequence[Tensor], step: int) -> Iterator[Chunk]:
-    names, scalars = rules.states(group)
+def chunks_of(opt: HinaAdaptive, group: Group, bucket: Sequence[Tensor], step: int, role: Role) -> Iterator[Chunk]:
+    names, scalars = rules.states(group, role)
     temporaries = TEMPORARIES + KERNEL_TEMPORARIES * is_kernel(bucket[0].shape) + (
         RANK_TEMPORARIES * group["lora_rank_penalty"])
     return stream(opt.state, group, bucket, names=names, scalars=scalars, step=step, initial=rules.initial(group),

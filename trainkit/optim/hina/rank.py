@@ -117,9 +117,9 @@ def lora_pairs(group: Mapping[str, object]) -> list[tuple[Tensor, Tensor]]:
 
 def fits(a: Tensor, b: Tensor) -> bool:
     """Whether B A is a product, of two shapes: of one shape they could change in the same chunk."""
-    return a.ndim >= 2 and b.ndim >= 2 and a.shape != b.shape and a.shape[0] == b[0].numel()
+    return a.ndim >= 2 and b.ndim >= 2 and a.shape != b.shape and a.shape[0] == b.shape[1:].numel()
 
 
 def narrow(a: Tensor, b: Tensor) -> int:
     """The smaller of what goes into A and what comes out of B."""
-    return min(a[0].numel(), b.shape[0])
+    return min(a.shape[1:].numel(), b.shape[0])

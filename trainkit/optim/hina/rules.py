@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from trainkit.optim.hina import rank, regularize
+from trainkit.optim.hina.roles import Role
 from trainkit.optim.hina.work import TINY, Work, dot, norm, total
 
 TAM_EPS = 1e-8
@@ -32,9 +33,10 @@ def run(work: Work, rules: Sequence[Rule]) -> None:
             return
 
 
-def active(group: Mapping[str, object], shape: torch.Size) -> list[Rule]:
-    """The rules that act on tensors of a shape, in order."""
-    return [rule for rule in RULES if (not rule.flag or group[rule.flag]) and not rule.unfit(shape)]
+def active(group: Mapping[str, object], shape: torch.Size, role: Role) -> list[Rule]:
+    """The rules that act on tensors of a shape and a role, in order."""
+    fit = [rule for rule in RULES if (not rule.flag or group[rule.flag]) and not rule.unfit(shape)]
+    return [rule for rule in fit if not (role.spared and rule.flag == "lora_rank_penalty")]
 
 
 # --- the gradient ---------------------------------------------------------------------------------------------------
@@ -265,10 +267,9 @@ RULES = (
 )
 
 
-def states(group: Mapping[str, object]) -> tuple[list[str], list[str]]:
-    """Names of what a group keeps for each element, and for each tensor."""
-    elements = ["exp_avg", "exp_avg_sq"] + ["lr_mask"] * group["use_lr_mask"]
-    elements += ["anchor"] * (group["use_spd"] and group["spd_anchor"] == "init")
+def states(group: Mapping[str, object], role: Role) -> tuple[list[str], list[str]]:
+    """Names of what is kept for each element, and for each tensor, of a group and a role in it."""
+    elements = ["exp_avg", "exp_avg_sq"] + ["lr_mask"] * group["use_lr_mask"] + ["anchor"] * role.anchored
     return elements, ["tam"] * group["use_tam"] + ["signal", "adapt_scale"] * group["use_dynamic_adaptation"]
 
 

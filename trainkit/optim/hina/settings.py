@@ -74,7 +74,7 @@ class Settings:
     wd_min_ratio: float = 0.1
     use_spd: bool = False
     spd_lambda: float = 0.06
-    spd_anchor: str = "zero"
+    spd_anchor: str = "auto"  # 0 for LoRA factors, the start for all others, see roles.py
     lora_rank_penalty: bool = False
     rank_penalty_strength: float = 0.01
     low_rank_emphasis: float = 1.2
@@ -121,7 +121,7 @@ def resolve(given: Mapping[str, Value], preset: str = "adamw") -> dict[str, Valu
     """
     for name in given:
         if name not in DEFAULTS:
-            raise TypeError(_unknown(name))
+            raise TypeError(f"HinaAdaptive takes no {name}: {why_unknown(name) or 'leave it out'}")
     if preset not in PRESETS:
         raise ValueError(f"there is no preset {preset!r}: use {' or '.join(map(repr, PRESETS))}")
     values = DEFAULTS | PRESETS[preset] | dict(given)
@@ -129,13 +129,14 @@ def resolve(given: Mapping[str, Value], preset: str = "adamw") -> dict[str, Valu
     return values
 
 
-def _unknown(name: str) -> str:
+def why_unknown(name: str) -> str:
+    """What to use in place of a setting that there is none of; "" where nothing comes near."""
     if name in GONE:
-        return f"HinaAdaptive takes no {name}; {GONE[name]}"
+        return GONE[name]
     if name.startswith("fourier_"):
-        return f"HinaAdaptive takes no {name}; {LOSS}"
+        return LOSS
     near = difflib.get_close_matches(name, [*DEFAULTS, "preset"], n=1, cutoff=0.5)
-    return f"HinaAdaptive takes no {name}: " + (f"did you mean {near[0]}?" if near else "leave it out")
+    return f"did you mean {near[0]}?" if near else ""
 
 
 def check(values: Mapping[str, Value]) -> None:
@@ -185,7 +186,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-CHOICES = {"spd_anchor": ("zero", "init"), "rank_penalty_target": ("factors", "product")}
+CHOICES = {"spd_anchor": ("auto", "zero", "init"), "rank_penalty_target": ("factors", "product")}
 RANGES = (
     (("lr", "eps", "weight_decay", "edge_penalty", "lr_bump", "adaptation_strength", "rank_penalty_strength",
       "warmup_steps"), lambda x: x >= 0, "of at least 0"),
