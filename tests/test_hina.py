@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import io
 import itertools
@@ -157,6 +158,23 @@ FEATURES = {flag: {flag: True} for flag in RULE_FLAGS} | {
     "all": ALL,
     "all reduced": ALL | {"reduce_precision": True, "spd_anchor": "init"},
 }
+
+
+@pytest.mark.parametrize("settings", [ALL, FEATURES["all reduced"]], ids=["all", "all reduced"])
+def test_a_thousand_steps_keep_no_more_tensors_than_ten(settings):
+    """H27: no leak with every rule on, in the states or beside them."""
+    params = parameters()
+    opt = HinaAdaptive(params, **(OFTEN | settings))
+
+    def kept() -> tuple[int, int, int]:
+        gc.collect()
+        alive = [x for x in gc.get_objects() if isinstance(x, Tensor)]
+        return len(alive), sum(x.numel() for x in alive), opt.get_memory_stats()["state_bytes"]["total"]
+
+    train(opt, params, range(10))
+    before = kept()
+    train(opt, params, range(10, 1000))
+    assert kept() == before
 
 
 @pytest.mark.parametrize("settings", FEATURES.values(), ids=FEATURES)
