@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 FERRIED = 4  # chunks of a bucket whose states come from host memory, at least
 PARAM = "param"  # what the noise of the weights themselves is called
-CACHE_ELEMENTS = 1 << 16  # of a chunk on the CPU: w, g, its states and the rules' temporaries stay in a core's cache
+CACHE_ELEMENTS = 1 << 17  # of a chunk on the CPU: smaller ones are mostly calls, larger ones leave the cache
 
 
 @dataclass
@@ -173,9 +173,10 @@ def rows_of(state: State, params: Sequence[Tensor], *, names: Collection[str], s
     here = {name: column for name, column in columns.items() if column[0].device == device}
     away = {name: column for name, column in columns.items() if name not in here}
     ferry = Ferry(away, spans, device, read_only=read_only) if away else None
+    arenas = {name: adjacent(column) for name, column in here.items()}
     try:
         for c, (lo, hi) in enumerate(spans):
-            views = {name: adjacent(column[lo:hi]) for name, column in here.items()}
+            views = {n: adjacent(here[n][lo:hi]) if arena is None else arena[lo:hi] for n, arena in arenas.items()}
             rows = {name: torch.stack(here[name][lo:hi]) if v is None else v for name, v in views.items()}
             yield Lent((lo, hi), rows | (ferry.take(c) if ferry else {}))
             for name in (n for n, v in views.items() if v is None and n not in read_only):
