@@ -10,6 +10,7 @@ import itertools
 import logging
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -535,11 +536,43 @@ def test_a_setting_that_is_none_is_refused_with_what_to_do(name, hint):
     {"lr": -1.0}, {"lr": float("nan")}, {"betas": (0.9, 1.0)}, {"betas": 0.9}, {"eps": "small"}, {"use_tam": 1},
     {"spd_anchor": "nowhere"}, {"rank_penalty_target": "both"}, {"warmup_steps": 2.5}, {"edge_threshold": 1.0},
     {"detail_preservation": 1.0}, {"frequency_penalty": 1.5}, {"low_rank_emphasis": 3.0}, {"rank_penalty_interval": 0},
+    {"eps": 0.0}, {"eps": 1e-60}, {"lr": 1e300}, {"edge_penalty": 1e300}, {"weight_decay": 1e300},
+    {"weight_decay": 1e5}, {"vram_budget_gb": 1e300}, {"lr": 10**400}, {"lr": torch.ones(2)},
     {"min_lr": 1e-2}, {"use_lr_mask": True, "lr": 0.1}, {"foreach": True, "fused": True}, {"preset": "forked"},
 ], ids=str)
 def test_a_value_that_cannot_be_is_refused_with_its_name(settings):
     with pytest.raises(ValueError, match="|".join(settings)):
         HinaAdaptive(parameters(), **settings)
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, torch.tensor], ids=["float32", "float64", "tensor"])
+def test_numbers_of_numpy_and_tensors_without_axes_become_plain_ones(number):
+    rate, decay = number(0.25), number(0.5)
+    opt = HinaAdaptive([{"params": parameters(), "lr": rate}], weight_decay=decay, betas=(number(0.5), 0.75))
+    group = opt.param_groups[0]
+    assert (group["lr"], group["mask_lr"], group["weight_decay"], group["betas"]) == (0.25, 0.25, 0.5, (0.5, 0.75))
+    assert {type(v) for v in (group["lr"], group["mask_lr"], group["weight_decay"], *group["betas"])} == {float}
+    saved(opt)
+
+
+def test_a_state_of_other_shapes_is_refused_and_changes_nothing():
+    params, others = parameters(shapes=((4, 8),)), parameters(shapes=((8, 4),))
+    opt, other = HinaAdaptive(params, lr=1e-3), HinaAdaptive(others, lr=1e-4)
+    train(opt, params, range(2))
+    train(other, others, range(2))
+    before = copy.deepcopy(saved(opt))
+    with pytest.raises(ValueError, match=r"exp_avg of tensor 0 is \(8, 4\), the tensor here \(4, 8\)"):
+        opt.load_state_dict(other.state_dict())
+    assert opt.param_groups[0]["lr"] == before["param_groups"][0]["lr"] == 1e-3
+    assert torch.equal(opt.state[params[0]]["exp_avg"], before["state"][0]["exp_avg"])
+
+
+@pytest.mark.parametrize("target", ["factors", "product"])
+def test_neighbours_without_elements_pass(target):
+    params = parameters(shapes=((0, 3), (5, 0), (0, 3), (4, 12), (20, 4)))
+    opt = HinaAdaptive(params, **ALL | OFTEN, rank_penalty_target=target)
+    train(opt, params, range(4))
+    opt.get_optimization_info()
 
 
 def test_groups_have_settings_of_their_own():
@@ -574,6 +607,22 @@ def test_contradictions_are_told_once(caplog):
     assert sum("use_grams" in r.message for r in caplog.records) == 1
     assert sum("use_spd" in r.message for r in caplog.records) == 1
     assert len(opt.get_optimization_info()["warnings"]) == 2
+
+
+def test_a_knob_that_no_switch_reads_is_told_once(caplog):
+    with caplog.at_level(logging.WARNING):
+        opt = HinaAdaptive([{"params": [p]} for p in parameters()], edge_penalty=0.3, edge_threshold=0.5, use_tam=True,
+                           tam_beta=0.8)
+    assert [r.message for r in caplog.records] == [
+        "edge_penalty, edge_threshold: read with edge_suppression=True only, which is off"]
+    assert opt.get_optimization_info()["warnings"] == [r.message for r in caplog.records]
+
+
+@pytest.mark.parametrize(("target", "error"), [
+    ("6", TypeError), (None, TypeError), (0, ValueError), (float("inf"), ValueError), (float("nan"), ValueError)])
+def test_a_target_that_is_no_size_is_refused_with_a_sentence(target, error):
+    with pytest.raises(error, match="6.0 for example"):
+        HinaAdaptive(parameters()).optimize_for_vram(target)
 
 
 # --- reports and the guide ------------------------------------------------------------------------------------------

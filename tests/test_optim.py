@@ -18,6 +18,7 @@ from trainkit.optim.schedules import SCHEDULES, Plan, parse_rules
 from trainkit.optim.table import decisive_arguments
 from trainkit.options import OptimizerOptions
 from trainkit.options.base import Flag
+from trainkit.options.cli import make_parser
 
 RULES = "1:10,0.1:20,0.01"
 LR = {"prodigy": 1.0, "pytorch_optimizer.Prodigy": 1.0, "lion": 5e-3}  # others: 1e-2
@@ -517,10 +518,67 @@ def test_arguments_reach_the_constructor_and_are_stronger_than_flags():
         assert {k: values[k] for k in wanted} == wanted
 
 
+def test_blanks_around_an_equals_sign_do_not_count():
+    spaced = optim_for(model(), "adamw", optimizer_args="eps = 1e-6 amsgrad= true betas =(0.8, 0.9)")
+    values = spaced.active[0].param_groups[0]
+    assert (values["eps"], values["amsgrad"], values["betas"]) == (1e-6, True, (0.8, 0.9))
+
+
+def read_words(*argv):
+    parser = make_parser(OptimizerOptions.flags("optimizer"), "", {"optimizer": "Optimizer"})
+    return parser.parse_known_args(argv)
+
+
+def test_arguments_under_the_flag_given_twice_are_joined():
+    found, _ = read_words("--optimizer_args", "a=1", "b=2", "--use_ema", "--optimizer_args=c=3")
+    assert found.optimizer_args == ["a=1", "b=2", "c=3"]
+
+
+def test_an_argument_written_as_a_flag_is_told_to_have_no_dashes():
+    with pytest.raises(UserError, match="no dashes") as caught:
+        read_words("--optimizer_args", "a=1", "--use_agr=True")
+    assert caught.value.problems[0].fix == "--optimizer_args use_agr=True"
+    _, slips = read_words("--optimizer_args", "a=1", "--learning_rat=3")
+    assert slips == ["--learning_rat=3"], "a slip in a flag's name stays one"
+
+
+@pytest.mark.parametrize("name", ["adamw", "hina_adaptive"])
+def test_a_kernel_that_is_asked_for_is_stronger_than_the_fused_one(name):
+    values = optim_for(model(), name, optimizer_args="foreach=True").active[0].param_groups[0]
+    assert values["foreach"] and not values["fused"]
+
+
+@pytest.mark.parametrize(("text", "same_as"), [
+    ("edge_suppression=True edge_penalty=1", "edge_penalty=1.0 edge_suppression=True"),
+    ("use_tam=True tam_beta=0.9 use_agr=False", "use_tam=True"),
+    ("preset=adamw", ""),
+    ("preset=fork use_tam=False", "use_spd=True use_cautious=True use_adopt_stability=True use_agr=True "
+     "use_dynamic_adaptation=True use_lr_mask=True dynamic_weight_decay=True reduce_precision=True "
+     "adaptive_features=True emergency_simplify=True"),
+    ("betas=(0, 0.99)", "betas=(0.0,0.99)"),
+])
+def test_spellings_of_one_run_have_one_fingerprint(text, same_as):
+    one, two = (decisive_arguments(options(optimizer="hina_adaptive", optimizer_args=t or None))
+                for t in (text, same_as))
+    assert one == two
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("hina_adaptive", "eps=1e-8"), ("hina_adaptive", "weight_decay=0.01"), ("prodigy", "d0=1e-6"),
+    ("hina_adaptive", "use_tam=True tam_beta=0.8"), ("adamw", "amsgrad=True")])
+def test_an_argument_that_a_flag_could_change_or_that_is_no_default_stays_in_the_fingerprint(name, text):
+    assert decisive_arguments(options(optimizer=name, optimizer_args=text)) is not None
+
+
 @pytest.mark.parametrize(("name", "text", "said", "fix"), [
     ("adamw", "momentum=0.9", "AdamW takes no momentum", "mend"),
     ("lion", "use_gc=true lr=1", "Lion takes no use_gc, lr", "--learning_rate gives lr"),
     ("prodigy", "d_coef=big", "Prodigy takes no word as d_coef", "for example"),
+    ("hina_adaptive", "use_spd=yes", "HinaAdaptive takes no word as use_spd", "use_spd=True or False"),
+    ("adamw", "eps=1e-6 amsgrad=true eps=1e-5", "eps is given twice", "remove one"),
+    ("adamw", "=5", "cannot hold '=5'", "for example"),
+    ("adamw", "--eps=1e-6", "cannot hold '--eps=1e-6'", "for example"),
+    ("adamw", "eps= amsgrad=true", "cannot hold 'eps='", "for example"),
     ("prodigy", "d_coef=1+", "cannot hold 'd_coef=1+'", "for example"),
     ("prodigy", "d_coef", "cannot hold 'd_coef'", "for example"),
     ("adamw", "betas=(2, 0.9)", "refuses its arguments", "betas=(2, 0.9)"),
@@ -609,6 +667,50 @@ def test_what_changes_no_bit_may_change_at_a_resume_and_what_moves_a_number_may_
     train(optim, params, range(3, 6))
     train(fresh, copies, range(3, 6))
     assert same(params, copies)
+
+
+def test_a_changed_rate_takes_effect_at_a_resume_under_lr_mask(tmp_path):
+    """M is measured against the rate it started from, so it is saved with that rate."""
+    def run_on(learning_rate):
+        params = model()
+        optim = made(params, 1e-4)
+        train(optim, params, range(3))
+        copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        fresh = made(copies, learning_rate)
+        fresh.unpack(*through_files(optim.pack(), tmp_path))
+        train(fresh, copies, range(3, 4))
+        return [c.detach() - p.detach() for c, p in zip(copies, params, strict=True)]
+
+    def made(params, learning_rate):
+        o = options(optimizer="hina_adaptive", learning_rate=learning_rate, optimizer_args="use_lr_mask=True")
+        return make_optimizer([group(params, lr=learning_rate, weight_decay=0.0)], o, total_steps=9)
+
+    for same_rate, double in zip(run_on(1e-4), run_on(2e-4), strict=True):
+        torch.testing.assert_close(double, 2 * same_rate, rtol=1e-3, atol=1e-7)
+
+
+def test_a_group_at_rate_0_is_not_refused_for_it():
+    o = options(optimizer="hina_adaptive", learning_rate=1e-4, optimizer_args="use_lr_mask=True")
+    make_optimizer([group(model(), lr=1e-4), group(model(), name="text_encoder", lr=0.0)], o, total_steps=10)
+    still = options(optimizer="hina_adaptive", learning_rate=0.0, optimizer_args="use_lr_mask=True")
+    make_optimizer([group(model(), lr=0.0), group(model(), name="text_encoder", lr=1e-4)], still, total_steps=10)
+
+
+@pytest.mark.parametrize(("name", "flag"), [
+    ("unet", "--learning_rate"), ("unet.B", "--loraplus_lr_ratio"), ("text_encoder", "--text_encoder_lr"),
+    ("text_encoder_2", "--text_encoder_2_lr"), ("tokens", "--text_encoder_lr")])
+@pytest.mark.parametrize("rate", [0.1, 1e300])
+def test_a_rate_that_cannot_be_is_told_by_its_own_flag(name, flag, rate):
+    o = options(optimizer="hina_adaptive", learning_rate=1e-4, optimizer_args="use_lr_mask=True")
+    with pytest.raises(UserError) as caught:
+        make_optimizer([group(model(), lr=1e-4, name="other"), group(model(), lr=rate, name=name)], o, total_steps=10)
+    where = caught.value.problems[0].where
+    assert where.endswith(flag) and ("--learning_rate" in where) == name.startswith("unet")
+
+
+@pytest.mark.parametrize("name", ["prodigy", "adamw", "hina_adaptive"])
+def test_a_rate_beyond_all_weights_is_one_message_and_no_traceback(name):
+    assert [p.where for p in problems(options(optimizer=name, learning_rate=1e300))] == ["--learning_rate"]
 
 
 @pytest.mark.parametrize("name", ["adamw", "prodigy"])

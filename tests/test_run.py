@@ -187,6 +187,24 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_its_history():
     assert optimizer.steps == 2
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_diverged_run_says_whether_its_weights_are_still_whole(broken):
+    model = linear()
+    gradients, optimizer = Gradients(torch.device("cpu"), max_skipped=1), Optim(model.parameters())
+    if broken:
+        model.bias.data[0] = math.inf
+    with pytest.raises(UserError) as caught:
+        for step in range(4, 6):
+            gradients.backward((model(rows()) ** 2).mean() * math.nan)
+            gradients.update(optimizer, step=step, max_grad_norm=1.0)
+    problem, = caught.value.problems
+    assert ("weights themselves are not finite" in problem.why) == broken
+    assert ("of the last finite step;" in problem.why) == (not broken)
+    assert ("--mixed_precision" in problem.fix) == (not broken), "no precision mends weights that are gone"
+    assert "--optimizer_args, --fourier_weight" in problem.fix
+    assert f"before step {4 if broken else 5} " in problem.fix, "the step that broke them is the one before"
+
+
 def groups_of(model):
     return [model.weight], [model.bias]
 

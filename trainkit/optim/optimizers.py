@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LARGEST_RATE = 1e6  # under any optimizer a step far beyond every weight
+
 
 class Optim:
     """The groups of a run under one kind of optimizer. Part of a checkpoint through `pack` and `unpack`.
@@ -101,6 +103,7 @@ class Optim:
 
 def problems(o: OptimizerOptions) -> Iterator[Problem]:
     """What no schedule can do with these options, and an optimizer that is not there or refuses its arguments."""
+    yield from _rate_problems([_stand_in(o)])
     if o.lr_scheduler == "polynomial" and o.learning_rate <= POLYNOMIAL_END_LR:
         yield Problem(
             f"--learning_rate {o.learning_rate:g} leaves polynomial decay no way down", "--learning_rate",
@@ -135,6 +138,7 @@ def make_optimizer(groups: Sequence[ParamGroup], o: OptimizerOptions, total_step
     """
     refuse(problems(o))
     groups = [g for g in groups if g["params"]]
+    refuse(_rate_problems(groups))
     assert len({g["name"] for g in groups}) == len(groups), "two groups share a name"
     if not any(g["lr"] for g in groups):
         raise UserError(Problem("nothing would be trained", "--learning_rate, --text_encoder_lr",
@@ -142,16 +146,26 @@ def make_optimizer(groups: Sequence[ParamGroup], o: OptimizerOptions, total_step
     if o.is_class or o.optimizer_args:
         _try_out(o, groups[0]["params"][0].device)
     _warn(groups, o, total_steps)
-    members = [_member(g, o, total_steps) for g in groups]
+    trained = next(g["lr"] for g in groups if g["lr"])
+    members = [_member(g, o, total_steps, instead_of_0=trained) for g in groups]
     for member in members:
         _tell(member, o.algorithm)
     return Optim(o.algorithm, members, estimates_step=o.estimates_step)
 
 
-def _member(group: ParamGroup, o: OptimizerOptions, total_steps: int) -> Member:
-    """A group at rate 0 is out of every update: Prodigy, for one, takes no such rate."""
+def _rate_problems(groups: Sequence[ParamGroup]) -> Iterator[Problem]:
+    for group in groups:
+        if group["lr"] > LARGEST_RATE:
+            yield Problem(
+                f"a learning rate of {group['lr']:g} ({group['name']}) leaves no weight finite",
+                table.RATE_FLAGS.get(group["name"], "--text_encoder_lr"), f"rates end at {LARGEST_RATE:g}",
+                "1e-4 is usual, with Prodigy 1.0")
+
+
+def _member(group: ParamGroup, o: OptimizerOptions, total_steps: int, *, instead_of_0: float) -> Member:
+    """A group at rate 0 is out of every update, and made with another group's: Prodigy, for one, takes no rate of 0."""
     group = {**group, "stop": group.get("stop") if group["lr"] else 0}
-    inner = table.make_inner({**group, "lr": group["lr"] or 1.0}, o)
+    inner = table.make_inner({**group, "lr": group["lr"] or instead_of_0}, o)
     ema = _ema(group["params"], o) if o.use_ema and group["name"].partition(".")[0] == "unet" else None
     return Member(group, inner, _schedule(o, total_steps, base_lr=group["lr"]), ema)
 
@@ -178,9 +192,10 @@ def _schedule(o: OptimizerOptions, total_steps: int, *, base_lr: float) -> Calla
 
 
 def _stand_in(o: OptimizerOptions, device: torch.device | str = "cpu") -> ParamGroup:
-    """A group like the UNet's, of one small matrix."""
+    """A group like the UNet's, of one small matrix; at a rate of 0, at which it does not train, with the usual one."""
     matrix = torch.nn.Parameter(torch.ones(8, 8, device=device))
-    return {"name": "unet", "params": [matrix], "lr": o.learning_rate, "weight_decay": o.adam_weight_decay}
+    rate = o.learning_rate or type(o).model_fields["learning_rate"].default
+    return {"name": "unet", "params": [matrix], "lr": rate, "weight_decay": o.adam_weight_decay}
 
 
 @contextmanager

@@ -3,9 +3,9 @@
     tensors   "state.<i>.<key>"   tensor `key` of the i-th parameter;   "group.<key>"   of the group
     data      {"params": [{"shape", "tensors", "values"}, ...],  "group": {key: value}}
 
-Of the group's values only those that have moved since the optimizer was made are state (Prodigy's d, k, ...). Those
-that stand still are hyper-parameters: they come from the options again, so a resumed run obeys its command line. The
-learning rate is neither: it is a function of the step.
+Of the group's values only those that have moved since the optimizer was made are state (Prodigy's d, k, ...), and those
+that its class names in GROUP_STATE. Others that stand still are hyper-parameters: they come from the options again, so
+a resumed run obeys its command line. The learning rate is neither: it is a function of the step.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def pack_state(inner: torch.optim.Optimizer, made: Mapping[str, object]) -> tupl
         own, values = _split(inner.state.get(p, {}))
         tensors |= {f"state.{i}.{k}": t for k, t in own.items()}
         params.append({"shape": list(p.shape), "tensors": sorted(own), "values": values})
-    own, values = _split({k: v for k, v in group_values(inner).items() if k not in made or _differs(v, made[k])})
+    always = getattr(inner, "GROUP_STATE", ())
+    own, values = _split({
+        k: v for k, v in group_values(inner).items() if k in always or k not in made or _differs(v, made[k])})
     tensors |= {f"group.{k}": t for k, t in own.items()}
     return tensors, {"params": params, "group": values}
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 Arguments = dict[str, object]
 OURS = ("params", "lr")  # arguments of a constructor that only we give
 WORDS = {"true": True, "false": False, "none": None}
+RATE_FLAGS = {"unet": "--learning_rate", "unet.B": "--learning_rate, --loraplus_lr_ratio",
+              "text_encoder_2": "--text_encoder_2_lr"}  # of groups by name; of all others it is --text_encoder_lr
 
 
 class Word(str):
@@ -114,16 +116,20 @@ def make_inner(group: ParamGroup, o: OptimizerOptions) -> torch.optim.Optimizer:
     """
     kind = find_class(o)
     accepted = parameters_of(kind)  # name -> default
-    asked = dict(read_arguments(o.optimizer_args or ""))
+    asked = read_arguments(o.optimizer_args or "")
     refuse(_argument_problems(kind, accepted, asked))
     common = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
     arguments = {k: v for k, v in common.items() if k in accepted} | row_of(o).arguments(o, group) | asked
+    if asked.get("foreach") and "fused" not in asked:
+        arguments.pop("fused", None)  # our choice of a kernel, and the user has made another
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # some constructors print, into our progress line
             inner = kind([{"name": group["name"], "params": parameters_for(kind, group)}], **arguments)
-    except (TypeError, ValueError, IndexError, AssertionError, RuntimeError) as error:
+    except (TypeError, ValueError, IndexError, ArithmeticError, AssertionError, RuntimeError) as error:
+        flag = RATE_FLAGS.get(group["name"], "--text_encoder_lr")
         raise UserError(Problem(
-            f"--optimizer {o.optimizer} refuses its arguments", "--optimizer_args, --learning_rate", str(error),
+            f"--optimizer {o.optimizer} refuses its arguments", f"group {group['name']}: --optimizer_args, {flag}",
+            str(error),
             f"it was given {', '.join(f'{k}={v!r}' for k, v in arguments.items())}; change what it names")) from error
     if averages(inner):
         inner.train()
@@ -172,25 +178,57 @@ def parameters_of(kind: type) -> dict[str, object]:
     return {name: p.default for name, p in inspect.signature(kind).parameters.items() if p.kind in named}
 
 
-def read_arguments(text: str) -> Iterator[tuple[str, object]]:
-    """"momentum=0.9 betas=(0.9, 0.99)" -> its pairs. Raises UserError for what is no name=VALUE."""
-    for part in filter(None, re.split(r"\s+(?=[A-Za-z_]\w*=)", text.strip())):
-        name, _, value = part.partition("=")
-        try:
-            yield name, WORDS[value.lower()] if value.lower() in WORDS else (
-                Word(value) if value.isidentifier() else ast.literal_eval(value))
-        except (ValueError, SyntaxError) as error:
-            raise UserError(Problem(
-                f"--optimizer_args cannot hold {part!r}", "--optimizer_args",
-                "a value is a number, true, false, none, a word, a tuple, or text in quotes",
-                "--optimizer_args \"d_coef=0.5 betas=(0.9, 0.99) mode=fast\", for example")) from error
+def read_arguments(text: str) -> Arguments:
+    """"momentum=0.9 betas=(0.9, 0.99)" -> its pairs. Raises UserError for what is no name=VALUE, or given twice."""
+    found: Arguments = {}
+    for part in filter(None, re.split(r"\s+(?=[A-Za-z_]\w*\s*=)", text.strip())):
+        name, _, value = map(str.strip, part.partition("="))
+        if not name.isidentifier():
+            raise _unreadable(part, "it stands for no argument's name, which is written without dashes")
+        if name in found:
+            raise UserError(Problem(f"{name} is given twice", "--optimizer_args",
+                                    "which of the two counts would be a guess", "remove one"))
+        found[name] = _read_value(part, value)
+    return found
+
+
+def _read_value(part: str, value: str) -> object:
+    if value.lower() in WORDS:
+        return WORDS[value.lower()]
+    try:
+        return Word(value) if value.isidentifier() else ast.literal_eval(value)
+    except (ValueError, SyntaxError) as error:
+        raise _unreadable(part, "a value is a number, true, false, none, a word, a tuple, or text in quotes") from error
+
+
+def _unreadable(part: str, why: str) -> UserError:
+    return UserError(Problem(f"--optimizer_args cannot hold {part!r}", "--optimizer_args", why,
+                             "--optimizer_args \"d_coef=0.5 betas=(0.9, 0.99) mode=fast\", for example"))
 
 
 def decisive_arguments(o: OptimizerOptions) -> str | None:
-    """--optimizer_args, in order of their names and without those that change no bit of a run."""
-    free = getattr(find_class(o), "CHANGE_NO_BIT", ())
-    asked = sorted((name, value) for name, value in read_arguments(o.optimizer_args or "") if name not in free)
-    return " ".join(f"{name}={value}" for name, value in asked) or None
+    """What --optimizer_args come to, in order of their names: spellings of one run give one text.
+
+    Presets are spelled out and numbers compared as numbers. Left out is what changes no bit of a run and what the class
+    has by default, unless another flag has a say in it.
+    """
+    kind = find_class(o)
+    defaults, free = parameters_of(kind), getattr(kind, "CHANGE_NO_BIT", ())
+    flags = {"weight_decay", *row_of(o).arguments(o, _ANY_GROUP)}
+    asked = getattr(kind, "spelled_out", dict)(read_arguments(o.optimizer_args or ""))
+    counts = {name: _number(value) for name, value in sorted(asked.items()) if name not in free and (
+        name in flags or name not in defaults or _number(value) != _number(defaults[name]))}
+    return " ".join(f"{name}={value}" for name, value in counts.items()) or None
+
+
+_ANY_GROUP: ParamGroup = {"name": "", "params": [], "lr": 1.0, "weight_decay": 0.0, "first_step": 1.0}
+
+
+def _number(value: object) -> object:
+    """Numbers, in tuples too, as floats: 1 and 1.0 are one value."""
+    if isinstance(value, tuple | list):
+        return tuple(map(_number, value))
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53 else value
 
 
 def _argument_problems(kind: type, accepted: Mapping[str, object], asked: Mapping[str, object]) -> Iterator[Problem]:
@@ -206,8 +244,9 @@ def _argument_problems(kind: type, accepted: Mapping[str, object], asked: Mappin
     for name, value in asked.items():
         default = accepted.get(name, "")
         if isinstance(value, Word) and not isinstance(default, str):
+            wanted = "True or False" if isinstance(default, bool) else f"{default}, for example"
             yield Problem(f"{kind.__name__} takes no word as {name}", f"--optimizer_args {name}={value}",
-                          f"its default is {default}", f"--optimizer_args {name}={default}, for example")
+                          f"its default is {default}", f"--optimizer_args {name}={wanted}")
 
 
 def _why_unknown(kind: type, names: Collection[str]) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from itertools import groupby
 from typing import NoReturn
 
-from trainkit.errors import Problem, UserError
+from trainkit.errors import Problem, UserError, refuse
 from trainkit.options.base import Flag
 
 MISSING = object()  # stands for the value of a flag that was given none
@@ -24,6 +25,25 @@ Dashes work for underscores; every switch has a --no_ twin and takes =True or =F
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(Problem("the command line cannot be read", "command line", message, "see --help"))
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None,
+    ) -> tuple[argparse.Namespace, list[str]]:
+        found, leftovers = super().parse_known_args(args, namespace)
+        refuse(self._dashed(args or [], leftovers))
+        return found, leftovers
+
+    def _dashed(self, args: Sequence[str], leftovers: Sequence[str]) -> Iterator[Problem]:
+        """--name=value behind a flag of many words, and like no flag: it is one of those words."""
+        flags = self._option_string_actions
+        many = None
+        for word in args:
+            name = word.partition("=")[0]
+            if name in flags:
+                many = name if flags[name].nargs == "*" else None
+            elif many and name != word and word in leftovers and not get_close_matches(name, flags, cutoff=0.85):
+                yield Problem(f"no flag is called {name}", many, f"if it is one of the words of {many}: those have no "
+                              "dashes", f"{many} {word.lstrip('-')}")
 
 
 def make_parser(flags: Iterable[Flag], description: str, titles: Mapping[str, str]) -> argparse.ArgumentParser:
@@ -54,7 +74,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
     text = help_text(flag).replace("%", "%%")
     if not flag.is_switch:
-        words = {"nargs": "*"} if flag.many else {"nargs": "?", "const": MISSING}
+        words = {"nargs": "*", "action": "extend"} if flag.many else {"nargs": "?", "const": MISSING}
         group.add_argument(f"--{flag.name}", **words, metavar=flag.metavar, help=text)
         return
     group.add_argument(f"--{flag.name}", nargs="?", const="true", help=text)

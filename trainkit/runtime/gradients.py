@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HISTORY = 20  # losses kept for the message when a run diverges
+WEAKER = "lower --learning_rate, or what else may be too strong (--optimizer_args, --fourier_weight, --dist_match)"
 
 
 class Steppable(Protocol):
@@ -105,6 +106,8 @@ class Gradients:
             optimizer.step()
         self._close(optimizer, loss)
         self._count(step, loss, norm, finite=finite)
+        if self.in_a_row > self.max_skipped:
+            raise self._diverged(step, optimizer.params)
         return Update(loss, norm, skipped=not finite, votes=tuple(summed))
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Json]]:
@@ -143,15 +146,20 @@ class Gradients:
         scale = 1.0 if self.scaler is None else self.scaler.get_scale()
         self.in_a_row += not (math.isfinite(loss) and scale > 1)  # a scaler looking for its scale is no news
         log.warning("step %d skipped: loss %g, gradient norm %g; weights are unchanged", step + 1, loss, norm)
-        if self.in_a_row > self.max_skipped:
-            raise UserError(Problem(
-                what=f"{self.in_a_row} steps in a row were not finite, the last one step {step + 1}", kind="nonfinite",
-                where="losses before it: " + ", ".join(f"{x:.4g}" for x in self.history),
-                why="the weights are those of the last finite step; more steps would not change them",
-                fix="lower --learning_rate, or use --mixed_precision bf16 or no, and start anew; or go back to a "
-                    f"checkpoint from before step {step + 2 - self.in_a_row} "
-                    f"(the newest is {self.last_checkpoint() or 'none'})",
-            ))
+
+    def _diverged(self, step: int, params: Sequence[Tensor]) -> UserError:
+        """The end of a run at optimizer step `step`: whether the weights are still worth something, and what to do."""
+        first = step + 2 - self.in_a_row  # of the steps in a row, counted from 1
+        whole = all(p.isfinite().all().item() for p in params)
+        precision = ", or use --mixed_precision bf16 or no" if whole else ""
+        return UserError(Problem(
+            what=f"{self.in_a_row} steps in a row were not finite, the last one step {step + 1}", kind="nonfinite",
+            where="losses before it: " + ", ".join(f"{x:.4g}" for x in self.history),
+            why="the weights are those of the last finite step; more steps would not change them" if whole else
+                "the weights themselves are not finite: the update of the last finite step was too large for them",
+            fix=f"{WEAKER}{precision}, and start anew; or go back to a checkpoint from before step "
+                f"{first if whole else first - 1} (the newest is {self.last_checkpoint() or 'none'})",
+        ))
 
 
 def total_norm(grads: Sequence[Tensor]) -> float:

@@ -12,7 +12,7 @@ from trainkit.optim.hina import rules
 from trainkit.optim.hina.memory import state_kinds
 from trainkit.optim.hina.rank import lora_pairs
 from trainkit.optim.hina.roles import anchored, is_factor, names_of, no_factor
-from trainkit.optim.hina.settings import MEMORY_FLAGS, RULE_FLAGS
+from trainkit.optim.hina.settings import DEFAULTS, KNOBS, MEMORY_FLAGS, RULE_FLAGS
 
 Group = Mapping[str, object]
 NO_PAIR = "the group holds no LoRA pair (LoRA+ parts A from B)"
@@ -94,7 +94,11 @@ def no_use(group: Group, flag: str) -> str:
 
 
 def warnings_of(group: Group) -> Iterator[str]:
-    """What the group's settings say twice or against each other."""
+    """What the group's settings say twice, against each other, or for nobody."""
+    for switch, knobs in KNOBS.items():
+        idle = [name for name in knobs if group[name] != DEFAULTS[name]]
+        if idle and not group[switch]:
+            yield f"{', '.join(idle)}: read with {switch}=True only, which is off"
     if group["use_grams"] and group["use_cautious"]:
         yield "use_cautious changes nothing beside use_grams, which already takes the gradient's sign"
     if group["use_spd"] and group["weight_decay"] > 0:

@@ -10,6 +10,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -136,9 +137,12 @@ def optimize_for_vram(optimizer: torch.optim.Optimizer, target_vram_gb: float) -
     Raising the budget takes nothing back: see `restore_states`.
 
     Returns {"before", "after", "target" in bytes, "actions": [{"what", "freed_bytes"}], "achieved",
-    "shortfall_bytes"}. On the CPU there is nothing to free. Raises ValueError for a target that is not above 0.
+    "shortfall_bytes"}. On the CPU there is nothing to free. Raises TypeError for a target that is no number, ValueError
+    for one that is not above 0 or above 1e9.
     """
-    if not target_vram_gb > 0:
+    if not isinstance(target_vram_gb, Real):
+        raise TypeError(f"target_vram_gb is {target_vram_gb!r}: give the gigabytes as a number, 6.0 for example")
+    if not 0 < target_vram_gb <= 1e9:
         raise ValueError(f"target_vram_gb is {target_vram_gb}: give the gigabytes training may take, 6.0 for example")
     for group in optimizer.param_groups:
         group["vram_budget_gb"] = float(target_vram_gb)

@@ -12,10 +12,21 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from trainkit.optim.hina import info, memory, rules
+from trainkit.optim.hina.placing import MASTER, REDUCED
 from trainkit.optim.hina.rank import lora_pairs
 from trainkit.optim.hina.regularize import is_kernel, share_out
 from trainkit.optim.hina.roles import Role, roles
-from trainkit.optim.hina.settings import CHANGE_NO_BIT, DEFAULTS, RULE_FLAGS, Value, check, resolve, why_unknown
+from trainkit.optim.hina.settings import (
+    CHANGE_NO_BIT,
+    DEFAULTS,
+    Value,
+    check,
+    is_adamw,
+    plain_value,
+    resolve,
+    spelled_out,
+    why_unknown,
+)
 from trainkit.optim.hina.storage import Chunk, arrived, is_offloaded, lend, restore, scratch_limit, scratch_of, stream
 from trainkit.optim.hina.work import Facts, Pad, Work
 
@@ -42,7 +53,9 @@ class HinaAdaptive(torch.optim.Optimizer):
 
     CHANGE_NO_BIT = CHANGE_NO_BIT
     WANTS_NAMES = True  # a tensor's name tells what it is for, see roles.py
+    GROUP_STATE = ("mask_lr",)  # where lr_mask started: what a saved mask is measured against
     why_unknown = staticmethod(why_unknown)
+    spelled_out = staticmethod(spelled_out)
 
     def __init__(
         self, params: Iterable[Tensor] | Iterable[Group] | Iterable[tuple[str, Tensor]], lr: float = 1e-3, *,
@@ -86,6 +99,7 @@ class HinaAdaptive(torch.optim.Optimizer):
             raise ValueError(f"the state dict has schema {schemas}, this is {SCHEMA}: use the version that wrote it")
         if any(group.get("amsgrad") or group.get("maximize") for group in state_dict["param_groups"]):
             raise ValueError("the state dict is of an optimizer with amsgrad or maximize: HinaAdaptive has neither")
+        refuse_shapes(self.param_groups, state_dict)
         super().load_state_dict(state_dict)
         restore(self, state_dict)
 
@@ -147,7 +161,9 @@ OF_GROUPS = {"params", "param_names", "name", "initial_lr", "clock", "rank_debt"
 
 
 def complete(group: Group) -> None:
-    """What moves with the steps, as plain numbers: steps so far, and learning rates since the last proximal step."""
+    """Plain numbers for all settings, and what moves: steps so far, learning rates since the last proximal step."""
+    for name in DEFAULTS.keys() & group.keys():
+        group[name] = plain_value(group[name])
     group.setdefault("schema", SCHEMA)
     group.setdefault("clock", 0)
     group.setdefault("rank_debt", 0.0)
@@ -164,10 +180,20 @@ def refuse_gradient(grad: Tensor) -> None:
         raise ValueError("HinaAdaptive cannot use sparse gradients: use torch.optim.SparseAdam for these parameters")
 
 
+def refuse_shapes(groups: Sequence[Group], state_dict: Mapping[str, object]) -> None:
+    """Raises ValueError where a saved state is of another shape than its parameter."""
+    saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+    params = [p for group in groups for p in group["params"]]
+    for i, p in zip(saved, params, strict=False):  # torch says it where their numbers differ
+        for name, value in state_dict["state"].get(i, {}).items():
+            if name in (*REDUCED, MASTER) and value.shape != p.shape:
+                raise ValueError(f"the state dict's {name} of tensor {i} is {tuple(value.shape)}, the tensor here "
+                                 f"{tuple(p.shape)}: load the state of the same model")
+
+
 def is_plain(group: Mapping[str, object], p: Tensor) -> bool:
     """Whether a step is torch's AdamW: no rule on, nothing to round."""
-    rounds = group["reduce_precision"] or p.dtype == torch.bfloat16
-    return not rounds and not any(group[flag] for flag in RULE_FLAGS)
+    return p.dtype != torch.bfloat16 and is_adamw(group)
 
 
 def steps_of(opt: HinaAdaptive, params: Sequence[Tensor], *, on_device: bool) -> list[Tensor]:

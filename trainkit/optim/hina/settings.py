@@ -6,9 +6,10 @@ Every setting that moves a number lives in the parameter groups, so each group c
 from __future__ import annotations
 
 import difflib
-import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from numbers import Real
 
 Value = bool | int | float | str | tuple[float, float] | None
 
@@ -100,6 +101,19 @@ RULE_FLAGS = (  # each leaves torch's AdamW when on; in the order in which they 
 MEMORY_FLAGS = ("memory_efficient", "reduce_precision", "cpu_offload_states", "adaptive_features",
                 "emergency_simplify", "master_weights")
 
+KNOBS = {  # what is read under its switch alone
+    "use_orthogonal_grad": ("orthogonal_restore_norm",),
+    "use_tam": ("tam_beta",),
+    "spatial_awareness": ("frequency_penalty", "detail_preservation"),
+    "edge_suppression": ("edge_penalty", "edge_threshold"),
+    "use_lr_mask": ("lr_bump", "min_lr", "max_lr", "warmup_steps", "lr_mask_always"),
+    "use_dynamic_adaptation": ("adaptation_strength", "relationship_discovery_interval", "importance_decay",
+                               "compatibility_threshold"),
+    "dynamic_weight_decay": ("wd_transition_steps", "wd_decay_factor", "wd_min_ratio"),
+    "use_spd": ("spd_lambda", "spd_anchor"),
+    "lora_rank_penalty": ("rank_penalty_strength", "low_rank_emphasis", "rank_penalty_interval",
+                          "rank_penalty_target"),
+}
 CHANGE_NO_BIT = ("memory_efficient", "vram_budget_gb", "cpu_offload_states", "max_buffer_memory_mb")  # of a result
 
 LOSS = "an optimizer sees no picture: use --loss_type fourier (freq_loss.FourierLoss)"
@@ -124,9 +138,21 @@ def resolve(given: Mapping[str, Value], preset: str = "adamw") -> dict[str, Valu
             raise TypeError(f"HinaAdaptive takes no {name}: {why_unknown(name) or 'leave it out'}")
     if preset not in PRESETS:
         raise ValueError(f"there is no preset {preset!r}: use {' or '.join(map(repr, PRESETS))}")
-    values = DEFAULTS | PRESETS[preset] | dict(given)
+    values = DEFAULTS | PRESETS[preset] | {name: plain_value(value) for name, value in given.items()}
     check(values)
     return values
+
+
+def spelled_out(given: Mapping[str, object]) -> dict[str, object]:
+    """Arguments with what their preset stands for in its place."""
+    return PRESETS.get(str(given.get("preset")), {}) | {k: v for k, v in given.items() if k != "preset"}
+
+
+def plain_value(value: object) -> object:
+    """Python's own number in place of numpy's or of a tensor without axes, which no file of plain values holds."""
+    if isinstance(value, tuple | list):
+        return tuple(map(plain_value, value))
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
 
 
 def why_unknown(name: str) -> str:
@@ -150,7 +176,7 @@ def _problems(v: Mapping[str, Value]) -> Iterator[str]:
     """Kinds first, because ranges compare numbers."""
     yield from (p for name in DEFAULTS for p in _kind_problem(name, v[name]))
     if not (isinstance(v["betas"], tuple | list) and len(v["betas"]) == 2
-            and all(_is_number(b) and 0 <= b < 1 for b in v["betas"])):
+            and all(is_number(b) and 0 <= b < 1 for b in v["betas"])):
         yield f"betas {v['betas']!r} are no two rates of decay: give two numbers in [0, 1)"
     for names, fits, range_ in RANGES:
         yield from (f"{n} {v[n]!r} is out of range: give a number {range_}" for n in names if not fits(v[n]))
@@ -165,16 +191,25 @@ def _contradictions(v: Mapping[str, Value]) -> Iterator[str]:
         yield "foreach and fused are both asked for: use one of them"
     if v["min_lr"] > v["max_lr"]:
         yield f"min_lr {v['min_lr']:g} is above max_lr {v['max_lr']:g}: lower it"
+    if v["eps"] < LEAST_EPS and is_adamw(v):
+        yield f"eps {v['eps']:g} leaves AdamW 0/0 where a gradient is 0: give a number of at least {LEAST_EPS:g}"
+    if v["lr"] * v["weight_decay"] > 1:
+        yield f"weight_decay {v['weight_decay']:g} at lr {v['lr']:g} takes more than the weight itself: lower it"
     start = v.get("mask_lr", v["lr"])
     if v["use_lr_mask"] and not v["min_lr"] <= start <= v["max_lr"]:
         yield (f"use_lr_mask starts at lr {start:g}, outside min_lr {v['min_lr']:g} to max_lr {v['max_lr']:g}: "
                "widen them or change lr")
 
 
+def is_adamw(v: Mapping[str, object]) -> bool:
+    """Whether a step is torch's kernel for fp32 weights, with no rule on and no state to round."""
+    return not v["reduce_precision"] and not any(v[flag] for flag in RULE_FLAGS)
+
+
 def _kind_problem(name: str, value: object) -> Iterator[str]:
     kind = KINDS[name]
     fits = {"bool": isinstance(value, bool), "bool | None": value is None or isinstance(value, bool),
-            "int": isinstance(value, int) and not isinstance(value, bool), "float": _is_number(value),
+            "int": isinstance(value, int) and not isinstance(value, bool), "float": is_number(value),
             "str": isinstance(value, str)}.get(kind, True)
     if not fits:
         words = {"bool": "True or False", "bool | None": "True, False or None", "int": "a whole number",
@@ -182,15 +217,18 @@ def _kind_problem(name: str, value: object) -> Iterator[str]:
         yield f"{name} {value!r} is of the wrong kind: give {words[kind]}"
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
+LEAST_EPS = 1e-30  # above 0 in fp32, in which the rules have such a bound of their own
 CHOICES = {"spd_anchor": ("auto", "zero", "init"), "rank_penalty_target": ("factors", "product")}
 RANGES = (
-    (("lr", "eps", "weight_decay", "edge_penalty", "lr_bump", "adaptation_strength", "rank_penalty_strength",
-      "warmup_steps"), lambda x: x >= 0, "of at least 0"),
-    (("min_lr", "max_lr", "vram_budget_gb", "max_buffer_memory_mb"), lambda x: x > 0, "above 0"),
+    (("lr", "eps", "weight_decay", "edge_penalty", "lr_bump", "adaptation_strength", "rank_penalty_strength"),
+     lambda x: 0 <= x <= 1e6, "in [0, 1e6]"),
+    (("min_lr", "max_lr"), lambda x: 0 < x <= 1e6, "above 0 and at most 1e6"),
+    (("vram_budget_gb", "max_buffer_memory_mb"), lambda x: 0 < x <= 1e9, "above 0 and at most 1e9"),
+    (("warmup_steps",), lambda x: x >= 0, "of at least 0"),
     (("relationship_discovery_interval", "rank_penalty_interval", "wd_transition_steps"), lambda x: x >= 1,
      "of at least 1"),
     (("tam_beta", "importance_decay", "edge_threshold", "detail_preservation"), lambda x: 0 <= x < 1, "in [0, 1)"),
