@@ -14,9 +14,11 @@ from __future__ import annotations
 import difflib
 import logging
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import Field, dataclass, fields, replace
 from functools import cached_property, lru_cache, partial
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -691,6 +693,7 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 HIGH_FREQ_BOUNDS = (1.0, 3.0)  # between which a high-frequency weight is clipped
 LEAST_SIDE = 2  # of pooled latents; a side of 1 has its mean alone
+LEAST_SPREAD = 1e-3  # latents and noise have a variance of about 1: what is flatter counts as being this flat
 # Factor of the high-frequency weight: its highest and lowest value, progress in [0,1] -> value
 CURVES: dict[str, Callable[[float, float, float], float]] = {
     "linear": lambda high, low, progress: high - (high - low) * progress,
@@ -773,8 +776,8 @@ def get_fourier_loss_config(name: str = "balanced") -> dict[str, object]:
 
     Raises ValueError for a name that is no preset.
     """
-    if name not in PRESETS:
-        raise ValueError(f"the Fourier preset {name!r} is not known{nearest(name, PRESETS)}: choose one of "
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ValueError(f"fourier_config {name!r} is no preset{nearest(str(name), PRESETS)}: choose one of "
                          f"{', '.join(PRESETS)}")
     return {f"fourier_{field}": value for field, value in PRESETS[name].items()}
 
@@ -862,16 +865,21 @@ def wiener(clean: Tensor, snr: Tensor) -> Tensor:
 
 
 class Gate(NamedTuple):
-    """What counts at a signal-to-noise ratio: how much of a sample, and how much of each of its frequencies."""
+    """What counts at a signal-to-noise ratio: how much of a sample, and how much of each of its frequencies.
+
+    fields: the settings it reads.
+    """
 
     sample: Callable[[Tensor, float, float], Tensor] | None = None  # snr [B], gate_min_snr, gate_max_snr -> [B]
     frequency: Callable[[Tensor, Tensor], Tensor] | None = None  # clean latents, snr [B] -> [B,h,w//2 + 1]
+    fields: tuple[str, ...] = ()
 
 
 GATES: dict[str, Gate] = {
     "none": Gate(),
-    "snr": Gate(sample=lambda snr, low, high: (snr >= low).to(snr)),
-    "linear": Gate(sample=lambda snr, low, high: ((snr / low).log() / math.log(high / low)).clamp(0, 1)),
+    "snr": Gate(sample=lambda snr, low, high: (snr >= low).to(snr), fields=("gate_min_snr",)),
+    "linear": Gate(sample=lambda snr, low, high: ((snr / low).log() / math.log(high / low)).clamp(0, 1),
+                   fields=("gate_min_snr", "gate_max_snr")),
     "wiener": Gate(frequency=wiener),
 }
 
@@ -897,23 +905,63 @@ FOURIER_NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "eps": (lambda v: 1e-15 <= v < 1, "from 1e-15, below which its square is 0, to below 1"),
 }
 NAMED_BANDS = {"low": (0.0, 1 / 3), "mid": (1 / 3, 2 / 3), "high": (2 / 3, 1.0)}
+FOURIER_TYPES: dict[str, tuple[type, Callable[[object], object], str]] = {  # by a field's annotation
+    "float": (Real, float, "a number"), "int": (Integral, int, "a whole number"), "str": (str, str, "text"),
+    "bool": (bool, bool, "True or False"),
+}
 
 
 def parsed_bands(text: str) -> list[tuple[float, float, float]]:
-    """"low:0.5,0.7-1:2" -> [(0, 1/3, 0.5), (0.7, 1, 2)]. Raises ValueError for what is no range and weight."""
-    found = []
-    for part in filter(None, text.replace(" ", "").split(",")):
+    """"0.7-1:2,low:0.5" -> [(0, 1/3, 0.5), (0.7, 1, 2)], in order.
+
+    Raises ValueError for what is no range and weight, and for ranges that overlap.
+    """
+    found, bare = [], text.replace(" ", "").lower()
+    for part in bare.split(",") if bare else ():
         name, _, value = part.partition(":")
         try:
-            low, high = NAMED_BANDS[name] if name in NAMED_BANDS else map(float, name.split("-"))
+            low, high = NAMED_BANDS[name] if name in NAMED_BANDS else map(float, re.split("(?<!e)-", name))
             weight = float(value)
         except ValueError:
             low, high, weight = 0.0, 0.0, -1.0
         if not (0 <= low < high <= 1 and 0 <= weight < math.inf):
-            raise ValueError(f"fourier_bands {part!r} is no range and weight: write high:2, low:0.5 or 0.25-0.5:3, "
-                             "with low, mid, high or a range within 0-1, and a weight of 0 or more")
+            raise ValueError(f"fourier_bands {part or text!r} is no range and weight: write high:2, low:0.5 or "
+                             "0.25-0.5:3, with low, mid, high or a range within 0-1, and a weight of 0 or more")
         found.append((low, high, weight))
+    found.sort()
+    if any(end > start for (_, end, _), (start, _, _) in zip(found, found[1:], strict=False)):
+        raise ValueError(f"fourier_bands {text!r} overlap, but a frequency has one weight: let each range begin where "
+                         "the one below it ends, or later")
     return found
+
+
+def written_bands(bands: Iterable[tuple[float, float, float]]) -> str:
+    """The one spelling of ranges and weights."""
+    names = {ends: name for name, ends in NAMED_BANDS.items()}
+    return ",".join(f"{names.get((low, high), f'{plain(low)}-{plain(high)}')}:{plain(weight)}"
+                    for low, high, weight in bands)
+
+
+def plain(number: float) -> str:
+    """2.0 -> "2"."""
+    return repr(float(number)).removesuffix(".0")
+
+
+def typed(field: Field, value: object) -> object:
+    """A setting that is no list, as its field's type; bands may be a list. Raises ValueError for another type."""
+    kind, optional, _ = str(field.type).partition(" | None")
+    if kind not in FOURIER_TYPES or optional and value is None:
+        return value
+    if field.name == "bands" and isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    wanted, make, what = FOURIER_TYPES[kind]
+    if not isinstance(value, wanted) or isinstance(value, bool) and kind != "bool":
+        example = "None, for what the mode says" if optional else f"the default {field.default!r}"
+        raise ValueError(f"fourier_{field.name} {value!r} is not {what}: give {what}, or {example}")
+    try:
+        return make(value)
+    except OverflowError:  # of a whole number that no float holds
+        return math.inf
 
 
 def listed(name: str, value: object, kind: type) -> tuple | None:
@@ -923,9 +971,9 @@ def listed(name: str, value: object, kind: type) -> tuple | None:
     parts = value if isinstance(value, (list, tuple)) else str(value).split(",")
     try:
         found = tuple(kind(part) for part in parts)
-        if found and all(number == float(part) for number, part in zip(found, parts, strict=True)):
+        if found and all(isinstance(part, str) or part == number for number, part in zip(found, parts, strict=True)):
             return found
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise ValueError(f"fourier_{name} {value!r} is no list of {'whole ' * (kind is int)}numbers: write it as 1,2,4")
 
@@ -933,6 +981,15 @@ def listed(name: str, value: object, kind: type) -> tuple | None:
 def shown(value: object) -> str:
     """(1, 2, 4) -> "1,2,4"."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def unread(loss: FourierLoss) -> set[str]:
+    """The settings that neither the mode nor the gate reads."""
+    read = {"normalize", *MODES[loss.mode].fields, *GATES[loss.timestep_gate].fields}
+    read |= {"scale_weights"} if "scales" in read else set()
+    read |= {"scale_high_freq_weights"} if "mix" in read else set()
+    optional = {field.name for field in fields(loss) if field.default is None}
+    return (optional | {"gate_min_snr", "gate_max_snr"}) - read
 
 
 def refuse_values(loss: FourierLoss) -> None:
@@ -944,27 +1001,26 @@ def refuse_values(loss: FourierLoss) -> None:
         value = getattr(loss, name)
         values = value if isinstance(value, tuple) else () if value is None else (value,)
         if not all(right(number) and number < math.inf for number in values):
-            raise ValueError(f"fourier_{name} {shown(value)} must be {what}, and finite")
-    parsed_bands(loss.bands)
+            raise ValueError(f"fourier_{name} {shown(value)} means nothing: give a finite number {what}")
 
 
 def refuse_pairs(loss: FourierLoss) -> None:
-    """Raises ValueError for settings that do not go together."""
-    if loss.gate_min_snr >= loss.gate_max_snr:
-        raise ValueError(f"fourier_gate_min_snr {loss.gate_min_snr} must be below fourier_gate_max_snr "
-                         f"{loss.gate_max_snr}")
-    high, low = loss.adaptive_max_weight, loss.adaptive_min_weight
+    """Raises ValueError for settings that are read and do not go together."""
+    read = {field.name: getattr(loss, field.name) for field in fields(loss) if field.name not in unread(loss)}
+    if "gate_max_snr" in read and loss.gate_min_snr >= loss.gate_max_snr:
+        raise ValueError(f"fourier_gate_min_snr {loss.gate_min_snr} is not below fourier_gate_max_snr "
+                         f"{loss.gate_max_snr}: lower the first, or raise the second")
+    high, low = read.get("adaptive_max_weight"), read.get("adaptive_min_weight")
     if high is not None and low is not None and low > high:
         raise ValueError(f"fourier_adaptive_min_weight {low} is above fourier_adaptive_max_weight {high}: give the "
                          "higher one as maximum")
-    if loss.mix and (len(loss.mix) != 2 or not sum(loss.mix)):
-        raise ValueError(f"fourier_mix {shown(loss.mix)} must be two numbers, what all scales count and what the "
-                         "full size does, and one above 0: write it as 0.6,0.4")
+    if "mix" in read and (len(loss.mix) != 2 or not sum(loss.mix)):
+        raise ValueError(f"fourier_mix {shown(loss.mix)} is not two numbers, what all scales count and what the "
+                         "full size does, with one above 0: write it as 0.6,0.4")
     for name in ("scale_weights", "scale_high_freq_weights"):
-        value = getattr(loss, name)
-        if loss.scales and value and len(value) != len(loss.scales):
-            raise ValueError(f"fourier_{name} {shown(value)} must have one number for each of fourier_scales "
-                             f"{shown(loss.scales)}")
+        if (value := read.get(name)) and len(value) != len(loss.scales):
+            raise ValueError(f"fourier_{name} {shown(value)} has {len(value)} numbers for the {len(loss.scales)} of "
+                             f"fourier_scales {shown(loss.scales)}: give one for each")
 
 
 def defaults(loss: FourierLoss) -> dict[str, object]:
@@ -989,6 +1045,35 @@ CAP_FLOOR = 0.1  # ... and how little it may count then
 @lru_cache
 def warn_once(message: str) -> None:
     logging.getLogger(__name__).warning(message)
+
+
+def refuse_tensors(
+    pred: Tensor, target: Tensor, *, mask: Tensor | None, clean: Tensor | None, **samples: Tensor | None,
+) -> None:
+    """Raises ValueError for tensors that do not fit: one number of each sample in `samples`, the others by pred."""
+    shape = tuple(pred.shape)
+    if pred.is_complex() or target.is_complex():
+        raise ValueError(f"pred and target of the Fourier loss are {pred.dtype} and {target.dtype}, but it compares "
+                         "real tensors: give those, not their spectra")
+    for name, like in {"target": target, "clean": clean}.items():
+        if like is not None and like.shape != pred.shape:
+            raise ValueError(f"pred {shape} and {name} {tuple(like.shape)} of the Fourier loss do not have one shape: "
+                             f"give {name} the shape of pred")
+    if not shape:
+        raise ValueError("pred and target of the Fourier loss are single numbers: give [B,...,h,w]")
+    for name, each in samples.items():
+        if each is not None and each.shape != shape[:1]:
+            raise ValueError(f"{name} {tuple(each.shape)} of the Fourier loss does not fit pred {shape}: give one "
+                             f"number of each sample, [{shape[0]}]")
+    if mask is not None and not spreads(mask.shape, shape):
+        raise ValueError(f"mask {tuple(mask.shape)} of the Fourier loss does not fit pred {shape}: give a shape that "
+                         "broadcasts to it, such as [B,1,h,w]")
+
+
+def spreads(small: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether a tensor of the first shape broadcasts to the second."""
+    pairs = zip(reversed(small), reversed(shape), strict=False)
+    return len(small) <= len(shape) and all(a in (1, b) for a, b in pairs)
 
 
 class FourierPart(NamedTuple):
@@ -1017,9 +1102,11 @@ class FourierLoss:
     None stands for what the mode says (`MODES`), and is filled in where the mode reads it.
     mix         α, β; adaptive_scaling: α(1 + ½(1−π)) and β(1 + ½π), divided by their sum
     normalize   p and t are divided by the target's standard deviation (target: magnitude's default), by their own
-                (separate), or not (none: complex's default); of one sample, one scale, inside its mask
+                (separate), or not (none: complex's default); of one sample, one scale, inside its mask, and
+                0.001 at least (`LEAST_SPREAD`)
     space       what pred and target are: prediction, or x0 (no mean of a channel counts)
-    bands       weights of ranges of ρ̂ of the latents, as "low:0.5,high:2" or "0.25-0.5:3"; the others keep 1
+    bands       weights of ranges of ρ̂ of the latents, as "low:0.5,high:2" or "0.25-0.5:3", which may not overlap; the
+                others keep 1
     balance     cap: b = clamp(10·base/L_F, 0.1, 1), without a gradient; none: b = 1
     timestep_gate  none; snr: g = 1 from gate_min_snr; linear: g from 0 to 1 in log SNR up to gate_max_snr; wiener:
                 Δ times the share of signal in its frequency at that noise level, by the sample's own clean latents
@@ -1057,8 +1144,10 @@ class FourierLoss:
 
     def __post_init__(self) -> None:
         fill = vars(self).update  # frozen for everybody else
+        fill({field.name: typed(field, getattr(self, field.name)) for field in fields(self)})
         fill({name: listed(name, getattr(self, name), kind) for name, kind in FOURIER_LISTS.items()})
         refuse_values(self)
+        fill({"bands": written_bands(parsed_bands(self.bands))})
         fill(defaults(self))
         refuse_pairs(self)
 
@@ -1068,15 +1157,15 @@ class FourierLoss:
         names = {f"fourier_{field.name}": field.name for field in fields(cls)}
         for key in config:
             if key not in names:
-                raise ValueError(f"{key!r} is no setting of the Fourier loss{nearest(key, names)}: choose one "
+                raise ValueError(f"{key!r} is no setting of the Fourier loss{nearest(str(key), names)}: choose one "
                                  f"of {', '.join(names)}")
         return cls(**{names[key]: value for key, value in config.items()})
 
     def config(self) -> dict[str, object]:
-        """The resolved settings by the names of their flags, for JSON; without what nobody gave or reads."""
-        values = {f"fourier_{field.name}": getattr(self, field.name) for field in fields(self)}
-        return {name: shown(value) if isinstance(value, tuple) else value
-                for name, value in values.items() if value is not None}
+        """The resolved settings by the names of their flags, for JSON; without what mode and gate do not read."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in unread(self)}
+        return {f"fourier_{name}": shown(value) if isinstance(value, tuple) else value
+                for name, value in values.items()}
 
     def __call__(
         self, pred: Tensor, target: Tensor, *, base: Tensor, factor: Tensor | None = None, step: int, total_steps: int,
@@ -1092,10 +1181,11 @@ class FourierLoss:
 
         Raises ValueError for tensors that do not fit, or that a gate lacks.
         """
+        refuse_tensors(pred, target, mask=mask, clean=clean, base=base, factor=factor, snr=snr)
         zeros = widened(base.detach()).new_zeros(len(base))
         nothing = FourierPart(zeros, zeros, zeros)
         rate = self.weight * self.ramp(step) * gain
-        if not self._spatial(pred, target) or not rate:
+        if not self._spatial(pred) or not rate:
             return nothing
         factor = torch.ones_like(zeros) if factor is None else factor.detach().to(zeros)
         weight = rate * self._gate(snr, clean, zeros)
@@ -1113,9 +1203,10 @@ class FourierLoss:
         self, pred: Tensor, target: Tensor, *, progress: float = 0.0, mask: Tensor | None = None,
         snr: Tensor | None = None, clean: Tensor | None = None,
     ) -> Tensor:
-        """g · L_F of pred and target [B,...,h,w] -> [B], fp32 (fp64 of fp64)."""
+        """g · L_F of pred and target [B,...,h,w] -> [B], fp32 (fp64 of fp64). Raises ValueError as a call does."""
+        refuse_tensors(pred, target, mask=mask, clean=clean, snr=snr)
         zeros = widened(pred.detach()).new_zeros(len(pred))
-        if not self._spatial(pred, target):
+        if not self._spatial(pred):
             return zeros
         gate = self._gate(snr, clean, zeros)
         return gate * self._compare(pred, target, gate > 0, progress, mask, snr, clean)
@@ -1165,12 +1256,14 @@ class FourierLoss:
         scales, shares, high = (1,), (1.0,), (1.0,)
         if "scales" in MODES[self.mode].fields:
             scales, shares = self.scales, self.scale_weights
-            high = self.scale_high_freq_weights or (1.0,) * len(scales)
+            high = self.scale_high_freq_weights if "mix" in MODES[self.mode].fields else (1.0,) * len(scales)
         valid = [term for term in zip(shares, scales, high, strict=True) if term[1] * LEAST_SIDE <= side]
+        if side < LEAST_SIDE:
+            raise ValueError(f"latents with a side of {side} have no frequencies for the Fourier loss, which needs 2x2 "
+                             "or more: train at a higher resolution")
         if not valid:
-            raise ValueError(f"latents with a side of {side} are too small for the Fourier loss with scales "
-                             f"{shown(scales)}: each must leave 2x2 or more, so add the scale 1, or train at a higher "
-                             "resolution")
+            raise ValueError(f"fourier_scales {shown(scales)} leave less than 2x2 of latents with a side of {side}: "
+                             "add the scale 1, or train at a higher resolution")
         total = sum(share for share, _, _ in valid)
         return [(share / total, scale, h) for share, scale, h in valid]
 
@@ -1182,11 +1275,8 @@ class FourierLoss:
             plan[scale] = flat + share, tilted + share * (clip(high) - 1)
         return plan
 
-    def _spatial(self, pred: Tensor, target: Tensor) -> bool:
-        """Whether there are spectra; of too few axes it warns once. Raises ValueError for different shapes."""
-        if pred.shape != target.shape:
-            raise ValueError(f"pred {tuple(pred.shape)} and target {tuple(target.shape)} of the Fourier loss must have "
-                             "one shape")
+    def _spatial(self, pred: Tensor) -> bool:
+        """Whether there are spectra; of too few axes it warns once."""
         if pred.ndim < 3:
             warn_once(f"the Fourier loss needs tensors of at least 3 axes, [B,...,h,w], not {tuple(pred.shape)}: "
                       "it adds nothing for such batches")
@@ -1194,7 +1284,7 @@ class FourierLoss:
 
     def _gate(self, snr: Tensor | None, clean: Tensor | None, like: Tensor) -> Tensor:
         """g -> [B]. Raises ValueError without what the gate goes by."""
-        sample, frequency = GATES[self.timestep_gate]
+        sample, frequency, _ = GATES[self.timestep_gate]
         if (sample or frequency) and snr is None or frequency and clean is None:
             raise ValueError(f"fourier_timestep_gate {self.timestep_gate} goes by the signal-to-noise ratio snr [B]"
                              f"{' and the clean latents' if frequency else ''}, which are missing: give them, or use "
@@ -1228,10 +1318,10 @@ class FourierLoss:
         return (error * (shares[0] * flat + shares[1] * tilted)).sum((-2, -1))
 
     def _size(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Standard deviation inside the mask, of x that it multiplied already -> [B,1,1,1]."""
+        """Standard deviation inside the mask, of x that it multiplied already, LEAST_SPREAD or more -> [B,1,1,1]."""
         axes = (2, 3) if self.space == "x0" else (1, 2, 3)
         middle, share = x.mean(axes, True), 1.0
         if mask is not None:
             middle = mask * (middle / mask.mean(axes, True).clamp(min=TINY))
             share = mask.square().mean((1, 2, 3), True).clamp(min=TINY)
-        return ((x - middle).square().mean((1, 2, 3), True) / share + self.eps**2).sqrt()
+        return ((x - middle).square().mean((1, 2, 3), True) / share + self.eps**2).sqrt().clamp(min=LEAST_SPREAD)

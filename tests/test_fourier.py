@@ -116,7 +116,56 @@ def test_what_the_loss_cannot_compute_is_one_problem():
     o = read("--loss_type=fourier", "--fourier_mode=multiscale", "--fourier_scales=16").fourier_loss
     assert not list(problems(o, "l2", (4, 8, 8)))
     (problem,) = problems(o, "fourier", (4, 8, 8))
-    assert "scales 16" in problem.why and "add the scale 1" in problem.fix
+    assert "scales 16" in problem.why and "add the scale 1" in problem.fix and problem.where == "--fourier_scales"
+
+
+def test_all_settings_that_the_loss_refuses_are_told_at_once_each_with_its_flag_and_a_next_step():
+    o = read("--loss_type=fourier", "--fourier_mode=unified", "--fourier_scales=1,2", "--fourier_scale_weights=1",
+             "--fourier_mix=1", "--fourier_bands=tall:2", "--fourier_timestep_gate=linear",
+             "--fourier_gate_min_snr=20").fourier_loss
+    found = list(problems(o, "fourier", (4, 8, 8)))
+    assert {problem.where for problem in found} == {"--fourier_scale_weights", "--fourier_mix", "--fourier_bands",
+                                                    "--fourier_gate_min_snr"}
+    assert len(found) == 4 and all(problem.fix and "--fourier_" in problem.why for problem in found)
+    too_low = FourierOptions(fourier_timestep_gate="linear", fourier_gate_max_snr=0.05)
+    assert len(list(problems(too_low, "fourier", (4, 8, 8)))) == 1, "the default refused, and no second time"
+    (problem,) = problems(FourierOptions(), "fourier", (4, 1, 1))
+    assert problem.where == "--resolution" and problem.fix == "train at a higher resolution"
+
+
+@pytest.mark.parametrize("argv", [
+    ["--fourier_scales=a"], ["--fourier_scales=1.5"], ["--fourier_eps=2"], ["--fourier_mix=0,0"],
+    ["--fourier_adaptive_max_weight=1", "--fourier_adaptive_min_weight=2"], ["--fourier_scales=0"],
+    ["--fourier_bands=low:2,low:3"], ["--fourier_scale_weights=1"], ["--fourier_bands= , "],
+    ["--fourier_scales=a", "--fourier_scale_weights=1,1"],
+    ["--fourier_timestep_gate=linear", "--fourier_gate_min_snr=5", "--fourier_gate_max_snr=2"]])
+def test_each_refusal_names_the_flag_that_was_given_and_what_to_give(argv):
+    o = read("--loss_type=fourier", "--fourier_mode=unified", *argv).fourier_loss
+    (problem,) = problems(o, "fourier", (4, 8, 8))
+    assert any(word.startswith(problem.where + "=") for word in argv)
+    assert problem.why.startswith(problem.where) and problem.fix
+
+
+def test_lists_and_numbers_in_a_config_file_read_as_on_the_command_line(tmp_path):
+    config = tmp_path / "run.toml"
+    config.write_text('[fourier_loss]\nscales = 2\nscale_weights = [1.0, 2, 0.5]\nmix = [0.5, 0.25]\n'
+                      'bands = ["low:0.5", "high:2"]\n', "utf-8")
+    fourier = read("--config", str(config)).fourier_loss
+    assert (fourier.fourier_scales, fourier.fourier_scale_weights, fourier.fourier_mix, fourier.fourier_bands) == (
+        "2", "1,2,0.5", "0.5,0.25", "low:0.5,high:2")
+    with pytest.raises(UserError, match="--fourier_scales cannot be True"):
+        config.write_text("fourier_scales = true\n")
+        read("--config", str(config))
+
+
+def test_settings_without_effect_are_not_part_of_what_a_run_is():
+    plain_run = read("--loss_type=fourier").fourier_loss.decisive()
+    for idle in ("--fourier_adaptive_max_weight=3", "--fourier_gate_max_snr=50", "--fourier_scales=1,2"):
+        opt = read("--loss_type=fourier", idle)
+        assert any("has no effect" in notice for notice in opt.notices())
+        assert opt.fourier_loss.decisive() == plain_run
+    spellings = [read("--loss_type=fourier", f"--fourier_bands={bands}") for bands in (" low:0.50", "low:0.5")]
+    assert spellings[0].fourier_loss.decisive() == spellings[1].fourier_loss.decisive() != plain_run
 
 
 def test_several_words_after_optimizer_args_are_one_value():
@@ -287,6 +336,39 @@ def test_the_gain_ignores_warm_up_and_broken_steps_and_stays_in_bounds():
     without = Gain(None)
     without.update(1.0, 1e-3)
     assert without.value == 1.0
+
+
+def test_a_share_that_cannot_be_held_is_told_once(caplog):
+    for unit, words in ((1e-9, ("1000", "smaller share; raise --fourier_weight 0.05")),
+                        (1e9, ("0.001", "larger share; lower --fourier_weight"))):
+        caplog.clear()
+        one = FourierTerm(FourierLoss(warmup_steps=0), total_steps=10, target_share=0.2)
+        for _ in range(3):
+            one.seen, one.rate = torch.tensor([unit, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]), 1.0
+            one.describe()
+        assert len(caplog.records) == 1 and all(word in caplog.text for word in words)
+    caplog.clear()
+    one = with_term(term())
+    one.loss(outcome(one))
+    one.loss.terms[0].describe()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("warmup", "ramp", "total", "said"), [
+    (10, 0, 10, "counts in none of the 10"), (9, 5, 10, "counts in none of the 10"), (0, 0, 10, None),
+    (5, 10, 10, "40 % of it in the last of the 10 steps"), (5, 4, 10, None), (5, 5, 10, "80 % of it")])
+def test_a_weight_that_is_never_reached_in_full_is_warned_of(caplog, warmup, ramp, total, said):
+    o = FourierOptions(fourier_warmup_steps=warmup, fourier_ramp_steps=ramp)
+    make_fourier(o, "fourier", total_steps=total, note=lambda **facts: None)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == (said is not None) and all(said in warning for warning in warnings)
+
+
+@pytest.mark.parametrize("weight", ["0", "1e-60"])
+def test_a_weight_of_nothing_is_said_to_be_no_term(weight):
+    (notice,) = read("--loss_type=fourier", f"--fourier_weight={weight}").notices()
+    assert "no term at all" in notice and "--fourier_base_loss l2 alone" in notice
+    assert not read("--loss_type=fourier", "--fourier_weight=1e-6").notices()
 
 
 def test_a_term_without_the_flag_is_none():

@@ -255,7 +255,9 @@ def test_the_trainers_know_which_flags_a_mode_reads_and_which_modes_move(mode: s
     dict(mode="multiscale", scales="0"), dict(mode="multiscale", scales="1,2", scale_weights="1"),
     dict(mode="multiscale", scale_weights="1,-1"), dict(high_freq_weight=0), dict(high_freq_weight=math.nan),
     dict(mode="adaptive", adaptive_max_weight=1, adaptive_min_weight=2), dict(mode="unified", mix="1"),
-    dict(mode="unified", mix="0,0"), dict(gate_min_snr=0), dict(gate_min_snr=2, gate_max_snr=1), dict(warmup_steps=-1),
+    dict(mode="unified", mix="0,0"), dict(gate_min_snr=0), dict(timestep_gate="linear", gate_min_snr=2, gate_max_snr=1),
+    dict(warmup_steps=-1), dict(bands=" , "), dict(bands="low:1,"), dict(bands="low:2,0.3-0.5:3"),
+    dict(bands="low:1,low:1"),
     dict(bands="tall:2"), dict(bands="high"), dict(bands="0.5-0.2:1"), dict(bands="high:-1"), dict(bands="0-2:1"),
     dict(bands="high:nan"),
 ])
@@ -269,6 +271,61 @@ def test_an_unknown_key_is_refused_with_the_nearest() -> None:
     """F16."""
     with pytest.raises(ValueError, match="did you mean fourier_weight"):
         FourierLoss.from_config({"fourier_wieght": 1})
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(weight=None), dict(weight="0.1"), dict(weight=True), dict(warmup_steps=1.5), dict(ramp_steps="3"),
+    dict(adaptive_scaling="no"), dict(adaptive_scaling=1), dict(mode=None), dict(mode=["basic"]), dict(bands=None),
+    dict(bands=2), dict(high_freq_weight="2"), dict(normalize=0), dict(gate_min_snr=None), dict(scales=[None]),
+    dict(scales=[math.inf]), dict(eps=1j), dict(weight=10**400),
+])
+def test_a_value_of_another_type_is_a_value_error_that_names_the_field_and_what_to_give(wrong: dict) -> None:
+    with pytest.raises(ValueError, match=rf"^fourier_{list(wrong)[0]} .*: (give|write|choose) "):
+        FourierLoss(**wrong)
+
+
+def test_a_preset_that_is_no_name_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="fourier_config None is no preset.*choose one of conservative"):
+        get_fourier_loss_config(None)
+
+
+def test_scales_of_any_length_are_whole_numbers() -> None:
+    huge = 10**25 + 1
+    assert FourierLoss(mode="multiscale", scales=f"1,{huge}").scales == (1, huge)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(timestep_gate="snr", gate_min_snr=20), dict(gate_min_snr=20), dict(scales="1,2", scale_weights="1"),
+    dict(mode="multiscale", scale_high_freq_weights="1"), dict(mix="1"), dict(adaptive_max_weight=1),
+    dict(adaptive_max_weight=1, adaptive_min_weight=2),
+])
+def test_settings_that_mode_and_gate_do_not_read_are_not_held_against_each_other(settings: dict) -> None:
+    p, t = pair(2, 2, 8, 8)
+    snr = torch.tensor([5.0, 30.0])
+    bare = FourierLoss(mode=settings.get("mode", "weighted"))
+    found = FourierLoss(**settings).distance(p, t, snr=snr)
+    gate = (snr >= 20) if "timestep_gate" in settings else torch.ones(2)
+    torch.testing.assert_close(found, gate * bare.distance(p, t))
+
+
+@pytest.mark.parametrize("idle", [
+    dict(adaptive_max_weight=3), dict(gate_max_snr=50), dict(gate_min_snr=0.5), dict(scales="1,2", mix="0.5,0.5"),
+    dict(adaptive_scaling=False), dict(scale_weights="1"), dict(scale_high_freq_weights="1,2,3")])
+def test_the_config_has_nothing_that_mode_and_gate_do_not_read(idle: dict) -> None:
+    assert FourierLoss(**idle).config() == FourierLoss().config()
+    read = FourierLoss(timestep_gate="snr", gate_min_snr=0.5, gate_max_snr=50).config()
+    assert read["fourier_gate_min_snr"] == 0.5 and "fourier_gate_max_snr" not in read
+    assert FourierLoss(timestep_gate="linear", gate_max_snr=50).config()["fourier_gate_max_snr"] == 50
+
+
+def test_bands_have_one_spelling_in_the_config() -> None:
+    for bands, wanted in {" low:0.50": "low:0.5", "HIGH:2.0, low:.5": "low:0.5,high:2", "0.250-0.5:3": "0.25-0.5:3",
+                          "0.00001-0.5:1e-7": "1e-05-0.5:1e-07", " ": ""}.items():
+        loss = FourierLoss(bands=bands)
+        assert loss.config()["fourier_bands"] == wanted
+        assert FourierLoss.from_config(loss.config()) == loss
+    assert FourierLoss(bands=["low:0.5", "high:2"]) == FourierLoss(bands="low:0.5,high:2")
+    FourierLoss(bands="low:1,mid:2,high:3"), FourierLoss(bands="0-0.5:2,0.5-1:3")  # one ends where the next begins
 
 
 # Curves
@@ -574,11 +631,32 @@ def test_scales_that_leave_less_than_2x2_are_left_out_and_the_others_share_their
                                    FourierLoss(mode=mode, scales="1,2").distance(p, t))
         none = FourierLoss(mode=mode, scales="4,8")
         for use in (lambda loss=none: loss.distance(p, t), lambda loss=none: loss.require((3, 7, 12))):
-            with pytest.raises(ValueError, match="side of 7 are too small .* scales 4,8: .* add the scale 1"):
+            with pytest.raises(ValueError, match="fourier_scales 4,8 .* side of 7: add the scale 1"):
                 use()
     with pytest.raises(ValueError, match="leaves nothing"):
         FourierLoss(bands="low:0,mid:0,high:0").require((4, 8, 8))
     FourierLoss(mode="multiscale", scales="1,8").require((3, 7, 12))
+
+
+def test_latents_of_one_pixel_are_told_of_the_resolution_and_not_of_the_scale_that_they_have() -> None:
+    for settings in (dict(), dict(mode="multiscale", scales="1,2")):
+        with pytest.raises(ValueError, match="train at a higher resolution") as error:
+            FourierLoss(**settings).require((4, 1, 8))
+        assert "scale" not in str(error.value)
+
+
+def test_a_target_flatter_than_a_thousandth_counts_as_that_flat_and_others_as_ever() -> None:
+    """A flat target divided by its own spread would make any error infinite."""
+    p, t = pair(2, 4, 16, 16)
+    flat, error = torch.full_like(t, 3.0), 0.01 * p
+    whole = FourierLoss(mode="basic", metric="complex", normalize="target")
+    torch.testing.assert_close(whole.distance(flat + error, flat), mse(error, 0 * t) * 1e6)
+    torch.testing.assert_close(whole.distance(flat + error, flat + 1e-5 * t), mse(error, 1e-5 * t) * 1e6)
+    for spread in (0.01, 1.0, 50.0):
+        size = (spread * t).std((1, 2, 3), correction=0)
+        torch.testing.assert_close(whole.distance(p, spread * t), mse(p, spread * t) / size**2)
+    for normalize in ("target", "separate"):
+        assert FourierLoss(normalize=normalize).distance(flat + error, flat).max() < 1e7
 
 
 def test_what_has_no_two_spatial_axes_adds_nothing_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -599,6 +677,33 @@ def test_different_shapes_are_refused() -> None:
         FourierLoss().distance(p, t)
     with pytest.raises(ValueError, match="one shape"):
         FourierLoss()(p, t, base=torch.ones(2), step=0, total_steps=2000)
+
+
+@pytest.mark.parametrize(("name", "shape"), [
+    ("base", ()), ("base", (3,)), ("base", (2, 1)), ("factor", (3,)), ("factor", (2, 4)), ("snr", ()), ("snr", (1, 2)),
+    ("mask", (3, 1, 8, 8)), ("mask", (4, 7, 8)), ("mask", (1, 2, 4, 8, 8)), ("clean", (2, 1, 8, 8))])
+def test_tensors_of_a_wrong_shape_are_refused_by_name_in_the_warm_up_already(name: str, shape: tuple) -> None:
+    p, t = pair(2, 4, 8, 8)
+    given = dict(base=torch.ones(2), snr=torch.ones(2), clean=t) | {name: torch.ones(shape)}
+    for step in (0, 1000):
+        with pytest.raises(ValueError, match=rf"{name} \(.*: give "):
+            FourierLoss(timestep_gate="wiener")(p, t, step=step, total_steps=2000, **given)
+
+
+def test_masks_of_every_shape_that_broadcasts_are_taken() -> None:
+    p, t = pair(2, 4, 8, 6)
+    whole = FourierLoss().distance(p, t)
+    for shape in ((), (6,), (8, 6), (1, 8, 6), (4, 1, 1), (2, 1, 8, 6), (2, 4, 8, 6)):
+        torch.testing.assert_close(FourierLoss().distance(p, t, mask=torch.ones(shape)), whole)
+
+
+def test_spectra_and_single_numbers_are_refused() -> None:
+    p, t = pair(2, 4, 8, 8)
+    for pred, target in ((torch.fft.fft2(p), t), (p, torch.fft.fft2(t))):
+        with pytest.raises(ValueError, match="compares real tensors: give those"):
+            FourierLoss().distance(pred, target)
+    with pytest.raises(ValueError, match="give \\[B"):
+        FourierLoss().distance(torch.ones(()), torch.ones(()))
 
 
 # Off, ramp, balance

@@ -379,19 +379,49 @@ def test_config_files_are_read_flat_or_in_tables(tmp_path, name, text):
 
 @pytest.mark.parametrize(("text", "said", "fix"), [
     ("rnak = 8", "unknown key rnak", "rank"),
-    ("[lroa]\nrank = 8", "unknown key lroa", "remove it"),
+    ("[lroa]\nrank = 8", "unknown table [lroa]", "did you mean [lora]?"),
+    ("[fourier]\nweight = 1", "unknown table [fourier]", "did you mean [fourier_loss]?"),
+    ("[[fourier]]\nweight = 1", "unknown table [fourier]", "did you mean [fourier_loss]?"),
+    ('fourier_loss = "balanced"', "fourier_loss is no table", "[fourier_loss] and below it its keys, such as config"),
+    ("[[fourier_loss]]\nweight = 1", "fourier_loss is no table", "write [fourier_loss]"),
+    ("[zzz]\nrank = 8", "unknown table [zzz]", "remove it"),
     ("[data]\nrank = 8", "rank stands in the wrong table", "[lora]"),
     ("rank = 8\n[lora]\nrank = 9", "rank is given twice", "remove one"),
     ("rank = true", "--rank cannot be True", "--rank"),
     ("rank = [8]", "--rank cannot be [8]", "--rank"),
     ("rank = ", "cannot read the config file", "mend"),
-    ('config = "other.toml"', "unknown key config", "remove it"),
+    ('config = "other.toml"', "config cannot stand in a config file", "remove it, or write fourier_config"),
+    ('[run]\nconfig = "other.toml"', "config cannot stand in a config file", "remove it"),
 ])
 def test_a_bad_config_is_refused(tmp_path, text, said, fix):
     (tmp_path / "c.toml").write_text(text)
     ((what, problem),) = refused(f"--config={tmp_path / 'c.toml'}").items()
     assert what.startswith(said) and fix in problem.fix
     assert "c.toml" in what + problem.where
+
+
+def test_an_empty_table_of_a_yaml_file_is_said_to_be_none(tmp_path):
+    (tmp_path / "c.yaml").write_text("fourier_loss:\nrank: 8\n")
+    (problem,) = refused(f"--config={tmp_path / 'c.yaml'}").values()
+    assert "[fourier_loss] is a table of keys" in problem.why
+
+
+def test_config_is_a_key_of_the_fourier_table_and_tables_may_have_dashes(tmp_path):
+    for name in ("fourier_loss", "fourier-loss"):
+        (tmp_path / "c.toml").write_text(f'[{name}]\nconfig = "balanced"\n')
+        assert read(f"--config={tmp_path / 'c.toml'}").fourier_loss.fourier_config == "balanced"
+
+
+def test_a_list_in_a_config_file_joins_as_the_words_of_the_command_line_do(tmp_path):
+    (tmp_path / "c.toml").write_text('optimizer_args = ["a=1", "b=(2,3)"]\n')
+    assert read(f"--config={tmp_path / 'c.toml'}").optimizer.optimizer_args == "a=1 b=(2,3)"
+
+
+def test_no_message_has_an_empty_default_as_its_example(tmp_path):
+    (tmp_path / "c.toml").write_text("fourier_bands = true\n")
+    (problem,) = refused(f"--config={tmp_path / 'c.toml'}").values()
+    assert problem.fix == "give --fourier_bands RANGE:WEIGHT"
+    assert "" not in [flag.default for kind in TRAINERS.values() for each in kind.values() for flag in each.flags("")]
 
 
 @pytest.mark.parametrize("name", ["none.toml", "c.ini", "list.json"])
@@ -477,7 +507,7 @@ def test_a_key_of_the_other_trainer_is_known_as_such_and_one_of_both_is_not(tmp_
     (tmp_path / "c.toml").write_text('dist-match = 1\nconfig = "c.toml"')
     problems = refused(f"--config={tmp_path / 'c.toml'}")
     assert problems["unknown key dist-match"].why.endswith("dist-match belongs to train_text_to_image_lora.py")
-    assert problems["unknown key config"].why == "no key has this name"
+    assert "on the command line" in problems["config cannot stand in a config file"].why
 
 
 def test_messages_carry_no_links_and_no_library_words():

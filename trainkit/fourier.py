@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 DECAY = 0.95  # of the running means behind the gain: the last twenty steps or so
 GAINS = (1e-3, 1e3)
+OF_SCALES = ("scales", "scale_weights", "scale_high_freq_weights")  # settings that mean something together
 POWERS = {"l2": 2, "l1": 1}  # of an error, by --fourier_norm
 
 
@@ -62,6 +64,7 @@ class FourierTerm:
         self.loss, self.total_steps, self.gain = loss, total_steps, Gain(target_share)
         self.seen: Tensor | None = None  # sums of this step, on the device
         self.rate = 0.0  # what this step's term was multiplied by, ramp and gain
+        self.bounded = False  # whether it was said that the gain stands at a bound
 
     def __call__(self, judged: Judged) -> Tensor:
         """-> [B], weighted like the ordinary loss: an error of the output counts what it counts there.
@@ -98,6 +101,7 @@ class FourierTerm:
         sums, self.seen = ranks.sum_over_ranks(self.seen).tolist(), None
         component, base, raw, weight, weighted, plain, count = sums
         self.gain.update(base, component / self.rate if self.rate else 0.0)
+        self._warn_of_bound()
         found = {"fourier_component": component, "fourier_raw": raw / count, "fourier_weight_eff": weight / count,
                  "fourier_base_ratio": weighted / plain if plain else 0.0}
         return found if self.gain.target is None else found | {"fourier_gain": self.gain.value}
@@ -108,6 +112,15 @@ class FourierTerm:
     def unpack(self, tensors: dict[str, Tensor], data: dict[str, Json]) -> None:
         self.gain.base, self.gain.unit, self.gain.value = data["base"], data["unit"], data["gain"]
 
+    def _warn_of_bound(self) -> None:
+        """Say once that the share cannot be held."""
+        if self.bounded or self.gain.value not in GAINS:
+            return
+        self.bounded, high = True, self.gain.value == GAINS[1]
+        log.warning("--fourier_target_share %g cannot be held: its factor on the weight stands at its bound of %g, and "
+                    "the term is a %s share; %s --fourier_weight %g", self.gain.target, self.gain.value,
+                    *(("smaller", "raise") if high else ("larger", "lower")), self.loss.weight)
+
     def _note(self, part: FourierPart, base: Tensor, factor: Tensor, num_instance: int) -> None:
         added = part.added.detach()
         row = torch.stack([added.sum() / num_instance, base.sum() / num_instance, part.raw.sum(), part.weight.sum(),
@@ -116,17 +129,27 @@ class FourierTerm:
 
 
 def problems(o: FourierOptions, loss_type: str, latents: tuple[int, int, int]) -> Iterator[Problem]:
-    """What keeps the Fourier loss from being computed, in its own words; latents is the shape (C,h,w) of one sample."""
+    """All that keeps the Fourier loss from being computed, in its words; latents is the shape (C,h,w) of one sample."""
     if loss_type != "fourier":
         return
     from freq_loss import FourierLoss
 
-    try:
-        FourierLoss(**o.loss).require(latents)
-    except ValueError as error:
-        why, _, fix = str(error).rpartition(": ")
-        yield Problem("the Fourier loss cannot be computed like this", "--fourier_...", why or fix,
-                      fix if why else "see the --fourier flags in --help")
+    settings = dict(o.loss)
+    for _ in o.loss:  # each round leaves out what the one before refused
+        try:
+            FourierLoss(**settings).require(latents)
+            return
+        except ValueError as error:
+            message = re.sub(r"\bfourier_", "--fourier_", str(error))
+        why, _, fix = message.rpartition(": ")
+        flag = re.match(r"--fourier_(\w+)", why)
+        if flag and flag[1] not in settings:  # the default in its place goes with the others no better
+            return
+        yield Problem("the Fourier loss cannot be computed like this", flag[0] if flag else "--resolution", why, fix)
+        if not flag:
+            return
+        for name in OF_SCALES if flag[1] in OF_SCALES else (flag[1],):
+            settings.pop(name, None)
 
 
 def make_fourier(o: FourierOptions, loss_type: str, *, total_steps: int, note: Callable[..., None],
@@ -148,9 +171,14 @@ def make_fourier(o: FourierOptions, loss_type: str, *, total_steps: int, note: C
 
 def _warn(loss: FourierLoss, base_loss: str, total_steps: int) -> None:
     """Say what the settings come to, where that is not what they look like."""
-    if loss.warmup_steps >= total_steps:
+    reached = loss.ramp(total_steps - 1)
+    if not reached:
         log.warning("--fourier_warmup_steps %d: the Fourier term counts in none of the %d steps", loss.warmup_steps,
                     total_steps)
+    elif reached < 1:
+        log.warning("--fourier_warmup_steps %d and --fourier_ramp_steps %d: the Fourier term never has its full "
+                    "weight, but %.0f %% of it in the last of the %d steps", loss.warmup_steps, loss.ramp_steps,
+                    100 * reached, total_steps)
     if loss.only_rescales and base_loss == "l2":
         log.warning("--fourier_mode %s with --fourier_metric complex and --fourier_norm l2 is the squared error once "
                     "more (Parseval): it only rescales the loss; weigh the frequencies, or use magnitude", loss.mode)

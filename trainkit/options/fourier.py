@@ -72,19 +72,21 @@ class FourierOptions(Concern):
                                       gt=0)
     fourier_gate_max_snr: float = opt(10.0, "signal-to-noise ratio from which it fully counts in linear", unit="SNR",
                                       gt=0)
-    fourier_bands: str = opt(
-        "", "weights of ranges of frequency, where 1 is the highest there is: low:0.5,high:2 (thirds) or 0.25-0.5:3",
+    fourier_bands: str | None = opt(
+        None, "weights of ranges of frequency, where 1 is the highest there is: low:0.5,high:2 (thirds) or 0.25-0.5:3",
         unit="range:weight")
     fourier_target_share: float | None = opt(
         None, "hold the term at this share of error and term together, 0.05 to 0.2 are usual; the weight is then "
         "where it starts", unit="share", gt=0, le=0.9)
 
     @field_validator("fourier_scales", "fourier_scale_weights", "fourier_scale_high_freq_weights", "fourier_mix",
-                     mode="before")
+                     "fourier_bands", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
-        """A config file may list them: [1, 2, 4]."""
-        return ",".join(map(str, value)) if isinstance(value, list) else value
+        """A config file may have numbers and lists: 2, [1, 2.0, 4], ["low:0.5", "high:2"]."""
+        if isinstance(value, list):
+            return ",".join(map(_written, value))
+        return _written(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
     @classmethod
     def shorthand(cls, value_of: Callable[[str], object]) -> tuple[str, Mapping[str, object]] | None:
@@ -111,4 +113,10 @@ class FourierOptions(Concern):
     @property
     def loss(self) -> dict[str, Value]:
         """Arguments of freq_loss.FourierLoss."""
-        return {name.removeprefix(self.prefix): value for name, value in self if name not in OF_TRAINER}
+        found = {name.removeprefix(self.prefix): value for name, value in self if name not in OF_TRAINER}
+        return found | {"bands": self.fourier_bands or ""}
+
+
+def _written(value: object) -> str:
+    """As on the command line: 2.0 -> "2"."""
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)

@@ -51,7 +51,7 @@ def _unclear_objective(values: Values) -> Iterator[Problem]:
 
 def _idle_fourier(values: Values) -> Iterator[Problem]:
     """A share to be held by a weight of 0."""
-    if _has_fourier(values) and values.get("fourier_target_share") and not values.get("fourier_weight"):
+    if values.get("fourier_target_share") and _weighs_nothing(values):
         yield Problem("--fourier_target_share with --fourier_weight 0", "--fourier_weight 0",
                       "the share is held by a factor on the weight", "leave out --fourier_weight, or the share")
 
@@ -201,6 +201,11 @@ def _has_fourier(values: Values) -> bool:
     return values.get("loss_type") == "fourier"
 
 
+def _weighs_nothing(values: Values) -> bool:
+    """Whether there is a Fourier term whose weight is 0, as the loss computes, in fp32."""
+    return _has_fourier(values) and float(values.get("fourier_weight") or 0) < _LEAST_FP32
+
+
 def _if_fourier(flag: str, *wanted: Value) -> Callable[[Values], bool]:
     """Without the term all its flags count as read: that it is not there is said once."""
     return lambda values: not _has_fourier(values) or values.get(flag) in wanted
@@ -236,6 +241,7 @@ _MATCHING = tuple(f"dist_match_{name}" for name in (
 _FOURIER = tuple(FourierOptions.model_fields)
 _UNIFIED = tuple(mode for mode in MOVING if mode != "adaptive")
 _SNR_CAPPED = ("min_snr", "soft_min_snr")
+_LEAST_FP32 = 2.0**-149  # above 0
 _HARMLESS_DECAY = 1e-3  # times a rate of 1e-4: a ten-thousandth in a thousand steps
 _TEXT_RATES = ("text_encoder_lr", "adam_weight_decay_text_encoder")
 _LORA = ("lora_type", "rank", "lora_alpha", "use_rslora", "lora_dropout", "use_dora", "init_lora_weights",
@@ -317,6 +323,9 @@ def notices(values: Values, chosen: Container[str], given: Container[str]) -> It
         yield (f"--text_encoder_lr is at its default, which means nothing to --optimizer {values['optimizer']}: "
                f"the rate of the UNet, {values['learning_rate']:g}, is used")
     yield from _shrinking_base(values)
+    if _weighs_nothing(values):
+        yield (f"--fourier_weight {values['fourier_weight']:g} with --loss_type fourier is no term at all: the loss is "
+               f"--fourier_base_loss {values['fourier_base_loss']} alone")
     for flag in ("enable_xformers_memory_efficient_attention", "enable_npu_flash_attention"):
         if values.get(flag):
             yield f"--{flag}: PyTorch's scaled_dot_product_attention is used, which is memory-efficient too"

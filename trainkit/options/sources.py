@@ -117,29 +117,55 @@ def _config(
         return {}, [_unreadable_config(path, error)]
     values: dict[str, object] = {}
     problems = []
-    for table, written, value in _entries(data, concerns):
+    for key, value in data.items():
+        if problem := _no_table(key, value, flags, concerns, f"config {path}"):
+            problems.append(problem)
+    for table, written, value in _entries(data, flags, concerns):
         prefix = concerns[table].prefix if table else ""
         name = written.replace("-", "_")
         name = prefix + name if prefix + name in flags else name
         where = f"config {path}" + (f", [{table}]" if table else "")
-        if name not in flags or name == "config":
+        if name == "config":
+            problems.append(_file_in_file(where, flags))
+        elif name not in flags:
             problems.append(_unknown(written, _nearest_key(name, flags, table, prefix), where, "key", prefix=""))
         elif table not in (None, flags[name].concern):
             problems.append(_wrong_table(name, flags[name].concern, where))
         elif name in values:
             problems.append(_twice(name, where))
         else:
-            values[name] = value
+            many = flags[name].many and isinstance(value, list)
+            values[name] = " ".join(map(str, value)) if many else value
     return values, problems
 
 
-def _entries(data: Mapping[str, object], concerns: Container[str]) -> Iterator[tuple[str | None, str, object]]:
+def _entries(
+    data: Mapping[str, object], flags: Container[str], concerns: Mapping[str, type[Concern]],
+) -> Iterator[tuple[str | None, str, object]]:
     """(table or None, key, value) of a config: flat keys and tables named after concerns."""
     for key, value in data.items():
-        if key in concerns and isinstance(value, dict):
-            yield from ((key, str(inner), leaf) for inner, leaf in value.items())
-        else:
+        name = str(key).replace("-", "_")
+        if name in concerns and isinstance(value, dict):
+            yield from ((name, str(inner), leaf) for inner, leaf in value.items())
+        elif not _no_table(key, value, flags, concerns, ""):
             yield None, str(key), value
+
+
+def _no_table(
+    key: object, value: object, flags: Container[str], concerns: Mapping[str, type[Concern]], where: str,
+) -> Problem | None:
+    """What is wrong with a table of a name that is none, or with a table's name that has no table."""
+    name = str(key).replace("-", "_")
+    if name in concerns and name not in flags and not isinstance(value, dict):
+        first = next(iter(concerns[name].model_fields)).removeprefix(concerns[name].prefix)
+        return Problem(f"{name} is no table", where, f"[{name}] is a table of keys, and stands there once",
+                       f"write [{name}] and below it its keys, such as {first}; or remove it")
+    tables = value if isinstance(value, list) and value else [value]
+    if name in flags or name in concerns or not all(isinstance(table, dict) for table in tables):
+        return None
+    match = nearest(name, list(concerns))
+    return Problem(f"unknown table [{key}]", where, f"the tables are {', '.join(concerns)}",
+                   f"did you mean [{match}]? otherwise remove it" if match else "remove it, or name one of these")
 
 
 def _nearest_key(name: str, flags: Mapping[str, Flag], table: str | None, prefix: str) -> str | None:
@@ -186,6 +212,12 @@ def _unknown(written: str, match: str | None, where: str, noun: str, *, prefix: 
     script = only_script_with(name)
     why = f"no {noun} has this name" + (f" here: {written} belongs to {script}" if script else "")
     return Problem(f"unknown {noun} {written}", where, why, fix)
+
+
+def _file_in_file(where: str, flags: Container[str]) -> Problem:
+    preset = ", or write fourier_config for a preset of the Fourier loss" if "fourier_config" in flags else ""
+    return Problem("config cannot stand in a config file", where, "--config names the file, on the command line",
+                   f"remove it{preset}")
 
 
 def _stray(words: Sequence[str]) -> Problem:
