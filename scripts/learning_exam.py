@@ -51,9 +51,7 @@ class Exam:
 
     def beside_real(self, pictures: Sequence[Image]) -> dict[str, object]:
         """Style distance and spectrum of pictures of any nouns, fields of a Result."""
-        from trainkit.evaluation import power_spectrum
-
-        power = power_spectrum(pictures, SIDE)
+        power = power_of(pictures)
         passed = {f"{name}_vae": value for name, value in against(power, self.passed_power).items() if name != "ratios"}
         return {"style_distance": self.distance(pictures)} | against(power, self.real_power) | passed
 
@@ -80,9 +78,7 @@ class Exam:
 
     @cached_property
     def real_power(self) -> Tensor:
-        from trainkit.evaluation import power_spectrum
-
-        return power_spectrum(self.real, SIDE)
+        return power_of(self.real)
 
     @cached_property
     def passed(self) -> list[Image]:
@@ -91,9 +87,7 @@ class Exam:
 
     @cached_property
     def passed_power(self) -> Tensor:
-        from trainkit.evaluation import power_spectrum
-
-        return power_spectrum(self.passed, SIDE)
+        return power_of(self.passed)
 
     @cached_property
     def training(self) -> list[Image]:
@@ -178,6 +172,13 @@ def drift(pictures: list[Image], base: list[Image]) -> float:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Spectra
+
+
+def power_of(pictures: Sequence[Image]) -> Tensor:
+    """Power of each ring of frequencies, [SIDE/2]."""
+    from trainkit.evaluation import power_spectrum
+
+    return power_spectrum(pictures, SIDE)
 
 
 def against(power: Tensor, real: Tensor) -> dict[str, object]:

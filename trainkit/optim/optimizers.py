@@ -215,14 +215,13 @@ def _try_out(o: OptimizerOptions, device: torch.device) -> None:
     Raises UserError when either fails, as for classes whose step takes a closure.
     """
     group = _stand_in(o, device)
+    with _silence():
+        member = Member(group, table.make_inner(group, o), schedule=lambda step: 1.0)
+    member.params[0].grad = torch.ones_like(member.params[0])
     try:
         with _silence():
-            member = Member(group, table.make_inner(group, o), schedule=lambda step: 1.0)
-            member.params[0].grad = torch.ones_like(member.params[0])
             member.step()
             member.pack()
-    except UserError:
-        raise
     except Exception as error:  # whatever a class of somebody else's raises
         raise UserError(Problem(
             f"--optimizer {o.optimizer} cannot be driven by this trainer", "--optimizer",

@@ -55,7 +55,7 @@ class OptionSet(BaseModel):
         """Sentences for the log about values that have no effect."""
         flags, values = self.flags(), self.flat()
         chosen = {name for name, origin in self._origins.items()
-                  if not origin.startswith(("preset ", "fourier_config ")) and values[name] != flags[name].default}
+                  if not origin.startswith("preset ") and values[name] != flags[name].default}
         given = {name for concern in self.concerns() for name in getattr(self, concern).model_fields_set}
         return list(rules.notices(values, chosen, given))
 

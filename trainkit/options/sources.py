@@ -64,7 +64,7 @@ def read_layers(
         else:
             problems.append(_unknown_preset(str(name), layers))
     shorthands = [kind.shorthand(partial(first_value, layers)) for kind in concerns.values()]
-    layers += [Layer(*shorthand) for shorthand in shorthands if shorthand]
+    layers += [Layer(f"preset {name}", values) for name, values in filter(None, shorthands)]
     return layers, problems
 
 

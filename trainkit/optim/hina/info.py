@@ -18,11 +18,7 @@ Group = Mapping[str, object]
 NO_PAIR = "the group holds no LoRA pair (LoRA+ parts A from B)"
 
 MEMORY = (*MEMORY_FLAGS, "vram_budget_gb", "max_buffer_memory_mb")
-ADAPTATION = ("adaptation_strength", "relationship_discovery_interval", "importance_decay", "compatibility_threshold")
-EDGE_CONTROL = (
-    "edge_suppression", "edge_penalty", "edge_threshold", "spatial_awareness", "frequency_penalty",
-    "detail_preservation", "background_regularization", "lora_rank_penalty", "rank_penalty_strength",
-    "low_rank_emphasis", "rank_penalty_interval", "rank_penalty_target")
+EDGE_CONTROL = ("edge_suppression", "spatial_awareness", "background_regularization", "lora_rank_penalty")
 
 
 def describe(optimizer: torch.optim.Optimizer) -> dict[str, object]:
@@ -40,13 +36,17 @@ def describe(optimizer: torch.optim.Optimizer) -> dict[str, object]:
         "features": {flag: any(group[flag] for group in groups) for flag in RULE_FLAGS},
         "active_on": {flag: active_on(groups, flag) for flag in RULE_FLAGS if any(group[flag] for group in groups)},
         "memory_optimization": {name: first[name] for name in MEMORY} | {"states": state_kinds(optimizer)},
-        "adaptation_config": {"use_dynamic_adaptation": first["use_dynamic_adaptation"]} | {
-            name: first[name] for name in ADAPTATION},
-        "edge_overfitting_control": {name: first[name] for name in EDGE_CONTROL},
+        "adaptation_config": with_knobs(first, "use_dynamic_adaptation"),
+        "edge_overfitting_control": with_knobs(first, *EDGE_CONTROL),
         "training_stats": {"steps": first["clock"], "lr": [group["lr"] for group in groups],
                            "tensors": len(params), "parameters": sum(map(Tensor.numel, params))},
         "warnings": list(dict.fromkeys(w for group in groups for w in warnings_of(group))),
     }
+
+
+def with_knobs(group: Group, *switches: str) -> dict[str, object]:
+    """The switches, each followed by what is read under it."""
+    return {name: group[name] for switch in switches for name in (switch, *KNOBS.get(switch, ()))}
 
 
 def active_on(groups: Sequence[Group], flag: str) -> str:

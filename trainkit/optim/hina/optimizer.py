@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from trainkit.optim.hina import info, memory, rules
-from trainkit.optim.hina.placing import MASTER, REDUCED
+from trainkit.optim.hina.placing import MASTER, REDUCED, arrived, is_offloaded, restore
 from trainkit.optim.hina.rank import lora_pairs
 from trainkit.optim.hina.regularize import is_kernel, share_out
 from trainkit.optim.hina.roles import Role, roles
@@ -27,7 +27,7 @@ from trainkit.optim.hina.settings import (
     spelled_out,
     why_unknown,
 )
-from trainkit.optim.hina.storage import Chunk, arrived, is_offloaded, lend, restore, scratch_limit, scratch_of, stream
+from trainkit.optim.hina.storage import Chunk, lend, scratch_limit, scratch_of, stream
 from trainkit.optim.hina.work import Facts, Pad, Work
 
 log = logging.getLogger(__name__)
@@ -119,9 +119,10 @@ class HinaAdaptive(torch.optim.Optimizer):
         group["clock"] += 1
         for p in params:
             refuse_gradient(p.grad)
-        plain = [p for p in params if is_plain(group, p)]
-        plain_step(self, group, plain)
-        rule_step(self, group, params if not plain else [p for p in params if not is_plain(group, p)])
+        if is_adamw(group):
+            plain_step(self, group, [p for p in params if p.dtype != torch.bfloat16])
+            params = [p for p in params if p.dtype == torch.bfloat16]  # to be rounded, which the rules' path does
+        rule_step(self, group, params)
 
     def get_optimization_info(self) -> dict[str, object]:
         """What is on, on how many tensors it acts and why not on others, and what the settings come to."""
@@ -189,11 +190,6 @@ def refuse_shapes(groups: Sequence[Group], state_dict: Mapping[str, object]) -> 
             if name in (*REDUCED, MASTER) and value.shape != p.shape:
                 raise ValueError(f"the state dict's {name} of tensor {i} is {tuple(value.shape)}, the tensor here "
                                  f"{tuple(p.shape)}: load the state of the same model")
-
-
-def is_plain(group: Mapping[str, object], p: Tensor) -> bool:
-    """Whether a step is torch's AdamW: no rule on, nothing to round."""
-    return p.dtype != torch.bfloat16 and is_adamw(group)
 
 
 def steps_of(opt: HinaAdaptive, params: Sequence[Tensor], *, on_device: bool) -> list[Tensor]:

@@ -28,22 +28,13 @@ from trainkit.optim.hina.placing import (
     Group,
     Initial,
     State,
-    arrived,
     can_offload,
     compute_dtype,
-    is_offloaded,
     offloaded,
     place,
-    restore,
     rounder_of,
-    settle,
 )
 from trainkit.optim.hina.rounding import join, split
-
-__all__ = [
-    "Chunk", "Scratch", "arrived", "is_offloaded", "lend", "place", "restore", "scratch_limit", "scratch_of", "settle",
-    "stream",
-]
 
 log = logging.getLogger(__name__)
 
