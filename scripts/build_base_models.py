@@ -5,6 +5,9 @@ Sources, fetched from npm and PyPI at pinned versions into the work folder:
   emoji-datasource-google 16.0.0      Noto Emoji pictures, Apache-2.0
   emoji-datasource-twitter 16.0.0     Twemoji pictures, CC-BY 4.0
   @iconify-json/fluent-emoji-flat     Fluent Emoji (flat), MIT
+  @iconify-json/emojione 1.2.3        Emoji One 2, CC-BY 4.0: only for the UNets
+  @iconify-json/fxemoji 1.2.2         Firefox OS Emoji, Apache-2.0: only for the UNets
+  @iconify-json/noto-v1 1.2.5         Noto Emoji of 2017, Apache-2.0: only for the UNets
   @lobehub/fluent-emoji-3d 1.1.0      Fluent Emoji (3-D), MIT: only for assets/icons-3d*, never for the base
   open-clip-torch 3.3.0               CLIP's byte-pair merges, MIT
 
@@ -22,9 +25,17 @@ STAGES = ("data", "tokenizer", "vae", "clip", "judge", "sdxl", "sd", "export", "
 MINUTES = {"vae": 11.0, "clip": 17.0, "judge": 15.0, "sdxl": 81.0, "sd": 25.0}
 
 
+EXTRA_STAGES = ("start",)  # not part of "all"
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=(*STAGES, "all"), default=None, help="what to build; all runs every stage")
+    parser.add_argument(
+        "--stage",
+        choices=(*STAGES, *EXTRA_STAGES, "all"),
+        default=None,
+        help="what to build; all runs every stage; start takes the shipped models as the beginning of a longer training",
+    )
     parser.add_argument("--evaluate", action="store_true", help="measure the exported models, write cards and sheets")
     parser.add_argument("--minutes", type=float, default=None, help=f"training time of the stage, default {MINUTES}")
     parser.add_argument("--seed", type=int, default=0)
@@ -69,6 +80,10 @@ def run_stage(stage: str, args: argparse.Namespace) -> None:
         build_tokenizers(args.work_dir)
     elif stage in MINUTES:
         train(stage, args)
+    elif stage == "start":
+        from base_models.start import start_from_assets
+
+        start_from_assets(args.work_dir, args.assets_dir)
     elif stage == "export":
         from base_models.export import export_all
 

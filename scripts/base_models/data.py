@@ -24,6 +24,13 @@ PACKAGES = {
     "fluent": ("@iconify-json/fluent-emoji-flat", "1.2.6", ""),
     CONCEPT: ("@lobehub/fluent-emoji-3d", "1.1.0", "assets/"),
 }
+# Styles that only the UNets see: more ways to draw one noun. CLIP, autoencoder and measurements keep to STYLES.
+UNET_STYLES = ("emojione", "firefox", "noto blob")
+PACKAGES |= {
+    "emojione": ("@iconify-json/emojione", "1.2.3", ""),
+    "firefox": ("@iconify-json/fxemoji", "1.2.2", ""),
+    "noto blob": ("@iconify-json/noto-v1", "1.2.5", ""),
+}
 NOUNS_FILE = Path(__file__).with_name("nouns.txt")
 SKIPPED_CATEGORIES = ("Flags", "Component", "People & Body")  # people come in hundreds of near-duplicates
 HELDOUT_CATEGORIES = ("Animals & Nature", "Food & Drink", "Activities", "Travel & Places", "Objects")
@@ -40,7 +47,7 @@ class Icon:
 
 
 def fetch_packages(work_dir: Path) -> dict[str, Path]:
-    """Download the four npm packages once; returns style -> tarball."""
+    """Download the npm packages once; returns style -> tarball."""
     folder = work_dir / "npm"
     folder.mkdir(parents=True, exist_ok=True)
     tarballs = {}
@@ -86,11 +93,12 @@ def on_white(image: Image.Image, size: int = SIZE) -> Image.Image:
     return canvas.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
 
 
-def draw_svg(body: str, size: int = 2 * SIZE) -> Image.Image:
-    """Rasterise the inside of an iconify icon (32 x 32 units); twice the size, resized later, is crisper."""
+def draw_svg(body: str, width: int, height: int, size: int = 2 * SIZE) -> Image.Image:
+    """Rasterise the inside of an iconify icon of `width` x `height` units; twice the final size is crisper."""
     import resvg_py
 
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">{body}</svg>'
+    namespaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    svg = f'<svg {namespaces} viewBox="0 0 {width} {height}">{body}</svg>'
     ElementTree.fromstring(svg)  # a broken icon fails here with a line number, not inside the rasteriser
     return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size))))
 
@@ -118,24 +126,40 @@ class StyleSource:
     """Pictures of one style by emoji entry."""
 
     def __init__(self, style: str, tarball: Path) -> None:
-        self.style = style
-        if style == "fluent":
+        self.is_svg = PACKAGES[style][0].startswith("@iconify-json/")
+        if self.is_svg:
             files = read_members(tarball, "", ["icons.json", "chars.json"])
-            self.icons = json.loads(files["icons.json"])["icons"]
-            self.chars = json.loads(files["chars.json"])
+            collection = json.loads(files["icons.json"])
+            self.icons = collection["icons"]
+            self.width, self.height = collection.get("width", 16), collection.get("height", 16)  # iconify's default
+            self.chars = json.loads(files["chars.json"])  # code points to names; some collections have only names
+            self.names = {letters(name): name for name in self.icons}
         else:
             self.files = read_members(tarball, PACKAGES[style][2])
 
     def draw(self, entry: dict) -> Image.Image | None:
         """RGBA picture at the source's own size, or None where the set has none."""
-        for code in code_points(entry):
-            if self.style == "fluent" and self.chars.get(code) in self.icons:
-                return draw_svg(self.icons[self.chars[code]]["body"])
-            if self.style != "fluent":
-                data = self.files.get(f"{code}.png") or self.files.get(f"{code}.webp")
-                if data is not None:
-                    return Image.open(io.BytesIO(data)).convert("RGBA")
-        return None
+        return self.draw_svg_icon(entry) if self.is_svg else self.read_file(entry)
+
+    def draw_svg_icon(self, entry: dict) -> Image.Image | None:
+        """By code point where the collection lists them, else by the emoji's name or short name."""
+        by_code = [self.chars.get(code) for code in code_points(entry)]
+        by_name = [] if self.chars else [self.names.get(letters(entry[key] or "")) for key in ("name", "short_name")]
+        name = next((name for name in by_code + by_name if name in self.icons), None)
+        if name is None:
+            return None
+        icon = self.icons[name]
+        return draw_svg(icon["body"], icon.get("width", self.width), icon.get("height", self.height))
+
+    def read_file(self, entry: dict) -> Image.Image | None:
+        files = (self.files.get(f"{code}{suffix}") for code in code_points(entry) for suffix in (".png", ".webp"))
+        data = next((data for data in files if data is not None), None)
+        return None if data is None else Image.open(io.BytesIO(data)).convert("RGBA")
+
+
+def letters(name: str) -> str:
+    """A name without case and punctuation, as collections spell one name in several ways."""
+    return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 def stable_fraction(text: str) -> float:
@@ -176,16 +200,37 @@ def compose_icons(tarballs: dict[str, Path]) -> tuple[list[Icon], np.ndarray]:
     return icons, np.stack(pixels)
 
 
+def compose_unet_icons(tarballs: dict[str, Path]) -> tuple[list[Icon], np.ndarray]:
+    """The nouns in the styles that only the UNets see, as far as each set has them; pixels uint8 [N,64,64,3]."""
+    nouns, icons, pixels = read_nouns(), [], []
+    for style in UNET_STYLES:
+        source = StyleSource(style, tarballs[style])
+        for entry in read_emoji_table(tarballs):
+            image = source.draw(entry) if entry["short_name"] in nouns else None
+            if image is not None:
+                icons.append(Icon(entry["short_name"], style, nouns[entry["short_name"]], "train"))
+                pixels.append(np.asarray(on_white(image)))
+    return icons, np.stack(pixels)
+
+
+def write_icons(work_dir: Path, name: str, icons: list[Icon], pixels: np.ndarray) -> None:
+    np.save(work_dir / f"{name}.npy", pixels)
+    (work_dir / f"{name}.json").write_text(json.dumps([vars(icon) for icon in icons], indent=0), encoding="utf-8")
+
+
 def build_icons(work_dir: Path) -> None:
-    """Write icons.npy (uint8 [N,64,64,3]) and icons.json into the work folder."""
-    icons, pixels = compose_icons(fetch_packages(work_dir))
-    np.save(work_dir / "icons.npy", pixels)
-    (work_dir / "icons.json").write_text(json.dumps([vars(icon) for icon in icons], indent=0), encoding="utf-8")
+    """Write icons and unet_icons, each as .npy (uint8 [N,64,64,3]) and .json, into the work folder."""
+    tarballs = fetch_packages(work_dir)
+    icons, pixels = compose_icons(tarballs)
+    write_icons(work_dir, "icons", icons, pixels)
+    more, more_pixels = compose_unet_icons(tarballs)
+    write_icons(work_dir, "unet_icons", more, more_pixels)
+    LOG.info("for the UNets alone: %s", {style: sum(icon.style == style for icon in more) for style in UNET_STYLES})
     counts = {split: sum(icon.split == split for icon in icons) for split in ("train", "withheld", "extra", "heldout")}
     LOG.info("%d icons, %d nouns: %s", len(icons), len(read_nouns()), counts)
 
 
-def load_icons(work_dir: Path) -> tuple[list[Icon], np.ndarray]:
-    """What `build_icons` wrote."""
-    records = json.loads((work_dir / "icons.json").read_text(encoding="utf-8"))
-    return [Icon(**record) for record in records], np.load(work_dir / "icons.npy")
+def load_icons(work_dir: Path, name: str = "icons") -> tuple[list[Icon], np.ndarray]:
+    """What `build_icons` wrote: `icons`, or `unet_icons`."""
+    records = json.loads((work_dir / f"{name}.json").read_text(encoding="utf-8"))
+    return [Icon(**record) for record in records], np.load(work_dir / f"{name}.npy")

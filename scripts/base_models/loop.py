@@ -1,9 +1,8 @@
-"""One resumable training loop for all models: AdamW, warm-up, cosine to the budget, EMA; no pickle."""
+"""One resumable training loop for all models: AdamW, warm-up, a constant rate that falls at the end, EMA; no pickle."""
 
 import copy
 import json
 import logging
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -47,7 +46,10 @@ class Training:
         lr: float,
         ema: float = 0.999,
         half: bool = False,
+        state: dict[str, Tensor] | None = None,
     ) -> None:
+        """`state`: tensors of the task's own that a resumed run needs; they are updated in place."""
+        self.state = state or {}
         self.name, self.module, self.budget, self.lr, self.decay = name, module.to(DEVICE), budget, lr, ema
         self.folder = work_dir / "training"
         self.parameters = {key: p for key, p in module.named_parameters() if p.requires_grad}
@@ -81,9 +83,12 @@ class Training:
         return min(1.0, max(by_time, self.progress.step / self.budget.steps))
 
     def rate(self) -> float:
-        """Learning rate: 100 steps of warm-up, then cosine down to 2 % at the end of the budget."""
+        """Learning rate: 100 steps of warm-up, constant, then straight down to 2 % over the last quarter of the budget.
+
+        A constant middle lets a larger budget be given later without a step of training lost.
+        """
         warm = min(1.0, (self.progress.step + 1) / 100)
-        return self.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.done())))
+        return self.lr * warm * (0.02 + 0.98 * min(1.0, 4 * (1 - self.done())))
 
     def run(self, losses_at: Callable[[int], dict[str, Tensor]]) -> None:
         """Train to the end of the budget; `losses_at(step)` returns named losses whose sum is minimised."""
@@ -134,6 +139,7 @@ class Training:
         for key, parameter in self.parameters.items():
             state = self.optimizer.state[parameter]
             tensors |= {f"{kind}.{key}": state[kind] for kind in ("step", "exp_avg", "exp_avg_sq")}
+        tensors |= {f"state.{key}": value for key, value in self.state.items()}
         file = f"{self.name}-{self.progress.step}.safetensors"
         save_file({key: value.clone().contiguous() for key, value in tensors.items()}, self.folder / file)
         record = asdict(self.progress) | {"file": file}
@@ -148,6 +154,8 @@ class Training:
         self.progress = Progress(**record)
         self.module.load_state_dict(part(tensors, "model."))
         self.average.load_state_dict(part(tensors, "average."))
+        for key, value in part(tensors, "state.").items():
+            self.state[key].copy_(value)
         for kind in ("step", "exp_avg", "exp_avg_sq"):
             for key, value in part(tensors, f"{kind}.").items():
                 self.optimizer.state[self.parameters[key]][kind] = value.to(DEVICE)

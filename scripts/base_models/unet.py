@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from base_models.captions import PLAIN_TEMPLATES, TEMPLATES, caption, caption_texts, unknown_style_texts
 from base_models.clip import CaptionedIcons
-from base_models.data import SIZE, STYLES
+from base_models.data import SIZE, STYLES, UNET_STYLES, load_icons
 from base_models.loop import Budget, Training, generator, part
 from base_models.vae import load_vae
 from safetensors.torch import load_file
@@ -19,9 +19,9 @@ from torch.nn import functional
 LOG = logging.getLogger("base_models")
 BATCH = 24
 LATENT = SIZE // 4
-SNR_GAMMA = 5.0
+LEVEL_BINS = 20
 EMPTY_SHARE = 0.10
-UNKNOWN_STYLES = 8  # captions with a meaningless style per noun
+UNKNOWN_STYLES = 24  # captions with a meaningless style per noun
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 DEFAULT_SIZE = (SIZE, SIZE, 0, 0, SIZE, SIZE)
 
@@ -114,7 +114,7 @@ class Captions:
         self.plain: dict[str, range] = {}
         self.unknown: dict[str, range] = {}
         for noun in sorted({icon.noun for icon in data.icons}):
-            for style in STYLES:
+            for style in (*STYLES, *UNET_STYLES):
                 self.styled[noun, style] = self.add(caption_texts(noun, style))
             self.plain[noun] = self.add([caption(template, noun) for template in PLAIN_TEMPLATES])
             self.unknown[noun] = self.add(unknown_style_texts(noun, data.words, UNKNOWN_STYLES, str(data.seed)))
@@ -127,11 +127,11 @@ class Captions:
         return range(start, len(self.texts))
 
     def pick(self, noun: str, style: str, draw: Generator) -> int:
-        """Index of a caption: 10 % empty, 75 % styled, 5 % plain, 10 % with a meaningless style."""
+        """Index of a caption: 10 % empty, 60 % styled, 5 % plain, 25 % with a meaningless style."""
         kind, place = torch.rand(2, generator=draw).tolist()
         if kind < EMPTY_SHARE:
             return self.empty
-        pool = self.styled[noun, style] if kind < 0.85 else self.plain[noun] if kind < 0.90 else self.unknown[noun]
+        pool = self.styled[noun, style] if kind < 0.70 else self.plain[noun] if kind < 0.75 else self.unknown[noun]
         return pool[int(place * len(pool))]
 
 
@@ -203,13 +203,16 @@ class UNetTask:
         if family == "sdxl":  # as force_zeros_for_empty_prompt does at inference
             self.text.states[self.captions.empty], self.text.pooled[self.captions.empty] = 0, 0
         rows = [index for index, icon in enumerate(data.icons) if icon.split == "train"]
-        self.icons = [data.icons[index] for index in rows]
-        self.variants = encode_variants(data.pixels[rows], load_vae(work_dir), generator(seed, 0))
+        more, more_pixels = load_icons(work_dir, "unet_icons")
+        self.icons = [data.icons[index] for index in rows] + more
+        pixels = torch.cat((data.pixels[rows], torch.from_numpy(more_pixels).permute(0, 3, 1, 2)))
+        self.variants = encode_variants(pixels, load_vae(work_dir), generator(seed, 0))
         self.alphas = alphas_cumprod()
+        self.level_errors = torch.full((LEVEL_BINS,), float("nan"))  # running mean of |ε - ε̂|² by noise level
         LOG.info(
             "%s: %d pictures, %d captions, latent std %.3f",
             family,
-            len(rows),
+            len(self.icons),
             len(self.captions.texts),
             self.variants.latents[0].std(),
         )
@@ -236,10 +239,10 @@ class UNetTask:
         return unet(noisy, timesteps.to(unet.device), states, added_cond_kwargs=given).sample.float().cpu()
 
     def losses(self, unet: nn.Module, step: int) -> dict[str, Tensor]:
-        """Mean of √min(snr, γ) / snr · |ε - ε̂|²: the root of Min-SNR's worth of the x0 error.
+        """Mean of |ε - ε̂|² over its running mean at that noise level, so that every level contributes alike.
 
-        Min-SNR itself (Hang et al. 2023, arXiv:2303.09556) spends so little on the noisy levels that after 2,000 steps
-        the layout hardly followed the caption; the root makes all levels contribute alike.
+        Min-SNR (Hang et al. 2023, arXiv:2303.09556) spends so little on the noisy levels that after 2,000 steps the
+        layout hardly followed the caption. Karras et al. 2024 (arXiv:2312.02696, section 4) learn the same balance.
         """
         draw = generator(self.seed, step)
         rows = torch.randint(len(self.icons), (BATCH,), generator=draw)
@@ -252,9 +255,17 @@ class UNetTask:
         noise = torch.randn(latents.shape, generator=draw)
         noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise  # [B,4,16,16]
         guess = self.guess(unet, noisy, timesteps, states, {"text_embeds": pooled, "time_ids": sizes.float()})
-        snr = (alpha / (1 - alpha)).flatten()
         error = (guess - noise).square().mean((1, 2, 3))  # [B]
-        return {"noise": (error * snr.clamp(max=SNR_GAMMA).sqrt() / snr).mean()}
+        return {"balanced": (error / self.follow_errors(timesteps, error.detach())).mean()}
+
+    def follow_errors(self, timesteps: Tensor, error: Tensor) -> Tensor:
+        """Move each level's running error towards the batch's and return it for each sample: [B]."""
+        bins = timesteps * LEVEL_BINS // len(self.alphas)
+        for index in bins.unique():
+            now = error[bins == index].mean()
+            before = self.level_errors[index]
+            self.level_errors[index] = now if before.isnan() else before + 0.01 * (now - before)
+        return self.level_errors[bins]
 
 
 def train_unet(work_dir: Path, family: str, *, minutes: float, seed: int) -> None:
@@ -263,13 +274,16 @@ def train_unet(work_dir: Path, family: str, *, minutes: float, seed: int) -> Non
     torch.manual_seed(seed)
     unet = make_sdxl_unet() if family == "sdxl" else make_sd_unet()
     task = UNetTask(work_dir, family, seed)
-    if family == "sd" and not (work_dir / "training" / "sd.json").exists():
+    start = work_dir / "start" / f"{family}.safetensors"
+    if start.exists():  # weights of an earlier edition; a saved state of this training, if there is one, replaces them
+        unet.load_state_dict(load_file(start))
+    elif family == "sd" and not (work_dir / "training" / "sd.json").exists():
         from base_models.inherit import inherit
 
         inherit(work_dir, unet, seed)
     unet.set_attn_processor(AttnProcessor())  # bf16 fused attention is 6x slower backwards on a CPU than two matmuls
-    rate, ema = (1.2e-3, 0.999) if family == "sdxl" else (8e-4, 0.997)  # SD goes on from SDXL, and for a shorter time
-    training = Training(family, unet, work_dir, budget=Budget(minutes), lr=rate, ema=ema, half=True)
+    state = {"level_errors": task.level_errors}
+    training = Training(family, unet, work_dir, budget=Budget(minutes), lr=8e-4, ema=0.9995, half=True, state=state)
     training.run(lambda step: task.losses(training.worker, step))
 
 
