@@ -34,7 +34,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--stage",
         choices=(*STAGES, *EXTRA_STAGES, "all"),
         default=None,
-        help="what to build; all runs every stage; start takes the shipped models as the beginning of a longer training",
+        help="what to build; all runs every stage; start begins a longer training at the shipped models",
     )
     parser.add_argument("--evaluate", action="store_true", help="measure the exported models, write cards and sheets")
     parser.add_argument("--minutes", type=float, default=None, help=f"training time of the stage, default {MINUTES}")
