@@ -42,16 +42,15 @@ if TYPE_CHECKING:
     from trainkit import rng
     from trainkit.adapters import Adapters
     from trainkit.checkpoints import Checkpoints
-    from trainkit.data.batch import Batch
+    from trainkit.conditioning.live_text import Text
+    from trainkit.data.batch import Batch, Row
     from trainkit.data.cache import Store
-    from trainkit.data.rows import Row
     from trainkit.diffusion import Noise
     from trainkit.families.sdxl import SDXL
+    from trainkit.losses.passes import Pass, Passes
     from trainkit.optim import Optim, ParamGroup
-    from trainkit.passes import Pass, Passes
     from trainkit.preview import Previews
     from trainkit.run import Run
-    from trainkit.text import Text
 
 
 class Options(OptionSet):
@@ -75,13 +74,13 @@ def main(argv: list[str] | None = None) -> None:
     opt = parse(Options, argv, description=__doc__)  # frozen; --help and --print_config end here
 
     from trainkit import adapters, checkpoints, identity, optim, preview, publish, run
-    from trainkit.data import cache, class_pictures, loader, order
+    from trainkit.data import cache, class_images, loader, sampler
     from trainkit.families import sdxl
 
     instances = preflight(opt)  # every problem in one message
     with run.start_run(opt, "dreambooth-lora-sdxl") as job:
         total, stop = opt.run.ends(len(instances), job.world)  # finished steps of the run, and of this session
-        rows = [*instances, *class_pictures.class_rows(opt, job)]  # the prior's, generated where they are missing
+        rows = [*instances, *class_images.class_rows(opt, job)]  # the prior's, generated where they are missing
         family = sdxl.load(opt.model, device=job.device, weight_dtype=job.weight_dtype, compat=opt.run.compat,
                            **opt.objective.schedule)  # frozen
         store = cache.open_store(opt.data.latent_cache_dir)
@@ -91,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         family.settle(keep_vae=pictures.live, gradient_checkpointing=opt.precision.gradient_checkpointing)
         optimizer = optim.make_optimizer(trained(opt, lora, words, job, total), opt.optimizer, total)
         train_step = make_train_step(opt, family, words, job, total)
-        stream = order.Order(rows, job.global_batch, seed=job.seed)  # the same on 1 or N processes
+        stream = sampler.Order(rows, job.global_batch, seed=job.seed)  # the same on 1 or N processes
         previews = preview.Previews(
             family, opt.validation, words, job.out_dir, seed=job.seed, resolution=opt.data.resolution,
             every=opt.validation.every(stream.steps_per_epoch), averaged=optimizer.averaged)
@@ -134,7 +133,7 @@ class TrainStep:
     def losses(self, one: Pass, batch: Batch, x0: Tensor, keys: Sequence[rng.Key]) -> Tensor:
         """-> losses [B] of one pass. Every draw is a function of (seed, step, slot in the global batch)."""
         from trainkit import rng
-        from trainkit.objective import Outcome
+        from trainkit.losses.objective import Outcome
 
         rng.reseed_dropout(*keys[0])
         pred = one.loss.pred
@@ -152,13 +151,13 @@ class TrainStep:
 
 def make_words(opt: Options, family: SDXL, rows: Sequence[Row], store: Store, total: int) -> Text:
     """The text of the run, told every prompt it will ever be asked for."""
-    from trainkit import pivotal
+    from trainkit.conditioning import new_tokens
+    from trainkit.conditioning.live_text import make_text
     from trainkit.preview import preview_prompts
-    from trainkit.text import make_text
 
-    pivotal.warn_of_captions_without(
+    new_tokens.warn_of_captions_without(
         opt.pivotal, [row.caption for row in rows if not row.is_class and row.repeat == 0])
-    pivotal.warn_of_class_prompts_with(opt.pivotal, [row.caption for row in rows if row.is_class])
+    new_tokens.warn_of_class_prompts_with(opt.pivotal, [row.caption for row in rows if row.is_class])
     return make_text(
         family, [row.caption for row in rows], store, also=preview_prompts(opt.validation), text=opt.text,
         pivotal=opt.pivotal, lora=opt.lora, total=total, seed=opt.run.seed,
@@ -168,9 +167,9 @@ def make_words(opt: Options, family: SDXL, rows: Sequence[Row], store: Store, to
 def make_train_step(opt: Options, family: SDXL, words: Text, job: Run, total: int) -> TrainStep:
     """The step with the noise levels, noise and loss that the options ask for."""
     from trainkit.diffusion import Noise, make_levels
-    from trainkit.fourier import make_fourier
-    from trainkit.objective import make_objective
-    from trainkit.passes import Pass, Passes, always
+    from trainkit.losses.fourier_term import make_fourier
+    from trainkit.losses.objective import make_objective
+    from trainkit.losses.passes import Pass, Passes, always
 
     levels = make_levels(opt.objective, family.schedule, opt.run.compat)
     fourier = make_fourier(opt.fourier_loss, opt.objective.loss_type, total_steps=total, note=job.note)  # or none
@@ -209,10 +208,12 @@ def after_step(done: int, opt: Options, job: Run, optimizer: Optim, *, saves: Ch
 
 def preflight(opt: Options) -> list[Row]:
     """The rows to train on; or one message with everything that is wrong, before a weight is loaded."""
-    from trainkit import adapters, fourier, optim, pivotal, publish
-    from trainkit.data import class_pictures
+    from trainkit import adapters, optim, publish
+    from trainkit.conditioning import new_tokens
+    from trainkit.data import class_images
     from trainkit.data.rows import read_rows
     from trainkit.families import sdxl
+    from trainkit.losses import fourier_term
     from trainkit.runtime.startup import leave_out
 
     if optim.library(opt.optimizer) != "bitsandbytes":
@@ -227,11 +228,11 @@ def preflight(opt: Options) -> list[Row]:
         unet = sdxl.skeleton(model, revision=opt.model.revision)
         latents = sdxl.latents(model, opt.data.resolution, vae_path=other_vae, revision=opt.model.revision)
         model_problems = [*adapters.problems(unet, opt.lora, targets=sdxl.LORA_TARGETS),
-                          *fourier.problems(opt.fourier_loss, opt.objective.loss_type, latents)]
+                          *fourier_term.problems(opt.fourier_loss, opt.objective.loss_type, latents)]
     rows, data_problems = read_rows(opt.data)
     asked = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run)]
-    words = pivotal.problems(opt.pivotal, [row.caption for row in rows])
-    refuse([*asked, *model_problems, *data_problems, *class_pictures.problems(opt), *words])
+    words = new_tokens.problems(opt.pivotal, [row.caption for row in rows])
+    refuse([*asked, *model_problems, *data_problems, *class_images.problems(opt), *words])
     return rows
 
 

@@ -43,18 +43,17 @@ if TYPE_CHECKING:
     from trainkit import rng
     from trainkit.adapters import Adapters
     from trainkit.checkpoints import Checkpoints
-    from trainkit.data.batch import Batch
+    from trainkit.conditioning.clip_token import Guidance
+    from trainkit.conditioning.live_text import Text
+    from trainkit.data.batch import Batch, Row
     from trainkit.data.cache import Store
-    from trainkit.data.rows import Row
     from trainkit.diffusion import Noise
     from trainkit.families import Family
-    from trainkit.guidance import Guidance
-    from trainkit.matching import Matcher
+    from trainkit.losses.matching_term import Matcher
+    from trainkit.losses.passes import Pass, Passes
     from trainkit.optim import Optim, ParamGroup
-    from trainkit.passes import Pass, Passes
     from trainkit.preview import Previews
     from trainkit.run import Run
-    from trainkit.text import Text
 
 
 class Options(OptionSet):
@@ -77,8 +76,9 @@ class Options(OptionSet):
 def main(argv: list[str] | None = None) -> None:
     opt = parse(Options, argv, description=__doc__)  # frozen; --help and --print_config end here
 
-    from trainkit import adapters, checkpoints, families, guidance, identity, optim, preview, publish, run
-    from trainkit.data import cache, loader, order
+    from trainkit import adapters, checkpoints, families, identity, optim, preview, publish, run
+    from trainkit.conditioning import clip_token
+    from trainkit.data import cache, loader, sampler
 
     kind = families.of(opt.model)  # SD 1.x and 2.x, or SDXL: what the model folder holds
     rows = preflight(opt, kind)  # every problem in one message
@@ -87,14 +87,14 @@ def main(argv: list[str] | None = None) -> None:
         family = kind.load(opt.model, device=job.device, weight_dtype=job.weight_dtype, compat=opt.run.compat,
                            **opt.objective.schedule)  # frozen
         store = cache.open_store(opt.data.latent_cache_dir)
-        guide = guidance.make_guidance(opt.guidance, rows, family)  # the picture's own token, where it is asked for
+        guide = clip_token.make_guidance(opt.guidance, rows, family)  # the picture's own token, where it is asked for
         words = make_words(opt, family, rows, store, total)  # prompts to conditioning: frozen, or LoRA
         pictures = loader.ready_pictures(rows, opt.data, family, store, **job.loading)
         lora = adapters.add_adapters(family.unet, opt.lora, targets=family.lora_targets, seed=job.seed)
         family.settle(keep_vae=pictures.live, gradient_checkpointing=opt.precision.gradient_checkpointing)
         optimizer = optim.make_optimizer(trained(opt, lora, words, job, total), opt.optimizer, total)
         train_step = make_train_step(opt, family, words, guide, job, total)
-        stream = order.Order(rows, job.global_batch, seed=job.seed)  # the same on 1 or N processes
+        stream = sampler.Order(rows, job.global_batch, seed=job.seed)  # the same on 1 or N processes
         previews = preview.Previews(
             family, opt.validation, words, job.out_dir, seed=job.seed, resolution=opt.data.resolution,
             every=opt.validation.every(stream.steps_per_epoch), averaged=optimizer.averaged)
@@ -138,7 +138,7 @@ class TrainStep:
     def losses(self, one: Pass, batch: Batch, x0: Tensor, keys: Sequence[rng.Key]) -> Tensor:
         """-> losses [B] of one pass. Every draw is a function of (seed, step, slot in the global batch)."""
         from trainkit import rng
-        from trainkit.objective import Outcome
+        from trainkit.losses.objective import Outcome
 
         rng.reseed_dropout(*keys[0])
         pred = one.loss.pred
@@ -157,8 +157,8 @@ class TrainStep:
 
 def make_words(opt: Options, family: Family, rows: Sequence[Row], store: Store, total: int) -> Text:
     """The text of the run, told every prompt it will ever be asked for."""
+    from trainkit.conditioning.live_text import make_text
     from trainkit.preview import preview_prompts
-    from trainkit.text import make_text
 
     return make_text(
         family, [caption for row in rows for caption in row.all_captions], store, also=preview_prompts(opt.validation),
@@ -169,10 +169,10 @@ def make_words(opt: Options, family: Family, rows: Sequence[Row], store: Store, 
 def make_train_step(opt: Options, family: Family, words: Text, guide: Guidance, job: Run, total: int) -> TrainStep:
     """The step with the noise levels, noise, loss and passes that the options ask for."""
     from trainkit.diffusion import Noise, make_levels
-    from trainkit.fourier import make_fourier
-    from trainkit.matching import make_passes
-    from trainkit.objective import make_objective
-    from trainkit.passes import Pass
+    from trainkit.losses.fourier_term import make_fourier
+    from trainkit.losses.matching_term import make_passes
+    from trainkit.losses.objective import make_objective
+    from trainkit.losses.passes import Pass
 
     levels = make_levels(opt.objective, family.schedule)  # --compat or not: these two are as in Diffusers' own
     fourier = make_fourier(opt.fourier_loss, opt.objective.loss_type, total_steps=total, note=job.note)  # or none
@@ -215,8 +215,10 @@ def after_step(done: int, opt: Options, job: Run, optimizer: Optim, *, saves: Ch
 
 def preflight(opt: Options, kind: ModuleType) -> list[Row]:
     """The rows to train on; or one message with everything that is wrong, before a weight is loaded."""
-    from trainkit import adapters, fourier, guidance, matching, optim, publish
+    from trainkit import adapters, optim, publish
+    from trainkit.conditioning import clip_token
     from trainkit.data.rows import read_rows
+    from trainkit.losses import fourier_term, matching_term
     from trainkit.runtime.startup import leave_out
 
     if optim.library(opt.optimizer) != "bitsandbytes":
@@ -232,9 +234,9 @@ def preflight(opt: Options, kind: ModuleType) -> list[Row]:
         unet = kind.skeleton(model, revision=opt.model.revision)
         latents = kind.latents(model, opt.data.resolution, vae_path=other_vae, revision=opt.model.revision)
         model_problems = [*adapters.problems(unet, opt.lora, targets=kind.LORA_TARGETS),
-                          *guidance.problems(opt.guidance, rows, unet.config.cross_attention_dim),
-                          *fourier.problems(opt.fourier_loss, opt.objective.loss_type, latents),
-                          *matching.problems(opt.matching, partial(make_matcher, opt.matching),
+                          *clip_token.problems(opt.guidance, rows, unet.config.cross_attention_dim),
+                          *fourier_term.problems(opt.fourier_loss, opt.objective.loss_type, latents),
+                          *matching_term.problems(opt.matching, partial(make_matcher, opt.matching),
                                              {row.digest: row.caption for row in rows}, latents)]
     asked = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run)]
     refuse([*asked, *model_problems, *data_problems])

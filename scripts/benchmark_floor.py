@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 
 from trainkit.adapters import add_adapters
-from trainkit.families.base import LORA_TARGETS, TEXT_LORA_TARGETS
+from trainkit.families.unet_targets import LORA_TARGETS, TEXT_LORA_TARGETS
 from trainkit.options import LoraOptions
 
 RANK = 4

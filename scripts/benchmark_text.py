@@ -6,7 +6,7 @@ Random weights, one prompt of 77 tokens, two new tokens, fp32, one thread. Three
 and the tensors each keeps for training, as one line of JSON:
 
     bare   forward and backward, the gradient ending at the looked-up embeddings: the least any way can cost
-    ours   rows of their own beside frozen tables (trainkit.pivotal.TokenRows), update and pull of their std
+    ours   rows of their own beside frozen tables (trainkit.conditioning.new_tokens), update and pull of their std
     table  both tables train whole, their gradients are clipped, and after the update the vocabulary is written back
            from a copy in host memory, as the Diffusers script does; with PyTorch's default AdamW, as there
 """
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 
-from trainkit.pivotal import TokenRows
+from trainkit.conditioning.new_tokens import TokenRows
 
 VOCABULARY, TOKENS, NEW = 49_408, 77, 2
 CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,

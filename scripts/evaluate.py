@@ -245,8 +245,8 @@ def embeddings_problems(repo: Repo, file: Path) -> list[Problem]:
     """Is it a file of a run's new tokens, as wide as the text encoders?"""
     from safetensors import SafetensorError
 
+    from trainkit.conditioning.new_tokens import ENCODERS, read_header
     from trainkit.files import load_tensors
-    from trainkit.pivotal import ENCODERS, read_header
 
     try:
         names, tensors = read_header(file).names, load_tensors(file)
@@ -409,9 +409,9 @@ def fuse_lora(pipe: Pipeline, file: Path, strength: float) -> None:
 
 def learned_words(pipe: Pipeline, file: Path) -> Callable[[str], str]:
     """Give the pipeline a run's new tokens -> how to ask for them: puts their names for their words in a prompt."""
+    from trainkit.conditioning.new_tokens import ENCODERS, read_header
     from trainkit.files import load_tensors
     from trainkit.options.words import replace_words
-    from trainkit.pivotal import ENCODERS, read_header
 
     header, rows = read_header(file), load_tensors(file)
     pairs = ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2))

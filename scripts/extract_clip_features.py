@@ -33,8 +33,8 @@ from trainkit.errors import Problem, UserError, exit_with_message, refuse  # noq
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainkit.data.images import Source
-    from trainkit.guidance import Clip, Features
+    from trainkit.data.batch import Source
+    from trainkit.data.clip_features import Clip, Features
 
 SAVE_SECONDS = 30  # between two rewrites of the file: what a killed process may lose
 SAVE_SHARE = 20  # times what the last rewrite took, at least: rewriting a large file stays below 5 % of the time
@@ -97,8 +97,8 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
 
 def list_folder(folder: Path) -> dict[str, Source]:
     """Every picture that --train_data_dir would read there, by its name; captions may be wrong or missing still."""
-    from trainkit.data.rows import Folder
-    from trainkit.data.rows import list_folder as as_in_training
+    from trainkit.data.sources.folder import Folder
+    from trainkit.data.sources.folder import list_folder as as_in_training
 
     listed, wrong = as_in_training(Folder(folder, "--images", None, captioned=True), tell=False)
     if not listed:
@@ -112,7 +112,7 @@ def list_table(args: argparse.Namespace) -> dict[str, Source]:
     from datasets import Image, load_dataset
     from datasets.exceptions import DatasetsError
 
-    from trainkit.data.rows import TableCell
+    from trainkit.data.sources.table import TableCell
 
     where, column = f"--dataset_name {args.dataset_name}", args.image_column
     try:
@@ -139,7 +139,7 @@ class Growing:
         import torch
         from filelock import FileLock
 
-        from trainkit.guidance import Features
+        from trainkit.data.clip_features import Features
 
         self.path, self.made_by = path, made_by
         self.new: dict[str, Tensor] = {}
@@ -162,7 +162,7 @@ class Growing:
 
     def save(self) -> Features:
         """Write what is new -> all that is in the file."""
-        from trainkit.guidance import write_features
+        from trainkit.data.clip_features import write_features
 
         begun = time.monotonic()
         with writing(self.path), self.lock:
@@ -177,7 +177,7 @@ class Growing:
 
     def _read(self) -> Features:
         """What the file holds; a draft of a process that was killed while writing is swept."""
-        from trainkit.guidance import read_features
+        from trainkit.data.clip_features import read_features
 
         for draft in self.path.parent.glob(f".{self.path.name}.*.tmp"):
             draft.unlink()
@@ -211,7 +211,7 @@ def extract(args: argparse.Namespace, pictures: dict[str, Source]) -> Features:
     """Compute what the file lacks; pictures that cannot be read are named at the end."""
     import torch
 
-    from trainkit.guidance import load_clip
+    from trainkit.data.clip_features import load_clip
     from trainkit.runtime.progress import Progress
 
     clip = load_clip(args.clip, device="cuda" if torch.cuda.is_available() else "cpu")
@@ -257,7 +257,7 @@ def embed(pixels: dict[str, Tensor], clip: Clip, growing: Growing) -> None:
 
 
 def refuse_unreadable(bad: list[str], total: int, features: Features, args: argparse.Namespace) -> None:
-    from trainkit.data.captions import listing
+    from trainkit.data.sources.captions import listing
 
     if bad:
         refuse([Problem(f"{len(bad)} of {total} pictures cannot be read", f"{args.images or args.dataset_name}",
@@ -271,8 +271,8 @@ def refuse_unreadable(bad: list[str], total: int, features: Features, args: argp
 
 def convert(args: argparse.Namespace, pictures: dict[str, Path]) -> Features:
     """Features saved one file a picture -> our file; all that is wrong in one message, and then nothing is written."""
-    from trainkit.data.captions import listing
     from trainkit.data.images import content_digest
+    from trainkit.data.sources.captions import listing
 
     named, bad, rows = in_metadata(args.images), [], {}
     for name, path in pictures.items():

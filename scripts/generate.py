@@ -185,8 +185,8 @@ def plan(args: argparse.Namespace) -> list[Shot]:
 
 def guidance_features(args: argparse.Namespace) -> dict[Path, Tensor]:
     """Guidance image -> features [D], scaled. UserError: unreadable, not in the file, not as wide as the text."""
+    from trainkit.conditioning.clip_token import misfits
     from trainkit.families.pretrained import Repo
-    from trainkit.guidance import misfits
 
     known = from_file(args) if args.guidance_features else computed(args)
     where = f"--guidance_features {args.guidance_features}" if args.guidance_features else f"--clip {args.clip}"
@@ -196,8 +196,8 @@ def guidance_features(args: argparse.Namespace) -> dict[Path, Tensor]:
 
 
 def from_file(args: argparse.Namespace) -> dict[Path, Tensor]:
+    from trainkit.data.clip_features import read_features
     from trainkit.data.images import content_digest
-    from trainkit.guidance import read_features
 
     features = read_features(args.guidance_features)
     digests = {image: content_digest(image.read_bytes()) for image in args.guidance_image}
@@ -209,8 +209,8 @@ def from_file(args: argparse.Namespace) -> dict[Path, Tensor]:
 
 
 def computed(args: argparse.Namespace) -> dict[Path, Tensor]:
+    from trainkit.data.clip_features import load_clip
     from trainkit.data.images import UnreadablePicture, decode
-    from trainkit.guidance import load_clip
 
     clip, known = load_clip(args.clip), {}
     for image in args.guidance_image:
@@ -235,7 +235,7 @@ def tokenizers(pipe: Pipeline) -> list:
 
 def warn_of_full(pipe: Pipeline, shots: Sequence[Shot]) -> None:
     """Say which prompts leave no place for the features."""
-    from trainkit.guidance import has_room
+    from trainkit.conditioning.clip_token import has_room
 
     prompts = list(dict.fromkeys(shot.prompt for shot in shots if shot.features is not None))
     rooms = has_room(tokenizers(pipe), prompts) if prompts else []
@@ -248,7 +248,7 @@ def encode(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) -> d
     """The text of each shot as the stock pipeline takes it, with its guidance image where it has one."""
     import torch
 
-    from trainkit.guidance import has_room, with_token
+    from trainkit.conditioning.clip_token import has_room, with_token
 
     negative = None if args.negative_prompt is None else [args.negative_prompt] * len(shots)
     text = dict(zip(EMBEDS, pipe.encode_prompt(

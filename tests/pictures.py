@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from trainkit.data.batch import Row
 from trainkit.data.images import content_digest, decode
-from trainkit.data.rows import Row
 from trainkit.options import DataOptions
 
 DATA = dict(instance_prompt="a photo of TOK", resolution=32)

@@ -17,10 +17,13 @@ from PIL import Image as Pillow
 from pyarrow import parquet
 
 from tests.pictures import data_options, marked, marked_folder
-from trainkit.data.images import CropPolicy, load_picture
+from trainkit.data.batch import Row
+from trainkit.data.geometry import CropPolicy
+from trainkit.data.images import load_picture
 from trainkit.data.loader import Pictures, micro_batches
-from trainkit.data.order import Order
-from trainkit.data.rows import Folder, Row, list_folder, read_rows
+from trainkit.data.rows import read_rows
+from trainkit.data.sampler import Order
+from trainkit.data.sources.folder import Folder, list_folder
 from trainkit.errors import Problem
 from trainkit.options import CaptionedDataOptions
 

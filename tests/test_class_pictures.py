@@ -18,9 +18,9 @@ from PIL import Image
 
 from tests.pictures import data_options, marked, marked_folder
 from tests.tiny import build_tiny_edm
-from trainkit.data import class_pictures
-from trainkit.data.class_pictures import Painter, class_rows, problems, recipe
-from trainkit.data.rows import Row
+from trainkit.data import class_images
+from trainkit.data.batch import Row
+from trainkit.data.class_images import Painter, class_rows, problems, recipe
 from trainkit.errors import UserError
 from trainkit.options import ModelOptions, PriorOptions
 from trainkit.rng import generator
@@ -49,7 +49,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
             return [Image.new("RGB", (8, 8), (job.seed, number, sum(numbers))) for number in numbers]
         return draw
 
-    monkeypatch.setattr(class_pictures.Painter, "load", paint)
+    monkeypatch.setattr(class_images.Painter, "load", paint)
     return batches
 
 
@@ -256,7 +256,7 @@ def test_ranks_on_different_disks_make_every_picture_on_each(
 def test_a_picture_another_run_wrote_meanwhile_is_not_replaced(tmp_path: Path, drawn: list) -> None:
     path = tmp_path / "generated.png"
     path.write_bytes(b"theirs")
-    class_pictures.write(path, Image.new("RGB", (8, 8)))
+    class_images.write(path, Image.new("RGB", (8, 8)))
     assert path.read_bytes() == b"theirs"
 
 

@@ -18,7 +18,7 @@ from tests.tiny import build_tiny_edm, build_tiny_sdxl
 from trainkit import preview, rng
 from trainkit.diffusion import PREDICTIONS, EDMSchedule, Noise, NoiseSchedule, make_levels
 from trainkit.families import sdxl
-from trainkit.objective import Outcome, make_objective, per_sample
+from trainkit.losses.objective import Outcome, make_objective, per_sample
 from trainkit.options import ModelOptions, ValidationOptions
 from trainkit.preview import Previews
 

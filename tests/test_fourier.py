@@ -19,10 +19,10 @@ from tests.test_options import read, read_captioned
 from tests.test_resume import same_checkpoint
 from trainkit.diffusion import EDMSchedule, NoiseSchedule, make_levels
 from trainkit.errors import UserError
-from trainkit.fourier import FourierTerm, Gain, make_fourier, problems
-from trainkit.objective import make_objective
+from trainkit.losses.fourier_term import FourierTerm, Gain, make_fourier, problems
+from trainkit.losses.objective import make_objective
+from trainkit.losses.passes import Pass
 from trainkit.options import FourierOptions, ObjectiveOptions
-from trainkit.passes import Pass
 
 FOURIER = {"loss_type": "fourier", "fourier_warmup_steps": 1}
 TRAINERS = ("train_dreambooth_lora_sdxl_advanced", "train_text_to_image_lora")

@@ -17,8 +17,8 @@ from PIL import Image
 from scripts import extract_clip_features, generate
 from tests.test_evaluate import random_lora
 from tests.test_guidance import build_tiny_clip, picture
+from trainkit.data.clip_features import load_clip
 from trainkit.errors import Problem, UserError
-from trainkit.guidance import load_clip
 
 LONG = "a cat " * 60  # fills the context
 

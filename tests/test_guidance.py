@@ -19,11 +19,12 @@ from torch import Tensor
 
 from scripts import extract_clip_features as script
 from tests.harness import forked
-from trainkit import guidance
+from trainkit.conditioning import clip_token
+from trainkit.conditioning.clip_token import has_room, make_guidance, with_token
 from trainkit.data.batch import Slot
+from trainkit.data.clip_features import Clip, Features, load_clip, read_features
 from trainkit.data.images import content_digest, decode
 from trainkit.errors import Problem, UserError
-from trainkit.guidance import Clip, Features, has_room, load_clip, make_guidance, read_features, with_token
 from trainkit.options import GuidanceOptions
 
 WIDTH = 24  # of the tiny CLIP's projection and of the tiny SD 1.x model's text
@@ -331,7 +332,7 @@ def written(folder: Path, rows: Sequence[SimpleNamespace], width: int = WIDTH) -
     """A file of features in which picture i has rows of i + 1; in another order than the rows."""
     own = {row.digest: torch.full((width,), i + 1.0) for i, row in reversed([*enumerate(rows)])}
     none = Features(torch.zeros(0, width), [], "assets/a clip", "made")
-    guidance.write_features(folder / "f.safetensors", none.with_rows(own))
+    clip_token.write_features(folder / "f.safetensors", none.with_rows(own))
     return folder / "f.safetensors"
 
 
@@ -342,7 +343,7 @@ def tokenizer(tiny_sd: Path):
     return CLIPTokenizer.from_pretrained(tiny_sd, subfolder="tokenizer")
 
 
-def guide_of(folder: Path, tokenizer, **changes: float) -> guidance.Guidance:
+def guide_of(folder: Path, tokenizer, **changes: float) -> clip_token.Guidance:
     rows = rows_of()
     given = {"guidance_token": 8.0, "guidance_token_dropout": 0.0, **changes}
     options = GuidanceOptions(guidance_features=str(written(folder, rows)), **given)
@@ -435,7 +436,7 @@ def test_other_features_are_another_run(tmp_path, tokenizer):
     one = guide_of(tmp_path, tokenizer).identity
     assert one == guide_of(tmp_path, tokenizer).identity and "--guidance_features" in one
     features = read_features(tmp_path / "f.safetensors")
-    guidance.write_features(tmp_path / "f.safetensors", Features(features.rows + 1, features.digests, "c", "m"))
+    clip_token.write_features(tmp_path / "f.safetensors", Features(features.rows + 1, features.digests, "c", "m"))
     options = GuidanceOptions(guidance_token=1.0, guidance_features=str(tmp_path / "f.safetensors"))
     assert make_guidance(options, rows_of(), SimpleNamespace(tokenizers=(tokenizer,))).identity != one
 
@@ -445,7 +446,7 @@ def test_other_features_are_another_run(tmp_path, tokenizer):
 
 
 def told(options: GuidanceOptions, rows: Sequence[SimpleNamespace], width: int) -> list[Problem]:
-    return list(guidance.problems(options, rows, width))
+    return list(clip_token.problems(options, rows, width))
 
 
 def test_nothing_is_asked_without_the_flag_and_nothing_is_wrong_with_all_there(tmp_path):

@@ -14,17 +14,9 @@ import torch
 from PIL import Image, ImageCms
 
 from tests.pictures import data_options, marked, row_of
-from trainkit.data.images import (
-    INTERPOLATIONS,
-    CropPlan,
-    CropPolicy,
-    UnreadablePicture,
-    decode,
-    is_animated,
-    load_picture,
-    resized_size,
-)
-from trainkit.data.rows import Row
+from trainkit.data.batch import Row
+from trainkit.data.geometry import INTERPOLATIONS, CropPlan, CropPolicy, resized_size
+from trainkit.data.images import UnreadablePicture, decode, is_animated, load_picture
 from trainkit.errors import UserError
 
 

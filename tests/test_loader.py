@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from tests.pictures import data_options, marked, marked_folder, open_files, row_of
-from trainkit.data.batch import Batch, Sample
+from trainkit.data.batch import Batch, Row, Sample
 from trainkit.data.cache import Guarded, MemoryStore, cache_latents
-from trainkit.data.images import CropPolicy
+from trainkit.data.geometry import CropPolicy
 from trainkit.data.loader import Pictures, micro_batches
-from trainkit.data.order import Order
-from trainkit.data.rows import Row, read_rows
+from trainkit.data.rows import read_rows
+from trainkit.data.sampler import Order
 from trainkit.errors import UserError
 
 POLICY = CropPolicy(resolution=32, random_flip=True, cached_crops=3, interpolation="nearest")

@@ -7,10 +7,10 @@ import torch
 
 from trainkit.diffusion import EDMSchedule, NoiseSchedule, make_levels
 from trainkit.errors import UserError
-from trainkit.matching import ALIKE, MODES, MatchingTerm, make_passes, problems, window_of
-from trainkit.objective import Outcome, make_objective
+from trainkit.losses.matching_term import ALIKE, MODES, MatchingTerm, make_passes, problems, window_of
+from trainkit.losses.objective import Outcome, make_objective
+from trainkit.losses.passes import Pass
 from trainkit.options import MatchingOptions, ObjectiveOptions
-from trainkit.passes import Pass
 
 SD_BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 KEYS = [(7, 3, slot) for slot in range(6)]

@@ -8,7 +8,7 @@ import torch
 
 from tests.test_diffusion import alphas, latents, schedules
 from trainkit.diffusion import PREDICTIONS, EDMSchedule, NoiseSchedule, make_levels
-from trainkit.objective import ERRORS, HUBER_SCHEDULES, WEIGHTS, Objective, Outcome, make_objective, per_sample
+from trainkit.losses.objective import ERRORS, HUBER_SCHEDULES, WEIGHTS, Objective, Outcome, make_objective, per_sample
 from trainkit.options import ObjectiveOptions
 
 GAMMA = 5.0

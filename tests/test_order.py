@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from trainkit.data.batch import Slot
-from trainkit.data.order import Order
+from trainkit.data.sampler import Order
 
 
 def rows_of(instances: int, classes: int = 0) -> list[SimpleNamespace]:

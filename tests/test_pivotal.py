@@ -12,13 +12,13 @@ import torch
 from safetensors import safe_open
 
 from tests.tiny import build_tiny_sdxl
-from trainkit import pivotal
+from trainkit.conditioning import new_tokens
+from trainkit.conditioning.new_tokens import NewTokens, TokenRows
 from trainkit.errors import UserError
 from trainkit.families import sdxl
 from trainkit.files import load_tensors
 from trainkit.optim import HinaAdaptive
 from trainkit.options import ModelOptions, PivotalOptions
-from trainkit.pivotal import NewTokens, TokenRows
 
 CPU = torch.device("cpu")
 PROMPTS = ["a photo of a TOK dog", "TOK", "in the style of TOK, TOK's house"]
@@ -43,7 +43,7 @@ def stock(folder: Path, file: Path):
 
     pipe = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
-    state, names = load_tensors(file), [n for ns in pivotal.read_header(file).tokens.values() for n in ns]
+    state, names = load_tensors(file), [n for ns in new_tokens.read_header(file).tokens.values() for n in ns]
     pipe.load_textual_inversion(
         state["clip_l"], token=names, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer)
     pipe.load_textual_inversion(
@@ -87,7 +87,7 @@ def test_d15_the_pivot_is_a_share_of_the_steps_rounded_up(share, total, steps):
     (dict(initializer_concept="dog,cat"), ["TOK"], "2 concepts for 1 words"),
 ])
 def test_what_would_learn_nothing_is_refused(changes, captions, what):
-    problem, = pivotal.problems(options(**changes), captions)
+    problem, = new_tokens.problems(options(**changes), captions)
     assert what in problem.what and "--token_abstraction" in problem.where and problem.fix
 
 
@@ -95,21 +95,21 @@ def test_what_would_learn_nothing_is_refused(changes, captions, what):
     (dict(), ["a dog", "TOK"]), (dict(token_abstraction="A,B", initializer_concept="dog,"), ["A by B"]),
     (dict(), ["written out: <s0><s1>"])])
 def test_one_caption_with_the_word_is_enough(changes, captions):
-    assert not list(pivotal.problems(options(**changes), captions))
-    assert not list(pivotal.problems(PivotalOptions(), ["no word"]))
+    assert not list(new_tokens.problems(options(**changes), captions))
+    assert not list(new_tokens.problems(PivotalOptions(), ["no word"]))
 
 
 def test_captions_without_a_word_are_counted_in_the_log(caplog):
     with caplog.at_level(logging.WARNING):
-        pivotal.warn_of_captions_without(options(), ["a TOK", "a dog", "a cat"])
+        new_tokens.warn_of_captions_without(options(), ["a TOK", "a dog", "a cat"])
     assert "2 of 3 captions" in caplog.text and "'a dog'" in caplog.text
 
 
 def test_a_word_in_captions_of_class_pictures_is_said_in_the_log(caplog):
     with caplog.at_level(logging.WARNING):
-        pivotal.warn_of_class_prompts_with(options(), ["a dog"])
+        new_tokens.warn_of_class_prompts_with(options(), ["a dog"])
         assert not caplog.text
-        pivotal.warn_of_class_prompts_with(options(), ["a dog", "a TOK dog"])
+        new_tokens.warn_of_class_prompts_with(options(), ["a dog", "a TOK dog"])
     assert "1 captions of class pictures" in caplog.text and "'a TOK dog'" in caplog.text
 
 
@@ -123,7 +123,7 @@ def test_random_rows_have_the_vocabularys_std_and_follow_from_seed_and_name(tiny
 
     many, few, other = rows(0, 60), rows(0, 2), rows(1, 2)
     family = load(tiny_sdxl)
-    for name, encoder in zip(pivotal.ENCODERS, family.text_encoders, strict=True):
+    for name, encoder in zip(new_tokens.ENCODERS, family.text_encoders, strict=True):
         table = encoder.get_input_embeddings().weight
         assert many[name].std().item() == pytest.approx(float(table.std()), rel=0.1)
         assert few[name].shape == (2, table.shape[1]) and few[name].dtype == torch.float32
@@ -135,7 +135,7 @@ def test_a_concept_gives_the_first_rows(tiny_sdxl):
     family = load(tiny_sdxl)
     tokenizer, table = family.tokenizers[0], family.text_encoders[0].get_input_embeddings().weight
     dog, cat, toy = (table[tokenizer(word, add_special_tokens=False).input_ids[0]] for word in ("dog", "cat", "toy"))
-    rows = lambda concept, n: torch.stack(pivotal.rows_of(concept, tokenizer, table, n=n))  # noqa: E731
+    rows = lambda concept, n: torch.stack(new_tokens.rows_of(concept, tokenizer, table, n=n))  # noqa: E731
     assert torch.equal(rows("dog", 2), torch.stack([dog, dog]))
     assert torch.equal(rows("dog cat", 3), torch.stack([dog, cat, dog]))
     torch.testing.assert_close(rows("dog cat toy", 2), torch.stack([(dog + cat) / 2, toy]))
@@ -163,7 +163,7 @@ def test_encoders_with_new_rows_agree_with_pefts_trainable_tokens(tiny_sdxl):
 
     family = load(tiny_sdxl)
     tokens = NewTokens(family, options(), seed=0)
-    for k, name in enumerate(pivotal.ENCODERS):
+    for k, name in enumerate(new_tokens.ENCODERS):
         tokenizer, overlay = family.tokenizers[k], family.text_encoders[k].get_input_embeddings()
         other = copy.deepcopy(load(tiny_sdxl).text_encoders[k])
         other.resize_token_embeddings(len(tokenizer))
@@ -249,12 +249,12 @@ def test_d7_the_file_goes_into_any_folder_and_says_what_its_rows_are(tiny_sdxl, 
         header = file.metadata()
     assert json.loads(header["tokens"]) == {"TOK": ["<s0>", "<s1>"], "ZED": ["<s2>", "<s3>"]}
     assert header["base_model"] == tiny_sdxl.name and "/" not in header["base_model"]
-    assert pivotal.read_header(path) == pivotal.EmbeddingsHeader(tokens.options.tokens, sets_eos=False)
+    assert new_tokens.read_header(path) == new_tokens.EmbeddingsHeader(tokens.options.tokens, sets_eos=False)
 
 
 def test_a_file_that_differs_from_the_rows_is_found_out(tiny_sdxl, tmp_path, monkeypatch):
     tokens = NewTokens(load(tiny_sdxl), options(), seed=0)
-    monkeypatch.setattr(pivotal, "load_tensors", lambda path: {k: v + 1e-6 for k, v in tokens.embeddings.items()})
+    monkeypatch.setattr(new_tokens, "load_tensors", lambda path: {k: v + 1e-6 for k, v in tokens.embeddings.items()})
     with pytest.raises(UserError, match="does not hold the trained embeddings") as caught:
         tokens.export(tmp_path, "icons")
     assert caught.value.exit_code == 74
@@ -264,7 +264,7 @@ def test_another_programs_file_has_tokens_by_their_number(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"clip_l": torch.zeros(3, 4), "clip_g": torch.zeros(3, 6)}, tmp_path / "e.safetensors")
-    assert pivotal.read_header(tmp_path / "e.safetensors").tokens == {"": ["<s0>", "<s1>", "<s2>"]}
+    assert new_tokens.read_header(tmp_path / "e.safetensors").tokens == {"": ["<s0>", "<s1>", "<s2>"]}
 
 
 def test_d6_rows_outlive_a_restart_and_other_tokens_are_refused(tiny_sdxl):
@@ -286,7 +286,7 @@ def test_the_stock_pipeline_encodes_prompts_bit_for_bit_after_two_calls(tiny_sdx
     family = load(tiny_sdxl)
     tokens = NewTokens(family, options(token_abstraction=words), seed=0)
     path, = tokens.export(tmp_path, "icons")
-    assert not pivotal.read_header(path).sets_eos
+    assert not new_tokens.read_header(path).sets_eos
     with torch.no_grad():
         ours = encode(family, tokens, PROMPTS)
         pipe = stock(tiny_sdxl, path)
@@ -299,12 +299,12 @@ def test_d11_with_eos_2_in_the_config_the_cards_line_makes_the_stock_pipeline_ag
     family = load(folder)
     tokens = NewTokens(family, options(), seed=0)
     path, = tokens.export(tmp_path, "icons")
-    assert pivotal.read_header(path).sets_eos
+    assert new_tokens.read_header(path).sets_eos
     pipe, prompts = stock(folder, path), [tokens.rewrite(p) for p in PROMPTS]
     with torch.no_grad():
         ours = encode(family, tokens, PROMPTS)
         before = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
-        exec(pivotal.EOS_LINE, {"pipe": pipe})
+        exec(new_tokens.EOS_LINE, {"pipe": pipe})
         after = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
     assert torch.equal(ours[0], after[0]) and torch.equal(ours[1], after[2])
     assert not torch.equal(ours[1], before[2]), "the pooled vector was that of a new token"

@@ -15,8 +15,8 @@ from PIL import Image
 
 from trainkit import preview, rng
 from trainkit.adapters import add_adapters
+from trainkit.conditioning.cached_text import FrozenText
 from trainkit.families import sdxl
-from trainkit.families.text import FrozenText
 from trainkit.options import LoraOptions, ValidationOptions
 from trainkit.preview import Previews, evaluating, preview_prompts, sheet, tile_px
 

@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from tests.pictures import data_options, marked, marked_folder, open_files
+from trainkit.data.batch import Row
 from trainkit.data.images import load_picture
-from trainkit.data.rows import Row, read_rows
+from trainkit.data.rows import read_rows
 from trainkit.errors import Problem
 
 

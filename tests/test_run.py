@@ -28,12 +28,12 @@ from trainkit.errors import Problem, UserError, exit_with_message
 from trainkit.run import Run, due
 from trainkit.runtime import progress as line_room
 from trainkit.runtime import ranks
-from trainkit.runtime.gradients import Gradients, clip, total_norm
 from trainkit.runtime.lock import OutputLock
 from trainkit.runtime.progress import Pace, Progress
 from trainkit.runtime.record import Metrics, redact, redacted_command
 from trainkit.runtime.signals import Signals
 from trainkit.runtime.trackers import chosen_trackers
+from trainkit.training.gradients import Gradients, clip, total_norm
 
 SECRET = "hf_abcdefghijklmnop"
 start_run = partial(run.start_run, project="tests")

@@ -21,16 +21,16 @@ from tests.tiny import build_tiny_edm, build_tiny_sd
 from trainkit import export, families, preview, rng
 from trainkit.adapters import Adapters, add_adapters
 from trainkit.adapters import problems as adapter_problems
+from trainkit.conditioning.cached_text import FrozenText
+from trainkit.conditioning.live_text import LiveText, make_text
 from trainkit.data.cache import DiskStore
 from trainkit.errors import UserError
 from trainkit.families import sd, sdxl
-from trainkit.families.base import VAE_FLAG
-from trainkit.families.text import FrozenText
+from trainkit.families.pretrained import VAE_FLAG
 from trainkit.files import load_tensors, save_tensors
 from trainkit.options import LoraOptions, ModelOptions, OptimizerOptions, TextOptions
 from trainkit.preview import Previews, preview_prompts
 from trainkit.publish import publish
-from trainkit.text import LiveText, make_text
 
 PROMPTS = ["a photo of a TOK dog", "", "3d icon in the style of a zebra", "red " * 100]
 CPU = torch.device("cpu")

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from tests.tiny import build_tiny_sdxl, tiny_vae
+from trainkit.conditioning.cached_text import FrozenText
 from trainkit.data.cache import DiskStore
 from trainkit.errors import UserError
 from trainkit.families import sdxl, sgm
-from trainkit.families.text import FrozenText, token_ids
+from trainkit.families.tokenize import token_ids
 from trainkit.options import ModelOptions
 
 PROMPTS = ["a photo of a TOK dog", "", "3d icon in the style of a zebra", "red " * 100]

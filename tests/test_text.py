@@ -16,19 +16,19 @@ from tests.test_pivotal import load, stock
 from tests.tiny import build_tiny_sdxl
 from trainkit import rng
 from trainkit.adapters import add_adapters
+from trainkit.conditioning.live_text import LiveText, Text, make_text
+from trainkit.conditioning.new_tokens import EOS_LINE
 from trainkit.data.cache import DiskStore, MemoryStore, Store
 from trainkit.errors import UserError
 from trainkit.export import write_diffusers
 from trainkit.families import sdxl
 from trainkit.optim import make_optimizer
 from trainkit.options import LoraOptions, OptimizerOptions, PivotalOptions, TextOptions, ValidationOptions
-from trainkit.pivotal import EOS_LINE
 from trainkit.preview import Previews, sampler
 from trainkit.publish import write_card
 from trainkit.report import write_report
 from trainkit.report.facts import RunFacts
 from trainkit.report.usage import DIFFUSERS_FILE
-from trainkit.text import LiveText, Text, make_text
 
 PROMPTS = ["a TOK dog", "a TOK cat", "a photo of a dog", ""]
 TI = {"pivotal": PivotalOptions(train_text_encoder_ti=True)}

@@ -14,8 +14,8 @@ from tests.harness import ROOT, Done, command, forked, launched, make_pictures, 
 from tests.test_resume import same_checkpoint, same_tensors
 from tests.test_train_modes import every_value_first
 from tests.test_train_smoke import pairwise
+from trainkit.data.clip_features import Features, write_features
 from trainkit.data.images import content_digest
-from trainkit.guidance import Features, write_features
 
 TRAINER = "train_text_to_image_lora"
 STEPS = 4

@@ -20,19 +20,19 @@ from tests.tiny import build_tiny_sdxl
 from train_dreambooth_lora_sdxl_advanced import TrainStep
 from trainkit import rng
 from trainkit.adapters import Adapters, add_adapters
+from trainkit.conditioning.cached_text import FrozenText
 from trainkit.data.batch import Batch
 from trainkit.data.cache import MemoryStore
 from trainkit.data.loader import Pictures, micro_batches, ready_pictures
-from trainkit.data.order import Order
 from trainkit.data.rows import read_rows
+from trainkit.data.sampler import Order
 from trainkit.diffusion import Noise, make_levels
 from trainkit.families import sdxl
-from trainkit.families.text import FrozenText
-from trainkit.objective import make_objective
+from trainkit.losses.objective import make_objective
+from trainkit.losses.passes import Pass, Passes, always
 from trainkit.optim import ParamGroup, make_optimizer
 from trainkit.options import DataOptions, LoraOptions, ModelOptions, ObjectiveOptions, OptimizerOptions
-from trainkit.passes import Pass, Passes, always
-from trainkit.runtime.gradients import Gradients
+from trainkit.training.gradients import Gradients
 
 SEED, GLOBAL_BATCH, GAMMA = 3, 8, 5.0
 CPU = torch.device("cpu")

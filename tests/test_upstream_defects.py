@@ -25,16 +25,16 @@ from tests.test_text import make
 from tests.tiny import build_tiny_sdxl
 from train_dreambooth_lora_sdxl_advanced import Options
 from trainkit import publish, rng
-from trainkit.data.images import CropPolicy
+from trainkit.data.geometry import CropPolicy
 from trainkit.data.loader import Pictures
-from trainkit.data.order import Order
 from trainkit.data.rows import read_rows
+from trainkit.data.sampler import Order
 from trainkit.diffusion import Noise
 from trainkit.errors import UserError
 from trainkit.families import sdxl
 from trainkit.optim import make_optimizer
 from trainkit.options import DataOptions, OptimizerOptions, PivotalOptions, RunOptions, TextOptions, parse
-from trainkit.runtime.gradients import Gradients
+from trainkit.training.gradients import Gradients
 
 pytestmark = pytest.mark.xdist_group("upstream defects")  # the runs below are shared
 

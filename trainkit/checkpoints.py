@@ -25,7 +25,7 @@ from torch import Tensor
 from trainkit import files
 from trainkit.errors import Problem, UserError
 from trainkit.files import Json
-from trainkit.runtime import manifest, ranks, shelf
+from trainkit.runtime import checkpoint_folders, manifest, ranks
 from trainkit.runtime.record import timestamp, versions
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Checkpoints:
         extra: Callable[[Path], None] | None = None, **parts: Stateful,
     ):
         assert keep is None or keep >= 1, "keep at least one checkpoint"
-        self.shelf = shelf.Shelf(Path(out_dir))
+        self.shelf = checkpoint_folders.Shelf(Path(out_dir))
         self.keep, self.fingerprint, self.extra, self.parts = keep, fingerprint, extra, parts
         self.saved: int | None = None
 
@@ -156,7 +156,7 @@ class Checkpoints:
         """Rank 0, when nothing can refuse any more: set aside what is not on the way from `folder`."""
         here = folder is not None and folder.parent.resolve() == self.shelf.dir.resolve()
         with files.disk_errors(self.shelf.dir):
-            self.shelf.set_aside([p for p in self.shelf.all() if not here or shelf.step_of(p) > step])
+            self.shelf.set_aside([p for p in self.shelf.all() if not here or checkpoint_folders.step_of(p) > step])
         self.saved = step if here else None
 
     def _refuse_differences(self, folder: Path, fingerprint: Json) -> None:

@@ -10,7 +10,7 @@ from trainkit.optim.table import decisive_arguments
 from trainkit.options.rules import shares
 
 if TYPE_CHECKING:
-    from trainkit.data.rows import Row
+    from trainkit.data.batch import Row
     from trainkit.families import Family
     from trainkit.options import OptionSet
     from trainkit.run import Run

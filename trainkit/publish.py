@@ -26,8 +26,8 @@ from trainkit.runtime.record import redact
 
 if TYPE_CHECKING:
     from trainkit.adapters import Adapters
+    from trainkit.conditioning.live_text import Text
     from trainkit.families import Family
-    from trainkit.text import Text
 
 log = logging.getLogger(__name__)
 

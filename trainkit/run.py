@@ -38,12 +38,12 @@ from torch import Tensor
 from trainkit.errors import Problem, UserError
 from trainkit.files import DISK_ERRORS, Json, disk_error, disk_errors
 from trainkit.runtime import ranks, trackers
-from trainkit.runtime.gradients import Gradients, Steppable
+from trainkit.runtime.checkpoint_folders import pointed
 from trainkit.runtime.lock import OutputLock
 from trainkit.runtime.progress import LineHandler, Progress
 from trainkit.runtime.record import Metrics, Record, redact_json
-from trainkit.runtime.shelf import pointed
 from trainkit.runtime.signals import Signals, Wish, end_with_launcher
+from trainkit.training.gradients import Gradients, Steppable
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

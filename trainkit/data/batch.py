@@ -4,11 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from trainkit.rng import Key
+
+
+class Source(Protocol):
+    """Where a picture's file content comes from; a Path is one."""
+
+    def read_bytes(self) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture that an epoch visits once; a repeat is a row of its own, with its own crops."""
+
+    id: str  # file name under the folder, or "row 17" of a data set, or "class/" + file name; the same on every machine
+    source: Source
+    caption: str  # the first, or only one
+    size: tuple[int, int]  # h, w, upright
+    digest: str  # of the file's content
+    repeat: int = 0  # 0 .. repeats - 1
+    share: float = 1.0  # weight of its loss: 1 for instances, prior_loss_weight for class pictures
+    is_class: bool = False  # a picture of the class, there to keep what the model knew of it
+    others: tuple[str, ...] = ()  # further captions
+
+    @property
+    def all_captions(self) -> tuple[str, ...]:
+        """At least one; each visit is trained with one of them."""
+        return self.caption, *self.others
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A picture that is there by name; its content has not been read."""
+
+    id: str
+    source: Source
+    caption: str
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from trainkit.data.images import CropPlan, CropPolicy, load_picture
+from trainkit.data.geometry import CropPlan, CropPolicy
+from trainkit.data.images import load_picture
 from trainkit.errors import Problem, UserError
 from trainkit.files import Json, disk_errors, save_tensors
 from trainkit.rng import generator
 from trainkit.runtime import ranks
 
 if TYPE_CHECKING:
-    from trainkit.data.rows import Row
+    from trainkit.data.batch import Row
 
 VERSION = 1  # raise it when pixels or posteriors of the same key would come out differently
 STALE_SECONDS = 86_400  # unfinished files of a killed run are swept after a day: a live one is renamed within seconds

@@ -13,13 +13,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from trainkit.data.batch import Batch, Sample, Slot, collate
 from trainkit.data.cache import Guarded, Latents, Store, cache_latents, unguarded
-from trainkit.data.images import CropPolicy, load_picture
-from trainkit.data.order import Order
+from trainkit.data.geometry import CropPolicy
+from trainkit.data.images import load_picture
+from trainkit.data.sampler import Order
 from trainkit.errors import UserError
 from trainkit.rng import generator, permutation
 
 if TYPE_CHECKING:
-    from trainkit.data.rows import Row
+    from trainkit.data.batch import Row
     from trainkit.options import PictureOptions
 
 log = logging.getLogger(__name__)

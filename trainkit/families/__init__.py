@@ -8,8 +8,8 @@ from __future__ import annotations
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from trainkit.families.base import MODEL_FLAG, Family
-from trainkit.families.pretrained import Repo
+from trainkit.families.base import Family
+from trainkit.families.pretrained import MODEL_FLAG, Repo
 
 if TYPE_CHECKING:
     from trainkit.options import ModelOptions

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from trainkit import diffusion, rng
 from trainkit.diffusion import Level, Schedule
-from trainkit.errors import Problem, UserError, refuse
+from trainkit.errors import Problem
 from trainkit.families.pretrained import (
+    MODEL_FLAG,
     Json,
     Repo,
     empty_device_cache,
@@ -31,7 +32,9 @@ from trainkit.families.pretrained import (
     load_part,
     quiet_loading,
     tokenizer_digest,
+    vae_place,
 )
+from trainkit.families.unet_targets import LORA_TARGETS, TEXT_LORA_TARGETS
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
@@ -42,24 +45,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MODEL_FLAG, VAE_FLAG = "--pretrained_model_name_or_path", "--pretrained_vae_model_name_or_path"
-NETWORK = "UNet2DConditionModel"  # what is trained
-CLIP_LAYERS = 12  # where a text encoder's config does not say
-TIMESTEPS = 1000  # where a scheduler's does not
-UNET_NEEDS, VAE_NEEDS = ("in_channels", "block_out_channels"), ("latent_channels", "block_out_channels")  # of a config
-
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
-CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
-LINEAR: dict[str, tuple[str, ...]] = {
-    "attention": ATTENTION,
-    "attention+ff": (*ATTENTION, *FEED_FORWARD),
-    # every linear map of the transformer blocks; proj_in and proj_out are 1×1 convolutions in SD 1.x
-    "all-linear": (*ATTENTION, *FEED_FORWARD, "proj_in", "proj_out"),
-}
-LORA_TARGETS = LINEAR | {  # --lora_layers -> ends of the module paths that get an adapter
-    f"{name}+conv": (*ends, *CONVOLUTIONS) for name, ends in LINEAR.items()}
-TEXT_LORA_TARGETS = dict.fromkeys(LORA_TARGETS, ("q_proj", "k_proj", "v_proj", "out_proj"))  # of each text encoder
 
 Encoded = Callable[[list[str]], tuple[Tensor, Tensor]]  # prompts -> embeds [B,T,D], pooled [B,P]
 
@@ -73,171 +58,9 @@ class Layout:
     misfits: Callable[[Repo, Json, Json], Iterator[Problem]]  # of a repo, its model_index.json and unet/config.json
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Before loading: the JSON files tell what will not work
-
-
-def problems(layout: Layout, path: str, *, resolution: int, vae_path: str | None = None, revision: str | None = None,
-             variant: str | None = None, clip_skip: int | None = None, prediction_type: str | None = None,
-             rescale_betas_zero_snr: bool = False, timesteps: tuple[int, int | None] = (0, None)) -> list[Problem]:
-    """Everything that stops training from this model folder or Hub id, read from its small JSON files.
-
-    timesteps  --min_timestep and --max_timestep
-    """
-    model = Repo(str(path), MODEL_FLAG, revision)
-    vae, vae_folder = vae_place(model, vae_path)
-    vae_file = f"{vae_folder}/config.json".lstrip("/")
-    try:
-        found = model.unreachable("model_index.json") + (vae.unreachable("config.json") if vae_path else [])
-        if found:
-            return found
-        vae_config, unet_config = vae.json(vae_file), model.json("unet/config.json")
-        found = [*folder_problems(layout, model), *no_vae(model, vae, vae_config)] or [
-            *lacks(model, "unet/config.json", unet_config, UNET_NEEDS), *lacks(vae, vae_file, vae_config, VAE_NEEDS)]
-        if found:
-            return found
-        found = [*fit_problems(model, unet_config, vae_config),
-                 *schedule_problems(model, prediction_type=prediction_type, timesteps=timesteps,
-                                    rescale_betas_zero_snr=rescale_betas_zero_snr),
-                 *resolution_problems(resolution, unet_config, vae_config), *text_problems(layout, model, clip_skip)]
-    except UserError as damaged:  # a JSON file that is none
-        return [*damaged.problems]
-    found += model.weight_problems(("unet", *layout.text_encoders), variant)
-    return found + [*vae.weight_problems((vae_folder,), None if vae_path else variant)]
-
-
-def vae_place(model: Repo, vae_path: str | None) -> tuple[Repo, str]:
-    """Whose VAE it is, and the folder in there."""
-    return (Repo(str(vae_path), VAE_FLAG), "") if vae_path else (model, "vae")
-
-
-def folder_problems(layout: Layout, model: Repo) -> Iterator[Problem]:
-    """Is this a base model of the family in the Diffusers layout?"""
-    index, unet = model.json("model_index.json"), model.json("unet/config.json")
-    if index is None:
-        yield model.problem("not a Diffusers model folder", "it has no model_index.json",
-                            f"name the folder that holds model_index.json in {MODEL_FLAG}")
-    elif unet is None and index.get("transformer"):
-        yield model.problem("a model without a UNet cannot be trained here",
-                            f"its network is a transformer ({index.get('_class_name')})",
-                            "name a Stable Diffusion 1.x, 2.x or SDXL model")
-    elif unet is None:
-        yield model.problem("the model folder has no UNet", "unet/config.json is missing",
-                            "copy the unet folder of the model there, or name a complete model", kind="data")
-    elif unet.get("_class_name", NETWORK) != NETWORK:
-        yield model.problem(f"a {unet['_class_name']} cannot be trained here", f"only a {NETWORK} can",
-                            "name a Stable Diffusion 1.x, 2.x or SDXL model")
-    else:
-        yield from layout.misfits(model, index, unet)
-
-
-def no_vae(model: Repo, vae: Repo, config: Json | None) -> Iterator[Problem]:
-    """Is there a VAE? Asked of a model folder only: what is none lacks more than that."""
-    if config is None and model.has("model_index.json"):
-        missing = "config.json" if vae.flag == VAE_FLAG else "vae/config.json"
-        yield vae.problem("no VAE there", f"{missing} is missing", f"name a folder that holds a VAE in {VAE_FLAG}")
-
-
-def lacks(repo: Repo, file: str, config: Json | None, names: Sequence[str]) -> Iterator[Problem]:
-    """Values that a network's config must have and does not."""
-    missing = ", ".join(name for name in names if (config or {}).get(name) is None)
-    if missing:
-        yield repo.problem(f"{file} lacks {missing}", "the sizes of the model are read from there",
-                           f"copy {file} of the model there again", kind="data")
-
-
-def fit_problems(model: Repo, unet: Json, vae: Json) -> Iterator[Problem]:
-    """Do the parts fit one another and the objectives we have?"""
-    if unet["in_channels"] != vae["latent_channels"]:
-        yield model.problem(
-            "UNet and VAE do not fit", f"the UNet takes {unet['in_channels']} channels, the VAE makes "
-            f"{vae['latent_channels']} (inpainting models take 9)", "name a text-to-image model and its VAE")
-
-
-def schedule_problems(model: Repo, *, prediction_type: str | None, rescale_betas_zero_snr: bool,
-                      timesteps: tuple[int, int | None]) -> Iterator[Problem]:
-    """Is there a noise schedule, one that its parametrisation can be trained on, with the timesteps asked for?"""
-    scheduler = model.json("scheduler/scheduler_config.json")
-    if scheduler is None:
-        yield model.problem("the model folder has no scheduler", "scheduler/scheduler_config.json is missing",
-                            "copy the scheduler folder of the model there", kind="data")
-        return
-    config = diffusion.effective_config(
-        scheduler, prediction_type=prediction_type, rescale_betas_zero_snr=rescale_betas_zero_snr)
-    yield from diffusion.config_problems(config)
-    if diffusion.is_edm(config) and config["_class_name"] not in diffusion.EDM_SCHEDULERS:
-        known = ", ".join(diffusion.EDM_SCHEDULERS)
-        yield model.problem(f"an EDM scheduler we do not know: {config['_class_name']}",
-                            f"scheduler/scheduler_config.json names it; known: {known}", "put one of these there")
-    (first, end), steps = timesteps, int(config.get("num_train_timesteps", TIMESTEPS))
-    if end is None or first < end:  # else the options' own problem (options/rules.py)
-        yield from diffusion.range_problems(first, end or steps, steps)
-
-
-def text_problems(layout: Layout, model: Repo, clip_skip: int | None) -> Iterator[Problem]:
-    """Are tokenizers and encoders there, the encoders with layers enough for --clip_skip?"""
-    for folder in layout.tokenizers:
-        words = any(model.has(f"{folder}/{name}") for name in ("vocab.json", "tokenizer.json"))
-        if not words or model.json(f"{folder}/tokenizer_config.json") is None:
-            yield model.problem(f"the model folder has no {folder}", f"{folder}/tokenizer_config.json or vocab.json is "
-                                "missing", f"copy the {folder} folder of the model there", kind="data")
-    for folder in layout.text_encoders:
-        config = model.json(f"{folder}/config.json")
-        if config is None:
-            yield model.problem(f"the model folder has no {folder}", f"{folder}/config.json is missing",
-                                f"copy the {folder} folder of the model there", kind="data")
-        elif (clip_skip or 0) >= (layers := config.get("num_hidden_layers", CLIP_LAYERS)):
-            yield Problem(f"{folder} has no layer to take with --clip_skip {clip_skip}", f"--clip_skip {clip_skip}",
-                          f"it has {layers} layers", f"--clip_skip {layers - 1} at most, or leave it out")
-
-
-def resolution_problems(resolution: int, unet: Json, vae: Json) -> Iterator[Problem]:
-    """A side must survive the VAE's and then the UNet's halvings without a remainder."""
-    vae_factor, unet_stride = halvings(vae), halvings(unet)
-    step = vae_factor * unet_stride
-    if resolution <= 0 or resolution % step:
-        near = max(step, round(resolution / step) * step)
-        yield Problem(
-            f"the model cannot take {resolution} px", f"--resolution {resolution}",
-            f"sides must be multiples of {step} (VAE factor {vae_factor} × UNet stride {unet_stride})",
-            f"--resolution {near}")
-
-
 def halvings(config: Json) -> int:
     """Pixels (or latents) a side per innermost cell: every level but the last halves the sides."""
     return 2 ** (len(config["block_out_channels"]) - 1)
-
-
-def latents(path: str, resolution: int, *, vae_path: str | None = None, revision: str | None = None
-            ) -> tuple[int, int, int]:
-    """Shape (C,h,w) of the latents of square pictures, for a model that `problems` has nothing against."""
-    vae, folder = vae_place(Repo(str(path), MODEL_FLAG, revision), vae_path)
-    config = vae.json(f"{folder}/config.json".lstrip("/")) or {}
-    side = resolution // halvings(config)
-    return int(config["latent_channels"]), side, side
-
-
-def native_resolution(path: str, revision: str | None = None) -> int:
-    """Pixels a side that the model was made for: the UNet's sample_size times the VAE's factor.
-
-    Raises UserError for a model that cannot be read, or does not say.
-    """
-    model = Repo(str(path), MODEL_FLAG, revision)
-    refuse(model.unreachable("unet/config.json"))
-    unet, vae = model.json("unet/config.json"), model.json("vae/config.json")
-    refuse([*lacks(model, "unet/config.json", unet, ("sample_size",)),
-            *lacks(model, "vae/config.json", vae, ("block_out_channels",))])
-    size = unet["sample_size"]  # [h,w] where a model is not of squares
-    return halvings(vae) * (max(size) if isinstance(size, list) else size)
-
-
-def skeleton(path: str, *, revision: str | None = None) -> UNet2DConditionModel:
-    """The UNet without its weights, to look up module paths in."""
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        return UNet2DConditionModel.from_config(
-            UNet2DConditionModel.load_config(path, subfolder="unet", revision=revision))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Json = Mapping[str, object]
 Part = TypeVar("Part")
 
+MODEL_FLAG, VAE_FLAG = "--pretrained_model_name_or_path", "--pretrained_vae_model_name_or_path"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FINGERPRINT_VALUES = 256  # of each tensor at least, if it has as many
 
@@ -221,3 +222,8 @@ def freeze(module: nn.Module) -> nn.Module:
 def empty_device_cache() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def vae_place(model: Repo, vae_path: str | None) -> tuple[Repo, str]:
+    """Whose VAE it is, and the folder in there."""
+    return (Repo(str(vae_path), VAE_FLAG), "") if vae_path else (model, "vae")

@@ -17,19 +17,12 @@ from torch import Tensor
 
 from trainkit.diffusion import Level
 from trainkit.errors import Problem
-from trainkit.families import base
-from trainkit.families.base import (
-    LORA_TARGETS,
-    TEXT_LORA_TARGETS,
-    Encoded,
-    Family,
-    Layout,
-    latents,
-    native_resolution,
-    skeleton,
-)
+from trainkit.families import base, checks
+from trainkit.families.base import Encoded, Family, Layout
+from trainkit.families.checks import latents, native_resolution, skeleton
 from trainkit.families.pretrained import Json, Repo
-from trainkit.families.text import tokens
+from trainkit.families.tokenize import tokens
+from trainkit.families.unet_targets import LORA_TARGETS, TEXT_LORA_TARGETS
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin, StableDiffusionPipeline
@@ -57,7 +50,7 @@ def misfits(model: Repo, index: Json, unet: Json) -> Iterator[Problem]:
 
 
 LAYOUT = Layout(("tokenizer",), ("text_encoder",), misfits)
-problems = partial(base.problems, LAYOUT)
+problems = partial(checks.problems, LAYOUT)
 
 
 class SD(Family):

@@ -15,20 +15,13 @@ from torch import Tensor
 
 from trainkit.diffusion import Level
 from trainkit.errors import Problem
-from trainkit.families import base
-from trainkit.families.base import (
-    LORA_TARGETS,
-    TEXT_LORA_TARGETS,
-    Encoded,
-    Family,
-    Layout,
-    latents,
-    native_resolution,
-    skeleton,
-)
+from trainkit.families import base, checks
+from trainkit.families.base import Encoded, Family, Layout
+from trainkit.families.checks import latents, native_resolution, skeleton
 from trainkit.families.pretrained import Json, Repo
 from trainkit.families.sgm import read_name, text_name, webui_name
-from trainkit.families.text import token_ids
+from trainkit.families.tokenize import token_ids
+from trainkit.families.unet_targets import LORA_TARGETS, TEXT_LORA_TARGETS
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin, StableDiffusionXLPipeline
@@ -52,7 +45,7 @@ def misfits(model: Repo, index: Json, unet: Json) -> Iterator[Problem]:
 
 
 LAYOUT = Layout(("tokenizer", "tokenizer_2"), ("text_encoder", "text_encoder_2"), misfits)
-problems = partial(base.problems, LAYOUT)
+problems = partial(checks.problems, LAYOUT)
 
 
 class SDXL(Family):

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from trainkit.conditioning.new_tokens import EmbeddingsHeader, embeddings_file, read_header
 from trainkit.files import Json, read_json
 from trainkit.options import MatchingOptions, OptimizerOptions
 from trainkit.options.rules import unread
 from trainkit.options.words import replace_words
-from trainkit.pivotal import EmbeddingsHeader, embeddings_file, read_header
 from trainkit.report.usage import DIFFUSERS_FILE, Usage, usage
 
 PATHS = {  # options whose value is a place on this machine

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from trainkit.conditioning.new_tokens import ENCODERS, EOS_LINE
 from trainkit.diffusion import effective_config
-from trainkit.pivotal import ENCODERS, EOS_LINE
 
 if TYPE_CHECKING:
     from trainkit.report.facts import RunFacts

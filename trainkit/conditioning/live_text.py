@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from trainkit import adapters
+from trainkit.conditioning.cached_text import FrozenText
+from trainkit.conditioning.new_tokens import NewTokens, unseen
 from trainkit.data.cache import Store
 from trainkit.errors import refuse
-from trainkit.families.text import FrozenText
-from trainkit.pivotal import NewTokens, unseen
 
 if TYPE_CHECKING:
     from trainkit.adapters import Adapters

@@ -21,7 +21,9 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from trainkit.data.rows import Folder, Listed, Row, check, list_folder
+from trainkit.data.batch import Listed, Row
+from trainkit.data.rows import check
+from trainkit.data.sources.folder import Folder, list_folder
 from trainkit.errors import Problem, UserError, refuse
 from trainkit.families.pretrained import (
     Repo,

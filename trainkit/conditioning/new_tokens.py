@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from trainkit import rng
 from trainkit.errors import Problem, UserError, refuse
-from trainkit.families.text import token_ids
+from trainkit.families.tokenize import token_ids
 from trainkit.files import disk_errors, load_tensors, save_tensors
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from trainkit.data.batch import Slot
 from trainkit.rng import permutation
 
 if TYPE_CHECKING:
-    from trainkit.data.rows import Row
+    from trainkit.data.batch import Row
 
 STREAMS = ("order", "class order")  # names of the shuffles: of instances, of class pictures
 

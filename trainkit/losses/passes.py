@@ -11,7 +11,7 @@ from torch import Tensor
 from trainkit import rng
 from trainkit.diffusion import Level, LevelSampler
 from trainkit.errors import Problem, UserError
-from trainkit.objective import Objective
+from trainkit.losses.objective import Objective
 
 if TYPE_CHECKING:
     from trainkit.files import Json

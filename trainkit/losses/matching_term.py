@@ -23,8 +23,8 @@ from torch import Tensor
 from trainkit import rng
 from trainkit.diffusion import Level, LevelSampler
 from trainkit.errors import Problem, UserError
-from trainkit.objective import Judged, Outcome
-from trainkit.passes import Memory, Pass, Passes, always
+from trainkit.losses.objective import Judged, Outcome
+from trainkit.losses.passes import Memory, Pass, Passes, always
 
 if TYPE_CHECKING:
     from trainkit.options import MatchingOptions

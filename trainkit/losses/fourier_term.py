@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trainkit.errors import Problem
-from trainkit.objective import Judged
+from trainkit.losses.objective import Judged
 from trainkit.runtime import ranks
 
 if TYPE_CHECKING:

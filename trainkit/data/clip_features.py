@@ -1,43 +1,29 @@
-"""The CLIP guidance token: a picture's own CLIP features stand where its caption's encoding has its last pad.
+"""CLIP features of images: the file they are kept in and the CLIP they come from.
 
-Training on pictures beside captions: Yuan et al. 2024, "Real-Fake: Effective Training Data Synthesis Through
-Distribution Matching", arXiv:2310.10402. Also the file the features are kept in and the CLIP they come from.
-
-B batch, T tokens, D width of the text and of the features, N pictures with features.
+D width of the features, N images with features.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from trainkit import rng
 from trainkit.data.cache import DIGEST, tensors_digest
-from trainkit.data.captions import listing
 from trainkit.errors import Problem, UserError, refuse
 from trainkit.families.pretrained import Repo, fingerprint, freeze, json_digest, load_part, quiet_loading
 from trainkit.files import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from transformers import CLIPTokenizer
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    from trainkit.data.batch import Batch
-    from trainkit.data.rows import Row
-    from trainkit.families import Family
-    from trainkit.options import GuidanceOptions
-
-log = logging.getLogger(__name__)
 
 FILE_NAME = "features.safetensors"
 SCRIPT = "python scripts/extract_clip_features.py"
@@ -48,8 +34,6 @@ KINDS = {"clip": "CLIPModel", "clip_vision_model": "CLIPVisionModelWithProjectio
 TOO_WIDE = f"; no CLIP we know projects pictures to more than {max(CLIPS)}"
 PREPROCESSING = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor",
                  "do_normalize", "image_mean", "image_std")
-
-Text = tuple[Tensor, Tensor]  # embeds [B,T,D], pooled [B,P]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -193,136 +177,3 @@ def load_clip(name: str, flag: str = "--clip", device: torch.device | str = "cpu
     settings = {key: getattr(processor, key) for key in PREPROCESSING}
     made_by = json_digest(fingerprint(repo.folder(""), None), settings)
     return Clip(name, made_by, freeze(model).to(device), processor, torch.device(device))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The token
-
-
-def with_token(embeds: Tensor, tokens: Tensor, where: Tensor) -> Tensor:
-    """A copy of embeds [B,T,D] whose last position is tokens [B,D] in the rows that `where` [B] names."""
-    last = torch.where(where.to(embeds.device)[:, None], tokens.to(embeds), embeds[:, -1])
-    return torch.cat([embeds[:, :-1], last[:, None]], dim=1)
-
-
-def has_room(tokenizers: Sequence[CLIPTokenizer], prompts: Sequence[str]) -> list[bool]:
-    """Whether each prompt leaves the last position to padding, for every text encoder."""
-    ids = [t(list(prompts), truncation=True, max_length=t.model_max_length).input_ids for t in tokenizers]
-    limits = [t.model_max_length for t in tokenizers]
-    return [all(len(one) < limit for one, limit in zip(of_prompt, limits, strict=True))
-            for of_prompt in zip(*ids, strict=True)]
-
-
-class Guidance(Protocol):
-    """What a training step asks: the text of a batch as the network is to see it.
-
-    identity  what a checkpoint and the run that resumes it must agree on
-    """
-
-    @property
-    def identity(self) -> Mapping[str, str]: ...
-
-    def __call__(self, text: Text, batch: Batch, keys: Sequence[rng.Key]) -> Text: ...
-
-
-class NoGuidance:
-    """The text as it is."""
-
-    identity: Mapping[str, str] = {}
-
-    def __call__(self, text: Text, batch: Batch, keys: Sequence[rng.Key]) -> Text:
-        return text
-
-
-@dataclass(frozen=True)
-class ClipGuidance:
-    """The last pad of each caption's encoding becomes scale · features of the picture; nothing is changed in place.
-
-    rows     [N,D] features
-    places   [rows of the data set] -> row of features
-    full     captions whose encoding has no pad: their end token stays
-    dropout  share of visits without the token, so that classifier-free guidance has a branch to start from
-    """
-
-    rows: Tensor
-    places: Tensor
-    full: frozenset[str]
-    scale: float
-    dropout: float
-
-    @cached_property
-    def identity(self) -> Mapping[str, str]:
-        return {"--guidance_features": tensors_digest({"features": self.rows[self.places.unique()]})}
-
-    def __call__(self, text: Text, batch: Batch, keys: Sequence[rng.Key]) -> Text:
-        embeds, pooled = text
-        room = torch.tensor([prompt not in self.full for prompt in batch.prompts])
-        kept = rng.uniform(keys, "guidance dropout") >= self.dropout
-        places = self.places[torch.tensor([slot.row for slot in batch.slots])]
-        return with_token(embeds, self.scale * self.rows[places], room & kept), pooled
-
-
-def make_guidance(options: GuidanceOptions, rows: Sequence[Row], family: Family) -> Guidance:
-    """The guidance of a run; says which captions leave no place for the token."""
-    if not options.guidance_token:
-        return NoGuidance()
-    features = read_features(options.guidance_features)
-    captions = sorted({caption for row in rows for caption in row.all_captions})
-    full = [caption for caption, room in zip(captions, has_room(family.tokenizers, captions), strict=True) if not room]
-    if full:
-        log.warning("%d captions fill the text encoder's whole context; their pictures are trained on without the "
-                    "guidance token: %s", len(full), listing(full))
-    return ClipGuidance(features.rows, features.places([row.digest for row in rows]), frozenset(full),
-                        options.guidance_token_scale, options.guidance_token_dropout)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Before the run
-
-
-def problems(options: GuidanceOptions, rows: Sequence[Row], width: int) -> Iterator[Problem]:
-    """What keeps the token from being fed to a UNet that takes text `width` wide (its cross_attention_dim)."""
-    if not options.guidance_token:
-        return
-    if not options.guidance_features:
-        yield _no_file(rows, width)
-        return
-    where = f"--guidance_features {options.guidance_features}"
-    try:
-        features = read_features(options.guidance_features)
-    except UserError as error:
-        yield from error.problems
-        return
-    yield from (unfit := list(misfits(features.width, width, where)))
-    lacking = sorted({row.id for row in rows if row.digest not in features})
-    if lacking and not unfit:
-        fix = f"{_extract(rows, features.clip, options.guidance_features)}; it adds what is missing"
-        yield Problem(f"{len(lacking)} pictures have no CLIP features", where, listing(lacking), fix, "data")
-
-
-def _no_file(rows: Sequence[Row], width: int) -> Problem:
-    what, where = "--guidance_token without --guidance_features", "--guidance_token"
-    if width > max(CLIPS):
-        return Problem(what, where, f"it takes CLIP features as wide as the model's text, {width}{TOO_WIDE}",
-                       "leave out --guidance_token, or train an SD 1.x or 2.x model")
-    clip = CLIPS.get(width, f"A_CLIP_PROJECTING_TO_{width}")
-    return Problem(what, where, "the token is made of the pictures' CLIP features, which are extracted once",
-                   f"{_extract(rows, clip, FILE_NAME)}; then --guidance_features {FILE_NAME}")
-
-
-def misfits(have: int, width: int, where: str) -> Iterator[Problem]:
-    """Features `have` wide for a UNet that takes text `width` wide."""
-    if have == width:
-        return
-    fix = f"extract them into another file with a CLIP that fits: --clip {CLIPS[width]}" if width in CLIPS else (
-        "leave the token out" if width > max(CLIPS) else f"extract them with a CLIP whose projection is {width} wide")
-    yield Problem(f"CLIP features {have} wide do not fit a model whose text is {width} wide", where,
-                  "the token takes the place of a text token in the UNet's cross-attention"
-                  f"{TOO_WIDE if width > max(CLIPS) else ''}", fix)
-
-
-def _extract(rows: Sequence[Row], clip: str, out: str) -> str:
-    """The command that writes the features of these pictures: of the folder they are in, or of their data set."""
-    folders = [row.source.parent for row in rows if isinstance(row.source, Path)]
-    source = f"--images {shlex.quote(os.path.commonpath(folders))}" if folders else "--dataset_name NAME"
-    return f"{SCRIPT} {source} --clip {shlex.quote(clip)} --out {shlex.quote(out)}"

@@ -12,7 +12,6 @@ from torch import Tensor
 from trainkit.data.cache import MemoryStore, Store, content_key
 
 if TYPE_CHECKING:
-    from transformers import BatchEncoding, CLIPTokenizer
 
     from trainkit.adapters import Adapters
     from trainkit.families import Family
@@ -21,20 +20,6 @@ if TYPE_CHECKING:
     from trainkit.options import OptimizerOptions
 
 PROMPTS_AT_ONCE = 16
-
-
-def tokens(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> BatchEncoding:
-    """As the stock pipelines make them: BOS, text, EOS, padding to the tokenizer's length.
-
-    -> input_ids [B,T], attention_mask [B,T]
-    """
-    return tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
-                     return_tensors="pt")
-
-
-def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
-    """-> [B,T]"""
-    return tokens(tokenizer, prompts).input_ids
 
 
 class FrozenText:
@@ -87,7 +72,7 @@ class FrozenText:
         embeds, pooled = (torch.stack([f[name] for f in found]) for name in ("embeds", "pooled"))
         return embeds.to(self.device), pooled.to(self.device)
 
-    # What a text in training has, see trainkit.text.LiveText: here there is none of it.
+    # What a text in training has, see trainkit.conditioning.live_text.LiveText: here there is none of it.
 
     def rewrite(self, prompt: str) -> str:
         return prompt
