@@ -11,8 +11,6 @@ docs/flags.md explains them, docs/differences.md says where we differ from the D
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -37,20 +35,9 @@ from trainkit.options import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import Tensor
-
-    from trainkit import rng
-    from trainkit.adapters import Adapters
-    from trainkit.checkpoints import Checkpoints
     from trainkit.conditioning.live_text import Text
-    from trainkit.data.batch import Batch, Row
-    from trainkit.data.cache import Store
-    from trainkit.diffusion import Noise
-    from trainkit.families.sdxl import SDXL
-    from trainkit.losses.passes import Pass, Passes
-    from trainkit.optim import Optim, ParamGroup
-    from trainkit.preview import Previews
-    from trainkit.run import Run
+    from trainkit.data.batch import Row
+    from trainkit.optim import Optim
 
 
 class Options(OptionSet):
@@ -74,166 +61,92 @@ def main(argv: list[str] | None = None) -> None:
     opt = parse(Options, argv, description=__doc__)  # frozen; --help and --print_config end here
 
     from trainkit import adapters, checkpoints, identity, optim, preview, publish, run
+    from trainkit.conditioning import live_text, new_tokens
     from trainkit.data import cache, class_images, loader, sampler
+    from trainkit.diffusion import ScheduleChange, make_noise
     from trainkit.families import sdxl
+    from trainkit.losses.passes import Passes, always, plain_objective
+    from trainkit.training.step import TrainStep
 
     instances = preflight(opt)  # every problem in one message
     with run.start_run(opt, "dreambooth-lora-sdxl") as job:
         total, stop = opt.run.ends(len(instances), job.world)  # finished steps of the run, and of this session
-        rows = [*instances, *class_images.class_rows(opt, job)]  # the prior's, generated where they are missing
-        family = sdxl.load(opt.model, device=job.device, weight_dtype=job.weight_dtype, compat=opt.run.compat,
-                           **opt.objective.schedule)  # frozen
-        store = cache.open_store(opt.data.latent_cache_dir)
-        words = make_words(opt, family, rows, store, total)  # prompts to conditioning: frozen, new tokens or LoRA
-        pictures = loader.ready_pictures(rows, opt.data, family, store, **job.loading)
-        lora = adapters.add_adapters(family.unet, opt.lora, targets=family.lora_targets, seed=job.seed)
-        family.settle(keep_vae=pictures.live, gradient_checkpointing=opt.precision.gradient_checkpointing)
-        optimizer = optim.make_optimizer(trained(opt, lora, words, job, total), opt.optimizer, total)
-        train_step = make_train_step(opt, family, words, job, total)
+
+        # Images of the concept, and of its class where the prior is kept: those are generated where they are missing.
+        rows = [*instances, *class_images.class_rows(opt, job)]
         stream = sampler.Order(rows, job.global_batch, seed=job.seed)  # the same on 1 or N processes
+        new_tokens.warn(opt.pivotal, rows)
+
+        # The frozen model. Prompts become conditioning (cached, by new tokens or by LoRA), images become latents.
+        family = sdxl.load(opt.model, device=job.device, weight_dtype=job.weight_dtype, compat=opt.run.compat,
+                           schedule=ScheduleChange.from_options(opt.objective))
+        store = cache.open_store(opt.data.latent_cache_dir)
+        text = live_text.make_text(
+            family, [row.caption for row in rows], store, also=preview.preview_prompts(opt.validation), text=opt.text,
+            pivotal=opt.pivotal, lora=opt.lora, total=total, seed=job.seed,
+            gradient_checkpointing=opt.precision.gradient_checkpointing)
+        images = loader.ready_images(rows, opt.data, family, store, seed=job.seed, progress=job.show_task,
+                                     num_workers=opt.run.dataloader_num_workers)
+
+        # Everything that learns, in groups with rates, decays and last steps of their own.
+        lora = adapters.add_adapters(family.denoiser, opt.lora, targets=family.lora_targets, seed=job.seed)
+        family.settle(keep_vae=images.live, gradient_checkpointing=opt.precision.gradient_checkpointing)
+        unet = lora.groups(lr=opt.optimizer.base_lr(global_batch=job.global_batch),
+                           weight_decay=opt.optimizer.adam_weight_decay, stop=opt.lora.stop(total))
+        groups = [*unet, *text.groups(opt.optimizer, job.global_batch)]
+        optimizer = optim.make_optimizer(groups, opt.optimizer, total)
+
+        # One forward pass a step: noise to a drawn level, ask the network, weigh the error.
+        plain, memories = plain_objective(opt.objective, opt.fourier_loss, family.schedule, total_steps=total,
+                                          note=job.note, compat=opt.run.compat)
+        passes = Passes(always(plain), memories)
+        train_step = TrainStep(family, text, make_noise(opt.objective), passes, job.autocast)
+
+        # Previews and checkpoints, from which a killed run goes on.
         previews = preview.Previews(
-            family, opt.validation, words, job.out_dir, seed=job.seed, resolution=opt.data.resolution,
+            family, opt.validation, text, job.out_dir, seed=job.seed, resolution=opt.data.resolution,
             every=opt.validation.every(stream.steps_per_epoch), averaged=optimizer.averaged)
         saves = checkpoints.Checkpoints(
-            job.out_dir, keep=opt.run.checkpoints_total_limit, extra=partial(export, words, optimizer, job.name),
+            job.out_dir, keep=opt.run.checkpoints_total_limit, extra=partial(export, text, optimizer, job.name),
             fingerprint=identity.fingerprint(opt, rows, family, job, total),
-            adapters=lora, text=words, passes=train_step.passes, optimizer=optimizer, run=job)
+            adapters=lora, text=text, passes=passes, optimizer=optimizer, run=job)
         start = saves.resume(opt.run.resume_from_checkpoint, stop=stop)
         job.begin(start, total, previews)
-        for step, batches in loader.micro_batches(pictures, stream, start_step=start, stop_step=stop, **job.share):
+
+        for step, batches in loader.micro_batches(images, stream, job.shard, start_step=start, stop_step=stop,
+                                                  num_workers=opt.run.dataloader_num_workers):
             optimizer.begin(step)  # who trains in this step, and at which rate
             for loss in train_step(batches):  # a part of the step's loss for each forward pass
                 job.backward(loss)
-            stats = train_step.passes.describe() | job.update(optimizer, step=step, then=words.after_update)
+            stats = passes.describe() | job.update(optimizer, step=step, then=text.after_update)
             job.log(step + 1, stats | optimizer.describe())
-            after_step(step + 1, opt, job, optimizer, saves=saves, previews=previews, last=step + 1 == stop)
+            job.after_step(step + 1, optimizer, saves=saves, previews=previews, last=step + 1 == stop)
         if stop == total:
             with optimizer.averaged():
-                publish.publish(opt.run, family, lora, words=words, num_images=len(instances) // opt.data.repeats)
-
-
-@dataclass(frozen=True)
-class TrainStep:
-    """The forward passes of one optimizer step: noise to a drawn level, ask the network, weigh the error."""
-
-    family: SDXL
-    words: Text
-    job: Run
-    noise: Noise
-    passes: Passes
-
-    def __call__(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
-        """-> the part of the step's loss that each pass of each micro-batch has; its graph may go before the next."""
-        for batch in batches:
-            on_device, keys = batch.to(self.job.device), batch.keys(self.job.seed)
-            x0 = self.family.sample_latents(on_device, keys)  # [B,C,h,w]
-            for one in self.passes(batch.step):
-                yield self.losses(one, on_device, x0, one.keys(keys)).sum() / batch.num_instance
-
-    def losses(self, one: Pass, batch: Batch, x0: Tensor, keys: Sequence[rng.Key]) -> Tensor:
-        """-> losses [B] of one pass. Every draw is a function of (seed, step, slot in the global batch)."""
-        from trainkit import rng
-        from trainkit.losses.objective import Outcome
-
-        rng.reseed_dropout(*keys[0])
-        pred = one.loss.pred
-        n = self.noise(x0.shape[1:], keys)  # [B,C,h,w]
-        level = one.level(keys).to(x0.device)
-        z = pred.add_noise(x0, self.noise.perturbed(n, keys).to(x0.device), level)
-        embeds, pooled = self.words(batch.prompts, batch.step)  # [B,T,D], [B,P]
-        with self.job.autocast():
-            seen = pred.model_input(z, level)
-            out = self.family.denoise(seen, level, text=(embeds, pooled), time_ids=batch.time_ids)
-        return one.loss(Outcome(out, x0=x0, z=z, n=n.to(x0.device), level=level, share=batch.share,
-                                is_class=batch.is_class, prompts=batch.prompts, pictures=batch.pictures, text=embeds,
-                                step=batch.step, num_instance=batch.num_instance))
-
-
-def make_words(opt: Options, family: SDXL, rows: Sequence[Row], store: Store, total: int) -> Text:
-    """The text of the run, told every prompt it will ever be asked for."""
-    from trainkit.conditioning import new_tokens
-    from trainkit.conditioning.live_text import make_text
-    from trainkit.preview import preview_prompts
-
-    new_tokens.warn_of_captions_without(
-        opt.pivotal, [row.caption for row in rows if not row.is_class and row.repeat == 0])
-    new_tokens.warn_of_class_prompts_with(opt.pivotal, [row.caption for row in rows if row.is_class])
-    return make_text(
-        family, [row.caption for row in rows], store, also=preview_prompts(opt.validation), text=opt.text,
-        pivotal=opt.pivotal, lora=opt.lora, total=total, seed=opt.run.seed,
-        gradient_checkpointing=opt.precision.gradient_checkpointing)
-
-
-def make_train_step(opt: Options, family: SDXL, words: Text, job: Run, total: int) -> TrainStep:
-    """The step with the noise levels, noise and loss that the options ask for."""
-    from trainkit.diffusion import Noise, make_levels
-    from trainkit.losses.fourier_term import make_fourier
-    from trainkit.losses.objective import make_objective
-    from trainkit.losses.passes import Pass, Passes, always
-
-    levels = make_levels(opt.objective, family.schedule, opt.run.compat)
-    fourier = make_fourier(opt.fourier_loss, opt.objective.loss_type, total_steps=total, note=job.note)  # or none
-    loss = make_objective(opt.objective, family.schedule.prediction, opt.run.compat,
-                          base_loss=opt.fourier_loss.fourier_base_loss).plus(*fourier.values())
-    passes = Passes(always(Pass(levels, loss)), fourier)
-    return TrainStep(family, words, job, Noise.from_options(opt.objective), passes)
-
-
-def export(words: Text, optimizer: Optim, name: str, folder: Path) -> None:
-    """The embeddings in a checkpoint, as previews of the same step show them."""
-    with optimizer.averaged():
-        words.export(folder, name)
-
-
-def trained(opt: Options, lora: Adapters, words: Text, job: Run, total: int) -> list[ParamGroup]:
-    """Everything that learns, in groups with rates, decays and last steps of their own."""
-    unet = lora.groups(lr=opt.optimizer.base_lr(global_batch=job.global_batch),
-                       weight_decay=opt.optimizer.adam_weight_decay, stop=opt.lora.stop(total))
-    return [*unet, *words.groups(opt.optimizer, job.global_batch)]
-
-
-def after_step(done: int, opt: Options, job: Run, optimizer: Optim, *, saves: Checkpoints, previews: Previews,
-               last: bool) -> None:
-    """What is due after `done` finished steps: save (and end there when a signal asked for it), draw, a last look."""
-    from trainkit.run import due
-
-    if due(done, opt.run.checkpointing_steps, last=last) or job.stopping:
-        job.require_finite(optimizer, done)
-        job.end_if_asked(done, saves.save(done, prune=job.healthy))
-    if previews.due(done, last=last):
-        job.draw(done, previews)
-    if last:
-        job.require_progress()
+                publish.publish(opt.run, family, lora, words=text, num_images=len(instances) // opt.data.repeats)
 
 
 def preflight(opt: Options) -> list[Row]:
     """The rows to train on; or one message with everything that is wrong, before a weight is loaded."""
-    from trainkit import adapters, optim, publish
+    from trainkit import optim, preflight, publish
     from trainkit.conditioning import new_tokens
     from trainkit.data import class_images
     from trainkit.data.rows import read_rows
     from trainkit.families import sdxl
-    from trainkit.losses import fourier_term
-    from trainkit.runtime.startup import leave_out
 
-    if optim.library(opt.optimizer) != "bitsandbytes":
-        leave_out("bitsandbytes")
-
-    model, other_vae = opt.model.pretrained_model_name_or_path, opt.model.pretrained_vae_model_name_or_path
-    model_problems = sdxl.problems(model, resolution=opt.data.resolution, vae_path=other_vae,
-                                   revision=opt.model.revision, variant=opt.model.variant,
-                                   clip_skip=opt.text.clip_skip, **opt.objective.schedule,
-                                   timesteps=(opt.objective.min_timestep, opt.objective.max_timestep))
-    if not model_problems:
-        unet = sdxl.skeleton(model, revision=opt.model.revision)
-        latents = sdxl.latents(model, opt.data.resolution, vae_path=other_vae, revision=opt.model.revision)
-        model_problems = [*adapters.problems(unet, opt.lora, targets=sdxl.LORA_TARGETS),
-                          *fourier_term.problems(opt.fourier_loss, opt.objective.loss_type, latents)]
+    preflight.leave_out_unused(opt.optimizer)
+    model = preflight.check_model(opt, sdxl)
     rows, data_problems = read_rows(opt.data)
     asked = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run)]
-    words = new_tokens.problems(opt.pivotal, [row.caption for row in rows])
-    refuse([*asked, *model_problems, *data_problems, *class_images.problems(opt), *words])
+    tokens = new_tokens.problems(opt.pivotal, [row.caption for row in rows])
+    refuse([*asked, *model.problems, *data_problems, *class_images.problems(opt), *tokens])
     return rows
+
+
+def export(text: Text, optimizer: Optim, name: str, folder: Path) -> None:
+    """The embeddings in a checkpoint, as previews of the same step show them."""
+    with optimizer.averaged():
+        text.export(folder, name)
 
 
 if __name__ == "__main__":

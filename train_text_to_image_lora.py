@@ -12,9 +12,6 @@ we differ from the Diffusers script and why.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 from trainkit.errors import exit_with_message, refuse
@@ -38,22 +35,7 @@ from trainkit.options import (
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from torch import Tensor
-
-    from trainkit import rng
-    from trainkit.adapters import Adapters
-    from trainkit.checkpoints import Checkpoints
-    from trainkit.conditioning.clip_token import Guidance
-    from trainkit.conditioning.live_text import Text
-    from trainkit.data.batch import Batch, Row
-    from trainkit.data.cache import Store
-    from trainkit.diffusion import Noise
-    from trainkit.families import Family
-    from trainkit.losses.matching_term import Matcher
-    from trainkit.losses.passes import Pass, Passes
-    from trainkit.optim import Optim, ParamGroup
-    from trainkit.preview import Previews
-    from trainkit.run import Run
+    from trainkit.data.batch import Row
 
 
 class Options(OptionSet):
@@ -77,169 +59,86 @@ def main(argv: list[str] | None = None) -> None:
     opt = parse(Options, argv, description=__doc__)  # frozen; --help and --print_config end here
 
     from trainkit import adapters, checkpoints, families, identity, optim, preview, publish, run
-    from trainkit.conditioning import clip_token
+    from trainkit.conditioning import clip_token, live_text
     from trainkit.data import cache, loader, sampler
+    from trainkit.diffusion import ScheduleChange, make_noise
+    from trainkit.losses.matching_term import make_passes
+    from trainkit.losses.passes import plain_objective
+    from trainkit.training.step import TrainStep
 
     kind = families.of(opt.model)  # SD 1.x and 2.x, or SDXL: what the model folder holds
     rows = preflight(opt, kind)  # every problem in one message
     with run.start_run(opt, "text-to-image-lora") as job:
         total, stop = opt.run.ends(len(rows), job.world)  # finished steps of the run, and of this session
-        family = kind.load(opt.model, device=job.device, weight_dtype=job.weight_dtype, compat=opt.run.compat,
-                           **opt.objective.schedule)  # frozen
-        store = cache.open_store(opt.data.latent_cache_dir)
-        guide = clip_token.make_guidance(opt.guidance, rows, family)  # the picture's own token, where it is asked for
-        words = make_words(opt, family, rows, store, total)  # prompts to conditioning: frozen, or LoRA
-        pictures = loader.ready_pictures(rows, opt.data, family, store, **job.loading)
-        lora = adapters.add_adapters(family.unet, opt.lora, targets=family.lora_targets, seed=job.seed)
-        family.settle(keep_vae=pictures.live, gradient_checkpointing=opt.precision.gradient_checkpointing)
-        optimizer = optim.make_optimizer(trained(opt, lora, words, job, total), opt.optimizer, total)
-        train_step = make_train_step(opt, family, words, guide, job, total)
         stream = sampler.Order(rows, job.global_batch, seed=job.seed)  # the same on 1 or N processes
+
+        # The frozen model. Prompts become conditioning (cached, or by LoRA on the encoders), images become latents.
+        family = kind.load(opt.model, device=job.device, weight_dtype=job.weight_dtype, compat=opt.run.compat,
+                           schedule=ScheduleChange.from_options(opt.objective))
+        token = clip_token.make_clip_token(opt.guidance, rows, family)  # the image's own, where it is asked for
+        store = cache.open_store(opt.data.latent_cache_dir)
+        text = live_text.make_text(
+            family, [caption for row in rows for caption in row.all_captions], store,
+            also=preview.preview_prompts(opt.validation), text=opt.text, pivotal=None, lora=opt.lora, total=total,
+            seed=job.seed, gradient_checkpointing=opt.precision.gradient_checkpointing)
+        images = loader.ready_images(rows, opt.data, family, store, seed=job.seed, progress=job.show_task,
+                                     num_workers=opt.run.dataloader_num_workers)
+
+        # Everything that learns, in groups with rates, decays and last steps of their own.
+        lora = adapters.add_adapters(family.denoiser, opt.lora, targets=family.lora_targets, seed=job.seed)
+        family.settle(keep_vae=images.live, gradient_checkpointing=opt.precision.gradient_checkpointing)
+        unet = lora.groups(lr=opt.optimizer.base_lr(global_batch=job.global_batch),
+                           weight_decay=opt.optimizer.adam_weight_decay, stop=opt.lora.stop(total))
+        groups = [*unet, *text.groups(opt.optimizer, job.global_batch)]
+        optimizer = optim.make_optimizer(groups, opt.optimizer, total)
+
+        # The forward passes of a step: one, or with distribution matching as its mode says.
+        plain, memories = plain_objective(opt.objective, opt.fourier_loss, family.schedule, total_steps=total,
+                                          note=job.note)  # --compat or not: levels and loss are as in Diffusers' own
+        passes = make_passes(opt.matching, plain, seed=job.seed, snr_gamma=opt.objective.capped_gamma,
+                             together=opt.run.train_batch_size * job.world, memories=memories)
+        train_step = TrainStep(family, text, make_noise(opt.objective), passes, job.autocast,
+                               adds=(token,) if token else ())
+
+        # Previews and checkpoints, from which a killed run goes on.
         previews = preview.Previews(
-            family, opt.validation, words, job.out_dir, seed=job.seed, resolution=opt.data.resolution,
+            family, opt.validation, text, job.out_dir, seed=job.seed, resolution=opt.data.resolution,
             every=opt.validation.every(stream.steps_per_epoch), averaged=optimizer.averaged)
         saves = checkpoints.Checkpoints(
             job.out_dir, keep=opt.run.checkpoints_total_limit,
-            fingerprint=identity.fingerprint(opt, rows, family, job, total, **guide.identity),
-            adapters=lora, text=words, passes=train_step.passes, optimizer=optimizer, run=job)
+            fingerprint=identity.fingerprint(opt, rows, family, job, total, **(token.identity if token else {})),
+            adapters=lora, text=text, passes=passes, optimizer=optimizer, run=job)
         start = saves.resume(opt.run.resume_from_checkpoint, stop=stop)
         job.begin(start, total, previews)
-        for step, batches in loader.micro_batches(pictures, stream, start_step=start, stop_step=stop, **job.share):
+
+        for step, batches in loader.micro_batches(images, stream, job.shard, start_step=start, stop_step=stop,
+                                                  num_workers=opt.run.dataloader_num_workers):
             optimizer.begin(step)  # who trains in this step, and at which rate
             for loss in train_step(batches):  # a part of the step's loss for each forward pass
                 job.backward(loss)
-            stats = train_step.passes.describe() | job.update(optimizer, step=step, then=words.after_update)
+            stats = passes.describe() | job.update(optimizer, step=step, then=text.after_update)
             job.log(step + 1, stats | optimizer.describe())
-            after_step(step + 1, opt, job, optimizer, saves=saves, previews=previews, last=step + 1 == stop)
+            job.after_step(step + 1, optimizer, saves=saves, previews=previews, last=step + 1 == stop)
         if stop == total:
             with optimizer.averaged():
-                publish.publish(opt.run, family, lora, words=words, num_images=len(rows) // opt.data.repeats)
-
-
-@dataclass(frozen=True)
-class TrainStep:
-    """The forward passes of one optimizer step: noise to a drawn level, ask the network, weigh the error."""
-
-    family: Family
-    words: Text
-    guide: Guidance
-    job: Run
-    noise: Noise
-    passes: Passes
-
-    def __call__(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
-        """-> the part of the step's loss that each pass of each micro-batch has; its graph may go before the next."""
-        for batch in batches:
-            on_device, keys = batch.to(self.job.device), batch.keys(self.job.seed)
-            x0 = self.family.sample_latents(on_device, keys)  # [B,C,h,w]
-            for one in self.passes(batch.step):
-                yield self.losses(one, on_device, x0, one.keys(keys)).sum() / batch.num_instance
-
-    def losses(self, one: Pass, batch: Batch, x0: Tensor, keys: Sequence[rng.Key]) -> Tensor:
-        """-> losses [B] of one pass. Every draw is a function of (seed, step, slot in the global batch)."""
-        from trainkit import rng
-        from trainkit.losses.objective import Outcome
-
-        rng.reseed_dropout(*keys[0])
-        pred = one.loss.pred
-        n = self.noise(x0.shape[1:], keys)  # [B,C,h,w]
-        level = one.level(keys).to(x0.device)
-        z = pred.add_noise(x0, self.noise.perturbed(n, keys).to(x0.device), level)
-        text = self.words(batch.prompts, batch.step)  # embeds [B,T,D], pooled [B,P]
-        embeds, pooled = self.guide(text, batch, batch.keys(self.job.seed))  # the same in every pass of a step
-        with self.job.autocast():
-            seen = pred.model_input(z, level)
-            out = self.family.denoise(seen, level, text=(embeds, pooled), time_ids=batch.time_ids)
-        return one.loss(Outcome(out, x0=x0, z=z, n=n.to(x0.device), level=level, share=batch.share,
-                                is_class=batch.is_class, prompts=batch.prompts, pictures=batch.pictures, text=embeds,
-                                step=batch.step, num_instance=batch.num_instance))
-
-
-def make_words(opt: Options, family: Family, rows: Sequence[Row], store: Store, total: int) -> Text:
-    """The text of the run, told every prompt it will ever be asked for."""
-    from trainkit.conditioning.live_text import make_text
-    from trainkit.preview import preview_prompts
-
-    return make_text(
-        family, [caption for row in rows for caption in row.all_captions], store, also=preview_prompts(opt.validation),
-        text=opt.text, pivotal=None, lora=opt.lora, total=total, seed=opt.run.seed,
-        gradient_checkpointing=opt.precision.gradient_checkpointing)
-
-
-def make_train_step(opt: Options, family: Family, words: Text, guide: Guidance, job: Run, total: int) -> TrainStep:
-    """The step with the noise levels, noise, loss and passes that the options ask for."""
-    from trainkit.diffusion import Noise, make_levels
-    from trainkit.losses.fourier_term import make_fourier
-    from trainkit.losses.matching_term import make_passes
-    from trainkit.losses.objective import make_objective
-    from trainkit.losses.passes import Pass
-
-    levels = make_levels(opt.objective, family.schedule)  # --compat or not: these two are as in Diffusers' own
-    fourier = make_fourier(opt.fourier_loss, opt.objective.loss_type, total_steps=total, note=job.note)  # or none
-    loss = make_objective(opt.objective, family.schedule.prediction,
-                          base_loss=opt.fourier_loss.fourier_base_loss).plus(*fourier.values())
-    passes = make_passes(opt.matching, Pass(levels, loss), partial(make_matcher, opt.matching), seed=job.seed,
-                         snr_gamma=opt.objective.capped_gamma, together=opt.run.train_batch_size * job.world,
-                         memories=fourier)
-    return TrainStep(family, words, guide, job, Noise.from_options(opt.objective), passes)
-
-
-def make_matcher(o: MatchingOptions) -> Matcher:
-    """The loss that --dist_match and its companions describe, over all ranks."""
-    from freq_loss import DistributionMatchingLoss
-    from trainkit.runtime import ranks
-
-    return DistributionMatchingLoss(**o.loss, gather=ranks.gather_rows)
-
-
-def trained(opt: Options, lora: Adapters, words: Text, job: Run, total: int) -> list[ParamGroup]:
-    """Everything that learns, in groups with rates, decays and last steps of their own."""
-    unet = lora.groups(lr=opt.optimizer.base_lr(global_batch=job.global_batch),
-                       weight_decay=opt.optimizer.adam_weight_decay, stop=opt.lora.stop(total))
-    return [*unet, *words.groups(opt.optimizer, job.global_batch)]
-
-
-def after_step(done: int, opt: Options, job: Run, optimizer: Optim, *, saves: Checkpoints, previews: Previews,
-               last: bool) -> None:
-    """What is due after `done` finished steps: save (and end there when a signal asked for it), draw, a last look."""
-    from trainkit.run import due
-
-    if due(done, opt.run.checkpointing_steps, last=last) or job.stopping:
-        job.require_finite(optimizer, done)
-        job.end_if_asked(done, saves.save(done, prune=job.healthy))
-    if previews.due(done, last=last):
-        job.draw(done, previews)
-    if last:
-        job.require_progress()
+                publish.publish(opt.run, family, lora, words=text, num_images=len(rows) // opt.data.repeats)
 
 
 def preflight(opt: Options, kind: ModuleType) -> list[Row]:
     """The rows to train on; or one message with everything that is wrong, before a weight is loaded."""
-    from trainkit import adapters, optim, publish
+    from trainkit import optim, preflight, publish
     from trainkit.conditioning import clip_token
     from trainkit.data.rows import read_rows
-    from trainkit.losses import fourier_term, matching_term
-    from trainkit.runtime.startup import leave_out
+    from trainkit.losses import matching_term
 
-    if optim.library(opt.optimizer) != "bitsandbytes":
-        leave_out("bitsandbytes")
-
-    model, other_vae = opt.model.pretrained_model_name_or_path, opt.model.pretrained_vae_model_name_or_path
-    model_problems = kind.problems(model, resolution=opt.data.resolution, vae_path=other_vae,
-                                   revision=opt.model.revision, variant=opt.model.variant,
-                                   clip_skip=opt.text.clip_skip, **opt.objective.schedule,
-                                   timesteps=(opt.objective.min_timestep, opt.objective.max_timestep))
+    preflight.leave_out_unused(opt.optimizer)
+    model = preflight.check_model(opt, kind)
     rows, data_problems = read_rows(opt.data, seed=opt.run.seed)
-    if not model_problems:
-        unet = kind.skeleton(model, revision=opt.model.revision)
-        latents = kind.latents(model, opt.data.resolution, vae_path=other_vae, revision=opt.model.revision)
-        model_problems = [*adapters.problems(unet, opt.lora, targets=kind.LORA_TARGETS),
-                          *clip_token.problems(opt.guidance, rows, unet.config.cross_attention_dim),
-                          *fourier_term.problems(opt.fourier_loss, opt.objective.loss_type, latents),
-                          *matching_term.problems(opt.matching, partial(make_matcher, opt.matching),
-                                             {row.digest: row.caption for row in rows}, latents)]
+    more = [] if model.latents is None else [
+        *clip_token.problems(opt.guidance, rows, model.text_width),
+        *matching_term.problems(opt.matching, {row.digest: row.caption for row in rows}, model.latents)]
     asked = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run)]
-    refuse([*asked, *model_problems, *data_problems])
+    refuse([*asked, *model.problems, *more, *data_problems])
     return rows
 
 

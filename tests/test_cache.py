@@ -50,7 +50,7 @@ def folder_rows(folder: Path, n: int = 5) -> list[Row]:
 @pytest.mark.parametrize("batch_size, num_workers", [(1, 0), (4, 0), (3, 2)])
 def test_a_cached_visit_is_the_live_one(tmp_path: Path, policy: CropPolicy, batch_size: int, num_workers: int) -> None:
     rows = folder_rows(tmp_path / "d")
-    latents, _ = fill(rows, MemoryStore(), policy, batch_size=batch_size, num_workers=num_workers)
+    latents, _ = fill(rows, {}, policy, batch_size=batch_size, num_workers=num_workers)
     for row in rows:
         for epoch in range(6):
             plan = policy.plan(row, seed=0, epoch=epoch)
@@ -69,7 +69,7 @@ def test_nothing_is_encoded_twice(tmp_path: Path) -> None:
 
 def test_a_square_picture_is_cached_once_however_many_crops(tmp_path: Path) -> None:
     marked(1, 40, 40).save(tmp_path / "a.png")
-    assert fill([row_of(tmp_path / "a.png")], MemoryStore(), CropPolicy(resolution=32, cached_crops=4))[1] == 1
+    assert fill([row_of(tmp_path / "a.png")], {}, CropPolicy(resolution=32, cached_crops=4))[1] == 1
 
 
 def test_whatever_changes_is_rebuilt_and_nothing_else(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_whatever_changes_is_rebuilt_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_a_code_change_that_matters_rebuilds_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, store = folder_rows(tmp_path / "d"), MemoryStore()
+    rows, store = folder_rows(tmp_path / "d"), {}
     fill(rows, store)
     monkeypatch.setattr(cache, "VERSION", cache.VERSION + 1)
     assert fill(rows, store)[1] == 5
@@ -101,7 +101,7 @@ def test_content_keys_tell_parts_apart() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_infinity_are_never_cached(tmp_path: Path, bad: float) -> None:
-    rows, store = folder_rows(tmp_path / "d"), MemoryStore()
+    rows, store = folder_rows(tmp_path / "d"), {}
 
     def overflow(pixels: Tensor) -> tuple[Tensor, Tensor]:
         mean, logvar = encode(pixels)
@@ -158,7 +158,7 @@ def test_ranks_share_the_work_where_they_share_the_store(tmp_path: Path, monkeyp
     rows, shared = folder_rows(tmp_path / "d"), DiskStore(tmp_path / "cache")
     assert encoded_by_two_ranks(rows, (shared, shared), monkeypatch) == [3, 2]
     assert encoded_by_two_ranks(rows, (shared, shared), monkeypatch) == [0, 0]
-    assert encoded_by_two_ranks(rows, (MemoryStore(), MemoryStore()), monkeypatch) == [5, 0], "rank 0 waits for nobody"
+    assert encoded_by_two_ranks(rows, ({}, {}), monkeypatch) == [5, 0], "rank 0 waits for nobody"
     apart = DiskStore(tmp_path / "a"), DiskStore(tmp_path / "b")
     assert encoded_by_two_ranks(rows, apart, monkeypatch) == [5, 5], "each machine needs every entry"
 

@@ -20,7 +20,7 @@ from tests.pictures import data_options, marked, marked_folder
 from trainkit.data.batch import Row
 from trainkit.data.geometry import CropPolicy
 from trainkit.data.images import load_picture
-from trainkit.data.loader import Pictures, micro_batches
+from trainkit.data.loader import Images, micro_batches
 from trainkit.data.rows import read_rows
 from trainkit.data.sampler import Order
 from trainkit.data.sources.folder import Folder, list_folder
@@ -263,7 +263,7 @@ def several(folder: Path, n: int = 4, repeats: int = 1) -> list[Row]:
 
 def test_a_visit_draws_one_caption_as_a_function_of_seed_epoch_picture_and_repeat(tmp_path: Path) -> None:
     rows = several(tmp_path, repeats=2)
-    one, other = (Pictures(rows, CropPolicy(resolution=32), seed=seed) for seed in (1, 2))
+    one, other = (Images(rows, CropPolicy(resolution=32), seed=seed) for seed in (1, 2))
     drawn = {(i, epoch): one.caption(row, epoch) for i, row in enumerate(rows) for epoch in range(200)}
     assert all(caption in rows[i].all_captions for (i, _), caption in drawn.items())
     assert drawn == {(i, epoch): one.caption(rows[i], epoch) for i, epoch in reversed(drawn)}, "in any order"
@@ -278,7 +278,7 @@ def test_a_visit_draws_one_caption_as_a_function_of_seed_epoch_picture_and_repea
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_workers_ranks_and_a_resume_draw_the_same_captions(tmp_path: Path, accumulation: int) -> None:
     rows = several(tmp_path)
-    pictures, order = Pictures(rows, CropPolicy(resolution=32), seed=3), Order(rows, 4, seed=1)
+    pictures, order = Images(rows, CropPolicy(resolution=32), seed=3), Order(rows, 4, seed=1)
 
     def prompts(**how: int) -> list[tuple[str, ...]]:
         return [sum((batch.prompts for batch in batches), ())
@@ -297,7 +297,7 @@ def test_workers_ranks_and_a_resume_draw_the_same_captions(tmp_path: Path, accum
 
 def test_a_row_with_one_caption_has_that_one(tmp_path: Path) -> None:
     row, = rows_of(write(tmp_path, ["a.png"], LINES[:1]))
-    pictures = Pictures([row], CropPolicy(resolution=32), seed=0)
+    pictures = Images([row], CropPolicy(resolution=32), seed=0)
     assert {pictures.caption(row, epoch) for epoch in range(20)} == {"an a"}
     assert replace(row, caption="b").all_captions == ("b",)
 

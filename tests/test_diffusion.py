@@ -91,7 +91,7 @@ def test_output_error_is_x0_gain_times_x0_error(name):
 
 def test_v_decodes_to_x0_where_the_signal_is_gone():
     schedule, (x0, n) = schedules()["zero-SNR v"], latents(1)
-    level = schedule.level(torch.tensor([999]))
+    level = schedule.at(torch.tensor([999]))
     z = V().add_noise(x0, n, level)
     torch.testing.assert_close(z, n)
     torch.testing.assert_close(V().to_x0(V().target(x0, n, level), z, level), x0)
@@ -103,7 +103,7 @@ def test_noising_and_targets_equal_diffusers(name):
 
     ddpm = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=name)
     pred, t, (x0, n) = PREDICTIONS[name](), torch.tensor([0, 10, 500, 998, 999]), latents(5)
-    level = NoiseSchedule(ddpm.alphas_cumprod, name).level(t)
+    level = NoiseSchedule(ddpm.alphas_cumprod, name).at(t)
     assert torch.equal(pred.add_noise(x0, n, level), ddpm.add_noise(x0, n, t))
     assert torch.equal(pred.target(x0, n, level), n if name == "epsilon" else ddpm.get_velocity(x0, n, t))
 
@@ -117,7 +117,7 @@ def test_parametrisations_without_settings_are_interchangeable():
 
 def test_level_tells_the_network_its_timestep():
     t = torch.tensor([0, 42, 999])
-    level = NoiseSchedule(alphas(), "epsilon").level(t)
+    level = NoiseSchedule(alphas(), "epsilon").at(t)
     assert torch.equal(level.cond, t)
     torch.testing.assert_close(level.time, torch.tensor([0, 0.042, 0.999]))
 
@@ -149,17 +149,17 @@ SDXL = {"_class_name": "EulerDiscreteScheduler", "beta_start": 0.00085, "beta_en
 
 
 def test_betas_are_rescaled_before_the_levels_are_made():
-    config = effective_config(SDXL, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    config = effective_config(SDXL, ScheduleChange("v_prediction", rescale_betas_zero_snr=True))
     schedule = make_schedule(config)
     torch.testing.assert_close(schedule.a**2, alphas(zero_terminal_snr=True), rtol=1e-3, atol=1e-6)
-    assert schedule.level(torch.tensor([999])).snr == 0
+    assert schedule.at(torch.tensor([999])).snr == 0
     assert config["timestep_spacing"] == "trailing"
     torch.testing.assert_close(make_schedule(SDXL).a ** 2, alphas(), rtol=1e-4, atol=0)
 
 
 def test_rescaling_is_refused_where_it_cannot_be():
-    (epsilon,) = config_problems(effective_config(SDXL, rescale_betas_zero_snr=True))
-    (edm,) = config_problems(effective_config({"_class_name": "EDMEulerScheduler"}, rescale_betas_zero_snr=True))
+    (epsilon,) = config_problems(effective_config(SDXL, RESCALED))
+    (edm,) = config_problems(effective_config({"_class_name": "EDMEulerScheduler"}, RESCALED))
     assert "--prediction_type v_prediction" in epsilon.fix and "EDM" in edm.what
 
 

@@ -86,7 +86,7 @@ def upstream_edm_loss(x0: Tensor, n: Tensor, out: Tensor, alphas_cumprod: Tensor
 @pytest.mark.parametrize("name", PREDICTIONS)
 def test_the_edm_flag_under_compat_is_upstreams_algebra_and_that_is_plain_training(name):
     schedule, (x0, n), out = NoiseSchedule(alphas().double(), name), latents(5), latents(5, seed=1)[0]
-    o, level = options(do_edm_style_training=True), schedule.level(T)
+    o, level = options(do_edm_style_training=True), schedule.at(T)
     objective = make_objective(o, schedule.prediction, "diffusers")
     seen, wanted = upstream_edm_loss(x0.double(), n.double(), out.double(), alphas().double()[T], name)
     z = objective.pred.add_noise(x0, n, level)
@@ -166,11 +166,11 @@ def edm_losses(family: sdxl.SDXL, x0: Tensor, keys: list[rng.Key], **flags: obje
 @pytest.mark.parametrize("flags", [{}, {"snr_gamma": 5.0}, {"loss_weighting": "debiased"}], ids=str)
 def test_an_edm_model_learns_under_every_weight(tiny_edm, flags):
     family = load(tiny_edm)
-    family.unet.requires_grad_(True)
+    family.denoiser.requires_grad_(True)
     picture = 0.5 * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))  # std σ_data
     x0 = picture.expand(8, -1, -1, -1)
     probe = [(0, "probe", k) for k in range(8)]
-    optimizer = torch.optim.AdamW(family.unet.parameters(), lr=4e-3)
+    optimizer = torch.optim.AdamW(family.denoiser.parameters(), lr=4e-3)
     with torch.no_grad():
         before = edm_losses(family, x0, probe, **flags).mean().item()
     for step in range(40):
@@ -198,7 +198,7 @@ def test_previews_of_an_edm_model_come_from_its_own_scheduler(name, prediction_t
     pipe = family.pipeline(preview.sampler(family))
     assert type(pipe.scheduler).__name__ == name and pipe.scheduler.config.prediction_type == prediction_type
     drawn = previews(family, tmp_path, monkeypatch)
-    with torch.no_grad(), preview.evaluating(family.unet):
+    with torch.no_grad(), preview.evaluating(family.denoiser):
         latent = drawn._latents(pipe, drawn.shots[0])
     assert latent.isfinite().all() and 0.05 < latent.std() < 20
     assert np.asarray(next(iter(drawn.draw(1).values()))).std() > 0
@@ -218,8 +218,7 @@ def test_the_stock_pipeline_draws_what_the_preview_draws(tiny_edm, tmp_path, mon
 
 
 def test_a_rescaled_schedule_is_trained_and_drawn_alike(tmp_path, monkeypatch):
-    family = load(build_tiny_sdxl(tmp_path / "e", widths=(32, 32, 32)), prediction_type="v_prediction",
-                  rescale_betas_zero_snr=True)
+    family = load(build_tiny_sdxl(tmp_path / "e", widths=(32, 32, 32)), schedule=ScheduleChange("v_prediction", rescale_betas_zero_snr=True))
     assert family.schedule.ends_at_zero_snr
     scheduler = preview.sampler(family)
     assert scheduler.config.prediction_type == "v_prediction" and scheduler.config.timestep_spacing == "trailing"

@@ -40,7 +40,7 @@ def pipeline(tiny_sdxl: Path):
 def trained(family: sdxl.SDXL, *, size: float = 0.05, **options: object) -> Adapters:
     """Adapters as after training: B away from zero."""
     settings = LoraOptions(**{"rank": 4, "lora_alpha": 6, **options})
-    adapters = add_adapters(copy.deepcopy(family.unet), settings, targets=family.lora_targets, seed=0)
+    adapters = add_adapters(copy.deepcopy(family.denoiser), settings, targets=family.lora_targets, seed=0)
     g = torch.Generator().manual_seed(7)
     for name, parameter in adapters.named_parameters().items():
         if not name.endswith(("lora_A.weight", "lora_magnitude_vector.weight")):
@@ -80,7 +80,7 @@ def output(unet: torch.nn.Module) -> Tensor:
     {"lora_unet_blocks": "up_blocks.0.attentions.1,mid_block", "lora_layers": "attention+ff"}], ids=str)
 def test_the_stock_pipeline_draws_with_both_files_what_was_trained(family, pipeline, tmp_path, options):
     adapters = trained(family, **options)
-    wanted, base = output(adapters.network), output(family.unet)
+    wanted, base = output(adapters.network), output(family.denoiser)
     effect = (wanted - base).abs().max()
     assert effect > 1e-3
     ours, half = write(adapters, family, tmp_path)
@@ -117,7 +117,7 @@ def icons_pipeline():
 def all_networks(family: sdxl.SDXL, **options: object) -> list[Adapters]:
     """Adapters on the UNet's first up block and on both text encoders, every parameter moved."""
     settings = LoraOptions(**{"rank": 4, "lora_alpha": 6, "lora_unet_blocks": "up_blocks.0", **options})
-    unet = add_adapters(copy.deepcopy(family.unet), settings, targets=family.lora_targets, seed=0)
+    unet = add_adapters(copy.deepcopy(family.denoiser), settings, targets=family.lora_targets, seed=0)
     texts = [add_adapters(copy.deepcopy(encoder), settings, targets=family.text_lora_targets, seed=0, prefix=prefix)
              for encoder, prefix in zip(family.text_encoders, ("text_encoder", "text_encoder_2"), strict=True)]
     g, size = torch.Generator().manual_seed(7), 0.05 if settings.lora_type == "lora" else 0.2
@@ -147,7 +147,7 @@ def all_near(found: list[Tensor], wanted: list[Tensor], base: list[Tensor], tole
 def test_the_stock_pipeline_loads_every_kind_into_unet_and_text_encoders(icons, icons_pipeline, tmp_path, kind):
     """D9. `load_lora_weights` with the Diffusers file, whatever was trained."""
     networks, pipe = all_networks(icons, **kind), icons_pipeline
-    wanted, base = answers(*(n.network for n in networks)), answers(icons.unet, *icons.text_encoders)
+    wanted, base = answers(*(n.network for n in networks)), answers(icons.denoiser, *icons.text_encoders)
     assert not all_near(base, wanted, base, 0.5)
     export.write_diffusers(networks, tmp_path / "ours.safetensors", METADATA)
     assert export.verify(tmp_path / "ours.safetensors", networks, icons, layout="diffusers") < 1e-6
@@ -161,11 +161,11 @@ def test_the_stock_pipeline_loads_every_kind_into_unet_and_text_encoders(icons, 
 def test_the_webui_file_read_by_lycoris_rules_is_what_was_trained(icons, tmp_path, kind):
     """D9. UNet and both text encoders in one file; every kind by the rules of LyCORIS's own modules."""
     networks = all_networks(icons, **kind)
-    wanted, base = answers(*(n.network for n in networks)), answers(icons.unet, *icons.text_encoders)
+    wanted, base = answers(*(n.network for n in networks)), answers(icons.denoiser, *icons.text_encoders)
     export.write_kohya(networks, icons, tmp_path / "others.safetensors", METADATA)
     assert export.verify(tmp_path / "others.safetensors", networks, icons, layout="webui") < 2e-3
     tensors = load_tensors(tmp_path / "others.safetensors")
-    merged = [copy.deepcopy(part) for part in (icons.unet, *icons.text_encoders)]
+    merged = [copy.deepcopy(part) for part in (icons.denoiser, *icons.text_encoders)]
     for network, bare in zip(networks, merged, strict=True):
         for path in network.layers:
             head = f"{icons.webui_name(path, network.prefix)}."

@@ -15,7 +15,7 @@ from tests.pictures import data_options, marked, marked_folder, open_files, row_
 from trainkit.data.batch import Batch, Row, Sample
 from trainkit.data.cache import Guarded, MemoryStore, cache_latents
 from trainkit.data.geometry import CropPolicy
-from trainkit.data.loader import Pictures, micro_batches
+from trainkit.data.loader import Images, micro_batches
 from trainkit.data.rows import read_rows
 from trainkit.data.sampler import Order
 from trainkit.errors import UserError
@@ -32,8 +32,8 @@ def corner(pixels: Tensor) -> tuple[Tensor, Tensor]:
 def pictures_of(folder: Path, *, cached: bool, repeats: int = 1, policy: CropPolicy = POLICY) -> Pictures:
     rows, problems = read_rows(data_options(instance_data_dir=folder, repeats=repeats))
     assert not problems
-    latents = cache_latents(rows, policy, corner, MemoryStore(), seed=5, identity="corner") if cached else None
-    return Pictures(rows, policy, seed=5, latents=latents)
+    latents = cache_latents(rows, policy, corner, {}, seed=5, identity="corner") if cached else None
+    return Images(rows, policy, seed=5, latents=latents)
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +90,8 @@ def mixed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
 def test_prompt_size_share_and_pixels_of_every_slot_belong_together_beside_class_pictures_d3(
     mixed: list[Row], cached: bool
 ) -> None:
-    latents = cache_latents(mixed, POLICY, corner, MemoryStore(), seed=5, identity="corner") if cached else None
-    pictures, seen = Pictures(mixed, POLICY, seed=5, latents=latents), []
+    latents = cache_latents(mixed, POLICY, corner, {}, seed=5, identity="corner") if cached else None
+    pictures, seen = Images(mixed, POLICY, seed=5, latents=latents), []
     for step, [batch] in micro_batches(pictures, Order(mixed, 2, seed=1), stop_step=60):
         assert batch.step == step and batch.num_instance == 2
         assert batch.is_class.tolist() == [False, False, True, True]
@@ -109,7 +109,7 @@ def test_prompt_size_share_and_pixels_of_every_slot_belong_together_beside_class
 
 def test_class_pictures_leave_the_samples_and_draws_of_the_instances_as_they_are(mixed: list[Row]) -> None:
     instances = [row for row in mixed if not row.is_class]
-    off, on = (micro_batches(Pictures(rows, POLICY, seed=5), Order(rows, 4, seed=1), accumulation=2, stop_step=8)
+    off, on = (micro_batches(Images(rows, POLICY, seed=5), Order(rows, 4, seed=1), accumulation=2, stop_step=8)
                for rows in (instances, mixed))
     for (_, some), (_, others) in zip(off, on, strict=True):
         for one, other in zip(some, others, strict=True):
@@ -121,7 +121,7 @@ def test_class_pictures_leave_the_samples_and_draws_of_the_instances_as_they_are
 def test_the_gradient_is_the_mean_over_instances_plus_the_weighted_mean_over_class_pictures(mixed: list[Row]) -> None:
     net = nn.Conv2d(3, 3, 1)
     nn.init.eye_(net.weight.data[:, :, 0, 0]).mul_(0.5)
-    pictures, order = Pictures(mixed, POLICY, seed=5), Order(mixed, 6, seed=1)
+    pictures, order = Images(mixed, POLICY, seed=5), Order(mixed, 6, seed=1)
 
     def loss(pixels: Tensor) -> Tensor:
         return ((net(pixels) - pixels) ** 2).flatten(1).mean(1)  # [B]

@@ -19,12 +19,12 @@ ASKED = [name for name in WEIGHTS if name != "min_snr_diffusers"]  # names --los
 
 def every_level(schedule):
     """All timesteps, or the whole range of σ."""
-    return schedule.nearest(SIGMAS) if isinstance(schedule, EDMSchedule) else schedule.level(ALL)
+    return schedule.nearest(SIGMAS) if isinstance(schedule, EDMSchedule) else schedule.at(ALL)
 
 
 def setup(name, *, gamma=None, compat=None, zero_terminal_snr=False, t=ALL, **flags):
     """(objective, its level at timesteps t)."""
-    level = NoiseSchedule(alphas(zero_terminal_snr=zero_terminal_snr), name).level(t)
+    level = NoiseSchedule(alphas(zero_terminal_snr=zero_terminal_snr), name).at(t)
     return make_objective(ObjectiveOptions(snr_gamma=gamma, **flags), PREDICTIONS[name](), compat), level
 
 
@@ -234,7 +234,7 @@ def test_losses_are_per_sample_and_blind_to_their_neighbours(loss_type):
     assert losses.shape == (3,)
     x0, n = latents(3)
     z, out = objective.pred.add_noise(x0, n, level), latents(3, seed=1)[0]
-    one = NoiseSchedule(alphas(), "epsilon").level(torch.tensor([500]))
+    one = NoiseSchedule(alphas(), "epsilon").at(torch.tensor([500]))
     o = Outcome(out[1:2], x0=x0[1:2], z=z[1:2], n=n[1:2], level=one, share=torch.ones(1), is_class=NO_CLASS)
     alone = objective(o)
     torch.testing.assert_close(alone, losses[1:2])
@@ -272,7 +272,7 @@ def test_half_precision_output_gives_an_fp32_loss_with_a_gradient():
 
 @pytest.mark.parametrize("name", PREDICTIONS)
 def test_terms_see_the_x0_the_output_implies(name):
-    pred, level = PREDICTIONS[name](), NoiseSchedule(alphas(), name).level(torch.tensor([10, 500]))
+    pred, level = PREDICTIONS[name](), NoiseSchedule(alphas(), name).at(torch.tensor([10, 500]))
     terms = (lambda judged: 3 * per_sample((judged.x0_hat - judged.outcome.x0) ** 2),)
     with_terms = Objective(pred, pred.x0_gain, terms=terms)
     losses, mse = losses_of(with_terms, level)

@@ -44,7 +44,7 @@ def family(tiny_sdxl: Path) -> sdxl.SDXL:
     """In training: adapters that do something, with dropout, the text encoders gone, the VAE put away."""
     loaded = load(tiny_sdxl)
     lora = LoraOptions(rank=2, lora_dropout=0.5)
-    adapters = add_adapters(loaded.unet, lora, targets=loaded.lora_targets, seed=0)
+    adapters = add_adapters(loaded.denoiser, lora, targets=loaded.lora_targets, seed=0)
     with torch.no_grad():
         for path in adapters.layers:
             B = adapters.factors(path)[1]
@@ -88,7 +88,7 @@ def test_a_picture_depends_on_its_own_seed_only(family, encoded, tmp_path):
 
 def test_drawing_leaves_no_trace_in_training(family, encoded, tmp_path):
     """Modes, gradients' switches, random states and the next training forward are as if nothing had been drawn."""
-    unet = family.unet
+    unet = family.denoiser
     unet.mid_block.eval()  # a part in another mode than the rest
     modes = [m.training for m in unet.modules()]
     trainable = [p.requires_grad for p in unet.parameters()]

@@ -46,7 +46,7 @@ def family(tiny_sdxl: Path) -> sdxl.SDXL:
 
 @pytest.fixture(scope="module")
 def adapters(family: sdxl.SDXL) -> Adapters:
-    made = add_adapters(family.unet, LoraOptions(rank=2, lora_alpha=1), targets=family.lora_targets, seed=0)
+    made = add_adapters(family.denoiser, LoraOptions(rank=2, lora_alpha=1), targets=family.lora_targets, seed=0)
     with torch.no_grad():
         for path in made.layers:
             B = made.factors(path)[1]

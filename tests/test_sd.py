@@ -200,7 +200,7 @@ def test_a_good_model_has_no_problems_but_those_of_the_flags(folders, models, ve
 
 def test_the_skeleton_has_the_unets_module_paths_and_no_weights(models, folders):
     bones = sd.skeleton(str(folders[1]))
-    assert [path for path, _ in bones.named_modules()] == [path for path, _ in models[1].unet.named_modules()]
+    assert [path for path, _ in bones.named_modules()] == [path for path, _ in models[1].denoiser.named_modules()]
     assert all(p.is_meta for p in bones.parameters())
 
 
@@ -285,7 +285,7 @@ def test_without_new_tokens_and_adapters_text_is_frozen(tiny_sd):
 @VERSIONS
 def test_denoise_asks_the_unet_what_the_stock_pipeline_would(models, folders, version):
     family, pipe = models[version], stock(folders[version])
-    z, level = torch.randn(2, 4, 16, 16), family.schedule.level(torch.tensor([3, 900]))
+    z, level = torch.randn(2, 4, 16, 16), family.schedule.at(torch.tensor([3, 900]))
     text = tuple(t.detach() for t in family.encode_prompts(PROMPTS[:2]))
     with torch.no_grad():
         out = family.denoise(z, level, text=text, time_ids=torch.full((2, 6), torch.nan))
@@ -296,7 +296,7 @@ def test_denoise_asks_the_unet_what_the_stock_pipeline_would(models, folders, ve
 @VERSIONS
 def test_every_base_weight_is_frozen_and_only_the_unet_takes_the_weight_dtype(folders, version):
     family = load(folders[version], torch.bfloat16)
-    parts = [family.unet, family.vae, *family.text_encoders]
+    parts = [family.denoiser, family.vae, *family.text_encoders]
     assert not any(p.requires_grad or part.training for part in parts for p in part.parameters())
     assert [next(part.parameters()).dtype for part in parts] == [torch.bfloat16, torch.float32, torch.float32]
     with torch.no_grad():
@@ -346,7 +346,7 @@ def test_previews_are_what_the_stock_pipeline_draws(folders, version, tmp_path, 
 
 
 def targets(family: sd.SD, layers: str) -> dict[str, nn.Module]:
-    adapters = add_adapters(copy.deepcopy(family.unet), LoraOptions(rank=2, lora_layers=layers),
+    adapters = add_adapters(copy.deepcopy(family.denoiser), LoraOptions(rank=2, lora_layers=layers),
                             targets=family.lora_targets, seed=0)
     return {path: layer.get_base_layer() for path, layer in adapters.layers.items()}
 
@@ -355,13 +355,13 @@ def targets(family: sd.SD, layers: str) -> dict[str, nn.Module]:
 def test_all_linear_is_every_linear_map_of_the_transformers_whatever_it_is_made_of(models, version):
     family = models[version]
     found = targets(family, "all-linear")
-    blocks = {path: m for path, m in family.unet.named_modules() if ".attentions." in path
+    blocks = {path: m for path, m in family.denoiser.named_modules() if ".attentions." in path
               and isinstance(m, (nn.Linear, nn.Conv2d))}
     assert found.keys() == blocks.keys()
     of_proj = {type(m) for path, m in found.items() if path.endswith(("proj_in", "proj_out"))}
     assert of_proj == {nn.Conv2d if version == 1 else nn.Linear}
     more = targets(family, "all-linear+conv").keys() - found.keys()
-    others = {path for path, m in family.unet.named_modules() if isinstance(m, nn.Conv2d) and path not in blocks}
+    others = {path for path, m in family.denoiser.named_modules() if isinstance(m, nn.Conv2d) and path not in blocks}
     assert more == others - {"conv_in", "conv_out"}
 
 
@@ -383,7 +383,7 @@ def test_decomposing_starts_take_the_linear_projections_of_2x(folders):
 def networks(family: sd.SD, **options: object) -> list[Adapters]:
     """Adapters on UNet and text encoder, every parameter moved."""
     settings = LoraOptions(**{"rank": 4, "lora_alpha": 6, **options})
-    made = [add_adapters(copy.deepcopy(family.unet), settings, targets=family.lora_targets, seed=0),
+    made = [add_adapters(copy.deepcopy(family.denoiser), settings, targets=family.lora_targets, seed=0),
             add_adapters(copy.deepcopy(family.text_encoders[0]), settings, targets=family.text_lora_targets, seed=0,
                          prefix="text_encoder")]
     g, size = torch.Generator().manual_seed(7), 0.05 if settings.lora_type == "lora" else 0.2

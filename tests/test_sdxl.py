@@ -135,7 +135,7 @@ def test_a_half_cached_group_is_encoded_whole_and_what_was_there_stays(family, t
 
 def test_every_base_weight_is_frozen_and_only_the_unet_takes_the_weight_dtype(tiny_sdxl):
     family = load(tiny_sdxl, torch.bfloat16)
-    parts = [family.unet, family.vae, *family.text_encoders]
+    parts = [family.denoiser, family.vae, *family.text_encoders]
     assert not any(p.requires_grad or part.training for part in parts for p in part.parameters())
     assert [next(part.parameters()).dtype for part in parts] == [torch.bfloat16] + [torch.float32] * 3
     with torch.no_grad():
@@ -167,7 +167,7 @@ def test_latent_statistics_of_a_config_are_removed_and_put_back(tiny_sdxl):
 
 
 def test_denoise_asks_the_unet_what_the_stock_pipeline_would(family, pipeline):
-    z, level = torch.randn(2, 4, 16, 16), family.schedule.level(torch.tensor([3, 900]))
+    z, level = torch.randn(2, 4, 16, 16), family.schedule.at(torch.tensor([3, 900]))
     text = tuple(t.detach() for t in family.encode_prompts(PROMPTS[:2]))
     time_ids = torch.tensor([[640, 480, 0, 8, 64, 64], [64, 64, 4, 0, 64, 64]])
     added = {"text_embeds": text[1], "time_ids": time_ids.float()}
@@ -179,18 +179,18 @@ def test_denoise_asks_the_unet_what_the_stock_pipeline_would(family, pipeline):
 
 def test_denoise_calls_the_familys_unet(tiny_sdxl):
     family, calls = load(tiny_sdxl), []
-    unet = family.unet
-    family.unet = lambda *a, **k: (calls.append(1), unet(*a, **k))[1]
+    unet = family.denoiser
+    family.denoiser = lambda *a, **k: (calls.append(1), unet(*a, **k))[1]
     text = tuple(t.detach() for t in family.encode_prompts(["a dog"]))
-    family.denoise(torch.randn(1, 4, 16, 16), family.schedule.level(torch.tensor([3])), text=text,
+    family.denoise(torch.randn(1, 4, 16, 16), family.schedule.at(torch.tensor([3])), text=text,
                    time_ids=torch.full((1, 6), 64))
     assert calls
 
 
 def test_sizes_are_not_rounded_in_half_precision(tiny_sdxl):
     family, seen = load(tiny_sdxl, torch.bfloat16), []
-    family.unet = lambda *a, added_cond_kwargs, **k: (seen.append(added_cond_kwargs["time_ids"]), (a[0],))[1]
-    family.denoise(torch.zeros(1, 4, 16, 16), family.schedule.level(torch.tensor([3])), text=(None, None),
+    family.denoiser = lambda *a, added_cond_kwargs, **k: (seen.append(added_cond_kwargs["time_ids"]), (a[0],))[1]
+    family.denoise(torch.zeros(1, 4, 16, 16), family.schedule.at(torch.tensor([3])), text=(None, None),
                    time_ids=torch.full((1, 6), 1023))
     assert (seen[0] == 1023).all()
 
@@ -227,7 +227,7 @@ def test_variant_names_the_weight_files(copy):
     for file in copy.rglob("*.safetensors"):
         file.rename(file.with_suffix(".fp16.safetensors"))
     assert not sdxl.problems(str(copy), resolution=64, variant="fp16")
-    assert load(copy, variant="fp16").unet
+    assert load(copy, variant="fp16").denoiser
     found = sdxl.problems(str(copy), resolution=64)
     assert len(found) == 4 and all("--variant fp16" in p.fix and p.kind == "data" for p in found)
 
@@ -247,7 +247,7 @@ def test_identity_tells_models_apart_by_part_and_not_by_precision(tiny_sdxl, cop
 def test_identity_is_that_of_the_weights_in_one_file_or_in_shards(tiny_sdxl, copy):
     family = load(tiny_sdxl)
     shutil.rmtree(copy / "unet")
-    family.unet.save_pretrained(copy / "unet", max_shard_size="200KB")
+    family.denoiser.save_pretrained(copy / "unet", max_shard_size="200KB")
     assert len(list((copy / "unet").glob("*.safetensors"))) > 1
     assert load(copy).identity == family.identity
 
@@ -257,7 +257,7 @@ def test_each_part_moves_to_the_device_when_it_is_first_asked(tiny_sdxl):
     family = sdxl.load(options(tiny_sdxl), device=there, weight_dtype=torch.float32)
 
     def on_device():
-        parts = {"unet": family.unet, "vae": family.vae} | dict(enumerate(family.text_encoders))
+        parts = {"unet": family.denoiser, "vae": family.vae} | dict(enumerate(family.text_encoders))
         return {name for name, part in parts.items() if part.device == there}
 
     assert on_device() == set()
@@ -273,7 +273,7 @@ def test_each_part_moves_to_the_device_when_it_is_first_asked(tiny_sdxl):
 
 def test_the_skeleton_has_the_unets_module_paths_and_no_weights(family, tiny_sdxl):
     bones = sdxl.skeleton(str(tiny_sdxl))
-    assert [path for path, _ in bones.named_modules()] == [path for path, _ in family.unet.named_modules()]
+    assert [path for path, _ in bones.named_modules()] == [path for path, _ in family.denoiser.named_modules()]
     assert all(p.is_meta for p in bones.parameters())
 
 
@@ -321,7 +321,7 @@ def test_an_unfit_model_is_refused_in_the_users_words(copy, what):
 
 def test_a_prediction_type_named_by_flag_counts_before_loading_too(copy):
     BROKEN["ends at SNR 0"](copy)
-    assert sdxl.problems(str(copy), resolution=64, prediction_type="v_prediction") == []
+    assert sdxl.problems(str(copy), resolution=64, schedule=ScheduleChange("v_prediction")) == []
 
 
 @pytest.mark.parametrize("timesteps, refused", [
@@ -415,9 +415,9 @@ def test_webui_names_are_those_of_released_files(path):
 
 
 def test_every_layer_of_the_unet_has_a_name_and_every_name_reads_back(family):
-    modules = family.unet.named_modules()
+    modules = family.denoiser.named_modules()
     layers = [path for path, m in modules if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
-    names = {sgm.webui_name(path, family.unet.config): path for path in layers}
+    names = {sgm.webui_name(path, family.denoiser.config): path for path in layers}
     assert len(names) == len(layers) > 200
     for name, path in names.items():
-        assert sgm.module_name(name, family.unet.config) == path.replace(".", "_")
+        assert sgm.module_name(name, family.denoiser.config) == path.replace(".", "_")

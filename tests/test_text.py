@@ -397,7 +397,7 @@ def trained_icons(assets: Path, folder: Path) -> tuple[sdxl.SDXL, Text]:
     """Two steps of embeddings and LoRA on the shipped model, and what a run leaves: LoRA file and embeddings."""
     family = load(assets / "tiny-sdxl-icons")
     words = make(family, ["3d icon in the style of TOK, a fox", ""], **TI)
-    lora = add_adapters(family.unet, LoraOptions(rank=4), targets=family.lora_targets, seed=0)
+    lora = add_adapters(family.denoiser, LoraOptions(rank=4), targets=family.lora_targets, seed=0)
     family.settle(keep_vae=False)
     options = OptimizerOptions(lr_scheduler="constant")
     optim = make_optimizer([*lora.groups(lr=1e-2, weight_decay=0.0), *words.groups(options, GROUP)], options, 4)
@@ -405,7 +405,7 @@ def trained_icons(assets: Path, folder: Path) -> tuple[sdxl.SDXL, Text]:
         optim.begin(step)
         z, n = (rng.normal((4, 16, 16), [(step,)], name=name) for name in ("z", "n"))
         text = words(["3d icon in the style of TOK, a fox"], step)
-        out = family.denoise(z, family.schedule.level(torch.tensor([500])), text=text,
+        out = family.denoise(z, family.schedule.at(torch.tensor([500])), text=text,
                              time_ids=torch.tensor([[64, 64, 0, 0, 64, 64]]))
         (out - n).square().mean().backward()
         optim.step()

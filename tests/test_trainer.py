@@ -23,7 +23,7 @@ from trainkit.adapters import Adapters, add_adapters
 from trainkit.conditioning.cached_text import FrozenText
 from trainkit.data.batch import Batch
 from trainkit.data.cache import MemoryStore
-from trainkit.data.loader import Pictures, micro_batches, ready_pictures
+from trainkit.data.loader import Images, micro_batches, ready_images
 from trainkit.data.rows import read_rows
 from trainkit.data.sampler import Order
 from trainkit.diffusion import Noise, make_levels
@@ -76,9 +76,9 @@ def rig(model: Path, data: Path, *, gamma: float | None = None, dtype: torch.dty
     base = ModelOptions(pretrained_model_name_or_path=str(model))
     family = sdxl.load(base, device=CPU, weight_dtype=dtype)
     encoders, prompts = family.text_encoders, FrozenText(family, [row.caption for row in rows])
-    pictures = ready_pictures(rows, options, family, MemoryStore(), seed=SEED)
-    lora = add_adapters(family.unet, LoraOptions(rank=2), targets=family.lora_targets, seed=SEED)
-    family.unet.to(dtype)  # the adapters too
+    pictures = ready_images(rows, options, family, {}, seed=SEED)
+    lora = add_adapters(family.denoiser, LoraOptions(rank=2), targets=family.lora_targets, seed=SEED)
+    family.denoiser.to(dtype)  # the adapters too
     family.settle(keep_vae=pictures.live)
     job = SimpleNamespace(seed=SEED, device=CPU, autocast=nullcontext)
     loss = make_objective(ObjectiveOptions(snr_gamma=gamma), family.schedule.prediction)
@@ -116,7 +116,7 @@ def test_a_train_step_gives_gradients_to_every_adapter_and_to_nothing_else(tiny_
     train_a_little(trained.lora)
     own = {id(p) for p in trained.lora.parameters()}
     family = trained.step.family
-    others = [p for part in (family.unet, family.vae, *trained.encoders) for p in part.parameters() if id(p) not in own]
+    others = [p for part in (family.denoiser, family.vae, *trained.encoders) for p in part.parameters() if id(p) not in own]
     before = [p.clone() for p in others]
     gradients = trained.backward()
     assert all(p.grad.abs().max() > 0 for p in trained.lora.parameters())

@@ -26,7 +26,7 @@ from tests.tiny import build_tiny_sdxl
 from train_dreambooth_lora_sdxl_advanced import Options
 from trainkit import publish, rng
 from trainkit.data.geometry import CropPolicy
-from trainkit.data.loader import Pictures
+from trainkit.data.loader import Images
 from trainkit.data.rows import read_rows
 from trainkit.data.sampler import Order
 from trainkit.diffusion import Noise
@@ -116,7 +116,7 @@ def spy_on_models(patch: pytest.MonkeyPatch, notes: Path) -> None:
 
     def published(options: RunOptions, family: sdxl.SDXL, *args: object, **kwargs: object) -> object:
         files = publish_here(options, family, *args, **kwargs)
-        dtypes = {str(p.dtype) for name, p in family.unet.named_parameters() if "lora" not in name}
+        dtypes = {str(p.dtype) for name, p in family.denoiser.named_parameters() if "lora" not in name}
         note(f"published {' '.join(sorted(dtypes))}")
         return files
 
@@ -233,7 +233,7 @@ def test_d13_the_recorded_corner_is_the_one_that_was_cut_of_a_single_picture_too
     Image.fromarray(np.ascontiguousarray(ramp)).save(tmp_path / "ramp.png")
     for repeats in (1, 3):
         options = DataOptions(instance_data_dir=str(tmp_path), instance_prompt="TOK", resolution=32, repeats=repeats)
-        pictures = Pictures(read_rows(options)[0], CropPolicy.from_options(options), seed=0)
+        pictures = Images(read_rows(options)[0], CropPolicy.from_options(options), seed=0)
         samples = [pictures[Order(pictures.rows, 1, seed=0).slot(step, 0)] for step in range(8)]
         recorded = [int(sample.time_ids[3]) for sample in samples]
         assert recorded == [round(float((sample.pixels[0, 0, 0] + 1) / 2 * 255 / 2)) for sample in samples]

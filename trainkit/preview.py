@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
 
     from trainkit.families import Family
-    from trainkit.families.base import Encoded
+    from trainkit.families.base import Encode
     from trainkit.options import ValidationOptions
 
 log = logging.getLogger(__name__)
@@ -69,17 +69,17 @@ def grid_name(step: int) -> str:
 class Previews:
     """Draws `num_validation_images` pictures of the validation prompt; without a prompt, none.
 
-    The stock pipeline is put together from the training run's own UNet; text comes encoded, because the encoders
+    The stock pipeline is put together from the training run's own network; text comes encoded, because the encoders
     are gone. Starting noise depends on the picture's seed alone, so two steps differ by what was learned in between.
     No global random state is read or advanced, and the UNet's modes are as before afterwards.
 
     averaged  context of the weights to look at, where they are not those that train (Optim.averaged)
     """
 
-    def __init__(self, family: Family, options: ValidationOptions, encoded: Encoded, output_dir: str | Path, *,
+    def __init__(self, family: Family, options: ValidationOptions, encode: Encode, output_dir: str | Path, *,
                  seed: int, resolution: int, every: int = 0,
                  averaged: Callable[[], AbstractContextManager[None]] = nullcontext):
-        self.family, self.encoded, self.resolution, self.every = family, encoded, resolution, every
+        self.family, self.encode, self.resolution, self.every = family, encode, resolution, every
         self.averaged = averaged
         self.folder = Path(output_dir) / "samples"
         count = options.num_validation_images if options.validation_prompt else 0
@@ -124,7 +124,7 @@ class Previews:
         family, dtype = self.family, self.family.weight_dtype
         precision = torch.autocast(family.device.type, dtype=dtype, enabled=dtype != torch.float32)
         pipe = family.pipeline(sampler(family))
-        with self.averaged(), evaluating(family.unet), precision:
+        with self.averaged(), evaluating(family.denoiser), precision:
             latents = [self._latents(pipe, shot) for shot in self.shots]  # N × [1,C,h,w]
         with visiting(family.vae, family.device):
             pictures = [picture for one in latents for picture in family.decode(one)]
@@ -136,7 +136,7 @@ class Previews:
         side = self.resolution // self.family.vae_factor
         noise = rng.normal((self.family.latent_channels, side, side), [(shot.seed, shot.number)], name="preview")
         return pipe(
-            **self.family.pipeline_text(pipe, [shot.prompt], self.encoded), latents=noise.to(self.family.device),
+            **self.family.pipeline_text(pipe, [shot.prompt], self.encode), latents=noise.to(self.family.device),
             height=self.resolution, width=self.resolution, num_inference_steps=STEPS,
             guidance_scale=self.family.guidance_scale,
             generator=rng.generator("preview-step", shot.seed, shot.number), output_type="latent",

@@ -15,15 +15,15 @@ from torch import Tensor
 Key = tuple[int | str, ...]
 
 
-def seed_of(*key: int | str) -> int:
-    """63-bit seed of a key; keys that differ anywhere give unrelated seeds (BLAKE2b)."""
-    digest = hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
 def generator(*key: int | str) -> torch.Generator:
-    """A fresh CPU generator for `key`."""
-    return torch.Generator().manual_seed(seed_of(*key))
+    """A fresh CPU generator for `key`; keys that differ anywhere give unrelated seeds of 63 bits (BLAKE2b)."""
+    digest = hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def seed_of(*key: int | str) -> int:
+    """The seed of a key's generator."""
+    return generator(*key).initial_seed()
 
 
 def uniform(keys: Sequence[Key], name: str) -> Tensor:
@@ -36,6 +36,11 @@ def normal(shape: Sequence[int], keys: Sequence[Key], name: str) -> Tensor:
     return torch.stack([torch.randn(*shape, generator=generator(name, *key)) for key in keys])
 
 
+def integer(n: int, *key: int | str) -> int:
+    """A number in 0..n-1 for `key`."""
+    return int(torch.randint(n, (), generator=generator(*key)))
+
+
 def permutation(n: int, *key: int | str) -> Tensor:
     """A permutation of 0..n-1 for `key` -> [n]."""
     return torch.randperm(n, generator=generator("permutation", *key))
@@ -43,4 +48,4 @@ def permutation(n: int, *key: int | str) -> Tensor:
 
 def reseed_dropout(*key: int | str) -> None:
     """Pin the global generators before a forward pass: dropout is the one consumer we cannot hand a generator."""
-    torch.manual_seed(seed_of("dropout", *key))
+    torch.manual_seed(generator("dropout", *key).initial_seed())

@@ -4,16 +4,13 @@
         ...
         start = checkpoints.resume(opts.run.resume_from_checkpoint)
         run.begin(start, total, previews)
-        for step, micros in batches:                              # step counts from 0
+        for step, batches in ...:                                 # step counts from 0
             optimizer.begin(step)                                 # who trains in this step, at which rate
-            for batch in micros:
-                losses = train_step(...)                          # [B]
-                run.backward(losses.sum() / batch.num_instance)
-            stats = run.update(optimizer, step=step, then=words.after_update)
+            for loss in train_step(batches):                      # a part of the step's loss
+                run.backward(loss)
+            stats = run.update(optimizer, step=step, then=text.after_update)
             run.log(step + 1, stats | optimizer.describe())       # finished steps
-            if due(step + 1, opts.run.checkpointing_steps, last=step + 1 == total) or run.stopping:
-                run.end_if_asked(step + 1, checkpoints.save(step + 1, prune=run.healthy))
-        run.require_progress()
+            run.after_step(step + 1, optimizer, saves=checkpoints, previews=previews, last=step + 1 == total)
         with optimizer.averaged():                                # the weights to look at
             ...                                                   # publish
 """
@@ -28,6 +25,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -35,6 +33,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from trainkit.data.sampler import Shard
 from trainkit.errors import Problem, UserError
 from trainkit.files import DISK_ERRORS, Json, disk_error, disk_errors
 from trainkit.runtime import ranks, trackers
@@ -49,17 +48,13 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from PIL.Image import Image
 
+    from trainkit.checkpoints import Checkpoints
     from trainkit.options import OptionSet
     from trainkit.preview import Previews
 
 log = logging.getLogger(__name__)
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def due(step: int, every: int | None, *, last: bool = False) -> bool:
-    """Whether something done `every` so many finished steps is due after `step` of them; always after the last."""
-    return last or (bool(every) and step > 0 and step % every == 0)
 
 
 def start_run(opts: OptionSet, project: str) -> Run:
@@ -121,6 +116,9 @@ class Run:
         self.is_main = self.rank == 0
         self.precision = self.accelerator.mixed_precision
         self.weight_dtype = WEIGHT_DTYPES[self.precision]
+        # The context of a forward pass in --mixed_precision; it does nothing under "no".
+        self.autocast = partial(torch.autocast, self.device.type, dtype=self.weight_dtype,
+                                enabled=self.precision != "no")
         self.gradients = Gradients(
             self.device, fp16=self.precision == "fp16", max_skipped=opts.run.max_skipped_steps,
             last_checkpoint=lambda: pointed(self.out_dir),
@@ -187,10 +185,6 @@ class Run:
                 previews.begin(start)
             if not ranks.from_main(lambda: previews.there(start)):
                 self.draw(start, previews)
-
-    def autocast(self) -> torch.autocast:
-        """The context of a forward pass in --mixed_precision; does nothing under "no"."""
-        return torch.autocast(self.device.type, dtype=self.weight_dtype, enabled=self.precision != "no")
 
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's part of the step's loss: losses.sum() / batch.num_instance."""
@@ -278,23 +272,33 @@ class Run:
                     f"{pointed(self.out_dir) or 'none'})",
             ))
 
+    def after_step(self, done: int, optimizer: Steppable, *, saves: Checkpoints, previews: Previews, last: bool
+                   ) -> None:
+        """What is due after `done` finished steps: save (and end there when a signal asked for it), draw, a last look.
+        """
+        if due(done, self.opts.run.checkpointing_steps, last=last) or self.stopping:
+            self.require_finite(optimizer, done)
+            self.end_if_asked(done, saves.save(done, prune=self.healthy))
+        if previews.due(done, last=last):
+            self.draw(done, previews)
+        if last:
+            self.require_progress()
+
     def end_if_asked(self, step: int, saved: Path) -> None:
         """Raise the UserError that ends the run when a signal asked for it; `saved` is this step's checkpoint."""
         if self._agreed is not None:
             self.signals.wish = self._agreed  # on a rank that got no signal itself
             raise self.signals.error(where=str(saved), why=f"step {step} is finished and saved")
 
-    @property
-    def loading(self) -> dict[str, object]:
-        """How `loader.ready_pictures` shall work here: the seed, its workers, and where progress shows (rank 0)."""
-        return {"seed": self.seed, "num_workers": self.opts.run.dataloader_num_workers,
-                "progress": self.progress.task if self.is_main else None}
+    def show_task(self, name: str, done: int, total: int) -> None:
+        """How far a task before the loop has come, in the progress line. Rank 0 shows it."""
+        if self.is_main:
+            self.progress.task(name, done, total)
 
     @property
-    def share(self) -> dict[str, int]:
-        """This rank's part in each global batch, as `loader.micro_batches` takes it."""
-        return {"rank": self.rank, "world": self.world, "num_workers": self.opts.run.dataloader_num_workers,
-                "accumulation": self.opts.run.gradient_accumulation_steps}
+    def shard(self) -> Shard:
+        """This rank's part in each global batch."""
+        return Shard(self.rank, self.world, self.opts.run.gradient_accumulation_steps)
 
     @property
     def global_batch(self) -> int:
@@ -370,6 +374,11 @@ class Run:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             return disk_error(error, Path(error.filename or self.out_dir), "read or write")
         return error
+
+
+def due(step: int, every: int | None, *, last: bool = False) -> bool:
+    """Whether something done `every` so many finished steps is due after `step` of them; always after the last."""
+    return last or (bool(every) and step > 0 and step % every == 0)
 
 
 def make_accelerator(opts: OptionSet, tracker_names: list[str]) -> Accelerator:

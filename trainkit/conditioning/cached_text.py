@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trainkit.data.cache import MemoryStore, Store, content_key
+from trainkit.condition import Condition
+from trainkit.data.cache import Store, content_key
 
 if TYPE_CHECKING:
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from trainkit.options import OptimizerOptions
 
 PROMPTS_AT_ONCE = 16
+ENTRIES = "condition"  # part of the keys; another word when entries would hold other tensors
 
 
 class FrozenText:
@@ -43,7 +45,7 @@ class FrozenText:
     def __init__(self, family: Family, prompts: Iterable[str], store: Store | None = None, clip_skip: int | None = None,
                  *, also: Iterable[str] = (), state: str = ""):
         self.device, self.clip_skip = family.device, clip_skip
-        self.store = MemoryStore() if store is None else store
+        self.store: Store = {} if store is None else store
         self.keys: dict[str, str] = {}
         for part in (prompts, also):
             self._add(family, part, state)
@@ -52,27 +54,26 @@ class FrozenText:
     def _add(self, family: Family, prompts: Iterable[str], state: str) -> None:
         distinct = sorted(set(prompts) - self.keys.keys())
         parts = (family.text_identity, self.clip_skip, *([state] if state else []))
-        self.keys |= {prompt: content_key("text", *parts, prompt) for prompt in distinct}
+        self.keys |= {prompt: content_key(ENTRIES, *parts, prompt) for prompt in distinct}
         for start in range(0, len(distinct), PROMPTS_AT_ONCE):
             self._encode(family, distinct[start : start + PROMPTS_AT_ONCE])
 
     def _encode(self, family: Family, prompts: list[str]) -> None:
         if all(self.keys[p] in self.store for p in prompts):
             return
-        embeds, pooled = family.encode_prompts(prompts, self.clip_skip)  # [B,T,D], [B,P]
-        for prompt, e, p in zip(prompts, embeds.cpu(), pooled.cpu(), strict=True):
+        tensors = family.encode_prompts(prompts, self.clip_skip).to(torch.device("cpu"))  # [B,...] each
+        for place, prompt in enumerate(prompts):
             if self.keys[prompt] not in self.store:
-                self.store.put(self.keys[prompt], {"embeds": e.clone(), "pooled": p.clone()})
+                self.store[self.keys[prompt]] = {name: tensor[place].clone() for name, tensor in tensors.items()}
 
-    def __call__(self, prompts: Sequence[str], step: int | None = None) -> tuple[Tensor, Tensor]:
-        """-> embeds [B,T,D], pooled [B,P] on the device, a row per prompt; the same at every step."""
+    def __call__(self, prompts: Sequence[str], step: int | None = None) -> Condition:
+        """What the network is told of each prompt, on the device; the same at every step."""
         unknown = set(prompts) - self.keys.keys()
         assert not unknown, f"not encoded before training: {sorted(unknown)}"
-        found = [self.store.get(self.keys[p]) for p in prompts]
-        embeds, pooled = (torch.stack([f[name] for f in found]) for name in ("embeds", "pooled"))
-        return embeds.to(self.device), pooled.to(self.device)
+        entries = [self.store[self.keys[prompt]] for prompt in prompts]
+        return Condition({name: torch.stack([entry[name] for entry in entries]).to(self.device) for name in entries[0]})
 
-    # What a text in training has, see trainkit.conditioning.live_text.LiveText: here there is none of it.
+    # What a text in training has, see LiveText: here there is none of it.
 
     def rewrite(self, prompt: str) -> str:
         return prompt

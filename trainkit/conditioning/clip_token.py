@@ -15,12 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from trainkit import rng
+from trainkit.condition import Condition
 from trainkit.data.cache import tensors_digest
 from trainkit.data.clip_features import CLIPS, FILE_NAME, SCRIPT, TOO_WIDE, read_features
 from trainkit.data.sources.captions import listing
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     from trainkit.options import GuidanceOptions
 
 log = logging.getLogger(__name__)
-
-Text = tuple[Tensor, Tensor]  # embeds [B,T,D], pooled [B,P]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -56,29 +55,8 @@ def has_room(tokenizers: Sequence[CLIPTokenizer], prompts: Sequence[str]) -> lis
             for of_prompt in zip(*ids, strict=True)]
 
 
-class Guidance(Protocol):
-    """What a training step asks: the text of a batch as the network is to see it.
-
-    identity  what a checkpoint and the run that resumes it must agree on
-    """
-
-    @property
-    def identity(self) -> Mapping[str, str]: ...
-
-    def __call__(self, text: Text, batch: Batch, keys: Sequence[rng.Key]) -> Text: ...
-
-
-class NoGuidance:
-    """The text as it is."""
-
-    identity: Mapping[str, str] = {}
-
-    def __call__(self, text: Text, batch: Batch, keys: Sequence[rng.Key]) -> Text:
-        return text
-
-
 @dataclass(frozen=True)
-class ClipGuidance:
+class ClipToken:
     """The last pad of each caption's encoding becomes scale · features of the picture; nothing is changed in place.
 
     rows     [N,D] features
@@ -95,28 +73,29 @@ class ClipGuidance:
 
     @cached_property
     def identity(self) -> Mapping[str, str]:
+        """What a checkpoint and the run that resumes it must agree on."""
         return {"--guidance_features": tensors_digest({"features": self.rows[self.places.unique()]})}
 
-    def __call__(self, text: Text, batch: Batch, keys: Sequence[rng.Key]) -> Text:
-        embeds, pooled = text
+    def __call__(self, condition: Condition, batch: Batch) -> Condition:
         room = torch.tensor([prompt not in self.full for prompt in batch.prompts])
-        kept = rng.uniform(keys, "guidance dropout") >= self.dropout
-        places = self.places[torch.tensor([slot.row for slot in batch.slots])]
-        return with_token(embeds, self.scale * self.rows[places], room & kept), pooled
+        kept = rng.uniform(batch.keys, "guidance dropout") >= self.dropout
+        tokens = self.scale * self.rows[self.places[torch.tensor(batch.rows)]]
+        return Condition(condition, embeds=with_token(condition["embeds"], tokens, room & kept))
 
 
-def make_guidance(options: GuidanceOptions, rows: Sequence[Row], family: Family) -> Guidance:
-    """The guidance of a run; says which captions leave no place for the token."""
+def make_clip_token(options: GuidanceOptions, rows: Sequence[Row], family: Family) -> ClipToken | None:
+    """The token of a run, None where it is not asked for; says which captions leave no place for it."""
     if not options.guidance_token:
-        return NoGuidance()
+        return None
+    assert options.guidance_features is not None, "`problems` refuses a token without features"
     features = read_features(options.guidance_features)
     captions = sorted({caption for row in rows for caption in row.all_captions})
     full = [caption for caption, room in zip(captions, has_room(family.tokenizers, captions), strict=True) if not room]
     if full:
         log.warning("%d captions fill the text encoder's whole context; their pictures are trained on without the "
                     "guidance token: %s", len(full), listing(full))
-    return ClipGuidance(features.rows, features.places([row.digest for row in rows]), frozenset(full),
-                        options.guidance_token_scale, options.guidance_token_dropout)
+    return ClipToken(features.rows, features.places([row.digest for row in rows]), frozenset(full),
+                     options.guidance_token_scale, options.guidance_token_dropout)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trainkit import adapters
+from trainkit.condition import Condition
 from trainkit.conditioning.cached_text import FrozenText
 from trainkit.conditioning.new_tokens import NewTokens, unseen
 from trainkit.data.cache import Store
@@ -127,8 +128,8 @@ class LiveText:
         """The prompt as the encoders and other programs are given it: new tokens for the words that stand for them."""
         return self.learner.rewrite(prompt)
 
-    def __call__(self, prompts: Sequence[str], step: int | None = None) -> tuple[Tensor, Tensor]:
-        """-> embeds [B,T,D], pooled [B,P] on the device, a row per prompt.
+    def __call__(self, prompts: Sequence[str], step: int | None = None) -> Condition:
+        """What the network is told of each prompt, on the device.
 
         step  optimizer step (from 0) that asks, after `Optim.begin`; None asks for the weights as they are, without
               gradient, to look at
@@ -146,17 +147,16 @@ class LiveText:
         learned = [text for text in distinct if self.learner.learns_from(text)]
         return learned, [text for text in distinct if not self.learner.learns_from(text)]
 
-    def _rows(self, texts: Sequence[str], *, training: bool) -> tuple[Tensor, Tensor]:
+    def _rows(self, texts: Sequence[str], *, training: bool) -> Condition:
         """Each distinct text once: what is learned from by the encoders or as they settled, the rest by the table."""
         learned, plain = self._parted(texts)
         parts = [self._learned(learned, training=training)] if learned else []
         parts += [self.table(plain)] if plain else []
-        embeds, pooled = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         place = {text: row for row, text in enumerate([*learned, *plain])}
-        rows = torch.tensor([place[text] for text in texts], device=embeds.device)
-        return embeds[rows], pooled[rows]  # by indexing: its backward adds repeated rows in a fixed order
+        rows = torch.tensor([place[text] for text in texts], device=self.family.device)
+        return Condition.cat(parts).take(rows)
 
-    def _learned(self, texts: Sequence[str], *, training: bool) -> tuple[Tensor, Tensor]:
+    def _learned(self, texts: Sequence[str], *, training: bool) -> Condition:
         if self.settled is not None:
             return self.settled(texts)
         self._train_mode(training)

@@ -32,6 +32,7 @@ from trainkit.files import disk_errors, load_tensors, save_tensors
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer, PreTrainedModel
 
+    from trainkit.data.batch import Row
     from trainkit.families.sdxl import SDXL
     from trainkit.optim import ParamGroup
     from trainkit.options import PivotalOptions
@@ -74,22 +75,19 @@ def holds(options: PivotalOptions, caption: str, word: str) -> bool:
     return options.tokens[word][0] in options.rewrite(caption)
 
 
-def warn_of_class_prompts_with(options: PivotalOptions, captions: Sequence[str]) -> None:
-    """Say in the log which captions of class pictures hold a word that stands for new tokens."""
-    both = [caption for caption in captions if options.rewrite(caption) != caption]
-    if both:
-        log.warning("%d captions of class pictures hold a word of --token_abstraction: the new tokens learn the class "
-                    "from them (%r for one)", len(both), both[0])
-
-
-def warn_of_captions_without(options: PivotalOptions, captions: Sequence[str]) -> None:
-    """Say in the log how many captions teach the new tokens nothing."""
+def warn(options: PivotalOptions, rows: Sequence[Row]) -> None:
+    """Say in the log which captions of class images hold a word of the new tokens, and how many of the others none."""
     if not options.train_text_encoder_ti:
         return
+    captions = [row.caption for row in rows if not row.is_class and row.repeat == 0]
     without = [c for c in captions if not any(holds(options, c, word) for word in options.abstractions)]
     if without:
         log.warning("%d of %d captions contain none of %s: they do not train the new tokens (%r for one)",
                     len(without), len(captions), ", ".join(options.abstractions), without[0])
+    both = [row.caption for row in rows if row.is_class and options.rewrite(row.caption) != row.caption]
+    if both:
+        log.warning("%d captions of class pictures hold a word of --token_abstraction: the new tokens learn the class "
+                    "from them (%r for one)", len(both), both[0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from trainkit.errors import UserError
 from trainkit.rng import Key
 
 
@@ -48,39 +49,42 @@ class Listed:
     others: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Slot:
-    """One place in one optimizer step: which row fills it and at which visit (epoch) of that row."""
-
-    step: int
-    index: int  # 0 .. global_batch - 1, class pictures from global_batch on; the same on 1 or N processes
-    row: int  # position in the list of rows, repeats included
-    epoch: int
+# One place in one optimizer step. (seed, step, place in the global batch): what its random numbers are drawn by ·
+# position in the list of rows · visit (epoch) of that row · instance rows in the whole step, over all ranks.
+Slot = tuple[Key, int, int, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
-    """One row made ready for one slot. Exactly one of `pixels` and `mean` is set."""
+    """One way to see a row: resized to `resized`, mirrored if `flip`, `shape` cut out at (top, left).
 
-    slot: Slot
-    prompt: str
-    time_ids: Tensor  # [6]  original h, w · crop top, left · target h, w  (pixels)
-    share: float  # 1 for instances, prior_loss_weight for class pictures
-    is_class: bool = False
-    picture: str = ""  # digest of its file: the same for its repeats
+    Filled for a slot it also has a caption and either pixels or the VAE's posterior (mean, logvar).
+    """
+
+    row: Row
+    resized: tuple[int, int]  # h, w
+    top: int
+    left: int  # measured in the mirrored image when flip
+    flip: bool
+    shape: tuple[int, int]  # h, w in pixels
+    slot: Slot | None = None
+    prompt: str = ""
     pixels: Tensor | None = None  # [3,H,W] in -1..1
-    mean: Tensor | None = None  # [C,h,w] of the VAE posterior
+    mean: Tensor | None = None  # [C,h,w]
     logvar: Tensor | None = None  # [C,h,w]
+    mask: Tensor | None = None  # [1,h,w] weight of each place of the latent in the loss; None: all alike
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
-    """A micro-batch on one rank, instances first, then as many class pictures if there are any.
+    """A micro-batch on one rank: samples of one shape, instances first, then as many class pictures if there are any.
 
     B counts both. Exactly one of `pixels` and `mean` is set.
     """
 
-    slots: tuple[Slot, ...]
+    step: int  # the optimizer step, from 0, that this is a part of
+    keys: tuple[Key, ...]  # B of them
+    rows: tuple[int, ...]  # B positions in the list of rows
     prompts: tuple[str, ...]  # B captions, one of each row's
     time_ids: Tensor  # [B,6]
     share: Tensor  # [B]
@@ -90,32 +94,26 @@ class Batch:
     pixels: Tensor | None = None  # [B,3,H,W]
     mean: Tensor | None = None  # [B,C,h,w]
     logvar: Tensor | None = None  # [B,C,h,w]
-
-    @property
-    def step(self) -> int:
-        """The optimizer step, from 0, that this is a part of."""
-        return self.slots[0].step
-
-    def keys(self, seed: int) -> list[Key]:
-        """One randomness key per row: (seed, optimizer step, slot in the global batch)."""
-        return [(seed, s.step, s.index) for s in self.slots]
+    mask: Tensor | None = None  # [B,1,h,w]
 
     def to(self, device: torch.device) -> Batch:
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
 
-def collate(samples: Sequence[Sample], num_instance: int) -> Batch:
-    """Stack samples of one shape -> Batch."""
-
-    def stack(name: str) -> Tensor | None:
-        values = [getattr(s, name) for s in samples]
-        return None if values[0] is None else torch.stack(values)
-
+def collate(samples: Sequence[Sample | UserError]) -> Batch | UserError:
+    """Stack samples of one shape; the first error among them instead, if there is one."""
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return sample
+    assert len({s.shape for s in samples}) == 1, "a micro-batch has samples of one shape"
+    keys, places, _, (num_instance, *_) = zip(*(s.slot for s in samples), strict=True)
+    # SDXL's size conditioning: original h, w · crop top, left · target h, w (arXiv:2307.01952, 2.2)
+    sizes = [[*s.row.size, s.top, s.left, *s.shape] for s in samples]
+    tensors = {name: [getattr(s, name) for s in samples] for name in ("pixels", "mean", "logvar", "mask")}
     return Batch(
-        slots=tuple(s.slot for s in samples), prompts=tuple(s.prompt for s in samples),
-        time_ids=torch.stack([s.time_ids for s in samples]), share=torch.tensor([s.share for s in samples]),
-        is_class=torch.tensor([s.is_class for s in samples]), num_instance=num_instance,
-        pictures=tuple(s.picture for s in samples),
-        pixels=stack("pixels"), mean=stack("mean"), logvar=stack("logvar"),
+        step=keys[0][1], keys=keys, rows=places, prompts=tuple(s.prompt for s in samples), num_instance=num_instance,
+        time_ids=torch.tensor(sizes, dtype=torch.float32), share=torch.tensor([s.row.share for s in samples]),
+        is_class=torch.tensor([s.row.is_class for s in samples]), pictures=tuple(s.row.digest for s in samples),
+        **{name: torch.stack(values) for name, values in tensors.items() if values[0] is not None},
     )

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from trainkit.data.geometry import CropPlan, CropPolicy
+from trainkit.data.batch import Sample
+from trainkit.data.geometry import CropPolicy
 from trainkit.data.images import load_picture
 from trainkit.errors import Problem, UserError
 from trainkit.files import Json, disk_errors, save_tensors
@@ -38,33 +39,20 @@ VIEWS_AT_ONCE = 8  # of one picture in memory; at 1024 pixels a view takes 12 Mi
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # pixels [B,3,H,W] -> mean, logvar [B,C,h,w]
 Item = TypeVar("Item")
-_Wanted = tuple[str, "Row", CropPlan]  # a view of a picture, its key first
+_Wanted = tuple[str, Sample]  # a view of a picture, its key first
+
+
+Entry = dict[str, Tensor]  # named tensors
 
 
 class Store(Protocol):
-    """A key -> named tensors table."""
+    """A table from keys to entries: a dict keeps them in memory for one run, a `DiskStore` in a folder for many."""
 
-    def __contains__(self, key: str) -> bool: ...
+    def __contains__(self, key: object) -> bool: ...
 
-    def get(self, key: str) -> dict[str, Tensor]: ...
+    def __getitem__(self, key: str) -> Entry: ...
 
-    def put(self, key: str, tensors: dict[str, Tensor]) -> None: ...
-
-
-class MemoryStore:
-    """Entries in main memory, for one run."""
-
-    def __init__(self) -> None:
-        self.entries: dict[str, dict[str, Tensor]] = {}
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.entries
-
-    def get(self, key: str) -> dict[str, Tensor]:
-        return self.entries[key]
-
-    def put(self, key: str, tensors: dict[str, Tensor]) -> None:
-        self.entries[key] = tensors
+    def __setitem__(self, key: str, entry: Entry) -> None: ...
 
 
 class DiskStore:
@@ -80,7 +68,7 @@ class DiskStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
 
-    def __contains__(self, key: str) -> bool:
+    def __contains__(self, key: object) -> bool:
         """Whether an intact entry is there, its tensors read and compared with their digest: a damaged one counts as
         absent and is written anew.
         """
@@ -90,7 +78,7 @@ class DiskStore:
             return False
         return True
 
-    def get(self, key: str) -> dict[str, Tensor]:
+    def __getitem__(self, key: str) -> Entry:
         path = self._path(key)
         try:
             return self._read(path)
@@ -98,13 +86,13 @@ class DiskStore:
             raise UserError(Problem("a cache entry is gone or damaged", f"{path}", f"{error}",
                                     "start the same command again: it is rebuilt", kind="disk")) from error
 
-    def put(self, key: str, tensors: dict[str, Tensor]) -> None:
+    def __setitem__(self, key: str, entry: Entry) -> None:
         path = self._path(key)
         with disk_errors(path):
             path.parent.mkdir(exist_ok=True)
-            save_tensors(path, tensors, {DIGEST: tensors_digest(tensors)})
+            save_tensors(path, entry, {DIGEST: tensors_digest(entry)})
 
-    def _read(self, path: Path) -> dict[str, Tensor]:
+    def _read(self, path: Path) -> Entry:
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -117,7 +105,8 @@ class DiskStore:
             raise _Unreadable("its content is not what was written")
         return tensors
 
-    def _path(self, key: str) -> Path:
+    def _path(self, key: object) -> Path:
+        assert isinstance(key, str)
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def _sweep(self) -> None:
@@ -142,7 +131,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 def open_store(folder: str | Path | None) -> Store:
     """Where latents and text embeddings are kept: a folder shared by runs, or this process's memory."""
-    return MemoryStore() if folder is None else DiskStore(folder)
+    return {} if folder is None else DiskStore(folder)
 
 
 def content_key(*parts: Json) -> str:
@@ -151,24 +140,24 @@ def content_key(*parts: Json) -> str:
 
 
 class Latents:
-    """(row, plan) -> the VAE's posterior for what that visit sees."""
+    """Sample -> the VAE's posterior for what it shows."""
 
     def __init__(self, store: Store, policy: CropPolicy, *, identity: Json, dtype: torch.dtype = torch.float32):
         self.store, self.policy, self.identity, self.dtype = store, policy, identity, dtype
 
-    def key(self, row: Row, plan: CropPlan) -> str:
-        crop = [*plan.resized, plan.top, plan.left, plan.flip]
-        seen = [row.digest, crop, self.policy.resolution, self.policy.interpolation]
+    def key(self, sample: Sample) -> str:
+        crop = [*sample.resized, sample.top, sample.left, sample.flip]
+        seen = [sample.row.digest, crop, self.policy.resolution, self.policy.interpolation]
         return content_key(VERSION, seen, self.identity, str(self.dtype))
 
-    def __call__(self, row: Row, plan: CropPlan) -> tuple[Tensor, Tensor]:
+    def __call__(self, sample: Sample) -> tuple[Tensor, Tensor]:
         """-> mean, logvar [C,h,w] fp32."""
-        entry = self.store.get(self.key(row, plan))
+        entry = self.store[self.key(sample)]
         return entry["mean"].float(), entry["logvar"].float()
 
     def put(self, key: str, mean: Tensor, logvar: Tensor) -> None:
         posterior = {"mean": mean, "logvar": logvar}  # copied: a slice would keep its whole batch alive
-        self.store.put(key, {k: v.detach().to("cpu", self.dtype, copy=True) for k, v in posterior.items()})
+        self.store[key] = {k: v.detach().to("cpu", self.dtype, copy=True) for k, v in posterior.items()}
 
 
 def cache_latents(
@@ -184,8 +173,7 @@ def cache_latents(
     the VAE gives NaN or infinity.
     """
     latents = Latents(store, policy, identity=identity, dtype=dtype)
-    plans = {latents.key(row, plan): (row, plan) for row in rows for plan in policy.variants(row, seed)}
-    wanted = [(key, row, plan) for key, (row, plan) in plans.items()]
+    wanted = list({latents.key(sample): sample for row in rows for sample in policy.variants(row, seed)}.items())
     fill = partial(_encode_missing, latents=latents, encode=encode, batch_size=batch_size, num_workers=num_workers,
                    progress=progress)
     if isinstance(store, DiskStore) and ranks.world() > 1:
@@ -199,8 +187,8 @@ def _own_part(wanted: Sequence[_Wanted]) -> list[_Wanted]:
     """Every world-th picture, with all its views; counted over all pictures, since the ranks differ in what they find
     missing while others are writing.
     """
-    number = {digest: i for i, digest in enumerate(dict.fromkeys(row.digest for _, row, _ in wanted))}
-    return [view for view in wanted if number[view[1].digest] % ranks.world() == ranks.rank()]
+    number = {digest: i for i, digest in enumerate(dict.fromkeys(sample.row.digest for _, sample in wanted))}
+    return [view for view in wanted if number[view[1].row.digest] % ranks.world() == ranks.rank()]
 
 
 def _encode_missing(
@@ -209,7 +197,7 @@ def _encode_missing(
 ) -> None:
     policy = latents.policy
     missing = [view for view in wanted if view[0] not in latents.store]
-    loader = DataLoader(Guarded(_Views(policy, missing)), batch_size=None, collate_fn=_as_is, num_workers=num_workers,
+    loader = DataLoader(_Views(policy, missing), batch_size=None, collate_fn=_as_is, num_workers=num_workers,
                         generator=generator("latent cache"))  # its own: the global one must not move with the loader
     done = 0
     for views in _chunks(chain.from_iterable(unguarded(loader)), batch_size):
@@ -228,23 +216,29 @@ class _View:
     pixels: Tensor  # [3,H,W] in -1..1
 
 
-class _Views(Dataset[list[_View]]):
-    """The missing variants, one item a picture, so that each is decoded and resized once."""
+class _Views(Dataset["list[_View] | UserError"]):
+    """The missing variants, one item a picture, so that each is decoded and resized once.
+
+    An error is an item, see `unguarded`.
+    """
 
     def __init__(self, policy: CropPolicy, missing: Iterable[_Wanted]):
         pictures: dict[str, list[_Wanted]] = {}
-        for key, row, plan in missing:
-            pictures.setdefault(row.digest, []).append((key, row, plan))
+        for key, sample in missing:
+            pictures.setdefault(sample.row.digest, []).append((key, sample))
         self.policy = policy
         self.items = [some for every in pictures.values() for some in _chunks(iter(every), VIEWS_AT_ONCE)]
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> list[_View]:
-        keys, rows, plans = zip(*self.items[index], strict=True)
-        pixels = self.policy.views(load_picture(rows[0]), plans)  # [V,3,H,W]
-        return [_View(key, row.id, view) for key, row, view in zip(keys, rows, pixels, strict=True)]
+    def __getitem__(self, index: int) -> list[_View] | UserError:
+        keys, samples = zip(*self.items[index], strict=True)
+        try:
+            pixels = self.policy.views(load_picture(samples[0].row), samples)  # [V,3,H,W]
+        except UserError as error:
+            return error
+        return [_View(key, sample.row.id, view) for key, sample, view in zip(keys, samples, pixels, strict=True)]
 
 
 def _refuse_nonfinite(name: str, mean: Tensor, logvar: Tensor) -> None:
@@ -260,32 +254,17 @@ def _chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
         yield chunk
 
 
-class Guarded(Dataset[Item | UserError], Generic[Item]):
-    """A dataset whose user errors are returned, to be raised by `unguarded` in the main process.
-
-    A DataLoader worker would raise them again with their text as the only argument, and lose kind and parts.
-    """
-
-    def __init__(self, inner: Dataset[Item]):
-        self.inner = inner
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def __getitem__(self, index: int) -> Item | UserError:
-        try:
-            return self.inner[index]
-        except UserError as error:
-            return error
-
-
 def _as_is(item: Item) -> Item:
     """A DataLoader's collate_fn that leaves items alone."""
     return item
 
 
 def unguarded(loader: DataLoader[Item | UserError]) -> Iterator[Item]:
-    """The loader's items; raises the user errors among them. Its workers end with this iterator, whatever ends it."""
+    """The loader's items; raises the user errors among them. Its workers end with this iterator, whatever ends it.
+
+    A data set returns a UserError as an item, because a DataLoader's worker would raise it again with its text as the
+    only argument and lose kind and parts.
+    """
     items = iter(loader)
     try:
         for item in items:

@@ -15,26 +15,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from trainkit.rng import generator, permutation
+from trainkit import rng
+from trainkit.data.batch import Sample
 
 if TYPE_CHECKING:
     from trainkit.data.batch import Row
-    from trainkit.options import DataOptions
+    from trainkit.options import PictureOptions
 
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST, "box": Image.Resampling.BOX, "bilinear": Image.Resampling.BILINEAR,
     "hamming": Image.Resampling.HAMMING, "bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS,
 }
-
-
-@dataclass(frozen=True)
-class CropPlan:
-    """How one visit sees a picture: resize to `resized`, mirror if `flip`, cut a square at (top, left)."""
-
-    resized: tuple[int, int]  # h, w
-    top: int
-    left: int  # measured in the mirrored picture when flip
-    flip: bool
 
 
 def resized_size(size: tuple[int, int], resolution: int) -> tuple[int, int]:
@@ -46,7 +37,7 @@ def resized_size(size: tuple[int, int], resolution: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class CropPolicy:
-    """How pictures become squares of `resolution` pixels.
+    """How images become squares of `resolution` pixels.
 
     `cached_crops` = K > 0 restricts random crops to K fixed places a row, so that their latents can be cached; 0 draws
     a fresh place at every visit. It has no effect with `center_crop`.
@@ -59,65 +50,52 @@ class CropPolicy:
     cached_crops: int = 0
 
     @classmethod
-    def from_options(cls, data: DataOptions) -> CropPolicy:
+    def from_options(cls, data: PictureOptions) -> CropPolicy:
         return cls(resolution=data.resolution, center_crop=data.center_crop, random_flip=data.random_flip,
                    interpolation=data.image_interpolation_mode,
                    cached_crops=data.cached_crops if data.cache_latents else 0)
 
     @property
     def cacheable(self) -> bool:
-        """Whether a row has finitely many plans, so that `variants` can list them."""
+        """Whether a row can be seen in finitely many ways, so that `variants` can list them."""
         return self.center_crop or self.cached_crops > 0
 
-    def plan(self, row: Row, *, seed: int, epoch: int) -> CropPlan:
-        """The crop and flip of this row (repeats differ) in this epoch: a pure function."""
+    def sample(self, row: Row, *, seed: int, epoch: int) -> Sample:
+        """What this row (repeats differ) is seen as in this epoch: a pure function."""
         visit = (seed, epoch, row.id, row.repeat)
-        corners = self._corners(row, seed)
-        top, left = corners[_draw(len(corners), "crop", *visit)]
-        flip = self.random_flip and _draw(2, "flip", *visit) == 1
-        return CropPlan(resized_size(row.size, self.resolution), top, left, flip)
+        resized = resized_size(row.size, self.resolution)
+        corners = self._corners(row, resized, seed)
+        top, left = corners[rng.integer(len(corners), "crop", *visit)]
+        flip = self.random_flip and rng.integer(2, "flip", *visit) == 1
+        return Sample(row, resized, top, left, flip, (self.resolution, self.resolution))
 
-    def variants(self, row: Row, seed: int) -> list[CropPlan]:
-        """Every plan `plan` may return for this row, each once."""
+    def variants(self, row: Row, seed: int) -> list[Sample]:
+        """Everything `sample` may return for this row, each once."""
         assert self.cacheable, "a fresh random crop has no list of variants"
-        resized, flips = resized_size(row.size, self.resolution), (False, True) if self.random_flip else (False,)
-        return [CropPlan(resized, top, left, flip) for top, left in self._corners(row, seed) for flip in flips]
+        resized, shape = resized_size(row.size, self.resolution), (self.resolution, self.resolution)
+        flips = (False, True) if self.random_flip else (False,)
+        return [Sample(row, resized, top, left, flip, shape) for top, left in self._corners(row, resized, seed)
+                for flip in flips]
 
-    def views(self, picture: Image.Image, plans: Sequence[CropPlan]) -> Tensor:
-        """Pixels of several plans of one picture, resized once -> [V,3,H,W] in -1..1."""
-        h, w = plans[0].resized
-        assert {plan.resized for plan in plans} == {(h, w)}, "plans of different pictures"
-        resized = picture.resize((w, h), INTERPOLATIONS[self.interpolation])
-        return torch.stack([self._cut(resized, plan) for plan in plans])
+    def views(self, image: Image.Image, samples: Sequence[Sample]) -> Tensor:
+        """Pixels of several samples of one image, resized once -> [V,3,H,W] in -1..1."""
+        h, w = samples[0].resized
+        assert {sample.resized for sample in samples} == {(h, w)}, "samples of different images"
+        resized, views = image.resize((w, h), INTERPOLATIONS[self.interpolation]), []
+        for sample in samples:
+            facing = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if sample.flip else resized
+            left, top, (height, width) = sample.left, sample.top, sample.shape
+            cut = facing.crop((left, top, left + width, top + height))
+            views.append(torch.from_numpy(np.array(cut)).permute(2, 0, 1).contiguous())  # [3,H,W] 0..255
+        return torch.stack(views).float().div(255).sub(0.5).div(0.5)
 
-    def pixels(self, picture: Image.Image, plan: CropPlan) -> Tensor:
-        """-> [3,H,W] in -1..1."""
-        return self.views(picture, [plan])[0]
-
-    def time_ids(self, row: Row, plan: CropPlan) -> Tensor:
-        """SDXL's size conditioning: original h, w · crop top, left · target h, w -> [6] (arXiv:2307.01952, 2.2)."""
-        return torch.tensor([*row.size, plan.top, plan.left, self.resolution, self.resolution], dtype=torch.float32)
-
-    def _corners(self, row: Row, seed: int) -> list[tuple[int, int]]:
+    def _corners(self, row: Row, resized: tuple[int, int], seed: int) -> list[tuple[int, int]]:
         """(top, left) of every crop this row may get. One of the two ranges is a single place: the short side fits."""
-        h, w = resized_size(row.size, self.resolution)
-        slack_h, slack_w = h - self.resolution, w - self.resolution
+        slack_h, slack_w = resized[0] - self.resolution, resized[1] - self.resolution
         if self.center_crop:
             return [(round(slack_h / 2), round(slack_w / 2))]
         places = [(top, left) for top in range(slack_h + 1) for left in range(slack_w + 1)]
         if not self.cached_crops:
             return places
-        chosen = permutation(len(places), "cached crops", seed, row.id, row.repeat)[: self.cached_crops]
+        chosen = rng.permutation(len(places), "cached crops", seed, row.id, row.repeat)[: self.cached_crops]
         return [places[i] for i in chosen.tolist()]
-
-    def _cut(self, resized: Image.Image, plan: CropPlan) -> Tensor:
-        if plan.flip:
-            resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        box = (plan.left, plan.top, plan.left + self.resolution, plan.top + self.resolution)
-        levels = torch.from_numpy(np.array(resized.crop(box))).permute(2, 0, 1).contiguous()  # [3,H,W] 0..255
-        return levels.float().div(255).sub(0.5).div(0.5)
-
-
-def _draw(n: int, *key: int | str) -> int:
-    """A number in 0..n-1 for `key`."""
-    return int(torch.randint(n, (), generator=generator(*key)))

@@ -38,9 +38,15 @@ def decode(data: bytes) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            _refuse_shape(*picture.size)
+            width, height = picture.size  # refused from the header alone, before any pixel is decoded
+            if width * height > MAX_PIXELS:
+                raise UnreadablePicture(f"{width} x {height} is over {MAX_PIXELS / 1e6:.0f} megapixels; scale it down")
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                raise UnreadablePicture(
+                    f"{width} x {height} is longer than {MAX_ASPECT} times its short side; crop it")
             picture.load()
-            return _to_rgb(ImageOps.exif_transpose(picture))
+            upright = ImageOps.exif_transpose(picture)
+            return upright if upright.mode == "RGB" and not upright.has_transparency_data else _to_rgb(upright)
     except UnreadablePicture:
         raise
     except UnidentifiedImageError:
@@ -70,14 +76,6 @@ def load_picture(row: Row) -> Image.Image:
         problem = Problem(f"picture {row.id} can no longer be read", f"{row.source}", f"{error}",
                           "put the picture back and start the same command again", kind="data")
         raise UserError(problem) from error
-
-
-def _refuse_shape(width: int, height: int) -> None:
-    """Refuse from the header alone, before any pixel is decoded."""
-    if width * height > MAX_PIXELS:
-        raise UnreadablePicture(f"{width} x {height} is over {MAX_PIXELS / 1e6:.0f} megapixels; scale it down")
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise UnreadablePicture(f"{width} x {height} is longer than {MAX_ASPECT} times its short side; crop it")
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import count, islice
 from typing import TYPE_CHECKING, Protocol
@@ -12,10 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from trainkit.data.batch import Batch, Sample, Slot, collate
-from trainkit.data.cache import Guarded, Latents, Store, cache_latents, unguarded
+from trainkit.data.cache import Latents, Store, cache_latents, unguarded
 from trainkit.data.geometry import CropPolicy
 from trainkit.data.images import load_picture
-from trainkit.data.sampler import Order
+from trainkit.data.sampler import WHOLE, Order, Shard
 from trainkit.errors import UserError
 from trainkit.rng import generator, permutation
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class Family(Protocol):
+class Encoder(Protocol):
     """What the data room asks of a model family."""
 
     identity: Mapping[str, str]
@@ -34,8 +35,11 @@ class Family(Protocol):
     def encode_pixels(self, pixels: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
-class Pictures(Dataset[Sample]):
-    """Slot -> Sample: a caption of the row, its sizes and share, with its pixels, or its cached posterior."""
+class Images(Dataset["Sample | UserError"]):
+    """Slot -> Sample: a row as this visit sees it, with its pixels or its cached posterior.
+
+    An image that can no longer be read is a UserError instead, see `trainkit.data.cache.unguarded`.
+    """
 
     def __init__(self, rows: Sequence[Row], policy: CropPolicy, *, seed: int, latents: Latents | None = None):
         self.rows, self.policy, self.seed, self.latents = rows, policy, seed, latents
@@ -48,46 +52,47 @@ class Pictures(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, slot: Slot) -> Sample:
-        row = self.rows[slot.row]
-        plan = self.policy.plan(row, seed=self.seed, epoch=slot.epoch)
-        sample = partial(Sample, slot=slot, prompt=self.caption(row, slot.epoch), share=row.share,
-                         is_class=row.is_class, picture=row.digest, time_ids=self.policy.time_ids(row, plan))
-        if self.latents is None:
-            return sample(pixels=self.policy.pixels(load_picture(row), plan))
-        mean, logvar = self.latents(row, plan)
-        return sample(mean=mean, logvar=logvar)
+    def __getitem__(self, slot: Slot) -> Sample | UserError:
+        _, place, epoch, _ = slot
+        row = self.rows[place]
+        prompt = self.caption(row, epoch) if row.others else row.caption
+        sample = replace(self.policy.sample(row, seed=self.seed, epoch=epoch), slot=slot, prompt=prompt)
+        try:
+            if self.latents is None:
+                return replace(sample, pixels=self.policy.views(load_picture(row), [sample])[0])
+            mean, logvar = self.latents(sample)
+            return replace(sample, mean=mean, logvar=logvar)
+        except UserError as error:
+            return error
 
     def caption(self, row: Row, epoch: int) -> str:
         """The one of the row's captions that a visit is trained with: a pure function, as its crop is."""
-        if not row.others:
-            return row.caption
         place = permutation(len(row.all_captions), "caption", self.seed, epoch, row.id, row.repeat)[0]
         return row.all_captions[place]
 
 
-def ready_pictures(
-    rows: Sequence[Row], options: PictureOptions, family: Family, store: Store, *, seed: int, num_workers: int = 0,
+def ready_images(
+    rows: Sequence[Row], options: PictureOptions, family: Encoder, store: Store, *, seed: int, num_workers: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
-) -> Pictures:
+) -> Images:
     """The rows as --cache_latents and its companions want them: encoded now into `store`, or at each visit.
 
     family  offers encode_pixels (pixels [B,3,H,W] -> mean, logvar [B,C,h,w]) and identity["vae"]
     """
     policy = CropPolicy.from_options(options)
     if not options.cache_latents:
-        return Pictures(rows, policy, seed=seed)
+        return Images(rows, policy, seed=seed)
     if not policy.cacheable:
         log.warning("--cached_crops 0: fresh random crops cannot be cached, so the VAE runs at every visit")
-        return Pictures(rows, policy, seed=seed)
+        return Images(rows, policy, seed=seed)
     latents = cache_latents(rows, policy, family.encode_pixels, store, seed=seed, identity=family.identity["vae"],
                             num_workers=num_workers, progress=progress and partial(progress, "caching latents"))
-    return Pictures(rows, policy, seed=seed, latents=latents)
+    return Images(rows, policy, seed=seed, latents=latents)
 
 
 def micro_batches(
-    pictures: Pictures, order: Order, *, rank: int = 0, world: int = 1, accumulation: int = 1, start_step: int = 0,
-    stop_step: int | None = None, num_workers: int = 0,
+    images: Images, order: Order, shard: Shard = WHOLE, *, start_step: int = 0, stop_step: int | None = None,
+    num_workers: int = 0,
 ) -> Iterator[tuple[int, list[Batch]]]:
     """(step, this rank's micro-batches of that step) from `start_step` up to, without, `stop_step`; None never ends.
 
@@ -95,15 +100,9 @@ def micro_batches(
     UserError when a picture can no longer be read.
     """
     steps = partial(range, start_step, stop_step) if stop_step is not None else partial(count, start_step)
-    slots = (micro for s in steps() for micro in order.slots(s, rank=rank, world=world, accumulation=accumulation))
-    loader = DataLoader(Guarded(pictures), batch_sampler=slots, num_workers=num_workers,
-                        collate_fn=partial(_collate, order=order),
+    slots = (micro for step in steps() for micro in order.slots(step, shard))
+    loader = DataLoader(images, batch_sampler=slots, num_workers=num_workers, collate_fn=collate,
                         generator=generator("loader"))  # its own: the global one must not move with the loader
     batches = unguarded(loader)
     for step in steps():
-        yield step, list(islice(batches, accumulation))
-
-
-def _collate(samples: Sequence[Sample | UserError], order: Order) -> Batch | UserError:
-    errors = [sample for sample in samples if isinstance(sample, UserError)]
-    return errors[0] if errors else collate(samples, order.num_instance(samples[0].slot.step))
+        yield step, list(islice(batches, shard.accumulation))

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from trainkit.data.batch import Slot
 from trainkit.rng import permutation
 
 if TYPE_CHECKING:
-    from trainkit.data.batch import Row
+    from trainkit.data.batch import Row, Slot
 
 STREAMS = ("order", "class order")  # names of the shuffles: of instances, of class pictures
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of every global batch a process trains on, and in how many micro-batches."""
+
+    rank: int = 0
+    world: int = 1
+    accumulation: int = 1
+
+
+WHOLE = Shard()
 
 
 class Order:
@@ -38,27 +50,23 @@ class Order:
         """Optimizer steps in which every instance has come at least once."""
         return math.ceil(len(self.streams[0]) / self.global_batch)
 
-    def num_instance(self, step: int) -> int:
-        """Instances in the whole of `step`, the loss divisor."""
-        return self.global_batch
-
     def slot(self, step: int, index: int) -> Slot:
         stream, offset = divmod(index, self.global_batch)
         rows = self.streams[stream]
         epoch, place = divmod(step * self.global_batch + offset, len(rows))
         row = rows[_shuffle(len(rows), STREAMS[stream], self.seed, epoch)[place]]
-        return Slot(step=step, index=index, row=row, epoch=epoch)
+        return (self.seed, step, index), row, epoch, self.global_batch
 
-    def slots(self, step: int, *, rank: int = 0, world: int = 1, accumulation: int = 1) -> list[list[Slot]]:
-        """The micro-batches of this rank in `step`; over all ranks they hold each slot of the global batch once.
+    def slots(self, step: int, shard: Shard = WHOLE) -> list[list[Slot]]:
+        """The micro-batches of one rank in `step`; over all ranks they hold each slot of the global batch once.
 
         A micro-batch is its instances and then the class pictures of the same offsets.
         """
-        share, rest = divmod(self.global_batch, world * accumulation)
-        assert not rest, f"{self.global_batch} slots do not divide by {world} ranks x {accumulation} micro-batches"
-        firsts = [(micro * world + rank) * share for micro in range(accumulation)]
+        size, rest = divmod(self.global_batch, shard.world * shard.accumulation)
+        assert not rest, f"{self.global_batch} slots do not divide over {shard}"
+        firsts = [(micro * shard.world + shard.rank) * size for micro in range(shard.accumulation)]
         bases = [stream * self.global_batch for stream in range(len(self.streams))]
-        return [[self.slot(step, base + first + i) for base in bases for i in range(share)] for first in firsts]
+        return [[self.slot(step, base + first + i) for base in bases for i in range(size)] for first in firsts]
 
 
 @lru_cache(maxsize=4)  # of each stream a step touches one epoch, at an epoch's edge two

@@ -10,7 +10,7 @@ B batch, C channels, h,w latent height and width, T timesteps of the schedule.
 
 Things that vary on their own are objects of their own: a *schedule* knows the noise levels a checkpoint was trained on,
 a *level sampler* draws how noisy each sample is (u [B] -> Level), a *prediction* is one parametrisation of the network,
-`Noise` draws n. Training code composes them and asks no flag; docs/objectives.md has the maths on one page.
+`draw_noise` draws n. Training code composes them and asks no flag; docs/objectives.md has the maths on one page.
 
     level.py        Level: how noisy each sample of a batch is
     predictions.py  ε, v and EDM: what the network outputs and what its error is worth
@@ -20,14 +20,16 @@ a *level sampler* draws how noisy each sample is (u [B] -> Level), a *prediction
 """
 
 from trainkit.diffusion.level import Level, col
-from trainkit.diffusion.noise import Noise
+from trainkit.diffusion.noise import Noise, draw_noise, make_noise
 from trainkit.diffusion.predictions import EDM, PREDICTIONS, Eps, Prediction, V
-from trainkit.diffusion.sampling import LAWS, LevelSampler, Sigmas, Timesteps, make_levels, range_problems
+from trainkit.diffusion.sampling import LAWS, LevelSampler, make_levels, range_problems
 from trainkit.diffusion.schedules import (
+    AS_SAVED,
     EDM_SCHEDULERS,
     EDMSchedule,
     NoiseSchedule,
     Schedule,
+    ScheduleChange,
     config_problems,
     effective_config,
     is_edm,
@@ -35,7 +37,7 @@ from trainkit.diffusion.schedules import (
 )
 
 __all__ = [
-    "EDM", "EDM_SCHEDULERS", "LAWS", "PREDICTIONS", "EDMSchedule", "Eps", "Level", "LevelSampler", "Noise",
-    "NoiseSchedule", "Prediction", "Schedule", "Sigmas", "Timesteps", "V", "col", "config_problems", "effective_config",
-    "is_edm", "make_levels", "make_schedule", "range_problems",
+    "AS_SAVED", "EDM", "EDM_SCHEDULERS", "LAWS", "PREDICTIONS", "EDMSchedule", "Eps", "Level", "LevelSampler", "Noise",
+    "NoiseSchedule", "Prediction", "Schedule", "ScheduleChange", "V", "col", "config_problems",
+    "draw_noise", "effective_config", "is_edm", "make_levels", "make_noise", "make_schedule", "range_problems",
 ]

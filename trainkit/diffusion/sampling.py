@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -27,55 +26,40 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LevelSampler = Callable[[Tensor], Level]  # u [B] in [0,1) -> Level
+SigmaLaw = Callable[[Tensor, float, float], Tensor]  # u [B], lo, hi -> σ [B] in lo..hi
 
 
-@dataclass(frozen=True, eq=False)
-class Timesteps:
-    """Levels by a law of time: position = first + law(u)·(end − first), law(u) in 0..1."""
-
-    schedule: Schedule
-    law: Callable[[Tensor], Tensor]
-    first: int
-    end: int  # exclusive
-
-    def __call__(self, u: Tensor) -> Level:
-        position = self.first + self.law(u.double()) * (self.end - self.first)  # in fp32, u·T may round up to T
-        return self.schedule.at(position.clamp(max=math.nextafter(self.end, 0)))
+def by_time(u: Tensor, *, schedule: Schedule, law: Callable[[Tensor], Tensor], first: int, end: int) -> Level:
+    """Levels by a law of time, law(u) in 0..1: position = first + law(u)·(end − first), `end` exclusive."""
+    position = first + law(u.double()) * (end - first)  # in fp32, u·T may round up to T
+    return schedule.at(position.clamp(max=math.nextafter(end, 0)))
 
 
-@dataclass(frozen=True, eq=False)
-class Sigmas:
+def by_sigma(u: Tensor, *, schedule: Schedule, law: SigmaLaw, lo: float, hi: float) -> Level:
     """Levels by a law of σ: law(u, lo, hi) gives σ in lo..hi."""
-
-    schedule: Schedule
-    law: Callable[[Tensor, float, float], Tensor]
-    lo: float
-    hi: float
-
-    def __call__(self, u: Tensor) -> Level:
-        return self.schedule.nearest(self.law(u.double(), self.lo, self.hi).clamp(self.lo, self.hi))
+    return schedule.nearest(law(u.double(), lo, hi).clamp(lo, hi))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Laws of time: u [B] fp64 -> time [B] in 0..1
 
 
-def uniform(u: Tensor, o: ObjectiveOptions) -> Tensor:
+def uniform(u: Tensor) -> Tensor:
     """Every timestep equally often (Ho et al. 2020, algorithm 1)."""
     return u
 
 
-def logit_normal(u: Tensor, o: ObjectiveOptions) -> Tensor:
+def logit_normal(u: Tensor, *, mean: float, std: float) -> Tensor:
     """The logit of time is normal: the middle of the schedule more often (Esser et al. 2024, §3.1)."""
-    return torch.sigmoid(o.logit_mean + o.logit_std * torch.special.ndtri(u))
+    return torch.sigmoid(mean + std * torch.special.ndtri(u))
 
 
-def mode(u: Tensor, o: ObjectiveOptions) -> Tensor:
+def mode(u: Tensor, *, scale: float) -> Tensor:
     """Heavy in the middle (scale > 0) or at the ends (< 0), never 0 anywhere (Esser et al. 2024, §3.1)."""
-    return 1 - u - o.mode_scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
+    return 1 - u - scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
 
 
-def cosmap(u: Tensor, o: ObjectiveOptions) -> Tensor:
+def cosmap(u: Tensor) -> Tensor:
     """The cosine schedule's density mapped onto a straight path of noising (Esser et al. 2024, §3.1)."""
     return 1 - 1 / (torch.tan(math.pi / 2 * u) + 1)
 
@@ -99,9 +83,11 @@ def on_grid(u: Tensor, lo: float, hi: float, *, schedule: EDMSchedule) -> Tensor
 # ----------------------------------------------------------------------------------------------------------------------
 # The table, and what the options ask for of it
 
-SigmaLaw = Callable[[Tensor, float, float], Tensor]
-TIME_LAWS: dict[str, Callable[[Tensor, ObjectiveOptions], Tensor]] = {
-    "uniform": uniform, "logit_normal": logit_normal, "mode": mode, "cosmap": cosmap,
+TIME_LAWS: dict[str, Callable[[ObjectiveOptions], Callable[[Tensor], Tensor]]] = {
+    "uniform": lambda o: uniform,
+    "logit_normal": lambda o: partial(logit_normal, mean=o.logit_mean, std=o.logit_std),
+    "mode": lambda o: partial(mode, scale=o.mode_scale),
+    "cosmap": lambda o: cosmap,
 }
 SIGMA_LAWS: dict[str, Callable[[Schedule, ObjectiveOptions], SigmaLaw]] = {
     "lognormal": lambda schedule, o: partial(lognormal, mean=o.edm_p_mean, std=o.edm_p_std),
@@ -121,8 +107,8 @@ def make_levels(
     say_unread(o, name)
     refuse(range_problems(first, end, schedule.steps, needs_sigma=name in SIGMA_LAWS and lo > hi))
     if name in SIGMA_LAWS:
-        return Sigmas(schedule, SIGMA_LAWS[name](schedule, o), lo, hi)
-    return Timesteps(schedule, partial(TIME_LAWS[name], o=o), first, end)
+        return partial(by_sigma, schedule=schedule, law=SIGMA_LAWS[name](schedule, o), lo=lo, hi=hi)
+    return partial(by_time, schedule=schedule, law=TIME_LAWS[name](o), first=first, end=end)
 
 
 def default_law(o: ObjectiveOptions, schedule: Schedule, compat: Literal["diffusers"] | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from torch import Tensor
 from trainkit.diffusion.level import Level
 from trainkit.diffusion.predictions import EDM, EDM_SIGNS, PREDICTIONS, Prediction
 from trainkit.errors import Problem, refuse
+
+if TYPE_CHECKING:
+    from trainkit.options import ObjectiveOptions
 
 Config = Mapping[str, object]  # scheduler/scheduler_config.json of a checkpoint
 
@@ -55,12 +59,8 @@ class NoiseSchedule:
         assert bool(((ac >= 0) & (ac < 1)).all()), "alphas_cumprod must lie in [0,1): every level has some noise"
         self.prediction_type = prediction_type
         self.a, self.s = ac.sqrt(), (1 - ac).sqrt()  # [T] each, on the CPU where timesteps are drawn
+        self.steps = len(ac)  # T, the number of timesteps
         refuse(problems(prediction_type, ends_at_zero_snr=self.ends_at_zero_snr))
-
-    @property
-    def steps(self) -> int:
-        """T, the number of timesteps."""
-        return len(self.a)
 
     @property
     def prediction(self) -> Prediction:
@@ -76,18 +76,15 @@ class NoiseSchedule:
         """σ = s/a of every timestep -> [T] fp64, rising; ∞ where the signal is gone."""
         return self.s.double() / self.a.double()
 
-    def level(self, t: Tensor) -> Level:
-        """The level of timesteps t [B] (long, on the CPU); move it with `Level.to`."""
-        return Level(self.a[t], self.s[t], cond=t, time=t / self.steps)
-
     def at(self, position: Tensor) -> Level:
-        """The level of positions [B] in [0,T): timestep ⌊position⌋."""
-        return self.level(position.long())
+        """The level of positions [B] in [0,T): timestep ⌊position⌋, on the CPU; move it with `Level.to`."""
+        t = position.long()
+        return Level(self.a[t], self.s[t], cond=t, time=t / self.steps)
 
     def nearest(self, sigma: Tensor) -> Level:
         """The level whose ln σ is nearest that of sigma [B] (fp64, finite): the network knows no other levels."""
         ln = self.sigmas.log()
-        return self.level(torch.bucketize(sigma.log(), (ln[1:] + ln[:-1]) / 2))
+        return self.at(torch.bucketize(sigma.log(), (ln[1:] + ln[:-1]) / 2))
 
     def sigma_range(self, first: int, end: int) -> tuple[float, float]:
         """Smallest and largest finite σ of the timesteps first .. end−1; (∞, −∞) where there is none."""
@@ -146,17 +143,31 @@ def is_edm(config: Config) -> bool:
     return str(config.get("_class_name")).startswith("EDM")
 
 
-def effective_config(config: Config, *, prediction_type: str | None = None, rescale_betas_zero_snr: bool = False
-                     ) -> dict[str, object]:
+@dataclass(frozen=True)
+class ScheduleChange:
+    """What the flags of the same names change of a checkpoint's scheduler config."""
+
+    prediction_type: str | None = None
+    rescale_betas_zero_snr: bool = False
+
+    @classmethod
+    def from_options(cls, o: ObjectiveOptions) -> ScheduleChange:
+        return cls(o.prediction_type, o.rescale_betas_zero_snr)
+
+
+AS_SAVED = ScheduleChange()
+
+
+def effective_config(config: Config, change: ScheduleChange = AS_SAVED) -> dict[str, object]:
     """The scheduler config as the flags change it: what is trained, drawn in previews, and keyed in checkpoints.
 
     A schedule that ends at SNR 0 must be sampled from its last timestep, hence the trailing spacing (Lin et al. 2024,
     §3.3).
     """
     changed = dict(config)
-    if prediction_type:
-        changed["prediction_type"] = prediction_type
-    if rescale_betas_zero_snr:
+    if change.prediction_type:
+        changed["prediction_type"] = change.prediction_type
+    if change.rescale_betas_zero_snr:
         changed |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return changed
 

@@ -12,14 +12,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from trainkit import diffusion, rng
-from trainkit.diffusion import Level, Schedule
+from trainkit.condition import Condition
+from trainkit.diffusion import Level, Schedule, ScheduleChange
 from trainkit.errors import Problem
 from trainkit.families.pretrained import (
     MODEL_FLAG,
@@ -40,22 +41,45 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
     from transformers import CLIPTokenizer, PreTrainedModel
 
-    from trainkit.data.batch import Batch
     from trainkit.options import ModelOptions
 
 log = logging.getLogger(__name__)
 
 
-Encoded = Callable[[list[str]], tuple[Tensor, Tensor]]  # prompts -> embeds [B,T,D], pooled [B,P]
+Encode = Callable[[Sequence[str]], Condition]  # prompts to what the network is told of them
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a family's model folder holds besides UNet, VAE and scheduler."""
+    """What a family's model folder holds besides VAE and scheduler."""
 
+    denoiser: str  # folder of the network that is trained, and its name in LoRA files
     tokenizers: tuple[str, ...]  # folders
     text_encoders: tuple[str, ...]  # folders, and the networks' names in LoRA files
-    misfits: Callable[[Repo, Json, Json], Iterator[Problem]]  # of a repo, its model_index.json and unet/config.json
+    misfits: Callable[[Repo, Json, Json], Iterator[Problem]]  # of a repo, its model_index.json and denoiser's config
+
+
+class Encodable(Protocol):
+    """Images, or what the VAE said of them: one of `pixels` and the two others is set."""
+
+    @property
+    def keys(self) -> Sequence[rng.Key]: ...
+
+    @property
+    def pixels(self) -> Tensor | None: ...
+
+    @property
+    def mean(self) -> Tensor | None: ...
+
+    @property
+    def logvar(self) -> Tensor | None: ...
+
+
+def latent_statistics(config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Per-channel mean and std of the latents where a VAE's config has them, else 0 and 1 -> [1,C,1,1] each."""
+    channels = config["latent_channels"]
+    mean, std = config.get("latents_mean") or [0.0] * channels, config.get("latents_std") or [1.0] * channels
+    return torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(std).view(1, -1, 1, 1)
 
 
 def halvings(config: Json) -> int:
@@ -70,24 +94,26 @@ def halvings(config: Json) -> int:
 class Family(ABC):
     """The frozen base model.
 
-    unet in the weight dtype; VAE fp32 (it overflows in fp16); text encoders fp32, because they run once and their
-    rounding would stay in every step; what they return is cast to the weight dtype. Each part moves to the device when
-    it is first asked, the UNet in `settle`, so that no part waits there for its turn.
+    The denoiser, a UNet here, is in the weight dtype. The VAE is in fp32, because it overflows in fp16. Text encoders
+    are in fp32, because they run once and their rounding would stay in every step; what they return is cast to the
+    weight dtype. Each part moves to the device when it is first asked, the denoiser in `settle`, so that no part waits
+    there for its turn.
     """
 
     layout: ClassVar[Layout]
     guidance_scale: ClassVar[float]  # the stock pipeline's default
     lora_targets, text_lora_targets = LORA_TARGETS, TEXT_LORA_TARGETS
 
-    def __init__(self, *, path: str, revision: str | None, unet: UNet2DConditionModel, vae: AutoencoderKL,
+    def __init__(self, *, path: str, revision: str | None, denoiser: UNet2DConditionModel, vae: AutoencoderKL,
                  tokenizers: tuple[CLIPTokenizer, ...], text_encoders: tuple[PreTrainedModel, ...],
                  schedule: Schedule, scheduler_config: Json, identity: Mapping[str, str], device: torch.device):
         self.path, self.revision = path, revision
         self.schedule, self.scheduler_config = schedule, dict(scheduler_config)
-        self.tokenizers, self.device, self.weight_dtype = tokenizers, device, unet.dtype
+        self.tokenizers, self.device, self.weight_dtype = tokenizers, device, denoiser.dtype
         self.identity = dict(identity)
-        self.unet: UNet2DConditionModel = freeze(unet)
+        self.denoiser: UNet2DConditionModel = freeze(denoiser)
         self.vae: AutoencoderKL = freeze(vae)
+        self.latent_mean, self.latent_std = latent_statistics(vae.config)
         self.text_encoders = tuple(freeze(encoder) for encoder in text_encoders)
 
     # What differs from family to family
@@ -103,23 +129,19 @@ class Family(ABC):
         """What the header of a LoRA file says about the base model, besides its architecture."""
 
     @abstractmethod
-    def encode_prompts(self, prompts: Sequence[str], clip_skip: int | None = None) -> tuple[Tensor, Tensor]:
-        """Conditioning as the stock pipeline makes it -> embeds [B,T,D], pooled [B,P], in the weight dtype."""
+    def encode_prompts(self, prompts: Sequence[str], clip_skip: int | None = None) -> Condition:
+        """Conditioning as the stock pipeline makes it -> embeds [B,T,D] and what else there is, in the weight dtype."""
 
     @abstractmethod
-    def denoise(self, z: Tensor, level: Level, *, text: tuple[Tensor, Tensor], time_ids: Tensor) -> Tensor:
-        """The network's output for noised latents z [B,C,h,w] -> [B,C,h,w].
-
-        text      embeds [B,T,D], pooled [B,P]
-        time_ids  [B,6], sizes and crops
-        """
+    def denoise(self, z: Tensor, level: Level, condition: Condition) -> Tensor:
+        """The network's output for noised latents z [B,C,h,w] -> [B,C,h,w]."""
 
     @abstractmethod
     def pipeline(self, scheduler: SchedulerMixin) -> DiffusionPipeline:
-        """The stock pipeline around the UNet in training: no text encoders, no VAE."""
+        """The stock pipeline around the denoiser in training: no text encoders, no VAE."""
 
     @abstractmethod
-    def pipeline_text(self, pipe: DiffusionPipeline, prompts: list[str], encoded: Encoded) -> dict[str, Tensor]:
+    def pipeline_text(self, pipe: DiffusionPipeline, prompts: list[str], encode: Encode) -> dict[str, Tensor]:
         """Encoded prompts, and the unconditional text as the base was trained, as arguments of `pipe`."""
 
     @abstractmethod
@@ -161,32 +183,28 @@ class Family(ABC):
         posterior = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist
         return posterior.mean.float(), posterior.logvar.float()
 
-    def sample_latents(self, batch: Batch, keys: Sequence[rng.Key]) -> Tensor:
-        """Clean latents of a batch, drawn from the VAE's posterior, one key a row -> x0 [B,C,h,w] fp32."""
-        mean, logvar = (batch.mean, batch.logvar) if batch.pixels is None else self.encode_pixels(batch.pixels)
-        noise = rng.normal(mean.shape[1:], keys, name="posterior").to(mean.device)
-        return self.to_latents(mean + (0.5 * logvar).exp() * noise)
+    def sample_latents(self, batch: Encodable) -> Tensor:
+        """Clean latents of a batch, drawn from the VAE's posterior, one key a sample -> x0 [B,C,h,w] fp32.
 
-    def to_latents(self, sample: Tensor) -> Tensor:
-        """A sample of the VAE posterior -> x0 as the UNet knows it [B,C,h,w]: (sample − mean) · scaling / std."""
-        mean, std = self._latent_statistics(sample)
-        return (sample - mean) * self.vae.config.scaling_factor / std
+            x0 = (sample − latent_mean) · scaling_factor / latent_std
+        """
+        mean, logvar, keys = batch.mean, batch.logvar, batch.keys
+        if mean is None or logvar is None:
+            assert batch.pixels is not None, "a batch has pixels or a cached posterior"
+            mean, logvar = self.encode_pixels(batch.pixels)
+        noise = rng.normal(mean.shape[1:], keys, name="posterior").to(mean.device)
+        sample = mean + (0.5 * logvar).exp() * noise
+        return (sample - self.latent_mean.to(sample)) * self.vae.config.scaling_factor / self.latent_std.to(sample)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """x0 [B,C,h,w] -> pictures."""
         vae = self.vae.to(self.device)
         latents = latents.to(self.device, vae.dtype)
-        mean, std = self._latent_statistics(latents)
+        mean, std = self.latent_mean.to(latents), self.latent_std.to(latents)
         pixels = vae.decode(latents * std / vae.config.scaling_factor + mean).sample  # [B,3,H,W]
         levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)  # [B,H,W,3]
         return [Image.fromarray(picture) for picture in levels.cpu().numpy()]
-
-    def _latent_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Per-channel mean and std of the latents where the VAE's config has them, else 0 and 1 -> [1,C,1,1] each."""
-        mean = self.vae.config.get("latents_mean") or [0.0] * self.latent_channels
-        std = self.vae.config.get("latents_std") or [1.0] * self.latent_channels
-        return tuple(torch.tensor(v, device=like.device, dtype=like.dtype).view(1, -1, 1, 1) for v in (mean, std))
 
     def _ready_encoders(self) -> tuple[PreTrainedModel, ...]:
         """The text encoders, on the device."""
@@ -203,12 +221,12 @@ class Family(ABC):
         return pipe
 
     def settle(self, *, keep_vae: bool, gradient_checkpointing: bool = False) -> None:
-        """Make room on the device, then move the UNet there; text encoders that do not train are freed by then."""
+        """Make room on the device, then move the denoiser there; text encoders that do not train are freed by then."""
         if gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
+            self.denoiser.enable_gradient_checkpointing()
         if not keep_vae:
             self.free_vae()
-        self.unet.to(self.device)
+        self.denoiser.to(self.device)
 
     def free_text_encoders(self) -> None:
         """Give their memory back, but for one that somebody else holds; every prompt must be encoded by now."""
@@ -234,7 +252,7 @@ class Parts:
     """The parts of a model as they lie in its files, and the fingerprints of these by folder."""
 
     model: Repo
-    unet: UNet2DConditionModel
+    denoiser: UNet2DConditionModel
     vae: AutoencoderKL
     tokenizers: tuple[CLIPTokenizer, ...]
     text_encoders: tuple[PreTrainedModel, ...]
@@ -255,41 +273,39 @@ def load_parts(options: ModelOptions, layout: Layout, encoders: Sequence[type[Pr
     (vae_repo, vae_folder), vae_variant = vae_place(model, other), None if other else variant
     files, full = {"variant": variant, "use_safetensors": True}, torch.float32
     with quiet_loading():
-        unet = load_part(model, UNet2DConditionModel, "unet", torch_dtype=weight_dtype, **files)
+        denoiser = load_part(model, UNet2DConditionModel, layout.denoiser, torch_dtype=weight_dtype, **files)
         vae = load_part(vae_repo, AutoencoderKL, vae_folder, torch_dtype=full, variant=vae_variant,
                         use_safetensors=True)
         texts = tuple(load_part(model, kind, folder, dtype=full, **files)
                       for kind, folder in zip(encoders, layout.text_encoders, strict=True))
         tokenizers = tuple(load_part(model, CLIPTokenizer, folder) for folder in layout.tokenizers)
-    weights = {name: fingerprint(model.folder(name), variant) for name in ("unet", *layout.text_encoders)}
+    weights = {name: fingerprint(model.folder(name), variant) for name in (layout.denoiser, *layout.text_encoders)}
     weights["vae"] = fingerprint(vae_repo.folder(vae_folder), vae_variant)
-    return Parts(model, unet, vae, tokenizers, texts, weights)
+    return Parts(model, denoiser, vae, tokenizers, texts, weights)
 
 
-def assemble(kind: type[Kind], parts: Parts, *, device: torch.device, prediction_type: str | None,
-             rescale_betas_zero_snr: bool, text_detail: object, **more: object) -> Kind:
+def assemble(kind: type[Kind], parts: Parts, *, device: torch.device, schedule: ScheduleChange, text_detail: object,
+             **more: Any) -> Kind:
     """The family of loaded parts, frozen.
 
-    prediction_type  overrides what the scheduler's config says; so does rescale_betas_zero_snr
-    text_detail      what decides the text besides weights and tokenizers
-    more             what this kind is told besides
+    schedule     what the flags change of the scheduler's config
+    text_detail  what decides the text besides weights and tokenizers
+    more         what this kind is told besides
     """
-    config = scheduler_config(parts.model, prediction_type=prediction_type,
-                              rescale_betas_zero_snr=rescale_betas_zero_snr)
-    return kind(path=parts.model.path, revision=parts.model.revision, unet=parts.unet, vae=parts.vae,
+    config = scheduler_config(parts.model, schedule)
+    return kind(path=parts.model.path, revision=parts.model.revision, denoiser=parts.denoiser, vae=parts.vae,
                 tokenizers=parts.tokenizers, text_encoders=parts.text_encoders,
                 schedule=diffusion.make_schedule(config), scheduler_config=config,
                 identity=identity(parts, kind.layout, scheduler_config=config, text_detail=text_detail),
                 device=torch.device(device), **more)
 
 
-def scheduler_config(model: Repo, *, prediction_type: str | None, rescale_betas_zero_snr: bool) -> Json:
+def scheduler_config(model: Repo, schedule: ScheduleChange) -> dict[str, object]:
     """The model's scheduler config as the flags change it; says so when it makes the run an EDM one."""
     from diffusers import DDPMScheduler
 
     config = diffusion.effective_config(
-        DDPMScheduler.load_config(model.path, subfolder="scheduler", revision=model.revision),
-        prediction_type=prediction_type, rescale_betas_zero_snr=rescale_betas_zero_snr)
+        DDPMScheduler.load_config(model.path, subfolder="scheduler", revision=model.revision), schedule)
     if diffusion.is_edm(config):
         log.info("%s has an EDM scheduler (%s): it is preconditioned and trained as in Karras et al. 2022", model.path,
                  config["_class_name"])
@@ -300,7 +316,7 @@ def identity(parts: Parts, layout: Layout, *, scheduler_config: Json, text_detai
     """Digests of the parts: cache keys name the part they depend on, checkpoints name them all."""
     text = [*(parts.weights[name] for name in layout.text_encoders), *map(tokenizer_digest, parts.tokenizers)]
     return {
-        "unet": json_digest(parts.weights["unet"], config_values(parts.unet)),
+        layout.denoiser: json_digest(parts.weights[layout.denoiser], config_values(parts.denoiser)),
         "vae": json_digest(parts.weights["vae"], config_values(parts.vae)),
         "text": json_digest(text, text_detail),
         "schedule": json_digest(scheduler_config),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trainkit import diffusion
+from trainkit.diffusion import AS_SAVED, ScheduleChange
 from trainkit.errors import Problem, UserError, refuse
 from trainkit.families.base import Layout, halvings
 from trainkit.families.pretrained import MODEL_FLAG, VAE_FLAG, Json, Repo, vae_place
@@ -22,8 +23,8 @@ UNET_NEEDS, VAE_NEEDS = ("in_channels", "block_out_channels"), ("latent_channels
 
 
 def problems(layout: Layout, path: str, *, resolution: int, vae_path: str | None = None, revision: str | None = None,
-             variant: str | None = None, clip_skip: int | None = None, prediction_type: str | None = None,
-             rescale_betas_zero_snr: bool = False, timesteps: tuple[int, int | None] = (0, None)) -> list[Problem]:
+             variant: str | None = None, clip_skip: int | None = None, schedule: ScheduleChange = AS_SAVED,
+             timesteps: tuple[int, int | None] = (0, None)) -> list[Problem]:
     """Everything that stops training from this model folder or Hub id, read from its small JSON files.
 
     timesteps  --min_timestep and --max_timestep
@@ -41,8 +42,7 @@ def problems(layout: Layout, path: str, *, resolution: int, vae_path: str | None
         if found:
             return found
         found = [*fit_problems(model, unet_config, vae_config),
-                 *schedule_problems(model, prediction_type=prediction_type, timesteps=timesteps,
-                                    rescale_betas_zero_snr=rescale_betas_zero_snr),
+                 *schedule_problems(model, schedule, timesteps),
                  *resolution_problems(resolution, unet_config, vae_config), *text_problems(layout, model, clip_skip)]
     except UserError as damaged:  # a JSON file that is none
         return [*damaged.problems]
@@ -93,16 +93,14 @@ def fit_problems(model: Repo, unet: Json, vae: Json) -> Iterator[Problem]:
             f"{vae['latent_channels']} (inpainting models take 9)", "name a text-to-image model and its VAE")
 
 
-def schedule_problems(model: Repo, *, prediction_type: str | None, rescale_betas_zero_snr: bool,
-                      timesteps: tuple[int, int | None]) -> Iterator[Problem]:
+def schedule_problems(model: Repo, change: ScheduleChange, timesteps: tuple[int, int | None]) -> Iterator[Problem]:
     """Is there a noise schedule, one that its parametrisation can be trained on, with the timesteps asked for?"""
     scheduler = model.json("scheduler/scheduler_config.json")
     if scheduler is None:
         yield model.problem("the model folder has no scheduler", "scheduler/scheduler_config.json is missing",
                             "copy the scheduler folder of the model there", kind="data")
         return
-    config = diffusion.effective_config(
-        scheduler, prediction_type=prediction_type, rescale_betas_zero_snr=rescale_betas_zero_snr)
+    config = diffusion.effective_config(scheduler, change)
     yield from diffusion.config_problems(config)
     if diffusion.is_edm(config) and config["_class_name"] not in diffusion.EDM_SCHEDULERS:
         known = ", ".join(diffusion.EDM_SCHEDULERS)

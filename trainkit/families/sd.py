@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from trainkit.diffusion import Level
+from trainkit.condition import Condition
+from trainkit.diffusion import AS_SAVED, Level, ScheduleChange
 from trainkit.errors import Problem
 from trainkit.families import base, checks
-from trainkit.families.base import Encoded, Family, Layout
+from trainkit.families.base import Encode, Family, Layout
 from trainkit.families.checks import latents, native_resolution, skeleton
 from trainkit.families.pretrained import Json, Repo
 from trainkit.families.tokenize import tokens
@@ -49,7 +50,7 @@ def misfits(model: Repo, index: Json, unet: Json) -> Iterator[Problem]:
         yield model.problem("not a Stable Diffusion model", f"its text encoder is a {kind}, not a {TEXT_ENCODER}", fix)
 
 
-LAYOUT = Layout(("tokenizer",), ("text_encoder",), misfits)
+LAYOUT = Layout("unet", ("tokenizer",), ("text_encoder",), misfits)
 problems = partial(checks.problems, LAYOUT)
 
 
@@ -60,7 +61,7 @@ class SD(Family):
 
     @property
     def is_v2(self) -> bool:
-        return bool(self.unet.config.use_linear_projection)
+        return bool(self.denoiser.config.use_linear_projection)
 
     @property
     def architecture(self) -> str:
@@ -79,8 +80,8 @@ class SD(Family):
     def _predicts_v(self) -> bool:
         return self.schedule.prediction_type == "v_prediction"
 
-    def encode_prompts(self, prompts: Sequence[str], clip_skip: int | None = None) -> tuple[Tensor, Tensor]:
-        """Conditioning as the stock pipeline makes it -> embeds [B,T,D], pooled [B,0], in the weight dtype.
+    def encode_prompts(self, prompts: Sequence[str], clip_skip: int | None = None) -> Condition:
+        """Conditioning as the stock pipeline makes it -> embeds [B,T,D], in the weight dtype.
 
         The last hidden state behind the final layer norm; clip_skip k takes the layer k before it through that norm.
         """
@@ -92,37 +93,32 @@ class SD(Family):
         if clip_skip is not None:
             body = getattr(encoder, "text_model", encoder)  # a level that Transformers 5 has dropped
             embeds = body.final_layer_norm(out.hidden_states[-(clip_skip + 1)])
-        embeds = embeds.to(self.weight_dtype)
-        return embeds, embeds.new_zeros(len(embeds), 0)
+        return Condition({"embeds": embeds.to(self.weight_dtype)})
 
-    def denoise(self, z: Tensor, level: Level, *, text: tuple[Tensor, Tensor], time_ids: Tensor) -> Tensor:
-        """The network's output for noised latents z [B,C,h,w] -> [B,C,h,w].
-
-        text      embeds [B,T,D], pooled [B,0]
-        time_ids  [B,6], which this UNet does not ask for
-        """
-        embeds, _ = text
-        return self.unet(z.to(self.weight_dtype), level.cond.to(z.device), encoder_hidden_states=embeds,
-                         return_dict=False)[0]
+    def denoise(self, z: Tensor, level: Level, condition: Condition) -> Tensor:
+        """The network's output for noised latents z [B,C,h,w] -> [B,C,h,w]; it is told the prompts alone."""
+        return self.denoiser(z.to(self.weight_dtype), level.cond.to(z.device),
+                             encoder_hidden_states=condition["embeds"], return_dict=False)[0]
 
     def pipeline(self, scheduler: SchedulerMixin) -> StableDiffusionPipeline:
-        """The stock pipeline around the UNet in training: no text encoder, no VAE, no safety checker."""
+        """The stock pipeline around the denoiser in training: no text encoder, no VAE, no safety checker."""
         from diffusers import StableDiffusionPipeline
 
         return self._silent(StableDiffusionPipeline(
-            vae=None, text_encoder=None, tokenizer=None, unet=self.unet, scheduler=scheduler, safety_checker=None,
+            vae=None, text_encoder=None, tokenizer=None, unet=self.denoiser, scheduler=scheduler, safety_checker=None,
             feature_extractor=None, requires_safety_checker=False))
 
-    def pipeline_text(self, pipe: StableDiffusionPipeline, prompts: list[str], encoded: Encoded) -> dict[str, Tensor]:
+    def pipeline_text(self, pipe: StableDiffusionPipeline, prompts: list[str], encode: Encode) -> dict[str, Tensor]:
         """Encoded prompts as arguments of `pipe`; unconditional is the encoded empty prompt."""
-        return {"prompt_embeds": encoded(prompts)[0], "negative_prompt_embeds": encoded([""] * len(prompts))[0]}
+        empty = encode([""] * len(prompts))
+        return {"prompt_embeds": encode(prompts)["embeds"], "negative_prompt_embeds": empty["embeds"]}
 
     def webui_name(self, path: str, network: str = "unet") -> str:
         """What WebUIs call the module `path` of a network: the path as Diffusers has it, its parts joined by "_".
 
         Source: kohya-ss/sd-scripts, networks/lora.py, which trains SD 1.x and 2.x on the Diffusers UNet.
         """
-        head = ["lora_unet"] if network == "unet" else ["lora_te", "text_model"]
+        head = ["lora_unet"] if network == self.layout.denoiser else ["lora_te", "text_model"]
         return "_".join([*head, *path.removeprefix("text_model.").split(".")])
 
     def read_webui_name(self, name: str, network: str) -> str | None:
@@ -137,16 +133,15 @@ def masks_padding(config: object) -> bool:
 
 
 def load(options: ModelOptions, *, device: torch.device, weight_dtype: torch.dtype,
-         prediction_type: str | None = None, rescale_betas_zero_snr: bool = False,
+         schedule: ScheduleChange = AS_SAVED,
          compat: Literal["diffusers"] | None = None) -> SD:
     """Load and freeze every part, from safetensors only. Revision and variant are the base model's, not another VAE's.
 
-    prediction_type  overrides what the scheduler's config says; so does rescale_betas_zero_snr
-    compat           changes nothing here: it tells where pooled text is taken, and there is none
+    schedule  what the flags change of the scheduler's config
+    compat    changes nothing here: it tells where pooled text is taken, and there is none
     """
     from transformers import CLIPTextModel
 
     parts = base.load_parts(options, LAYOUT, (CLIPTextModel,), weight_dtype=weight_dtype)
-    return base.assemble(SD, parts, device=device, prediction_type=prediction_type,
-                         rescale_betas_zero_snr=rescale_betas_zero_snr,
+    return base.assemble(SD, parts, device=device, schedule=schedule,
                          text_detail=masks_padding(parts.text_encoders[0].config))

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from trainkit.diffusion import Level
+from trainkit.condition import Condition
+from trainkit.diffusion import AS_SAVED, Level, ScheduleChange
 from trainkit.errors import Problem
 from trainkit.families import base, checks
-from trainkit.families.base import Encoded, Family, Layout
+from trainkit.families.base import Encode, Family, Layout
 from trainkit.families.checks import latents, native_resolution, skeleton
 from trainkit.families.pretrained import Json, Repo
 from trainkit.families.sgm import read_name, text_name, webui_name
@@ -44,7 +45,7 @@ def misfits(model: Repo, index: Json, unet: Json) -> Iterator[Problem]:
                             "name the base model, stabilityai/stable-diffusion-xl-base-1.0 for example")
 
 
-LAYOUT = Layout(("tokenizer", "tokenizer_2"), ("text_encoder", "text_encoder_2"), misfits)
+LAYOUT = Layout("unet", ("tokenizer", "tokenizer_2"), ("text_encoder", "text_encoder_2"), misfits)
 problems = partial(checks.problems, LAYOUT)
 
 
@@ -66,7 +67,7 @@ class SDXL(Family):
         super().__init__(**parts)
         self.sets_eos = sets_eos
 
-    def encode_prompts(self, prompts: Sequence[str], clip_skip: int | None = None) -> tuple[Tensor, Tensor]:
+    def encode_prompts(self, prompts: Sequence[str], clip_skip: int | None = None) -> Condition:
         """Conditioning as the stock pipeline makes it -> embeds [B,T,D], pooled [B,P], in the weight dtype.
 
         clip_skip k takes layer −(k+2). The pooled vector is the second encoder's, projected, at the true end token.
@@ -75,57 +76,56 @@ class SDXL(Family):
         ids = [token_ids(tokenizer, prompts).to(self.device) for tokenizer in self.tokenizers]  # 2 × [B,T]
         outs = [encoder(i, output_hidden_states=True) for encoder, i in zip(encoders, ids, strict=True)]
         embeds = torch.cat([out.hidden_states[layer] for out in outs], dim=-1)
-        return embeds.to(self.weight_dtype), outs[-1].text_embeds.to(self.weight_dtype)
+        pooled = outs[-1].text_embeds
+        return Condition({"embeds": embeds.to(self.weight_dtype), "pooled": pooled.to(self.weight_dtype)})
 
-    def denoise(self, z: Tensor, level: Level, *, text: tuple[Tensor, Tensor], time_ids: Tensor) -> Tensor:
+    def denoise(self, z: Tensor, level: Level, condition: Condition) -> Tensor:
         """The network's output for noised latents z [B,C,h,w] -> [B,C,h,w].
 
-        text      embeds [B,T,D], pooled [B,P]
-        time_ids  [B,6], kept fp32: bf16 has 8 significant bits and would round sizes above 256 px
+        Sizes stay in fp32: bf16 has 8 significant bits and would round those above 256 px.
         """
-        embeds, pooled = text
-        added = {"text_embeds": pooled, "time_ids": time_ids.float()}
-        return self.unet(z.to(self.weight_dtype), level.cond.to(z.device), encoder_hidden_states=embeds,
-                         added_cond_kwargs=added, return_dict=False)[0]
+        added = {"text_embeds": condition["pooled"], "time_ids": condition["time_ids"].float()}
+        return self.denoiser(z.to(self.weight_dtype), level.cond.to(z.device), added_cond_kwargs=added,
+                             encoder_hidden_states=condition["embeds"], return_dict=False)[0]
 
     def pipeline(self, scheduler: SchedulerMixin) -> StableDiffusionXLPipeline:
-        """The stock pipeline around the UNet in training: no text encoders, no VAE."""
+        """The stock pipeline around the denoiser in training: no text encoders, no VAE."""
         from diffusers import StableDiffusionXLPipeline
 
         repo = StableDiffusionXLPipeline.load_config(self.path, revision=self.revision)
         return self._silent(StableDiffusionXLPipeline(
-            vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=self.unet,
+            vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=self.denoiser,
             scheduler=scheduler, force_zeros_for_empty_prompt=repo.get("force_zeros_for_empty_prompt", True),
             add_watermarker=False,
         ))
 
-    def pipeline_text(self, pipe: StableDiffusionXLPipeline, prompts: list[str], encoded: Encoded
+    def pipeline_text(self, pipe: StableDiffusionXLPipeline, prompts: list[str], encode: Encode
                       ) -> dict[str, Tensor]:
         """Encoded prompts as arguments of `pipe`; unconditional are zeros or encoded empty prompts, as configured."""
-        embeds, pooled = encoded(prompts)
+        given = encode(prompts)
         if pipe.config.force_zeros_for_empty_prompt:
-            empty, empty_pooled = torch.zeros_like(embeds), torch.zeros_like(pooled)
+            empty = Condition({name: torch.zeros_like(tensor) for name, tensor in given.items()})
         else:
-            empty, empty_pooled = encoded([""] * len(prompts))
-        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "negative_prompt_embeds": empty,
-                "negative_pooled_prompt_embeds": empty_pooled}
+            empty = encode([""] * len(prompts))
+        return {"prompt_embeds": given["embeds"], "pooled_prompt_embeds": given["pooled"],
+                "negative_prompt_embeds": empty["embeds"], "negative_pooled_prompt_embeds": empty["pooled"]}
 
     def webui_name(self, path: str, network: str = "unet") -> str:
         """What WebUIs call the module `path` of a network."""
-        return webui_name(path, self.unet.config) if network == "unet" else text_name(path, network)
+        return webui_name(path, self.denoiser.config) if network == self.layout.denoiser else text_name(path, network)
 
     def read_webui_name(self, name: str, network: str) -> str | None:
         """See Family."""
-        return read_name(name, network, self.unet.config)
+        return read_name(name, network, self.denoiser.config)
 
 
 def load(options: ModelOptions, *, device: torch.device, weight_dtype: torch.dtype,
-         prediction_type: str | None = None, rescale_betas_zero_snr: bool = False,
+         schedule: ScheduleChange = AS_SAVED,
          compat: Literal["diffusers"] | None = None) -> SDXL:
     """Load and freeze every part, from safetensors only. Revision and variant are the base model's, not another VAE's.
 
-    prediction_type  overrides what the scheduler's config says; so does rescale_betas_zero_snr
-    compat           "diffusers" takes the pooled vector where the text encoder's config says; by default it is taken
+    schedule  what the flags change of the scheduler's config
+    compat    "diffusers" takes the pooled vector where the text encoder's config says; by default it is taken
                      at the end token even where a config says `eos_token_id` 2, which Transformers reads as "the
                      largest id" (huggingface/transformers #24650)
     """
@@ -136,5 +136,5 @@ def load(options: ModelOptions, *, device: torch.device, weight_dtype: torch.dty
     sets_eos = compat is None and second.eos_token_id != end
     if sets_eos:
         second.eos_token_id = end
-    return base.assemble(SDXL, parts, device=device, prediction_type=prediction_type, sets_eos=sets_eos,
-                         rescale_betas_zero_snr=rescale_betas_zero_snr, text_detail=second.eos_token_id)
+    return base.assemble(SDXL, parts, device=device, schedule=schedule, sets_eos=sets_eos,
+                         text_detail=second.eos_token_id)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trainkit.errors import Problem
-from trainkit.losses.objective import Judged
+from trainkit.losses.objective import Forward
 from trainkit.runtime import ranks
 
 if TYPE_CHECKING:
@@ -66,23 +66,24 @@ class FourierTerm:
         self.rate = 0.0  # what this step's term was multiplied by, ramp and gain
         self.bounded = False  # whether it was said that the gain stands at a bound
 
-    def __call__(self, judged: Judged) -> Tensor:
+    def __call__(self, forward: Forward, *, observe: bool) -> Tensor:
         """-> [B], weighted like the ordinary loss: an error of the output counts what it counts there.
 
         In the space x0, errors are in units of σ_data, where |out − target|² is gain·σ_data² times as large, and count
         by that.
         """
-        o, sigma = judged.outcome, judged.outcome.level.sigma_data
-        if self.loss.idle(o.step):
-            return torch.zeros_like(judged.losses)
-        pair, factor, clean = (o.out, judged.target), judged.factor, o.x0 / sigma
+        step, sigma = forward.batch.step, forward.level.sigma_data
+        if self.loss.idle(step):
+            return torch.zeros_like(forward.losses)
+        pair, factor, clean = (forward.out, forward.target), forward.factor, forward.x0 / sigma
         if self.loss.space == "x0":
-            pair, power = (judged.x0_hat / sigma, clean), POWERS[self.loss.norm]
-            factor = factor * (judged.pred.x0_gain(o.level) * sigma**2) ** (power / 2)
-        part = self.loss(*pair, base=judged.losses, factor=factor, step=o.step, total_steps=self.total_steps,
-                         snr=o.level.snr, clean=clean, gain=self.gain.value)
-        self.rate = self.gain.value * self.loss.ramp(o.step)
-        self._note(part, judged.losses.detach(), factor, o.num_instance)
+            pair, power = (forward.x0_hat / sigma, clean), POWERS[self.loss.norm]
+            factor = factor * (forward.pred.x0_gain(forward.level) * sigma**2) ** (power / 2)
+        part = self.loss(*pair, base=forward.losses, factor=factor, step=step, total_steps=self.total_steps,
+                         snr=forward.level.snr, clean=clean, gain=self.gain.value)
+        if observe:
+            self.rate = self.gain.value * self.loss.ramp(step)
+            self._note(part, forward.losses.detach(), factor, forward.batch.num_instance)
         return part.added
 
     def describe(self) -> dict[str, float]:

@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from freq_loss import DistributionMatchingLoss
 from trainkit import rng
 from trainkit.diffusion import Level, LevelSampler
 from trainkit.errors import Problem, UserError
-from trainkit.losses.objective import Judged, Outcome
-from trainkit.losses.passes import Memory, Pass, Passes, always
+from trainkit.losses.objective import Forward, Objective
+from trainkit.losses.passes import Memory, Passes, always
+from trainkit.runtime import ranks
 
 if TYPE_CHECKING:
     from trainkit.options import MatchingOptions
@@ -37,7 +39,7 @@ class Matcher(Memory, Protocol):
     """What this room asks of the loss; see freq_loss.DistributionMatchingLoss."""
 
     def __call__(self, x0_hat: Tensor, x0: Tensor, *, snr: Tensor, weight: Tensor, alike: Tensor | None,
-                 picture: Tensor) -> Tensor: ...
+                 picture: Tensor, observe: bool) -> Tensor: ...
 
     def low(self, x: Tensor) -> Tensor: ...
 
@@ -97,17 +99,17 @@ def numbered(names: Sequence[str], like: Tensor) -> Tensor:
     return torch.tensor([rng.seed_of(name) for name in names], device=like.device)
 
 
-def text_features(o: Outcome) -> Tensor:
+def text_features(forward: Forward) -> Tensor:
     """The mean text embedding -> [B,D]."""
-    assert o.text is not None, "the pass was not told its text"
-    return o.text.float().mean(1)
+    assert forward.condition is not None, "the pass was not told its text"
+    return forward.condition["embeds"].float().mean(1)
 
 
-ALIKE: dict[str, Callable[[Outcome, Matcher], Tensor | None]] = {
-    "none": lambda o, matcher: None,
-    "class": lambda o, matcher: numbered(o.prompts, o.x0),  # pictures with the same caption
-    "text": lambda o, matcher: text_features(o),
-    "latent": lambda o, matcher: matcher.low(o.z).flatten(1),
+ALIKE: dict[str, Callable[[Forward, Matcher], Tensor | None]] = {
+    "none": lambda forward, matcher: None,
+    "class": lambda forward, matcher: numbered(forward.batch.prompts, forward.x0),  # pictures with the same caption
+    "text": lambda forward, matcher: text_features(forward),
+    "latent": lambda forward, matcher: matcher.low(forward.z).flatten(1),
 }
 
 
@@ -124,34 +126,34 @@ class MatchingTerm:
     snr_gamma: float | None = None
     bounds: tuple[float, float] | None = None
 
-    def __call__(self, judged: Judged) -> Tensor:
-        o = judged.outcome
-        snr, weight = o.level.snr, o.share.float()
+    def __call__(self, forward: Forward, *, observe: bool) -> Tensor:
+        snr, weight = forward.level.snr, forward.batch.share.float()
         if self.snr_gamma:
             weight = weight * (self.snr_gamma / snr).clamp(max=1)
         if self.bounds:
             weight = weight * ((snr >= self.bounds[0]) & (snr <= self.bounds[1]))
-        return self.matcher(judged.x0_hat, o.x0, snr=snr, weight=weight, alike=ALIKE[self.kernel](o, self.matcher),
-                            picture=numbered(o.pictures, o.x0))
+        return self.matcher(forward.x0_hat, forward.x0, snr=snr, weight=weight,
+                            alike=ALIKE[self.kernel](forward, self.matcher),
+                            picture=numbered(forward.batch.pictures, forward.x0), observe=observe)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Modes: (the ordinary pass, the term, the window, options, seed) -> step -> its passes
+# Modes: (the ordinary objective, the term, the window, options, seed) -> step -> the objectives of its passes
 
-Choice = Callable[[int], Sequence[Pass]]
+Choice = Callable[[int], Sequence[Objective]]
 
 
-def extra(plain: Pass, term: MatchingTerm, window: Window, o: MatchingOptions, seed: int) -> Choice:
+def extra(plain: Objective, term: MatchingTerm, window: Window, o: MatchingOptions, seed: int) -> Choice:
     """A second forward and backward pass for the term alone."""
-    return always(plain, Pass(window, plain.loss.only(term), EXTRA, shared=True))
+    return always(plain, replace(plain.only(term), levels=window, name=EXTRA, shared=True))
 
 
-def combo(plain: Pass, term: MatchingTerm, window: Window, o: MatchingOptions, seed: int) -> Choice:
+def combo(plain: Objective, term: MatchingTerm, window: Window, o: MatchingOptions, seed: int) -> Choice:
     """The second pass carries the ordinary loss too: it is trained on as more data."""
-    return always(plain, Pass(window, plain.loss.plus(term), EXTRA, shared=True))
+    return always(plain, replace(plain.plus(term), levels=window, name=EXTRA, shared=True))
 
 
-def swap(plain: Pass, term: MatchingTerm, window: Window, o: MatchingOptions, seed: int) -> Choice:
+def swap(plain: Objective, term: MatchingTerm, window: Window, o: MatchingOptions, seed: int) -> Choice:
     """No second pass: with probability p a step, on every rank, is at one level for all and carries the term.
 
     The law of the levels becomes (1−p)·base + p·window, and the ordinary loss is weighed by base over that, 1/(1−p)
@@ -165,18 +167,18 @@ def swap(plain: Pass, term: MatchingTerm, window: Window, o: MatchingOptions, se
         inside = (level.snr >= low) & (level.snr <= high)
         return torch.where(inside, 1 / (1 - p + p / window.share), 1 / (1 - p))
 
-    ordinary = replace(plain, loss=plain.loss.scaled(ratio))
-    swapped = Pass(window, ordinary.loss.plus(term), shared=True)
+    ordinary = plain.scaled(ratio)
+    swapped = replace(ordinary.plus(term), levels=window, shared=True)
     return lambda step: (swapped if rng.uniform([(seed, step)], "swap") < p else ordinary,)
 
 
-def reuse(plain: Pass, term: MatchingTerm, window: Window, o: MatchingOptions, seed: int) -> Choice:
+def reuse(plain: Objective, term: MatchingTerm, window: Window, o: MatchingOptions, seed: int) -> Choice:
     """No second pass: the ordinary samples whose levels happen to lie in the window, each at its own."""
     inside = replace(term, bounds=(o.dist_match_min_snr, o.dist_match_max_snr))
-    return always(replace(plain, loss=plain.loss.plus(inside)))
+    return always(plain.plus(inside))
 
 
-MODES: dict[str, Callable[[Pass, MatchingTerm, Window, MatchingOptions, int], Choice]] = {
+MODES: dict[str, Callable[[Objective, MatchingTerm, Window, MatchingOptions, int], Choice]] = {
     "extra": extra, "combo": combo, "swap": swap, "reuse": reuse,
 }
 
@@ -185,8 +187,14 @@ MODES: dict[str, Callable[[Pass, MatchingTerm, Window, MatchingOptions, int], Ch
 # From options to passes
 
 
+def make_matcher(o: MatchingOptions) -> Matcher:
+    """The loss that --dist_match and its companions describe, over all ranks."""
+    return DistributionMatchingLoss(**o.loss, gather=ranks.gather_rows)
+
+
 def problems(
-    o: MatchingOptions, matcher: Callable[[], Matcher], captions: Mapping[str, str], latents: tuple[int, int, int],
+    o: MatchingOptions, captions: Mapping[str, str], latents: tuple[int, int, int],
+    matcher: Callable[[MatchingOptions], Matcher] = make_matcher,
 ) -> Iterator[Problem]:
     """What keeps the options from being trained with, in the words of the loss that `matcher` makes.
 
@@ -196,7 +204,7 @@ def problems(
     if not o.active:
         return
     try:
-        matcher().require(latents)
+        matcher(o).require(latents)
     except (ValueError, ImportError) as error:
         why, _, fix = str(error).rpartition(": ")
         yield Problem("distribution matching cannot be computed like this", "--dist_match_...", why or fix,
@@ -211,8 +219,8 @@ def problems(
 
 
 def make_passes(
-    o: MatchingOptions, plain: Pass, matcher: Callable[[], Matcher], *, seed: int, snr_gamma: float | None,
-    together: int, memories: Mapping[str, Memory],
+    o: MatchingOptions, plain: Objective, *, seed: int, snr_gamma: float | None, together: int,
+    memories: Mapping[str, Memory], matcher: Callable[[MatchingOptions], Matcher] = make_matcher,
 ) -> Passes:
     """The passes of a run: the ordinary one alone, or those of --dist_match_mode with the term that `matcher` makes.
 
@@ -230,6 +238,6 @@ def make_passes(
             "it is about what several pictures have wrong in common, and there is one",
             "--train_batch_size 2 or more"))
     window = window_of(plain.levels, o.dist_match_min_snr, o.dist_match_max_snr)
-    loss = matcher()
+    loss = matcher(o)
     term = MatchingTerm(loss, o.dist_match_kernel, snr_gamma)
     return Passes(MODES[o.mode](plain, term, window, o, seed), {**memories, "matching": loss})

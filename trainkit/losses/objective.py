@@ -12,29 +12,31 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from trainkit.diffusion import EDM, Level, Prediction, V, col
+from trainkit.condition import Condition
+from trainkit.diffusion import EDM, Level, LevelSampler, Prediction, Schedule, V, col, make_levels
 
 if TYPE_CHECKING:
     from trainkit.options import ObjectiveOptions
 
 
-def per_sample(x: Tensor) -> Tensor:
-    """Mean over everything but the batch: [B,...] -> [B]."""
-    return x.flatten(1).mean(1)
+def per_sample(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean over everything but the batch: [B,...] -> [B]; with a mask [B,1,h,w], weighted by it place by place.
+
+    A sample whose mask is 0 everywhere has the mean 0.
+    """
+    if mask is None:
+        return x.flatten(1).mean(1)
+    weights = mask.expand_as(x).flatten(1)
+    return (x.flatten(1) * weights).sum(1) / weights.sum(1).clamp(min=torch.finfo(x.dtype).tiny)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Weights: (level, prediction, options) -> [B], the worth of |x̂0 − x0|²/σ_data²
-
-
-def uniform(level: Level, pred: Prediction, o: ObjectiveOptions) -> Tensor:
-    """Plain error on the network's own output, whatever it predicts."""
-    return pred.x0_gain(level) * level.sigma_data**2
+# Weights: (level, prediction, options) -> [B], the worth of |x̂0 − x0|²/σ_data². One line in WEIGHTS adds one
 
 
 def min_snr(level: Level, pred: Prediction, o: ObjectiveOptions) -> Tensor:
@@ -97,34 +99,42 @@ def plain_x0(level: Level, pred: Prediction, o: ObjectiveOptions) -> Tensor:
 
 
 WEIGHTS: dict[str, Callable[[Level, Prediction, ObjectiveOptions], Tensor]] = {
-    "uniform": uniform, "min_snr": min_snr, "soft_min_snr": soft_min_snr, "debiased": debiased, "p2": p2,
+    "min_snr": min_snr, "soft_min_snr": soft_min_snr, "debiased": debiased, "p2": p2,
     "snr": plain_noise, "edm": edm, "x0": plain_x0, "min_snr_diffusers": min_snr_diffusers,
 }
 
 
+def on_output(name: str, pred: Prediction, o: ObjectiveOptions) -> Callable[[Level], Tensor]:
+    """The weight `name` as a factor on the squared error of the network's own output: level -> [B]."""
+    if name == "uniform":  # plain error on the output, whatever it is
+        return lambda level: torch.ones_like(level.s)
+    return lambda level: pred.loss_weight(level, WEIGHTS[name](level, pred, o))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Errors: (out − target [B,C,h,w], c [B,1,1,1]) -> [B,C,h,w]; and c, the place where Huber's error turns from e² to |e|
+# Errors: out − target [B,C,h,w] and level -> [B,C,h,w]; Huber's has a place c where it turns from e² to |e|
+
+Error = Callable[[Tensor, Level], Tensor]
 
 
-def l2(e: Tensor, c: Tensor) -> Tensor:
+def l2(e: Tensor, level: Level) -> Tensor:
     return e**2
 
 
-def l1(e: Tensor, c: Tensor) -> Tensor:
+def l1(e: Tensor, level: Level) -> Tensor:
     return e.abs()
 
 
-def huber(e: Tensor, c: Tensor) -> Tensor:
+def huber(e: Tensor, level: Level, *, c: Callable[[Level], Tensor]) -> Tensor:
     """2c(√(e² + c²) − c): e² well below c, 2c|e| well above (Charbonnier's or pseudo-Huber loss, times 2)."""
-    return c * smooth_l1(e, c)
+    return col(c(level), e) * smooth_l1(e, level, c=c)
 
 
-def smooth_l1(e: Tensor, c: Tensor) -> Tensor:
+def smooth_l1(e: Tensor, level: Level, *, c: Callable[[Level], Tensor]) -> Tensor:
     """2(√(e² + c²) − c): e²/c well below c, 2|e| well above; written as a quotient to keep the digits of small e."""
-    return 2 * e**2 / ((e**2 + c**2).sqrt() + c)
+    turn = col(c(level), e)
+    return 2 * e**2 / ((e**2 + turn**2).sqrt() + turn)
 
-
-ERRORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l2": l2, "l1": l1, "huber": huber, "smooth_l1": smooth_l1}
 
 # Level, c at full noise -> c [B]. Source: Khrapov et al. 2024, "Improving Diffusion Models's Data-Corruption Resistance
 # using Scheduled Pseudo-Huber Loss", as in kohya-ss/sd-scripts; σ there is 1/√snr here.
@@ -135,33 +145,65 @@ HUBER_SCHEDULES: dict[str, Callable[[Level, float], Tensor]] = {
 }
 
 
+def turning_point(o: ObjectiveOptions) -> Callable[[Level], Tensor]:
+    """c of Huber's errors as --huber_schedule and --huber_c say: level -> [B]."""
+    return partial(HUBER_SCHEDULES[o.huber_schedule], c=o.huber_c)
+
+
+ERRORS: dict[str, Callable[[ObjectiveOptions], Error]] = {
+    "l2": lambda o: l2, "l1": lambda o: l1, "huber": lambda o: partial(huber, c=turning_point(o)),
+    "smooth_l1": lambda o: partial(smooth_l1, c=turning_point(o)),
+}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The loss
 
 
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """One forward pass of a micro-batch: what the network was asked, and what it said."""
+class Samples(Protocol):
+    """What a loss asks of a micro-batch (trainkit.data.batch.Batch)."""
 
-    out: Tensor  # [B,C,h,w]
+    @property
+    def share(self) -> Tensor:
+        """[B], 1 for instances and prior_loss_weight for class images."""
+
+    @property
+    def is_class(self) -> Tensor:
+        """[B] bool"""
+
+    @property
+    def mask(self) -> Tensor | None:
+        """[B,1,h,w], the weight of each place in the mean error."""
+
+    @property
+    def prompts(self) -> Sequence[str]:
+        """B of them."""
+
+    @property
+    def pictures(self) -> Sequence[str]:
+        """B digests of files."""
+
+    @property
+    def step(self) -> int:
+        """Finished optimizer steps."""
+
+    @property
+    def num_instance(self) -> int:
+        """Instance samples in the whole optimizer step, by which losses are divided."""
+
+
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """One forward pass of a micro-batch, for terms: what the network was asked, what it said, what its loss is made of.
+    """
+
+    out: Tensor  # [B,C,h,w] fp32
     x0: Tensor  # [B,C,h,w]
     z: Tensor  # [B,C,h,w]
     n: Tensor  # [B,C,h,w]
     level: Level
-    share: Tensor  # [B], 1 for instances and prior_loss_weight for class images
-    is_class: Tensor  # [B] bool
-    prompts: Sequence[str] = ()  # B of them
-    pictures: Sequence[str] = ()  # B digests of files
-    text: Tensor | None = None  # [B,T,D], what the network was told
-    step: int = 0  # finished optimizer steps
-    num_instance: int = 1  # instance samples in the whole optimizer step, by which losses are divided
-
-
-@dataclass(frozen=True, eq=False)
-class Judged:
-    """A pass with what its error came to: all that a term of the objective may want to know."""
-
-    outcome: Outcome  # its `out` is fp32
+    batch: Samples
+    condition: Condition | None  # what the network was told
     pred: Prediction
     target: Tensor  # [B,C,h,w], what the output should have been
     losses: Tensor  # [B], the ordinary loss as it enters the sum
@@ -170,40 +212,58 @@ class Judged:
     @cached_property
     def x0_hat(self) -> Tensor:
         """The x0 that the output implies [B,C,h,w]."""
-        return self.pred.to_x0(self.outcome.out, self.outcome.z, self.outcome.level)
+        return self.pred.to_x0(self.out, self.z, self.level)
 
 
-Term = Callable[[Judged], Tensor]  # -> [B], as it enters the sum
+class Term(Protocol):
+    """A loss beside the ordinary one.
+
+    observe  whether this pass is one of training: then the term may remember of it what it keeps from step to step
+    """
+
+    def __call__(self, forward: Forward, *, observe: bool) -> Tensor:
+        """-> [B], as it enters the sum."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Weighted error of the output, plus terms.
+    """What one forward pass is for: at which noise levels, and the weighted error of the output, plus terms.
 
         loss_b = share_b · w_b · mean error(out − target)  +  Σ_k term_k(pass)_b
 
     Class images are weighed by their noise level like any other sample unless there is a `prior_weight`.
-    w = pred.loss_weight makes the squared error worth its weight exactly; the other errors are scaled by the same w.
+    name    sets the pass's noise apart from another pass of the same step; "" is the ordinary one
+    shared  whether every sample of the step, on every rank, has the same noise level
     Returns [B], fp32.
     """
 
+    levels: LevelSampler
     pred: Prediction
-    weight: Callable[[Level], Tensor]  # -> [B], the worth of |x̂0 − x0|²/σ_data²
+    weight: Callable[[Level], Tensor]  # -> [B], factor on the output's error (see `on_output`)
     prior_weight: Callable[[Level], Tensor] | None = None  # the same for class images
-    error: Callable[[Tensor, Tensor], Tensor] = l2
-    huber_c: Callable[[Level], Tensor] = partial(HUBER_SCHEDULES["constant"], c=0.1)  # -> [B]
+    error: Error = l2
     terms: tuple[Term, ...] = ()
+    name: str = ""
+    shared: bool = False
 
-    def __call__(self, o: Outcome) -> Tensor:
-        judged = self.judge(replace(o, out=o.out.float()))  # half-precision squares lose what the loss is made of
-        return sum((term(judged) for term in self.terms), start=judged.losses)
+    def __call__(self, out: Tensor, *, x0: Tensor, z: Tensor, n: Tensor, level: Level, batch: Samples,
+                 condition: Condition | None = None, observe: bool = True) -> Tensor:
+        """-> losses [B] of the network's output for z = noised x0; latents and noise are [B,C,h,w].
 
-    def judge(self, o: Outcome) -> Judged:
-        """The ordinary loss of a pass, and what it was made of."""
-        target = self.pred.target(o.x0, o.n, o.level)
-        error = per_sample(self.error(o.out - target, col(self.huber_c(o.level), o.out)))  # [B]
-        factor = self.pred.loss_weight(o.level, self._worth(o.level, o.is_class)) * o.share
-        return Judged(o, self.pred, target, losses=error * factor, factor=factor)
+        observe  whether terms may remember of the pass what they keep from step to step
+        """
+        out = out.float()  # half-precision squares lose what the loss is made of
+        target = self.pred.target(x0, n, level)
+        error = per_sample(self.error(out - target, level), batch.mask)  # [B]
+        factor = self.weight(level)
+        if self.prior_weight is not None:
+            factor = torch.where(batch.is_class, self.prior_weight(level), factor)
+        factor = factor * batch.share
+        losses = error * factor
+        if not self.terms:
+            return losses
+        forward = Forward(out, x0, z, n, level, batch, condition, self.pred, target, losses=losses, factor=factor)
+        return sum((term(forward, observe=observe) for term in self.terms), start=losses)
 
     def scaled(self, factor: Callable[[Level], Tensor]) -> Objective:
         """The same with every sample's weight times factor(level) [B], which terms are told too."""
@@ -218,35 +278,27 @@ class Objective:
         return replace(self, terms=(*self.terms, *terms))
 
     def only(self, term: Term) -> Objective:
-        """The term alone."""
+        """The term alone, at the same levels."""
         return replace(self.scaled(lambda level: torch.zeros_like(level.s)), terms=(term,))
-
-    def _worth(self, level: Level, is_class: Tensor) -> Tensor:
-        """What each sample's x0 error is worth -> [B]."""
-        prior_weight = self.prior_weight or self.weight
-        return torch.where(is_class, prior_weight(level), self.weight(level))
 
 
 def make_objective(
-    o: ObjectiveOptions, prediction: Prediction, compat: Literal["diffusers"] | None = None, *, base_loss: str = "l2",
+    o: ObjectiveOptions, schedule: Schedule, compat: Literal["diffusers"] | None = None, *, base_loss: str = "l2",
 ) -> Objective:
-    """The objective the options ask for.
+    """The objective the options ask for, of a model trained on that schedule.
 
     base_loss  the error where --loss_type names a term beside it
     """
-
-    def weight(name: str) -> Callable[[Level], Tensor]:
-        return partial(WEIGHTS[name], pred=prediction, o=o)
-
+    prediction = schedule.prediction
     name = o.loss_weighting or ("min_snr" if o.snr_gamma else unasked_weight(o, prediction, compat))
     prior_weight = None
-    if compat == "diffusers":
-        prior_weight = weight(unasked_weight(o, prediction, compat))  # its prior loss is never weighed by SNR
+    if compat == "diffusers":  # its prior loss is never weighed by SNR
+        prior_weight = on_output(unasked_weight(o, prediction, compat), prediction, o)
         if name == "min_snr" and not isinstance(prediction, EDM):  # with EDM it refuses Min-SNR: nothing to be like
             name = "min_snr_diffusers"
-    error = ERRORS[base_loss if o.loss_type == "fourier" else o.loss_type]
-    return Objective(prediction, weight(name), prior_weight=prior_weight, error=error,
-                     huber_c=partial(HUBER_SCHEDULES[o.huber_schedule], c=o.huber_c))
+    error = ERRORS[base_loss if o.loss_type == "fourier" else o.loss_type](o)
+    return Objective(make_levels(o, schedule, compat), prediction, on_output(name, prediction, o),
+                     prior_weight=prior_weight, error=error)
 
 
 def unasked_weight(o: ObjectiveOptions, prediction: Prediction, compat: Literal["diffusers"] | None) -> str:

@@ -1,45 +1,21 @@
-"""What a micro-batch is put through in one optimizer step: the forward passes, each with its noise levels and loss."""
+"""The forward passes of one optimizer step, each with an objective of its own, and what their terms remember."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor
 
-from trainkit import rng
-from trainkit.diffusion import Level, LevelSampler
+from trainkit.diffusion import Schedule
 from trainkit.errors import Problem, UserError
-from trainkit.losses.objective import Objective
+from trainkit.losses.fourier_term import make_fourier
+from trainkit.losses.objective import Objective, make_objective
 
 if TYPE_CHECKING:
     from trainkit.files import Json
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One forward and backward pass.
-
-    name    sets its noise apart from another pass of the same step; "" is the ordinary one
-    shared  whether every sample of the step, on every rank, has the same noise level
-    """
-
-    levels: LevelSampler
-    loss: Objective
-    name: str = ""
-    shared: bool = False
-
-    def keys(self, keys: Sequence[rng.Key]) -> list[rng.Key]:
-        """What this pass draws by, a key a sample: (seed, step, slot), and its name where it has one."""
-        return [(*key, self.name) for key in keys] if self.name else list(keys)
-
-    def level(self, keys: Sequence[rng.Key]) -> Level:
-        """The noise level of each sample, on the CPU; `keys` are those of `keys()`."""
-        if not self.shared:
-            return self.levels(rng.uniform(keys, "timestep"))
-        seed, step, *_ = keys[0]
-        return self.levels(rng.uniform([(seed, step)], "shared timestep").expand(len(keys)))
+    from trainkit.options import FourierOptions, ObjectiveOptions
 
 
 class Memory(Protocol):
@@ -55,13 +31,13 @@ class Memory(Protocol):
 
 @dataclass(frozen=True)
 class Passes:
-    """The passes of every step, a function of the step alone; and what terms of their losses remember, by name."""
+    """The objectives of every step, one for each forward pass; and what terms of them remember, by name.
 
-    of_step: Callable[[int], Sequence[Pass]]
+    of_step  a function of the step alone, so that a resumed run makes the same passes
+    """
+
+    of_step: Callable[[int], Sequence[Objective]]
     memories: Mapping[str, Memory] = field(default_factory=dict)
-
-    def __call__(self, step: int) -> Sequence[Pass]:
-        return self.of_step(step)
 
     def describe(self) -> dict[str, float]:
         return {name: value for memory in self.memories.values() for name, value in memory.describe().items()}
@@ -82,6 +58,20 @@ class Passes:
             memory.unpack(own, data[name])
 
 
-def always(*passes: Pass) -> Callable[[int], Sequence[Pass]]:
+def always(*objectives: Objective) -> Callable[[int], Sequence[Objective]]:
     """The same passes in every step."""
-    return lambda step: passes
+    return lambda step: objectives
+
+
+def plain_objective(
+    o: ObjectiveOptions, fourier: FourierOptions, schedule: Schedule, *, total_steps: int, note: Callable[..., None],
+    compat: Literal["diffusers"] | None = None,
+) -> tuple[Objective, Mapping[str, Memory]]:
+    """The ordinary objective that the options ask for, and what terms of it remember, by name.
+
+    total_steps  optimizer steps of the run
+    note         puts facts into the run's record
+    """
+    terms = make_fourier(fourier, o.loss_type, total_steps=total_steps, note=note)
+    plain = make_objective(o, schedule, compat, base_loss=fourier.fourier_base_loss)
+    return plain.plus(*terms.values()), terms

@@ -60,8 +60,3 @@ class ObjectiveOptions(Concern):
     def capped_gamma(self) -> float | None:
         """--snr_gamma where the weights of the loss are capped by it."""
         return self.snr_gamma if self.loss_weighting in (None, "min_snr", "soft_min_snr") else None
-
-    @property
-    def schedule(self) -> dict[str, str | bool | None]:
-        """What changes the model's own noise schedule: arguments of a family's `load` and `problems`."""
-        return {"prediction_type": self.prediction_type, "rescale_betas_zero_snr": self.rescale_betas_zero_snr}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trainkit.conditioning.new_tokens import ENCODERS, EOS_LINE
-from trainkit.diffusion import effective_config
+from trainkit.diffusion import ScheduleChange, effective_config
 
 if TYPE_CHECKING:
     from trainkit.report.facts import RunFacts
@@ -75,8 +75,8 @@ def imports(run: RunFacts) -> Iterator[str]:
 
 def scheduler_line(run: RunFacts) -> Iterator[str]:
     """The noise schedule that was trained on, where flags have changed the base model's."""
-    changed = effective_config({}, prediction_type=run.option("prediction_type"),
-                               rescale_betas_zero_snr=bool(run.option("rescale_betas_zero_snr")))
+    prediction, rescaled = run.option("prediction_type"), run.option("rescale_betas_zero_snr")
+    changed = effective_config({}, ScheduleChange(prediction and str(prediction), bool(rescaled)))
     if changed:
         listed = ", ".join(f"{name}={quoted(v) if isinstance(v, str) else v}" for name, v in changed.items())
         yield f"pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, {listed})"
