@@ -186,7 +186,7 @@ def make_train_step(opt: Options, family: Family, words: Text, guide: Guidance, 
 
 def make_matcher(o: MatchingOptions) -> Matcher:
     """The loss that --dist_match and its companions describe, over all ranks."""
-    from freq_loss import DistributionMatchingLoss
+    from trainkit.frequency import DistributionMatchingLoss
     from trainkit.runtime import ranks
 
     return DistributionMatchingLoss(**o.loss, gather=ranks.gather_rows)
