@@ -1,9 +1,10 @@
-"""Losses in the frequencies of latents, for use in your own code. They need torch and the folder trainkit/frequency.
+"""Losses in the frequencies of latents, for your own code too. This file needs torch and the folder trainkit/frequency.
 
     frequency_decomposition   splits a tensor [...,h,w] into a low and a high part, which add up to it
     LowPass, Bands            the same with every choice: DCT, wavelets or FFT; two or J + 1 bands
     DistributionMatchingLoss  the loss of what the errors of a batch have in common, band by band (docs/frequency.md)
-    FourierLoss               the loss between the spectra of a prediction and its target (docs/fourier.md)
+    FourierLoss               the loss between the spectra of a prediction and its target (docs/fourier.md); its method
+                              `distance` is the distance alone, without weight and warm-up
     get_fourier_loss_config   the settings of a preset of FourierLoss, to be edited
 
 For example:

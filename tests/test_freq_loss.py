@@ -992,14 +992,14 @@ def test_the_usual_size_is_a_running_mean_of_its_noise_level_without_a_start():
     degrees = Bands(DCT).degrees((1, 4, 4))
     d = 0.99
     low_snr, high_snr = (d * d * 1 + d * 4 + 0) / (d * d + d + 1), (d * 81 + 25) / (d + 1)
-    at, expected = loss.scales.at(torch.tensor([0, 7])), torch.tensor([low_snr, high_snr], dtype=F64)
+    at, expected = loss.usual_errors.at(torch.tensor([0, 7])), torch.tensor([low_snr, high_snr], dtype=F64)
     torch.testing.assert_close(at[:, 0], expected * 16 / degrees[0], rtol=1e-6, atol=0)
     torch.testing.assert_close(at[:, 2], expected, rtol=1e-6, atol=0)
 
 
 def test_a_window_from_no_signal_at_all_has_bins_too():
     loss = unbiased(window=(0.0, 3.0))
-    assert loss.scales.bins(torch.tensor([0.0, 1e-9, 0.0035, 2.9, 5.0])).tolist() == [0, 0, 4, 7, 7]
+    assert loss.usual_errors.bins(torch.tensor([0.0, 1e-9, 0.0035, 2.9, 5.0])).tolist() == [0, 0, 4, 7, 7]
 
 
 @pytest.mark.parametrize("bank", [0.0, 0.9])
