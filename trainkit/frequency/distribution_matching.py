@@ -4,7 +4,7 @@ B samples of this process, G of all processes, n bands, C channels, h,w latent h
 degrees of freedom of a band. A sample is active if its weight is above 0.
 
     KERNELS, STATISTICS, TIMESTEP_WEIGHTS   what is compared with what, and how much each pair or sample counts
-    Samples                                 what the loss needs to know of every sample, of all processes
+    SampleErrors                            what the loss needs to know of every sample, of all processes
     UsualErrors                             running means of the size of the error at each noise level
     Bank                                    sums of past errors
 """
@@ -79,7 +79,7 @@ def digits(labels: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Samples:
+class SampleErrors:
     """What the statistic needs of samples, without a graph. A sample that is not active has error 0 and SNR 1."""
 
     error: Tensor  # [G,n,C,h,w]  P_b (x̂0 − x0)
@@ -100,7 +100,7 @@ class Samples:
         itself = torch.eye(len(self.weight), dtype=torch.bool, device=self.weight.device)
         return itself | same_class(self.picture, self.active).bool() if self.picture.shape[1] else itself
 
-    def gathered(self, gather: Gather) -> tuple[Samples, int]:
+    def gathered(self, gather: Gather) -> tuple[SampleErrors, int]:
         """-> the samples of all processes with latents of this shape, index of my first. It calls `gather` once.
 
         Everything travels as channels of h·w numbers, so that only samples of the same h and w have the same shape.
@@ -118,7 +118,7 @@ class Samples:
         # The same backwards, for the samples of everybody.
         *pieces, _ = rows.flatten(1).split([*sizes, spare], 1)
         shapes = [(len(rows), *part.shape[1:]) for part in parts]
-        return Samples(*(piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True))), first
+        return SampleErrors(*(piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True))), first
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ class Bank:
         self.sums: dict[tuple[int, ...], Tensor] = {}  # each [n,C,h,w]
         self.counts: dict[tuple[int, ...], float] = {}
 
-    def keys(self, bins: Tensor, samples: Samples) -> list[tuple[int, ...]]:
+    def keys(self, bins: Tensor, samples: SampleErrors) -> list[tuple[int, ...]]:
         label = torch.cat([bins[:, None].to(samples.alike), samples.alike], 1).long()
         return [(*key, *samples.error.shape[2:]) for key in label.tolist()]
 
@@ -339,7 +339,7 @@ class DistributionMatchingLoss:
             self.bank.sums = {key: tensors[f"bank.{i}"].clone() for i, key in enumerate(self.bank.counts)}
 
     def _samples(self, error: Tensor, x0: Tensor, snr: Tensor, weight: Tensor, alike: Tensor, picture: Tensor | None
-                 ) -> Samples:
+                 ) -> SampleErrors:
         """What the other processes need to know of my samples; error [B,n,C,h,w]."""
         weight, snr = weight.detach().to(error), snr.detach().to(error)
         active = weight > 0
@@ -351,7 +351,7 @@ class DistributionMatchingLoss:
         energy = torch.cat([inner(error, error) / degrees, whole], 1)
         slope = torch.stack([inner(clean, recovered), inner(recovered, recovered)], 1)
         pictures = error.new_zeros(len(error), 0) if picture is None else digits(picture).to(error)
-        return Samples(error, weight, torch.where(active, snr, 1), energy, slope, alike, pictures)
+        return SampleErrors(error, weight, torch.where(active, snr, 1), energy, slope, alike, pictures)
 
     def _features(self, alike: Tensor | None, like: Tensor) -> Tensor:
         """What the kernel compares -> [B,F]."""
@@ -366,7 +366,7 @@ class DistributionMatchingLoss:
             return digits(alike).to(like)
         return alike.detach().to(like).flatten(1)
 
-    def _compare(self, samples: Samples, *, one_shape: bool) -> tuple[Tensor, Tensor]:
+    def _compare(self, samples: SampleErrors, *, one_shape: bool) -> tuple[Tensor, Tensor]:
         """The factor τ [G,n,1,1,1] of each sample, and what it has in common with the others, m [G,n,C,h,w]."""
         G, weight = len(samples.weight), samples.weight
         if G == 1 and self.statistic == "u" and not self.bank:
@@ -394,7 +394,7 @@ class DistributionMatchingLoss:
             if one_shape:  # else a process would remember what others have not seen
                 self.bank.update(keys, weight, scaled)
         common = common * (torch.where(pair_sum > 0, G / pair_sum, 0) if self.statistic == "u" else G)
-        self._add_to_report(samples, scaled, pairs, bins, self._inner(scaled, common))
+        self._report(samples, scaled, pairs, bins, self._inner(scaled, common))
         return factor, common
 
     def _inner(self, r: Tensor, m: Tensor) -> Tensor:
@@ -404,7 +404,7 @@ class DistributionMatchingLoss:
         kappa = [self.gain * c / d for c, d in zip(self.weights, divisors, strict=True)]
         return inner(r, m) @ cached(float64_vector, *kappa, like=r)
 
-    def _add_to_report(self, samples: Samples, scaled: Tensor, pairs: Tensor, bins: Tensor, values: Tensor) -> None:
+    def _report(self, samples: SampleErrors, scaled: Tensor, pairs: Tensor, bins: Tensor, values: Tensor) -> None:
         """Add to the sums behind `describe`. A call adds none if no sample is active, or if something is not finite."""
         degrees = cached(float64_vector, *self.bands.degrees(scaled.shape[2:]), like=scaled)
         active = samples.active.to(scaled)

@@ -25,22 +25,22 @@ CURVES: dict[str, Callable[[float, float, float], float]] = {
 # ----------------------------------------------------------------------------------------------------------------------
 # Modes
 
-Term = tuple[float, int, float]  # how much a term counts, its scale, its high-frequency weight before it is clipped
+ScaleTerm = tuple[float, int, float]  # a term's weight, its scale, its high-frequency weight before it is clipped
 
 
-def even(loss: FourierLoss, progress: float, terms: Sequence[Term]) -> list[Term]:
+def even(loss: FourierLoss, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
     return [(share, scale, 1.0) for share, scale, _ in terms]
 
 
-def weighted(loss: FourierLoss, progress: float, terms: Sequence[Term]) -> list[Term]:
+def weighted(loss: FourierLoss, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
     return [(share, scale, loss.high_freq_weight) for share, scale, _ in terms]
 
 
-def adaptive(loss: FourierLoss, progress: float, terms: Sequence[Term]) -> list[Term]:
+def adaptive(loss: FourierLoss, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
     return [(share, scale, loss.curve(progress)) for share, scale, _ in terms]
 
 
-def unified(loss: FourierLoss, progress: float, terms: Sequence[Term]) -> list[Term]:
+def unified(loss: FourierLoss, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
     """α of all scales and β of the full size; adaptive_scaling moves weight from the first to the second."""
     alpha, beta = loss.mix
     if loss.adaptive_scaling:
@@ -58,7 +58,7 @@ def clip(high: float) -> float:
 class Mode(NamedTuple):
     """How a mode makes its terms of those that its scales give, and the fields that it reads, with their defaults."""
 
-    terms: Callable[[FourierLoss, float, Sequence[Term]], list[Term]]
+    terms: Callable[[FourierLoss, float, Sequence[ScaleTerm]], list[ScaleTerm]]
     fields: dict[str, object]
     decay: float = 0.5  # the weight of a scale is scale^−decay
 

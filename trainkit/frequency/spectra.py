@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainkit.frequency.bands import TINY, cached, refuse_unknown, widened
-from trainkit.frequency.presets import CURVES, MODES, Term, clip, nearest
+from trainkit.frequency.presets import CURVES, MODES, ScaleTerm, clip, nearest
 
 LEAST_SIDE = 2  # of pooled latents; a side of 1 has its mean alone
 LEAST_SPREAD = 1e-3  # latents and noise have a variance of about 1: what is flatter counts as being this flat
@@ -500,7 +500,7 @@ class FourierLoss:
                 and all(scale == 1 and B == 0 for plan in plans for scale, (_, B) in plan.items())
                 and all(value == 1 for _, _, value in parsed_bands(self.bands)))
 
-    def _terms(self, side: float) -> list[Term]:
+    def _terms(self, side: float) -> list[ScaleTerm]:
         """(ω_s/Σω, s, h_s) of the scales that leave 2 or more of the latents' shorter side.
 
         Raises ValueError where none does. A mode without scales has the scale 1.
