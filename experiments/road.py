@@ -87,7 +87,7 @@ class Road:
 
     def _note_class(self, value: object, *, depth: int = 1) -> None:
         kind = value if isinstance(value, type) else type(value)
-        if kind.__module__.partition(".")[0] in ("trainkit", "freq_loss", "__main__", Path(TRAINER).stem):
+        if kind.__module__.partition(".")[0] in ("trainkit", "__main__", Path(TRAINER).stem):
             self.classes.add(f"{kind.__module__}.{kind.__qualname__}")
         if depth and isinstance(value, (list, tuple)):
             for item in value[:4]:
@@ -100,7 +100,7 @@ class Road:
 
     @staticmethod
     def _is_ours(file: str) -> bool:
-        return file.startswith((f"{ROOT}/trainkit", f"{ROOT}/train_", f"{ROOT}/freq_loss"))
+        return file.startswith((f"{ROOT}/trainkit", f"{ROOT}/train_"))
 
 
 def walk() -> Road:

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from freq_loss import PRESETS, DistributionMatchingLoss, FourierLoss, LowPass, get_fourier_loss_config
+from trainkit.frequency import PRESETS, DistributionMatchingLoss, FourierLoss, LowPass, get_fourier_loss_config
 
 BATCH, CHANNELS = 4, 4
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

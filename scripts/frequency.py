@@ -273,7 +273,7 @@ class Exam:
 
         U is of the pictures of one draw: two draws of a picture share what is the picture's own. Means over draws.
         """
-        from freq_loss import DistributionMatchingLoss
+        from trainkit.frequency import DistributionMatchingLoss
 
         meter = DistributionMatchingLoss(gain=1.0, band_norm="dof")  # in units of x0
         errors = []

@@ -18,7 +18,7 @@ from torch import Tensor
 from tests.pictures import marked, marked_folder, open_files, row_of
 from trainkit.data import cache
 from trainkit.data.batch import Row
-from trainkit.data.cache import DiskStore, Latents, MemoryStore, Store, cache_latents, content_key
+from trainkit.data.cache import DiskStore, Latents, Store, cache_latents, content_key
 from trainkit.data.geometry import CropPolicy
 from trainkit.data.images import load_picture
 from trainkit.errors import UserError

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import freq_loss
 from freq_loss import MODES, PRESETS, FourierLoss, get_fourier_loss_config
+from trainkit.frequency.bands import _cached
 from trainkit.options import FourierOptions
 from trainkit.options.rules import unread
 
@@ -871,11 +872,11 @@ def test_a_second_epoch_of_64_bucket_sizes_makes_no_mask() -> None:
     loss = FourierLoss(mode="unified", timestep_gate="wiener")
 
     def epoch(progress: float) -> int:
-        before = freq_loss._kept.cache_info().misses
+        before = _cached.cache_info().misses
         for k in range(64):
             p, t = pair(1, 1, 8 + k, 72 - k)
             loss.distance(p, t, snr=torch.ones(1), clean=t, progress=progress)
-        return freq_loss._kept.cache_info().misses - before
+        return _cached.cache_info().misses - before
 
     assert epoch(0.0) >= 64
     assert epoch(0.7) == 0

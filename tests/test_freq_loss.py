@@ -5,12 +5,14 @@ The tolerances are of fp64 unless a test says otherwise.
 
 from __future__ import annotations
 
-import ast
 import builtins
 import itertools
 import json
 import math
+import shutil
+import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -23,7 +25,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import freq_loss
+import trainkit.frequency
 from freq_loss import DB3, KERNELS, STATISTICS, Bands, DistributionMatchingLoss, LowPass, frequency_decomposition, taps
+from tests.test_shape import ROOT, module_imports
 from trainkit.runtime import ranks
 
 F64 = torch.float64
@@ -987,14 +992,14 @@ def test_the_usual_size_is_a_running_mean_of_its_noise_level_without_a_start():
     degrees = Bands(DCT).degrees((1, 4, 4))
     d = 0.99
     low_snr, high_snr = (d * d * 1 + d * 4 + 0) / (d * d + d + 1), (d * 81 + 25) / (d + 1)
-    at, expected = loss.scales.at(torch.tensor([0, 7])), torch.tensor([low_snr, high_snr], dtype=F64)
+    at, expected = loss.usual_errors.at(torch.tensor([0, 7])), torch.tensor([low_snr, high_snr], dtype=F64)
     torch.testing.assert_close(at[:, 0], expected * 16 / degrees[0], rtol=1e-6, atol=0)
     torch.testing.assert_close(at[:, 2], expected, rtol=1e-6, atol=0)
 
 
 def test_a_window_from_no_signal_at_all_has_bins_too():
     loss = unbiased(window=(0.0, 3.0))
-    assert loss.scales.bins(torch.tensor([0.0, 1e-9, 0.0035, 2.9, 5.0])).tolist() == [0, 0, 4, 7, 7]
+    assert loss.usual_errors.bins(torch.tensor([0.0, 1e-9, 0.0035, 2.9, 5.0])).tolist() == [0, 0, 4, 7, 7]
 
 
 @pytest.mark.parametrize("bank", [0.0, 0.9])
@@ -1156,9 +1161,32 @@ def test_a_report_without_pairs_or_samples_says_only_what_it_knows():
     assert names == {"snr", "bin", "loss", "error_low", "error_high", "slope_low", "slope_high"}
 
 
-def test_the_file_stands_alone():
-    tree = ast.parse((Path(__file__).resolve().parents[1] / "freq_loss.py").read_text("utf-8"))
-    names = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    ours = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
-    assert ours == {"torch", "pytorch_wavelets"}, "the latter inside the backend that asks for it"
+def test_the_package_imports_torch_alone():
+    """The packages of wavelets are imported where they are asked for."""
+    files = sorted((ROOT / "trainkit" / "frequency").glob("*.py"))
+    at_the_top = {name for path in files for name in module_imports(path, everywhere=False)}
+    anywhere = {name for path in files for name in module_imports(path, everywhere=True)}
+    others = {name.split(".")[0] for name in anywhere if not name.startswith("trainkit.frequency")}
+    assert others - set(sys.stdlib_module_names) == {"torch", "pywt", "pytorch_wavelets"}
+    assert not [name for name in at_the_top if name.startswith(("pywt", "pytorch_wavelets"))]
+
+
+def test_the_file_and_the_package_can_be_copied_into_another_project(tmp_path):
+    shutil.copy(ROOT / "freq_loss.py", tmp_path)
+    shutil.copytree(ROOT / "trainkit" / "frequency", tmp_path / "trainkit" / "frequency")
+    code = "from freq_loss import *; import freq_loss, trainkit.frequency as f; print(freq_loss.__file__, f.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(file.startswith(str(tmp_path)) for file in done.stdout.split())
+
+
+def test_the_face_shows_what_the_package_exports():
+    assert freq_loss.__all__ == trainkit.frequency.__all__
+    assert all(getattr(freq_loss, name) is getattr(trainkit.frequency, name) for name in freq_loss.__all__)
+
+
+def test_the_example_of_the_face_runs():
+    example = textwrap.dedent(freq_loss.__doc__.partition("For example:\n")[2])
+    names: dict[str, object] = {}
+    exec(example, names)
+    assert names["pred"].grad.isfinite().all()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tests.pictures import data_options, marked, marked_folder, open_files, row_of
 from trainkit.data.batch import Batch, Row, Sample
-from trainkit.data.cache import Guarded, MemoryStore, cache_latents
+from trainkit.data.cache import Guarded, cache_latents
 from trainkit.data.geometry import CropPolicy
 from trainkit.data.loader import Images, micro_batches
 from trainkit.data.rows import read_rows

@@ -22,8 +22,7 @@ from trainkit import rng
 from trainkit.adapters import Adapters, add_adapters
 from trainkit.conditioning.cached_text import FrozenText
 from trainkit.data.batch import Batch
-from trainkit.data.cache import MemoryStore
-from trainkit.data.loader import Images, micro_batches, ready_images
+from trainkit.data.loader import micro_batches, ready_images
 from trainkit.data.rows import read_rows
 from trainkit.data.sampler import Order
 from trainkit.diffusion import Noise, make_levels

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from trainkit.errors import Problem
+from trainkit.frequency import FourierLoss, FourierPart
 from trainkit.losses.objective import Forward
 from trainkit.runtime import ranks
 
 if TYPE_CHECKING:
-    from freq_loss import FourierLoss, FourierPart
     from trainkit.files import Json
     from trainkit.options import FourierOptions
 
@@ -133,8 +133,6 @@ def problems(o: FourierOptions, loss_type: str, latents: tuple[int, int, int]) -
     """All that keeps the Fourier loss from being computed, in its words; latents is the shape (C,h,w) of one sample."""
     if loss_type != "fourier":
         return
-    from freq_loss import FourierLoss
-
     settings = dict(o.loss)
     for _ in o.loss:  # each round leaves out what the one before refused
         try:
@@ -161,8 +159,6 @@ def make_fourier(o: FourierOptions, loss_type: str, *, total_steps: int, note: C
     """
     if loss_type != "fourier":
         return {}
-    from freq_loss import FourierLoss
-
     loss = FourierLoss(**o.loss)
     note(fourier_loss={**loss.config(), "fourier_base_loss": o.fourier_base_loss,
                        "fourier_target_share": o.fourier_target_share})

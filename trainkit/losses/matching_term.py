@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from freq_loss import DistributionMatchingLoss
 from trainkit import rng
 from trainkit.diffusion import Level, LevelSampler
 from trainkit.errors import Problem, UserError
+from trainkit.frequency import DistributionMatchingLoss
 from trainkit.losses.objective import Forward, Objective
 from trainkit.losses.passes import Memory, Passes, always
 from trainkit.runtime import ranks

@@ -93,13 +93,13 @@ class FourierOptions(Concern):
         name = str(value_of("fourier_config")).lower()
         if name not in cls.choices("fourier_config"):
             return None
-        from freq_loss import get_fourier_loss_config
+        from trainkit.frequency import get_fourier_loss_config
 
         return f"fourier_config {name}", get_fourier_loss_config(name)
 
     def decisive(self) -> dict[str, object]:
         """What the settings come to: a preset and its values written out are one run."""
-        from freq_loss import FourierLoss
+        from trainkit.frequency import FourierLoss
 
         settings = {f"--{name}": value for name, value in FourierLoss(**self.loss).config().items()}
         return settings | {"--fourier_base_loss": self.fourier_base_loss,
