@@ -54,7 +54,7 @@ class Listed:
 Slot = tuple[Key, int, int, int]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Sample:
     """One way to see a row: resized to `resized`, mirrored if `flip`, `shape` cut out at (top, left).
 

@@ -256,12 +256,13 @@ class DistributionMatchingLoss:
 
     def __call__(
         self, x0_hat: Tensor, x0: Tensor, *, snr: Tensor, weight: Tensor, alike: Tensor | None = None,
-        picture: Tensor | None = None,
+        picture: Tensor | None = None, observe: bool = True,
     ) -> Tensor:
         """x0_hat, x0 [B,C,h,w], snr and weight [B] -> losses [B], fp32. A sample of weight 0 does not count.
 
         alike    [B] of integers (kernel class) or [B,F]: what the kernel compares
         picture  [B] of integers, equal for samples of one image; None: no two samples are
+        observe  whether the running means, the bank and `describe` learn of this call; not in validation
 
         Raises ValueError for the statistic u of one sample without a bank, and without what the kernel compares.
         """
@@ -275,8 +276,9 @@ class DistributionMatchingLoss:
                 mine = self._samples(error.detach(), x0, snr, weight, self._features(alike, error), picture)
                 samples, first = mine.gathered(self.gather)
                 sizes, _ = self.gather(torch.cat([mine.weight[:, None], mine.snr[:, None], mine.energy], 1))
-                self.usual_errors.update(sizes)
-                factor, common = self._compare(samples, one_shape=len(samples.weight) == len(sizes))
+                if observe:
+                    self.usual_errors.update(sizes)
+                factor, common = self._compare(samples, one_shape=len(samples.weight) == len(sizes), observe=observe)
 
             # The value is <r, m>; its gradient counts twice, because r is on both sides of the pairs.
             here = slice(first, first + len(x0))
@@ -366,7 +368,7 @@ class DistributionMatchingLoss:
             return digits(alike).to(like)
         return alike.detach().to(like).flatten(1)
 
-    def _compare(self, samples: SampleErrors, *, one_shape: bool) -> tuple[Tensor, Tensor]:
+    def _compare(self, samples: SampleErrors, *, one_shape: bool, observe: bool) -> tuple[Tensor, Tensor]:
         """The factor τ [G,n,1,1,1] of each sample, and what it has in common with the others, m [G,n,C,h,w]."""
         G, weight = len(samples.weight), samples.weight
         if G == 1 and self.statistic == "u" and not self.bank:
@@ -391,10 +393,11 @@ class DistributionMatchingLoss:
             keys = self.bank.keys(bins, samples)
             sums, counts = self.bank.recall(keys, scaled)
             common, pair_sum = common + column(weight) * sums, pair_sum + (weight * counts).sum()
-            if one_shape:  # else a process would remember what others have not seen
+            if observe and one_shape:  # else a process would remember what others have not seen
                 self.bank.update(keys, weight, scaled)
         common = common * (torch.where(pair_sum > 0, G / pair_sum, 0) if self.statistic == "u" else G)
-        self._report(samples, scaled, pairs, bins, self._inner(scaled, common))
+        if observe:
+            self._report(samples, scaled, pairs, bins, self._inner(scaled, common))
         return factor, common
 
     def _inner(self, r: Tensor, m: Tensor) -> Tensor:
