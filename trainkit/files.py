@@ -14,13 +14,14 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainkit.errors import Problem, UserError
 
-Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+Json = Any  # data that JSON holds; what shape it has, the reader and writer of each file know
 
 DISK_ERRORS = {  # the disk's doing wherever they show
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG,

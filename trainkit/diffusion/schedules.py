@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from trainkit.errors import Problem, refuse
 if TYPE_CHECKING:
     from trainkit.options import ObjectiveOptions
 
-Config = Mapping[str, object]  # scheduler/scheduler_config.json of a checkpoint
+Config = Mapping[str, Any]  # scheduler/scheduler_config.json of a checkpoint
 
 EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 RHO = 7.0  # Karras et al. 2022, table 1: how far σ grids crowd towards small σ

@@ -24,7 +24,7 @@ from trainkit.diffusion import Level, Schedule, ScheduleChange
 from trainkit.errors import Problem
 from trainkit.families.pretrained import (
     MODEL_FLAG,
-    Json,
+    Config,
     Repo,
     empty_device_cache,
     fingerprint,
@@ -56,7 +56,7 @@ class Layout:
     denoiser: str  # folder of the network that is trained, and its name in LoRA files
     tokenizers: tuple[str, ...]  # folders
     text_encoders: tuple[str, ...]  # folders, and the networks' names in LoRA files
-    misfits: Callable[[Repo, Json, Json], Iterator[Problem]]  # of a repo, its model_index.json and denoiser's config
+    misfits: Callable[[Repo, Config, Config], Iterator[Problem]]  # repo, model_index, denoiser config
 
 
 class Encodable(Protocol):
@@ -82,7 +82,7 @@ def latent_statistics(config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(std).view(1, -1, 1, 1)
 
 
-def halvings(config: Json) -> int:
+def halvings(config: Config) -> int:
     """Pixels (or latents) a side per innermost cell: every level but the last halves the sides."""
     return 2 ** (len(config["block_out_channels"]) - 1)
 
@@ -106,7 +106,7 @@ class Family(ABC):
 
     def __init__(self, *, path: str, revision: str | None, denoiser: UNet2DConditionModel, vae: AutoencoderKL,
                  tokenizers: tuple[CLIPTokenizer, ...], text_encoders: tuple[PreTrainedModel, ...],
-                 schedule: Schedule, scheduler_config: Json, identity: Mapping[str, str], device: torch.device):
+                 schedule: Schedule, scheduler_config: Config, identity: Mapping[str, str], device: torch.device):
         self.path, self.revision = path, revision
         self.schedule, self.scheduler_config = schedule, dict(scheduler_config)
         self.tokenizers, self.device, self.weight_dtype = tokenizers, device, denoiser.dtype
@@ -312,7 +312,7 @@ def scheduler_config(model: Repo, schedule: ScheduleChange) -> dict[str, object]
     return config
 
 
-def identity(parts: Parts, layout: Layout, *, scheduler_config: Json, text_detail: object) -> dict[str, str]:
+def identity(parts: Parts, layout: Layout, *, scheduler_config: Config, text_detail: object) -> dict[str, str]:
     """Digests of the parts: cache keys name the part they depend on, checkpoints name them all."""
     text = [*(parts.weights[name] for name in layout.text_encoders), *map(tokenizer_digest, parts.tokenizers)]
     return {

@@ -11,7 +11,7 @@ from trainkit import diffusion
 from trainkit.diffusion import AS_SAVED, ScheduleChange
 from trainkit.errors import Problem, UserError, refuse
 from trainkit.families.base import Layout, halvings
-from trainkit.families.pretrained import MODEL_FLAG, VAE_FLAG, Json, Repo, vae_place
+from trainkit.families.pretrained import MODEL_FLAG, VAE_FLAG, Config, Repo, vae_place
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -70,14 +70,14 @@ def folder_problems(layout: Layout, model: Repo) -> Iterator[Problem]:
         yield from layout.misfits(model, index, unet)
 
 
-def no_vae(model: Repo, vae: Repo, config: Json | None) -> Iterator[Problem]:
+def no_vae(model: Repo, vae: Repo, config: Config | None) -> Iterator[Problem]:
     """Is there a VAE? Asked of a model folder only: what is none lacks more than that."""
     if config is None and model.has("model_index.json"):
         missing = "config.json" if vae.flag == VAE_FLAG else "vae/config.json"
         yield vae.problem("no VAE there", f"{missing} is missing", f"name a folder that holds a VAE in {VAE_FLAG}")
 
 
-def lacks(repo: Repo, file: str, config: Json | None, names: Sequence[str]) -> Iterator[Problem]:
+def lacks(repo: Repo, file: str, config: Config | None, names: Sequence[str]) -> Iterator[Problem]:
     """Values that a network's config must have and does not."""
     missing = ", ".join(name for name in names if (config or {}).get(name) is None)
     if missing:
@@ -85,7 +85,7 @@ def lacks(repo: Repo, file: str, config: Json | None, names: Sequence[str]) -> I
                            f"copy {file} of the model there again", kind="data")
 
 
-def fit_problems(model: Repo, unet: Json, vae: Json) -> Iterator[Problem]:
+def fit_problems(model: Repo, unet: Config, vae: Config) -> Iterator[Problem]:
     """Do the parts fit one another and the objectives we have?"""
     if unet["in_channels"] != vae["latent_channels"]:
         yield model.problem(
@@ -128,7 +128,7 @@ def text_problems(layout: Layout, model: Repo, clip_skip: int | None) -> Iterato
                           f"it has {layers} layers", f"--clip_skip {layers - 1} at most, or leave it out")
 
 
-def resolution_problems(resolution: int, unet: Json, vae: Json) -> Iterator[Problem]:
+def resolution_problems(resolution: int, unet: Config, vae: Config) -> Iterator[Problem]:
     """A side must survive the VAE's and then the UNet's halvings without a remainder."""
     vae_factor, unet_stride = halvings(vae), halvings(unet)
     step = vae_factor * unet_stride

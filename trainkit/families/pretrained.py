@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from trainkit.errors import Problem, UserError
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-Json = Mapping[str, object]
+Config = Mapping[str, Any]  # a JSON file of a model folder
 Part = TypeVar("Part")
 
 MODEL_FLAG, VAE_FLAG = "--pretrained_model_name_or_path", "--pretrained_vae_model_name_or_path"
@@ -68,7 +68,7 @@ class Repo:
     def problem(self, what: str, why: str, fix: str, *, kind: str = "usage") -> Problem:
         return Problem(what, f"{self.flag} {self.path}", why, fix, kind)
 
-    def json(self, name: str) -> Json | None:
+    def json(self, name: str) -> Config | None:
         """A JSON object of the repository, or None where it has no such file. UserError for a file that holds none."""
         file = self._file(name)
         if file is None:
@@ -83,7 +83,7 @@ class Repo:
                                          f"copy {name} of the model there again", kind="data"))
         return content
 
-    def glance(self, name: str) -> Json:
+    def glance(self, name: str) -> Config:
         """As `json`, but {} where there is no such file or none that can be read."""
         try:
             return self.json(name) or {}

@@ -21,7 +21,7 @@ from trainkit.errors import Problem
 from trainkit.families import base, checks
 from trainkit.families.base import Encode, Family, Layout
 from trainkit.families.checks import latents, native_resolution, skeleton
-from trainkit.families.pretrained import Json, Repo
+from trainkit.families.pretrained import Config, Repo
 from trainkit.families.tokenize import tokens
 from trainkit.families.unet_targets import LORA_TARGETS, TEXT_LORA_TARGETS
 
@@ -38,7 +38,7 @@ OTHER_INPUTS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type
 WEBUI_HEADS = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
 
 
-def misfits(model: Repo, index: Json, unet: Json) -> Iterator[Problem]:
+def misfits(model: Repo, index: Config, unet: Config) -> Iterator[Problem]:
     """What makes it another model than Stable Diffusion's base."""
     fix = "name a Stable Diffusion 1.x or 2.x base model, stable-diffusion-v1-5/stable-diffusion-v1-5 for example"
     inputs = [f"{name} is {unet[name]!r}" for name in OTHER_INPUTS if unet.get(name)]

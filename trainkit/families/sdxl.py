@@ -19,7 +19,7 @@ from trainkit.errors import Problem
 from trainkit.families import base, checks
 from trainkit.families.base import Encode, Family, Layout
 from trainkit.families.checks import latents, native_resolution, skeleton
-from trainkit.families.pretrained import Json, Repo
+from trainkit.families.pretrained import Config, Repo
 from trainkit.families.sgm import read_name, text_name, webui_name
 from trainkit.families.tokenize import token_ids
 from trainkit.families.unet_targets import LORA_TARGETS, TEXT_LORA_TARGETS
@@ -35,7 +35,7 @@ __all__ = ["LAYOUT", "LORA_TARGETS", "SDXL", "TEXT_LORA_TARGETS", "latents", "lo
 PENULTIMATE = 2  # SDXL conditions on the last-but-one hidden state of both encoders
 
 
-def misfits(model: Repo, index: Json, unet: Json) -> Iterator[Problem]:
+def misfits(model: Repo, index: Config, unet: Config) -> Iterator[Problem]:
     """What makes it another model than SDXL's base."""
     if unet.get("addition_embed_type") != "text_time":
         yield model.problem("not an SDXL model", f"its UNet has no size conditioning ({index.get('_class_name')})",

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 
-from trainkit.families.pretrained import Json
+from trainkit.families.pretrained import Config
 
 PREFIX = "lora_unet"
 TEXT_ENCODERS = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
@@ -31,7 +31,7 @@ OUTER_NAMES = {
 }
 
 
-def block_names(config: Json) -> dict[str, str]:
+def block_names(config: Config) -> dict[str, str]:
     """Diffusers block -> SGM block, counted from the UNet's config: down_blocks.1.attentions.0 -> input_blocks.4.1.
 
     Input blocks: conv_in, then per level its layers and a downsampler; output blocks: per level one layer more, whose
@@ -56,7 +56,7 @@ def block_names(config: Json) -> dict[str, str]:
     return names
 
 
-def webui_name(path: str, config: Json) -> str:
+def webui_name(path: str, config: Config) -> str:
     """The name of a UNet module in a WebUI LoRA file."""
     names = {**block_names(config), **OUTER_NAMES}
     block = next((b for b in names if path == b or path.startswith(b + ".")), None)
@@ -72,7 +72,7 @@ def text_name(path: str, encoder: str) -> str:
     return "_".join([TEXT_ENCODERS[encoder], "text_model", *path.removeprefix("text_model.").split(".")])
 
 
-def read_name(webui: str, network: str, config: Json) -> str | None:
+def read_name(webui: str, network: str, config: Config) -> str | None:
     """The path, joined with "_" and without "text_model", that a name means in a network; None for another one's."""
     if network in TEXT_ENCODERS:
         head = f"{TEXT_ENCODERS[network]}_text_model_"
@@ -80,7 +80,7 @@ def read_name(webui: str, network: str, config: Json) -> str | None:
     return module_name(webui, config) if webui.startswith(f"{PREFIX}_") else None
 
 
-def module_name(webui: str, config: Json) -> str:
+def module_name(webui: str, config: Config) -> str:
     """The Diffusers path, joined with "_", of a name read from a WebUI LoRA file: the reader's own arithmetic."""
     name = webui.removeprefix(f"{PREFIX}_")
     row = re.fullmatch(r"(input|output)_blocks_(\d+)_(\d+)_?(.*)", name)
