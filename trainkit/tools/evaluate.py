@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """How far does a LoRA move the base model towards the style it was taught, on nouns it was never shown?
 
     python scripts/evaluate.py --base assets/tiny-sdxl-icons --lora out/my-lora/pytorch_lora_weights.safetensors \\
@@ -18,36 +17,35 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import logging
-import math
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from trainkit.errors import Problem, UserError, exit_with_message, refuse  # noqa: E402
+from trainkit.errors import Problem, UserError, refuse
+from trainkit.inference import (
+    DTYPES,
+    add_new_tokens,
+    base_problems,
+    fused_lora,
+    generate_images,
+    load_pipeline,
+    lora_problems,
+)
+from trainkit.tools.checks import make_out, number_problems, out_problems, writing_to
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
     from PIL.Image import Image
 
-    from trainkit.families.pretrained import Repo
+    from trainkit.inference import Pipeline
 
-    Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
-
-ASSETS = ROOT / "assets"
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
 MIN_PICTURES = 100  # below this the distance is too noisy to compare two LoRAs
 FEWEST = 2  # pictures a side of an unbiased distance
 GRID_ROWS = 10
-NETWORKS = ("unet", "text_encoder", "text_encoder_2")  # of a pipeline, where a LoRA may train
-ANY_SIDE = 2**20  # pixels: any model halves it; the pipelines check the sides that are drawn
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
@@ -69,18 +67,33 @@ class Wanted:
     copy: int
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What the images are generated with; the defaults are those of the command line."""
+
+    base: str
+    lora: Path | None = None
+    embeddings: Path | None = None
+    strengths: tuple[float, ...] = (0.0, 0.5, 1.0)
+    seed: int = 0
+    steps: int = 20
+    guidance_scale: float = 4.0
+    batch_size: int = 25
+    dtype: str = "float32"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     refuse(problems(args))
-    refuse(made(args.out))
+    refuse(make_out(args.out))
     reference = of_nouns(read_reference(args.reference), args.nouns)
     wanted = enough(reference, args.prompt)
     started = time.monotonic()
-    drawn = dict(draw(args, wanted))
+    drawn = dict(generate(settings(args), wanted))
     seconds = time.monotonic() - started
     result = measure(args, drawn, reference) | {"pictures": len(wanted), "seconds": round(seconds, 1)}
     page = grid(drawn, wanted, reference)
-    with writing(args.out):
+    with writing_to(args.out):
         (args.out / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
         page.save(args.out / "grid.png")
     print(table(result, args.out))
@@ -99,19 +112,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--training", type=Path, default=ASSETS / "icons-3d", metavar="DIR", help="the pictures trained on")
     add("--clip", type=Path, default=ASSETS / "tiny-clip-icons", metavar="DIR", help="CLIP model that judges")
     add("--prompt", help='such as "3d icon in the style of TOK, a {noun}"; default: the caption of each real picture')
-    add("--strengths", type=numbers, default=(0.0, 0.5, 1.0), metavar="A,B,..", help="LoRA strengths (0: the base)")
+    add("--strengths", type=numbers, default=Settings.strengths, metavar="A,B,..", help="LoRA strengths (0: the base)")
     add("--nouns", type=words, default=None, metavar="A,B,..", help="default: every noun of the reference")
-    add("--seed", type=int, default=0, help="starting noise depends on this, the noun and nothing else")
-    add("--steps", type=int, default=20, help="denoising steps")
-    add("--guidance_scale", type=float, default=4.0, help="classifier-free guidance")
-    add("--batch_size", type=int, default=25, help="prompts drawn at once")
-    add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="precision of the pipeline")
+    add("--seed", type=int, default=Settings.seed, help="starting noise depends on this, the noun and nothing else")
+    add("--steps", type=int, default=Settings.steps, help="denoising steps")
+    add("--guidance_scale", type=float, default=Settings.guidance_scale, help="classifier-free guidance")
+    add("--batch_size", type=int, default=Settings.batch_size, help="prompts drawn at once")
+    add("--dtype", choices=DTYPES, default=Settings.dtype, help="precision of the pipeline")
     add("--out", required=True, type=Path, metavar="DIR", help="folder for grid.png and evaluation.json")
     add("--debug", action="store_true", help="show a traceback for user errors")
     args = parser.parse_args(argv)
     asked = args.strengths if args.lora else (1.0,)
     args.strengths = tuple(sorted({0.0, *asked}, key=abs))  # the share needs the base, untouched: first
     return args
+
+
+def settings(args: argparse.Namespace) -> Settings:
+    return Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -137,7 +154,7 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
         yield Problem(f"no file of embeddings {args.embeddings}", "--embeddings", "the run's new tokens are in it",
                       "give the path of the NAME_emb.safetensors that the run wrote, or leave the flag out")
     yield from base_problems(args.base, args.embeddings)
-    yield from damaged_loras([args.lora] if args.lora else [])
+    yield from lora_problems([args.lora] if args.lora else [])
     for flag in ("training", "clip", "reference"):
         if not getattr(args, flag).is_dir():
             yield Problem(f"no folder {getattr(args, flag)}", f"--{flag}", "the style distance needs it",
@@ -150,115 +167,7 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
         yield from training_problems(args.training)
     if args.reference.is_dir():
         yield from reference_problems(args)
-    yield from in_the_way(args.out)
-
-
-def number_problems(args: argparse.Namespace, *, counts: Sequence[str], reals: Sequence[str]) -> Iterator[Problem]:
-    """Counts below 1, and numbers or lists of them that are not finite."""
-    for flag in counts:
-        if getattr(args, flag) < 1:
-            yield Problem(f"--{flag} {getattr(args, flag)}", f"--{flag}", "it is a count", f"--{flag} 1 or more")
-    for flag in reals:
-        value = getattr(args, flag)
-        several = value if isinstance(value, (list, tuple)) else [value]
-        yield from (Problem(f"--{flag} {number}", f"--{flag}", "nothing can be drawn with it",
-                            f"give --{flag} a finite number")
-                    for number in several if number is not None and not math.isfinite(number))
-
-
-def damaged_loras(files: Sequence[Path]) -> Iterator[Problem]:
-    """Files, of those that are there, whose header cannot be read or whose end is missing."""
-    from safetensors import SafetensorError, safe_open
-
-    for file in (file for file in files if file.is_file() and file.suffix == ".safetensors"):
-        try:
-            safe_open(file, framework="pt")
-        except (OSError, SafetensorError) as error:
-            yield Problem("the LoRA file is damaged", f"--lora {file}", f"{error}", "copy or export it again", "data")
-
-
-def in_the_way(out: Path) -> Iterator[Problem]:
-    """Is the folder for the results, or one that it shall lie in, a file?"""
-    there = next((path for path in (out, *out.parents) if path.exists()), out)
-    if there.exists() and not there.is_dir():
-        yield Problem(f"{there} is a file", f"--out {out}", "the results go into a folder", "name another with --out")
-
-
-def made(out: Path) -> Iterator[Problem]:
-    """Make the folder for the results, before hours are spent on them -> why that cannot be done."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        why = "" if os.access(out, os.W_OK | os.X_OK) else "nothing may be written there"
-    except OSError as error:
-        why = os.strerror(error.errno)
-    if why:
-        yield Problem(f"{out} cannot be written to", f"--out {out}", why, "name another folder with --out")
-
-
-@contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """A disk that is full or gone while the results are written ends in a problem of the kind "disk"."""
-    try:
-        yield
-    except OSError as error:
-        refuse([Problem("the results cannot be written", f"--out {out}", f"{error}",
-                        "free some space, or name a folder on another disk with --out", "disk")])
-
-
-def base_problems(base: str, embeddings: Path | None, *, sized: bool = True) -> list[Problem]:
-    """What the small files of the base model say against drawing with it.
-
-    sized  whether the model must say how large its pictures are
-    """
-    from trainkit.families.pretrained import Repo
-
-    repo = Repo(base, "--base")
-    if found := repo.unreachable("model_index.json"):
-        return found
-    if repo.json("model_index.json") is None or repo.json("unet/config.json") is None:
-        return [repo.problem("not a Stable Diffusion model folder", "model_index.json or unet/config.json is missing",
-                             "--base FOLDER_OF_A_DIFFUSERS_MODEL (SDXL, SD 1.x or 2.x)", kind="data")]
-    if found := family_problems(repo):
-        return found
-    if sized and repo.json("unet/config.json").get("sample_size") is None:
-        return [repo.problem("the model does not say how large its pictures are", "unet/config.json has no sample_size",
-                             "add sample_size, pixels divided by 8, to unet/config.json", kind="data")]
-    if embeddings and repo.json("text_encoder_2/config.json") is None:
-        return [Problem("embeddings of two text encoders for a model with one", f"--embeddings {embeddings}",
-                        f"{base} has no text_encoder_2: new tokens are trained on SDXL", "leave --embeddings out, or "
-                        "name the SDXL model they were trained on with --base")]
-    return embeddings_problems(repo, embeddings) if embeddings and embeddings.is_file() else []
-
-
-def family_problems(repo: Repo) -> list[Problem]:
-    """What keeps the model from being trained keeps it from being drawn with; flags of the trainers are not named."""
-    from trainkit import families
-    from trainkit.options import ModelOptions
-
-    family = families.of(ModelOptions(pretrained_model_name_or_path=repo.path))
-    return [replace(repo.problem(found.what.replace("trained", "drawn with"), found.why, "name a complete SDXL, SD 1.x "
-                                 "or 2.x base model, its weights in safetensors, with --base"), kind=found.kind)
-            for found in family.problems(repo.path, resolution=ANY_SIDE)]
-
-
-def embeddings_problems(repo: Repo, file: Path) -> list[Problem]:
-    """Is it a file of a run's new tokens, as wide as the text encoders?"""
-    from safetensors import SafetensorError
-
-    from trainkit.files import load_tensors
-    from trainkit.pivotal import ENCODERS, read_header
-
-    try:
-        names, tensors = read_header(file).names, load_tensors(file)
-        shapes = [tuple(tensors[name].shape) for name in ENCODERS]
-    except (OSError, SafetensorError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-        return [Problem("no file of embeddings", f"--embeddings {file}", f"{error}".partition("\n")[0],
-                        "give the path of the NAME_emb.safetensors that the run wrote", "data")]
-    configs = [repo.json(f"{folder}/config.json") for folder in ("text_encoder", "text_encoder_2")]
-    wanted = [(len(names), config.get("hidden_size")) for config in configs]
-    return [] if shapes == wanted else [
-        Problem("the embeddings do not fit the base model", f"--embeddings {file}", f"their shapes are {shapes}, and "
-                f"{wanted} are asked for", "name the base model they were trained on with --base", "data")]
+    yield from out_problems(args.out)
 
 
 def training_problems(folder: Path) -> Iterator[Problem]:
@@ -360,106 +269,28 @@ def opened(path: Path) -> Image:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Drawing
+# Generating
 
 
-def draw(args: argparse.Namespace, wanted: list[Wanted]) -> Iterator[tuple[float, list[Image]]]:
+def generate(settings: Settings, wanted: list[Wanted]) -> Iterator[tuple[float, list[Image]]]:
     """Every noun at every strength, from the same noise -> (strength, pictures)."""
-    pipe = load(args)
-    if 0 in args.strengths:  # before the pipeline learns new tokens
-        yield 0.0, pictures_of(pipe, args, wanted)
-    if args.embeddings:
-        renamed = learned_words(pipe, args.embeddings)
+    pipe = load_pipeline(settings.base, settings.dtype)
+    if 0 in settings.strengths:  # before the pipeline learns new tokens
+        yield 0.0, images_of(pipe, settings, wanted)
+    if settings.embeddings:
+        renamed = add_new_tokens(pipe, settings.embeddings)
         wanted = [replace(w, prompt=renamed(w.prompt)) for w in wanted]
-    for strength in filter(None, args.strengths):
-        with with_lora(pipe, args.lora, strength) if args.lora else nullcontext():
-            yield strength, pictures_of(pipe, args, wanted)
+    for strength in filter(None, settings.strengths):
+        with fused_lora(pipe, settings.lora, strength) if settings.lora else nullcontext():
+            yield strength, images_of(pipe, settings, wanted)
 
 
-@contextmanager
-def with_lora(pipe: Pipeline, file: Path, strength: float) -> Iterator[None]:
-    """The LoRA is part of the weights inside: as fast as the base while drawing."""
-    fuse_lora(pipe, file, strength)
-    yield
-    pipe.unfuse_lora(components=networks(pipe))
-    pipe.unload_lora_weights()
-
-
-def networks(pipe: Pipeline) -> list[str]:
-    return [name for name in NETWORKS if getattr(pipe, name, None) is not None]
-
-
-def fuse_lora(pipe: Pipeline, file: Path, strength: float) -> None:
-    """Make a LoRA part of the weights. UserError: the file is damaged, or of another kind of model."""
-    from safetensors import SafetensorError
-
-    logging.disable(logging.ERROR)  # Diffusers logs every shape that does not fit, and then raises
-    try:
-        pipe.load_lora_weights(str(file.parent), weight_name=file.name)
-        why = "" if pipe.get_list_adapters() else "it has no layer of this model"
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        why = f"{error}".strip().partition("\n")[0]
-    finally:
-        logging.disable(logging.NOTSET)
-    if why:
-        refuse([Problem("the LoRA does not fit the base model", f"--lora {file}", why,
-                        "name the base model it was trained on with --base", "data")])
-    pipe.fuse_lora(components=networks(pipe), lora_scale=strength)
-
-
-def learned_words(pipe: Pipeline, file: Path) -> Callable[[str], str]:
-    """Give the pipeline a run's new tokens -> how to ask for them: puts their names for their words in a prompt."""
-    from trainkit.files import load_tensors
-    from trainkit.options.words import replace_words
-    from trainkit.pivotal import ENCODERS, read_header
-
-    header, rows = read_header(file), load_tensors(file)
-    pairs = ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2))
-    for name, (tokenizer, encoder) in zip(ENCODERS, pairs, strict=True):
-        pipe.load_textual_inversion(rows[name], token=header.names, tokenizer=tokenizer, text_encoder=encoder)
-    if header.sets_eos:
-        pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id
-    table = {word: "".join(names) for word, names in header.tokens.items()}
-    return lambda prompt: replace_words(prompt, table)
-
-
-def load(args: argparse.Namespace) -> Pipeline:
-    """The stock pipeline of --base, without what would paint over its pictures: watermark and safety checker."""
-    from trainkit.runtime.trackers import quiet_libraries
-
-    quiet_libraries()
-    import torch
-    from diffusers import AutoPipelineForText2Image
-
-    from trainkit.families.pretrained import Repo, load_part
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = load_part(Repo(args.base, "--base"), AutoPipelineForText2Image, "", use_safetensors=True,
-                     add_watermarker=False, safety_checker=None)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device, getattr(torch, args.dtype))
-
-
-def pictures_of(pipe: Pipeline, args: argparse.Namespace, wanted: list[Wanted]) -> list[Image]:
+def images_of(pipe: Pipeline, settings: Settings, wanted: list[Wanted]) -> list[Image]:
     from trainkit import rng
 
-    pictures: list[Image] = []
-    for start in range(0, len(wanted), args.batch_size):
-        some = wanted[start : start + args.batch_size]
-        pictures += finite_pictures(
-            pipe, prompt=[w.prompt for w in some], num_inference_steps=args.steps, guidance_scale=args.guidance_scale,
-            generator=[rng.generator("evaluate", args.seed, w.noun, w.copy) for w in some])
-    return pictures
-
-
-def finite_pictures(pipe: Pipeline, **asked: object) -> list[Image]:
-    """What the pipeline draws. UserError: values that are not finite, which a PNG would show as black."""
-    pixels = pipe(**asked, output_type="pt").images  # [B,3,H,W] in 0..1
-    if not pixels.isfinite().all():
-        refuse([Problem("pictures of NaN or infinity were drawn", f"--dtype {pipe.unet.dtype}".replace("torch.", ""),
-                        "activations overflow the number format, or the weights of the model or the LoRA are damaged; "
-                        "nothing was saved", "--dtype float32, a smaller strength, or another file", "nonfinite")])
-    return pipe.numpy_to_pil(pipe.image_processor.pt_to_numpy(pixels))
+    noise = [rng.generator("evaluate", settings.seed, w.noun, w.copy) for w in wanted]
+    return generate_images(pipe, [w.prompt for w in wanted], noise, steps=settings.steps,
+                           guidance_scale=settings.guidance_scale, batch_size=settings.batch_size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -493,7 +324,7 @@ def described(kind: str, file: Path | None) -> dict[str, str]:
 
 def grid(drawn: dict[float, list[Image]], wanted: list[Wanted], reference: list[Real]) -> Image:
     """Ten nouns spread over the list; the last column is a real picture of the noun, for comparison only."""
-    from trainkit.preview import sheet
+    from trainkit.sheets import sheet
 
     real = {r.noun: r.path for r in reference}
     first = [i for i, w in enumerate(wanted) if w.copy == 0]
@@ -514,7 +345,3 @@ def table(result: dict, out: Path) -> str:
         lines.append(f"{name:<14}{row['style_distance']:>10.4f} {closed}")
     lines.append(f"{'floor':<14}{result['floor']:>10.4f}   the training pictures themselves")
     return "\n".join([*lines, f"drawn in {result['seconds']:.0f} s; see {out / 'grid.png'}"])
-
-
-if __name__ == "__main__":
-    exit_with_message(main)

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """CLIP image features of training pictures, for --guidance_token of train_text_to_image_lora.py.
 
     python scripts/extract_clip_features.py --images assets/icons-3d --clip assets/tiny-clip-icons \\
@@ -17,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,10 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from trainkit.errors import Problem, UserError, exit_with_message, refuse  # noqa: E402
+from trainkit.errors import Problem, UserError, refuse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +31,7 @@ if TYPE_CHECKING:
     from trainkit.data.images import Source
     from trainkit.guidance import Clip, Features
 
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
 SAVE_SECONDS = 30  # between two rewrites of the file: what a killed process may lose
 SAVE_SHARE = 20  # times what the last rewrite took, at least: rewriting a large file stays below 5 % of the time
 DECODERS = 4  # threads; Pillow decodes without the interpreter lock
@@ -63,7 +59,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dataset_name", metavar="NAME", help="instead: a Hub data set or a local one; its train split")
     add("--dataset_config_name", metavar="NAME", help="subset of the data set")
     add("--image_column", default="image", metavar="NAME", help="its column of pictures")
-    add("--clip", default=str(ROOT / "assets/tiny-clip-icons"), metavar="MODEL", help="folder or Hub id of a CLIPModel "
+    add("--clip", default=str(ASSETS / "tiny-clip-icons"), metavar="MODEL", help="folder or Hub id of a CLIPModel "
         "or CLIPVisionModelWithProjection whose projection is as wide as the text of the model to train: "
         "openai/clip-vit-large-patch14 for SD 1.x; default: the shipped one")
     add("--legacy", type=Path, metavar="FOLDER", help=".pt files to take the features from, instead of a CLIP")
@@ -332,7 +328,3 @@ def legacy_row(folder: Path, names: Sequence[str]) -> Tensor | str:
     if not row.isfinite().all():
         return f"{path.name} holds NaN or infinity"
     return row.flatten().float().clone()  # the file may hold the whole batch that this is a view of
-
-
-if __name__ == "__main__":
-    exit_with_message(main)

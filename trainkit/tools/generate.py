@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Draw pictures with a base model and the LoRAs trained on it, in the stock Diffusers pipeline.
 
     python scripts/generate.py --base assets/tiny-sd-icons --lora runs/mine --prompt "a fox, 3d icon" --seeds 0,1,2 \\
@@ -20,38 +19,33 @@ from __future__ import annotations
 import argparse
 import inspect
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from scripts.evaluate import (  # noqa: E402
+from trainkit.errors import Problem, refuse
+from trainkit.inference import (
+    DTYPES,
+    add_new_tokens,
     base_problems,
-    damaged_loras,
-    finite_pictures,
+    finite_images,
     fuse_lora,
-    in_the_way,
-    learned_words,
-    load,
-    made,
-    number_problems,
-    writing,
+    load_pipeline,
+    lora_file,
+    lora_problems,
 )
-from trainkit.errors import Problem, exit_with_message, refuse  # noqa: E402
+from trainkit.tools.checks import make_out, number_problems, out_problems, writing_to
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from scripts.evaluate import Pipeline
+    from trainkit.inference import Pipeline
 
 log = logging.getLogger(__name__)
 
-LORA_NAME = "pytorch_lora_weights.safetensors"  # in a run's folder
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
 SEEDS = range(-(2**63), 2**64)  # that torch.manual_seed takes
 SIDE_STEP = 8  # pixels: the stock pipelines take no other sides
 EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -80,14 +74,14 @@ class Shot:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     refuse(problems(args))
-    refuse(made(args.out))
+    refuse(make_out(args.out))
     shots = plan(args)
-    pipe = load(args)
+    pipe = load_pipeline(args.base, args.dtype)
     for file, strength in loras(args):
         fuse_lora(pipe, file, strength)
         pipe.unload_lora_weights()  # what was fused stays
     if args.embeddings:
-        renamed = learned_words(pipe, args.embeddings)
+        renamed = add_new_tokens(pipe, args.embeddings)
         shots = [replace(shot, prompt=renamed(shot.prompt)) for shot in shots]
     warn_of_full(pipe, shots)
     pictures = [one for some in chunks(shots, args.batch_size) for one in draw(pipe, args, some)]
@@ -99,7 +93,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=described, allow_abbrev=False)
     add = parser.add_argument
     add("--base", required=True, metavar="MODEL", help="SDXL, SD 1.x or 2.x folder or Hub id")
-    add("--lora", type=lora_file, action="append", default=[], metavar="FILE", help="LoRA file, or the folder of a "
+    add("--lora", type=Path, action="append", default=[], metavar="FILE", help="LoRA file, or the folder of a "
         "run; give it again for more")
     add("--strength", type=float, action="append", default=[], metavar="X", help="of the LoRAs: one for all, or one "
         "for each in their order; default 1")
@@ -114,21 +108,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--height", type=int, metavar="PIXELS", help="default: the model's")
     add("--guidance_image", type=Path, action="append", default=[], metavar="FILE", help="picture whose CLIP features "
         "go beside the prompt: one for all prompts, or one for each in their order")
-    add("--clip", default=str(ROOT / "assets/tiny-clip-icons"), metavar="MODEL", help="the CLIP whose features the "
+    add("--clip", default=str(ASSETS / "tiny-clip-icons"), metavar="MODEL", help="the CLIP whose features the "
         "LoRA was trained with; default: the shipped one")
     add("--guidance_features", type=Path, metavar="FILE", help="take the features of the guidance images from this "
         "file of scripts/extract_clip_features.py instead of computing them")
     add("--guidance_token_scale", type=float, default=1.0, metavar="X", help="factor of the features, as in training")
     add("--guidance_both_branches", action="store_true", help="put the features beside the negative prompt, too")
     add("--batch_size", type=int, default=4, help="pictures drawn at once")
-    add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="precision of the pipeline")
+    add("--dtype", choices=DTYPES, default="float32", help="precision of the pipeline")
     add("--out", required=True, type=Path, metavar="DIR", help="folder for the pictures and sheet.png")
     add("--debug", action="store_true", help="show a traceback for user errors")
-    return parser.parse_args(argv)
-
-
-def lora_file(text: str) -> Path:
-    return Path(text) / LORA_NAME if Path(text).is_dir() else Path(text)
+    args = parser.parse_args(argv)
+    args.lora = [lora_file(path) for path in args.lora]
+    return args
 
 
 def loras(args: argparse.Namespace) -> list[tuple[Path, float]]:
@@ -151,7 +143,7 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
     named += [("--embeddings", args.embeddings)] if args.embeddings else []
     yield from (Problem(f"no file {file}", flag, "it is read before drawing", "name a file that is there", "data")
                 for flag, file in named if not file.is_file())
-    yield from damaged_loras(args.lora)
+    yield from lora_problems(args.lora)
     if args.strength and (not args.lora or len(args.strength) not in {1, len(args.lora)}):
         yield Problem(f"{len(args.strength)} strengths for {len(args.lora)} LoRAs", "--strength",
                       "it is one for all, or one for each", "give --strength once, or as often as --lora")
@@ -171,7 +163,7 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
                                reals=("strength", "guidance_scale", "guidance_token_scale"))
     yield from (Problem(f"seed {seed}", "--seeds", "it is no number of 64 bits", f"{SEEDS[0]} to {SEEDS[-1]}")
                 for seed in args.seeds if seed not in SEEDS)
-    yield from in_the_way(args.out)
+    yield from out_problems(args.out)
 
 
 def plan(args: argparse.Namespace) -> list[Shot]:
@@ -272,8 +264,8 @@ def draw(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) -> lis
         text = encode(pipe, args, shots)
     noise = [torch.Generator().manual_seed(shot.seed) for shot in shots]
     width, height = size(pipe, args)
-    return finite_pictures(pipe, **text, height=height, width=width, num_inference_steps=args.steps,
-                           guidance_scale=scale(pipe, args), generator=noise)
+    return finite_images(pipe, **text, height=height, width=width, num_inference_steps=args.steps,
+                         guidance_scale=scale(pipe, args), generator=noise)
 
 
 def size(pipe: Pipeline, args: argparse.Namespace) -> tuple[int, int]:
@@ -293,10 +285,10 @@ def scale(pipe: Pipeline, args: argparse.Namespace) -> float:
 
 
 def write(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot], pictures: Sequence[Image]) -> None:
-    from trainkit.preview import save_png
+    from trainkit.sheets import save_png
 
     page = contact_sheet(args, shots, pictures)
-    with writing(args.out):
+    with writing_to(args.out):
         for shot, picture in zip(shots, pictures, strict=True):
             save_png(args.out / shot.file_name, picture, parameters(pipe, args, shot, picture))
         save_png(args.out / "sheet.png", page, parameters(pipe, args, shots[0], pictures[0]))
@@ -306,7 +298,7 @@ def write(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot], pictu
 def contact_sheet(args: argparse.Namespace, shots: Sequence[Shot], pictures: Sequence[Image]) -> Image:
     """Rows: prompts, columns: seeds, and the guidance image last where there is one."""
     from trainkit.data.images import decode
-    from trainkit.preview import sheet
+    from trainkit.sheets import sheet
 
     across = len(args.seeds)
     rows = [list(pictures[start : start + across]) for start in range(0, len(pictures), across)]
@@ -319,19 +311,12 @@ def contact_sheet(args: argparse.Namespace, shots: Sequence[Shot], pictures: Seq
 
 
 def parameters(pipe: Pipeline, args: argparse.Namespace, shot: Shot, picture: Image) -> str:
-    """What WebUIs' PNG-info reads: the prompt, the negative prompt, the settings in the last line."""
-    from trainkit.preview import SAMPLER_NAMES
+    """The text of the PNG file."""
+    from trainkit.sheets import png_parameters
 
-    sampler = type(pipe.scheduler).__name__
-    settings = {
-        "Steps": args.steps, "Sampler": SAMPLER_NAMES.get(sampler, sampler), "CFG scale": scale(pipe, args),
+    return png_parameters(shot.asked, {
+        "Steps": args.steps, "Sampler": type(pipe.scheduler).__name__, "CFG scale": scale(pipe, args),
         "Seed": shot.seed, "Size": f"{picture.width}x{picture.height}", "Model": Path(args.base).name,
         "LoRA": " ".join(f"{file.parent.name}/{file.name}:{strength:g}" for file, strength in loras(args)),
         "Guidance image": shot.image.name if shot.image else "",
-    }
-    negative = [f"Negative prompt: {args.negative_prompt}"] if args.negative_prompt else []
-    return "\n".join([shot.asked, *negative, ", ".join(f"{k}: {v}" for k, v in settings.items() if v != "")])
-
-
-if __name__ == "__main__":
-    exit_with_message(main)
+    }, negative=args.negative_prompt)

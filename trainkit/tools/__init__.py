@@ -1,0 +1,1 @@
+"""The verbs behind scripts/: `main(argv)` and --help each. No verb imports another one."""
