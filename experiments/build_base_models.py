@@ -19,8 +19,10 @@ import logging
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiments import ROOT
+
 STAGES = ("data", "tokenizer", "vae", "clip", "judge", "sdxl", "sd", "export", "icons", "cards")
 MINUTES = {"vae": 11.0, "clip": 17.0, "judge": 15.0, "sdxl": 81.0, "sd": 25.0}
 
@@ -52,48 +54,48 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def train(stage: str, args: argparse.Namespace) -> None:
     minutes = args.minutes or MINUTES[stage]
     if stage == "vae":
-        from base_models.vae import train_vae
+        from experiments.base_models.vae import train_vae
 
         train_vae(args.work_dir, minutes=minutes, seed=args.seed)
     elif stage == "clip":
-        from base_models.clip import train_clip
+        from experiments.base_models.clip import train_clip
 
         train_clip(args.work_dir, minutes=minutes, seed=args.seed)
     elif stage == "judge":
-        from base_models.judge import train_judge
+        from experiments.base_models.judge import train_judge
 
         train_judge(args.work_dir, minutes=minutes, seed=args.seed)
     else:
-        from base_models.unet import train_unet
+        from experiments.base_models.unet import train_unet
 
         train_unet(args.work_dir, stage, minutes=minutes, seed=args.seed)
 
 
 def run_stage(stage: str, args: argparse.Namespace) -> None:
     if stage == "data":
-        from base_models.data import build_icons
+        from experiments.base_models.data import build_icons
 
         build_icons(args.work_dir)
     elif stage == "tokenizer":
-        from base_models.tokenizer import build_tokenizers
+        from experiments.base_models.tokenizer import build_tokenizers
 
         build_tokenizers(args.work_dir)
     elif stage in MINUTES:
         train(stage, args)
     elif stage == "start":
-        from base_models.start import start_from_assets
+        from experiments.base_models.start import start_from_assets
 
         start_from_assets(args.work_dir, args.assets_dir)
     elif stage == "export":
-        from base_models.export import export_all
+        from experiments.base_models.export import export_all
 
         export_all(args.work_dir, args.assets_dir)
     elif stage == "icons":
-        from base_models.icon_folders import write_icon_folders
+        from experiments.base_models.icon_folders import write_icon_folders
 
         write_icon_folders(args.work_dir, args.assets_dir)
     else:
-        from base_models.cards import write_cards
+        from experiments.base_models.cards import write_cards
 
         write_cards(args.work_dir, args.assets_dir)
 
@@ -104,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     for stage in STAGES if args.stage == "all" else (args.stage,) if args.stage else ():
         run_stage(stage, args)
     if args.evaluate:
-        from base_models.evaluate import evaluate_all
+        from experiments.base_models.evaluate import evaluate_all
 
         evaluate_all(args.work_dir, args.assets_dir, seed=args.seed)
     return 0

@@ -1,4 +1,4 @@
-"""Small line charts in rows and columns on one page, with whiskers and a legend: the figure of scripts/frequency.py."""
+"""Small line charts in rows and columns on one page, with whiskers and a legend: the figures of the experiments."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from trainkit.preview import EDGE, FAINT, INK, PAPER, font
 from trainkit.report.charts import nice_ticks, number
+from trainkit.sheets import EDGE, FAINT, INK, PAPER, font
 
 WIDTH, HEIGHT = 500, 320  # of a panel
 LEFT, RIGHT, TOP, BOTTOM = 78, 14, 40, 46  # around its plot

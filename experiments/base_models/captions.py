@@ -2,7 +2,7 @@
 
 import random
 
-from base_models.data import STYLES, read_nouns
+from experiments.base_models.data import STYLES, read_nouns
 
 TEMPLATES = (
     "icon of {a_noun} in the style of {style}",

@@ -3,11 +3,10 @@
 import json
 from pathlib import Path
 
-from base_models.data import PACKAGES, STYLES, load_icons
-from base_models.export import MODEL_FOLDERS
-from base_models.loop import replace_text
-from base_models.observed import OBSERVED
-
+from experiments.base_models.data import PACKAGES, STYLES, load_icons
+from experiments.base_models.export import MODEL_FOLDERS
+from experiments.base_models.loop import replace_text
+from experiments.base_models.observed import OBSERVED
 from trainkit.evaluation import STYLE_LAYER
 
 LICENCES = {
@@ -88,7 +87,8 @@ the SDXL part on, wall time before. Losses are running means over about 100 step
 
 {OBSERVED[kind].get("build", "")}
 
-`python scripts/build_base_models.py --stage all` builds it again; `--evaluate` measures it again and writes this card.
+`python experiments/build_base_models.py --stage all` builds it again; `--evaluate` measures it again and writes this
+card.
 """
 
 

@@ -9,12 +9,13 @@ import random
 from pathlib import Path
 
 import torch
-from base_models.augment import move, soften, tint
-from base_models.captions import PLAIN_TEMPLATES, TEMPLATES, caption, unknown_style_texts
-from base_models.data import Icon, load_icons
-from base_models.loop import DEVICE, Budget, Training, generator
 from torch import Tensor, nn
 from torch.nn import functional
+
+from experiments.base_models.augment import move, soften, tint
+from experiments.base_models.captions import PLAIN_TEMPLATES, TEMPLATES, caption, unknown_style_texts
+from experiments.base_models.data import Icon, load_icons
+from experiments.base_models.loop import DEVICE, Budget, Training, generator
 
 LOG = logging.getLogger("base_models")
 BATCH = 128

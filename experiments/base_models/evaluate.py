@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from base_models.captions import TEMPLATES, caption
-from base_models.data import SIZE, STYLES, load_icons, read_nouns, stable_fraction, withheld_style
-from base_models.export import MODEL_FOLDERS
-from base_models.loop import replace_text
-from base_models.style_layers import measure_layers
-from base_models.vae import heldout_psnr
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional
+
+from experiments.base_models.captions import TEMPLATES, caption
+from experiments.base_models.data import SIZE, STYLES, load_icons, read_nouns, stable_fraction, withheld_style
+from experiments.base_models.export import MODEL_FOLDERS
+from experiments.base_models.loop import replace_text
+from experiments.base_models.style_layers import measure_layers
+from experiments.base_models.vae import heldout_psnr
 
 LOG = logging.getLogger("base_models")
 PROBES, SEEDS, STEPS = 50, 4, 20
@@ -190,7 +191,7 @@ def base_sheet(probes_asked: list[Probe], pictures: list[Image.Image], path: Pat
 
 def evaluate_all(work_dir: Path, assets_dir: Path, *, seed: int) -> None:
     """Measure everything, write evaluation.json, the sheets and the model cards."""
-    from base_models.cards import write_cards
+    from experiments.base_models.cards import write_cards
 
     judge = Judge(work_dir, assets_dir / MODEL_FOLDERS["clip"])
     vae = load_pipeline(assets_dir / MODEL_FOLDERS["sdxl"], "sdxl").vae

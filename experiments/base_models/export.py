@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from base_models.unet import NOISE, load_average, make_sd_unet, make_sdxl_unet
-from base_models.vae import load_vae
 from safetensors.torch import load_file, save_file
+
+from experiments.base_models.unet import NOISE, load_average, make_sd_unet, make_sdxl_unet
+from experiments.base_models.vae import load_vae
 
 LOG = logging.getLogger("base_models")
 MODEL_FOLDERS = {"sdxl": "tiny-sdxl-icons", "sd": "tiny-sd-icons", "clip": "tiny-clip-icons"}

@@ -4,8 +4,10 @@ import json
 import logging
 from pathlib import Path
 
-from base_models.captions import TEMPLATES, TRAINING_PROMPT, caption
-from base_models.data import (
+from PIL import Image
+
+from experiments.base_models.captions import TEMPLATES, TRAINING_PROMPT, caption
+from experiments.base_models.data import (
     CONCEPT,
     StyleSource,
     fetch_packages,
@@ -14,7 +16,6 @@ from base_models.data import (
     read_nouns,
     stable_fraction,
 )
-from PIL import Image
 
 LOG = logging.getLogger("base_models")
 TRAIN_NOUNS = (

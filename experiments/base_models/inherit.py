@@ -4,10 +4,11 @@ import logging
 from pathlib import Path
 
 import torch
-from base_models.captions import TEMPLATES, caption
-from base_models.clip import CaptionedIcons
-from base_models.unet import DEFAULT_SIZE, TextEncoders, load_average, make_sdxl_unet
 from torch import Tensor, nn
+
+from experiments.base_models.captions import TEMPLATES, caption
+from experiments.base_models.clip import CaptionedIcons
+from experiments.base_models.unet import DEFAULT_SIZE, TextEncoders, load_average, make_sdxl_unet
 
 LOG = logging.getLogger("base_models")
 

@@ -9,15 +9,16 @@ import logging
 from pathlib import Path
 
 import torch
-from base_models.augment import move, soften, tint, wobble
-from base_models.captions import TEMPLATES, caption
-from base_models.clip import MEAN, STD, CaptionedIcons, TwoTextClip, contrast, noun_contrast, save_clip
-from base_models.data import STYLES
-from base_models.loop import Budget, Training, generator
-from base_models.unet import load_average
-from base_models.vae import load_vae
 from torch import Tensor, nn
 from torch.nn import functional
+
+from experiments.base_models.augment import move, soften, tint, wobble
+from experiments.base_models.captions import TEMPLATES, caption
+from experiments.base_models.clip import MEAN, STD, CaptionedIcons, TwoTextClip, contrast, noun_contrast, save_clip
+from experiments.base_models.data import STYLES
+from experiments.base_models.loop import Budget, Training, generator
+from experiments.base_models.unet import load_average
+from experiments.base_models.vae import load_vae
 
 LOG = logging.getLogger("base_models")
 NOUNS_PER_BATCH = 48

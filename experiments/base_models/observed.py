@@ -10,9 +10,9 @@ says little about style: use the style layer for that."""
 SDXL_WHAT = """SDXL's layout at a size that trains on a laptop: UNet of 7.8 M parameters (widths 64/96/96, 2 layers per
 block, transformer depths 0/1/2), two text encoders (96 and 128 wide), size conditioning, f4 autoencoder with 4 latent
 channels. 64 px, ε-prediction, Euler. Prompts: "icon of a fox in the style of noto"."""
-SDXL_LIMITS = """It draws the nouns of `scripts/base_models/nouns.txt` as icons on white at 64 px, one object at a time.
-Scenes, counts, colours in the caption and negation mean nothing to it. As size conditioning, training varied original
-sizes from 24 to 255 px and crops inside 92 px; the default is (64, 64, 0, 0, 64, 64)."""
+SDXL_LIMITS = """It draws the nouns of `experiments/base_models/nouns.txt` as icons on white at 64 px, one object at a
+time. Scenes, counts, colours in the caption and negation mean nothing to it. As size conditioning, training varied
+original sizes from 24 to 255 px and crops inside 92 px; the default is (64, 64, 0, 0, 64, 64)."""
 
 SDXL_SEEN = """Shown 50 pictures without captions (other seeds than the sheet's) and, for each row of ten, 20 nouns to
 choose from, a viewer who had seen earlier sheets picked the right noun for 42 and would not commit to the other 8:

@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from base_models.export import MODEL_FOLDERS
 from safetensors.torch import load_file, save_file
+
+from experiments.base_models.export import MODEL_FOLDERS
 
 LOG = logging.getLogger("base_models")
 

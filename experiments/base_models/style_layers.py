@@ -4,7 +4,10 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
-from base_models.data import (
+from PIL import Image
+from torch import Tensor
+
+from experiments.base_models.data import (
     CONCEPT,
     STYLES,
     StyleSource,
@@ -14,9 +17,6 @@ from base_models.data import (
     read_emoji_table,
     read_nouns,
 )
-from PIL import Image
-from torch import Tensor
-
 from trainkit.evaluation import features, kid
 
 LAYERS = (

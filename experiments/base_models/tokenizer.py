@@ -12,7 +12,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from base_models.captions import all_words
+from experiments.base_models.captions import all_words
 
 LOG = logging.getLogger("base_models")
 SOURCE = ("open-clip-torch", "3.3.0", "open_clip/bpe_simple_vocab_16e6.txt.gz")

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from base_models.captions import PLAIN_TEMPLATES, TEMPLATES, caption, caption_texts, unknown_style_texts
-from base_models.clip import CaptionedIcons
-from base_models.data import SIZE, STYLES, UNET_STYLES, load_icons
-from base_models.loop import Budget, Training, generator, part
-from base_models.vae import load_vae
 from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 from torch.nn import functional
+
+from experiments.base_models.captions import PLAIN_TEMPLATES, TEMPLATES, caption, caption_texts, unknown_style_texts
+from experiments.base_models.clip import CaptionedIcons
+from experiments.base_models.data import SIZE, STYLES, UNET_STYLES, load_icons
+from experiments.base_models.loop import Budget, Training, generator, part
+from experiments.base_models.vae import load_vae
 
 LOG = logging.getLogger("base_models")
 BATCH = 24
@@ -278,7 +279,7 @@ def train_unet(work_dir: Path, family: str, *, minutes: float, seed: int) -> Non
     if start.exists():  # weights of an earlier edition; a saved state of this training, if there is one, replaces them
         unet.load_state_dict(load_file(start))
     elif family == "sd" and not (work_dir / "training" / "sd.json").exists():
-        from base_models.inherit import inherit
+        from experiments.base_models.inherit import inherit
 
         inherit(work_dir, unet, seed)
     unet.set_attn_processor(AttnProcessor())  # bf16 fused attention is 6x slower backwards on a CPU than two matmuls

@@ -4,10 +4,11 @@ import logging
 from pathlib import Path
 
 import torch
-from base_models.augment import move, shade, tint
-from base_models.data import load_icons
-from base_models.loop import DEVICE, Budget, Training, generator
 from torch import Tensor
+
+from experiments.base_models.augment import move, shade, tint
+from experiments.base_models.data import load_icons
+from experiments.base_models.loop import DEVICE, Budget, Training, generator
 
 LOG = logging.getLogger("base_models")
 BATCH = 16

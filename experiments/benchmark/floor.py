@@ -1,6 +1,6 @@
 """The floor under a training step: forward and backward of the networks that train in it, and nothing else.
 
-    python scripts/benchmark_floor.py MODEL BATCH LATENT_SIDE ROUNDS [wall|cpu]
+    python experiments/benchmark/floor.py MODEL BATCH LATENT_SIDE ROUNDS [wall|cpu]
 
 Each kind of step in turn, a few passes each, medians of seconds as one line of JSON. `bare` has no adapter, kinds that
 end in _peft have PEFT's own layers in the UNet, all others ours:
@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from diffusers import UNet2DConditionModel

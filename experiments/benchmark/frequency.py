@@ -1,6 +1,6 @@
 """What the frequency bands and the loss in them cost, on one thread.
 
-    python scripts/benchmark_frequency.py [--tables bands matching fourier] [--rounds 40] [--clock wall|cpu]
+    python experiments/benchmark/frequency.py [--tables bands matching fourier] [--rounds 40] [--clock wall|cpu]
 
     bands     one low-pass of latents, forward and backward, by our matrices and by pytorch_wavelets, and their ratio
     matching  distribution matching alone, forward and backward on a batch, without the network that it trains
@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor

@@ -1,6 +1,6 @@
 """What an update of HinaAdaptive costs against torch.optim.AdamW(foreach=True), on LoRA tensors as large as SDXL's.
 
-    python scripts/benchmark_optimizer.py [--rounds 20] [--clock wall|cpu] [--device cpu|cuda] [--only everything …]
+    python experiments/benchmark/optimizer.py [--rounds 20] [--clock wall|cpu] [--device cpu|cuda] [--only everything …]
 
 100 pairs of rank 16 on the attention of SDXL's UNet (sides of 640, 1280 and 2048), random gradients, fp32, one thread.
 One set of weights and gradients, and in turn an optimizer of each kind, in an order that rotates: 10 updates a pass,
@@ -17,12 +17,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor
 
-from scripts.benchmark_frequency import CLOCKS, Pass, medians
+from experiments.benchmark.frequency import CLOCKS, Pass, medians
 from trainkit.optim.hina import HinaAdaptive
 from trainkit.optim.hina.settings import RULE_FLAGS
 

@@ -1,6 +1,6 @@
 """What a step of pivotal tuning costs in SDXL's text encoders at their real widths, without the UNet.
 
-    python scripts/benchmark_text.py [ROUNDS] [adamw|prodigy]
+    python experiments/benchmark/text.py [ROUNDS] [adamw|prodigy]
 
 Random weights, one prompt of 77 tokens, two new tokens, fp32, one thread. Three ways in turn, medians of CPU seconds
 and the tensors each keeps for training, as one line of JSON:
@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor, nn

@@ -1,13 +1,13 @@
 """Time a trainer of ours against another script that takes the same flags, and against the networks alone.
 
-    python scripts/benchmark.py --peer path/to/diffusers/.../train_dreambooth_lora_sdxl_advanced.py --rounds 3
-    python scripts/benchmark.py --cases plain ti dora --clock cpu          ours alone, on a machine that is not quiet
-    python scripts/benchmark.py --trainer text_to_image --peer path/to/diffusers/.../train_text_to_image_lora.py
+    python experiments/benchmark/trainers.py --peer DIFFUSERS/.../train_dreambooth_lora_sdxl_advanced.py --rounds 3
+    python experiments/benchmark/trainers.py --cases plain ti dora --clock cpu   ours alone, on a busy machine
+    python experiments/benchmark/trainers.py --trainer text_to_image --peer DIFFUSERS/.../train_text_to_image_lora.py
 
 Runs ours and the peer in turn (A B A B …), one thread each, on the shipped model, and prints medians and ratios as a
 table: seconds a step, seconds from command to first step, peak memory. Steps are timed from outside, by the progress
 bar each run draws on a terminal. The floor is a process that does nothing but forward and backward of the networks that
-train (see benchmark_floor.py); a mode's own passes are its floor less that of the plain case.
+train (see floor.py); a mode's own passes are its floor less that of the plain case.
 
 Pivotal tuning trains two rows of a table that holds a vocabulary. The shipped model's has some 4,000 entries, SDXL's
 49,408: --vocabulary 49408 gives the model as many, ours and the peer's alike.
@@ -35,7 +35,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from experiments import ROOT
 
 FOLDER = ("--instance_data_dir={pictures}",)
 TOKENS = ("--train_text_encoder_ti", "--token_abstraction=TOK", "--text_encoder_lr=1e-4")
@@ -48,7 +50,7 @@ WARM = 4  # steps that are not timed
 
 @dataclass(frozen=True)
 class Case:
-    """Flags that ours and the peer both take, and which of benchmark_floor.py's kinds of step they make.
+    """Flags that ours and the peer both take, and which of floor.py's kinds of step they make.
 
     own     flags that ours takes besides
     passes  steps of that kind in one of ours
@@ -183,7 +185,7 @@ def _read(screen: int) -> bytes:
 
 def floor(model: Path, *, batch: int, latent: int, clock: str, rounds: int = 3) -> dict[str, float]:
     """Median seconds of forward and backward of the networks alone, by kind of step."""
-    code = Path(__file__).with_name("benchmark_floor.py")
+    code = Path(__file__).with_name("floor.py")
     line = [sys.executable, str(code), str(model), str(batch), str(latent), str(rounds), clock]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})

@@ -1,11 +1,11 @@
-"""The runs of scripts/learning.py: what each is trained with, how many seeds it gets, what is compared with what."""
+"""The runs of run.py: what each is trained with, how many seeds it gets, what is compared with what."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from experiments import ROOT
+
 BASE = ROOT / "assets/tiny-sdxl-icons"
 CLASS = ROOT / "assets/icons-class"
 GUIDE_STEPS = 2000  # of the runs whose warm-ups the presets of the Fourier loss name
@@ -96,7 +96,7 @@ CASES: dict[str, Case] = {
 class Comparison:
     """A table: a row a case, the first being what the others are compared with.
 
-    columns  of scripts.learning_results.COLUMNS
+    columns  of experiments.learning.results.COLUMNS
     changes  columns of a second table, of differences from the first case, seed by seed
     """
 

@@ -1,4 +1,4 @@
-"""The figures of scripts/learning.py: spectra against the real icons', and the same pictures drawn by each run."""
+"""The figures of run.py: spectra against the real icons', and the same pictures drawn by each run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from scripts.frequency import standard_error
-from scripts.frequency_chart import DODGE, HEIGHT, MARGIN, WIDTH, Axes, Panel, Pen, Points, curve, frame
-from scripts.learning_cases import PRESETS
-from scripts.learning_exam import ROW, SIDE
-from scripts.learning_results import Result, Results
-from trainkit.preview import sheet
+from experiments.charts import DODGE, HEIGHT, MARGIN, WIDTH, Axes, Panel, Pen, Points, curve, frame
+from experiments.learning.cases import PRESETS
+from experiments.learning.exam import ROW, SIDE
+from experiments.learning.results import Result, Results
+from experiments.seeds import standard_error
+from trainkit.sheets import sheet
 
 LINES = {  # what is shown, and its colour: told apart by the colour-blind
     "base": "#9aa1ac", "real icons through the VAE": "#56b4e9", "lora": "#16181d",
@@ -108,7 +108,7 @@ def pictures(out: Path, cases: Sequence[str], *, nouns: Sequence[str]) -> Image.
 
 
 def cut(path: Path) -> list[Image.Image]:
-    """A row of pictures as `learning_exam.row_of` puts them together."""
+    """A row of pictures as `exam.row_of` puts them together."""
     with Image.open(path) as page:
         row = page.convert("RGB")
     return [row.crop((left, 0, left + SIDE, SIDE)) for left in range(0, row.width, SIDE)]

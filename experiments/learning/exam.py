@@ -1,4 +1,4 @@
-"""What scripts/learning.py measures of a run: its pictures beside real ones, its steps, its optimizer's state."""
+"""What run.py measures of a run: its pictures beside real ones, its steps, its optimizer's state."""
 
 from __future__ import annotations
 
@@ -6,18 +6,27 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from scripts.learning_cases import BASE, CLASS, ROOT
-from scripts.learning_results import Result
+import torch
+from diffusers import AutoencoderKL
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from torch import Tensor
+from experiments import ROOT
+from experiments.learning.cases import BASE, CLASS
+from experiments.learning.results import Result
+from trainkit.evaluation import load_clip, power_spectrum, style_distance, to_pixels
+from trainkit.files import load_tensors, read_json, tensor_bytes
+from trainkit.inference import lora_file
+from trainkit.pivotal import embeddings_file
+from trainkit.sheets import sheet
+from trainkit.tools.evaluate import Real, Settings, Wanted, enough, generate, opened, pictures_in, read_reference
 
-CLIP = ROOT / "assets/tiny-clip-icons"
+CLIP, REFERENCE = ROOT / "assets/tiny-clip-icons", ROOT / "assets/icons-3d-reference"
 SIDE = 64  # of the pictures drawn
 DRIFT_PROMPTS = 50
 SHOWN = 10  # untaught nouns, to be looked at
@@ -49,39 +58,30 @@ class Exam:
                   "real icons through the VAE": self.passed}
         return {name: self.beside_real(pictures) for name, pictures in groups.items()}
 
-    def beside_real(self, pictures: Sequence[Image]) -> dict[str, object]:
+    def beside_real(self, pictures: Sequence[Image.Image]) -> dict[str, object]:
         """Style distance and spectrum of pictures of any nouns, fields of a Result."""
         power = power_of(pictures)
         passed = {f"{name}_vae": value for name, value in against(power, self.passed_power).items() if name != "ratios"}
         return {"style_distance": self.distance(pictures)} | against(power, self.real_power) | passed
 
-    def distance(self, pictures: Sequence[Image]) -> float:
+    def distance(self, pictures: Sequence[Image.Image]) -> float:
         """Style distance to the real icons."""
-        from trainkit.evaluation import style_distance
-
         return style_distance(pictures, self.real, CLIP)
 
     @cached_property
-    def evaluate(self):
-        """The evaluation script, whose drawing is used here."""
-        from scripts import evaluate
-
-        return evaluate
+    def reference(self) -> list[Real]:
+        return read_reference(REFERENCE)
 
     @cached_property
-    def reference(self) -> list:
-        return self.evaluate.read_reference(self.evaluate.ASSETS / "icons-3d-reference")
-
-    @cached_property
-    def real(self) -> list[Image]:
-        return [self.evaluate.opened(real.path) for real in self.reference]
+    def real(self) -> list[Image.Image]:
+        return [opened(real.path) for real in self.reference]
 
     @cached_property
     def real_power(self) -> Tensor:
         return power_of(self.real)
 
     @cached_property
-    def passed(self) -> list[Image]:
+    def passed(self) -> list[Image.Image]:
         """Real icons through the VAE: no LoRA of the UNet draws what is lost here."""
         return through_vae(self.real)
 
@@ -90,15 +90,15 @@ class Exam:
         return power_of(self.passed)
 
     @cached_property
-    def training(self) -> list[Image]:
-        return [self.evaluate.opened(path) for path in self.evaluate.pictures_in(ROOT / "assets/icons-3d")]
+    def training(self) -> list[Image.Image]:
+        return [opened(path) for path in pictures_in(ROOT / "assets/icons-3d")]
 
     @cached_property
     def floor(self) -> float:
         return self.distance(self.training)
 
     @cached_property
-    def base_style(self) -> list[Image]:
+    def base_style(self) -> list[Image.Image]:
         return self.pictures(None, self.style_prompts)
 
     @cached_property
@@ -106,12 +106,12 @@ class Exam:
         return self.distance(self.base_style)
 
     @cached_property
-    def base_prior(self) -> list[Image]:
+    def base_prior(self) -> list[Image.Image]:
         return self.pictures(None, self.prior_prompts)
 
     @property
-    def style_prompts(self) -> list:
-        return self.evaluate.enough(self.reference, None)
+    def style_prompts(self) -> list[Wanted]:
+        return enough(self.reference, None)
 
     @property
     def shown(self) -> range:
@@ -119,26 +119,24 @@ class Exam:
         return range(0, SHOWN * step, step)
 
     @property
-    def prior_prompts(self) -> list:
+    def prior_prompts(self) -> list[Wanted]:
         taught = {json.loads(line)["noun"] for line in (CLASS / "metadata.jsonl").read_text("utf-8").splitlines()}
         others = [real for real in self.reference if real.noun not in taught][:DRIFT_PROMPTS]
         named = {real.noun: real.caption.partition(", ")[2] for real in others}  # "a cat"
-        return [self.evaluate.Wanted(noun, f"icon of {name} in the style of noto", 0) for noun, name in named.items()]
+        return [Wanted(noun, f"icon of {name} in the style of noto", 0) for noun, name in named.items()]
 
-    def pictures(self, folder: Path | None, wanted: list) -> list[Image]:
+    def pictures(self, folder: Path | None, wanted: list[Wanted]) -> list[Image.Image]:
         """Drawn with the LoRA (and embeddings) in `folder`; None: by the base alone."""
-        lora = (folder or ROOT) / "pytorch_lora_weights.safetensors"
-        line = ["--base", str(BASE), "--lora", str(lora), "--out", str(lora.parent / "evaluation"),
-                "--steps", str(self.denoising_steps)]
-        embeddings = lora.parent / f"{lora.parent.name}_emb.safetensors"
-        args = self.evaluate.parse([*line, *(["--embeddings", str(embeddings)] if embeddings.is_file() else [])])
-        args.strengths = (1.0,) if folder else (0.0,)
-        return next(pictures for _, pictures in self.evaluate.draw(args, wanted))
+        settings = Settings(str(BASE), strengths=(0.0,), steps=self.denoising_steps)
+        if folder:
+            embeddings = folder / embeddings_file(folder.name)
+            settings = replace(settings, lora=lora_file(folder), strengths=(1.0,),
+                               embeddings=embeddings if embeddings.is_file() else None)
+        _, pictures = next(generate(settings, wanted))
+        return pictures
 
-    def sheet(self, folder: Path, style: list[Image]) -> None:
+    def sheet(self, folder: Path, style: list[Image.Image]) -> None:
         """Ten untaught nouns, to be looked at."""
-        from trainkit.preview import sheet
-
         some = [style[i] for i in self.shown]
         page = sheet([some], columns=[self.style_prompts[i].noun for i in self.shown], names=[folder.name],
                      title="untaught nouns")
@@ -146,22 +144,16 @@ class Exam:
         row_of(some).save(folder / ROW)
 
 
-def row_of(pictures: Sequence[Image]) -> Image:
+def row_of(pictures: Sequence[Image.Image]) -> Image.Image:
     """Side by side, SIDE pixels each."""
-    from PIL import Image
-
     page = Image.new("RGB", (SIDE * len(pictures), SIDE))
     for i, picture in enumerate(pictures):
         page.paste(picture.convert("RGB").resize((SIDE, SIDE)), (SIDE * i, 0))
     return page
 
 
-def drift(pictures: list[Image], base: list[Image]) -> float:
+def drift(pictures: list[Image.Image], base: list[Image.Image]) -> float:
     """Mean over pairs of 1 − cosine of their vectors in the shipped CLIP."""
-    import torch
-
-    from trainkit.evaluation import load_clip, to_pixels
-
     model, mean, std = load_clip(CLIP)
     side = model.config.vision_config.image_size
     with torch.no_grad():
@@ -174,10 +166,8 @@ def drift(pictures: list[Image], base: list[Image]) -> float:
 # Spectra
 
 
-def power_of(pictures: Sequence[Image]) -> Tensor:
+def power_of(pictures: Sequence[Image.Image]) -> Tensor:
     """Power of each ring of frequencies, [SIDE/2]."""
-    from trainkit.evaluation import power_spectrum
-
     return power_spectrum(pictures, SIDE)
 
 
@@ -188,14 +178,8 @@ def against(power: Tensor, real: Tensor) -> dict[str, object]:
             "spectrum": math.sqrt(statistics.mean(math.log(ratio) ** 2 for ratio in ratios))}
 
 
-def through_vae(pictures: Sequence[Image]) -> list[Image]:
+def through_vae(pictures: Sequence[Image.Image]) -> list[Image.Image]:
     """Encoded (the posterior's mean) and decoded."""
-    import torch
-    from diffusers import AutoencoderKL
-    from diffusers.image_processor import VaeImageProcessor
-
-    from trainkit.evaluation import to_pixels
-
     vae = AutoencoderKL.from_pretrained(BASE, subfolder="vae", torch_dtype=torch.float32)
     with torch.no_grad():
         pixels = vae.decode(vae.encode(to_pixels(pictures, SIDE)).latent_dist.mean).sample  # [N,3,H,W]
@@ -222,8 +206,6 @@ def state_bytes(checkpoint: Path) -> float | None:
     """
     if not (checkpoint / "optimizer.safetensors").is_file():
         return None
-    from trainkit.files import load_tensors, read_json, tensor_bytes
-
     groups: Mapping[str, dict] = read_json(checkpoint / "state.json")["optimizer"]["groups"]
     tensors = load_tensors(checkpoint / "optimizer.safetensors")
     state = {name: t for name, t in tensors.items() if name.partition("/")[2].startswith("state.")}

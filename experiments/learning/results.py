@@ -1,4 +1,4 @@
-"""What a run of scripts/learning.py came to, and the tables of several."""
+"""What a run came to, and the tables of several."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.frequency import half_width
-from scripts.learning_cases import COMPARISONS, Comparison
+from experiments.learning.cases import COMPARISONS, Comparison
+from experiments.seeds import half_width
 
 STEPS, DENOISING_STEPS = 300, 10  # defaults of the arguments
 
@@ -46,13 +46,6 @@ Results = Mapping[str, Sequence[Result]]  # by case, one a seed
 
 def read(folder: Path) -> Result:
     return Result(**json.loads((folder / "result.json").read_text("utf-8")))
-
-
-def save(path: Path, data: object) -> None:
-    """Whole or not there: a run that is killed here is measured again."""
-    from trainkit.files import write_json
-
-    write_json(path, data)
 
 
 def summary(result: Result) -> str:

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """Does a method help? Train with and without it on the shipped model, several seeds each, and measure both.
 
-    python scripts/learning.py                          every case; resumes: what is finished is not run again
-    python scripts/learning.py --cases lora fourier_balanced --seeds 1 --steps 50 --out runs/quick
+    python experiments/learning/run.py                  every case; resumes: what is finished is not run again
+    python experiments/learning/run.py --cases lora fourier_balanced --seeds 1 --steps 50 --out runs/quick
 
-Each case is the same short run on the 22 shipped 3-D icons but for the flags in scripts/learning_cases.py, where most
-have three seeds. Measured on pictures drawn at strength 1 from noise that is the same for all runs:
+Each case is the same short run on the 22 shipped 3-D icons but for its flags in cases.py; most have three seeds.
+Measured on pictures drawn at strength 1 from noise that is the same for all runs:
 
     gap closed   share of the style distance between the base and real icons that is gone, on nouns it was not taught
     prior drift  mean of 1 − cos(picture with the LoRA, the base's own) in the shipped CLIP, over prompts for one of the
@@ -29,23 +29,18 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from scripts.learning_cases import CASES, COMMON, PRESETS, SPECTRA  # noqa: E402
-from scripts.learning_exam import Exam  # noqa: E402
-from scripts.learning_results import (  # noqa: E402
-    DENOISING_STEPS,
-    STEPS,
-    Results,
-    at_hand,
-    read,
-    save,
-    summary,
-    tables,
-)
-from trainkit.errors import Problem, exit_with_message, refuse  # noqa: E402
+from experiments import ROOT
+from experiments.learning.cases import CASES, COMMON, PRESETS, SPECTRA
+from experiments.learning.results import DENOISING_STEPS, STEPS, Results, at_hand, read, summary, tables
+from experiments.seeds import save
+from trainkit.errors import Problem, exit_with_message, refuse
+
+if TYPE_CHECKING:
+    from experiments.learning.exam import Exam
 
 TRAINER = ROOT / "train_dreambooth_lora_sdxl_advanced.py"
 
@@ -53,6 +48,9 @@ TRAINER = ROOT / "train_dreambooth_lora_sdxl_advanced.py"
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     refuse(others(args))
+
+    from experiments.learning.exam import Exam
+
     exam = Exam(args.steps, args.denoising_steps)
     for case, seed in runs(args):
         folder = args.out / f"{case}-seed{seed}"
@@ -135,7 +133,7 @@ def references_of(args: argparse.Namespace, exam: Exam) -> dict[str, dict]:
 
 
 def figures(args: argparse.Namespace, exam: Exam, results: Results, references: dict[str, dict]) -> None:
-    from scripts import learning_chart as chart
+    from experiments.learning import chart
 
     seeds = f"{len(results['lora'])} seeds" if len(results["lora"]) > 1 else "one seed"
     page = chart.spectra(results, references, title=f"Pictures of untaught nouns after {args.steps} steps: power by "
