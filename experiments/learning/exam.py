@@ -11,8 +11,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
-from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
@@ -180,6 +178,9 @@ def against(power: Tensor, real: Tensor) -> dict[str, object]:
 
 def through_vae(pictures: Sequence[Image.Image]) -> list[Image.Image]:
     """Encoded (the posterior's mean) and decoded."""
+    from diffusers import AutoencoderKL
+    from diffusers.image_processor import VaeImageProcessor
+
     vae = AutoencoderKL.from_pretrained(BASE, subfolder="vae", torch_dtype=torch.float32)
     with torch.no_grad():
         pixels = vae.decode(vae.encode(to_pixels(pictures, SIDE)).latent_dist.mean).sample  # [N,3,H,W]

@@ -35,6 +35,7 @@ from trainkit.inference import (
     load_pipeline,
     lora_problems,
 )
+from trainkit.tools import ASSETS
 from trainkit.tools.checks import make_out, number_problems, out_problems, writing_to
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
     from trainkit.inference import Pipeline
 
-ASSETS = Path(__file__).resolve().parents[2] / "assets"
 MIN_PICTURES = 100  # below this the distance is too noisy to compare two LoRAs
 FEWEST = 2  # pictures a side of an unbiased distance
 GRID_ROWS = 10

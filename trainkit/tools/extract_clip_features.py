@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainkit.errors import Problem, UserError, refuse
+from trainkit.tools import ASSETS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from trainkit.data.images import Source
     from trainkit.guidance import Clip, Features
 
-ASSETS = Path(__file__).resolve().parents[2] / "assets"
 SAVE_SECONDS = 30  # between two rewrites of the file: what a killed process may lose
 SAVE_SHARE = 20  # times what the last rewrite took, at least: rewriting a large file stays below 5 % of the time
 DECODERS = 4  # threads; Pillow decodes without the interpreter lock

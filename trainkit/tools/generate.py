@@ -35,6 +35,7 @@ from trainkit.inference import (
     lora_file,
     lora_problems,
 )
+from trainkit.tools import ASSETS
 from trainkit.tools.checks import make_out, number_problems, out_problems, writing_to
 
 if TYPE_CHECKING:
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ASSETS = Path(__file__).resolve().parents[2] / "assets"
 SEEDS = range(-(2**63), 2**64)  # that torch.manual_seed takes
 SIDE_STEP = 8  # pixels: the stock pipelines take no other sides
 EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
