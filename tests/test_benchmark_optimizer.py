@@ -7,8 +7,8 @@ from itertools import islice
 import pytest
 import torch
 
-from scripts.benchmark_frequency import Traffic
-from scripts.benchmark_optimizer import KINDS, PAIRS, bytes_per_number, optimizers, sizes, updates
+from experiments.benchmark.frequency import Traffic
+from experiments.benchmark.optimizer import KINDS, PAIRS, bytes_per_number, optimizers, sizes, updates
 
 
 def pairs() -> list[torch.Tensor]:

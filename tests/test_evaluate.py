@@ -12,13 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from scripts import evaluate
 from trainkit import rng
 from trainkit.adapters import add_adapters
 from trainkit.errors import UserError
 from trainkit.export import write_diffusers
 from trainkit.families import sdxl
+from trainkit.inference import load_pipeline
 from trainkit.options import LoraOptions
+from trainkit.tools import evaluate
 
 NOUNS = ("dog", "cat", "fish", "bird")
 
@@ -179,7 +180,7 @@ def test_the_pipeline_is_the_models_own(tiny_sd, tiny_sdxl):
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     for base, kind in ((tiny_sd, StableDiffusionPipeline), (tiny_sdxl, StableDiffusionXLPipeline)):
-        pipe = evaluate.load(SimpleNamespace(base=str(base), dtype="float32"))
+        pipe = load_pipeline(str(base), "float32")
         assert type(pipe) is kind and getattr(pipe, "watermark", None) is None and pipe.unet.dtype == torch.float32
 
 

@@ -1,4 +1,4 @@
-"""scripts/frequency.py: runs resume arm by arm, tables pair arms by seed, and what is measured is what it is called."""
+"""experiments/frequency: runs resume arm by arm, tables pair arms by seed, what is measured is what it is called."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from scripts import frequency, frequency_chart
+from experiments import charts, seeds
+from experiments.frequency import arms, chart, exam, results, run
+from experiments.frequency.exam import Exam
 from tests.harness import ROOT, launched
 from trainkit.errors import UserError
 
@@ -21,21 +23,21 @@ U_LOW = {"base": (2.0, 1.0, 3.0), "more-data": (1.8, 0.8, 2.8), "combo": (1.4, 0
 
 
 def made_up_bin(timestep: int, *, error: float = 0.1, u_low: float = 1.0) -> dict[str, float]:
-    row = {f"{kind}_{band}": 1.0 for kind in frequency.KINDS for band in frequency.BANDS}
+    row = {f"{kind}_{band}": 1.0 for kind in results.KINDS for band in results.BANDS}
     return row | {"timestep": timestep, "error": error, "u_low": u_low}
 
 
-def made_up(arm: str, seed: int = 0, **values: float) -> frequency.Result:
-    case = frequency.flags(frequency.ARMS[arm].flags, frequency.GAIN)
-    plan = frequency.asked(case | {"seed": seed, "max_train_steps": frequency.STEPS}, pilot=False)
-    return frequency.Result(plan, [made_up_bin(t, **values) for t in frequency.TIMESTEPS], seconds=0.25,
+def made_up(arm: str, seed: int = 0, **values: float) -> results.Result:
+    case = arms.flags(arms.ARMS[arm].flags, arms.GAIN)
+    plan = run.asked(case | {"seed": seed, "max_train_steps": run.STEPS}, pilot=False)
+    return results.Result(plan, [made_up_bin(t, **values) for t in results.TIMESTEPS], seconds=0.25,
                             telemetry={} if arm == "base" else {"dist_match/u_low": 0.5})
 
 
-def finish(out: Path, result: frequency.Result, name: str) -> None:
+def finish(out: Path, result: results.Result, name: str) -> None:
     folder = out / name
     folder.mkdir(parents=True)
-    frequency.save(folder / "result.json", vars(result))
+    seeds.save(folder / "result.json", vars(result))
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def finished(tmp_path: Path) -> Path:
     for arm in ARMS:
         for seed, u_low in enumerate(U_LOW[arm]):
             finish(tmp_path, made_up(arm, seed, u_low=u_low), f"{arm}-seed{seed}")
-    frequency.save(tmp_path / "untrained.json", [made_up_bin(t, u_low=7.0) for t in frequency.TIMESTEPS])
+    seeds.save(tmp_path / "untrained.json", [made_up_bin(t, u_low=7.0) for t in results.TIMESTEPS])
     return tmp_path
 
 
@@ -53,16 +55,16 @@ def no_runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Training and measuring write made-up numbers; the list tells which runs there were."""
     ran: list[str] = []
 
-    def train(case: frequency.Flags, folder: Path) -> None:
+    def train(case: arms.Flags, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         ran.append(folder.name)
 
-    def result(exam: frequency.Exam, folder: Path, plan: dict, *, styled: bool) -> frequency.Result:
-        return frequency.Result(plan, [made_up_bin(t) for t in frequency.TIMESTEPS], 0.1, {})
+    def result(_: Exam, folder: Path, plan: dict, *, styled: bool) -> results.Result:
+        return results.Result(plan, [made_up_bin(t) for t in results.TIMESTEPS], 0.1, {})
 
-    monkeypatch.setattr(frequency, "train", train)
-    monkeypatch.setattr(frequency.Exam, "result", result)
-    monkeypatch.setattr(frequency.Exam, "bins", lambda exam, folder: [made_up_bin(t) for t in frequency.TIMESTEPS])
+    monkeypatch.setattr(run, "train", train)
+    monkeypatch.setattr(Exam, "result", result)
+    monkeypatch.setattr(Exam, "bins", lambda _, folder: [made_up_bin(t) for t in results.TIMESTEPS])
     return ran
 
 
@@ -77,9 +79,9 @@ def cells(text: str, arm: str) -> list[str]:
 
 def test_arms_are_compared_with_the_base_of_their_own_seed(finished, no_runs, capsys):
     """more-data is 0.2 below the base in every seed, 10 % of its mean of 2: no spread, though seeds differ."""
-    frequency.main(["--arms", *ARMS, f"--out={finished}"])
+    run.main(["--arms", *ARMS, f"--out={finished}"])
     text = capsys.readouterr().out
-    low = list(frequency.METRICS).index("U low") + 3
+    low = list(results.METRICS).index("U low") + 3
     assert no_runs == []
     assert cells(text, "base")[low] == "2"
     assert cells(text, "more-data")[low] == "-10.00 ± 0.00 %"
@@ -91,16 +93,16 @@ def test_arms_are_compared_with_the_base_of_their_own_seed(finished, no_runs, ca
 
 def test_an_interval_that_holds_0_is_not_bold():
     """Student's t for two degrees of freedom has the 97.5 % quantile 0.95·√(2/(1 − 0.95²)), for one tan(0.475π)."""
-    assert frequency.T_95[3] == pytest.approx(0.95 * math.sqrt(2 / (1 - 0.95**2)), abs=1e-3)
-    assert frequency.T_95[2] == pytest.approx(math.tan(0.475 * math.pi), abs=1e-3)
+    assert seeds.T_95[3] == pytest.approx(0.95 * math.sqrt(2 / (1 - 0.95**2)), abs=1e-3)
+    assert seeds.T_95[2] == pytest.approx(math.tan(0.475 * math.pi), abs=1e-3)
     half = 4.303 * 10 / math.sqrt(3)
-    assert frequency.interval([-20, -30, -40]) == f"**-30.00 % [{-30 - half:+.2f}, {-30 + half:+.2f}]**"
-    assert frequency.interval([-14, -24, -34]) == f"-24.00 % [{-24 - half:+.2f}, {-24 + half:+.2f}]"
-    assert frequency.interval([-5.0]) == "-5.00 %"
+    assert results.interval([-20, -30, -40]) == f"**-30.00 % [{-30 - half:+.2f}, {-30 + half:+.2f}]**"
+    assert results.interval([-14, -24, -34]) == f"-24.00 % [{-24 - half:+.2f}, {-24 + half:+.2f}]"
+    assert results.interval([-5.0]) == "-5.00 %"
 
 
 def test_contrasts_are_of_arms_that_were_run(finished, no_runs, capsys):
-    frequency.main(["--arms", *ARMS, f"--out={finished}"])
+    run.main(["--arms", *ARMS, f"--out={finished}"])
     text = capsys.readouterr().out
     contrasts = text.partition("### Arm against control")[2].partition("###")[0]
     assert "| combo | more-data |" in contrasts and "swap" not in contrasts
@@ -108,25 +110,25 @@ def test_contrasts_are_of_arms_that_were_run(finished, no_runs, capsys):
 
 
 def test_a_column_is_a_mean_over_its_timesteps():
-    result = frequency.Result({}, [made_up_bin(t, error=t, u_low=t) for t in frequency.TIMESTEPS], 0.1, {})
-    assert result.mean(*frequency.METRICS["error"]) == statistics.mean(frequency.TIMESTEPS)
-    assert result.mean(*frequency.METRICS["U low"]) == statistics.mean([250, 400, 550])
+    result = results.Result({}, [made_up_bin(t, error=t, u_low=t) for t in results.TIMESTEPS], 0.1, {})
+    assert result.mean(*results.METRICS["error"]) == statistics.mean(results.TIMESTEPS)
+    assert result.mean(*results.METRICS["U low"]) == statistics.mean([250, 400, 550])
 
 
 def test_one_seed_has_no_spread():
-    assert frequency.spread([-3.0]) == "-3.00"
-    assert frequency.point([2.0]) == (2.0, 0.0)
+    assert results.spread([-3.0]) == "-3.00"
+    assert chart.point([2.0]) == (2.0, 0.0)
 
 
 def test_the_pilot_takes_the_gain_with_the_least_u_that_does_no_harm():
-    def found(error: float, u_low: float) -> list[frequency.Result]:
+    def found(error: float, u_low: float) -> list[results.Result]:
         return [made_up("combo", error=error, u_low=u_low)]
 
-    results = {"more-data": found(0.1, 1.0), "gain-0.1": found(0.1, 0.8), "gain-0.3": found(0.09, 0.6),
+    by_gain = {"more-data": found(0.1, 1.0), "gain-0.1": found(0.1, 0.8), "gain-0.3": found(0.09, 0.6),
                "gain-1": found(0.11, 0.3)}
-    assert frequency.chosen(results) == "gain-0.3"
+    assert results.chosen(by_gain) == "gain-0.3"
     harmful = {"more-data": found(0.1, 1.0), "gain-0.1": found(0.11, 0.8), "gain-1": found(0.12, 0.3)}
-    assert frequency.chosen(harmful) == "gain-0.1"
+    assert results.chosen(harmful) == "gain-0.1"
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
@@ -134,19 +136,19 @@ def test_the_pilot_takes_the_gain_with_the_least_u_that_does_no_harm():
 
 def test_what_is_finished_is_not_run_again(finished, no_runs):
     (finished / "combo-seed1" / "result.json").unlink()
-    frequency.main(["--arms", *ARMS, f"--out={finished}"])
+    run.main(["--arms", *ARMS, f"--out={finished}"])
     assert no_runs == ["combo-seed1"]
 
 
 def test_every_arm_of_a_seed_comes_before_the_next_seed(tmp_path, no_runs):
-    frequency.main(["--arms", "base", "combo", "--seeds", "4", "7", f"--out={tmp_path}"])
+    run.main(["--arms", "base", "combo", "--seeds", "4", "7", f"--out={tmp_path}"])
     assert no_runs == ["base-seed4", "combo-seed4", "base-seed7", "combo-seed7"]
 
 
 def test_the_pilot_has_a_seed_and_a_folder_of_its_own(tmp_path, no_runs, capsys):
-    frequency.main(["--pilot", f"--out={tmp_path}"])
-    assert no_runs == ["more-data-seed100", *(f"gain-{gain}-seed100" for gain in frequency.GAINS)]
-    asked = frequency.read(tmp_path / "pilot" / "gain-3-seed100").asked
+    run.main(["--pilot", f"--out={tmp_path}"])
+    assert no_runs == ["more-data-seed100", *(f"gain-{gain}-seed100" for gain in arms.GAINS)]
+    asked = results.read(tmp_path / "pilot" / "gain-3-seed100").asked
     assert asked["flags"]["dist_match_gain"] == "3" and asked["pictures"] == "pilot"
     assert "chosen: gain-" in capsys.readouterr().out
 
@@ -154,10 +156,10 @@ def test_the_pilot_has_a_seed_and_a_folder_of_its_own(tmp_path, no_runs, capsys)
 def test_results_of_other_arguments_are_refused_by_name(finished, no_runs):
     line = ["--arms", *ARMS, f"--out={finished}"]
     with pytest.raises(UserError) as refused:
-        frequency.main([*line, "--steps=50"])
+        run.main([*line, "--steps=50"])
     assert len(refused.value.problems) == 9 and "max_train_steps 300, now 50" in str(refused.value)
     with pytest.raises(UserError) as refused:
-        frequency.main([*line, "--gain=7"])
+        run.main([*line, "--gain=7"])
     assert [p.what.split()[0] for p in refused.value.problems] == [f"combo-seed{seed}" for seed in range(3)]
     assert "now 7" in str(refused.value) and no_runs == []
 
@@ -167,8 +169,8 @@ def test_every_arm_is_a_command_that_the_trainer_takes():
     from train_text_to_image_lora import Options
     from trainkit.options import parse
 
-    for arm, settings in frequency.ARMS.items():
-        case = frequency.flags(settings.flags, 0.3)
+    for arm, settings in arms.ARMS.items():
+        case = arms.flags(settings.flags, 0.3)
         given = [f"--{name}" if value is True else f"--{name}={value}" for name, value in case.items()]
         options = parse(Options, given, description="")
         assert not [*options.problems()], arm
@@ -181,7 +183,7 @@ def test_every_arm_is_a_command_that_the_trainer_takes():
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_an_arm_is_trained_and_measured_once(tmp_path):
-    line = [sys.executable, "scripts/frequency.py", "--arms", "u", "reuse", "--seeds", "0", "--steps", "2",
+    line = [sys.executable, "experiments/frequency/run.py", "--arms", "u", "reuse", "--seeds", "0", "--steps", "2",
             "--out", str(tmp_path)]
     done = launched(line, timeout=500)
     assert done.code == 0, done.output
@@ -198,13 +200,13 @@ def test_an_arm_is_trained_and_measured_once(tmp_path):
 
 def test_seconds_a_step_are_a_median_of_steps():
     rows = [{"seconds": s} for s in (1.0, 1.1, 1.2, 9.2, 9.3)]  # a checkpoint took 8 seconds
-    assert frequency.seconds_a_step(rows) == pytest.approx(0.1)
+    assert exam.seconds_a_step(rows) == pytest.approx(0.1)
 
 
 def test_telemetry_is_a_mean_over_the_steps_that_have_it():
     name = "dist_match/u_low"
     rows = [{"loss": 1.0}, {"loss": 1.0, name: 1.0}, {"loss": 1.0, name: None}, {"loss": 1.0, name: 3.0}]
-    assert frequency.telemetry(rows) == {name: 2.0}
+    assert exam.telemetry(rows) == {name: 2.0}
 
 
 # -- measurement -------------------------------------------------------------------------------------------------------
@@ -212,7 +214,7 @@ def test_telemetry_is_a_mean_over_the_steps_that_have_it():
 SIDE, PICTURES = 16, 60
 
 
-def exam_of(x0: torch.Tensor, x0_hat: torch.Tensor) -> frequency.Exam:
+def exam_of(x0: torch.Tensor, x0_hat: torch.Tensor) -> Exam:
     """An exam whose network says x0_hat of the pictures x0, in ε."""
     from trainkit.diffusion import NoiseSchedule
 
@@ -223,7 +225,7 @@ def exam_of(x0: torch.Tensor, x0_hat: torch.Tensor) -> frequency.Exam:
         a, s = (v.view(-1, 1, 1, 1) for v in (level.a, level.s))
         return (z - a * x0_hat[rows]) / s
 
-    exam = frequency.Exam(pilot=False)
+    exam = Exam(pilot=False)
     exam.family = SimpleNamespace(schedule=schedule, denoise=denoise)
     exam.x0, exam.text = x0, (torch.arange(len(x0)).view(-1, 1, 1).float(), torch.zeros(len(x0), 0))
     exam.reference = [SimpleNamespace(noun=f"noun {i}") for i in range(len(x0))]
@@ -246,11 +248,11 @@ def test_a_shift_that_all_pictures_share_is_u_and_a_fading_is_the_slope():
 
 
 def test_pilot_and_exam_share_no_picture():
-    pilot, exam = (frequency.Exam(pilot=pilot).reference for pilot in (True, False))
+    pilot, exam = (Exam(pilot=pilot).reference for pilot in (True, False))
     assert (len(pilot), len(exam)) == (30, 90)
     assert not {real.noun for real in pilot} & {real.noun for real in exam}
     taught = {json.loads(row)["file_name"]
-              for row in (ROOT / frequency.CONCEPT / "metadata.jsonl").read_text("utf-8").splitlines()}
+              for row in (ROOT / arms.CONCEPT / "metadata.jsonl").read_text("utf-8").splitlines()}
     assert not taught & {real.path.name for real in (*pilot, *exam)}
 
 
@@ -259,21 +261,21 @@ def test_pilot_and_exam_share_no_picture():
 
 def test_the_figure_shows_every_line_in_its_colour_within_its_panel():
     lines = {"one": [(1.0, 0.5), (-2.0, 0.0)], "two": [(3.0, 0.2), (4.0, 1.0)]}
-    panel = frequency_chart.Panel("a panel", lines, neutral=0)
+    panel = charts.Panel("a panel", lines, neutral=0)
     assert panel.ticks[0] <= -2 and panel.ticks[-1] >= 5
-    page = frequency_chart.figure([[panel, panel]], places=["100", "250"], shaded=(1, 1), below="timestep",
+    page = charts.figure([[panel, panel]], places=["100", "250"], shaded=(1, 1), below="timestep",
                                   labels={"one": "first", "two": "second"}, title="a title")
-    assert page.width == 2 * (frequency_chart.MARGIN + frequency_chart.WIDTH)
-    axes = frequency_chart.Axes(frequency_chart.MARGIN, frequency_chart.HEAD, 2, panel.ticks[0], panel.ticks[-1])
+    assert page.width == 2 * (charts.MARGIN + charts.WIDTH)
+    axes = charts.Axes(charts.MARGIN, charts.HEAD, 2, panel.ticks[0], panel.ticks[-1])
     for i, points in enumerate(lines.values()):
         x, y = axes.at(0, points[0][0])
-        shift = frequency_chart.DODGE * (i - 0.5)
-        assert "#{:02x}{:02x}{:02x}".format(*page.getpixel((round(x + shift), round(y)))) == frequency_chart.COLOURS[i]
+        shift = charts.DODGE * (i - 0.5)
+        assert "#{:02x}{:02x}{:02x}".format(*page.getpixel((round(x + shift), round(y)))) == charts.COLOURS[i]
 
 
 def test_a_figure_is_made_of_the_arms_at_hand(finished, no_runs):
-    frequency.main(["--arms", *ARMS, f"--out={finished}"])
+    run.main(["--arms", *ARMS, f"--out={finished}"])
     from PIL import Image
 
     with Image.open(finished / "frequency.png") as page:
-        assert page.width == 2 * frequency_chart.MARGIN + 3 * frequency_chart.WIDTH
+        assert page.width == 2 * charts.MARGIN + 3 * charts.WIDTH

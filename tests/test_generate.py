@@ -14,11 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from scripts import extract_clip_features, generate
 from tests.test_evaluate import random_lora
 from tests.test_guidance import build_tiny_clip, picture
 from trainkit.data.clip_features import load_clip
 from trainkit.errors import Problem, UserError
+from trainkit.report.usage import DIFFUSERS_FILE
+from trainkit.tools import extract_clip_features, generate
 
 LONG = "a cat " * 60  # fills the context
 
@@ -31,7 +32,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def lora(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run whose LoRA changes the pictures a lot."""
-    return random_lora(tiny_sd, tmp_path_factory.mktemp("run") / generate.LORA_NAME).parent
+    return random_lora(tiny_sd, tmp_path_factory.mktemp("run") / DIFFUSERS_FILE).parent
 
 
 def drawn(base: Path, out: Path, *more: str, prompts: Sequence[str] = ("a red dog",)) -> list[np.ndarray]:
@@ -80,12 +81,12 @@ def test_sizes_are_asked_for_or_the_models(tiny_sd, tmp_path):
 def test_loras_are_drawn_at_their_strengths(tiny_sd, lora, tmp_path):
     base, full, none, half, halves = (drawn(tiny_sd, tmp_path / f"{i}", *flags)[0] for i, flags in enumerate((
         (), (f"--lora={lora}",), (f"--lora={lora}", "--strength=0"),
-        (f"--lora={lora / generate.LORA_NAME}", "--strength=0.5"),
+        (f"--lora={lora / DIFFUSERS_FILE}", "--strength=0.5"),
         (f"--lora={lora}", f"--lora={lora}", "--strength=0.25", "--strength=0.25"))))
     assert near(base, none) and not near(base, half) and not near(half, full)
     assert np.abs(half - halves).max() < np.abs(half - full).max() / 10, "two of them add up, but for roundings"
     settings = Image.open(tmp_path / "3" / "p01_s0.png").info["parameters"]
-    assert f"{lora.name}/{generate.LORA_NAME}:0.5" in settings and str(lora.parent) not in settings
+    assert f"{lora.name}/{DIFFUSERS_FILE}:0.5" in settings and str(lora.parent) not in settings
 
 
 def test_a_lora_of_another_model_is_refused(tiny_sd, tiny_sdxl, tmp_path, capfd):
@@ -231,7 +232,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_drawing(tiny_sd, monkeyp
         raise PermissionError(errno.EPERM, "no")
 
     monkeypatch.setattr(Path, "mkdir", no_room)
-    monkeypatch.setattr(generate, "load", None)  # nothing is loaded
+    monkeypatch.setattr(generate, "load_pipeline", None)  # nothing is loaded
     problem, = refused(tiny_sd, tmp_path / "out")
     assert problem.where.startswith("--out") and problem.kind == "usage"
 
@@ -239,7 +240,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_drawing(tiny_sd, monkeyp
 def test_pictures_of_nan_are_no_pictures(tiny_sd, lora, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    weights = {name: torch.full_like(w, torch.nan) for name, w in load_file(lora / generate.LORA_NAME).items()}
+    weights = {name: torch.full_like(w, torch.nan) for name, w in load_file(lora / DIFFUSERS_FILE).items()}
     save_file(weights, bad := tmp_path / "nan.safetensors")
     problem, = refused(tiny_sd, tmp_path / "out", f"--lora={bad}")
     assert problem.kind == "nonfinite"
@@ -258,11 +259,11 @@ def test_models_that_cannot_be_drawn_with_are_refused_before_loading(file, key, 
         (base / file).write_text(json.dumps(json.loads((base / file).read_text()) | {key: value}))
     else:
         (base / file).unlink()
-    monkeypatch.setattr(generate, "load", None)
+    monkeypatch.setattr(generate, "load_pipeline", None)
     problem, = refused(base, tmp_path / "out")
     assert said in problem.what and problem.where == f"--base {base}" and "--pretrained" not in problem.fix
 
 
 def test_what_is_no_file_of_embeddings_is_refused(tiny_sdxl, lora, tmp_path):
-    problem, = refused(tiny_sdxl, tmp_path / "out", f"--embeddings={lora / generate.LORA_NAME}")
+    problem, = refused(tiny_sdxl, tmp_path / "out", f"--embeddings={lora / DIFFUSERS_FILE}")
     assert "no file of embeddings" in problem.what and problem.kind == "data"

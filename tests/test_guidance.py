@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from scripts import extract_clip_features as script
 from tests.harness import forked
 from trainkit.conditioning import clip_token
 from trainkit.conditioning.clip_token import has_room, make_guidance, with_token
@@ -26,6 +25,7 @@ from trainkit.data.clip_features import Clip, Features, load_clip, read_features
 from trainkit.data.images import content_digest, decode
 from trainkit.errors import Problem, UserError
 from trainkit.options import GuidanceOptions
+from trainkit.tools import extract_clip_features as script
 
 WIDTH = 24  # of the tiny CLIP's projection and of the tiny SD 1.x model's text
 
@@ -149,7 +149,7 @@ def test_a_killed_extraction_goes_on_where_it_was(images, tiny_clip, tmp_path, a
         patch.setattr(script, "SAVE_SHARE", 0)
         patch.setattr(Clip, "__call__", slowly)
         done = forked([f"--images={images}", f"--clip={tiny_clip}", f"--out={out}", "--batch_size=1"],
-                      trainer="scripts.extract_clip_features", log=tmp_path / "log", kill_when=three_there)
+                      trainer="trainkit.tools.extract_clip_features", log=tmp_path / "log", kill_when=three_there)
     assert done.code == -9, done.output
     there = len(read_features(out).digests)
     assert 3 <= there < 6

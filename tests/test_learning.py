@@ -1,6 +1,6 @@
 """It learns: on the shipped model, a short run moves nouns it was not taught towards the style it was taught.
 
-scripts/learning.py: what it runs, how it counts seeds, what it measures and what its tables and figures say.
+experiments/learning: what it runs, how it counts seeds, what it measures and what its tables and figures say.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from scripts import learning, learning_cases, learning_chart, learning_exam, learning_results
+from experiments import seeds
+from experiments.learning import cases, chart, exam, results, run
+from experiments.learning.exam import Exam
 from tests.harness import ROOT, command, forked, launched, metrics
 from trainkit.errors import UserError
 
@@ -30,11 +32,11 @@ def test_a_result_of_other_arguments_does_not_count(tmp_path: Path, capsys: pyte
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_text(json.dumps(said), "utf-8")
     asked = ["--cases", "lora", "ti", "--seeds=1", f"--out={tmp_path}"]
-    learning.main(asked)
+    run.main(asked)
     assert "| ti | **50** (50) | **0.100** (0.100) | 60 |" in capsys.readouterr().out
     for other in ("--steps=50", "--denoising_steps=20"):
         with pytest.raises(UserError, match="lora-seed0") as refused:
-            learning.main([*asked, other])
+            run.main([*asked, other])
         assert len(refused.value.problems) == 2 and "--out" in refused.value.problems[0].where
 
 
@@ -43,10 +45,10 @@ def test_results_of_other_flags_are_refused_by_name(tmp_path: Path):
     finish(tmp_path, "fourier_balanced", 0)
     finish(tmp_path, "lora", 0, flags=None)
     asked = ["--cases", "lora", "fourier_balanced", "--seeds=1", f"--out={tmp_path}"]
-    assert not [*learning.others(learning.parse(asked))]
+    assert not [*run.others(run.parse(asked))]
     finish(tmp_path, "fourier_balanced", 0, flags="--rank=8")
     with pytest.raises(UserError, match="fourier_balanced-seed0") as refused:
-        learning.main(asked)
+        run.main(asked)
     assert "--rank=8" in str(refused.value)
 
 
@@ -58,8 +60,8 @@ def test_every_case_is_a_command_that_the_trainer_takes():
     from train_dreambooth_lora_sdxl_advanced import Options
     from trainkit.options import parse
 
-    for name, case in learning.CASES.items():
-        line = [*learning.COMMON, *case.line(300), "--max_train_steps=300", "--seed=0", "--output_dir=there"]
+    for name, case in cases.CASES.items():
+        line = [*cases.COMMON, *case.line(300), "--max_train_steps=300", "--seed=0", "--output_dir=there"]
         assert not [*parse(Options, line, description="").problems()], name
 
 
@@ -67,7 +69,7 @@ def test_a_preset_warms_up_for_the_share_of_the_run_that_it_names():
     """The presets' own numbers are for runs of 2,000 steps."""
     from freq_loss import get_fourier_loss_config
 
-    found = {name: learning.CASES[f"fourier_{name}"] for name in learning_cases.PRESETS | learning_cases.UNIFIED}
+    found = {name: cases.CASES[f"fourier_{name}"] for name in cases.PRESETS | cases.UNIFIED}
     for name, case in found.items():
         preset = get_fourier_loss_config(name)["fourier_warmup_steps"]
         assert case.line(2000)[-1] == f"--fourier_warmup_steps={preset}", name
@@ -76,29 +78,29 @@ def test_a_preset_warms_up_for_the_share_of_the_run_that_it_names():
 
 
 def test_a_case_differs_from_the_first_of_its_comparison_in_its_method_alone():
-    plain = set(learning.CASES["lora"].line(300))
-    for name in (*learning_cases.FOURIER, *learning_cases.HINA):
-        own = set(learning.CASES[name].line(300))
+    plain = set(cases.CASES["lora"].line(300))
+    for name in (*cases.FOURIER, *cases.HINA):
+        own = set(cases.CASES[name].line(300))
         assert plain < own, name
         assert all(flag.startswith(("--loss_type", "--fourier_", "--optimizer")) for flag in own - plain), name
 
 
 def test_every_case_of_a_seed_comes_before_the_next_and_seeds_caps_them():
     def planned(*more: str) -> list[tuple[str, int]]:
-        return learning.runs(learning.parse(["--cases", "lora", "fourier_unified_basic", *more]))
+        return run.runs(run.parse(["--cases", "lora", "fourier_unified_basic", *more]))
 
     assert planned() == [("lora", 0), ("fourier_unified_basic", 0), ("lora", 1), ("lora", 2)]
     assert planned("--seeds=1") == [("lora", 0), ("fourier_unified_basic", 0)]
-    assert max(seed for _, seed in learning.runs(learning.parse(["--seeds=9"]))) == 5
-    assert max(seed for _, seed in learning.runs(learning.parse([]))) == 2, "six seeds on request"
+    assert max(seed for _, seed in run.runs(run.parse(["--seeds=9"]))) == 5
+    assert max(seed for _, seed in run.runs(run.parse([]))) == 2, "six seeds on request"
 
 
 def test_what_is_finished_is_not_run_again(tmp_path: Path, no_runs: list[str]):
     finish(tmp_path, "lora", 0)
     asked = ["--cases", "lora", "hina_fast", "--seeds=2", f"--out={tmp_path}"]
-    learning.main(asked)
+    run.main(asked)
     assert no_runs == ["hina_fast-seed0", "lora-seed1", "hina_fast-seed1"]
-    learning.main(asked)
+    run.main(asked)
     assert len(no_runs) == 3
 
 
@@ -110,14 +112,14 @@ RINGS = 32
 def made_up(case: str, **values: object) -> dict[str, object]:
     known = {"gap_closed": 0.5, "prior_drift": 0.1, "seconds": 60.0, "style_distance": 0.02, "high": 0.25,
              "high_vae": 1.5, "spectrum": 1.4, "spectrum_vae": 0.5, "ratios": [0.5] * RINGS, "step_seconds": 0.2,
-             "state_bytes": 8.0, "flags": learning.flags(case, 300)}
+             "state_bytes": 8.0, "flags": run.flags(case, 300)}
     return known | values
 
 
 def finish(out: Path, case: str, seed: int, **values: object) -> None:
     folder = out / f"{case}-seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    learning.save(folder / "result.json", made_up(case, **values))
+    seeds.save(folder / "result.json", made_up(case, **values))
 
 
 @pytest.fixture
@@ -130,18 +132,18 @@ def no_runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ran.append(folder.name)
         return 1.0
 
-    def result(exam: learning.Exam, folder: Path, seconds: float, flags: str) -> learning_results.Result:
-        return learning_results.Result(**made_up(folder.name.partition("-seed")[0]))
+    def result(_: Exam, folder: Path, seconds: float, flags: str) -> results.Result:
+        return results.Result(**made_up(folder.name.partition("-seed")[0]))
 
-    def references(exam: learning.Exam, out: Path) -> dict[str, dict]:
-        row = learning_exam.row_of([Image.new("RGB", (64, 64))] * learning_exam.SHOWN)
+    def references(_: Exam, out: Path) -> dict[str, dict]:
+        row = exam.row_of([Image.new("RGB", (64, 64))] * exam.SHOWN)
         for name in ("base-row.png", "real-row.png"):
             row.save(out / name)
         return {name: made_up("lora") for name in ("base", "real icons through the VAE")}
 
-    monkeypatch.setattr(learning, "train", train)
-    monkeypatch.setattr(learning.Exam, "result", result)
-    monkeypatch.setattr(learning.Exam, "references", references)
+    monkeypatch.setattr(run, "train", train)
+    monkeypatch.setattr(Exam, "result", result)
+    monkeypatch.setattr(Exam, "references", references)
     return ran
 
 
@@ -152,7 +154,7 @@ def test_a_preset_is_compared_with_l2_of_its_own_seed(tmp_path: Path, no_runs: l
         finish(tmp_path, "lora", seed, gap_closed=closed)
         finish(tmp_path, "fourier_balanced", seed, gap_closed=closed + 0.1)
     finish(tmp_path, "fourier_unified_basic", 0, gap_closed=0.3)
-    learning.main(["--cases", "lora", "fourier_balanced", "fourier_unified_basic", f"--out={tmp_path}"])
+    run.main(["--cases", "lora", "fourier_balanced", "fourier_unified_basic", f"--out={tmp_path}"])
     text = capsys.readouterr().out
     whole, changed = text.partition("### Fourier")[2].split("Change from the first row")
     assert "| fourier_balanced | **0.0200** (0.0200, 0.0200, 0.0200) | **60** (50, 70, 60) | **25.0**" in whole
@@ -167,45 +169,44 @@ def test_bytes_and_seconds_of_an_optimizer_stand_in_its_table(tmp_path: Path, no
                                                               capsys: pytest.CaptureFixture[str]):
     finish(tmp_path, "lora", 0)
     finish(tmp_path, "hina_large", 0, state_bytes=4.01, step_seconds=0.3)
-    learning.main(["--cases", "lora", "hina_large", "--seeds=1", f"--out={tmp_path}"])
+    run.main(["--cases", "lora", "hina_large", "--seeds=1", f"--out={tmp_path}"])
     text = capsys.readouterr().out
     assert "| **0.100** (0.100) | 8.00 | 0.200 |" in text and "| **0.100** (0.100) | 4.01 | 0.300 |" in text
     assert "Fourier" not in text and not (tmp_path / "fourier.png").exists()
 
 
 def test_old_results_leave_what_they_do_not_say_empty():
-    old = learning_results.Result(gap_closed=0.5, prior_drift=0.1, seconds=60)
-    new = learning_results.Result(**made_up("fourier_balanced"))
-    text = "\n".join(learning_results.tables({"lora": [old], "fourier_balanced": [new]}))
+    old = results.Result(gap_closed=0.5, prior_drift=0.1, seconds=60)
+    new = results.Result(**made_up("fourier_balanced"))
+    text = "\n".join(results.tables({"lora": [old], "fourier_balanced": [new]}))
     assert "| lora |  | **50** (50) |  |" in text and "| fourier_balanced |  | +0 |  |" in text
-    assert "style distance" not in learning_results.summary(old)
+    assert "style distance" not in results.summary(old)
 
 
 def test_the_figure_shows_every_curve_in_its_colour(tmp_path: Path, no_runs: list[str]):
     """2 dB more than l2 in the upper half, l2 at half of the real icons' power."""
-    cases = ["lora", *(f"fourier_{name}" for name in learning_cases.PRESETS)]
-    for k, case in enumerate(cases):
+    shown = ["lora", *(f"fourier_{name}" for name in cases.PRESETS)]
+    for k, case in enumerate(shown):
         finish(tmp_path, case, 0, ratios=[0.5] * 16 + [0.5 * 10 ** (0.1 * k)] * 16)
-        learning_exam.row_of([Image.new("RGB", (64, 64), (20 * k, 0, 0))] * 10).save(
-            tmp_path / f"{case}-seed0" / learning_exam.ROW)
-    learning.main(["--cases", *cases, "--seeds=1", f"--out={tmp_path}"])
+        exam.row_of([Image.new("RGB", (64, 64), (20 * k, 0, 0))] * 10).save(tmp_path / f"{case}-seed0" / exam.ROW)
+    run.main(["--cases", *shown, "--seeds=1", f"--out={tmp_path}"])
     with Image.open(tmp_path / "fourier.png") as page:
         colours = {"#{:02x}{:02x}{:02x}".format(*pixel[:3]) for _, pixel in page.getcolors(2**24)}
-        below = page.crop((learning_chart.MARGIN + learning_chart.WIDTH, learning_chart.HEAD, *page.size))
+        below = page.crop((chart.MARGIN + chart.WIDTH, chart.HEAD, *page.size))
     dots = {"#{:02x}{:02x}{:02x}".format(*pixel[:3]) for _, pixel in below.getcolors(2**24)}
-    assert {learning_chart.LINES[case] for case in cases} <= colours
-    assert {learning_chart.LINES[case] for case in cases[1:]} <= dots and learning_chart.LINES["base"] not in dots
+    assert {chart.LINES[case] for case in shown} <= colours
+    assert {chart.LINES[case] for case in shown[1:]} <= dots and chart.LINES["base"] not in dots
     with Image.open(tmp_path / "fourier-pictures.png") as page:
-        assert {(20 * k, 0, 0) for k in range(len(cases))} <= {pixel for _, pixel in page.getcolors(2**24)}
+        assert {(20 * k, 0, 0) for k in range(len(shown))} <= {pixel for _, pixel in page.getcolors(2**24)}
 
 
 def test_changes_are_means_over_rings_then_over_seeds():
     control = [[1.0] * RINGS, [2.0] * RINGS]
     louder = [[10 ** 0.1] * RINGS, [2 * 10 ** 0.3] * RINGS]  # 1 dB and 3 dB
-    points = learning_chart.change_of(louder, control)
-    assert len(points) == RINGS // learning_chart.TOGETHER
+    points = chart.change_of(louder, control)
+    assert len(points) == RINGS // chart.TOGETHER
     assert points[0] == pytest.approx((2, math.sqrt(2) / math.sqrt(2)))
-    assert learning_chart.change_of(louder[:1], control)[0] == pytest.approx((1, 0))
+    assert chart.change_of(louder[:1], control)[0] == pytest.approx((1, 0))
 
 
 # -- measurement -------------------------------------------------------------------------------------------------------
@@ -213,12 +214,12 @@ def test_changes_are_means_over_rings_then_over_seeds():
 
 def test_too_much_and_too_little_power_both_count():
     real = torch.arange(1, 9, dtype=torch.float64)
-    same = learning_exam.against(real, real)
+    same = exam.against(real, real)
     assert (same["high"], same["spectrum"], same["ratios"]) == (1, 0, [1.0] * 8)
     for factor in (0.5, 2):
-        found = learning_exam.against(factor * real, real)
+        found = exam.against(factor * real, real)
         assert found["high"] == pytest.approx(factor) and found["spectrum"] == pytest.approx(math.log(2))
-    tilted = learning_exam.against(real * torch.tensor([3.0] * 4 + [0.25] * 4), real)
+    tilted = exam.against(real * torch.tensor([3.0] * 4 + [0.25] * 4), real)
     assert tilted["high"] == pytest.approx(0.25)
 
 
@@ -226,9 +227,9 @@ def test_a_step_is_timed_after_the_first_of_the_run(tmp_path: Path):
     """The first sixth is slow, and a checkpoint takes 9 seconds."""
     times = [0.0, 5.0, 10.0, 10.2, 10.4, 10.6, 19.6, 19.8, 20.0, 20.2, 20.4, 20.6]
     (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps({"seconds": t}) for t in times), "utf-8")
-    assert learning_exam.step_seconds(tmp_path) == pytest.approx(0.2)
+    assert exam.step_seconds(tmp_path) == pytest.approx(0.2)
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"seconds": 1.0}), "utf-8")
-    assert learning_exam.step_seconds(tmp_path) is None
+    assert exam.step_seconds(tmp_path) is None
 
 
 @pytest.mark.parametrize(("kind", "expected"), [
@@ -236,13 +237,13 @@ def test_a_step_is_timed_after_the_first_of_the_run(tmp_path: Path):
 def test_state_bytes_are_those_of_the_checkpoint(tmp_path: Path, kind: type, expected: float):
     """Two matrices of 96 numbers: 8 bytes a number, and a counter of 4 bytes a matrix."""
     checkpoint(tmp_path, kind, lambda state: None)
-    assert learning_exam.state_bytes(tmp_path) == pytest.approx(expected)
-    assert learning_exam.state_bytes(tmp_path / "not there") is None
+    assert exam.state_bytes(tmp_path) == pytest.approx(expected)
+    assert exam.state_bytes(tmp_path / "not there") is None
 
 
 def test_a_state_in_half_precision_is_half_as_large(tmp_path: Path):
     checkpoint(tmp_path, torch.optim.AdamW, lambda state: state.update(exp_avg=state["exp_avg"].bfloat16()))
-    assert learning_exam.state_bytes(tmp_path) == pytest.approx(6 + 4 / 96)
+    assert exam.state_bytes(tmp_path) == pytest.approx(6 + 4 / 96)
 
 
 def checkpoint(folder: Path, kind: type[torch.optim.Optimizer], change: Callable[[dict], None]) -> None:
@@ -266,8 +267,8 @@ def checkpoint(folder: Path, kind: type[torch.optim.Optimizer], change: Callable
 
 def test_rows_of_pictures_come_back_as_they_were(tmp_path: Path):
     tiles = [Image.new("RGB", (64, 64), (k, 2 * k, 255 - k)) for k in range(10)]
-    learning_exam.row_of(tiles).save(tmp_path / "row.png")
-    assert [t.tobytes() for t in learning_chart.cut(tmp_path / "row.png")] == [t.tobytes() for t in tiles]
+    exam.row_of(tiles).save(tmp_path / "row.png")
+    assert [t.tobytes() for t in chart.cut(tmp_path / "row.png")] == [t.tobytes() for t in tiles]
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from trainkit.adapters import add_adapters
 from trainkit.conditioning.cached_text import FrozenText
 from trainkit.families import sdxl
 from trainkit.options import LoraOptions, ValidationOptions
-from trainkit.preview import Previews, evaluating, preview_prompts, sheet, tile_px
+from trainkit.preview import Previews, evaluating, preview_prompts
+from trainkit.sheets import sheet, tile_px
 
 PROMPT = "3d icon in the style of TOK, a red dog"
 SIDE = 32  # pixels

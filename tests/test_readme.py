@@ -13,7 +13,7 @@ from tests.harness import ROOT, launched
 from trainkit.options import TRAINERS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TEXTS = [*PAGES, *sorted({*ROOT.glob("*.md")} - {*PAGES}), ROOT / "assets" / "README.md"]
+TEXTS = [*PAGES, *sorted({*ROOT.glob("*.md")} - {*PAGES}), ROOT / "assets/README.md", ROOT / "experiments/README.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FEW = {"STEPS": "8", "DENOISING_STEPS": "1"}  # what scripts/quickstart.sh reads
 OTHER_TOOLS = {"num_processes", "cpu", "nproc_per_node"}  # accelerate launch and torchrun
@@ -104,8 +104,8 @@ def test_every_flag_exists(page):
     flags = [flag for kinds in TRAINERS.values() for name, kind in kinds.items() for flag in kind.flags(name)]
     known = OTHER_TOOLS | {"help", *(flag.name for flag in flags)}
     known |= {f"no_{flag.name}" for flag in flags if flag.is_switch}
-    for script in (ROOT / "scripts").glob("*.py"):
-        known |= set(re.findall(r"\badd(?:_argument)?\(\s*\"--(\w+)\"", script.read_text("utf-8")))
+    for program in [*(ROOT / "trainkit" / "tools").glob("*.py"), *(ROOT / "experiments").glob("**/*.py")]:
+        known |= set(re.findall(r"\badd(?:_argument)?\(\s*\"--(\w+)\"", program.read_text("utf-8")))
     written = {name.replace("-", "_") for name in re.findall(r"(?<![\w-])--([a-z][\w-]*)", page.read_text("utf-8"))}
     stems = {name for name in written if name.endswith("_")}  # `--no_…`
     assert sorted(written - stems - known) == []

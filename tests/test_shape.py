@@ -12,27 +12,30 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("trainkit/**/*.py"), *ROOT.glob("scripts/**/*.py")])
+FOLDERS = ("trainkit", "scripts", "experiments")
+SOURCES = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/**/*.py"))])
 BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.AsyncFor, ast.AsyncWith)
 
 # The layers of README's tree, lowest first. A room imports rooms of its own layer or below.
 LAYERS = (
     {"errors", "files", "rng", "condition", "frequency"},
     {"options", "diffusion"},
-    {"optim", "runtime", "losses", "adapters", "lean_lora", "evaluation"},
+    {"optim", "runtime", "losses", "adapters", "lean_lora", "evaluation", "sheets"},
     {"families"},
     {"data"},
     {"conditioning", "training"},
     {"checkpoints", "export", "identity"},
-    {"report"},
+    {"inference", "report"},
     {"preview", "publish"},
     {"run", "preflight"},
+    {"tools"},
 )
 LIGHT = {  # third-party packages a room may import at module level, where the rule is stricter than its layer
     "errors": set(), "options": {"pydantic", "yaml", "tomllib"}, "rng": {"torch"}, "condition": {"torch"},
     "frequency": {"torch"}, "diffusion": {"torch"},
     "losses": {"torch"}, "optim": {"torch"},
 }
+TOOLS = {path.stem for path in ROOT.glob("scripts/*.py")}  # in trainkit/tools, each with a face in scripts/
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def test_every_room_has_a_layer():
 
 
 def test_the_readme_lists_the_layers():
-    sentence = (ROOT / "README.md").read_text("utf-8").partition("Imports go one way:")[2].partition("trainers and")[0]
+    sentence = (ROOT / "README.md").read_text("utf-8").partition("Imports go one way:")[2].partition("trainers,")[0]
     assert [set(re.findall(r"`(\w+)`", part)) for part in sentence.split("←")] == [*LAYERS, set()]
 
 
@@ -110,8 +113,10 @@ def test_imports_go_one_way(path):
     upward = {n for n in imported if n in level and level[n] > level.get(room(path), 0)}
     assert not upward, f"{path.name} imports upward: {upward}"
     names = module_imports(path, everywhere=True)
-    assert not any(n.startswith(("train_", "scripts")) for n in names), "nothing imports a trainer"
+    assert not any(n.startswith(("train_", "scripts", "experiments")) for n in names), "nothing imports a trainer"
     assert not any(n.startswith("freq_loss") for n in names), "import trainkit.frequency instead"
+    tools = {n.removeprefix("trainkit.tools.").partition(".")[0] for n in names if n.startswith("trainkit.tools.")}
+    assert room(path) != "tools" or not tools & TOOLS, "no tool imports another one"
 
 
 @pytest.mark.parametrize("name", sorted(LIGHT))
@@ -129,14 +134,23 @@ def test_trainers_import_only_options_and_errors_at_module_level(trainer):
     assert others <= set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("trainer", sorted(ROOT.glob("train_*.py")), ids=lambda p: p.name)
-def test_help_imports_no_torch(trainer):
+@pytest.mark.parametrize("face", sorted(ROOT.glob("scripts/*.py")), ids=lambda p: p.name)
+def test_a_face_is_the_tool_of_its_name_and_no_more(face):
+    assert {n for n in module_imports(face, everywhere=True) if n.startswith("trainkit.tools.")} == {
+        f"trainkit.tools.{face.stem}", f"trainkit.tools.{face.stem}.main"}
+    assert not [node for node in ast.walk(ast.parse(face.read_text("utf-8"))) if isinstance(node, ast.FunctionDef)]
+
+
+@pytest.mark.parametrize("program", sorted([*ROOT.glob("train_*.py"), *ROOT.glob("scripts/*.py")]),
+                         ids=lambda p: p.name)
+def test_help_imports_no_torch(program):
     code = (
         "import runpy, sys; sys.argv = [sys.argv[1], '--help']\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "except SystemExit: pass\n"
         "sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(trainer)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, str(program)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "--pretrained_model_name_or_path" in done.stdout
+    flag = "--pretrained_model_name_or_path" if program.parent == ROOT else "--out"
+    assert flag in done.stdout

@@ -1,14 +1,9 @@
-"""Pictures during training: the same prompts from the same starting noise at every step, so only the adapter changes.
-
-Also the one place that draws labelled sheets of pictures, for these previews and for the evaluation script.
-"""
+"""Pictures during training: the same prompts from the same noise at every step, so only the adapter changes."""
 
 from __future__ import annotations
 
-import io
 import logging
 import secrets
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,18 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from trainkit import rng
 from trainkit.diffusion import is_edm
 from trainkit.families.pretrained import empty_device_cache
-from trainkit.files import atomic_write, disk_errors
+from trainkit.files import disk_errors
 from trainkit.report.facts import sample_files
+from trainkit.sheets import is_of, png_parameters, save_png, sheet
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
+    from PIL import Image
 
     from trainkit.families import Family
     from trainkit.families.base import Encode
@@ -38,11 +33,6 @@ log = logging.getLogger(__name__)
 
 OFTEN = 20  # training steps between previews, below which drawing may well take longer than training
 STEPS = 25  # denoising steps of the Diffusers trainers' validation
-SAMPLER_NAMES = {  # as WebUIs call them
-    "DPMSolverMultistepScheduler": "DPM++ 2M", "EDMDPMSolverMultistepScheduler": "DPM++ 2M",
-    "EDMEulerScheduler": "Euler",
-}
-TILE_PX = (192, 512)  # a sheet shows no picture smaller or larger than this
 
 
 @dataclass(frozen=True)
@@ -147,10 +137,10 @@ class Previews:
         return sheet([pictures], columns=columns, names=[self.shots[0].prompt], title=f"step {step}")
 
     def _parameters(self, shot: Shot, picture: Image.Image) -> str:
-        """The text WebUI's PNG-info tab reads: prompt on the first line, settings on the last."""
-        name = SAMPLER_NAMES.get(sampler_class(self.family), sampler_class(self.family))
-        return (f"{shot.prompt}\nSteps: {STEPS}, Sampler: {name}, CFG scale: {self.family.guidance_scale}, "
-                f"Seed: {shot.seed}, Size: {picture.width}x{picture.height}")
+        return png_parameters(shot.prompt, {
+            "Steps": STEPS, "Sampler": sampler_class(self.family), "CFG scale": self.family.guidance_scale,
+            "Seed": shot.seed, "Size": f"{picture.width}x{picture.height}",
+        })
 
 
 def sampler(family: Family) -> SchedulerMixin:
@@ -200,76 +190,3 @@ def put_away(paths: Sequence[Path], run_dir: Path, name: str) -> None:
         for path in paths:
             path.rename(away / path.name)
     log.warning("%d files of an earlier run (%s, ...) moved to %s", len(paths), paths[0].name, away)
-
-
-def save_png(path: Path, picture: Image.Image, parameters: str) -> None:
-    """A PNG with its prompt and seed in the text chunk `parameters`; readers never see half a file."""
-    info, buffer = PngInfo(), io.BytesIO()
-    info.add_text("parameters", parameters)
-    picture.save(buffer, format="PNG", pnginfo=info)
-    atomic_write(path, buffer.getvalue())
-
-
-def is_of(path: Path, prompt: str) -> bool:
-    """Whether `path` is a picture that `save_png` has written for this prompt."""
-    try:
-        with Image.open(path) as picture:
-            return str(picture.info.get("parameters", "")).startswith(f"{prompt}\nSteps: ")
-    except OSError:  # not there, or damaged
-        return False
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Labelled sheets
-
-PAPER, INK, FAINT, EDGE = "#f4f5f7", "#16181d", "#5d6470", "#d5d9e0"
-GAP, MARGIN, NAME_CHARS, LINE = 10, 24, 24, 20  # pixels, pixels, characters a line, pixels a line
-
-
-def sheet(rows: Sequence[Sequence[Image.Image]], *, columns: Sequence[str], names: Sequence[str],
-          title: str) -> Image.Image:
-    """A labelled contact sheet: `names` on the left of `rows`, `columns` above, `title` on top.
-
-    rows     pictures, one list per row, each as long as `columns`
-    Small pictures are enlarged and large ones reduced until a tile is within TILE_PX.
-    """
-    assert len(names) == len(rows) and all(len(row) == len(columns) for row in rows), "a label per row and column"
-    tile = tile_px(max(max(picture.size) for row in rows for picture in row))
-    labels = [textwrap.wrap(name, NAME_CHARS)[: tile // LINE] for name in names]
-    left = MARGIN + (max(width_px(line) for label in labels for line in label) + 2 * GAP if any(labels) else 0)
-    top = MARGIN + 3 * LINE + GAP
-    size = (left + len(columns) * (tile + GAP) - GAP + MARGIN, top + len(rows) * (tile + GAP) - GAP + MARGIN)
-    page = Image.new("RGB", size, PAPER)
-    draw = ImageDraw.Draw(page)
-    draw.text((MARGIN, MARGIN), title, fill=INK, font=font(20))
-    for c, column in enumerate(columns):
-        draw.text((left + c * (tile + GAP) + tile // 2, top - GAP), column, fill=FAINT, font=font(), anchor="ms")
-    for r, (row, label) in enumerate(zip(rows, labels, strict=True)):
-        y = top + r * (tile + GAP)
-        draw.multiline_text((MARGIN, y + tile // 2), "\n".join(label), fill=INK, font=font(), anchor="lm")
-        for c, picture in enumerate(row):
-            paste(page, picture, (left + c * (tile + GAP), y), tile)
-    return page
-
-
-def tile_px(side: int) -> int:
-    """Side of a tile for pictures of `side` pixels: a whole multiple of a small side, a large side cut down."""
-    smallest, largest = TILE_PX
-    return min(largest, side * -(-smallest // side))
-
-
-def paste(page: Image.Image, picture: Image.Image, corner: tuple[int, int], tile: int) -> None:
-    """The picture, scaled to fit and centred in its tile, with a hairline edge (pictures on white need one)."""
-    x, y = corner
-    scale = tile / max(picture.size)
-    fitted = picture.convert("RGB").resize([max(1, round(s * scale)) for s in picture.size], Image.Resampling.LANCZOS)
-    page.paste(fitted, (x + (tile - fitted.width) // 2, y + (tile - fitted.height) // 2))
-    ImageDraw.Draw(page).rectangle((x - 1, y - 1, x + tile, y + tile), outline=EDGE)
-
-
-def font(size: int = 14) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
-
-
-def width_px(text: str) -> int:
-    return round(font().getlength(text))

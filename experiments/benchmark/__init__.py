@@ -1,0 +1,1 @@
+"""What training costs: each file is a command of its own."""

@@ -1,0 +1,214 @@
+"""What run.py measures of a run: its pictures beside real ones, its steps, its optimizer's state."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from experiments import ROOT
+from experiments.learning.cases import BASE, CLASS
+from experiments.learning.results import Result
+from trainkit.conditioning.new_tokens import embeddings_file
+from trainkit.evaluation import load_clip, power_spectrum, style_distance, to_pixels
+from trainkit.files import load_tensors, read_json, tensor_bytes
+from trainkit.inference import lora_file
+from trainkit.sheets import sheet
+from trainkit.tools.evaluate import Real, Settings, Wanted, enough, generate, opened, pictures_in, read_reference
+
+CLIP, REFERENCE = ROOT / "assets/tiny-clip-icons", ROOT / "assets/icons-3d-reference"
+SIDE = 64  # of the pictures drawn
+DRIFT_PROMPTS = 50
+SHOWN = 10  # untaught nouns, to be looked at
+ROW = "untaught-row.png"  # these side by side, without labels
+SETTLED = 1 / 6  # share of a run after which its steps are timed
+
+
+class Exam:
+    """The pictures every run is judged by; those of the base are drawn once."""
+
+    def __init__(self, steps: int, denoising_steps: int):
+        self.steps, self.denoising_steps = steps, denoising_steps
+
+    def result(self, folder: Path, seconds: float, flags: str) -> Result:
+        style = self.pictures(folder, self.style_prompts)
+        found = self.beside_real(style)
+        self.sheet(folder, style)
+        return Result(
+            gap_closed=(self.base_distance - found["style_distance"]) / (self.base_distance - self.floor),
+            prior_drift=drift(self.pictures(folder, self.prior_prompts), self.base_prior), seconds=seconds,
+            steps=self.steps, denoising_steps=self.denoising_steps, flags=flags, **found,
+            step_seconds=step_seconds(folder), state_bytes=state_bytes(folder / f"checkpoint-{self.steps}"))
+
+    def references(self, out: Path) -> dict[str, dict[str, object]]:
+        """What a run's style and spectrum are to be seen beside; rows of pictures for the figure go to `out`."""
+        row_of([self.base_style[i] for i in self.shown]).save(out / "base-row.png")
+        row_of([self.real[i] for i in self.shown]).save(out / "real-row.png")
+        groups = {"base": self.base_style, "training pictures": self.training,
+                  "real icons through the VAE": self.passed}
+        return {name: self.beside_real(pictures) for name, pictures in groups.items()}
+
+    def beside_real(self, pictures: Sequence[Image.Image]) -> dict[str, object]:
+        """Style distance and spectrum of pictures of any nouns, fields of a Result."""
+        power = power_of(pictures)
+        passed = {f"{name}_vae": value for name, value in against(power, self.passed_power).items() if name != "ratios"}
+        return {"style_distance": self.distance(pictures)} | against(power, self.real_power) | passed
+
+    def distance(self, pictures: Sequence[Image.Image]) -> float:
+        """Style distance to the real icons."""
+        return style_distance(pictures, self.real, CLIP)
+
+    @cached_property
+    def reference(self) -> list[Real]:
+        return read_reference(REFERENCE)
+
+    @cached_property
+    def real(self) -> list[Image.Image]:
+        return [opened(real.path) for real in self.reference]
+
+    @cached_property
+    def real_power(self) -> Tensor:
+        return power_of(self.real)
+
+    @cached_property
+    def passed(self) -> list[Image.Image]:
+        """Real icons through the VAE: no LoRA of the UNet draws what is lost here."""
+        return through_vae(self.real)
+
+    @cached_property
+    def passed_power(self) -> Tensor:
+        return power_of(self.passed)
+
+    @cached_property
+    def training(self) -> list[Image.Image]:
+        return [opened(path) for path in pictures_in(ROOT / "assets/icons-3d")]
+
+    @cached_property
+    def floor(self) -> float:
+        return self.distance(self.training)
+
+    @cached_property
+    def base_style(self) -> list[Image.Image]:
+        return self.pictures(None, self.style_prompts)
+
+    @cached_property
+    def base_distance(self) -> float:
+        return self.distance(self.base_style)
+
+    @cached_property
+    def base_prior(self) -> list[Image.Image]:
+        return self.pictures(None, self.prior_prompts)
+
+    @property
+    def style_prompts(self) -> list[Wanted]:
+        return enough(self.reference, None)
+
+    @property
+    def shown(self) -> range:
+        step = len(self.style_prompts) // SHOWN
+        return range(0, SHOWN * step, step)
+
+    @property
+    def prior_prompts(self) -> list[Wanted]:
+        taught = {json.loads(line)["noun"] for line in (CLASS / "metadata.jsonl").read_text("utf-8").splitlines()}
+        others = [real for real in self.reference if real.noun not in taught][:DRIFT_PROMPTS]
+        named = {real.noun: real.caption.partition(", ")[2] for real in others}  # "a cat"
+        return [Wanted(noun, f"icon of {name} in the style of noto", 0) for noun, name in named.items()]
+
+    def pictures(self, folder: Path | None, wanted: list[Wanted]) -> list[Image.Image]:
+        """Drawn with the LoRA (and embeddings) in `folder`; None: by the base alone."""
+        settings = Settings(str(BASE), strengths=(0.0,), steps=self.denoising_steps)
+        if folder:
+            embeddings = folder / embeddings_file(folder.name)
+            settings = replace(settings, lora=lora_file(folder), strengths=(1.0,),
+                               embeddings=embeddings if embeddings.is_file() else None)
+        _, pictures = next(generate(settings, wanted))
+        return pictures
+
+    def sheet(self, folder: Path, style: list[Image.Image]) -> None:
+        """Ten untaught nouns, to be looked at."""
+        some = [style[i] for i in self.shown]
+        page = sheet([some], columns=[self.style_prompts[i].noun for i in self.shown], names=[folder.name],
+                     title="untaught nouns")
+        page.save(folder / "untaught.png")
+        row_of(some).save(folder / ROW)
+
+
+def row_of(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Side by side, SIDE pixels each."""
+    page = Image.new("RGB", (SIDE * len(pictures), SIDE))
+    for i, picture in enumerate(pictures):
+        page.paste(picture.convert("RGB").resize((SIDE, SIDE)), (SIDE * i, 0))
+    return page
+
+
+def drift(pictures: list[Image.Image], base: list[Image.Image]) -> float:
+    """Mean over pairs of 1 − cosine of their vectors in the shipped CLIP."""
+    model, mean, std = load_clip(CLIP)
+    side = model.config.vision_config.image_size
+    with torch.no_grad():
+        a, b = (model.get_image_features(to_pixels(some, side, mean, std)) for some in (pictures, base))
+    a, b = (getattr(x, "pooler_output", x) for x in (a, b))
+    return float((1 - torch.nn.functional.cosine_similarity(a, b)).mean())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Spectra
+
+
+def power_of(pictures: Sequence[Image.Image]) -> Tensor:
+    """Power of each ring of frequencies, [SIDE/2]."""
+    return power_spectrum(pictures, SIDE)
+
+
+def against(power: Tensor, real: Tensor) -> dict[str, object]:
+    """Two power spectra [rings] -> `ratios`, `high` and `spectrum` of a Result."""
+    ratios, half = (power / real).tolist(), len(real) // 2
+    return {"ratios": ratios, "high": float(power[half:].sum() / real[half:].sum()),
+            "spectrum": math.sqrt(statistics.mean(math.log(ratio) ** 2 for ratio in ratios))}
+
+
+def through_vae(pictures: Sequence[Image.Image]) -> list[Image.Image]:
+    """Encoded (the posterior's mean) and decoded."""
+    from diffusers import AutoencoderKL
+    from diffusers.image_processor import VaeImageProcessor
+
+    vae = AutoencoderKL.from_pretrained(BASE, subfolder="vae", torch_dtype=torch.float32)
+    with torch.no_grad():
+        pixels = vae.decode(vae.encode(to_pixels(pictures, SIDE)).latent_dist.mean).sample  # [N,3,H,W]
+    return VaeImageProcessor().postprocess(pixels, output_type="pil")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Costs
+
+
+def step_seconds(folder: Path) -> float | None:
+    """Median time from one step to the next, after the first of the run; None without two such steps."""
+    rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    times = [row["seconds"] for row in rows[int(len(rows) * SETTLED):]]
+    found = [after - before for before, after in zip(times, times[1:], strict=False)]
+    return statistics.median(found) if found else None
+
+
+def state_bytes(checkpoint: Path) -> float | None:
+    """Bytes of the optimizer's state in a checkpoint by the numbers it trains, a step's counter included.
+
+    A checkpoint keeps every tensor in its own type, so this is what the state takes wherever it lies; None where there
+    is no checkpoint any more.
+    """
+    if not (checkpoint / "optimizer.safetensors").is_file():
+        return None
+    groups: Mapping[str, dict] = read_json(checkpoint / "state.json")["optimizer"]["groups"]
+    tensors = load_tensors(checkpoint / "optimizer.safetensors")
+    state = {name: t for name, t in tensors.items() if name.partition("/")[2].startswith("state.")}
+    numbers = sum(math.prod(p["shape"]) for group in groups.values() for p in group["params"])
+    return tensor_bytes(state) / numbers

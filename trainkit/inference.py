@@ -1,0 +1,203 @@
+"""A stock Diffusers pipeline with the LoRA and the new tokens of a run on it, and the images it generates.
+
+The tools and the experiments share this. Large libraries are imported where they are used, so that a tool's --help is
+fast.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainkit.errors import Problem, refuse
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    from PIL.Image import Image
+    from torch import Generator
+
+    from trainkit.families.pretrained import Repo
+
+    Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
+
+DTYPES = ("float32", "float16", "bfloat16")
+NETWORKS = ("unet", "text_encoder", "text_encoder_2")  # of a pipeline, where a LoRA may train
+ANY_SIDE = 2**20  # pixels: any model halves it; the pipelines check the sides that are drawn
+
+
+def lora_file(path: Path) -> Path:
+    """The LoRA file that a user names by itself or by the folder of its run."""
+    from trainkit.report.usage import DIFFUSERS_FILE
+
+    return path / DIFFUSERS_FILE if path.is_dir() else path
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What can be wrong
+
+
+def base_problems(base: str, embeddings: Path | None, *, sized: bool = True) -> list[Problem]:
+    """What the small files of the base model say against generating images with it.
+
+    sized  whether the model must say how large its images are
+    """
+    from trainkit.families.pretrained import Repo
+
+    repo = Repo(base, "--base")
+    if found := repo.unreachable("model_index.json"):
+        return found
+    if repo.json("model_index.json") is None or repo.json("unet/config.json") is None:
+        return [repo.problem("not a Stable Diffusion model folder", "model_index.json or unet/config.json is missing",
+                             "--base FOLDER_OF_A_DIFFUSERS_MODEL (SDXL, SD 1.x or 2.x)", kind="data")]
+    if found := family_problems(repo):
+        return found
+    if sized and repo.json("unet/config.json").get("sample_size") is None:
+        return [repo.problem("the model does not say how large its pictures are", "unet/config.json has no sample_size",
+                             "add sample_size, pixels divided by 8, to unet/config.json", kind="data")]
+    if embeddings and repo.json("text_encoder_2/config.json") is None:
+        return [Problem("embeddings of two text encoders for a model with one", f"--embeddings {embeddings}",
+                        f"{base} has no text_encoder_2: new tokens are trained on SDXL", "leave --embeddings out, or "
+                        "name the SDXL model they were trained on with --base")]
+    return embeddings_problems(repo, embeddings) if embeddings and embeddings.is_file() else []
+
+
+def family_problems(repo: Repo) -> list[Problem]:
+    """What keeps the model from being trained keeps it from being drawn with; flags of the trainers are not named."""
+    from trainkit import families
+    from trainkit.options import ModelOptions
+
+    family = families.of(ModelOptions(pretrained_model_name_or_path=repo.path))
+    return [replace(repo.problem(found.what.replace("trained", "drawn with"), found.why, "name a complete SDXL, SD 1.x "
+                                 "or 2.x base model, its weights in safetensors, with --base"), kind=found.kind)
+            for found in family.problems(repo.path, resolution=ANY_SIDE)]
+
+
+def embeddings_problems(repo: Repo, file: Path) -> list[Problem]:
+    """Is it a file of a run's new tokens, as wide as the text encoders?"""
+    from safetensors import SafetensorError
+
+    from trainkit.conditioning.new_tokens import ENCODERS, read_header
+    from trainkit.files import load_tensors
+
+    try:
+        names, tensors = read_header(file).names, load_tensors(file)
+        shapes = [tuple(tensors[name].shape) for name in ENCODERS]
+    except (OSError, SafetensorError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        return [Problem("no file of embeddings", f"--embeddings {file}", f"{error}".partition("\n")[0],
+                        "give the path of the NAME_emb.safetensors that the run wrote", "data")]
+    configs = [repo.json(f"{folder}/config.json") for folder in ("text_encoder", "text_encoder_2")]
+    wanted = [(len(names), config.get("hidden_size")) for config in configs]
+    return [] if shapes == wanted else [
+        Problem("the embeddings do not fit the base model", f"--embeddings {file}", f"their shapes are {shapes}, and "
+                f"{wanted} are asked for", "name the base model they were trained on with --base", "data")]
+
+
+def lora_problems(files: Sequence[Path]) -> Iterator[Problem]:
+    """Files, of those that are there, whose header cannot be read or whose end is missing."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in (file for file in files if file.is_file() and file.suffix == ".safetensors"):
+        try:
+            safe_open(file, framework="pt")
+        except (OSError, SafetensorError) as error:
+            yield Problem("the LoRA file is damaged", f"--lora {file}", f"{error}", "copy or export it again", "data")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The pipeline, and what is put on it
+
+
+def load_pipeline(base: str, dtype: str) -> Pipeline:
+    """The stock pipeline of a base model, without what would paint over its images: watermark and safety checker.
+
+    dtype  one of DTYPES
+    """
+    from trainkit.runtime.trackers import quiet_libraries
+
+    quiet_libraries()
+    import torch
+    from diffusers import AutoPipelineForText2Image
+
+    from trainkit.families.pretrained import Repo, load_part
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = load_part(Repo(base, "--base"), AutoPipelineForText2Image, "", use_safetensors=True,
+                     add_watermarker=False, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device, getattr(torch, dtype))
+
+
+def networks(pipe: Pipeline) -> list[str]:
+    return [name for name in NETWORKS if getattr(pipe, name, None) is not None]
+
+
+def fuse_lora(pipe: Pipeline, file: Path, strength: float) -> None:
+    """Make a LoRA part of the weights. UserError: the file is damaged, or of another kind of model."""
+    from safetensors import SafetensorError
+
+    logging.disable(logging.ERROR)  # Diffusers logs every shape that does not fit, and then raises
+    try:
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name)
+        why = "" if pipe.get_list_adapters() else "it has no layer of this model"
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        why = f"{error}".strip().partition("\n")[0]
+    finally:
+        logging.disable(logging.NOTSET)
+    if why:
+        refuse([Problem("the LoRA does not fit the base model", f"--lora {file}", why,
+                        "name the base model it was trained on with --base", "data")])
+    pipe.fuse_lora(components=networks(pipe), lora_scale=strength)
+
+
+@contextmanager
+def fused_lora(pipe: Pipeline, file: Path, strength: float) -> Iterator[None]:
+    """The LoRA is part of the weights inside: images take no longer than with the base alone."""
+    fuse_lora(pipe, file, strength)
+    yield
+    pipe.unfuse_lora(components=networks(pipe))
+    pipe.unload_lora_weights()
+
+
+def add_new_tokens(pipe: Pipeline, file: Path) -> Callable[[str], str]:
+    """Give the pipeline the new tokens of an embeddings file -> what puts their names for their words in a prompt."""
+    from trainkit.conditioning.new_tokens import ENCODERS, read_header
+    from trainkit.files import load_tensors
+    from trainkit.options.words import replace_words
+
+    header, rows = read_header(file), load_tensors(file)
+    pairs = ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2))
+    for name, (tokenizer, encoder) in zip(ENCODERS, pairs, strict=True):
+        pipe.load_textual_inversion(rows[name], token=header.names, tokenizer=tokenizer, text_encoder=encoder)
+    if header.sets_eos:
+        pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id
+    table = {word: "".join(names) for word, names in header.tokens.items()}
+    return lambda prompt: replace_words(prompt, table)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+def generate_images(pipe: Pipeline, prompts: Sequence[str], noise: Sequence[Generator], *, steps: int,
+                    guidance_scale: float, batch_size: int) -> list[Image]:
+    """An image of each prompt from its own starting noise, `batch_size` of them at once."""
+    images: list[Image] = []
+    for start in range(0, len(prompts), batch_size):
+        some = slice(start, start + batch_size)
+        images += finite_images(pipe, prompt=list(prompts[some]), num_inference_steps=steps,
+                                guidance_scale=guidance_scale, generator=list(noise[some]))
+    return images
+
+
+def finite_images(pipe: Pipeline, **settings: object) -> list[Image]:
+    """What the pipeline generates. UserError: values that are not finite, which a PNG would show as black."""
+    pixels = pipe(**settings, output_type="pt").images  # [B,3,H,W] in 0..1
+    if not pixels.isfinite().all():
+        refuse([Problem("pictures of NaN or infinity were drawn", f"--dtype {pipe.unet.dtype}".replace("torch.", ""),
+                        "activations overflow the number format, or the weights of the model or the LoRA are damaged; "
+                        "nothing was saved", "--dtype float32, a smaller strength, or another file", "nonfinite")])
+    return pipe.numpy_to_pil(pipe.image_processor.pt_to_numpy(pixels))

@@ -1,0 +1,53 @@
+"""What the tools check of their command lines alike: numbers, and the folder that the results go to."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from trainkit.errors import Problem, refuse
+
+
+def number_problems(args: argparse.Namespace, *, counts: Sequence[str], reals: Sequence[str]) -> Iterator[Problem]:
+    """Counts below 1, and numbers or lists of them that are not finite."""
+    for flag in counts:
+        if getattr(args, flag) < 1:
+            yield Problem(f"--{flag} {getattr(args, flag)}", f"--{flag}", "it is a count", f"--{flag} 1 or more")
+    for flag in reals:
+        value = getattr(args, flag)
+        several = value if isinstance(value, (list, tuple)) else [value]
+        yield from (Problem(f"--{flag} {number}", f"--{flag}", "nothing can be drawn with it",
+                            f"give --{flag} a finite number")
+                    for number in several if number is not None and not math.isfinite(number))
+
+
+def out_problems(out: Path) -> Iterator[Problem]:
+    """Is the folder for the results, or one that it shall lie in, a file?"""
+    there = next((path for path in (out, *out.parents) if path.exists()), out)
+    if there.exists() and not there.is_dir():
+        yield Problem(f"{there} is a file", f"--out {out}", "the results go into a folder", "name another with --out")
+
+
+def make_out(out: Path) -> Iterator[Problem]:
+    """Make the folder for the results, before hours are spent on them -> why that cannot be done."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        why = "" if os.access(out, os.W_OK | os.X_OK) else "nothing may be written there"
+    except OSError as error:
+        why = os.strerror(error.errno)
+    if why:
+        yield Problem(f"{out} cannot be written to", f"--out {out}", why, "name another folder with --out")
+
+
+@contextmanager
+def writing_to(out: Path) -> Iterator[None]:
+    """A disk that is full or gone while the results are written ends in a problem of the kind "disk"."""
+    try:
+        yield
+    except OSError as error:
+        refuse([Problem("the results cannot be written", f"--out {out}", f"{error}",
+                        "free some space, or name a folder on another disk with --out", "disk")])

@@ -1,0 +1,347 @@
+"""How far does a LoRA move the base model towards the style it was taught, on nouns it was never shown?
+
+    python scripts/evaluate.py --base assets/tiny-sdxl-icons --lora out/my-lora/pytorch_lora_weights.safetensors \\
+        --out out/my-lora/evaluation
+
+The same prompts are drawn from the same noise at every LoRA strength. The style distance (unbiased KID in a layer of a
+small CLIP) to real pictures of the same nouns is taken at each; its floor is the distance of the training pictures
+themselves, so
+
+    share of the gap closed = (base - lora) / (base - floor)            0 = nothing learned, 1 = as good as real
+
+Writes grid.png (rows: nouns; columns: base, strengths, a real picture) and evaluation.json. Needs no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainkit.errors import Problem, UserError, refuse
+from trainkit.inference import (
+    DTYPES,
+    add_new_tokens,
+    base_problems,
+    fused_lora,
+    generate_images,
+    load_pipeline,
+    lora_problems,
+)
+from trainkit.tools import ASSETS
+from trainkit.tools.checks import make_out, number_problems, out_problems, writing_to
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from trainkit.inference import Pipeline
+
+MIN_PICTURES = 100  # below this the distance is too noisy to compare two LoRAs
+FEWEST = 2  # pictures a side of an unbiased distance
+GRID_ROWS = 10
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+@dataclass(frozen=True)
+class Real:
+    """A real picture of the style."""
+
+    noun: str
+    path: Path
+    caption: str
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A picture to draw; `copy` tells pictures of one noun apart."""
+
+    noun: str
+    prompt: str
+    copy: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the images are generated with; the defaults are those of the command line."""
+
+    base: str
+    lora: Path | None = None
+    embeddings: Path | None = None
+    strengths: tuple[float, ...] = (0.0, 0.5, 1.0)
+    seed: int = 0
+    steps: int = 20
+    guidance_scale: float = 4.0
+    batch_size: int = 25
+    dtype: str = "float32"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    refuse(problems(args))
+    refuse(make_out(args.out))
+    reference = of_nouns(read_reference(args.reference), args.nouns)
+    wanted = enough(reference, args.prompt)
+    started = time.monotonic()
+    drawn = dict(generate(settings(args), wanted))
+    seconds = time.monotonic() - started
+    result = measure(args, drawn, reference) | {"pictures": len(wanted), "seconds": round(seconds, 1)}
+    page = grid(drawn, wanted, reference)
+    with writing_to(args.out):
+        (args.out / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+        page.save(args.out / "grid.png")
+    print(table(result, args.out))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    described = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=described, allow_abbrev=False)
+    add = parser.add_argument
+    add("--base", required=True, metavar="MODEL", help="SDXL, SD 1.x or 2.x folder or Hub id the LoRA was trained on")
+    add("--lora", type=Path, metavar="FILE", help="LoRA file, Diffusers or WebUI layout; without it --embeddings alone")
+    add("--embeddings", type=Path, metavar="FILE", help="the run's NAME_emb.safetensors, if it learned new tokens, "
+        "which then stand for their words in prompts; the base is given the words")
+    add("--reference", type=Path, default=ASSETS / "icons-3d-reference", metavar="DIR",
+        help="real pictures of the style that were not trained on, with metadata.jsonl (file_name, noun, text)")
+    add("--training", type=Path, default=ASSETS / "icons-3d", metavar="DIR", help="the pictures trained on")
+    add("--clip", type=Path, default=ASSETS / "tiny-clip-icons", metavar="DIR", help="CLIP model that judges")
+    add("--prompt", help='such as "3d icon in the style of TOK, a {noun}"; default: the caption of each real picture')
+    add("--strengths", type=numbers, default=Settings.strengths, metavar="A,B,..", help="LoRA strengths (0: the base)")
+    add("--nouns", type=words, default=None, metavar="A,B,..", help="default: every noun of the reference")
+    add("--seed", type=int, default=Settings.seed, help="starting noise depends on this, the noun and nothing else")
+    add("--steps", type=int, default=Settings.steps, help="denoising steps")
+    add("--guidance_scale", type=float, default=Settings.guidance_scale, help="classifier-free guidance")
+    add("--batch_size", type=int, default=Settings.batch_size, help="prompts drawn at once")
+    add("--dtype", choices=DTYPES, default=Settings.dtype, help="precision of the pipeline")
+    add("--out", required=True, type=Path, metavar="DIR", help="folder for grid.png and evaluation.json")
+    add("--debug", action="store_true", help="show a traceback for user errors")
+    args = parser.parse_args(argv)
+    asked = args.strengths if args.lora else (1.0,)
+    args.strengths = tuple(sorted({0.0, *asked}, key=abs))  # the share needs the base, untouched: first
+    return args
+
+
+def settings(args: argparse.Namespace) -> Settings:
+    return Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What can be wrong, and what is real
+
+
+def problems(args: argparse.Namespace) -> Iterator[Problem]:
+    if not (args.lora or args.embeddings):
+        yield Problem("nothing to evaluate", "--lora, --embeddings", "there is neither a LoRA nor embeddings",
+                      "give the path of one or both files that a training run wrote")
+    if args.lora and not args.lora.is_file():
+        yield Problem(f"no LoRA file {args.lora}", "--lora", "the LoRA is what is evaluated",
+                      "give the path of a .safetensors file that a training run wrote")
+    if args.embeddings and not args.embeddings.is_file():
+        yield Problem(f"no file of embeddings {args.embeddings}", "--embeddings", "the run's new tokens are in it",
+                      "give the path of the NAME_emb.safetensors that the run wrote, or leave the flag out")
+    yield from base_problems(args.base, args.embeddings)
+    yield from lora_problems([args.lora] if args.lora else [])
+    for flag in ("training", "clip", "reference"):
+        if not getattr(args, flag).is_dir():
+            yield Problem(f"no folder {getattr(args, flag)}", f"--{flag}", "the style distance needs it",
+                          f"give an existing folder, or leave --{flag} out to use the shipped one", kind="data")
+    if args.prompt and "{noun}" not in args.prompt:
+        yield Problem(f"no {{noun}} in {args.prompt!r}", "--prompt", "each picture is drawn for one noun",
+                      'write for instance --prompt "icon of a {noun}"')
+    yield from number_problems(args, counts=("steps", "batch_size"), reals=("strengths", "guidance_scale"))
+    if args.training.is_dir():
+        yield from training_problems(args.training)
+    if args.reference.is_dir():
+        yield from reference_problems(args)
+    yield from out_problems(args.out)
+
+
+def training_problems(folder: Path) -> Iterator[Problem]:
+    files = pictures_in(folder)
+    if len(files) < FEWEST:
+        yield Problem(f"{len(files)} pictures in {folder}" if files else f"no picture in {folder}", "--training",
+                      f"they give the floor of the style distance, and it takes {FEWEST}",
+                      f"put {', '.join(sorted(PICTURE_SUFFIXES))} files there", kind="data")
+    yield from unreadable("--training", files)
+
+
+def reference_problems(args: argparse.Namespace) -> Iterator[Problem]:
+    index = args.reference / "metadata.jsonl"
+    if not index.is_file():
+        yield Problem(f"no {index}", "--reference", "it says which noun each picture shows",
+                      'write one line a picture: {"file_name": "cat.png", "noun": "cat", "text": "a cat"}', kind="data")
+        return
+    try:
+        every = read_reference(args.reference)
+    except UserError as damaged:
+        yield from damaged.problems
+        return
+    known = {real.noun for real in every}
+    missing = sorted(set(args.nouns or ()) - known)
+    chosen = of_nouns(every, args.nouns)
+    if missing:
+        yield Problem(f"no real picture of {', '.join(missing)}", "--nouns", "both sides must show the same nouns",
+                      f"choose among the {len(known)} nouns in {index}")
+    elif len(chosen) < FEWEST and args.nouns is not None:
+        yield Problem(f"{len(chosen)} real pictures of the nouns", "--nouns", f"the style distance takes {FEWEST}",
+                      f"give more of the {len(known)} nouns in {index}, or leave --nouns out")
+    elif len(chosen) < FEWEST:
+        yield Problem(f"{len(chosen)} pictures in {index}", "--reference", f"the style distance takes {FEWEST}",
+                      "add a line for each real picture", kind="data")
+    yield from unreadable("--reference", [real.path for real in chosen])
+
+
+def unreadable(flag: str, files: Sequence[Path]) -> Iterator[Problem]:
+    """One problem for all the pictures that cannot be read."""
+    from trainkit.data.images import UnreadablePicture, decode
+
+    faults = []
+    for file in files:
+        try:
+            decode(file.read_bytes())
+        except (OSError, UnreadablePicture) as error:
+            faults.append(f"{file.name}: {error}")
+    if faults:
+        yield Problem(f"{len(faults)} pictures cannot be read", flag, faults[0], "put whole pictures there", "data")
+
+
+def read_reference(folder: Path) -> list[Real]:
+    """The real pictures that metadata.jsonl lists. UserError: a line of it is damaged."""
+    index = folder / "metadata.jsonl"
+    try:
+        lines = enumerate(index.read_text("utf-8").splitlines(), 1)
+        return [real_of(folder, number, line) for number, line in lines if line.strip()]
+    except ValueError as error:  # of UTF-8, of JSON, or of a row
+        raise UserError(Problem(f"{index} is damaged", "--reference", f"{error}", "write one line a picture: "
+                                '{"file_name": "cat.png", "noun": "cat", "text": "a cat"}', kind="data")) from error
+
+
+def real_of(folder: Path, number: int, line: str) -> Real:
+    """A line of metadata.jsonl. ValueError: it is no JSON, lacks a text, or names a file outside of the folder."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number} is no JSON: {error}") from error
+    keys = ("noun", "file_name", "text")
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) and row[key].strip() for key in keys):
+        raise ValueError(f"line {number} has no {', '.join(keys)} that are all text")
+    name = Path(row["file_name"])
+    if name.is_absolute() or ".." in name.parts:
+        raise ValueError(f"line {number}: file_name {row['file_name']!r} leaves the folder")
+    return Real(row["noun"], folder / name, row["text"])
+
+
+def of_nouns(reference: list[Real], nouns: Sequence[str] | None) -> list[Real]:
+    return [real for real in reference if nouns is None or real.noun in nouns]
+
+
+def enough(reference: list[Real], template: str | None) -> list[Wanted]:
+    """Each noun as often as it takes to reach MIN_PICTURES."""
+    prompts = {real.noun: template.replace("{noun}", real.noun) if template else real.caption for real in reference}
+    copies = -(-MIN_PICTURES // len(prompts))
+    return [Wanted(noun, prompt, copy) for copy in range(copies) for noun, prompt in prompts.items()]
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
+
+
+def opened(path: Path) -> Image:
+    """The picture on white: an alpha channel must not let hidden colours through."""
+    from PIL import Image
+
+    picture = Image.open(path).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generating
+
+
+def generate(settings: Settings, wanted: list[Wanted]) -> Iterator[tuple[float, list[Image]]]:
+    """Every noun at every strength, from the same noise -> (strength, pictures)."""
+    pipe = load_pipeline(settings.base, settings.dtype)
+    if 0 in settings.strengths:  # before the pipeline learns new tokens
+        yield 0.0, images_of(pipe, settings, wanted)
+    if settings.embeddings:
+        renamed = add_new_tokens(pipe, settings.embeddings)
+        wanted = [replace(w, prompt=renamed(w.prompt)) for w in wanted]
+    for strength in filter(None, settings.strengths):
+        with fused_lora(pipe, settings.lora, strength) if settings.lora else nullcontext():
+            yield strength, images_of(pipe, settings, wanted)
+
+
+def images_of(pipe: Pipeline, settings: Settings, wanted: list[Wanted]) -> list[Image]:
+    from trainkit import rng
+
+    noise = [rng.generator("evaluate", settings.seed, w.noun, w.copy) for w in wanted]
+    return generate_images(pipe, [w.prompt for w in wanted], noise, steps=settings.steps,
+                           guidance_scale=settings.guidance_scale, batch_size=settings.batch_size)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measuring and showing
+
+
+def measure(args: argparse.Namespace, drawn: dict[float, list[Image]], reference: list[Real]) -> dict[str, object]:
+    """Distances at each strength, the floor, and the share of the gap between them that each strength closes."""
+    from trainkit.evaluation import style_distance
+
+    real = [opened(r.path) for r in reference]
+    training = [opened(path) for path in pictures_in(args.training)]
+    floor = style_distance(training, real, args.clip)
+    distance = {strength: style_distance(pictures, real, args.clip) for strength, pictures in drawn.items()}
+    gap = distance[0.0] - floor
+    return {
+        "base": Path(args.base).name if Path(args.base).is_dir() else args.base,
+        **described("lora", args.lora), **described("embeddings", args.embeddings),
+        "prompt": args.prompt or "captions of the reference", "seed": args.seed, "steps": args.steps,
+        "guidance_scale": args.guidance_scale,
+        "reference_pictures": len(real), "training_pictures": len(training), "floor": floor,
+        "strengths": [{"strength": s, "style_distance": d,
+                       "share_of_gap_closed": (distance[0.0] - d) / gap if gap > 0 else None}
+                      for s, d in distance.items()],
+    }
+
+
+def described(kind: str, file: Path | None) -> dict[str, str]:
+    return {kind: file.name, f"{kind}_sha256": hashlib.sha256(file.read_bytes()).hexdigest()} if file else {}
+
+
+def grid(drawn: dict[float, list[Image]], wanted: list[Wanted], reference: list[Real]) -> Image:
+    """Ten nouns spread over the list; the last column is a real picture of the noun, for comparison only."""
+    from trainkit.sheets import sheet
+
+    real = {r.noun: r.path for r in reference}
+    first = [i for i, w in enumerate(wanted) if w.copy == 0]
+    shown = first[:: max(1, len(first) // GRID_ROWS)][:GRID_ROWS]
+    rows = [[*(pictures[i] for pictures in drawn.values()), opened(real[wanted[i].noun])] for i in shown]
+    columns = ["base" if s == 0 else f"LoRA {s:g}" for s in drawn]
+    shared = os.path.commonprefix([wanted[i].prompt for i in shown])
+    return sheet(rows, columns=[*columns, "real"], names=[wanted[i].noun for i in shown], title=f"{shared.strip()} …")
+
+
+def table(result: dict, out: Path) -> str:
+    lines = [f"style distance to {result['reference_pictures']} real pictures, {result['pictures']} drawn a strength",
+             f"{'':<14}{'distance':>10}{'gap closed':>12}"]
+    for row in result["strengths"]:
+        name = "base" if row["strength"] == 0 else f"LoRA {row['strength']:g}"
+        share = row["share_of_gap_closed"]
+        closed = "" if row["strength"] == 0 or share is None else f"{share:>11.0%}"
+        lines.append(f"{name:<14}{row['style_distance']:>10.4f} {closed}")
+    lines.append(f"{'floor':<14}{result['floor']:>10.4f}   the training pictures themselves")
+    return "\n".join([*lines, f"drawn in {result['seconds']:.0f} s; see {out / 'grid.png'}"])

@@ -1,0 +1,322 @@
+"""Draw pictures with a base model and the LoRAs trained on it, in the stock Diffusers pipeline.
+
+    python scripts/generate.py --base assets/tiny-sd-icons --lora runs/mine --prompt "a fox, 3d icon" --seeds 0,1,2 \\
+        --out runs/mine/pictures
+
+A LoRA trained with --guidance_token can be shown a picture beside the prompt; its CLIP features stand where they stood
+in training, in place of the last padding of the text:
+
+    python scripts/generate.py --base assets/tiny-sd-icons --lora runs/mine --prompt "3d icon" \\
+        --guidance_image assets/icons-3d/fox.png --out runs/mine/pictures
+
+Writes p01_s0.png and so on, by prompt and seed, with their settings in the PNG text that WebUIs read, and sheet.png
+(rows: prompts; columns: seeds, then the guidance image). A seed is that of torch.manual_seed; one seed is the same
+noise under every prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainkit.errors import Problem, refuse
+from trainkit.inference import (
+    DTYPES,
+    add_new_tokens,
+    base_problems,
+    finite_images,
+    fuse_lora,
+    load_pipeline,
+    lora_file,
+    lora_problems,
+)
+from trainkit.tools import ASSETS
+from trainkit.tools.checks import make_out, number_problems, out_problems, writing_to
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from trainkit.inference import Pipeline
+
+log = logging.getLogger(__name__)
+
+SEEDS = range(-(2**63), 2**64)  # that torch.manual_seed takes
+SIDE_STEP = 8  # pixels: the stock pipelines take no other sides
+EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One picture to draw.
+
+    asked     the prompt as the user wrote it, `prompt` with the names of learned tokens
+    features  [D] of its guidance image, scaled, if it has one
+    """
+
+    number: int  # of the prompt, from 1
+    asked: str
+    prompt: str
+    seed: int
+    image: Path | None = None
+    features: Tensor | None = None
+
+    @property
+    def file_name(self) -> str:
+        return f"p{self.number:02d}_s{self.seed}.png"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    refuse(problems(args))
+    refuse(make_out(args.out))
+    shots = plan(args)
+    pipe = load_pipeline(args.base, args.dtype)
+    for file, strength in loras(args):
+        fuse_lora(pipe, file, strength)
+        pipe.unload_lora_weights()  # what was fused stays
+    if args.embeddings:
+        renamed = add_new_tokens(pipe, args.embeddings)
+        shots = [replace(shot, prompt=renamed(shot.prompt)) for shot in shots]
+    warn_of_full(pipe, shots)
+    pictures = [one for some in chunks(shots, args.batch_size) for one in draw(pipe, args, some)]
+    write(pipe, args, shots, pictures)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    described = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=described, allow_abbrev=False)
+    add = parser.add_argument
+    add("--base", required=True, metavar="MODEL", help="SDXL, SD 1.x or 2.x folder or Hub id")
+    add("--lora", type=Path, action="append", default=[], metavar="FILE", help="LoRA file, or the folder of a "
+        "run; give it again for more")
+    add("--strength", type=float, action="append", default=[], metavar="X", help="of the LoRAs: one for all, or one "
+        "for each in their order; default 1")
+    add("--embeddings", type=Path, metavar="FILE", help="the run's NAME_emb.safetensors, if it learned new tokens, "
+        "which then stand for their words in prompts")
+    add("--prompt", action="append", required=True, metavar="TEXT", help="give it again for more")
+    add("--negative_prompt", metavar="TEXT", help="what to keep away from, for every prompt")
+    add("--seeds", type=whole_numbers, default=(0,), metavar="A,B,..", help="a picture of every prompt from each")
+    add("--steps", type=int, default=25, help="denoising steps")
+    add("--guidance_scale", type=float, help="classifier-free guidance; default: the pipeline's own")
+    add("--width", type=int, metavar="PIXELS", help="default: the model's")
+    add("--height", type=int, metavar="PIXELS", help="default: the model's")
+    add("--guidance_image", type=Path, action="append", default=[], metavar="FILE", help="picture whose CLIP features "
+        "go beside the prompt: one for all prompts, or one for each in their order")
+    add("--clip", default=str(ASSETS / "tiny-clip-icons"), metavar="MODEL", help="the CLIP whose features the "
+        "LoRA was trained with; default: the shipped one")
+    add("--guidance_features", type=Path, metavar="FILE", help="take the features of the guidance images from this "
+        "file of scripts/extract_clip_features.py instead of computing them")
+    add("--guidance_token_scale", type=float, default=1.0, metavar="X", help="factor of the features, as in training")
+    add("--guidance_both_branches", action="store_true", help="put the features beside the negative prompt, too")
+    add("--batch_size", type=int, default=4, help="pictures drawn at once")
+    add("--dtype", choices=DTYPES, default="float32", help="precision of the pipeline")
+    add("--out", required=True, type=Path, metavar="DIR", help="folder for the pictures and sheet.png")
+    add("--debug", action="store_true", help="show a traceback for user errors")
+    args = parser.parse_args(argv)
+    args.lora = [lora_file(path) for path in args.lora]
+    return args
+
+
+def loras(args: argparse.Namespace) -> list[tuple[Path, float]]:
+    """Each file with its strength."""
+    strengths = args.strength or [1.0]
+    return list(zip(args.lora, strengths if len(strengths) > 1 else strengths * len(args.lora), strict=True))
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(int(number) for number in text.split(",")))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What can be wrong, and what to draw
+
+
+def problems(args: argparse.Namespace) -> Iterator[Problem]:
+    yield from base_problems(args.base, args.embeddings, sized=not (args.width and args.height))
+    named = [("--lora", file) for file in args.lora] + [("--guidance_image", file) for file in args.guidance_image]
+    named += [("--embeddings", args.embeddings)] if args.embeddings else []
+    yield from (Problem(f"no file {file}", flag, "it is read before drawing", "name a file that is there", "data")
+                for flag, file in named if not file.is_file())
+    yield from lora_problems(args.lora)
+    if args.strength and (not args.lora or len(args.strength) not in {1, len(args.lora)}):
+        yield Problem(f"{len(args.strength)} strengths for {len(args.lora)} LoRAs", "--strength",
+                      "it is one for all, or one for each", "give --strength once, or as often as --lora")
+    if len(args.guidance_image) not in (0, 1, len(args.prompt)):
+        yield Problem(f"{len(args.guidance_image)} guidance images for {len(args.prompt)} prompts", "--guidance_image",
+                      "it is one for all, or one for each", "give --guidance_image once, or as often as --prompt")
+    for flag in ("guidance_features", "guidance_both_branches"):
+        if getattr(args, flag) and not args.guidance_image:
+            yield Problem(f"--{flag} without --guidance_image", f"--{flag}", "there is no picture to show to the model",
+                          f"add --guidance_image FILE, or leave --{flag} out")
+    for flag in ("width", "height"):
+        side = getattr(args, flag)
+        if side is not None and (side < SIDE_STEP or side % SIDE_STEP):
+            yield Problem(f"--{flag} {side}", f"--{flag}", f"sides are multiples of {SIDE_STEP} pixels",
+                          f"--{flag} {max(SIDE_STEP, round(side / SIDE_STEP) * SIDE_STEP)}")
+    yield from number_problems(args, counts=("steps", "batch_size"),
+                               reals=("strength", "guidance_scale", "guidance_token_scale"))
+    yield from (Problem(f"seed {seed}", "--seeds", "it is no number of 64 bits", f"{SEEDS[0]} to {SEEDS[-1]}")
+                for seed in args.seeds if seed not in SEEDS)
+    yield from out_problems(args.out)
+
+
+def plan(args: argparse.Namespace) -> list[Shot]:
+    """Every prompt from every seed, each prompt's shots with the features of its own guidance image."""
+    images = args.guidance_image * (len(args.prompt) if len(args.guidance_image) == 1 else 1)
+    features = guidance_features(args) if images else {}
+    beside = images or [None] * len(args.prompt)
+    return [Shot(number, prompt, prompt, seed, image, features.get(image))
+            for number, (prompt, image) in enumerate(zip(args.prompt, beside, strict=True), 1) for seed in args.seeds]
+
+
+def guidance_features(args: argparse.Namespace) -> dict[Path, Tensor]:
+    """Guidance image -> features [D], scaled. UserError: unreadable, not in the file, not as wide as the text."""
+    from trainkit.conditioning.clip_token import misfits
+    from trainkit.families.pretrained import Repo
+
+    known = from_file(args) if args.guidance_features else computed(args)
+    where = f"--guidance_features {args.guidance_features}" if args.guidance_features else f"--clip {args.clip}"
+    width = Repo(args.base, "--base").json("unet/config.json").get("cross_attention_dim")
+    refuse(misfits(len(next(iter(known.values()))), width, where))
+    return {image: args.guidance_token_scale * row for image, row in known.items()}
+
+
+def from_file(args: argparse.Namespace) -> dict[Path, Tensor]:
+    from trainkit.data.clip_features import read_features
+    from trainkit.data.images import content_digest
+
+    features = read_features(args.guidance_features)
+    digests = {image: content_digest(image.read_bytes()) for image in args.guidance_image}
+    refuse(Problem(f"no features of {image}", f"--guidance_features {args.guidance_features}",
+                   "pictures are found by the content of their files, and this one is not there",
+                   "leave --guidance_features out and name the CLIP with --clip", "data")
+           for image, digest in digests.items() if digest not in features)
+    return {image: features[digest] for image, digest in digests.items()}
+
+
+def computed(args: argparse.Namespace) -> dict[Path, Tensor]:
+    from trainkit.data.clip_features import load_clip
+    from trainkit.data.images import UnreadablePicture, decode
+
+    clip, known = load_clip(args.clip), {}
+    for image in args.guidance_image:
+        try:
+            known[image] = clip(clip.pixels(decode(image.read_bytes()))[None])[0]
+        except (OSError, UnreadablePicture) as error:
+            refuse([Problem(f"{image} cannot be read", "--guidance_image", f"{error}", "give another picture", "data")])
+    return known
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Drawing
+
+
+def chunks(shots: Sequence[Shot], size: int) -> Iterator[Sequence[Shot]]:
+    yield from (shots[start : start + size] for start in range(0, len(shots), size))
+
+
+def tokenizers(pipe: Pipeline) -> list:
+    return [one for one in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if one is not None]
+
+
+def warn_of_full(pipe: Pipeline, shots: Sequence[Shot]) -> None:
+    """Say which prompts leave no place for the features."""
+    from trainkit.conditioning.clip_token import has_room
+
+    prompts = list(dict.fromkeys(shot.prompt for shot in shots if shot.features is not None))
+    rooms = has_room(tokenizers(pipe), prompts) if prompts else []
+    for prompt in (prompt for prompt, room in zip(prompts, rooms, strict=True) if not room):
+        log.warning("this prompt fills the text encoder's whole context and is drawn without its guidance image: %s",
+                    prompt)
+
+
+def encode(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) -> dict[str, Tensor]:
+    """The text of each shot as the stock pipeline takes it, with its guidance image where it has one."""
+    import torch
+
+    from trainkit.conditioning.clip_token import has_room, with_token
+
+    negative = None if args.negative_prompt is None else [args.negative_prompt] * len(shots)
+    text = dict(zip(EMBEDS, pipe.encode_prompt(
+        prompt=[shot.prompt for shot in shots], device=pipe.device, num_images_per_prompt=1,
+        do_classifier_free_guidance=True, negative_prompt=negative), strict=False))  # SD has the first two
+    if shots[0].features is None:
+        return text
+    tokens = torch.stack([shot.features for shot in shots])  # [B,D], row i for picture i
+    branches = {"prompt_embeds": [shot.prompt for shot in shots]}
+    if args.guidance_both_branches:
+        branches["negative_prompt_embeds"] = negative or [""] * len(shots)
+    guided = {name: with_token(text[name], tokens, torch.tensor(has_room(tokenizers(pipe), prompts)))
+              for name, prompts in branches.items()}
+    return text | guided
+
+
+def draw(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) -> list[Image]:
+    import torch
+
+    with torch.no_grad():
+        text = encode(pipe, args, shots)
+    noise = [torch.Generator().manual_seed(shot.seed) for shot in shots]
+    width, height = size(pipe, args)
+    return finite_images(pipe, **text, height=height, width=width, num_inference_steps=args.steps,
+                         guidance_scale=scale(pipe, args), generator=noise)
+
+
+def size(pipe: Pipeline, args: argparse.Namespace) -> tuple[int, int]:
+    """Width and height in pixels; the stock pipelines would overlook one that is asked for alone."""
+    own = pipe.unet.config.sample_size
+    high, wide = own if isinstance(own, (list, tuple)) else (own, own)
+    return args.width or wide * pipe.vae_scale_factor, args.height or high * pipe.vae_scale_factor
+
+
+def scale(pipe: Pipeline, args: argparse.Namespace) -> float:
+    own = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
+    return own if args.guidance_scale is None else args.guidance_scale
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def write(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot], pictures: Sequence[Image]) -> None:
+    from trainkit.sheets import save_png
+
+    page = contact_sheet(args, shots, pictures)
+    with writing_to(args.out):
+        for shot, picture in zip(shots, pictures, strict=True):
+            save_png(args.out / shot.file_name, picture, parameters(pipe, args, shot, picture))
+        save_png(args.out / "sheet.png", page, parameters(pipe, args, shots[0], pictures[0]))
+    print(f"{len(pictures)} pictures and sheet.png in {args.out}")
+
+
+def contact_sheet(args: argparse.Namespace, shots: Sequence[Shot], pictures: Sequence[Image]) -> Image:
+    """Rows: prompts, columns: seeds, and the guidance image last where there is one."""
+    from trainkit.data.images import decode
+    from trainkit.sheets import sheet
+
+    across = len(args.seeds)
+    rows = [list(pictures[start : start + across]) for start in range(0, len(pictures), across)]
+    columns = [f"seed {seed}" for seed in args.seeds]
+    if args.guidance_image:
+        columns.append("guidance image")
+        for row, shot in zip(rows, shots[::across], strict=True):
+            row.append(decode(shot.image.read_bytes()))
+    return sheet(rows, columns=columns, names=args.prompt, title=Path(args.base).name)
+
+
+def parameters(pipe: Pipeline, args: argparse.Namespace, shot: Shot, picture: Image) -> str:
+    """The text of the PNG file."""
+    from trainkit.sheets import png_parameters
+
+    return png_parameters(shot.asked, {
+        "Steps": args.steps, "Sampler": type(pipe.scheduler).__name__, "CFG scale": scale(pipe, args),
+        "Seed": shot.seed, "Size": f"{picture.width}x{picture.height}", "Model": Path(args.base).name,
+        "LoRA": " ".join(f"{file.parent.name}/{file.name}:{strength:g}" for file, strength in loras(args)),
+        "Guidance image": shot.image.name if shot.image else "",
+    }, negative=args.negative_prompt)
