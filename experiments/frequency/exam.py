@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from experiments.frequency.arms import BASE, COMMON
 from experiments.frequency.results import BANDS, DRAWS, KINDS, TIMESTEPS, Bin, Result
 from freq_loss import DistributionMatchingLoss
 from trainkit import families, rng
+from trainkit.condition import Condition
 from trainkit.evaluation import style_distance, to_pixels
 from trainkit.families import Family
 from trainkit.inference import lora_file
@@ -42,7 +45,7 @@ class Exam:
 
     def bins(self, folder: Path | None) -> list[Bin]:
         """Of the network with the LoRA in `folder`; None: of the base model alone."""
-        with torch.no_grad(), with_lora(self.family.unet, folder):
+        with torch.no_grad(), with_lora(self.family.denoiser, folder):
             return [self.bin(timestep) for timestep in TIMESTEPS]
 
     def bin(self, timestep: int) -> Bin:
@@ -63,7 +66,7 @@ class Exam:
     def answer(self, timestep: int, draw: int) -> tuple[float, Tensor, Tensor]:
         """What the network says of every picture -> mean |out − n|², x̂0 [N,C,h,w], snr [N]."""
         schedule, prediction = self.family.schedule, self.family.schedule.prediction
-        level = schedule.level(torch.full((len(self.x0),), timestep))
+        level = schedule.at(torch.full((len(self.x0),), timestep))
         keys = [("frequency", real.noun, timestep, draw) for real in self.reference]
         n = rng.normal(self.x0.shape[1:], keys, "held out")
         z = prediction.add_noise(self.x0, n, level)
@@ -73,13 +76,11 @@ class Exam:
 
     def network(self, z: Tensor, timestep: int) -> Tensor:
         """The network's output for z [N,C,h,w], AT_ONCE pictures at a time."""
-        embeds, pooled = self.text
         outs = []
-        for start in range(0, len(z), AT_ONCE):
-            some = slice(start, start + AT_ONCE)
-            level = self.family.schedule.level(torch.full((len(z[some]),), timestep))
-            outs.append(self.family.denoise(z[some], level, text=(embeds[some], pooled[some]),
-                                            time_ids=torch.zeros(len(z[some]), 6)))
+        for some in torch.arange(len(z)).split(AT_ONCE):
+            level = self.family.schedule.at(torch.full((len(some),), timestep))
+            condition = Condition(self.text.take(some), time_ids=torch.zeros(len(some), 6))
+            outs.append(self.family.denoise(z[some], level, condition))
         return torch.cat(outs)
 
     @cached_property
@@ -99,10 +100,12 @@ class Exam:
         """Clean latents, the means of the VAE's posteriors -> [N,C,h,w]."""
         pixels = to_pixels([opened(real.path) for real in self.reference], COMMON["resolution"])
         mean, _ = self.family.encode_pixels(pixels)
-        return self.family.to_latents(mean)
+        keys = [("reference", real.noun) for real in self.reference]
+        certain = SimpleNamespace(pixels=None, mean=mean, logvar=torch.full_like(mean, -math.inf), keys=keys)
+        return self.family.sample_latents(certain)
 
     @cached_property
-    def text(self) -> tuple[Tensor, Tensor]:
+    def text(self) -> Condition:
         with torch.no_grad():
             return self.family.encode_prompts([real.caption for real in self.reference])
 
