@@ -94,9 +94,9 @@ class Checkpoints:
         """
         found = ranks.from_main(lambda: self._choose(which))
         folder, step = found or (None, 0)
-        if stop is not None and step > stop:
+        if folder is not None and stop is not None and step > stop:
             raise UserError(Problem(
-                what=f"{Path(folder).name} is past the end of this run, which ends after {stop} steps",
+                what=f"{folder.name} is past the end of this run, which ends after {stop} steps",
                 where="--max_train_steps, --num_train_epochs, --stop_after_steps", why="there is no step left to train",
                 fix="raise them, or resume from an earlier checkpoint"))
         if folder is not None:
@@ -156,7 +156,8 @@ class Checkpoints:
         """Rank 0, when nothing can refuse any more: set aside what is not on the way from `folder`."""
         here = folder is not None and folder.parent.resolve() == self.shelf.dir.resolve()
         with files.disk_errors(self.shelf.dir):
-            self.shelf.set_aside([p for p in self.shelf.all() if not here or checkpoint_folders.step_of(p) > step])
+            later = [p for p in self.shelf.all() if (checkpoint_folders.step_of(p) or 0) > step]
+            self.shelf.set_aside(later if here else self.shelf.all())
         self.saved = step if here else None
 
     def _refuse_differences(self, folder: Path, fingerprint: Json) -> None:
@@ -185,7 +186,7 @@ def flatten(tree: Json, prefix: str = "") -> dict[str, Json]:
     """Nested dicts -> one level with dotted keys; tuples compare as lists, as JSON stores them."""
     if not isinstance(tree, dict):
         return {prefix: list(tree) if isinstance(tree, tuple) else tree}
-    flat = {}
+    flat: dict[str, Json] = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return flat

@@ -137,7 +137,7 @@ def disk_errors(target: Path) -> Iterator[None]:
 def disk_error(error: OSError, target: Path, verb: str) -> UserError:
     """What `error` means to a user who can `verb` neither `target` nor the file the error names."""
     return UserError(Problem(
-        what=f"cannot {verb} {target.name}: {os.strerror(error.errno)}", where=str(error.filename or target),
+        what=f"cannot {verb} {target.name}: {os.strerror(error.errno or 0)}", where=str(error.filename or target),
         why="files that were complete before are untouched", kind="disk",
         fix="free some space or mend the permissions, then --resume_from_checkpoint latest",
     ))

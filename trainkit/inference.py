@@ -11,19 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainkit.errors import Problem, refuse
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
     from PIL.Image import Image
     from torch import Generator
 
     from trainkit.families.pretrained import Repo
 
-    Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
-
+Pipeline = Any  # StableDiffusionPipeline or StableDiffusionXLPipeline; importing them takes seconds
 DTYPES = ("float32", "float16", "bfloat16")
 NETWORKS = ("unet", "text_encoder", "text_encoder_2")  # of a pipeline, where a LoRA may train
 ANY_SIDE = 2**20  # pixels: any model halves it; the pipelines check the sides that are drawn
@@ -55,7 +53,7 @@ def base_problems(base: str, embeddings: Path | None, *, sized: bool = True) -> 
                              "--base FOLDER_OF_A_DIFFUSERS_MODEL (SDXL, SD 1.x or 2.x)", kind="data")]
     if found := family_problems(repo):
         return found
-    if sized and repo.json("unet/config.json").get("sample_size") is None:
+    if sized and repo.glance("unet/config.json").get("sample_size") is None:
         return [repo.problem("the model does not say how large its pictures are", "unet/config.json has no sample_size",
                              "add sample_size, pixels divided by 8, to unet/config.json", kind="data")]
     if embeddings and repo.json("text_encoder_2/config.json") is None:
@@ -89,7 +87,7 @@ def embeddings_problems(repo: Repo, file: Path) -> list[Problem]:
     except (OSError, SafetensorError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         return [Problem("no file of embeddings", f"--embeddings {file}", f"{error}".partition("\n")[0],
                         "give the path of the NAME_emb.safetensors that the run wrote", "data")]
-    configs = [repo.json(f"{folder}/config.json") for folder in ("text_encoder", "text_encoder_2")]
+    configs = [repo.glance(f"{folder}/config.json") for folder in ("text_encoder", "text_encoder_2")]
     wanted = [(len(names), config.get("hidden_size")) for config in configs]
     return [] if shapes == wanted else [
         Problem("the embeddings do not fit the base model", f"--embeddings {file}", f"their shapes are {shapes}, and "

@@ -73,7 +73,7 @@ class Previews:
         self.averaged = averaged
         self.folder = Path(output_dir) / "samples"
         count = options.num_validation_images if options.validation_prompt else 0
-        self.shots = [Shot(options.validation_prompt, 1, seed + k) for k in range(count)]
+        self.shots = [Shot(options.validation_prompt or "", 1, seed + k) for k in range(count)]
         if self.shots and 0 < every < OFTEN and options.validation_steps is None:
             log.warning("--validation_epochs %d draws previews every %s, which may take longer than the training does: "
                         "--validation_steps 100 draws fewer", options.validation_epochs,

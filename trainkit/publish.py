@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from trainkit.errors import Problem, UserError
-from trainkit.export import verify, write_diffusers, write_kohya
+from trainkit.export import Layout, verify, write_diffusers, write_kohya
 from trainkit.files import Json, atomic_write
 from trainkit.options import TRAINERS, RunOptions
 from trainkit.report import SampleStep, environment, sample_steps, write_report
@@ -143,7 +143,8 @@ def write_weights(folder: Path, family: Family, networks: Sequence[Adapters], *,
     metadata = header(run, num_images=num_images)
     write_diffusers(networks, ours, metadata)
     write_kohya(networks, family, others, metadata)
-    for path, layout in ((ours, "diffusers"), (others, "webui")):
+    layouts: tuple[tuple[Path, Layout], ...] = ((ours, "diffusers"), (others, "webui"))
+    for path, layout in layouts:
         error = verify(path, networks, family, layout=layout)
         log.info("%s holds the trained weights (largest error %.1e of its largest entry)", path.name, error)
     return [ours, others]

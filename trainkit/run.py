@@ -28,7 +28,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from trainkit.checkpoints import Checkpoints
-    from trainkit.options import OptionSet
+    from trainkit.options import OptimizerOptions, PrecisionOptions, RunOptions
     from trainkit.preview import Previews
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,27 @@ log = logging.getLogger(__name__)
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def start_run(opts: OptionSet, project: str) -> Run:
+class Settings(Protocol):
+    """What of a trainer's options is about the run; an OptionSet with these concerns."""
+
+    @property
+    def run(self) -> RunOptions: ...
+
+    @property
+    def precision(self) -> PrecisionOptions: ...
+
+    @property
+    def optimizer(self) -> OptimizerOptions: ...
+
+    @property
+    def origins(self) -> dict[str, str]: ...
+
+    def flat(self) -> Mapping[str, Json]: ...
+
+    def notices(self) -> list[str]: ...
+
+
+def start_run(opts: Settings, project: str) -> Run:
     """Everything a run needs before its first model is loaded.
 
     project  what trackers file the run under
@@ -107,7 +127,7 @@ def take_folder(out_dir: Path) -> OutputLock | None:
 class Run:
     """What lasts from the first to the last line of a training; a context manager that ends itself properly."""
 
-    def __init__(self, opts: OptionSet, *, lock: OutputLock | None, tracker_names: list[str]):
+    def __init__(self, opts: Settings, *, lock: OutputLock | None, tracker_names: list[str]):
         end_with_launcher()
         self.opts, self.out_dir, self.seed, self.lock = opts, Path(opts.run.output_dir), opts.run.seed, lock
         self.accelerator = make_accelerator(opts, tracker_names)
@@ -220,8 +240,8 @@ class Run:
     def draw(self, step: int, previews: Previews) -> None:
         """Previews after `step` finished steps, on rank 0 while the others wait; the trackers get them too."""
         if self.is_main:
-            *pictures, _ = previews.draw(step).values() or [None]  # the last is the sheet of all
-            self.log_images(step, {"validation": pictures} if pictures else {})
+            drawn = [*previews.draw(step).values()]  # the last is the sheet of all
+            self.log_images(step, {"validation": drawn[:-1]} if drawn else {})
         ranks.barrier()
 
     def log_images(self, step: int, images: Mapping[str, list[Image]]) -> None:
@@ -378,10 +398,10 @@ class Run:
 
 def due(step: int, every: int | None, *, last: bool = False) -> bool:
     """Whether something done `every` so many finished steps is due after `step` of them; always after the last."""
-    return last or (bool(every) and step > 0 and step % every == 0)
+    return last or (every is not None and every > 0 and step > 0 and step % every == 0)
 
 
-def make_accelerator(opts: OptionSet, tracker_names: list[str]) -> Accelerator:
+def make_accelerator(opts: Settings, tracker_names: list[str]) -> Accelerator:
     """Process group, device and precision, as launcher, environment and --mixed_precision say."""
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration

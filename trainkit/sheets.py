@@ -31,12 +31,12 @@ def save_png(path: Path, picture: Image.Image, parameters: str) -> None:
     atomic_write(path, buffer.getvalue())
 
 
-def png_parameters(prompt: str, settings: Mapping[str, object], *, negative: str | None = None) -> str:
+def png_parameters(prompt: str, settings: Mapping[str, str | int | float], *, negative: str | None = None) -> str:
     """The text that a WebUI's PNG-info tab reads: the prompt, the negative prompt, and the settings in the last line.
 
     The scheduler's class under "Sampler" becomes the name WebUIs have for it. Empty settings are left out.
     """
-    named = {**settings, "Sampler": SAMPLER_NAMES.get(settings["Sampler"], settings["Sampler"])}
+    named = {**settings, "Sampler": SAMPLER_NAMES.get(str(settings["Sampler"]), settings["Sampler"])}
     line = ", ".join(f"{name}: {value}" for name, value in named.items() if value != "")
     return "\n".join([prompt, *([f"Negative prompt: {negative}"] if negative else []), line])
 

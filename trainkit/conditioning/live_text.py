@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from trainkit.errors import refuse
 if TYPE_CHECKING:
     from trainkit.adapters import Adapters
     from trainkit.families import Family
+    from trainkit.families.sdxl import SDXL
     from trainkit.files import Json
     from trainkit.optim import ParamGroup
     from trainkit.options import LoraOptions, OptimizerOptions, PivotalOptions, TextOptions
@@ -33,7 +34,8 @@ log = logging.getLogger(__name__)
 class Learner(Protocol):
     """What trains in the text encoders: `NewTokens`, or `EncoderAdapters`."""
 
-    networks: Sequence[Adapters]
+    @property
+    def networks(self) -> Sequence[Adapters]: ...
 
     @property
     def embeddings(self) -> Mapping[str, Tensor]: ...
@@ -228,13 +230,13 @@ def make_text(family: Family, prompts: Iterable[str], store: Store | None, *, te
     for encoder in family.text_encoders:
         encoder.to(family.device, family.weight_dtype)
         if gradient_checkpointing:  # called gradient_checkpointing_enable before Transformers 5.23
-            enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
-            enable({"use_reentrant": False})  # needs no gradient at the input
+            enable: Any = getattr(encoder, "activation_checkpointing_enable", None)
+            (enable or encoder.gradient_checkpointing_enable)({"use_reentrant": False})  # needs no gradient at the input
     if text.text_encoder_2_lr is not None and len(family.text_encoders) == 1:
         log.warning("--text_encoder_2_lr has no effect: %s has one text encoder", family.name)
-    if not learns_tokens:
+    if pivotal is None or not learns_tokens:
         learner = EncoderAdapters(family, lora, seed=seed)
         return LiveText(family, learner, prompts, store, text, stop=text.stop(total), also=also)
-    prompts, tokens = list(prompts), NewTokens(family, pivotal, seed=seed)
+    prompts, tokens = list(prompts), NewTokens(cast("SDXL", family), pivotal, seed=seed)
     refuse(unseen(tokens.names, family.tokenizers[0], [tokens.rewrite(prompt) for prompt in prompts]))
     return LiveText(family, tokens, prompts, store, text, stop=pivotal.stop(total), also=also)

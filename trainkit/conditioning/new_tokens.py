@@ -19,7 +19,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -127,12 +127,12 @@ class NewTokens:
 
     networks: tuple[()] = ()  # no adapters
 
-    def __init__(self, family: SDXL, options: PivotalOptions, *, seed: int):
+    def __init__(self, family: SDXL, options: PivotalOptions, *, seed: int) -> None:
         self.options = options
         self.names = [name for names in options.tokens.values() for name in names]
         self.base_model, self.architecture, self.sets_eos = family.name, family.architecture, family.sets_eos
         refuse(taken(self.names, family.tokenizers))
-        parts = list(zip(ENCODERS, family.tokenizers, family.text_encoders, strict=True))
+        parts: list[tuple[str, Any, Any]] = list(zip(ENCODERS, family.tokenizers, family.text_encoders, strict=True))
         self.stds = [float(encoder.get_input_embeddings().weight.float().std()) for _, _, encoder in parts]
         self.rows: list[nn.Parameter] = []  # and no more of the encoders, which must be free to go at the pivot
         for (name, tokenizer, encoder), std in zip(parts, self.stds, strict=True):

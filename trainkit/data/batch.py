@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -97,17 +97,19 @@ class Batch:
     mask: Tensor | None = None  # [B,1,h,w]
 
     def to(self, device: torch.device) -> Batch:
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
 
-def collate(samples: Sequence[Sample | UserError]) -> Batch | UserError:
+def collate(items: Sequence[Sample | UserError]) -> Batch | UserError:
     """Stack samples of one shape; the first error among them instead, if there is one."""
-    for sample in samples:
-        if isinstance(sample, UserError):
-            return sample
+    samples: list[Sample] = []
+    for item in items:
+        if isinstance(item, UserError):
+            return item
+        samples.append(item)
     assert len({s.shape for s in samples}) == 1, "a micro-batch has samples of one shape"
-    keys, places, _, (num_instance, *_) = zip(*(s.slot for s in samples), strict=True)
+    keys, places, _, (num_instance, *_) = zip(*(s.slot for s in samples if s.slot is not None), strict=True)
     # SDXL's size conditioning: original h, w · crop top, left · target h, w (arXiv:2307.01952, 2.2)
     sizes = [[*s.row.size, s.top, s.left, *s.shape] for s in samples]
     tensors = {name: [getattr(s, name) for s in samples] for name in ("pixels", "mean", "logvar", "mask")}

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
 
     from trainkit.options import DataOptions, ModelOptions, PriorOptions
-    from trainkit.runtime.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +52,14 @@ DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf
 class Options(Protocol):
     """What a trainer is told about class pictures."""
 
-    model: ModelOptions
-    data: DataOptions
-    prior: PriorOptions
+    @property
+    def model(self) -> ModelOptions: ...
+
+    @property
+    def data(self) -> DataOptions: ...
+
+    @property
+    def prior(self) -> PriorOptions: ...
 
 
 class Job(Protocol):
@@ -63,8 +67,8 @@ class Job(Protocol):
 
     seed: int
     device: torch.device
-    is_main: bool
-    progress: Progress
+
+    def show_task(self, name: str, done: int, total: int) -> None: ...
 
 
 def problems(opt: Options) -> list[Problem]:
@@ -94,6 +98,7 @@ def class_rows(opt: Options, job: Job) -> list[Row]:
     prior = opt.prior
     if not prior.with_prior_preservation:
         return []
+    assert prior.class_data_dir and prior.class_prompt, "the options refuse the prior without them"
     folder = ClassFolder(Path(prior.class_data_dir), recipe(opt), wanted=prior.num_class_images)
     listed, found = folder.read(tell=True)
     refuse(found)
@@ -245,8 +250,7 @@ def draw_batches(batches: Sequence[Sequence[int]], wanted: Set[int], folder: Cla
             if number in wanted:
                 write(folder.file(number), picture)
         done += len(batch)
-        if job.is_main:
-            job.progress.task("generating class pictures", done, total)
+        job.show_task("generating class pictures", done, total)
     del painter
     gc.collect()
     empty_device_cache()
@@ -276,7 +280,7 @@ class Painter:
         """Raises UserError when a file of the model is damaged."""
         precision = opt.prior.prior_generation_precision or ("fp32" if job.device.type == "cpu" else "fp16")
         pipe = load_pipeline(opt.model, DTYPES[precision]).to(job.device)
-        return cls(pipe, opt.prior.class_prompt, opt.data.resolution, job.seed)
+        return cls(pipe, opt.prior.class_prompt or "", opt.data.resolution, job.seed)
 
     def __call__(self, numbers: Sequence[int]) -> list[Image.Image]:
         """Raises UserError when a picture has values that are not finite."""

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainkit.data.cache import DIGEST, tensors_digest
 from trainkit.errors import Problem, UserError, refuse
@@ -136,7 +136,7 @@ class Clip:
 
     name: str
     made_by: str
-    model: nn.Module
+    model: Any  # CLIPModel or CLIPVisionModelWithProjection
     processor: CLIPImageProcessorPil
     device: torch.device
 

@@ -102,7 +102,9 @@ def _from_cmyk(picture: Image.Image) -> Image.Image:
         return picture.convert("RGB")
     try:
         inks = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        return ImageCms.profileToProfile(picture, inks, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        converted = ImageCms.profileToProfile(picture, inks, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        assert converted is not None, "only a conversion in place returns nothing"
+        return converted
     except (OSError, ImageCms.PyCMSError) as error:
         log.warning("a CMYK picture's colour profile is unusable (%s); its colours are approximate", error)
         return picture.convert("RGB")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import count, islice
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 class Encoder(Protocol):
     """What the data room asks of a model family."""
 
-    identity: Mapping[str, str]
+    @property
+    def identity(self) -> Mapping[str, str]: ...
 
     def encode_pixels(self, pixels: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -101,8 +102,8 @@ def micro_batches(
     """
     steps = partial(range, start_step, stop_step) if stop_step is not None else partial(count, start_step)
     slots = (micro for step in steps() for micro in order.slots(step, shard))
-    loader = DataLoader(images, batch_sampler=slots, num_workers=num_workers, collate_fn=collate,
+    loader: DataLoader[Any] = DataLoader(images, batch_sampler=slots, num_workers=num_workers, collate_fn=collate,
                         generator=generator("loader"))  # its own: the global one must not move with the loader
-    batches = unguarded(loader)
+    batches: Iterator[Batch] = unguarded(loader)
     for step in steps():
         yield step, list(islice(batches, shard.accumulation))

@@ -92,7 +92,7 @@ def check(listed: Sequence[Listed], where: str) -> tuple[list[Row], list[Problem
     with ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1)) as pool:
         checked = list(pool.map(_examine, listed))
     rows = [item for item, _ in checked if isinstance(item, Row)]
-    animated = [item.id for item, moving in checked if moving]
+    animated = [found.id for found, (_, moving) in zip(listed, checked, strict=True) if moving]
     if animated:
         log.warning("%d files hold several frames; the first is used: %s", len(animated), listing(animated))
     bad = [(found, item) for found, (item, _) in zip(listed, checked, strict=True) if isinstance(item, str)]

@@ -74,8 +74,9 @@ def lognormal(u: Tensor, lo: float, hi: float, *, mean: float, std: float) -> Te
     return (mean + std * torch.special.ndtri(below[0] + u * (below[1] - below[0]))).exp()
 
 
-def on_grid(u: Tensor, lo: float, hi: float, *, schedule: EDMSchedule) -> Tensor:
+def on_grid(u: Tensor, lo: float, hi: float, *, schedule: Schedule) -> Tensor:
     """The first T of the T+1 points, from σ_max down, of the checkpoint's own grid, as the Diffusers trainers draw."""
+    assert isinstance(schedule, EDMSchedule), "a schedule of timesteps has no grid of σ"
     point = (u * schedule.steps).floor()
     return GRIDS[schedule.grid](1 - point / schedule.steps, lo, hi, schedule.rho)
 

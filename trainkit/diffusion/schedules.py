@@ -158,7 +158,7 @@ class ScheduleChange:
 AS_SAVED = ScheduleChange()
 
 
-def effective_config(config: Config, change: ScheduleChange = AS_SAVED) -> dict[str, object]:
+def effective_config(config: Config, change: ScheduleChange = AS_SAVED) -> dict[str, Any]:
     """The scheduler config as the flags change it: what is trained, drawn in previews, and keyed in checkpoints.
 
     A schedule that ends at SNR 0 must be sampled from its last timestep, hence the trailing spacing (Lin et al. 2024,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainkit import diffusion, rng
 from trainkit.condition import Condition
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
     from transformers import CLIPTokenizer, PreTrainedModel
 
+    from trainkit.adapters import Prefix
     from trainkit.options import ModelOptions
 
 log = logging.getLogger(__name__)
@@ -53,9 +54,9 @@ Encode = Callable[[Sequence[str]], Condition]  # prompts to what the network is 
 class Layout:
     """What a family's model folder holds besides VAE and scheduler."""
 
-    denoiser: str  # folder of the network that is trained, and its name in LoRA files
+    denoiser: Prefix  # folder of the network that is trained, and its name in LoRA files
     tokenizers: tuple[str, ...]  # folders
-    text_encoders: tuple[str, ...]  # folders, and the networks' names in LoRA files
+    text_encoders: tuple[Prefix, ...]  # folders, and the networks' names in LoRA files
     misfits: Callable[[Repo, Config, Config], Iterator[Problem]]  # repo, model_index, denoiser config
 
 
@@ -300,7 +301,7 @@ def assemble(kind: type[Kind], parts: Parts, *, device: torch.device, schedule: 
                 device=torch.device(device), **more)
 
 
-def scheduler_config(model: Repo, schedule: ScheduleChange) -> dict[str, object]:
+def scheduler_config(model: Repo, schedule: ScheduleChange) -> dict[str, Any]:
     """The model's scheduler config as the flags change it; says so when it makes the run an EDM one."""
     from diffusers import DDPMScheduler
 
@@ -323,6 +324,6 @@ def identity(parts: Parts, layout: Layout, *, scheduler_config: Config, text_det
     }
 
 
-def config_values(module: nn.Module) -> dict[str, object]:
+def config_values(module: Any) -> dict[str, object]:
     """A config without the entries that tell where and by which version it was saved."""
     return {k: v for k, v in module.config.items() if not k.startswith("_")}

@@ -39,7 +39,7 @@ def problems(layout: Layout, path: str, *, resolution: int, vae_path: str | None
         vae_config, unet_config = vae.json(vae_file), model.json("unet/config.json")
         found = [*folder_problems(layout, model), *no_vae(model, vae, vae_config)] or [
             *lacks(model, "unet/config.json", unet_config, UNET_NEEDS), *lacks(vae, vae_file, vae_config, VAE_NEEDS)]
-        if found:
+        if found or unet_config is None or vae_config is None:
             return found
         found = [*fit_problems(model, unet_config, vae_config),
                  *schedule_problems(model, schedule, timesteps),
@@ -106,7 +106,7 @@ def schedule_problems(model: Repo, change: ScheduleChange, timesteps: tuple[int,
         known = ", ".join(diffusion.EDM_SCHEDULERS)
         yield model.problem(f"an EDM scheduler we do not know: {config['_class_name']}",
                             f"scheduler/scheduler_config.json names it; known: {known}", "put one of these there")
-    (first, end), steps = timesteps, int(config.get("num_train_timesteps", TIMESTEPS))
+    (first, end), steps = timesteps, int(config.get("num_train_timesteps") or TIMESTEPS)
     if end is None or first < end:  # else the options' own problem (options/rules.py)
         yield from diffusion.range_problems(first, end or steps, steps)
 
@@ -156,7 +156,7 @@ def native_resolution(path: str, revision: str | None = None) -> int:
     """
     model = Repo(str(path), MODEL_FLAG, revision)
     refuse(model.unreachable("unet/config.json"))
-    unet, vae = model.json("unet/config.json"), model.json("vae/config.json")
+    unet, vae = model.json("unet/config.json") or {}, model.json("vae/config.json") or {}
     refuse([*lacks(model, "unet/config.json", unet, ("sample_size",)),
             *lacks(model, "vae/config.json", vae, ("block_out_channels",))])
     size = unet["sample_size"]  # [h,w] where a model is not of squares

@@ -9,18 +9,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from trainkit.errors import Problem, UserError
+from trainkit.errors import Kind, Problem, UserError
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 Config = Mapping[str, Any]  # a JSON file of a model folder
-Part = TypeVar("Part")
 
 MODEL_FLAG, VAE_FLAG = "--pretrained_model_name_or_path", "--pretrained_vae_model_name_or_path"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -65,7 +64,7 @@ class Repo:
         return [self.problem("the model folder does not exist", "no folder of this name, and not a Hub id (owner/name)",
                              f"correct {self.flag}")]
 
-    def problem(self, what: str, why: str, fix: str, *, kind: str = "usage") -> Problem:
+    def problem(self, what: str, why: str, fix: str, *, kind: Kind = "usage") -> Problem:
         return Problem(what, f"{self.flag} {self.path}", why, fix, kind)
 
     def json(self, name: str) -> Config | None:
@@ -87,7 +86,9 @@ class Repo:
         """As `json`, but {} where there is no such file or none that can be read."""
         try:
             return self.json(name) or {}
-        except (UserError, *hub_errors()):
+        except UserError:
+            return {}
+        except hub_errors():
             return {}
 
     def has(self, name: str) -> bool:
@@ -184,7 +185,7 @@ def tokenizer_digest(tokenizer: CLIPTokenizer) -> str:
     return json_digest(tokenizer.backend_tokenizer.to_str(), tokenizer.model_max_length, tokenizer.pad_token_id)
 
 
-def load_part(repo: Repo, kind: type[Part], folder: str, **settings: object) -> Part:
+def load_part(repo: Repo, kind: Any, folder: str, **settings: object) -> Any:
     """`kind.from_pretrained` on one folder of a model, "" for the model's own; UserError for a damaged file in it."""
     from safetensors import SafetensorError
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class SDXL(Family):
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
     }
 
-    def __init__(self, *, sets_eos: bool = False, **parts: object):
+    def __init__(self, *, sets_eos: bool = False, **parts: Any) -> None:
         super().__init__(**parts)
         self.sets_eos = sets_eos
 

@@ -45,7 +45,7 @@ def min_snr(level: Level, pred: Prediction, o: ObjectiveOptions) -> Tensor:
     On the network's output this is min(snr,γ)/snr for ε and min(snr,γ)/(snr+1) for v and EDM; at SNR 0 the latter is 0.
     Source: Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy", §3.4 (γ = 5).
     """
-    return level.snr.clamp(max=o.snr_gamma)
+    return level.snr.clamp(max=gamma_of(o))
 
 
 def min_snr_diffusers(level: Level, pred: Prediction, o: ObjectiveOptions) -> Tensor:
@@ -54,8 +54,8 @@ def min_snr_diffusers(level: Level, pred: Prediction, o: ObjectiveOptions) -> Te
     The v weight runs from 1 to 2 and rises with the noise, where Min-SNR falls towards 0: a known slip, mended in
     other scripts (huggingface/diffusers #5654) and kept here only for `--compat diffusers`. Finite at SNR 0.
     """
-    on_output = (o.snr_gamma / level.snr).clamp(max=1) + isinstance(pred, V)
-    return on_output * pred.x0_gain(level)
+    weight = (gamma_of(o) / level.snr).clamp(max=1) + isinstance(pred, V)  # on the output
+    return weight * pred.x0_gain(level)
 
 
 def soft_min_snr(level: Level, pred: Prediction, o: ObjectiveOptions) -> Tensor:
@@ -64,7 +64,13 @@ def soft_min_snr(level: Level, pred: Prediction, o: ObjectiveOptions) -> Tensor:
     Source: Crowson et al. 2024, "Scalable High-Resolution Pixel-Space Image Synthesis with Hourglass Diffusion
     Transformers", soft-min-SNR.
     """
-    return level.snr * (o.snr_gamma / (level.snr + o.snr_gamma))
+    return level.snr * (gamma_of(o) / (level.snr + gamma_of(o)))
+
+
+def gamma_of(o: ObjectiveOptions) -> float:
+    """γ of the Min-SNR weights, which the options refuse without --snr_gamma."""
+    assert o.snr_gamma is not None, "--snr_gamma"
+    return o.snr_gamma
 
 
 def debiased(level: Level, pred: Prediction, o: ObjectiveOptions) -> Tensor:
@@ -138,7 +144,7 @@ def smooth_l1(e: Tensor, level: Level, *, c: Callable[[Level], Tensor]) -> Tenso
 
 # Level, c at full noise -> c [B]. Source: Khrapov et al. 2024, "Improving Diffusion Models's Data-Corruption Resistance
 # using Scheduled Pseudo-Huber Loss", as in kohya-ss/sd-scripts; σ there is 1/√snr here.
-HUBER_SCHEDULES: dict[str, Callable[[Level, float], Tensor]] = {
+HUBER_SCHEDULES: dict[str, Callable[..., Tensor]] = {
     "constant": lambda level, c: torch.full_like(level.s, c),
     "exponential": lambda level, c: c**level.time,
     "snr": lambda level, c: (1 - c) / (1 + level.snr.rsqrt()) ** 2 + c,

@@ -175,7 +175,8 @@ def sample_steps(folder: Path, *, last: int) -> list[SampleStep]:
     """The single pictures in samples/ up to step `last`, by step; at most MAX_SAMPLE_STEPS steps."""
     by_step: dict[int, list[Path]] = {}
     for path, step in sample_files(folder).items():
-        if step <= last and SAMPLE.fullmatch(path.name)[2]:  # no grids
+        named = SAMPLE.fullmatch(path.name)
+        if step <= last and named and named[2]:  # no grids
             by_step.setdefault(step, []).append(path)
     return [SampleStep(step, tuple(picture(path) for path in by_step[step])) for step in spread(sorted(by_step))]
 
@@ -187,7 +188,9 @@ def spread(steps: list[int]) -> list[int]:
 
 
 def picture(path: Path) -> Picture:
-    _, number_, seed = SAMPLE.fullmatch(path.name).groups()
+    named = SAMPLE.fullmatch(path.name)
+    assert named, f"{path.name} is a sample"
+    _, number_, seed = named.groups()
     with Image.open(path) as image:
         size = f"{image.width} × {image.height}"
         small = max(image.size) <= EMBED_PX and path.stat().st_size <= EMBED_BYTES

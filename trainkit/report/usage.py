@@ -57,7 +57,7 @@ def diffusers_snippet(run: RunFacts) -> str:
 
 def pipeline(run: RunFacts) -> str:
     """The class that draws with the base model; before a file says which it is, the one that finds out."""
-    return PIPELINES.get(run.base_series, "DiffusionPipeline")
+    return PIPELINES.get(run.base_series or "", "DiffusionPipeline")
 
 
 def quoted(text: str) -> str:

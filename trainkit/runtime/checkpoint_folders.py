@@ -60,8 +60,8 @@ class Shelf:
 
     def all(self) -> list[Path]:
         """Folders named checkpoint-<step>, oldest step first; links are left out."""
-        found = [p for p in self.dir.glob("checkpoint-*") if step_of(p) is not None and not p.is_symlink()]
-        return sorted(found, key=step_of)
+        found = {p: step_of(p) for p in self.dir.glob("checkpoint-*") if not p.is_symlink()}
+        return [p for _, p in sorted((step, p) for p, step in found.items() if step is not None)]
 
     def place(self, step: int) -> Path:
         return self.dir / f"checkpoint-{step}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -64,7 +64,7 @@ def from_main(compute: Callable[[], T]) -> T:
     """Run `compute` on rank 0 only; every rank gets its answer."""
     if world() == 1:
         return compute()
-    box = [compute() if is_main() else None]
+    box: list[Any] = [compute() if is_main() else None]
     with together():
         dist.broadcast_object_list(box, src=0)
     return box[0]

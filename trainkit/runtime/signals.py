@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
 from trainkit.errors import EXIT_CODES, Problem, UserError
 
@@ -30,12 +30,12 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 class Signals:
     """`wish` is None until a signal asks for an end; `patient` says whether the loop will look at it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.wish: Wish | None = None
         self.patient = False
         self.name = ""
         self._pid = os.getpid()
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}  # signal number -> what handled it before
 
     def install(self) -> None:
         """Python allows handlers in the main thread only; elsewhere (a notebook's worker) signals stay as they are."""

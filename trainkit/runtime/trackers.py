@@ -65,7 +65,7 @@ def require_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(Problem(
-            what=f"--logging_dir: cannot make the folder ({os.strerror(error.errno)})", where=str(folder),
+            what=f"--logging_dir: cannot make the folder ({os.strerror(error.errno or 0)})", where=str(folder),
             why="the trackers would have nowhere to write", kind="disk",
             fix="give another --logging_dir, or --report_to none",
         )) from error

@@ -38,7 +38,7 @@ def make_out(out: Path) -> Iterator[Problem]:
         out.mkdir(parents=True, exist_ok=True)
         why = "" if os.access(out, os.W_OK | os.X_OK) else "nothing may be written there"
     except OSError as error:
-        why = os.strerror(error.errno)
+        why = os.strerror(error.errno or 0)
     if why:
         yield Problem(f"{out} cannot be written to", f"--out {out}", why, "name another folder with --out")
 

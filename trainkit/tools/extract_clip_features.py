@@ -265,13 +265,14 @@ def refuse_unreadable(bad: list[str], total: int, features: Features, args: argp
 # From .pt files
 
 
-def convert(args: argparse.Namespace, pictures: dict[str, Path]) -> Features:
+def convert(args: argparse.Namespace, pictures: dict[str, Source]) -> Features:
     """Features saved one file a picture -> our file; all that is wrong in one message, and then nothing is written."""
     from trainkit.data.images import content_digest
     from trainkit.data.sources.captions import listing
 
     named, bad, rows = in_metadata(args.images), [], {}
     for name, path in pictures.items():
+        assert isinstance(path, Path), "--legacy reads a folder"
         found = legacy_row(args.legacy, legacy_names(path.relative_to(args.images), named))
         if isinstance(found, str):
             bad.append(f"{name}: {found}")

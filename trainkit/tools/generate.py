@@ -182,7 +182,7 @@ def guidance_features(args: argparse.Namespace) -> dict[Path, Tensor]:
 
     known = from_file(args) if args.guidance_features else computed(args)
     where = f"--guidance_features {args.guidance_features}" if args.guidance_features else f"--clip {args.clip}"
-    width = Repo(args.base, "--base").json("unet/config.json").get("cross_attention_dim")
+    width = Repo(args.base, "--base").glance("unet/config.json").get("cross_attention_dim", 0)
     refuse(misfits(len(next(iter(known.values()))), width, where))
     return {image: args.guidance_token_scale * row for image, row in known.items()}
 
@@ -248,7 +248,7 @@ def encode(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) -> d
         do_classifier_free_guidance=True, negative_prompt=negative), strict=False))  # SD has the first two
     if shots[0].features is None:
         return text
-    tokens = torch.stack([shot.features for shot in shots])  # [B,D], row i for picture i
+    tokens = torch.stack([shot.features for shot in shots if shot.features is not None])  # [B,D], row i for picture i
     branches = {"prompt_embeds": [shot.prompt for shot in shots]}
     if args.guidance_both_branches:
         branches["negative_prompt_embeds"] = negative or [""] * len(shots)
@@ -306,6 +306,7 @@ def contact_sheet(args: argparse.Namespace, shots: Sequence[Shot], pictures: Seq
     if args.guidance_image:
         columns.append("guidance image")
         for row, shot in zip(rows, shots[::across], strict=True):
+            assert shot.image is not None, "every shot has one, or none"
             row.append(decode(shot.image.read_bytes()))
     return sheet(rows, columns=columns, names=args.prompt, title=Path(args.base).name)
 

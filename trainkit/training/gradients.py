@@ -98,7 +98,7 @@ class Gradients:
         if self.scaler is not None:
             for inner in optimizer.active:
                 self.scaler.unscale_(inner)
-        grads = [p.grad for p in params]
+        grads = gradients_of(params)
         norm = total_norm(grads)
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
@@ -124,7 +124,7 @@ class Gradients:
         tail = torch.cat([self.loss.view(1), torch.tensor(votes, device=self.device)])
         if ranks.world() == 1:
             return tail
-        grads = [p.grad for p in params]
+        grads = gradients_of(params)
         flat = ranks.sum_over_ranks(torch.cat([*(g.flatten().float() for g in grads), tail]))  # [N]
         *pieces, tail = flat.split([*(g.numel() for g in grads), len(tail)])
         for grad, piece in zip(grads, pieces, strict=True):
@@ -162,13 +162,18 @@ class Gradients:
         ))
 
 
-def total_norm(grads: Sequence[Tensor]) -> float:
+def gradients_of(params: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients, which all are there."""
+    return [p.grad for p in params if p.grad is not None]
+
+
+def total_norm(grads: list[Tensor]) -> float:
     """2-norm of all gradients as one vector. One wait for the device; a LoRA's hundreds of tensors in one call."""
     assert grads, "nothing trains in this step"
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))).item()
 
 
-def clip(grads: Sequence[Tensor], norm: float, limit: float | None) -> None:
+def clip(grads: list[Tensor], norm: float, limit: float | None) -> None:
     """Scale `grads` in place so that their total norm is at most `limit` (None: no limit)."""
     scale = 1.0 if limit is None else limit / (norm + 1e-6)  # the same guard against 0 as torch's clip_grad_norm_
     if scale < 1:

@@ -234,11 +234,11 @@ def _entry(
 ) -> Entry:
     """One record, checked. Raises BadEntry naming file and line."""
     where = f"{path.name}:{line}"
-    name = record.get(named_in)
+    name = record.get(named_in or "")
     if not isinstance(name, str):
         raise BadEntry(f"{where}: {named_in} is {_kind(name)}, not text")
     try:
-        captions = read_captions(record.get(column), several=several)
+        captions = read_captions(record.get(column or ""), several=several)
     except BadEntry as error:
         raise BadEntry(f"{where}: {column} {error}") from None
     try:
@@ -249,13 +249,14 @@ def _entry(
 
 def read_captions(value: object, *, several: bool) -> tuple[str, ...]:
     """The captions in one cell, each a plain line; blank ones are none. Raises BadEntry for what is no caption."""
-    items = value if several and isinstance(value, list) else [value]
-    for item in items:
+    captions = []
+    for item in value if several and isinstance(value, list) else [value]:
         if not (item is None or isinstance(item, str)):
             raise BadEntry(f"is {_kind(item)}, not text" if item is value else f"holds {_kind(item)}, not text alone")
         if len((item or "").encode("utf-8", "replace")) > MAX_CAPTION:
             raise BadEntry(f"is longer than {MAX_CAPTION} bytes")
-    return tuple(filter(None, (one_line(item or "") for item in items)))
+        captions.append(one_line(item or ""))
+    return tuple(filter(None, captions))
 
 
 def _existing(name: str, folder: Path) -> str:

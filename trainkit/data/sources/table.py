@@ -119,7 +119,8 @@ def _table_problems(
     data: PictureOptions, table: Dataset, texts: Sequence[str], column: str | None
 ) -> Iterator[Problem]:
     pictures = [name for name, kind in table.features.items() if _holds_pictures(kind)]
-    wanted = [("--image_column", data.image_column, pictures, "pictures")]
+    wanted: list[tuple[str, str, Sequence[str], str]] = [
+        ("--image_column", data.image_column, pictures, "pictures")]
     if column:
         wanted.append(("--caption_column", column, texts, "text"))
     for flag, name, usable, kind in wanted:
