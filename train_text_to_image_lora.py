@@ -58,13 +58,14 @@ class Options(OptionSet):
 def main(argv: list[str] | None = None) -> None:
     opt = parse(Options, argv, description=__doc__)  # frozen; --help and --print_config end here
 
-    from trainkit import adapters, checkpoints, families, identity, optim, preview, publish, run
+    from trainkit import checkpoints, families, identity, preview, publish, run
     from trainkit.conditioning import clip_token, live_text
     from trainkit.data import cache, loader, sampler
     from trainkit.diffusion import ScheduleChange, make_noise
     from trainkit.losses.matching_term import make_passes
     from trainkit.losses.passes import plain_objective
     from trainkit.training.step import TrainStep
+    from trainkit.training.trainables import make_trainables
 
     kind = families.of(opt.model)  # SD 1.x and 2.x, or SDXL: what the model folder holds
     rows = preflight(opt, kind)  # every problem in one message
@@ -84,13 +85,9 @@ def main(argv: list[str] | None = None) -> None:
         images = loader.ready_images(rows, opt.data, family, store, seed=job.seed, progress=job.show_task,
                                      num_workers=opt.run.dataloader_num_workers)
 
-        # Everything that learns, in groups with rates, decays and last steps of their own.
-        lora = adapters.add_adapters(family.denoiser, opt.lora, targets=family.lora_targets, seed=job.seed)
-        family.settle(keep_vae=images.live, gradient_checkpointing=opt.precision.gradient_checkpointing)
-        unet = lora.groups(lr=opt.optimizer.base_lr(global_batch=job.global_batch),
-                           weight_decay=opt.optimizer.adam_weight_decay, stop=opt.lora.stop(total))
-        groups = [*unet, *text.groups(opt.optimizer, job.global_batch)]
-        optimizer = optim.make_optimizer(groups, opt.optimizer, total)
+        # Everything that learns: adapters on the network, and what trains in the text encoders.
+        lora, optimizer = make_trainables(opt, family, text, keep_vae=images.live, global_batch=job.global_batch,
+                                          total_steps=total, seed=job.seed)
 
         # The forward passes of a step: one, or with distribution matching as its mode says.
         plain, memories = plain_objective(opt.objective, opt.fourier_loss, family.schedule, total_steps=total,
@@ -109,19 +106,12 @@ def main(argv: list[str] | None = None) -> None:
             fingerprint=identity.fingerprint(opt, rows, family, job, total, **(token.identity if token else {})),
             adapters=lora, text=text, passes=passes, optimizer=optimizer, run=job)
         start = saves.resume(opt.run.resume_from_checkpoint, stop=stop)
-        job.begin(start, total, previews)
-
-        for step, batches in loader.micro_batches(images, stream, job.shard, start_step=start, stop_step=stop,
-                                                  num_workers=opt.run.dataloader_num_workers):
-            optimizer.begin(step)  # who trains in this step, and at which rate
-            for loss in train_step(batches):  # a part of the step's loss for each forward pass
-                job.backward(loss)
-            stats = passes.describe() | job.update(optimizer, step=step, then=text.after_update)
-            job.log(step + 1, stats | optimizer.describe())
-            job.after_step(step + 1, optimizer, saves=saves, previews=previews, last=step + 1 == stop)
+        batches = loader.micro_batches(images, stream, job.shard, start_step=start, stop_step=stop,
+                                       num_workers=opt.run.dataloader_num_workers)
+        job.train(train_step, batches, optimizer, text, saves, previews, start=start, stop=stop, total=total)
         if stop == total:
-            with optimizer.averaged():
-                publish.publish(opt.run, family, lora, words=text, num_images=len(rows) // opt.data.repeats)
+            publish.publish(opt.run, family, lora, words=text, num_images=len(rows) // opt.data.repeats,
+                            averaged=optimizer.averaged)
 
 
 def preflight(opt: Options, kind: ModuleType) -> list[Row]:

@@ -7,7 +7,8 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,17 +102,22 @@ def hub_problems(options: RunOptions) -> Iterator[Problem]:
 
 
 def publish(options: RunOptions, family: Family, adapters: Adapters, *, words: Text | None = None,
-            num_images: int | None = None) -> list[Path]:
+            num_images: int | None = None, averaged: Callable[[], AbstractContextManager[None]] = nullcontext
+            ) -> list[Path]:
     """Write the final files into --output_dir, verify them, and upload them when asked -> the files, weights first.
 
     Rank 0 does it and every other rank waits, returning no files.
     words       the text of the run, which may have learned embeddings
     num_images  pictures trained on, without repeats, for the file's header
+    averaged    context of the weights to write, where they are not those that train (Optim.averaged)
     Raises UserError when a written file does not hold the trained weights, or when the upload fails; by then every
     file is complete on the disk.
     """
     try:
-        return publish_here(options, family, adapters, words=words, num_images=num_images) if ranks.is_main() else []
+        if not ranks.is_main():
+            return []
+        with averaged():
+            return publish_here(options, family, adapters, words=words, num_images=num_images)
     finally:
         ranks.barrier()
 

@@ -1,16 +1,9 @@
 """The run: device and precision, one writer per folder, records, trackers, the progress line, signals, and its end.
 
     with start_run(opts, project) as run:
-        ...
-        start = checkpoints.resume(opts.run.resume_from_checkpoint)
-        run.begin(start, total, previews)
-        for step, batches in ...:                                 # step counts from 0
-            optimizer.begin(step)                                 # who trains in this step, at which rate
-            for loss in train_step(batches):                      # a part of the step's loss
-                run.backward(loss)
-            stats = run.update(optimizer, step=step, then=text.after_update)
-            run.log(step + 1, stats | optimizer.describe())       # finished steps
-            run.after_step(step + 1, optimizer, saves=checkpoints, previews=previews, last=step + 1 == total)
+        ...                                                       # models, data, adapters, optimizer
+        start = saves.resume(opts.run.resume_from_checkpoint)
+        run.train(train_step, batches, optimizer, text, saves, previews, start=start, stop=stop, total=total)
         with optimizer.averaged():                                # the weights to look at
             ...                                                   # publish
 """
@@ -23,7 +16,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -49,8 +42,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from trainkit.checkpoints import Checkpoints
+    from trainkit.conditioning.live_text import Text
+    from trainkit.data.batch import Batch
+    from trainkit.optim import Optim
     from trainkit.options import OptimizerOptions, PrecisionOptions, RunOptions
     from trainkit.preview import Previews
+    from trainkit.training.step import TrainStep
 
 log = logging.getLogger(__name__)
 
@@ -205,6 +202,23 @@ class Run:
                 previews.begin(start)
             if not ranks.from_main(lambda: previews.there(start)):
                 self.draw(start, previews)
+
+    def train(
+        self, train_step: TrainStep, batches: Iterable[tuple[int, Sequence[Batch]]], optimizer: Optim, text: Text,
+        saves: Checkpoints, previews: Previews, *, start: int, stop: int, total: int,
+    ) -> None:
+        """The loop: one optimizer step for each (step, micro-batches).
+
+        start, stop, total  finished steps at the start and at the end of this session, and at the end of the run
+        """
+        self.begin(start, total, previews)
+        for step, micro_batches in batches:  # step counts from 0
+            optimizer.begin(step)  # who trains in this step, and at which rate
+            for loss in train_step(micro_batches):  # a part of the step's loss for each forward pass
+                self.backward(loss)
+            stats = train_step.passes.describe() | self.update(optimizer, step=step, then=text.after_update)
+            self.log(step + 1, stats | optimizer.describe())  # finished steps
+            self.after_step(step + 1, optimizer, saves=saves, previews=previews, last=step + 1 == stop)
 
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's part of the step's loss: losses.sum() / batch.num_instance."""

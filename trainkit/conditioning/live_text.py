@@ -230,8 +230,9 @@ def make_text(family: Family, prompts: Iterable[str], store: Store | None, *, te
     for encoder in family.text_encoders:
         encoder.to(family.device, family.weight_dtype)
         if gradient_checkpointing:  # called gradient_checkpointing_enable before Transformers 5.23
-            enable: Any = getattr(encoder, "activation_checkpointing_enable", None)
-            (enable or encoder.gradient_checkpointing_enable)({"use_reentrant": False})  # needs no gradient at the input
+            part: Any = encoder
+            enable = getattr(part, "activation_checkpointing_enable", None) or part.gradient_checkpointing_enable
+            enable({"use_reentrant": False})  # needs no gradient at the input
     if text.text_encoder_2_lr is not None and len(family.text_encoders) == 1:
         log.warning("--text_encoder_2_lr has no effect: %s has one text encoder", family.name)
     if pivotal is None or not learns_tokens:

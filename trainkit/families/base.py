@@ -280,7 +280,8 @@ def load_parts(options: ModelOptions, layout: Layout, encoders: Sequence[type[Pr
         texts = tuple(load_part(model, kind, folder, dtype=full, **files)
                       for kind, folder in zip(encoders, layout.text_encoders, strict=True))
         tokenizers = tuple(load_part(model, CLIPTokenizer, folder) for folder in layout.tokenizers)
-    weights = {name: fingerprint(model.folder(name), variant) for name in (layout.denoiser, *layout.text_encoders)}
+    weights: dict[str, str] = {
+        name: fingerprint(model.folder(name), variant) for name in (layout.denoiser, *layout.text_encoders)}
     weights["vae"] = fingerprint(vae_repo.folder(vae_folder), vae_variant)
     return Parts(model, denoiser, vae, tokenizers, texts, weights)
 

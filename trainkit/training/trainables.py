@@ -1,0 +1,43 @@
+"""Everything that learns: adapters on the network, what trains in the text encoders, and the optimizer of both."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from trainkit.adapters import Adapters, add_adapters
+from trainkit.optim import Optim, make_optimizer
+
+if TYPE_CHECKING:
+    from trainkit.conditioning.live_text import Text
+    from trainkit.families import Family
+    from trainkit.options import LoraOptions, OptimizerOptions, PrecisionOptions
+
+
+class Options(Protocol):
+    """What of a trainer's options is about the weights that train."""
+
+    @property
+    def lora(self) -> LoraOptions: ...
+
+    @property
+    def optimizer(self) -> OptimizerOptions: ...
+
+    @property
+    def precision(self) -> PrecisionOptions: ...
+
+
+def make_trainables(
+    opt: Options, family: Family, text: Text, *, keep_vae: bool, global_batch: int, total_steps: int, seed: int,
+) -> tuple[Adapters, Optim]:
+    """The adapters on the family's network, which is on the device from now on, and the optimizer.
+
+    keep_vae      whether the VAE encodes at every visit; else it makes room on the device
+    global_batch  images in an optimizer step
+    total_steps   optimizer steps of the run: groups have rates, decays and last steps of their own
+    """
+    lora = add_adapters(family.denoiser, opt.lora, targets=family.lora_targets, seed=seed)
+    family.settle(keep_vae=keep_vae, gradient_checkpointing=opt.precision.gradient_checkpointing)
+    network = lora.groups(lr=opt.optimizer.base_lr(global_batch=global_batch),
+                          weight_decay=opt.optimizer.adam_weight_decay, stop=opt.lora.stop(total_steps))
+    groups = [*network, *text.groups(opt.optimizer, global_batch)]
+    return lora, make_optimizer(groups, opt.optimizer, total_steps)
