@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sysconfig
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from tests.harness import ROOT, launched
-from trainkit.options import TRAINERS
+from trainkit.options import TRAINERS, parse
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = [*PAGES, *sorted({*ROOT.glob("*.md")} - {*PAGES}), ROOT / "assets/README.md", ROOT / "experiments/README.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FEW = {"STEPS": "8", "DENOISING_STEPS": "1"}  # what scripts/quickstart.sh reads
-OTHER_TOOLS = {"num_processes", "cpu", "nproc_per_node"}  # accelerate launch and torchrun
+OTHER_TOOLS = {"num_processes", "cpu", "nproc_per_node", "logdir",  # accelerate launch, torchrun, TensorBoard
+               "fp32_vae", "no_half_vae", "vae_in_fp32"}  # ComfyUI, A1111, Forge
 IS_THIS_SUITE = "scripts/test.sh"
 
 
@@ -67,6 +70,30 @@ def test_the_quick_start_reads_what_shortens_it_here():
     assert all(f"${{{name}:-" in script for name in FEW)
 
 
+# -- commands that need a GPU or a model from the Hub, and so do not run here ------------------------------------------
+
+LAUNCH = re.compile(r"^(?:\S*accelerate launch|\S*python) (train_\w+)\.py (--.+)$", re.MULTILINE)
+PAGES_TO_PARSE = [page for page in PAGES if any(LAUNCH.search(code) for _, code in blocks(page, "text"))]
+
+
+@pytest.mark.parametrize("page", PAGES_TO_PARSE, ids=named)
+def test_a_command_that_does_not_run_here_is_accepted_and_every_flag_in_it_has_an_effect(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _, config in blocks(page, "toml"):
+        Path(config.partition("\n")[0].removeprefix("# ")).write_text(config, "utf-8")
+    for trainer, words in shown_commands(page):
+        options = parse(import_module(trainer).Options, words, description="")
+        assert [*options.problems(), *options.notices()] == [], words
+
+
+def shown_commands(page: Path) -> Iterator[tuple[str, list[str]]]:
+    """(trainer, its arguments) of the page's `text` blocks, but for those that leave something out."""
+    for _, code in blocks(page, "text"):
+        for trainer, arguments in LAUNCH.findall(re.sub(r"\\\n\s*", "", code)):
+            if "…" not in arguments:
+                yield trainer, [word for word in shlex.split(arguments) if word != "--print_config"]
+
+
 # -- names -------------------------------------------------------------------------------------------------------------
 
 
@@ -78,8 +105,8 @@ def test_every_relative_link_leads_to_a_file(page):
     assert [file for file in files if file and not (page.parent / file).exists()] == []
 
 
-def test_every_path_in_the_readmes_tree_exists():
-    (tree,) = [code for _, code in blocks(PAGES[0], "") if "├──" in code]
+def test_every_path_in_the_tree_of_contributing_exists():
+    (tree,) = [code for _, code in blocks(ROOT / "CONTRIBUTING.md", "") if "├──" in code]
     entries = list(tree_entries(tree))
     assert len(entries) > 20
     assert [path for path in entries if not any(place.exists() for place in path)] == []
@@ -91,9 +118,9 @@ def tree_entries(tree: str) -> Iterator[tuple[Path, ...]]:
     for indent, text in re.findall(r"^((?:│   |    )*)[├└]── (.+)$", tree, re.MULTILINE):
         folder = folders[len(indent) // 4]
         head, _, remark = text.partition("  ")
-        for name in head.split(" · "):
-            yield (folder / name.strip(),)
-        inner = folder / head.strip()
+        names = re.findall(r"[\w-]+(?:\.(?:py|sh)\b|/(?=\s|$))", head)
+        yield from ((folder / name,) for name in names)
+        inner = folder / names[0]
         folders[len(indent) // 4 + 1:] = [inner]
         for name in re.findall(r"[\w-]+(?:\.(?:py|sh|md)\b|/(?=[\s:]))", remark):
             yield (inner / name, folder / name)
