@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -16,24 +17,25 @@ def rows_of(instances: int, classes: int = 0) -> list[SimpleNamespace]:
     return [SimpleNamespace(is_class=i >= instances) for i in range(instances + classes)]
 
 
-def index(slot: Slot) -> int:
-    """The place in the global batch."""
-    (_, _, place), *_ = slot
-    return place
+def index_of(slot: Slot) -> int:
+    """Its place in the global batch."""
+    (_, _, index), _, _, _ = slot
+    return index
 
 
-def visits(slots: list[Slot]) -> list[tuple[int, int]]:
-    """(epoch, row) of each."""
+def row_of(slot: Slot) -> int:
+    _, row, _, _ = slot
+    return row
+
+
+def visits(slots: Sequence[Slot]) -> list[tuple[int, int]]:
+    """(epoch, row) of each slot."""
     return [(epoch, row) for _, row, epoch, _ in slots]
-
-
-def rows_in(slots: list[Slot]) -> list[int]:
-    return [row for _, row, _, _ in slots]
 
 
 def global_batch(order: Order, step: int, *, world: int, accumulation: int = 1) -> list[Slot]:
     parts = [order.slots(step, Shard(rank, world, accumulation)) for rank in range(world)]
-    return sorted((s for micros in parts for micro in micros for s in micro), key=index)
+    return sorted((s for micros in parts for micro in micros for s in micro), key=index_of)
 
 
 @pytest.mark.parametrize("rows, batch", [(22, 3), (5, 8), (1, 4), (7, 7), (10, 4)])
@@ -58,7 +60,7 @@ def test_any_number_of_processes_sees_the_same_global_batch(world: int, accumula
 
 def test_epochs_and_seeds_shuffle_differently() -> None:
     def epoch(seed: int, number: int) -> list[int]:
-        return rows_in(Order(rows_of(50), 50, seed=seed).slots(number)[0])
+        return [row_of(s) for s in Order(rows_of(50), 50, seed=seed).slots(number)[0]]
 
     assert epoch(0, 0) == epoch(0, 0)
     assert epoch(0, 0) != epoch(0, 1) and epoch(0, 0) != epoch(1, 0) and epoch(0, 0) != list(range(50))
@@ -75,16 +77,16 @@ def test_a_batch_that_does_not_divide_is_our_mistake() -> None:
 def test_shuffles_of_instances_are_what_they_have_always_been() -> None:
     """A change here changes every run that can be resumed."""
     order = Order(rows_of(7), 3, seed=5)
-    seen = [row for step in range(5) for row in rows_in(order.slots(step)[0])]
+    seen = [row_of(s) for step in range(5) for s in order.slots(step)[0]]
     assert seen == [1, 5, 2, 0, 3, 6, 4, 2, 1, 6, 5, 4, 0, 3, 0]
 
 
 def test_class_pictures_leave_the_slots_of_the_instances_as_they_are() -> None:
     off, on = Order(rows_of(22), 4, seed=3), Order(rows_of(22, classes=10), 4, seed=3)
-    halves = Shard(accumulation=2)
     for step in range(30):
-        for alone, both in zip(off.slots(step, halves), on.slots(step, halves), strict=True):
-            assert both[:2] == alone and [index(s) for s in both[2:]] == [index(s) + 4 for s in alone]
+        for one, other in zip(*(order.slots(step, Shard(accumulation=2)) for order in (off, on)), strict=True):
+            assert other[:2] == one and [index_of(s) for s in other[2:]] == [index_of(s) + 4 for s in one]
+            assert {num_instance for *_, num_instance in other} == {4}
     assert on.steps_per_epoch == off.steps_per_epoch == 6, "epochs are the instances'"
 
 
@@ -96,15 +98,15 @@ def test_every_slot_knows_how_many_instances_its_whole_step_has(classes: int, wo
     for step in range(4):
         slots = global_batch(order, step, world=world, accumulation=accumulation)
         assert len(slots) == (16 if classes else 8)
-        counted = sum(row < 22 for row in rows_in(slots))
+        counted = sum(row_of(s) < 22 for s in slots)
         assert [num_instance for *_, num_instance in slots] == [counted] * len(slots) and counted == 8
 
 
-def test_a_slot_draws_by_the_seed_the_step_and_its_place() -> None:
+def test_a_ranks_slots_draw_by_their_places_in_the_global_batch() -> None:
     order = Order(rows_of(22, classes=10), 4, seed=3)
-    keys = [key for micro in order.slots(7, Shard(1, 2, 2)) for key, *_ in micro]
-    assert keys == [(3, 7, place) for place in (1, 5, 3, 7)]
-    assert order.slot(7, 5) == order.slots(7, Shard(1, 2, 2))[0][1]
+    micros = order.slots(7, Shard(1, 2, 2))
+    assert [[key for key, *_ in micro] for micro in micros] == [[(3, 7, 1), (3, 7, 5)], [(3, 7, 3), (3, 7, 7)]]
+    assert order.slot(7, 5) == micros[0][1]
 
 
 @pytest.mark.parametrize("classes, batch", [(10, 4), (3, 5), (40, 2)])
@@ -116,8 +118,8 @@ def test_every_class_picture_is_seen_exactly_once_an_epoch_of_its_own(classes: i
 
 def test_class_pictures_are_shuffled_on_their_own() -> None:
     order = Order(rows_of(30, classes=30), 30, seed=0)
-    rows = rows_in(order.slots(0)[0])
-    assert rows[:30] != [row - 30 for row in rows[30:]]
+    slots = order.slots(0)[0]
+    assert [row_of(s) for s in slots[:30]] != [row_of(s) - 30 for s in slots[30:]]
 
 
 @pytest.mark.parametrize("world, accumulation", [(1, 4), (2, 2), (4, 1), (2, 1), (8, 1)])
@@ -125,13 +127,18 @@ def test_any_number_of_processes_sees_the_same_class_pictures(world: int, accumu
     order = Order(rows_of(22, classes=9), 8, seed=3)
     for step in range(12):
         whole = global_batch(order, step, world=1)
-        assert [index(s) for s in whole] == list(range(16))
+        assert [index_of(s) for s in whole] == list(range(16))
         assert global_batch(order, step, world=world, accumulation=accumulation) == whole
         for micro in order.slots(step, Shard(world - 1, world, accumulation)):
             half = 8 // world // accumulation
-            assert [row >= 22 for row in rows_in(micro)] == [False] * half + [True] * half
+            assert [row_of(s) >= 22 for s in micro] == [False] * half + [True] * half
 
 
 def test_class_pictures_alone_are_our_mistake() -> None:
     with pytest.raises(AssertionError, match="instances"):
         Order(rows_of(0, classes=3), 2, seed=0)
+
+
+def test_a_slot_draws_by_seed_step_and_place() -> None:
+    order = Order(rows_of(7, classes=2), 3, seed=5)
+    assert [key for key, *_ in order.slots(4)[0]] == [(5, 4, index) for index in range(6)]
