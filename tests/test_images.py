@@ -171,10 +171,10 @@ def test_the_recorded_corner_is_the_one_that_was_cut() -> None:
     for h, w in [(32, 60), (70, 32), (32, 32)]:
         row, picture = a_row(h, w), marked(9, h, w)
         for epoch in range(20):
-            seen = replace(policy.sample(row, seed=0, epoch=epoch), slot=((0, 0, 0), 0, epoch, 1))
-            _, column, line = ((policy.views(picture, [seen])[0, :, 0, 0] + 1) * 127.5).round().tolist()
-            assert column == (w - 1 - seen.left if seen.flip else seen.left) and line == seen.top
-            assert collate([seen]).time_ids.tolist() == [[h, w, seen.top, seen.left, 32, 32]]
+            sample = replace(policy.sample(row, seed=0, epoch=epoch), slot=((0, 0, 0), 0, epoch, 1))
+            _, column, line = ((policy.views(picture, [sample])[0, :, 0, 0] + 1) * 127.5).round().tolist()
+            assert column == (w - 1 - sample.left if sample.flip else sample.left) and line == sample.top
+            assert collate([sample]).time_ids.tolist() == [[h, w, sample.top, sample.left, 32, 32]]
 
 
 def test_a_visit_depends_on_seed_epoch_row_and_repeat_only() -> None:
@@ -202,8 +202,8 @@ def test_random_crops_reach_both_ends_evenly() -> None:
 
 def test_centre_crop_rounds_as_torchvision() -> None:
     row = a_row(32, 37)
-    seen = CropPolicy(resolution=32, center_crop=True).sample(row, seed=0, epoch=0)
-    assert seen == Sample(row, (32, 37), top=0, left=2, flip=False, shape=(32, 32))  # round(2.5) = 2
+    sample = CropPolicy(resolution=32, center_crop=True).sample(row, seed=0, epoch=0)
+    assert sample == Sample(row, (32, 37), top=0, left=2, flip=False, shape=(32, 32))  # round(2.5) = 2
 
 
 @pytest.mark.parametrize("changes, size, expected", [
