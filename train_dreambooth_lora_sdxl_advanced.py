@@ -74,7 +74,7 @@ class Options(OptionSet):
 def main(argv: list[str] | None = None) -> None:
     opt = parse(Options, argv, description=__doc__)  # frozen; --help and --print_config end here
 
-    from trainkit import adapters, checkpoints, identity, optim, preview, publish, run
+    from trainkit import adapters, checkpoints, optim, preview, publish, run, run_fingerprint
     from trainkit.data import cache, class_pictures, loader, order
     from trainkit.families import sdxl
 
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
             every=opt.validation.every(stream.steps_per_epoch), averaged=optimizer.averaged)
         saves = checkpoints.Checkpoints(
             job.out_dir, keep=opt.run.checkpoints_total_limit, extra=partial(export, words, optimizer, job.name),
-            fingerprint=identity.fingerprint(opt, rows, family, job, total),
+            fingerprint=run_fingerprint.fingerprint(opt, rows, family, job, total),
             adapters=lora, text=words, passes=train_step.passes, optimizer=optimizer, run=job)
         start = saves.resume(opt.run.resume_from_checkpoint, stop=stop)
         job.begin(start, total, previews)

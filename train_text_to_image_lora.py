@@ -77,7 +77,7 @@ class Options(OptionSet):
 def main(argv: list[str] | None = None) -> None:
     opt = parse(Options, argv, description=__doc__)  # frozen; --help and --print_config end here
 
-    from trainkit import adapters, checkpoints, families, guidance, identity, optim, preview, publish, run
+    from trainkit import adapters, checkpoints, families, guidance, optim, preview, publish, run, run_fingerprint
     from trainkit.data import cache, loader, order
 
     kind = families.of(opt.model)  # SD 1.x and 2.x, or SDXL: what the model folder holds
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
             every=opt.validation.every(stream.steps_per_epoch), averaged=optimizer.averaged)
         saves = checkpoints.Checkpoints(
             job.out_dir, keep=opt.run.checkpoints_total_limit,
-            fingerprint=identity.fingerprint(opt, rows, family, job, total, **guide.identity),
+            fingerprint=run_fingerprint.fingerprint(opt, rows, family, job, total, **guide.identity),
             adapters=lora, text=words, passes=train_step.passes, optimizer=optimizer, run=job)
         start = saves.resume(opt.run.resume_from_checkpoint, stop=stop)
         job.begin(start, total, previews)

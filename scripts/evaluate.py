@@ -410,7 +410,7 @@ def fuse_lora(pipe: Pipeline, file: Path, strength: float) -> None:
 def learned_words(pipe: Pipeline, file: Path) -> Callable[[str], str]:
     """Give the pipeline a run's new tokens -> how to ask for them: puts their names for their words in a prompt."""
     from trainkit.files import load_tensors
-    from trainkit.options.words import replace_words
+    from trainkit.options.text_encoders import replace_words
     from trainkit.pivotal import ENCODERS, read_header
 
     header, rows = read_header(file), load_tensors(file)

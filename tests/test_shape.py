@@ -22,7 +22,7 @@ LAYERS = (
      "runtime"},
     {"data", "families", "adapters", "guidance", "pivotal", "text"},
     {"checkpoints", "export"},
-    {"run", "preview", "report", "identity"},
+    {"run", "preview", "report", "run_fingerprint"},
     {"publish"},
 )
 LIGHT = {  # third-party packages a room may import at module level, where the rule is stricter than its layer

@@ -15,17 +15,6 @@ if TYPE_CHECKING:
     from trainkit.options import OptionSet
     from trainkit.run import Run
 
-# What decides the bits of a run: these concerns, as far as a trainer has them, but for flags whose effect is in the
-# rows or in a digest, and for what one may turn while training: rates and their course, decays, the clip.
-DECISIVE = ("data", "text", "pivotal", "guidance", "lora", "objective", "fourier_loss", "matching", "optimizer")
-IN_CONTENT = {
-    "dataset_name", "dataset_config_name", "instance_data_dir", "train_data_dir", "image_column", "caption_column",
-    "instance_prompt", "max_train_samples", "repeats", "cache_dir", "latent_cache_dir",
-}
-TURNED = {
-    "learning_rate", "scale_lr", "text_encoder_lr", "text_encoder_2_lr", "lr_warmup_steps", "lr_num_cycles",
-    "lr_step_rules", "lr_power", "adam_weight_decay", "adam_weight_decay_text_encoder", "max_grad_norm",
-}
 STEADY = ("constant", "constant_with_warmup", "piecewise_constant")  # schedules that do not know how long the run is
 
 
@@ -33,25 +22,38 @@ def fingerprint(opt: OptionSet, rows: Sequence[Row], family: Family, job: Run, t
                 ) -> dict[str, object]:
     """All that decides the bits of a run of `total` optimizer steps; `more` is what a trainer adds.
 
-    Other values of these, and going on from a checkpoint would not be going on.
+    Other values of these, and going on from a checkpoint would not be going on. They are the options that say that they
+    are decisive (`resume` in trainkit/options/base.py), and what those "in the data" come to.
     """
-    unread = () if opt.objective.loss_type == "fourier" else ("fourier_loss",)
-    concerns = [getattr(opt, concern) for concern in DECISIVE if concern in opt.concerns() and concern not in unread]
-    decisive = {flag: value for concern in concerns for flag, value in concern.decisive().items()}
-    decisive |= {"--optimizer_args": decisive_arguments(opt.optimizer)}
+    decisive = decisive_options(opt)
     matched = decisive.get("distribution matching") == "on"  # a loss compares the pictures of a micro-batch
     return {
         "base model": family.identity, "pictures": contents([row for row in rows if not row.is_class]),
         "class pictures": contents([row for row in rows if row.is_class]),
         "--prior_loss_weight": [row.share for row in rows if row.is_class][:1],
-        "pictures in a step": job.global_batch, "--seed": job.seed, "--mixed_precision": job.precision,
+        "pictures in a step": job.global_batch,
         "pictures in a micro-batch": opt.run.train_batch_size if opt.lora.lora_dropout else None,  # it cuts the masks
         "pictures matched with one another": opt.run.train_batch_size * job.world if matched else None,
-        "--allow_tf32": opt.precision.allow_tf32, "--compat": opt.run.compat,
         "steps": total if depends_on_length(opt) else None,
-        **{flag: value for flag, value in decisive.items() if flag.removeprefix("--") not in IN_CONTENT | TURNED},
+        **decisive,
+        "--mixed_precision": job.precision,  # where it is left open, accelerate's configuration says it
+        "--optimizer_args": decisive_arguments(opt.optimizer),
         **more,
     }
+
+
+def decisive_options(opt: OptionSet) -> dict[str, object]:
+    """What each concern has that decides, by flag.
+
+    A concern that another's flag switches on counts only then; one that has its own switch tells it.
+    """
+    values = opt.flat()
+    found: dict[str, object] = {}
+    for name, kind in opt.concerns().items():
+        needed = kind.prerequisite()
+        if needed is None or needed.flags & kind.model_fields.keys() or needed.holds(values):
+            found |= getattr(opt, name).decisive()
+    return found
 
 
 def contents(rows: Sequence[Row]) -> str | None:
