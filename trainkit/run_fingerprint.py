@@ -22,8 +22,8 @@ def fingerprint(opt: OptionSet, rows: Sequence[Row], family: Family, job: Run, t
                 ) -> dict[str, object]:
     """All that decides the bits of a run of `total` optimizer steps; `more` is what a trainer adds.
 
-    Other values of these, and going on from a checkpoint would not be going on. They are the options that say that they
-    are decisive (`resume` in trainkit/options/base.py), and what those "in the data" come to.
+    A run with other values of these cannot go on from a checkpoint. They are the options whose fields say that they are
+    decisive (`resume` in trainkit/options/base.py), and what the options "in the data" lead to.
     """
     decisive = decisive_options(opt)
     matched = decisive.get("distribution matching") == "on"  # a loss compares the pictures of a micro-batch
@@ -43,9 +43,10 @@ def fingerprint(opt: OptionSet, rows: Sequence[Row], family: Family, job: Run, t
 
 
 def decisive_options(opt: OptionSet) -> dict[str, object]:
-    """What each concern has that decides, by flag.
+    """What each concern says is decisive, by flag.
 
-    A concern that another's flag switches on counts only then; one that has its own switch tells it.
+    A concern that is switched on by a flag of another concern is left out while it is off. A concern with its own
+    switch is not: the switch is one of its decisive flags.
     """
     values = opt.flat()
     found: dict[str, object] = {}

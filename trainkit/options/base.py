@@ -28,14 +28,14 @@ PathKind = Literal["or Hub name"] | bool
 
 @dataclass(frozen=True)
 class CardRow:
-    """How the table of settings in the model card names a flag, and whether it tells the default too."""
+    """How the table of settings in the model card names a flag, and whether it shows the default too."""
 
     label: str
     always: bool = False
 
 
 def always(label: str) -> CardRow:
-    """For `opt(card=...)`: a setting that is told at its default too."""
+    """For `opt(card=...)`: a setting that the card shows at its default too."""
     return CardRow(label, always=True)
 
 
@@ -58,24 +58,24 @@ def opt(
     read_with: str | Prerequisite = "", card: str | CardRow = "", path: PathKind = False, notice: str = "",
     **limits: Any,
 ) -> Any:  # as pydantic's Field, which stands as the default of a field of any type
-    """A field of a concern, with all that the suite knows of the flag.
+    """A field of a concern, with everything that the suite knows about the flag.
 
     unit       what the value counts ("steps", "pixels", "0..1"); a path has a unit without it
     differs    where we leave the Diffusers script, and why
     many       words on the command line are one value
-    resume     decisive: the fingerprint of a checkpoint has the value, and a run that resumes from it must repeat it
-               may change: a run that resumes may have another value
-               in the data: the fingerprint has what the value comes to instead (digests of images, captions and model
-               files, the images in a step, the length of the run, the values of a preset)
-               A flag that does not say is decisive: to refuse a resume is the smaller mistake.
-    read_with  what the flag is read only with: "use_ema", "lora_type=lokr", or what prerequisites.py knows besides.
-               Without it the flag has no effect, a notice says so, and the card leaves it out
-    card       the label of the value in the model card, which tells it where it is not the default; always("Rank"): in
-               any case
-    path       the value is a place on this machine, whose folders the report does not tell; "or Hub name": it may also
-               be a name on the Hub
-    notice     what the log says when a switch is on that is accepted and does nothing
-    limits     of pydantic: ge, gt, le, lt, min_length
+    resume     "decisive": a resumed run must repeat the value, which is part of the checkpoint's fingerprint.
+               "may change": a resumed run may have another value.
+               "in the data": the fingerprint holds what the value leads to: digests of images, captions and model
+               files, the images in a step, the length of the run, the values of a preset.
+               A flag that does not say is decisive, since refusing to resume is the smaller mistake
+    read_with  what the flag is read only with, such as "use_ema" or "lora_type=lokr"; prerequisites.py has the syntax.
+               Otherwise the flag has no effect: a notice says so, and the card leaves it out
+    card       the label of the value in the model card, which shows it when it is not the default; always("Rank")
+               shows it in any case
+    path       the value is a file or folder, of which the report shows the last part only; "or Hub name" if it may
+               also be a name on the Hub
+    notice     what the log says when a switch that does nothing is on
+    limits     pydantic's ge, gt, le, lt and min_length
     """
     unit = unit or {"or Hub name": "path or name", True: "path"}.get(path, "")
     facts = Facts(unit=unit, differs=differs, many=many, resume=resume, read_with=_prerequisite(read_with),

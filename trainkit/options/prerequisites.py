@@ -1,4 +1,4 @@
-"""What a flag is read only with, as its field says it: a question to all values, and words for the user.
+"""What a flag is read only with: a condition on the values of other flags, and words for the user.
 
     flag         its value is set: a switch that is on, a number other than 0, a text
     flag>0       the same of a number, in other words
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
-TERM = re.compile(r"(?P<no>no )?(?P<flag>\w+)((?P<sign>>0|!=|=)(?P<choices>[\w|]+)?)?")
+TERM = re.compile(r"(?P<flag>\w+)(?:(?P<above>>0)|(?P<sign>!?=)(?P<choices>\w+(?:\|\w+)*))?|no (?P<unset>\w+)")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Prerequisite:
-    """Alternatives, of each of which all terms must hold."""
+    """It holds if all terms of one of the alternatives do."""
 
     alternatives: tuple[tuple[Term, ...], ...]
     said: str = ""  # instead of the words made from the terms
@@ -61,14 +61,14 @@ class Prerequisite:
         return any(all(term.holds(values) for term in terms) for terms in self.alternatives)
 
     def words(self, values: Mapping[str, object]) -> str:
-        """What the flag is read with, for a trainer that has these values: no word of a flag that it lacks."""
+        """What the flag is read with, in words; alternatives with a flag that has no value here are left out."""
         known = [terms for terms in self.alternatives if all(term.flag in values for term in terms)]
         return self.said or " or ".join(" and ".join(term.words for term in terms) for terms in known)
 
 
 @cache
 def needs(condition: str, said: str = "") -> Prerequisite:
-    """The prerequisite that `condition` spells out; `said` is how a notice calls it where its own words read badly."""
+    """The prerequisite written as `condition`; `said` replaces the words made from it where those read badly."""
     alternatives = tuple(tuple(map(_term, part.split(" and "))) for part in condition.split(" or "))
     return Prerequisite(alternatives, said)
 
@@ -76,5 +76,7 @@ def needs(condition: str, said: str = "") -> Prerequisite:
 def _term(text: str) -> Term:
     found = TERM.fullmatch(text)
     assert found, f"{text!r} is no condition"
-    sign = "no" if found["no"] else found["sign"] or "set"
-    return Term(found["flag"], sign, tuple(found["choices"].split("|")) if found["choices"] else ())
+    if found["unset"]:
+        return Term(found["unset"], "no")
+    choices = tuple(found["choices"].split("|")) if found["choices"] else ()
+    return Term(found["flag"], found["above"] or found["sign"] or "set", choices)

@@ -11,7 +11,6 @@ from trainkit.options.base import Concern, always, opt, steps_of_share
 if TYPE_CHECKING:
     from trainkit.options.optimizer import OptimizerOptions
 
-
 LEARNS = "train_text_encoder or train_text_encoder_ti"  # whether anything of the text encoders is trained
 
 

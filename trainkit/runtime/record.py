@@ -67,7 +67,7 @@ def redacted_command(argv: list[str]) -> list[str]:
     shown = list(argv)
     for i, word in enumerate(argv):
         flag, sign, _ = word.partition("=")
-        if flag.removeprefix("--").replace("-", "_") not in SECRET_FLAGS:
+        if not flag.startswith("--") or flag[2:].replace("-", "_") not in SECRET_FLAGS:
             continue
         if sign:
             shown[i] = f"{flag}={REDACTED}"
