@@ -28,8 +28,8 @@ from trainkit.options import LoraOptions, OptimizerOptions, PivotalOptions, Text
 from trainkit.preview import Previews, sampler
 from trainkit.publish import write_card
 from trainkit.report import write_report
-from trainkit.report.facts import RunFacts
-from trainkit.report.usage import DIFFUSERS_FILE
+from trainkit.report.facts import DIFFUSERS_FILE, RunFacts
+from trainkit.report.usage import usage
 
 PROMPTS = ["a TOK dog", "a TOK cat", "a photo of a dog", ""]
 TI = {"pivotal": PivotalOptions(train_text_encoder_ti=True)}
@@ -388,7 +388,7 @@ def test_d10_the_cards_snippet_draws_with_the_learned_tokens(tiny_sdxl, tmp_path
               validation_prompt="a TOK dog")
     (folder / tiny_sdxl.name).symlink_to(tiny_sdxl)
     monkeypatch.chdir(folder)
-    code = RunFacts(folder).usage.diffusers.replace(").images[0]", ", num_inference_steps=1).images[0]")
+    code = usage(RunFacts(folder)).diffusers.replace(").images[0]", ", num_inference_steps=1).images[0]")
     scope: dict = {}
     exec(code, scope)
     embeds, _, pooled, _ = scope["pipe"].encode_prompt("a <s0><s1> dog", do_classifier_free_guidance=False)

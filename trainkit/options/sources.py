@@ -170,7 +170,7 @@ def _no_table(
 
 def _nearest_key(name: str, flags: Mapping[str, Flag], table: str | None, prefix: str) -> str | None:
     """The key most likely meant, without its prefix in the table that may leave it out."""
-    short = [flag.removeprefix(prefix) for flag, kind in flags.items() if prefix and kind.concern == table]
+    short = [key.removeprefix(prefix) for key, flag in flags.items() if prefix and flag.concern == table]
     return nearest(name, short) or nearest(name, list(flags))
 
 
