@@ -33,7 +33,7 @@ MERGE_UP_TO = 2**16  # entries of W; measured on a CPU, larger layers are faster
 
 
 class Context(Protocol):
-    """autograd's context of a call: its own members, and below them what our forward passes keep in it."""
+    """autograd's context of a call, with what our forward passes keep in it: `c`, `x_shape` and `x_dtype`."""
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
