@@ -88,17 +88,25 @@ class Kronecker(Update):
     scale: float = 1.0
 
     def delta(self) -> Tensor:
-        return self.C.kron(self.B @ self.A if self.D is None else self.D) * self.scale
+        if self.D is not None:
+            return self.C.kron(self.D) * self.scale
+        B, A = self.block()
+        return self.C.kron(B @ A) * self.scale
 
     def low_rank(self) -> LowRank:
         """(C D') ⊗ (B A) = (C ⊗ B) (D' ⊗ A), with an identity as C or as D', whichever gives fewer components."""
         a, c = self.C.shape
-        B, A = self.B, self.A
-        if B is None:
-            B, A = split(self.D)
+        B, A = self.block()
         if a < c:
             return LowRank(self.C.kron(A), unit(a, A).kron(B), self.scale)
         return LowRank(unit(c, A).kron(A), self.C.kron(B), self.scale)
+
+    def block(self) -> tuple[Tensor, Tensor]:
+        """The block as B and A; where it is D, one of them is D and the other an identity."""
+        if self.D is not None:
+            return split(self.D)
+        assert self.B is not None and self.A is not None, "the block is D, or B and A"
+        return self.B, self.A
 
 
 def unit(n: int, like: Tensor) -> Tensor:
