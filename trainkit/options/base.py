@@ -100,7 +100,8 @@ def changed(
 
 
 def _field(default: object, help: str, facts: Facts, limits: Mapping[str, Any]) -> Any:
-    return Field(default, description=help, json_schema_extra={"facts": facts}, **limits)
+    notes: Any = {"facts": facts}  # pydantic carries it along and looks at none of it
+    return Field(default, description=help, json_schema_extra=notes, **limits)
 
 
 def _prerequisite(read_with: str | Prerequisite) -> Prerequisite | None:
@@ -126,9 +127,10 @@ class Flag:
 
     @property
     def facts(self) -> Facts:
-        extra = self.field.json_schema_extra
+        extra: Any = self.field.json_schema_extra
         assert isinstance(extra, dict), f"--{self.name} must be made by opt()"
-        return extra["facts"]
+        facts: Facts = extra["facts"]
+        return facts
 
     @property
     def prerequisites(self) -> Iterator[Prerequisite]:
@@ -233,7 +235,9 @@ class Concern(BaseModel):
     @classmethod
     def of(cls, values: Mapping[str, object]) -> Self:
         """The concern that has its part of these values, by flag, which are taken as they are."""
-        return cls.model_construct(**{name: values[name] for name in cls.model_fields if name in values})
+        own: dict[str, Any] = {name: values[name] for name in cls.model_fields if name in values}
+        built: Any = cls.model_construct(**own)
+        return built
 
     @classmethod
     def choices(cls, name: str) -> tuple[str, ...]:

@@ -51,7 +51,7 @@ class CaptionedDataOptions(PictureOptions, TrainFolderOptions):
 class CaptionedTextOptions(TextOptions):
     """Text encoders"""
 
-    text_encoder_lr: float | None = changed(
+    text_encoder_lr: float | None = changed(  # type: ignore[assignment]  # here it may be left open
         TextOptions, "text_encoder_lr", None, help="learning rate of the text encoders; without it --learning_rate",
         differs="")
     clip_skip: int | None = changed(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator
 
-from trainkit.options.base import Concern, Value, opt
+from trainkit.options.base import Concern, opt
 from trainkit.options.prerequisites import Prerequisite, needs
 
 OF_TRAINER = ("fourier_config", "fourier_base_loss", "fourier_target_share")  # the others are freq_loss.FourierLoss's
@@ -128,7 +128,7 @@ class FourierOptions(Concern):
         return self.fourier_mode in MOVING
 
     @property
-    def loss(self) -> dict[str, Value]:
+    def loss(self) -> dict[str, Any]:
         """Arguments of freq_loss.FourierLoss."""
         found = {name.removeprefix(self.prefix): value for name, value in self if name not in OF_TRAINER}
         return found | {"bands": self.fourier_bands or ""}

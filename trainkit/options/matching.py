@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator
 
-from trainkit.options.base import Concern, Value, always, opt
+from trainkit.options.base import Concern, always, opt
 from trainkit.options.prerequisites import Prerequisite, needs
 
 WAVELETS = needs(  # the method that `MatchingOptions.loss` comes to
@@ -103,7 +103,7 @@ class MatchingOptions(Concern):
         return self.dist_match_mode or ("extra" if self.dist_match else "combo")
 
     @property
-    def loss(self) -> dict[str, Value | tuple[float, ...]]:
+    def loss(self) -> dict[str, Any]:
         """Arguments of freq_loss.DistributionMatchingLoss, defaults that depend on others filled in."""
         band_norm = self.dist_match_band_norm or ("whiten" if self.statistic == "u" else "grid")
         mixed = self.mode == "reuse" and band_norm != "whiten"  # whitening makes levels comparable

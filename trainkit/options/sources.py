@@ -135,7 +135,7 @@ def _config(
             problems.append(_twice(name, where))
         else:
             many = flags[name].many and isinstance(value, list)
-            values[name] = " ".join(map(str, value)) if many else value
+            values[name] = " ".join(map(str, value)) if many and isinstance(value, list) else value
     return values, problems
 
 
@@ -177,6 +177,7 @@ def _nearest_key(name: str, flags: Mapping[str, Flag], table: str | None, prefix
 def _load(path: Path) -> dict[str, object]:
     """The table in a config file; ValueError when it is not one."""
     text = path.read_text(encoding="utf-8")
+    data: object
     match path.suffix.lower():
         case ".toml":
             data = tomllib.loads(text)
