@@ -8,10 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypedDict, TypeVar
-
-if TYPE_CHECKING:
-    from trainkit.frequency.spectra import FourierLoss
+from typing import NamedTuple, Protocol, TypedDict, TypeVar
 
 HIGH_FREQ_BOUNDS = (1.0, 3.0)  # between which a high-frequency weight is clipped
 
@@ -29,19 +26,34 @@ T = TypeVar("T")
 ScaleTerm = tuple[float, int, float]  # a term's weight, its scale, its high-frequency weight before it is clipped
 
 
-def even(loss: FourierLoss, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
+class Settings(Protocol):
+    """What a mode reads of a `FourierLoss`."""
+
+    @property
+    def high_freq_weight(self) -> float | None: ...
+
+    @property
+    def mix(self) -> tuple[float, float] | None: ...
+
+    @property
+    def adaptive_scaling(self) -> bool | None: ...
+
+    def curve(self, progress: float) -> float: ...
+
+
+def even(loss: Settings, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
     return [(share, scale, 1.0) for share, scale, _ in terms]
 
 
-def weighted(loss: FourierLoss, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
+def weighted(loss: Settings, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
     return [(share, scale, filled(loss.high_freq_weight)) for share, scale, _ in terms]
 
 
-def adaptive(loss: FourierLoss, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
+def adaptive(loss: Settings, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
     return [(share, scale, loss.curve(progress)) for share, scale, _ in terms]
 
 
-def unified(loss: FourierLoss, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
+def unified(loss: Settings, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
     """α of all scales and β of the full size; adaptive_scaling moves weight from the first to the second."""
     alpha, beta = filled(loss.mix)
     if loss.adaptive_scaling:
@@ -78,7 +90,7 @@ class ModeFields(TypedDict, total=False):
 class Mode(NamedTuple):
     """How a mode makes its terms of those that its scales give, and the fields that it reads, with their defaults."""
 
-    terms: Callable[[FourierLoss, float, Sequence[ScaleTerm]], list[ScaleTerm]]
+    terms: Callable[[Settings, float, Sequence[ScaleTerm]], list[ScaleTerm]]
     fields: ModeFields
     decay: float = 0.5  # the weight of a scale is scale^−decay
 
