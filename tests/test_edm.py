@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.harness import command, forked, make_pictures, metrics
 from tests.made_up_pass import KEYS, batch_of
 from tests.test_diffusion import alphas, latents, options, schedules
-from tests.tiny import build_tiny_edm, build_tiny_sdxl
+from tests.tiny import build_tiny_edm, build_tiny_sdxl, latents_of
 from trainkit import preview, rng
 from trainkit.condition import Condition
 from trainkit.diffusion import PREDICTIONS, EDMSchedule, NoiseSchedule, ScheduleChange, make_levels, make_noise
@@ -151,7 +151,7 @@ def test_an_edm_model_is_recognised_without_a_flag_and_said_once(tiny_edm, caplo
     assert family.schedule == EDMSchedule()
     assert caplog.text.count("EDMDPMSolverMultistepScheduler") == 1
     sample = torch.randn(2, 4, 8, 8)
-    x0 = family.sample_latents(batch_of(KEYS[:2], mean=sample, logvar=torch.full_like(sample, -torch.inf)))
+    x0 = latents_of(family, sample)
     mean = torch.tensor(family.vae.config.latents_mean).view(1, 4, 1, 1)
     std = torch.tensor(family.vae.config.latents_std).view(1, 4, 1, 1)
     torch.testing.assert_close(x0, 0.5 * (sample - mean) / std)  # of σ_data, where the VAE's statistics hold
