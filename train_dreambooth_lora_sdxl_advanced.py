@@ -60,7 +60,7 @@ class Options(OptionSet):
 def main(argv: list[str] | None = None) -> None:
     opt = parse(Options, argv, description=__doc__)  # frozen; --help and --print_config end here
 
-    from trainkit import checkpoints, identity, preview, publish, run
+    from trainkit import checkpoints, preview, publish, run, run_fingerprint
     from trainkit.conditioning import live_text, new_tokens
     from trainkit.data import cache, class_images, loader, sampler
     from trainkit.diffusion import ScheduleChange, make_noise
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
             every=opt.validation.every(stream.steps_per_epoch), averaged=optimizer.averaged)
         saves = checkpoints.Checkpoints(
             job.out_dir, keep=opt.run.checkpoints_total_limit, extra=partial(export, text, optimizer, job.name),
-            fingerprint=identity.fingerprint(opt, rows, family, job, total), adapters=lora, text=text,
+            fingerprint=run_fingerprint.fingerprint(opt, rows, family, job, total), adapters=lora, text=text,
             passes=passes, optimizer=optimizer, run=job)
         start = saves.resume(opt.run.resume_from_checkpoint, stop=stop)
         batches = loader.micro_batches(images, stream, job.shard, start_step=start, stop_step=stop,

@@ -30,7 +30,7 @@ prompt=${PROMPT:-}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # on a busy CPU two threads are slower than one
 resolution=${RESOLUTION:-$(.venv/bin/python -c 'import sys
 from trainkit.errors import exit_with_message
-from trainkit.families.base import native_resolution
+from trainkit.families.checks import native_resolution
 exit_with_message(lambda: print(native_resolution(sys.argv[1])))' "$model")}
 
 printf '\nCLIP features of the pictures:\n\n'

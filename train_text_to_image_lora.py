@@ -58,7 +58,7 @@ class Options(OptionSet):
 def main(argv: list[str] | None = None) -> None:
     opt = parse(Options, argv, description=__doc__)  # frozen; --help and --print_config end here
 
-    from trainkit import checkpoints, families, identity, preview, publish, run
+    from trainkit import checkpoints, families, preview, publish, run, run_fingerprint
     from trainkit.conditioning import clip_token, live_text
     from trainkit.data import cache, loader, sampler
     from trainkit.diffusion import ScheduleChange, make_noise
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
             every=opt.validation.every(stream.steps_per_epoch), averaged=optimizer.averaged)
         saves = checkpoints.Checkpoints(
             job.out_dir, keep=opt.run.checkpoints_total_limit,
-            fingerprint=identity.fingerprint(opt, rows, family, job, total, **(token.identity if token else {})),
+            fingerprint=run_fingerprint.fingerprint(opt, rows, family, job, total, **(token.identity if token else {})),
             adapters=lora, text=text, passes=passes, optimizer=optimizer, run=job)
         start = saves.resume(opt.run.resume_from_checkpoint, stop=stop)
         batches = loader.micro_batches(images, stream, job.shard, start_step=start, stop_step=stop,

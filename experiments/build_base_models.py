@@ -66,7 +66,7 @@ def train(stage: str, args: argparse.Namespace) -> None:
 
         train_judge(args.work_dir, minutes=minutes, seed=args.seed)
     else:
-        from experiments.base_models.unet import train_unet
+        from experiments.base_models.train_unets import train_unet
 
         train_unet(args.work_dir, stage, minutes=minutes, seed=args.seed)
 

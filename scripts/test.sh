@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install into .venv if needed, lint, then run the whole suite (marked `slow` excepted) and close with pytest's summary.
+# Install into .venv if needed, lint, check types, then run the whole suite (marked `slow` excepted) and close with pytest's summary.
 # Arguments go to pytest: bash scripts/test.sh tests/test_objective.py -k snr
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -9,4 +9,5 @@ bash scripts/install.sh
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline
 .venv/bin/ruff check .
+.venv/bin/mypy
 exec .venv/bin/python -m pytest -n 2 --dist loadgroup -m "not slow" "$@"

@@ -53,9 +53,9 @@ def test_a_cached_visit_is_the_live_one(tmp_path: Path, policy: CropPolicy, batc
     latents, _ = fill(rows, {}, policy, batch_size=batch_size, num_workers=num_workers)
     for row in rows:
         for epoch in range(6):
-            plan = policy.plan(row, seed=0, epoch=epoch)
-            live = encode(policy.pixels(load_picture(row), plan)[None])
-            for kept, wanted in zip(latents(row, plan), live, strict=True):
+            sample = policy.sample(row, seed=0, epoch=epoch)
+            live = encode(policy.views(load_picture(row), [sample]))
+            for kept, wanted in zip(latents(sample), live, strict=True):
                 torch.testing.assert_close(kept, wanted[0], rtol=0, atol=1e-6)
 
 
@@ -109,7 +109,7 @@ def test_nan_and_infinity_are_never_cached(tmp_path: Path, bad: float) -> None:
 
     with pytest.raises(UserError, match=r"000\.png") as caught:
         cache_latents(rows, POLICY, overflow, store, seed=0, identity="vae")
-    assert caught.value.problems[0].kind == "nonfinite" and not store.entries
+    assert caught.value.problems[0].kind == "nonfinite" and not store
 
 
 DAMAGE = {
@@ -125,10 +125,11 @@ DAMAGE = {
 def test_a_damaged_entry_is_rebuilt(tmp_path: Path, damage: str) -> None:
     rows, store = folder_rows(tmp_path / "d"), DiskStore(tmp_path / "cache")
     latents, _ = fill(rows, store)
-    path = store._path(latents.key(rows[0], POLICY.plan(rows[0], seed=0, epoch=0)))
+    sample = POLICY.sample(rows[0], seed=0, epoch=0)
+    path = store._path(latents.key(sample))
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
     with pytest.raises(UserError, match="damaged"):
-        latents(rows[0], POLICY.plan(rows[0], seed=0, epoch=0))
+        latents(sample)
     assert fill(rows, store)[1] == 1
 
 
@@ -182,7 +183,7 @@ BIG = {"mean": torch.arange(100_000.0), "logvar": torch.arange(100_000.0) + 1}
 def put_many(folder: Path, n: int) -> None:
     store = DiskStore(folder)
     for i in range(n):
-        store.put(content_key(i), {name: t + i for name, t in BIG.items()})
+        store[content_key(i)] = {name: t + i for name, t in BIG.items()}
 
 
 def intact(folder: Path, n: int) -> int:
@@ -191,7 +192,7 @@ def intact(folder: Path, n: int) -> int:
     for i in range(n):
         if content_key(i) in store:
             there += 1
-            entry = store.get(content_key(i))
+            entry = store[content_key(i)]
             assert all(torch.equal(entry[name], t + i) for name, t in BIG.items())
     return there
 
@@ -236,7 +237,7 @@ def test_a_full_disk_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(cache, "save_tensors", no_space)
     with pytest.raises(UserError, match="No space left") as caught:
-        store.put("aa00", BIG)
+        store["aa00"] = BIG
     assert caught.value.exit_code == 74
 
 
@@ -247,8 +248,8 @@ def test_a_disk_store_costs_no_memory(tmp_path: Path) -> None:
 
     put_many(tmp_path, 80)  # 61 MiB
     store, handles = DiskStore(tmp_path), open_files()
-    store.get(content_key(0))
+    assert store[content_key(0)]
     before = resident_mb()
-    total = sum(float(store.get(content_key(i))["mean"].sum()) for i in range(80))
+    total = sum(float(store[content_key(i)]["mean"].sum()) for i in range(80))
     assert total and resident_mb() - before < 6
     assert open_files() == handles and len(pickle.dumps(store)) < 1000

@@ -22,7 +22,7 @@ from trainkit.data.geometry import CropPolicy
 from trainkit.data.images import load_picture
 from trainkit.data.loader import Images, micro_batches
 from trainkit.data.rows import read_rows
-from trainkit.data.sampler import Order
+from trainkit.data.sampler import Order, Shard
 from trainkit.data.sources.folder import Folder, list_folder
 from trainkit.errors import Problem
 from trainkit.options import CaptionedDataOptions
@@ -280,9 +280,9 @@ def test_workers_ranks_and_a_resume_draw_the_same_captions(tmp_path: Path, accum
     rows = several(tmp_path)
     pictures, order = Images(rows, CropPolicy(resolution=32), seed=3), Order(rows, 4, seed=1)
 
-    def prompts(**how: int) -> list[tuple[str, ...]]:
-        return [sum((batch.prompts for batch in batches), ())
-                for _, batches in micro_batches(pictures, order, accumulation=accumulation, stop_step=6, **how)]
+    def prompts(rank: int = 0, world: int = 1, **how: int) -> list[tuple[str, ...]]:
+        steps = micro_batches(pictures, order, Shard(rank, world, accumulation), stop_step=6, **how)
+        return [sum((batch.prompts for batch in batches), ()) for _, batches in steps]
 
     whole = prompts()
     assert whole == prompts(num_workers=2) and whole[4:] == prompts(start_step=4)
@@ -291,14 +291,17 @@ def test_workers_ranks_and_a_resume_draw_the_same_captions(tmp_path: Path, accum
         assert whole == [a + b for a, b in zip(prompts(rank=0, world=2), prompts(rank=1, world=2), strict=True)]
     for _, batches in micro_batches(pictures, order, stop_step=6):
         for batch in batches:
-            for slot, prompt in zip(batch.slots, batch.prompts, strict=True):
-                assert prompt == pictures.caption(rows[slot.row], slot.epoch), "the slot says whose caption it is"
+            for (_, step, index), place, prompt in zip(batch.keys, batch.rows, batch.prompts, strict=True):
+                _, row, epoch, _ = order.slot(step, index)
+                assert row == place, "the slot says whose caption it is"
+                assert prompt == pictures.caption(rows[row], epoch)
 
 
 def test_a_row_with_one_caption_has_that_one(tmp_path: Path) -> None:
     row, = rows_of(write(tmp_path, ["a.png"], LINES[:1]))
     pictures = Images([row], CropPolicy(resolution=32), seed=0)
     assert {pictures.caption(row, epoch) for epoch in range(20)} == {"an a"}
+    assert {pictures[(0, epoch, 0), 0, epoch, 1].prompt for epoch in range(20)} == {"an a"}
     assert replace(row, caption="b").all_captions == ("b",)
 
 

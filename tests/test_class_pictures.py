@@ -27,7 +27,7 @@ from trainkit.rng import generator
 from trainkit.runtime import ranks
 from trainkit.runtime.progress import Progress
 
-JOB = SimpleNamespace(seed=3, device=torch.device("cpu"), is_main=True, progress=Progress())
+JOB = SimpleNamespace(seed=3, device=torch.device("cpu"), show_task=Progress().task)
 
 
 def options(folder: Path | None, model: Path | str = "no/model", *, resolution: int = 32, instances: Path | None = None,

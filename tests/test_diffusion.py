@@ -12,12 +12,14 @@ from trainkit.diffusion import (
     PREDICTIONS,
     EDMSchedule,
     Eps,
-    Noise,
     NoiseSchedule,
+    ScheduleChange,
     V,
     config_problems,
+    draw_noise,
     effective_config,
     make_levels,
+    make_noise,
     make_schedule,
 )
 from trainkit.errors import UserError
@@ -158,13 +160,16 @@ def test_betas_are_rescaled_before_the_levels_are_made():
 
 
 def test_rescaling_is_refused_where_it_cannot_be():
-    (epsilon,) = config_problems(effective_config(SDXL, RESCALED))
-    (edm,) = config_problems(effective_config({"_class_name": "EDMEulerScheduler"}, RESCALED))
+    rescaled = ScheduleChange(rescale_betas_zero_snr=True)
+    (epsilon,) = config_problems(effective_config(SDXL, rescaled))
+    (edm,) = config_problems(effective_config({"_class_name": "EDMEulerScheduler"}, rescaled))
     assert "--prediction_type v_prediction" in epsilon.fix and "EDM" in edm.what
 
 
 def test_flags_change_a_config_only_where_they_are_given():
-    assert effective_config(SDXL) == SDXL
+    assert effective_config(SDXL) == effective_config(SDXL, ScheduleChange.from_options(options())) == SDXL
+    asked = options(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    assert ScheduleChange.from_options(asked) == ScheduleChange("v_prediction", rescale_betas_zero_snr=True)
 
 
 def test_an_edm_config_gives_an_edm_schedule_with_its_numbers():
@@ -326,20 +331,27 @@ def test_karras_sigmas_are_evenly_spaced_in_their_seventh_root():
 
 # Noise ----------------------------------------------------------------------------------------------------------------
 
-NOISES = [Noise(), Noise(0.1), Noise(multires_iterations=6), Noise(0.1, 8, 0.8, 0.1)]
+SETTINGS = [{}, {"offset": 0.1}, {"iterations": 6},
+            {"offset": 0.1, "iterations": 8, "discount": 0.8, "perturbation": 0.1}]
 
 
-@pytest.mark.parametrize("noise", NOISES, ids=str)
-def test_noise_depends_on_its_key_alone(noise):
-    whole = noise((4, 8, 8), KEYS)
+def noise(shape, keys, **settings):
+    """What targets know of the noise [B,C,h,w]."""
+    return draw_noise(shape, keys, **settings)[0]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_noise_depends_on_its_key_alone(settings):
+    whole, added = draw_noise((4, 8, 8), KEYS, **settings)
     torch.manual_seed(0)
-    assert torch.equal(noise((4, 8, 8), KEYS[3:]), whole[3:])
-    assert torch.equal(noise.perturbed(whole[3:], KEYS[3:]), noise.perturbed(whole, KEYS)[3:])
+    part, added_to_part = draw_noise((4, 8, 8), KEYS[3:], **settings)
+    assert torch.equal(part, whole[3:])
+    assert torch.equal(added_to_part, added[3:])
     assert len({row.sum().item() for row in whole}) == len(KEYS)
 
 
 def test_offset_moves_channel_means_and_leaves_the_rest_of_the_noise():
-    plain, moved = Noise()((4, 8, 8), MANY), Noise(0.5)((4, 8, 8), MANY)
+    plain, moved = noise((4, 8, 8), MANY), noise((4, 8, 8), MANY, offset=0.5)
     shift = moved - plain
     torch.testing.assert_close(shift, shift.mean((2, 3), keepdim=True).expand_as(shift), rtol=0, atol=1e-5)
     assert shift.mean((2, 3)).std().item() == pytest.approx(0.5, rel=0.05)
@@ -355,27 +367,31 @@ def power(n):
 
 @pytest.mark.parametrize("discount", [0.3, 0.9])
 def test_multires_noise_has_variance_one_and_its_power_in_low_frequencies(discount):
-    n = Noise(multires_iterations=6, multires_discount=discount)((4, 16, 24), MANY)
+    n = noise((4, 16, 24), MANY, iterations=6, discount=discount)
     assert n.var().item() == pytest.approx(1, rel=0.05)
     low, high = power(n)
     assert low > 1.2 and high < 0.99 and low / high > {0.3: 1.4, 0.9: 8}[discount]
 
 
 def test_one_full_resolution_of_multires_noise_is_white_again():
-    n = Noise(multires_iterations=1)((4, 16, 16), MANY)
+    n = noise((4, 16, 16), MANY, iterations=1)
     low, high = power(n)
     assert low == pytest.approx(1, rel=0.1) and high == pytest.approx(1, rel=0.1)
 
 
 def test_input_perturbation_adds_noise_that_the_target_does_not_know():
-    n = Noise(input_perturbation=0.5)((4, 8, 8), MANY)
-    assert torch.equal(n, Noise()((4, 8, 8), MANY)) and Noise().perturbed(n, MANY) is n
-    extra = Noise(input_perturbation=0.5).perturbed(n, MANY) - n
+    n, added = draw_noise((4, 8, 8), MANY, perturbation=0.5)
+    plain, same = draw_noise((4, 8, 8), MANY)
+    assert torch.equal(n, plain) and same is plain
+    extra = added - n
     assert extra.std().item() == pytest.approx(0.5, rel=0.02)
     assert (extra * n).mean().item() == pytest.approx(0, abs=0.01)
 
 
 def test_the_options_make_the_noise():
-    assert Noise.from_options(options()) == Noise()
-    assert Noise.from_options(options(noise_offset=0.1, multires_noise_iterations=3, multires_noise_discount=0.5,
-                                      input_perturbation=0.2)) == Noise(0.1, 3, 0.5, 0.2)
+    asked = options(noise_offset=0.1, multires_noise_iterations=3, multires_noise_discount=0.5, input_perturbation=0.2)
+    settings = {"offset": 0.1, "iterations": 3, "discount": 0.5, "perturbation": 0.2}
+    for o, wanted in ((options(), {}), (asked, settings)):
+        made, direct = make_noise(o)((4, 8, 8), KEYS), draw_noise((4, 8, 8), KEYS, **wanted)
+        assert all(torch.equal(*pair) for pair in zip(made, direct, strict=True))
+    assert len({float(part.sum()) for part in direct}) == 2, "the input is perturbed"

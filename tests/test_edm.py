@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +15,18 @@ import torch
 from torch import Tensor
 
 from tests.harness import command, forked, make_pictures, metrics
+from tests.made_up_pass import KEYS, batch_of
 from tests.test_diffusion import alphas, latents, options, schedules
-from tests.tiny import build_tiny_edm, build_tiny_sdxl
+from tests.tiny import build_tiny_edm, build_tiny_sdxl, latents_of
 from trainkit import preview, rng
-from trainkit.diffusion import PREDICTIONS, EDMSchedule, Noise, NoiseSchedule, make_levels
+from trainkit.condition import Condition
+from trainkit.diffusion import PREDICTIONS, EDMSchedule, NoiseSchedule, ScheduleChange, make_levels, make_noise
 from trainkit.families import sdxl
-from trainkit.losses.objective import Outcome, make_objective, per_sample
+from trainkit.losses.objective import make_objective, per_sample
+from trainkit.losses.passes import Passes, always
 from trainkit.options import ModelOptions, ValidationOptions
 from trainkit.preview import Previews
+from trainkit.training.step import TrainStep
 
 SCHEDULERS = ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"]
 T = torch.tensor([0, 20, 300, 650, 999])
@@ -87,12 +93,11 @@ def upstream_edm_loss(x0: Tensor, n: Tensor, out: Tensor, alphas_cumprod: Tensor
 def test_the_edm_flag_under_compat_is_upstreams_algebra_and_that_is_plain_training(name):
     schedule, (x0, n), out = NoiseSchedule(alphas().double(), name), latents(5), latents(5, seed=1)[0]
     o, level = options(do_edm_style_training=True), schedule.at(T)
-    objective = make_objective(o, schedule.prediction, "diffusers")
+    objective = make_objective(o, schedule, "diffusers")
     seen, wanted = upstream_edm_loss(x0.double(), n.double(), out.double(), alphas().double()[T], name)
     z = objective.pred.add_noise(x0, n, level)
     torch.testing.assert_close(objective.pred.model_input(z, level), seen.float(), rtol=1e-5, atol=1e-5)
-    no_class = torch.zeros(5) > 0
-    found = objective(Outcome(out, x0=x0, z=z, n=n, level=level, share=torch.ones(5), is_class=no_class))
+    found = objective(out, x0=x0, z=z, n=n, level=level, batch=batch_of(KEYS[:5]))
     torch.testing.assert_close(found, wanted.float(), rtol=1e-4, atol=1e-7)
     plain = per_sample((out - objective.pred.target(x0, n, level)) ** 2)
     factor = torch.ones(5) if name == "epsilon" else alphas()[T]
@@ -108,12 +113,12 @@ def test_an_edm_model_under_compat_has_the_unweighted_error_on_x0(prediction_typ
     theirs = scheduler_of("EDMEulerScheduler", prediction_type=prediction_type)
     schedule = EDMSchedule(prediction_type=prediction_type)
     sigma, (x0, n), out = torch.tensor([0.3, 1.0, 40.0]), latents(3), latents(3, seed=1)[0]
-    objective = make_objective(options(), schedule.prediction, "diffusers")
+    objective = make_objective(options(), schedule, "diffusers")
     z = x0 + sigma.view(-1, 1, 1, 1) * n
     wanted = ((theirs.precondition_outputs(z, out, sigma.view(-1, 1, 1, 1)) - x0) ** 2).flatten(1).mean(1)
     level = schedule.nearest(sigma.double())
     is_class = torch.tensor([False, True, False])  # its prior loss is weighed alike
-    found = objective(Outcome(out, x0=x0, z=z, n=n, level=level, share=torch.ones(3), is_class=is_class))
+    found = objective(out, x0=x0, z=z, n=n, level=level, batch=batch_of(KEYS[:3], is_class=is_class))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
@@ -124,12 +129,14 @@ def test_d5_instances_and_class_pictures_of_one_batch_keep_their_own_edm_weights
     o = options(do_edm_style_training=True)
     level = make_levels(o, schedule, compat)(torch.tensor([0.2, 0.9, 0.5, 0.7]))
     (x0, n), out = latents(4), latents(4, seed=1)[0]
-    objective, share = make_objective(o, schedule.prediction, compat), torch.tensor([1.0, 1.0, 0.3, 0.3])
-    given = dict(x0=x0, z=objective.pred.add_noise(x0, n, level), n=n, share=share, is_class=share < 1)
-    together = objective(Outcome(out, level=level, **given))
+    objective, share = make_objective(o, schedule, compat), torch.tensor([1.0, 1.0, 0.3, 0.3])
+    given = dict(x0=x0, z=objective.pred.add_noise(x0, n, level), n=n)
+    together = objective(out, level=level, batch=batch_of(KEYS[:4], share=share, is_class=share < 1), **given)
     for k in range(4):
-        one = type(level)(*(v[k : k + 1] for v in (level.a, level.s, level.cond, level.time)), level.sigma_data)
-        alone = objective(Outcome(out[k : k + 1], level=one, **{key: v[k : k + 1] for key, v in given.items()}))
+        part = slice(k, k + 1)
+        one = type(level)(*(v[part] for v in (level.a, level.s, level.cond, level.time)), level.sigma_data)
+        batch = batch_of(KEYS[part], share=share[part], is_class=share[part] < 1)
+        alone = objective(out[part], level=one, batch=batch, **{name: v[part] for name, v in given.items()})
         torch.testing.assert_close(alone, together[k : k + 1])
     assert len(set(together.tolist())) == 4
 
@@ -144,7 +151,7 @@ def test_an_edm_model_is_recognised_without_a_flag_and_said_once(tiny_edm, caplo
     assert family.schedule == EDMSchedule()
     assert caplog.text.count("EDMDPMSolverMultistepScheduler") == 1
     sample = torch.randn(2, 4, 8, 8)
-    x0 = family.to_latents(sample)
+    x0 = latents_of(family, sample)
     mean = torch.tensor(family.vae.config.latents_mean).view(1, 4, 1, 1)
     std = torch.tensor(family.vae.config.latents_std).view(1, 4, 1, 1)
     torch.testing.assert_close(x0, 0.5 * (sample - mean) / std)  # of σ_data, where the VAE's statistics hold
@@ -153,14 +160,13 @@ def test_an_edm_model_is_recognised_without_a_flag_and_said_once(tiny_edm, caplo
 def edm_losses(family: sdxl.SDXL, x0: Tensor, keys: list[rng.Key], **flags: object) -> Tensor:
     """One training forward as the trainer makes it -> losses [B]."""
     o = options(**flags)
-    levels, loss = make_levels(o, family.schedule), make_objective(o, family.schedule.prediction)
-    noise = Noise.from_options(o)
-    n, level = noise(x0.shape[1:], keys), levels(rng.uniform(keys, "timestep"))
-    z = loss.pred.add_noise(x0, noise.perturbed(n, keys), level)
-    text = torch.zeros(len(x0), 77, 56), torch.zeros(len(x0), 32)
-    out = family.denoise(loss.pred.model_input(z, level), level, text=text, time_ids=torch.full((len(x0), 6), 32.0))
-    share, is_class = torch.ones(len(x0)), torch.zeros(len(x0)) > 0
-    return loss(Outcome(out, x0=x0, z=z, n=n, level=level, share=share, is_class=is_class))
+    objective = make_objective(o, family.schedule)
+    step = TrainStep(family, told_nothing, make_noise(o), Passes(always(objective)), nullcontext)
+    return step.losses(objective, batch_of(keys, time_ids=torch.full((len(x0), 6), 32.0)), x0)
+
+
+def told_nothing(prompts: Sequence[str], step: int | None = None) -> Condition:
+    return Condition(embeds=torch.zeros(len(prompts), 77, 56), pooled=torch.zeros(len(prompts), 32))
 
 
 @pytest.mark.parametrize("flags", [{}, {"snr_gamma": 5.0}, {"loss_weighting": "debiased"}], ids=str)
@@ -218,7 +224,8 @@ def test_the_stock_pipeline_draws_what_the_preview_draws(tiny_edm, tmp_path, mon
 
 
 def test_a_rescaled_schedule_is_trained_and_drawn_alike(tmp_path, monkeypatch):
-    family = load(build_tiny_sdxl(tmp_path / "e", widths=(32, 32, 32)), schedule=ScheduleChange("v_prediction", rescale_betas_zero_snr=True))
+    folder = build_tiny_sdxl(tmp_path / "e", widths=(32, 32, 32))
+    family = load(folder, schedule=ScheduleChange("v_prediction", rescale_betas_zero_snr=True))
     assert family.schedule.ends_at_zero_snr
     scheduler = preview.sampler(family)
     assert scheduler.config.prediction_type == "v_prediction" and scheduler.config.timestep_spacing == "trailing"

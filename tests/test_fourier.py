@@ -14,14 +14,15 @@ from safetensors import safe_open
 import freq_loss
 from freq_loss import FourierLoss, get_fourier_loss_config
 from tests.harness import command, forked, launched, make_pictures, metrics, torchrun
-from tests.test_matching import KEYS, SD_BETAS, outcome, passes, plain, sd
+from tests.made_up_pass import KEYS, forward_of, judged, losses_of
+from tests.test_matching import SD_BETAS, passes, plain, sd
 from tests.test_options import read, read_captioned
 from tests.test_resume import same_checkpoint
-from trainkit.diffusion import EDMSchedule, NoiseSchedule, make_levels
+from trainkit.diffusion import EDMSchedule, NoiseSchedule
 from trainkit.errors import UserError
 from trainkit.losses.fourier_term import FourierTerm, Gain, make_fourier, problems
-from trainkit.losses.objective import make_objective
-from trainkit.losses.passes import Pass
+from trainkit.losses.objective import Forward, Objective, make_objective
+from trainkit.losses.passes import plain_objective
 from trainkit.options import FourierOptions, ObjectiveOptions
 
 FOURIER = {"loss_type": "fourier", "fourier_warmup_steps": 1}
@@ -45,10 +46,19 @@ def term(**settings: object) -> FourierTerm:
     return FourierTerm(FourierLoss(**{"warmup_steps": 0, **settings}), total_steps=10)
 
 
-def with_term(one: FourierTerm, *, weighting: str = "uniform", gamma: float | None = None, base: str = "l2") -> Pass:
-    schedule = sd()
+def with_term(fourier: FourierTerm, *, weighting: str = "uniform", gamma: float | None = None, base: str = "l2",
+              ) -> Objective:
     o = ObjectiveOptions(loss_type="fourier", loss_weighting=weighting, snr_gamma=gamma)
-    return Pass(make_levels(o, schedule), make_objective(o, schedule.prediction, base_loss=base).plus(one))
+    return make_objective(o, sd(), base_loss=base).plus(fourier)
+
+
+def added(objective: Objective, forward: Forward) -> torch.Tensor:
+    """What the objective's one term adds to the losses of that pass under the objective."""
+    return objective.terms[0](judged(objective, forward), observe=True)
+
+
+def without_terms(objective: Objective) -> Objective:
+    return replace(objective, terms=())
 
 
 # -- where values come from -------------------------------------------------------------------------------------------
@@ -190,15 +200,14 @@ def without_means(x: torch.Tensor) -> torch.Tensor:
 
 
 def asked(schedule: str, weighting: str = "uniform", gamma: float | None = None, **settings: object):
-    """A pass whose objective has the term, and what a network makes of latents without means."""
-    noise = SCHEDULES[schedule]()
+    """An objective that has the term, and a pass of latents without means under it."""
     o = ObjectiveOptions(loss_type="fourier", loss_weighting=weighting, snr_gamma=gamma)
-    one = Pass(make_levels(o, noise), make_objective(o, noise.prediction).plus(term(**settings)))
-    found = outcome(one)
+    objective = make_objective(o, SCHEDULES[schedule]()).plus(term(**settings))
+    found = forward_of(objective)
     x0, n = without_means(found.x0) * found.level.sigma_data, without_means(found.n)
-    z = one.loss.pred.add_noise(x0, n, found.level)
+    z = objective.pred.add_noise(x0, n, found.level)
     out = without_means(torch.randn(x0.shape, generator=torch.Generator().manual_seed(1)))
-    return one, replace(found, x0=x0, n=n, z=z, out=out)
+    return objective, judged(objective, replace(found, x0=x0, n=n, z=z, out=out))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -206,9 +215,9 @@ def asked(schedule: str, weighting: str = "uniform", gamma: float | None = None,
 @pytest.mark.parametrize(("weighting", "gamma"), [("uniform", None), ("min_snr", 5.0), ("x0", None)])
 def test_a_constant_complex_term_is_the_loss_itself_in_either_space(schedule, space, weighting, gamma):
     """Parseval: with every frequency counting alike, an error of x0 at its worth is the error of the output."""
-    one, o = asked(schedule, weighting, gamma, mode="basic", metric="complex", weight=1.0, space=space, balance="none")
-    judged = one.loss.judge(o)
-    torch.testing.assert_close(one.loss.terms[0](judged), judged.losses, rtol=2e-3, atol=1e-6)
+    objective, forward = asked(schedule, weighting, gamma, mode="basic", metric="complex", weight=1.0, space=space,
+                               balance="none")
+    torch.testing.assert_close(added(objective, forward), forward.losses, rtol=2e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -216,15 +225,13 @@ def test_a_constant_complex_term_is_the_loss_itself_in_either_space(schedule, sp
 def test_a_complex_distance_counts_the_same_in_both_spaces(schedule, settings):
     found = []
     for space in ("prediction", "x0"):
-        one, o = asked(schedule, metric="complex", space=space, balance="none", **settings)
-        found.append(one.loss.terms[0](one.loss.judge(o)))
+        found.append(added(*asked(schedule, metric="complex", space=space, balance="none", **settings)))
     torch.testing.assert_close(*found, rtol=5e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_wieners_gate_is_by_what_of_a_frequency_is_signal_whatever_the_data_s_spread(schedule):
-    one, o = asked(schedule, metric="complex", timestep_gate="wiener")
-    term_of = one.loss.terms[0]
+    objective, forward = asked(schedule, metric="complex", timestep_gate="wiener")
     calls = []
 
     class Spy(FourierLoss):
@@ -232,41 +239,39 @@ def test_wieners_gate_is_by_what_of_a_frequency_is_signal_whatever_the_data_s_sp
             calls.append(kwargs)
             return super().__call__(*args, **kwargs)
 
-    term_of.loss = Spy(metric="complex", timestep_gate="wiener", warmup_steps=0)
-    one.loss(o)
+    objective.terms[0].loss = Spy(metric="complex", timestep_gate="wiener", warmup_steps=0)
+    losses_of(objective, forward)
     signal = calls[0]["clean"].square().mean((1, 2, 3)) * calls[0]["snr"]  # over the noise, of the whole picture
-    kept = o.x0.square().mean((1, 2, 3)) * o.level.a**2 / o.level.s**2
+    kept = forward.x0.square().mean((1, 2, 3)) * forward.level.a**2 / forward.level.s**2
     torch.testing.assert_close(signal.float(), kept.float(), rtol=1e-3, atol=1e-9)
 
 
 def test_weights_and_shares_reach_the_term_as_they_reach_the_error():
-    one = with_term(term(metric="complex"), weighting="min_snr", gamma=5.0)
-    o = outcome(one)
-    whole = one.loss.terms[0](one.loss.judge(o))
-    halved = replace(o, share=o.share * 0.5, is_class=torch.ones_like(o.is_class))  # class images
-    torch.testing.assert_close(one.loss.terms[0](one.loss.judge(halved)), whole / 2)
+    objective = with_term(term(metric="complex"), weighting="min_snr", gamma=5.0)
+    forward = forward_of(objective)
+    batch = forward.batch
+    halved = replace(batch, share=batch.share * 0.5, is_class=torch.ones_like(batch.is_class))  # class images
+    torch.testing.assert_close(added(objective, replace(forward, batch=halved)), added(objective, forward) / 2)
 
 
 def test_swap_weighs_the_term_as_it_weighs_the_loss():
     """The ratio of the two laws of noise levels reaches both."""
-    fourier = term()
-    base = Pass(plain().levels, plain().loss.plus(fourier))
-    chosen = passes("swap", base=base, dist_match_swap=0.5)
-    (one,) = next(chosen(step) for step in range(50) if not chosen(step)[0].shared)
-    o = outcome(one)
-    judged, whole = one.loss.judge(o), base.loss.judge(o)
-    ratio = judged.losses / whole.losses
+    base = plain().plus(term())
+    chosen = passes("swap", base=base, dist_match_swap=0.5).of_step
+    (ordinary,) = next(chosen(step) for step in range(50) if not chosen(step)[0].shared)
+    forward = forward_of(ordinary)
+    ratio = judged(ordinary, forward).losses / judged(base, forward).losses
     assert ratio.unique().numel() > 1
-    torch.testing.assert_close(fourier(judged) / fourier(whole), ratio)
+    torch.testing.assert_close(added(ordinary, forward) / added(base, forward), ratio)
 
 
 def test_the_base_loss_stays_what_it_is_and_the_term_only_adds():
     with_huber = with_term(term(), base="huber")
-    o = outcome(with_huber)
-    alone = replace(with_huber.loss, terms=())(o)
-    huber = make_objective(ObjectiveOptions(loss_type="huber"), sd().prediction)(o)
+    forward = forward_of(with_huber)
+    alone = losses_of(without_terms(with_huber), forward)
+    huber = losses_of(make_objective(ObjectiveOptions(loss_type="huber"), sd()), forward)
     assert torch.equal(alone, huber)
-    assert (with_huber.loss(o) > alone).all()
+    assert (losses_of(with_huber, forward) > alone).all()
 
 
 def test_warm_up_and_no_weight_cost_no_fft_and_leave_the_loss_bit_for_bit(monkeypatch):
@@ -276,20 +281,21 @@ def test_warm_up_and_no_weight_cost_no_fft_and_leave_the_loss_bit_for_bit(monkey
     monkeypatch.setattr(torch.fft, "rfft2", unwanted)
     for settings in ({"warmup_steps": 5}, {"weight": 0.0}, {"timestep_gate": "snr", "gate_min_snr": 1e7,
                                                            "gate_max_snr": 1e8}):
-        one = with_term(term(**settings))
-        o = outcome(one)
-        assert torch.equal(one.loss(o), replace(one.loss, terms=())(o))
-        assert one.loss.terms[0].describe()["fourier_component"] == 0.0
+        objective = with_term(term(**settings))
+        forward = forward_of(objective)
+        assert torch.equal(losses_of(objective, forward), losses_of(without_terms(objective), forward))
+        assert objective.terms[0].describe()["fourier_component"] == 0.0
 
 
 def test_the_component_is_the_loss_less_the_ordinary_loss_over_all_passes_of_a_step():
-    one = with_term(term())
-    fourier = one.loss.terms[0]
+    fourier = term()
+    objective = with_term(fourier)
     whole = base = 0.0
     for keys in (KEYS, KEYS[:4]):  # two micro-batches
-        o = replace(outcome(one, keys), num_instance=10)
-        whole += float(one.loss(o).sum() / 10)
-        base += float(replace(one.loss, terms=())(o).sum() / 10)
+        forward = forward_of(objective, keys)
+        forward = replace(forward, batch=replace(forward.batch, num_instance=10))
+        whole += float(losses_of(objective, forward).sum() / 10)
+        base += float(losses_of(without_terms(objective), forward).sum() / 10)
     found = fourier.describe()
     assert found["fourier_component"] == pytest.approx(whole - base, abs=1e-7) and found["fourier_component"] > 0
     assert found["fourier_weight_eff"] == pytest.approx(0.05) and found["fourier_raw"] > 0
@@ -298,13 +304,12 @@ def test_the_component_is_the_loss_less_the_ordinary_loss_over_all_passes_of_a_s
 
 def test_a_pass_of_the_matching_term_alone_has_no_fourier_term():
     fourier = term()
-    base = Pass(plain().levels, plain().loss.plus(fourier))
-    _, second = passes("extra", base=base)(0)
-    o = outcome(second)
-    second.loss(o)
+    base = plain().plus(fourier)
+    _, second = passes("extra", base=base).of_step(0)
+    losses_of(second, forward_of(second))
     assert fourier.describe() == {"fourier_component": 0.0}
-    _, second = passes("combo", base=base)(0)
-    second.loss(outcome(second))
+    _, second = passes("combo", base=base).of_step(0)
+    losses_of(second, forward_of(second))
     assert fourier.describe()["fourier_component"] > 0
 
 
@@ -342,15 +347,15 @@ def test_a_share_that_cannot_be_held_is_told_once(caplog):
     for unit, words in ((1e-9, ("1000", "smaller share; raise --fourier_weight 0.05")),
                         (1e9, ("0.001", "larger share; lower --fourier_weight"))):
         caplog.clear()
-        one = FourierTerm(FourierLoss(warmup_steps=0), total_steps=10, target_share=0.2)
+        fourier = FourierTerm(FourierLoss(warmup_steps=0), total_steps=10, target_share=0.2)
         for _ in range(3):
-            one.seen, one.rate = torch.tensor([unit, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]), 1.0
-            one.describe()
+            fourier.seen, fourier.rate = torch.tensor([unit, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]), 1.0
+            fourier.describe()
         assert len(caplog.records) == 1 and all(word in caplog.text for word in words)
     caplog.clear()
-    one = with_term(term())
-    one.loss(outcome(one))
-    one.loss.terms[0].describe()
+    objective = with_term(term())
+    losses_of(objective, forward_of(objective))
+    objective.terms[0].describe()
     assert not caplog.records
 
 
@@ -375,17 +380,29 @@ def test_a_term_without_the_flag_is_none():
     assert make_fourier(FourierOptions(), "l2", total_steps=3, note=lambda **facts: None) == {}
 
 
+@pytest.mark.parametrize("compat", [None, "diffusers"])
+def test_the_term_of_a_runs_objective_is_the_one_that_is_remembered(compat):
+    noted, forward = {}, forward_of(make_objective(ObjectiveOptions(snr_gamma=5.0), sd()))
+    for loss_type, base, names in (("fourier", "huber", ["fourier"]), ("l2", "l2", [])):
+        o, fourier = ObjectiveOptions(loss_type=loss_type, snr_gamma=5.0), FourierOptions(fourier_base_loss=base)
+        objective, memories = plain_objective(o, fourier, sd(), total_steps=3, note=noted.update, compat=compat)
+        assert list(memories) == names and objective.terms == tuple(memories.values())
+        alone = make_objective(ObjectiveOptions(loss_type=base, snr_gamma=5.0), sd(), compat)
+        assert torch.equal(losses_of(without_terms(objective), forward), losses_of(alone, forward))
+    assert noted["fourier_loss"]["fourier_base_loss"] == "huber"
+
+
 # -- in the trainers --------------------------------------------------------------------------------------------------
 
 
 def test_compat_diffusers_weighs_the_term_as_it_weighs_the_loss():
-    noise = sd()
     o = ObjectiveOptions(loss_type="fourier", snr_gamma=5.0)
-    found = [Pass(make_levels(o, noise), make_objective(o, noise.prediction, compat).plus(term(metric="complex")))
-             for compat in (None, "diffusers")]
-    judged = [one.loss.judge(replace(outcome(one), is_class=torch.ones(len(KEYS)) > 0)) for one in found]
-    ours, theirs = (one.loss.terms[0](j) for one, j in zip(found, judged, strict=True))
-    torch.testing.assert_close(theirs / ours, judged[1].losses / judged[0].losses)
+    ours, theirs = (make_objective(o, sd(), compat).plus(term(metric="complex")) for compat in (None, "diffusers"))
+    forward = forward_of(ours)
+    forward = replace(forward, batch=replace(forward.batch, is_class=torch.ones(len(KEYS)) > 0))
+    ratio = judged(theirs, forward).losses / judged(ours, forward).losses
+    assert (ratio > 1).any()
+    torch.testing.assert_close(added(theirs, forward) / added(ours, forward), ratio)
 
 
 def test_a_share_without_a_weight_is_refused():

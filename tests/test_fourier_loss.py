@@ -241,7 +241,8 @@ def test_the_trainers_know_which_flags_a_mode_reads_and_which_modes_move(mode: s
     """The options may not import torch, so they have lists of their own, which MODES judges here."""
     loss = FourierLoss(mode=mode)
     optional = {field.name for field in fields(loss) if field.default is None}
-    told = {name.removeprefix("fourier_") for name, _ in unread({"loss_type": "fourier", "fourier_mode": mode})}
+    flags = {flag.name: flag for flag in FourierOptions.flags()}
+    told = {name.removeprefix("fourier_") for name, _ in unread({"loss_type": "fourier", "fourier_mode": mode}, flags)}
     assert told & optional == {name for name in optional if getattr(loss, name) is None}, "None: not filled in"
     p, t = pair(1, 2, 16, 16)
     start, end = (loss.distance(p, t, progress=progress) for progress in (0.0, 1.0))

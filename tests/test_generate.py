@@ -18,7 +18,7 @@ from tests.test_evaluate import random_lora
 from tests.test_guidance import build_tiny_clip, picture
 from trainkit.data.clip_features import load_clip
 from trainkit.errors import Problem, UserError
-from trainkit.report.usage import DIFFUSERS_FILE
+from trainkit.report.facts import DIFFUSERS_FILE
 from trainkit.tools import extract_clip_features, generate
 
 LONG = "a cat " * 60  # fills the context

@@ -8,6 +8,8 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,14 +20,20 @@ from PIL import Image
 from torch import Tensor
 
 from tests.harness import forked
+from trainkit.condition import Condition
 from trainkit.conditioning import clip_token
-from trainkit.conditioning.clip_token import has_room, make_guidance, with_token
-from trainkit.data.batch import Slot
-from trainkit.data.clip_features import Clip, Features, load_clip, read_features
+from trainkit.conditioning.clip_token import ClipToken, has_room, make_clip_token, with_token
+from trainkit.data.batch import Batch
+from trainkit.data.clip_features import Clip, Features, load_clip, read_features, write_features
 from trainkit.data.images import content_digest, decode
+from trainkit.diffusion import Level, NoiseSchedule, make_noise
 from trainkit.errors import Problem, UserError
-from trainkit.options import GuidanceOptions
+from trainkit.losses.objective import make_objective
+from trainkit.losses.passes import Passes, always
+from trainkit.options import GuidanceOptions, ObjectiveOptions
+from trainkit.rng import uniform
 from trainkit.tools import extract_clip_features as script
+from trainkit.training.step import TrainStep
 
 WIDTH = 24  # of the tiny CLIP's projection and of the tiny SD 1.x model's text
 
@@ -332,7 +340,7 @@ def written(folder: Path, rows: Sequence[SimpleNamespace], width: int = WIDTH) -
     """A file of features in which picture i has rows of i + 1; in another order than the rows."""
     own = {row.digest: torch.full((width,), i + 1.0) for i, row in reversed([*enumerate(rows)])}
     none = Features(torch.zeros(0, width), [], "assets/a clip", "made")
-    clip_token.write_features(folder / "f.safetensors", none.with_rows(own))
+    write_features(folder / "f.safetensors", none.with_rows(own))
     return folder / "f.safetensors"
 
 
@@ -343,41 +351,37 @@ def tokenizer(tiny_sd: Path):
     return CLIPTokenizer.from_pretrained(tiny_sd, subfolder="tokenizer")
 
 
-def guide_of(folder: Path, tokenizer, **changes: float) -> clip_token.Guidance:
+def token_of(folder: Path, tokenizer, **changes: float) -> ClipToken:
     rows = rows_of()
     given = {"guidance_token": 8.0, "guidance_token_dropout": 0.0, **changes}
     options = GuidanceOptions(guidance_features=str(written(folder, rows)), **given)
-    return make_guidance(options, rows, SimpleNamespace(tokenizers=(tokenizer,)))
+    return make_clip_token(options, rows, SimpleNamespace(tokenizers=(tokenizer,)))
 
 
-def batch_of(rows: Sequence[int]) -> SimpleNamespace:
-    return SimpleNamespace(slots=tuple(Slot(0, i, row, 0) for i, row in enumerate(rows)),
+def batch_of(rows: Sequence[int], step: int = 0) -> SimpleNamespace:
+    return SimpleNamespace(rows=tuple(rows), keys=tuple((0, step, i) for i in range(len(rows))),
                            prompts=tuple(CAPTIONS[row] for row in rows))
 
 
-def keys_of(n: int, step: int = 0) -> list[tuple[int, int, int]]:
-    return [(0, step, i) for i in range(n)]
-
-
-def text_of(n: int) -> tuple[Tensor, Tensor]:
+def text_of(n: int) -> Condition:
     g = torch.Generator().manual_seed(0)
-    return torch.randn(n, 77, WIDTH, generator=g), torch.randn(n, 8, generator=g)
+    return Condition(embeds=torch.randn(n, 77, WIDTH, generator=g), pooled=torch.randn(n, 8, generator=g))
 
 
 def test_picture_i_is_fed_its_own_features_at_the_last_position_only(tmp_path, tokenizer):
-    guide = guide_of(tmp_path, tokenizer, guidance_token_scale=0.5)
-    embeds, pooled = text_of(3)
-    fed, same = guide((embeds, pooled), batch_of([2, 0, 2]), keys_of(3))
-    assert fed[:, -1].tolist() == [[1.5] * WIDTH, [0.5] * WIDTH, [1.5] * WIDTH]
-    assert torch.equal(fed[:, :-1], embeds[:, :-1]) and same is pooled
+    token, text = token_of(tmp_path, tokenizer, guidance_token_scale=0.5), text_of(3)
+    fed = token(text, batch_of([2, 0, 2]))
+    assert fed["embeds"][:, -1].tolist() == [[1.5] * WIDTH, [0.5] * WIDTH, [1.5] * WIDTH]
+    assert torch.equal(fed["embeds"][:, :-1], text["embeds"][:, :-1]) and fed["pooled"] is text["pooled"]
+    assert fed.keys() == text.keys()
 
 
 def test_a_caption_that_fills_the_context_keeps_its_end(tmp_path, tokenizer, caplog):
-    guide = guide_of(tmp_path, tokenizer)
+    token = token_of(tmp_path, tokenizer)
     assert len(caplog.records) == 1 and "a cat a cat" in caplog.text and "the moon" not in caplog.text
-    embeds, pooled = text_of(2)
-    fed, _ = guide((embeds, pooled), batch_of([1, 0]), keys_of(2))
-    assert torch.equal(fed[0], embeds[0]) and not torch.equal(fed[1], embeds[1])
+    text = text_of(2)
+    fed = token(text, batch_of([1, 0]))["embeds"]
+    assert torch.equal(fed[0], text["embeds"][0]) and not torch.equal(fed[1], text["embeds"][1])
     assert len(caplog.records) == 1, "said once, at the start"
 
 
@@ -393,52 +397,84 @@ def test_room_is_where_the_last_id_is_padding(tokenizer):
 
 
 def test_cached_text_stays_as_it_is_and_the_rest_learns(tmp_path, tokenizer):
-    guide = guide_of(tmp_path, tokenizer)
-    embeds, pooled = text_of(2)
-    before = embeds.clone()
-    fed, _ = guide((embeds.requires_grad_(), pooled), batch_of([0, 1]), keys_of(2))
-    fed.sum().backward()
-    assert torch.equal(embeds.detach(), before)
+    token, text = token_of(tmp_path, tokenizer), text_of(2)
+    embeds, before = text["embeds"].requires_grad_(), text["embeds"].detach().clone()
+    token(text, batch_of([0, 1]))["embeds"].sum().backward()
+    assert text["embeds"] is embeds and torch.equal(embeds.detach(), before)
     assert embeds.grad[0, -1].abs().max() == 0 and (embeds.grad[0, :-1] == 1).all() and (embeds.grad[1] == 1).all()
 
 
 def test_a_share_of_the_visits_is_without_the_token(tmp_path, tokenizer):
-    guide = guide_of(tmp_path, tokenizer, guidance_token_dropout=0.3)
-    text, batch = (torch.zeros(2000, 77, WIDTH), torch.zeros(2000, 0)), batch_of([0, 2] * 1000)
-    fed = guide(text, batch, keys_of(2000))[0][:, -1, 0] > 0
-    assert 0.66 < fed.float().mean() < 0.74
-    assert torch.equal(fed, guide(text, batch, keys_of(2000))[0][:, -1, 0] > 0), "a resumed run drops the same"
-    assert not torch.equal(fed, guide(text, batch, keys_of(2000, step=1))[0][:, -1, 0] > 0)
-    never = guide_of(tmp_path, tokenizer, guidance_token_dropout=1.0)
-    assert torch.equal(never(text, batch, keys_of(2000))[0], text[0])
+    token = token_of(tmp_path, tokenizer, guidance_token_dropout=0.3)
+    text = Condition(embeds=torch.zeros(2000, 77, WIDTH))
+
+    def fed(step: int) -> Tensor:
+        return token(text, batch_of([0, 2] * 1000, step))["embeds"][:, -1, 0] > 0
+
+    assert 0.66 < fed(0).float().mean() < 0.74
+    assert torch.equal(fed(0), fed(0)), "a resumed run drops the same"
+    assert not torch.equal(fed(0), fed(1))
+    never = token_of(tmp_path, tokenizer, guidance_token_dropout=1.0)
+    assert torch.equal(never(text, batch_of([0, 2] * 1000))["embeds"], text["embeds"])
 
 
 def test_half_precision_text_stays_half(tmp_path, tokenizer):
-    embeds, pooled = text_of(1)
-    fed, _ = guide_of(tmp_path, tokenizer)((embeds.bfloat16(), pooled), batch_of([0]), keys_of(1))
-    assert fed.dtype == torch.bfloat16
+    embeds = text_of(1)["embeds"]
+    fed = token_of(tmp_path, tokenizer)(Condition(embeds=embeds.bfloat16()), batch_of([0]))
+    assert fed["embeds"].dtype == torch.bfloat16
     assert with_token(embeds, torch.ones(1, WIDTH), torch.tensor([False])) is not embeds
 
 
 def test_without_the_flag_the_text_passes_through(tokenizer):
-    guide = make_guidance(GuidanceOptions(), rows_of(), SimpleNamespace(tokenizers=(tokenizer,)))
-    text = text_of(1)
-    assert guide(text, batch_of([0]), keys_of(1)) is text and guide.identity == {}
+    assert make_clip_token(GuidanceOptions(), rows_of(), SimpleNamespace(tokenizers=(tokenizer,))) is None
+    text = text_of(2)
+    condition, = conditions_of_a_step(text)
+    assert all(condition[name] is tensor for name, tensor in text.items())
+    assert condition.keys() == {"embeds", "pooled", "time_ids"}
+
+
+def test_in_a_step_the_token_is_added_to_the_text_of_each_pass_alike(tmp_path, tokenizer):
+    token, text = token_of(tmp_path, tokenizer, guidance_token_dropout=0.5), text_of(2)
+    first, second = conditions_of_a_step(text, token, names=("", "again"))
+    assert torch.equal(first["embeds"], second["embeds"]) and first["time_ids"] is second["time_ids"]
+    kept = [index for index in range(2) if not torch.equal(first["embeds"][index], text["embeds"][index])]
+    wanted = [index for index in range(2) if uniform([(0, 0, index)], "guidance dropout") >= 0.5]
+    assert kept == wanted == [1] and first["pooled"] is text["pooled"]
+
+
+def conditions_of_a_step(text: Condition, *adds: ClipToken, names: Sequence[str] = ("",)) -> list[Condition]:
+    """What the network is told in each pass of a step of two samples whose prompts encode to `text`."""
+    conditions = []
+
+    def denoise(z: Tensor, level: Level, condition: Condition) -> Tensor:
+        conditions.append(condition)
+        return z
+
+    schedule = NoiseSchedule(torch.linspace(0.99, 0.01, 1000), "epsilon")
+    plain = make_objective(ObjectiveOptions(), schedule)
+    family = SimpleNamespace(device=torch.device("cpu"), denoise=denoise, sample_latents=lambda batch: batch.mean)
+    step = TrainStep(family, lambda prompts, step: text, make_noise(ObjectiveOptions()),
+                     Passes(always(*(replace(plain, name=name) for name in names))), nullcontext, adds)
+    batch = Batch(step=0, keys=((0, 0, 0), (0, 0, 1)), rows=(0, 2), prompts=(CAPTIONS[0], CAPTIONS[2]),
+                  time_ids=torch.zeros(2, 6), share=torch.ones(2), is_class=torch.zeros(2, dtype=torch.bool),
+                  num_instance=2, mean=torch.zeros(2, 4, 8, 8))
+    list(step([batch]))
+    return conditions
 
 
 def test_the_flag_is_a_switch(tmp_path, tokenizer):
-    guides = [guide_of(tmp_path, tokenizer, guidance_token=value) for value in (8.0, 0.1)]
-    one, other = (guide(text_of(2), batch_of([0, 2]), keys_of(2))[0] for guide in guides)
+    tokens = [token_of(tmp_path, tokenizer, guidance_token=value) for value in (8.0, 0.1)]
+    one, other = (token(text_of(2), batch_of([0, 2]))["embeds"] for token in tokens)
     assert torch.equal(one, other)
 
 
 def test_other_features_are_another_run(tmp_path, tokenizer):
-    one = guide_of(tmp_path, tokenizer).identity
-    assert one == guide_of(tmp_path, tokenizer).identity and "--guidance_features" in one
+    one = token_of(tmp_path, tokenizer).identity
+    assert one == token_of(tmp_path, tokenizer).identity and "--guidance_features" in one
     features = read_features(tmp_path / "f.safetensors")
-    clip_token.write_features(tmp_path / "f.safetensors", Features(features.rows + 1, features.digests, "c", "m"))
+    write_features(tmp_path / "f.safetensors", Features(features.rows + 1, features.digests, "c", "m"))
     options = GuidanceOptions(guidance_token=1.0, guidance_features=str(tmp_path / "f.safetensors"))
-    assert make_guidance(options, rows_of(), SimpleNamespace(tokenizers=(tokenizer,))).identity != one
+    assert make_clip_token(options, rows_of(), SimpleNamespace(tokenizers=(tokenizer,))).identity != one
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ import torch
 from PIL import Image, ImageCms
 
 from tests.pictures import data_options, marked, row_of
-from trainkit.data.batch import Row
-from trainkit.data.geometry import INTERPOLATIONS, CropPlan, CropPolicy, resized_size
+from trainkit.data.batch import Row, Sample, collate
+from trainkit.data.geometry import INTERPOLATIONS, CropPolicy, resized_size
 from trainkit.data.images import UnreadablePicture, decode, is_animated, load_picture
 from trainkit.errors import UserError
 
@@ -157,7 +157,8 @@ def test_the_long_side_is_truncated_like_torchvisions(size, resolution, expected
 def test_pixels_are_resize_flip_crop_to_tensor_normalize(filter_name: str, flip: bool) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 71, 3), dtype=np.uint8))
     policy = CropPolicy(resolution=32, interpolation=filter_name)
-    seen = policy.pixels(noise, CropPlan((32, 45), top=0, left=5, flip=flip))
+    sample = Sample(a_row(50, 71), (32, 45), top=0, left=5, flip=flip, shape=(32, 32))
+    [seen] = policy.views(noise, [sample])
     resized = np.array(noise.resize((45, 32), Image.Resampling[filter_name.upper()]))
     mirrored = resized[:, ::-1] if flip else resized
     expected = (torch.from_numpy(mirrored[0:32, 5:37].copy()).permute(2, 0, 1).float() / 255 - 0.5) / 0.5
@@ -170,18 +171,18 @@ def test_the_recorded_corner_is_the_one_that_was_cut() -> None:
     for h, w in [(32, 60), (70, 32), (32, 32)]:
         row, picture = a_row(h, w), marked(9, h, w)
         for epoch in range(20):
-            plan = policy.plan(row, seed=0, epoch=epoch)
-            _, column, line = ((policy.pixels(picture, plan)[:, 0, 0] + 1) * 127.5).round().tolist()
-            assert column == (w - 1 - plan.left if plan.flip else plan.left) and line == plan.top
-            assert policy.time_ids(row, plan).tolist() == [h, w, plan.top, plan.left, 32, 32]
+            sample = replace(policy.sample(row, seed=0, epoch=epoch), slot=((0, 0, 0), 0, epoch, 1))
+            _, column, line = ((policy.views(picture, [sample])[0, :, 0, 0] + 1) * 127.5).round().tolist()
+            assert column == (w - 1 - sample.left if sample.flip else sample.left) and line == sample.top
+            assert collate([sample]).time_ids.tolist() == [[h, w, sample.top, sample.left, 32, 32]]
 
 
-def test_the_plan_depends_on_seed_epoch_row_and_repeat_only() -> None:
+def test_a_visit_depends_on_seed_epoch_row_and_repeat_only() -> None:
     policy, row = CropPolicy(resolution=32, random_flip=True), a_row(32, 2000)
 
     def lefts(**change: object) -> list[int]:
         key = dict(row=row, seed=1, epoch=0) | change
-        return [policy.plan(key["row"], seed=key["seed"], epoch=key["epoch"] + i).left for i in range(8)]
+        return [policy.sample(key["row"], seed=key["seed"], epoch=key["epoch"] + i).left for i in range(8)]
 
     assert lefts() == lefts() == lefts(row=replace(row, caption="else", source=Path("/moved/a.png")))
     other_name, other_repeat = a_row(32, 2000, "b.png"), a_row(32, 2000, repeat=1)
@@ -194,14 +195,15 @@ def test_the_plan_depends_on_seed_epoch_row_and_repeat_only() -> None:
 
 def test_random_crops_reach_both_ends_evenly() -> None:
     policy, row = CropPolicy(resolution=32, random_flip=True), a_row(32, 35)
-    plans = [policy.plan(row, seed=0, epoch=e) for e in range(400)]
-    counts = [sum(p.left == left and p.flip == flip for p in plans) for left in range(4) for flip in (False, True)]
+    visits = [policy.sample(row, seed=0, epoch=e) for e in range(400)]
+    counts = [sum(v.left == left and v.flip == flip for v in visits) for left in range(4) for flip in (False, True)]
     assert min(counts) > 25 and max(counts) < 80, counts  # 50 expected each
 
 
 def test_centre_crop_rounds_as_torchvision() -> None:
-    plan = CropPolicy(resolution=32, center_crop=True).plan(a_row(32, 37), seed=0, epoch=0)
-    assert plan == CropPlan((32, 37), top=0, left=2, flip=False)  # round(2.5) = 2
+    row = a_row(32, 37)
+    sample = CropPolicy(resolution=32, center_crop=True).sample(row, seed=0, epoch=0)
+    assert sample == Sample(row, (32, 37), top=0, left=2, flip=False, shape=(32, 32))  # round(2.5) = 2
 
 
 @pytest.mark.parametrize("changes, size, expected", [
@@ -213,7 +215,7 @@ def test_variants_are_distinct_and_are_what_visits_see(changes: dict, size: tupl
     policy, row = CropPolicy(resolution=32, **changes), a_row(*size)
     variants = policy.variants(row, 7)
     assert len(variants) == len(set(variants)) == expected
-    assert {policy.plan(row, seed=7, epoch=e) for e in range(200)} == set(variants)
+    assert {policy.sample(row, seed=7, epoch=e) for e in range(200)} == set(variants)
 
 
 def test_a_fresh_random_crop_cannot_be_cached() -> None:

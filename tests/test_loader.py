@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from tests.pictures import data_options, marked, marked_folder, open_files, row_of
-from trainkit.data.batch import Batch, Row, Sample
-from trainkit.data.cache import Guarded, cache_latents
+from trainkit.data.batch import Batch, Row, Sample, Slot, collate
+from trainkit.data.cache import DiskStore, cache_latents
 from trainkit.data.geometry import CropPolicy
 from trainkit.data.loader import Images, micro_batches
 from trainkit.data.rows import read_rows
-from trainkit.data.sampler import Order
-from trainkit.errors import UserError
+from trainkit.data.sampler import Order, Shard
+from trainkit.errors import Problem, UserError
 
 POLICY = CropPolicy(resolution=32, random_flip=True, cached_crops=3, interpolation="nearest")
 
@@ -29,7 +29,7 @@ def corner(pixels: Tensor) -> tuple[Tensor, Tensor]:
     return mean, mean
 
 
-def pictures_of(folder: Path, *, cached: bool, repeats: int = 1, policy: CropPolicy = POLICY) -> Pictures:
+def pictures_of(folder: Path, *, cached: bool, repeats: int = 1, policy: CropPolicy = POLICY) -> Images:
     rows, problems = read_rows(data_options(instance_data_dir=folder, repeats=repeats))
     assert not problems
     latents = cache_latents(rows, policy, corner, {}, seed=5, identity="corner") if cached else None
@@ -41,14 +41,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return marked_folder(tmp_path_factory.mktemp("data") / "d", 25)
 
 
-def assert_belongs_together(batch: Batch, i: int, marker: Tensor, pictures: Pictures) -> None:
+def slots_of(batch: Batch, order: Order) -> list[Slot]:
+    """The slots that a batch was made for, found by its keys."""
+    return [order.slot(step, index) for _, step, index in batch.keys]
+
+
+def assert_belongs_together(batch: Batch, i: int, marker: Tensor, pictures: Images, order: Order) -> None:
     """`marker`: number, column and line of the first pixel; check caption, sizes and crop against them."""
     number, column, line = marker.round().long().tolist()
     h, w = (32, 33 + number) if number % 2 else (33 + number, 32)
-    slot = batch.slots[i]
-    flip = pictures.policy.plan(pictures.rows[slot.row], seed=5, epoch=slot.epoch).flip
+    key, place, epoch, num_instance = slots_of(batch, order)[i]
+    assert (batch.keys[i], batch.rows[i], batch.num_instance) == (key, place, num_instance)
+    row = pictures.rows[place]
+    flip = pictures.policy.sample(row, seed=5, epoch=epoch).flip
     _, _, top, left, *target = batch.time_ids[i].long().tolist()
-    assert batch.prompts[i] == pictures.rows[slot.row].caption == f"picture {number}"
+    assert batch.prompts[i] == row.caption == f"picture {number}" and batch.pictures[i] == row.digest
     assert batch.time_ids[i, :2].tolist() == [h, w] and target == [32, 32]
     assert (line, column) == (top, w - 1 - left if flip else left)
 
@@ -56,13 +63,13 @@ def assert_belongs_together(batch: Batch, i: int, marker: Tensor, pictures: Pict
 @pytest.mark.parametrize("cached", [False, True])
 def test_latent_caption_size_and_crop_belong_together_over_1000_shuffled_samples(folder: Path, cached: bool) -> None:
     pictures = pictures_of(folder, cached=cached, repeats=2)
-    seen = 0
-    for _, micros in micro_batches(pictures, Order(pictures.rows, 20, seed=1), accumulation=2, stop_step=50):
+    order, seen = Order(pictures.rows, 20, seed=1), 0
+    for _, micros in micro_batches(pictures, order, Shard(accumulation=2), stop_step=50):
         for batch in micros:
             markers = batch.mean[:, :, 0, 0] if cached else (batch.pixels[:, :, 0, 0] + 1) * 127.5
             assert (batch.pixels is None) == cached and batch.num_instance == 20
             for i, marker in enumerate(markers):
-                assert_belongs_together(batch, i, marker, pictures)
+                assert_belongs_together(batch, i, marker, pictures, order)
                 seen += 1
     assert seen == 1000
 
@@ -91,14 +98,14 @@ def test_prompt_size_share_and_pixels_of_every_slot_belong_together_beside_class
     mixed: list[Row], cached: bool
 ) -> None:
     latents = cache_latents(mixed, POLICY, corner, {}, seed=5, identity="corner") if cached else None
-    pictures, seen = Images(mixed, POLICY, seed=5, latents=latents), []
-    for step, [batch] in micro_batches(pictures, Order(mixed, 2, seed=1), stop_step=60):
+    pictures, order, seen = Images(mixed, POLICY, seed=5, latents=latents), Order(mixed, 2, seed=1), []
+    for step, [batch] in micro_batches(pictures, order, stop_step=60):
         assert batch.step == step and batch.num_instance == 2
         assert batch.is_class.tolist() == [False, False, True, True]
         assert batch.share.tolist() == [1.0, 1.0, 0.25, 0.25]
         markers = batch.mean[:, :, 0, 0] if cached else (batch.pixels[:, :, 0, 0] + 1) * 127.5
         for i in (0, 1):
-            assert_belongs_together(batch, i, markers[i], pictures)
+            assert_belongs_together(batch, i, markers[i], pictures, order)
         for i in (2, 3):
             number = markers[i, 0].round().int().item()
             assert batch.prompts[i] == (f"picture {number}" if number % 2 else "a photo of a cat")
@@ -109,13 +116,15 @@ def test_prompt_size_share_and_pixels_of_every_slot_belong_together_beside_class
 
 def test_class_pictures_leave_the_samples_and_draws_of_the_instances_as_they_are(mixed: list[Row]) -> None:
     instances = [row for row in mixed if not row.is_class]
-    off, on = (micro_batches(Images(rows, POLICY, seed=5), Order(rows, 4, seed=1), accumulation=2, stop_step=8)
-               for rows in (instances, mixed))
+    orders = [Order(rows, 4, seed=1) for rows in (instances, mixed)]
+    off, on = (micro_batches(Images(rows, POLICY, seed=5), order, Shard(accumulation=2), stop_step=8)
+               for rows, order in zip((instances, mixed), orders, strict=True))
     for (_, some), (_, others) in zip(off, on, strict=True):
         for one, other in zip(some, others, strict=True):
-            assert one.slots == other.slots[:2] and one.prompts == other.prompts[:2]
+            assert slots_of(one, orders[0]) == slots_of(other, orders[1])[:2]
+            assert one.rows == other.rows[:2] and one.prompts == other.prompts[:2]
             assert torch.equal(one.pixels, other.pixels[:2]) and torch.equal(one.time_ids, other.time_ids[:2])
-            assert one.keys(9) == other.keys(9)[:2] and not set(one.keys(9)) & set(other.keys(9)[2:])
+            assert one.keys == other.keys[:2] and not set(one.keys) & set(other.keys[2:])
 
 
 def test_the_gradient_is_the_mean_over_instances_plus_the_weighted_mean_over_class_pictures(mixed: list[Row]) -> None:
@@ -132,8 +141,7 @@ def test_the_gradient_is_the_mean_over_instances_plus_the_weighted_mean_over_cla
     for world, accumulation in ((1, 1), (1, 3), (2, 1), (3, 2)):
         net.zero_grad()
         for rank in range(world):
-            (_, micros), = micro_batches(pictures, order, rank=rank, world=world, accumulation=accumulation,
-                                         stop_step=1)
+            (_, micros), = micro_batches(pictures, order, Shard(rank, world, accumulation), stop_step=1)
             for batch in micros:
                 ((loss(batch.pixels) * batch.share).sum() / batch.num_instance).backward()
         torch.testing.assert_close(net.weight.grad, wanted)
@@ -144,11 +152,12 @@ def test_the_gradient_is_the_mean_over_instances_plus_the_weighted_mean_over_cla
 
 def test_the_loss_divisor_is_what_the_order_counts_in_each_step(folder: Path) -> None:
     class Uneven(Order):
-        def num_instance(self, step: int) -> int:
-            return 3 + step
+        def slot(self, step: int, index: int) -> Slot:
+            key, place, epoch, _ = super().slot(step, index)
+            return key, place, epoch, 3 + step
 
     pictures = pictures_of(folder, cached=True)
-    steps = micro_batches(pictures, Uneven(pictures.rows, 4, seed=1), accumulation=2, stop_step=3)
+    steps = micro_batches(pictures, Uneven(pictures.rows, 4, seed=1), Shard(accumulation=2), stop_step=3)
     assert [[batch.num_instance for batch in micros] for _, micros in steps] == [[3, 3], [4, 4], [5, 5]]
 
 
@@ -161,7 +170,8 @@ def same(a: Batch | Sample, b: Batch | Sample) -> bool:
 def test_workers_change_nothing(folder: Path, cached: bool) -> None:
     pictures = pictures_of(folder, cached=cached)
     order = Order(pictures.rows, 4, seed=1)
-    alone, helped = (list(micro_batches(pictures, order, accumulation=2, stop_step=8, num_workers=n)) for n in (0, 2))
+    alone, helped = (list(micro_batches(pictures, order, Shard(accumulation=2), stop_step=8, num_workers=n))
+                     for n in (0, 2))
     assert [step for step, _ in alone] == [step for step, _ in helped] == list(range(8))
     for (_, some), (_, others) in zip(alone, helped, strict=True):
         assert len(some) == len(others) == 2 and all(map(same, some, others))
@@ -172,7 +182,7 @@ def test_a_resumed_run_sees_the_batches_of_an_uninterrupted_one(folder: Path) ->
 
     def batches(start_step: int) -> list[tuple[int, Batch]]:
         order = Order(pictures.rows, 4, seed=1)
-        steps = micro_batches(pictures, order, accumulation=2, start_step=start_step, stop_step=12)
+        steps = micro_batches(pictures, order, Shard(accumulation=2), start_step=start_step, stop_step=12)
         return [(step, batch) for step, micros in steps for batch in micros]
 
     whole = batches(0)
@@ -186,18 +196,22 @@ def test_two_processes_share_one_global_batch(folder: Path) -> None:
     pictures = pictures_of(folder, cached=True)
     order = Order(pictures.rows, 8, seed=1)
     alone = micro_batches(pictures, order, stop_step=6)
-    ranks = [micro_batches(pictures, order, rank=r, world=2, stop_step=6) for r in range(2)]
+    ranks = [micro_batches(pictures, order, Shard(rank, world=2), stop_step=6) for rank in range(2)]
     for (_, [one]), *halves in zip(alone, *ranks, strict=True):
-        assert one.slots == tuple(s for _, [half] in halves for s in half.slots)
+        assert slots_of(one, order) == [s for _, [half] in halves for s in slots_of(half, order)]
+        assert one.rows == tuple(row for _, [half] in halves for row in half.rows)
         assert torch.equal(one.mean, torch.cat([half.mean for _, [half] in halves]))
-        assert one.keys(0) == [key for _, [half] in halves for key in half.keys(0)]
+        assert one.keys == tuple(key for _, [half] in halves for key in half.keys)
         assert {half.num_instance for _, [half] in halves} == {one.num_instance}
 
 
 def test_without_a_last_step_it_never_ends(folder: Path) -> None:
     pictures = pictures_of(folder, cached=True)
-    steps = islice(micro_batches(pictures, Order(pictures.rows, 5, seed=1), start_step=95), 10)
-    assert [(step, batch.slots[0].epoch) for step, [batch] in steps] == [(step, step // 5) for step in range(95, 105)]
+    order = Order(pictures.rows, 5, seed=1)
+    steps = islice(micro_batches(pictures, order, start_step=95), 10)
+    seen = [(step, batch.rows[0], *slots_of(batch, order)[0][1:3]) for step, [batch] in steps]
+    assert [(step, epoch) for step, _, _, epoch in seen] == [(step, step // 5) for step in range(95, 105)]
+    assert all(row == place for _, row, place, _ in seen)
 
 
 def test_the_global_generator_does_not_move(folder: Path) -> None:
@@ -217,10 +231,24 @@ def test_a_picture_that_vanishes_is_a_user_error_from_any_worker(tmp_path: Path,
     assert caught.value.exit_code == 3 and caught.value.problems[0].fix
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_an_unreadable_image_is_an_item_of_the_data_set_with_all_it_says(tmp_path: Path, cached: bool) -> None:
+    """A worker of a DataLoader would raise it again with its text alone, and lose kind and parts."""
+    pictures = pictures_of(marked_folder(tmp_path / "d", 3), cached=cached)
+    if cached:
+        pictures.latents.store = DiskStore(tmp_path / "cache")  # an empty one: every entry is gone
+    else:
+        (tmp_path / "d" / "001.png").write_bytes(b"no image")
+    item = pictures[(1, 0, 0), 1, 0, 3]
+    assert isinstance(item, UserError) and item.problems[0].kind == ("disk" if cached else "data")
+    assert ("a cache entry is gone" if cached else "001.png") in item.problems[0].what and item.problems[0].fix
+    assert cached or isinstance(pictures[(1, 0, 0), 2, 0, 3], Sample), "the others can be read"
+
+
 def test_pictures_reach_spawned_workers(folder: Path) -> None:
     pictures = pictures_of(folder, cached=False)
     slot, = Order(pictures.rows, 1, seed=1).slots(0)[0]
-    assert same(pickle.loads(pickle.dumps(Guarded(pictures)))[slot], pictures[slot])
+    assert same(pickle.loads(pickle.dumps(pictures))[slot], pictures[slot])
 
 
 def test_files_are_closed_after_each_visit(folder: Path) -> None:
@@ -228,3 +256,56 @@ def test_files_are_closed_after_each_visit(folder: Path) -> None:
     before = open_files()
     list(micro_batches(pictures, Order(pictures.rows, 5, seed=1), stop_step=10))
     assert open_files() == before
+
+
+# ------------------------------------------------------------------------------------------------------------- collate
+
+
+def a_sample(place: int, **changes: object) -> Sample:
+    """A sample with latents of 1 channel and 2x3 places, of a row 50 high and 40 + place wide."""
+    row = Row(f"{place}.png", Path(f"{place}.png"), f"image {place}", (50, 40 + place), f"digest {place}")
+    latent = torch.full((1, 2, 3), float(place))
+    slot = (7, 4, place), place, 0, 6
+    sample = Sample(row, (40, 32), top=place, left=2, flip=False, shape=(32, 24), slot=slot, prompt=row.caption,
+                    mean=latent, logvar=-latent)
+    return replace(sample, **changes)
+
+
+def test_a_batch_holds_in_one_order_what_its_samples_hold() -> None:
+    batch = collate([a_sample(3), a_sample(1)])
+    assert (batch.step, batch.keys, batch.rows) == (4, ((7, 4, 3), (7, 4, 1)), (3, 1))
+    assert (batch.prompts, batch.pictures) == (("image 3", "image 1"), ("digest 3", "digest 1"))
+    assert batch.num_instance == 6
+    assert torch.equal(batch.mean, torch.tensor([3.0, 1.0])[:, None, None, None].expand(2, 1, 2, 3))
+    assert torch.equal(batch.logvar, -batch.mean) and batch.pixels is None and batch.mask is None
+
+
+def test_sizes_are_the_originals_the_corners_and_the_targets_height_first() -> None:
+    """SDXL's size conditioning; the target need not be a square."""
+    sizes = collate([a_sample(3), a_sample(1)]).time_ids
+    assert sizes.dtype == torch.float32
+    assert sizes.tolist() == [[50, 43, 3, 2, 32, 24], [50, 41, 1, 2, 32, 24]]
+
+
+def test_weights_and_classes_are_the_rows() -> None:
+    of_class = replace(a_sample(1).row, is_class=True, share=0.25)
+    batch = collate([a_sample(0), a_sample(1, row=of_class)])
+    assert batch.share.tolist() == [1.0, 0.25] and batch.share.dtype == torch.float32
+    assert batch.is_class.tolist() == [False, True]
+
+
+def test_masks_are_stacked_where_there_are_any() -> None:
+    masks = [torch.rand(1, 2, 3) for _ in range(2)]
+    batch = collate([a_sample(i, mask=mask) for i, mask in enumerate(masks)])
+    assert torch.equal(batch.mask, torch.stack(masks)) and batch.mask.shape == (2, 1, 2, 3)
+    assert torch.equal(batch.to(torch.device("cpu")).mask, batch.mask)
+
+
+def test_samples_of_two_shapes_are_our_mistake() -> None:
+    with pytest.raises(AssertionError, match="samples of one shape"):
+        collate([a_sample(0), a_sample(1, shape=(24, 32))])
+
+
+def test_the_first_error_of_a_batch_is_returned_instead() -> None:
+    first, second = (UserError(Problem(f"image {i}", "here", "why", "fix", kind="data")) for i in (1, 2))
+    assert collate([a_sample(0), first, a_sample(1, shape=(24, 32)), second]) is first

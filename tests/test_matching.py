@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import Tensor
 
-from trainkit.diffusion import EDMSchedule, NoiseSchedule, make_levels
+from tests.made_up_pass import KEYS, Network, batch_of, forward_of, losses_of, step_of
+from trainkit.diffusion import EDMSchedule, NoiseSchedule, draw_noise
 from trainkit.errors import UserError
 from trainkit.losses.matching_term import ALIKE, MODES, MatchingTerm, make_passes, problems, window_of
-from trainkit.losses.objective import Outcome, make_objective
-from trainkit.losses.passes import Pass
+from trainkit.losses.objective import Objective, make_objective
 from trainkit.options import MatchingOptions, ObjectiveOptions
 
 SD_BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-KEYS = [(7, 3, slot) for slot in range(6)]
 BOUNDS = (0.1925, 3.07)
 
 
@@ -23,8 +25,9 @@ class Recorder:
     def __init__(self, answer: float = 2.0):
         self.answer, self.asked = answer, []
 
-    def __call__(self, x0_hat, x0, *, snr, weight, alike, picture):
-        self.asked.append(dict(x0_hat=x0_hat, x0=x0, snr=snr, weight=weight, alike=alike, picture=picture))
+    def __call__(self, x0_hat, x0, *, snr, weight, alike, picture, observe):
+        self.asked.append(
+            dict(x0_hat=x0_hat, x0=x0, snr=snr, weight=weight, alike=alike, picture=picture, observe=observe))
         return torch.full_like(weight, self.answer)
 
     def low(self, x):
@@ -44,32 +47,35 @@ class Recorder:
         self.restored = tensors, data
 
 
+def recording(o: MatchingOptions) -> Recorder:
+    return Recorder()
+
+
 def sd() -> NoiseSchedule:
     return NoiseSchedule((1 - SD_BETAS).cumprod(0), "epsilon")
 
 
-def plain(schedule=None, **flags) -> Pass:
-    schedule = schedule or sd()
-    o = ObjectiveOptions(**flags)
-    return Pass(make_levels(o, schedule), make_objective(o, schedule.prediction))
+def plain(schedule=None, **flags) -> Objective:
+    return make_objective(ObjectiveOptions(**flags), schedule or sd())
 
 
-def passes(mode: str, recorder: Recorder | None = None, base: Pass | None = None, together: int = 4, **flags):
+def passes(mode: str, recorder: Recorder | None = None, base: Objective | None = None, together: int = 4, **flags):
     o = MatchingOptions(**{"dist_match_gain": 1.0, "dist_match_mode": mode, **flags})
-    return make_passes(o, base or plain(), lambda: recorder or Recorder(), seed=7, snr_gamma=5.0, together=together,
-                       memories={})
+    return make_passes(o, base or plain(), seed=7, snr_gamma=5.0, together=together, memories={},
+                       matcher=lambda o: recorder or Recorder())
 
 
-def outcome(one: Pass, keys=KEYS) -> Outcome:
-    """What a network that outputs 0 makes of random latents at the pass's levels."""
-    g = torch.Generator().manual_seed(0)
-    x0, n = (torch.randn(len(keys), 4, 8, 8, generator=g) for _ in range(2))
-    level = one.level(one.keys(keys))
-    z = one.loss.pred.add_noise(x0, n, level)
-    return Outcome(torch.zeros_like(x0), x0=x0, z=z, n=n, level=level, share=torch.ones(len(keys)),
-                   is_class=torch.zeros(len(keys)) > 0, prompts=["a", "b", "a", "a", "b", "c"][: len(keys)],
-                   pictures=["1", "2", "3", "1", "5", "6"][: len(keys)],
-                   text=torch.randn(len(keys), 5, 3, generator=g))
+def drawn(objective: Objective, keys=KEYS) -> tuple[Tensor, list]:
+    """What a training step draws for a pass: the timestep of each sample, and the keys of its noise."""
+    asked, network = [], Network()
+
+    def noise(shape, keys):
+        asked.extend(keys)
+        return draw_noise(shape, keys)
+
+    step_of(network, noise=noise).losses(objective, batch_of(keys), torch.zeros(len(keys), 4, 8, 8))
+    ((_, level, _),) = network.asked
+    return level.cond, asked
 
 
 # -- the window -------------------------------------------------------------------------------------------------------
@@ -112,52 +118,55 @@ def test_a_window_without_levels_is_refused_with_both_flags_named():
 
 
 def test_without_a_weight_there_is_one_plain_pass_and_no_loss_is_made():
-    def unwanted():
+    def unwanted(o):
         raise AssertionError("nothing of the term may be built")
 
     base = plain()
-    one = make_passes(MatchingOptions(), base, unwanted, seed=0, snr_gamma=None, together=1, memories={})
-    assert one(0) == (base,) and one.describe() == {} and one.pack() == ({}, {})
+    found = make_passes(MatchingOptions(), base, seed=0, snr_gamma=None, together=1, memories={}, matcher=unwanted)
+    assert found.of_step(0) == (base,) and found.of_step(0)[0] is base
+    assert found.describe() == {} and found.pack() == ({}, {})
 
 
 def test_a_second_pass_has_one_level_for_all_and_noise_of_its_own():
-    ordinary, second = passes("extra")(3)
-    assert ordinary.keys(KEYS) == KEYS and ordinary.level(KEYS).cond.unique().numel() > 1
-    keys = second.keys(KEYS)
+    ordinary, second = passes("extra").of_step(3)
+    t, keys = drawn(ordinary)
+    assert keys == KEYS and t.unique().numel() > 1
+    shared, keys = drawn(second)
     assert not set(keys) & set(KEYS)
-    shared = second.level(keys).cond
     assert shared.unique().numel() == 1 and 200 <= shared[0] < 600
-    other_rank = [(7, 3, slot, second.name) for slot in range(6, 9)]
-    assert second.level(other_rank).cond[0] == shared[0], "the level is the step's, on every rank"
-    steps = {int(second.level([(7, step, 0, second.name)]).cond) for step in range(50)}
+    other_rank = [(7, 3, slot) for slot in range(6, 9)]
+    assert drawn(second, other_rank)[0][0] == shared[0], "the level is the step's, on every rank"
+    steps = {int(drawn(second, [(7, step, 0)])[0]) for step in range(50)}
     assert len(steps) > 30
 
 
 def test_extra_is_the_term_alone_and_combo_is_both():
     recorder = Recorder(answer=2.0)
     for mode in ("extra", "combo"):
-        _, second = passes(mode, recorder)(0)
-        o = outcome(second)
-        base = plain().loss(o)
+        _, second = passes(mode, recorder).of_step(0)
+        forward = forward_of(second)
+        base = losses_of(plain(), forward)
         expected = torch.full((6,), 2.0) + (base if mode == "combo" else 0)
-        torch.testing.assert_close(second.loss(o), expected)
+        torch.testing.assert_close(losses_of(second, forward), expected)
     assert (base > 0.1).all()
 
 
 def test_the_term_sees_the_x0_of_the_output():
     recorder = Recorder()
-    _, second = passes("combo", recorder)(0)
-    o = outcome(second)
-    second.loss(o)
-    torch.testing.assert_close(recorder.asked[0]["x0_hat"], second.loss.pred.to_x0(o.out, o.z, o.level))
-    assert recorder.asked[0]["x0"] is o.x0 and recorder.asked[0]["alike"] is None
+    _, second = passes("combo", recorder).of_step(0)
+    forward = forward_of(second)
+    losses_of(second, forward)
+    wanted = second.pred.to_x0(forward.out, forward.z, forward.level)
+    torch.testing.assert_close(recorder.asked[0]["x0_hat"], wanted)
+    assert recorder.asked[0]["x0"] is forward.x0 and recorder.asked[0]["alike"] is None
     torch.testing.assert_close(recorder.asked[0]["weight"], torch.ones(6))  # min(1, 5/snr) in the window
     picture = recorder.asked[0]["picture"]
-    assert (picture[:, None] == picture[None]).tolist() == [[a == b for b in o.pictures] for a in o.pictures]
+    digests = forward.batch.pictures
+    assert (picture[:, None] == picture[None]).tolist() == [[a == b for b in digests] for a in digests]
 
 
 def test_swap_has_one_pass_and_swaps_the_share_of_steps_asked_for():
-    chosen = [passes("swap", dist_match_swap=0.3)(step) for step in range(600)]
+    chosen = [passes("swap", dist_match_swap=0.3).of_step(step) for step in range(600)]
     assert all(len(found) == 1 for found in chosen)
     assert sum(found[0].shared for found in chosen) / 600 == pytest.approx(0.3, abs=0.06)
     assert not any(found[0].name for found in chosen), "its noise is the ordinary one"
@@ -166,28 +175,24 @@ def test_swap_has_one_pass_and_swaps_the_share_of_steps_asked_for():
 @pytest.mark.parametrize("p", [0.2, 0.5, 0.9])
 def test_swap_keeps_the_expectation_of_the_ordinary_loss(p):
     """Σ over u of (1−p)·loss at base levels + p·loss at window levels, reweighed = Σ of the plain loss."""
-    found = [one for step in range(400) for one in passes("swap", Recorder(0.0), dist_match_swap=p)(step)]
+    found = [one for step in range(400) for one in passes("swap", Recorder(0.0), dist_match_swap=p).of_step(step)]
     ordinary, shared = next(f for f in found if not f.shared), next(f for f in found if f.shared)
     u = (torch.arange(20_000) + 0.5) / 20_000
 
-    def mean_worth(one: Pass) -> float:
-        level = one.levels(u)
-        return float((one.loss.weight(level) * level.snr.rsqrt()).double().mean())  # any function of the level
+    def mean_loss(objective: Objective) -> float:
+        level = objective.levels(u)
+        return float((objective.weight(level) * level.snr.sqrt()).double().mean())  # any function of the level
 
-    base = plain()
-    level = base.levels(u)
-    wanted = float((base.loss.weight(level) * level.snr.rsqrt()).double().mean())
-    assert (1 - p) * mean_worth(ordinary) + p * mean_worth(shared) == pytest.approx(wanted, rel=1e-4)
+    wanted = mean_loss(plain())
+    assert (1 - p) * mean_loss(ordinary) + p * mean_loss(shared) == pytest.approx(wanted, rel=1e-4)
 
 
 def test_reuse_counts_only_samples_in_the_window():
     recorder = Recorder()
-    (one,) = passes("reuse", recorder)(0)
-    keys = [(7, 0, slot) for slot in range(40)]
-    level = one.level(keys)
-    latents = torch.zeros(40, 4, 8, 8)
-    one.loss(Outcome(latents, x0=latents, z=latents, n=latents, level=level, share=torch.ones(40),
-                     is_class=torch.zeros(40) > 0))
+    (one,) = passes("reuse", recorder).of_step(0)
+    forward = forward_of(one, [(7, 0, slot) for slot in range(40)])
+    losses_of(one, forward)
+    level = forward.level
     inside = (level.cond >= 200) & (level.cond < 600)
     assert 5 < inside.sum() < 35
     assert torch.equal(recorder.asked[0]["weight"] > 0, inside)
@@ -196,22 +201,27 @@ def test_reuse_counts_only_samples_in_the_window():
 def test_min_snr_and_shares_weigh_the_samples_of_the_statistic():
     recorder = Recorder()
     term = MatchingTerm(recorder, "none", snr_gamma=1.0)
-    _, second = passes("combo")(0)
-    o = outcome(second)
-    term(second.loss.judge(o))
-    torch.testing.assert_close(recorder.asked[0]["weight"], (1.0 / o.level.snr).clamp(max=1))
+    _, second = passes("combo").of_step(0)
+    forward = forward_of(second)
+    term(forward, observe=True)
+    expected = (1.0 / forward.level.snr).clamp(max=1)
+    torch.testing.assert_close(recorder.asked[0]["weight"], expected)
+    share = torch.linspace(0, 2, 6)
+    term(replace(forward, batch=replace(forward.batch, share=share)), observe=True)
+    torch.testing.assert_close(recorder.asked[1]["weight"], share * expected)
 
 
 @pytest.mark.parametrize("kernel", ALIKE)
 def test_kernels_are_told_what_to_compare_by(kernel):
-    _, second = passes("combo", dist_match_kernel=kernel)(0)
-    o = outcome(second)
-    alike = ALIKE[kernel](o, Recorder())
+    _, second = passes("combo", dist_match_kernel=kernel).of_step(0)
+    forward = forward_of(second)
+    alike = ALIKE[kernel](forward, Recorder())
     if kernel == "none":
         assert alike is None
     elif kernel == "class":
         same = alike[:, None] == alike[None]
-        assert same.tolist() == [[a == b for b in o.prompts] for a in o.prompts]
+        prompts = forward.batch.prompts
+        assert same.tolist() == [[a == b for b in prompts] for a in prompts]
     else:
         assert alike.shape[0] == 6 and alike.ndim == 2 and alike.std() > 0
 
@@ -233,30 +243,30 @@ def test_what_the_loss_remembers_and_finds_is_the_runs():
 
 
 def test_what_the_loss_refuses_is_the_runs_message():
-    def refusing():
+    def refusing(o):
         raise ValueError("zero: is no boundary of this and that: leave one out")
 
     o, captions = MatchingOptions(dist_match_gain=1.0), {"1": "a", "2": "b", "3": "a"}
-    (problem,) = problems(o, refusing, captions, (4, 8, 8))
+    (problem,) = problems(o, captions, (4, 8, 8), refusing)
     assert (problem.why, problem.fix) == ("zero: is no boundary of this and that", "leave one out")
-    (problem,) = problems(o, Recorder, captions, (4, 1, 1))
+    (problem,) = problems(o, captions, (4, 1, 1), recording)
     assert problem.why == "too small to split"
-    assert not list(problems(MatchingOptions(), refusing, captions, (4, 8, 8)))
-    assert not list(problems(o, Recorder, captions, (4, 8, 8)))
+    assert not list(problems(MatchingOptions(), captions, (4, 8, 8), refusing))
+    assert not list(problems(o, captions, (4, 8, 8), recording))
 
 
 def test_a_class_needs_two_pictures_with_one_caption():
     o = MatchingOptions(dist_match_gain=1.0, dist_match_kernel="class")
-    (problem,) = problems(o, Recorder, {"1": "a", "2": "b", "3": "c"}, (4, 8, 8))
+    (problem,) = problems(o, {"1": "a", "2": "b", "3": "c"}, (4, 8, 8), recording)
     assert problem.where == "--dist_match_kernel class"
-    assert not list(problems(o, Recorder, {"1": "a", "2": "b", "3": "a"}, (4, 8, 8)))
+    assert not list(problems(o, {"1": "a", "2": "b", "3": "a"}, (4, 8, 8), recording))
 
 
 def test_one_picture_however_often_repeated_has_nothing_in_common_with_another():
     o = MatchingOptions(dist_match_gain=1.0)
-    (problem,) = problems(o, Recorder, {"1": "a"}, (4, 8, 8))
+    (problem,) = problems(o, {"1": "a"}, (4, 8, 8), recording)
     assert problem.what == "distribution matching of one picture"
-    assert not list(problems(o, Recorder, {}, (4, 8, 8))), "no picture at all is the data's problem"
+    assert not list(problems(o, {}, (4, 8, 8), recording)), "no picture at all is the data's problem"
 
 
 def test_levels_are_comparable_by_whitening_or_by_weighing_them_in_noise():

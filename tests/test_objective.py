@@ -6,15 +6,16 @@ import math
 import pytest
 import torch
 
+from tests.made_up_pass import batch_of
 from tests.test_diffusion import alphas, latents, schedules
-from trainkit.diffusion import PREDICTIONS, EDMSchedule, NoiseSchedule, make_levels
-from trainkit.losses.objective import ERRORS, HUBER_SCHEDULES, WEIGHTS, Objective, Outcome, make_objective, per_sample
+from trainkit.diffusion import PREDICTIONS, EDMSchedule, Eps, NoiseSchedule, V
+from trainkit.losses.objective import ERRORS, HUBER_SCHEDULES, WEIGHTS, Objective, make_objective, on_output, per_sample
 from trainkit.options import ObjectiveOptions
 
 GAMMA = 5.0
 ALL = torch.arange(1000)
 SIGMAS = torch.logspace(math.log10(0.002), math.log10(80), 500, dtype=torch.float64)
-ASKED = [name for name in WEIGHTS if name != "min_snr_diffusers"]  # names --loss_weighting takes
+ASKED = ["uniform", *(name for name in WEIGHTS if name != "min_snr_diffusers")]  # names --loss_weighting takes
 
 
 def every_level(schedule):
@@ -24,27 +25,28 @@ def every_level(schedule):
 
 def setup(name, *, gamma=None, compat=None, zero_terminal_snr=False, t=ALL, **flags):
     """(objective, its level at timesteps t)."""
-    level = NoiseSchedule(alphas(zero_terminal_snr=zero_terminal_snr), name).at(t)
-    return make_objective(ObjectiveOptions(snr_gamma=gamma, **flags), PREDICTIONS[name](), compat), level
+    schedule = NoiseSchedule(alphas(zero_terminal_snr=zero_terminal_snr), name)
+    return make_objective(ObjectiveOptions(snr_gamma=gamma, **flags), schedule, compat), schedule.at(t)
 
 
 def weight_on_output(name, **kwargs):
     """(factor on |out − target|² at every timestep, snr), both [1000]."""
     objective, level = setup(name, **kwargs)
-    return objective.pred.loss_weight(level, objective.weight(level)), level.snr
+    return objective.weight(level), level.snr
 
 
-NO_CLASS = torch.tensor([False])  # broadcast over the batch
+def samples(count, **changes):
+    """A micro-batch of `count` instances that count 1 each."""
+    return batch_of([(0, 0, i) for i in range(count)], **changes)
 
 
-def losses_of(objective, level, *, share=1.0, seed=0, is_class=NO_CLASS):
-    """(losses [B], plain squared error per sample [B]) for a random output."""
+def losses_of(objective, level, *, seed=0, **changes):
+    """(losses [B], plain squared error per sample [B]) for a random output; `changes` are those of the batch."""
     x0, n = latents(len(level.a), seed=seed)
     z = objective.pred.add_noise(x0, n, level)
     out = latents(len(level.a), seed=seed + 1)[0]
     mse = per_sample((out - objective.pred.target(x0, n, level)) ** 2)
-    share = torch.as_tensor(share).expand(len(level.a))
-    return objective(Outcome(out, x0=x0, z=z, n=n, level=level, share=share, is_class=is_class)), mse
+    return objective(out, x0=x0, z=z, n=n, level=level, batch=samples(len(level.a), **changes)), mse
 
 
 # Weights --------------------------------------------------------------------------------------------------------------
@@ -78,11 +80,10 @@ def test_a_weighting_on_the_networks_output_is_its_papers(weighting, name):
     schedule = schedules()[name]
     level = every_level(schedule)
     o = ObjectiveOptions(loss_weighting=weighting, snr_gamma=GAMMA, p2_k=2.0, p2_gamma=0.5)
-    objective = make_objective(o, schedule.prediction)
+    objective = make_objective(o, schedule)
     snr = ((level.a.double() * level.sigma_data) / level.s.double()) ** 2
     formula = OUTPUT_WEIGHTS[weighting][name != "epsilon"]
-    weight = objective.pred.loss_weight(level, objective.weight(level))
-    torch.testing.assert_close(weight.double(), formula(snr), rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(objective.weight(level).double(), formula(snr), rtol=1e-5, atol=1e-12)
 
 
 def test_x0_weighting_is_the_plain_error_on_x0():
@@ -90,19 +91,22 @@ def test_x0_weighting_is_the_plain_error_on_x0():
         if name == "zero-SNR v":
             continue  # there the output says nothing of x0 at the last level
         level = schedule.at(torch.tensor([1.0, 300.0, 700.0, 998.0], dtype=torch.float64))
-        objective = make_objective(ObjectiveOptions(loss_weighting="x0"), schedule.prediction)
+        objective = make_objective(ObjectiveOptions(loss_weighting="x0"), schedule)
         x0, n = latents(4)
         z, out = objective.pred.add_noise(x0, n, level), latents(4, seed=1)[0]
-        losses = objective(Outcome(out, x0=x0, z=z, n=n, level=level, share=torch.ones(4), is_class=NO_CLASS))
+        losses = objective(out, x0=x0, z=z, n=n, level=level, batch=samples(4))
         torch.testing.assert_close(losses, per_sample((objective.pred.to_x0(out, z, level) - x0) ** 2),
                                    rtol=2e-3, atol=1e-7)
 
 
 def test_the_edm_weight_is_lambda_of_sigma():
     level = EDMSchedule(sigma_data=0.5).nearest(SIGMAS)
-    objective = make_objective(ObjectiveOptions(), EDMSchedule().prediction)
+    o = ObjectiveOptions()
+    objective = make_objective(o, EDMSchedule())
     lambda_ = (SIGMAS**2 + 0.25) / (SIGMAS * 0.5) ** 2  # Karras et al. 2022, table 1, on |x̂0 − x0|²
-    torch.testing.assert_close((objective.weight(level) / 0.25).double(), lambda_, rtol=1e-5, atol=0)
+    on_x0 = objective.weight(level) * objective.pred.x0_gain(level)
+    for found in (WEIGHTS["edm"](level, objective.pred, o) / 0.25, on_x0):
+        torch.testing.assert_close(found.double(), lambda_, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("weighting", ASKED)
@@ -110,8 +114,10 @@ def test_the_edm_weight_is_lambda_of_sigma():
 def test_every_weight_is_finite_at_every_level(weighting, name):
     schedule = schedules()[name]
     level = every_level(schedule)
-    objective = make_objective(ObjectiveOptions(loss_weighting=weighting, snr_gamma=GAMMA), schedule.prediction)
-    for weight in (objective.weight(level), objective.pred.loss_weight(level, objective.weight(level))):
+    o = ObjectiveOptions(loss_weighting=weighting, snr_gamma=GAMMA)
+    objective = make_objective(o, schedule)
+    worth = [of_x0(level, objective.pred, o) for name, of_x0 in WEIGHTS.items() if name == weighting]
+    for weight in (objective.weight(level), objective.weight(level) * objective.pred.x0_gain(level), *worth):
         assert weight.shape == level.s.shape and weight.isfinite().all() and (weight >= 0).all()
         assert (weight[level.snr > 0] > 0).all()
 
@@ -119,8 +125,8 @@ def test_every_weight_is_finite_at_every_level(weighting, name):
 @pytest.mark.parametrize("weighting", ASKED)
 def test_every_weight_is_finite_without_noise_to_speak_of(weighting):
     level = EDMSchedule(1e-9, 1e9).nearest(torch.tensor([1e-9, 1e9], dtype=torch.float64))
-    objective = make_objective(ObjectiveOptions(loss_weighting=weighting, snr_gamma=GAMMA), EDMSchedule().prediction)
-    assert objective.pred.loss_weight(level, objective.weight(level)).isfinite().all()
+    objective = make_objective(ObjectiveOptions(loss_weighting=weighting, snr_gamma=GAMMA), EDMSchedule())
+    assert objective.weight(level).isfinite().all()
 
 
 @pytest.mark.parametrize("compat", [None, "diffusers"])
@@ -130,9 +136,8 @@ def test_without_gamma_every_timestep_weighs_exactly_one(compat):
 
 
 def test_an_edm_model_and_the_edm_flag_weigh_by_lambda_unless_gamma_or_a_weighting_is_given():
-    edm = EDMSchedule().prediction
-    assert torch.equal(edm.loss_weight(EDMSchedule().nearest(SIGMAS), make_objective(
-        ObjectiveOptions(), edm).weight(EDMSchedule().nearest(SIGMAS))).round(decimals=5), torch.ones(500))
+    objective = make_objective(ObjectiveOptions(), EDMSchedule())
+    assert torch.equal(objective.weight(EDMSchedule().nearest(SIGMAS)).round(decimals=5), torch.ones(500))
     weight, snr = weight_on_output("epsilon", do_edm_style_training=True)
     torch.testing.assert_close(weight, (snr + 1) / snr)
     for flags in ({"gamma": GAMMA}, {"gamma": GAMMA, "loss_weighting": "min_snr"}):
@@ -142,7 +147,11 @@ def test_an_edm_model_and_the_edm_flag_weigh_by_lambda_unless_gamma_or_a_weighti
 
 def test_one_gamma_means_one_worth_of_x0_whatever_the_network_predicts():
     (eps, level), (v, _) = setup("epsilon", gamma=GAMMA), setup("v_prediction", gamma=GAMMA)
-    assert torch.equal(eps.weight(level), v.weight(level))
+    o = ObjectiveOptions(snr_gamma=GAMMA)
+    worth = WEIGHTS["min_snr"](level, Eps(), o)
+    assert torch.equal(worth, WEIGHTS["min_snr"](level, V(), o))
+    for objective in (eps, v):
+        assert torch.equal(objective.weight(level), objective.pred.loss_weight(level, worth))
 
 
 @pytest.mark.parametrize("compat", [None, "diffusers"])
@@ -165,8 +174,7 @@ def loss_for(e, c, loss_type, schedule="constant"):
                              huber_schedule=schedule)
     x0, n = latents(3)
     out = n + e
-    o = Outcome(out, x0=x0, z=x0, n=n, level=level, share=torch.ones(3), is_class=NO_CLASS)
-    return objective(o).double(), level
+    return objective(out, x0=x0, z=x0, n=n, level=level, batch=samples(3)).double(), level
 
 
 @pytest.mark.parametrize(("loss_type", "formula"), [
@@ -181,7 +189,8 @@ def test_an_error_is_its_formula(loss_type, formula, e):
 
 def test_huber_keeps_the_digits_and_the_gradient_of_small_errors():
     e = torch.tensor([0.0, 1e-5], requires_grad=True)
-    loss = ERRORS["huber"](e, torch.tensor(1.0))
+    _, level = setup("epsilon", t=torch.tensor([10, 500]))
+    loss = ERRORS["huber"](ObjectiveOptions(huber_c=1.0))(e, level)
     loss.sum().backward()
     torch.testing.assert_close(loss.detach(), torch.tensor([0.0, 1e-10]), rtol=1e-5, atol=0)
     torch.testing.assert_close(e.grad, torch.tensor([0.0, 2e-5]), rtol=1e-5, atol=0)
@@ -215,9 +224,8 @@ def test_every_weight_error_and_huber_schedule_goes_with_every_parametrisation(n
         law = [{}, {"edm_sigmas": "karras"}, {"timestep_sampling": "logit_normal"}][number % 3]
         o = ObjectiveOptions(loss_weighting=weighting, snr_gamma=GAMMA, loss_type=loss_type, huber_schedule=huber,
                              do_edm_style_training=bool(number % 2), **law)
-        level = make_levels(o, schedule, compat)(u)
-        objective = make_objective(o, schedule.prediction, compat)
-        losses, _ = losses_of(objective, level, is_class=torch.tensor([True, False, False, True]))
+        objective = make_objective(o, schedule, compat)
+        losses, _ = losses_of(objective, objective.levels(u), is_class=torch.tensor([True, False, False, True]))
         assert losses.shape == (4,) and losses.isfinite().all(), (weighting, loss_type, huber)
 
 
@@ -235,8 +243,7 @@ def test_losses_are_per_sample_and_blind_to_their_neighbours(loss_type):
     x0, n = latents(3)
     z, out = objective.pred.add_noise(x0, n, level), latents(3, seed=1)[0]
     one = NoiseSchedule(alphas(), "epsilon").at(torch.tensor([500]))
-    o = Outcome(out[1:2], x0=x0[1:2], z=z[1:2], n=n[1:2], level=one, share=torch.ones(1), is_class=NO_CLASS)
-    alone = objective(o)
+    alone = objective(out[1:2], x0=x0[1:2], z=z[1:2], n=n[1:2], level=one, batch=samples(1))
     torch.testing.assert_close(alone, losses[1:2])
 
 
@@ -264,7 +271,7 @@ def test_half_precision_output_gives_an_fp32_loss_with_a_gradient():
     x0, n = latents(2)
     out = (n + 1e-3).bfloat16().requires_grad_()
     z = objective.pred.add_noise(x0, n, level)
-    losses = objective(Outcome(out, x0=x0, z=z, n=n, level=level, share=torch.ones(2), is_class=NO_CLASS))
+    losses = objective(out, x0=x0, z=z, n=n, level=level, batch=samples(2))
     losses.sum().backward()
     assert losses.dtype == torch.float32
     assert out.grad.isfinite().all() and out.grad.abs().sum() > 0
@@ -272,8 +279,69 @@ def test_half_precision_output_gives_an_fp32_loss_with_a_gradient():
 
 @pytest.mark.parametrize("name", PREDICTIONS)
 def test_terms_see_the_x0_the_output_implies(name):
-    pred, level = PREDICTIONS[name](), NoiseSchedule(alphas(), name).at(torch.tensor([10, 500]))
-    terms = (lambda judged: 3 * per_sample((judged.x0_hat - judged.outcome.x0) ** 2),)
-    with_terms = Objective(pred, pred.x0_gain, terms=terms)
+    schedule = NoiseSchedule(alphas(), name)
+    pred, level = schedule.prediction, schedule.at(torch.tensor([10, 500]))
+    terms = (lambda forward, observe: 3 * per_sample((forward.x0_hat - forward.x0) ** 2),)
+    with_terms = Objective(schedule.at, pred, on_output("uniform", pred, ObjectiveOptions()), terms=terms)
     losses, mse = losses_of(with_terms, level)
     torch.testing.assert_close(losses, mse + 3 * mse / pred.x0_gain(level), rtol=1e-3, atol=1e-5)
+
+
+# Masks ----------------------------------------------------------------------------------------------------------------
+
+
+def masks(count):
+    """Weights of places [B,1,8,8] in 0..1, about a third of them 0."""
+    weights = torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    return torch.where(weights < 0.33, 0, weights)
+
+
+def test_without_a_mask_the_mean_is_the_plain_one_bit_for_bit():
+    x = latents(3)[0]
+    for values in (x, x.bfloat16(), x[:, 0]):
+        assert torch.equal(per_sample(values), values.flatten(1).mean(1))
+        assert torch.equal(per_sample(values, None), values.flatten(1).mean(1))
+
+
+def test_a_mask_makes_the_mean_a_weighted_one():
+    x, mask = latents(3)[0], masks(3)
+    for k in range(3):
+        weighted = [(float(x[k, c, i, j]) * float(mask[k, 0, i, j]), float(mask[k, 0, i, j]))
+                    for c, i, j in itertools.product(range(4), range(8), range(8))]
+        wanted = sum(value for value, _ in weighted) / sum(weight for _, weight in weighted)
+        assert per_sample(x, mask)[k].item() == pytest.approx(wanted, rel=1e-5)
+    torch.testing.assert_close(per_sample(x, 7 * mask), per_sample(x, mask))
+    torch.testing.assert_close(per_sample(x, torch.full_like(mask, 0.3)), per_sample(x))
+    half = (torch.arange(8) < 4).float().expand(3, 1, 8, 8)
+    torch.testing.assert_close(per_sample(x, half), per_sample(x[..., :4]))
+
+
+def test_no_gradient_comes_from_where_the_mask_is_0():
+    x, mask = latents(3)[0].requires_grad_(), masks(3)
+    (per_sample(x**2, mask) * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    hidden = (mask == 0).expand_as(x)
+    assert 0.2 < hidden.float().mean() < 0.5
+    assert torch.equal(x.grad[hidden], torch.zeros(int(hidden.sum())))
+    assert (x.grad[~hidden] != 0).all()
+
+
+def test_a_sample_that_is_masked_everywhere_counts_nothing_and_its_neighbours_as_ever():
+    x, mask = latents(3)[0].requires_grad_(), masks(3)
+    mask[1] = 0
+    means = per_sample(x, mask)
+    means.sum().backward()
+    assert means[1] == 0 and torch.equal(x.grad[1], torch.zeros_like(x.grad[1]))
+    assert torch.equal(means[::2], per_sample(x[::2], mask[::2])) and x.grad[::2].isfinite().all()
+
+
+@pytest.mark.parametrize("loss_type", ERRORS)
+def test_the_mask_of_a_batch_weighs_every_error_before_the_samples_weight(loss_type):
+    objective, level = setup("v_prediction", gamma=GAMMA, t=torch.tensor([10, 500, 990]), loss_type=loss_type)
+    share, mask, (x0, n) = torch.tensor([1.0, 0.5, 2.0]), masks(3), latents(3)
+    z, out = objective.pred.add_noise(x0, n, level), latents(3, seed=1)[0].requires_grad_()
+    losses = objective(out, x0=x0, z=z, n=n, level=level, batch=samples(3, share=share, mask=mask))
+    error = objective.error(out - objective.pred.target(x0, n, level), level)
+    assert torch.equal(losses, per_sample(error, mask) * (objective.weight(level) * share))
+    losses.sum().backward()
+    assert torch.equal(out.grad[(mask == 0).expand_as(out)], torch.zeros(4 * int((mask == 0).sum())))
+    assert (out.grad[(mask > 0).expand_as(out)] != 0).all()

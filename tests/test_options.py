@@ -43,9 +43,9 @@ from trainkit.options import (
     ValidationOptions,
     parse,
 )
+from trainkit.options.config_text import markdown
 from trainkit.options.rules import shares, unread
 from trainkit.options.sources import nearest
-from trainkit.options.text import markdown
 from trainkit.options.trainers import SCRIPTS as TRAINER_SCRIPTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -276,7 +276,7 @@ def test_defaults_are_valid_values_of_their_own_fields(trainer):
 def test_a_changed_default_keeps_the_unit_limits_and_place_of_the_field():
     for name in {**Options.flags()}.keys() & {**Captioned.flags()}.keys():
         one, other = Options.flags()[name], Captioned.flags()[name]
-        assert (one.note("unit"), one.limits, one.choices) == (other.note("unit"), other.limits, other.choices), name
+        assert (one.facts.unit, one.limits, one.choices) == (other.facts.unit, other.limits, other.choices), name
     for concern in ("text", "optimizer", "validation"):
         assert list(TEXT_TO_IMAGE[concern].model_fields) == list(CONCERNS[concern].model_fields)
     with pytest.raises(UserError, match="--train_batch_size cannot be '0'"):
@@ -803,7 +803,8 @@ def _unread_by(trainer: str) -> list[tuple[str, str, str]]:
     commands = [[], ["--optimizer=came", "--max_train_steps=5", "--validation_steps=5"],
                 ["--train_unet_frac=0", "--loss_weighting=p2", "--timestep_sampling=cosmap"]]
     values = [read_by(trainer, *argv).flat() for argv in commands]
-    return [(trainer, flag, condition) for each in values for flag, condition in unread(each) if flag in each]
+    flags = SCRIPTS[trainer][0].flags()
+    return [(trainer, flag, condition) for each in values for flag, condition in unread(each, flags)]
 
 
 def test_what_the_text_to_image_trainer_trains_of_text_has_the_rate_of_the_unet_unless_given():
@@ -926,7 +927,7 @@ def test_help_is_grouped_short_of_100_columns_and_names_default_and_unit(capsys,
 def test_every_number_has_a_unit_and_every_flag_help():
     for flag in [*Options.flags().values(), *Captioned.flags().values()]:
         assert flag.help
-        assert flag.note("unit") or flag.kind not in (int, float), flag.name
+        assert flag.facts.unit or flag.value_type not in (int, float), flag.name
 
 
 def test_help_names_no_flag_that_the_trainer_lacks():

@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
 
 from tests.tiny import build_tiny_sdxl
+from trainkit.condition import Condition
 from trainkit.conditioning import new_tokens
 from trainkit.conditioning.new_tokens import NewTokens, TokenRows
 from trainkit.errors import UserError
@@ -33,7 +36,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, **changes: object) ->
     return sdxl.load(model, device=CPU, weight_dtype=dtype, **changes)
 
 
-def encode(family: sdxl.SDXL, tokens: NewTokens, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(family: sdxl.SDXL, tokens: NewTokens, prompts: list[str]) -> Condition:
     return family.encode_prompts([tokens.rewrite(p) for p in prompts])
 
 
@@ -99,18 +102,38 @@ def test_one_caption_with_the_word_is_enough(changes, captions):
     assert not list(new_tokens.problems(PivotalOptions(), ["no word"]))
 
 
+def rows_of(*captions: str, classes: Sequence[str] = (), repeats: int = 1) -> list[SimpleNamespace]:
+    """Rows as far as the warnings read them: images of the concept, and of its class."""
+    instances = [SimpleNamespace(caption=caption, is_class=False, repeat=k)
+                 for caption in captions for k in range(repeats)]
+    return instances + [SimpleNamespace(caption=caption, is_class=True, repeat=0) for caption in classes]
+
+
 def test_captions_without_a_word_are_counted_in_the_log(caplog):
     with caplog.at_level(logging.WARNING):
-        new_tokens.warn_of_captions_without(options(), ["a TOK", "a dog", "a cat"])
-    assert "2 of 3 captions" in caplog.text and "'a dog'" in caplog.text
+        new_tokens.warn(options(), rows_of("a TOK", "written out: <s0><s1>"))
+        assert not caplog.text
+        new_tokens.warn(options(), rows_of("a TOK", "a dog", "a cat", classes=["a dog"] * 5, repeats=3))
+    message, = caplog.messages
+    assert "2 of 3 captions" in message and "'a dog'" in message, "repeats and class images do not count"
 
 
 def test_a_word_in_captions_of_class_pictures_is_said_in_the_log(caplog):
     with caplog.at_level(logging.WARNING):
-        new_tokens.warn_of_class_prompts_with(options(), ["a dog"])
+        new_tokens.warn(options(), rows_of("a TOK", classes=["a dog"]))
         assert not caplog.text
-        new_tokens.warn_of_class_prompts_with(options(), ["a dog", "a TOK dog"])
-    assert "1 captions of class pictures" in caplog.text and "'a TOK dog'" in caplog.text
+        new_tokens.warn(options(), rows_of("a TOK", classes=["a dog", "a TOK dog"]))
+    message, = caplog.messages
+    assert "1 captions of class pictures" in message and "'a TOK dog'" in message
+
+
+def test_both_are_said_of_one_run_and_neither_without_new_tokens(caplog):
+    rows = rows_of("a dog", classes=["a TOK dog"])
+    with caplog.at_level(logging.WARNING):
+        new_tokens.warn(PivotalOptions(), rows)
+        assert not caplog.text
+        new_tokens.warn(options(), rows)
+    assert ["class pictures" in message for message in caplog.messages] == [False, True]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -190,8 +213,8 @@ def test_d12_the_vocabulary_has_no_gradient_and_keeps_every_bit(tiny_sdxl):
     optimizer = torch.optim.AdamW(rows, lr=0.1, weight_decay=0.5)
     first = [r.detach().clone() for r in rows]
     for _ in range(3):
-        embeds, pooled = encode(family, tokens, PROMPTS)
-        (embeds.square().mean() + pooled.square().mean()).backward()
+        condition = encode(family, tokens, PROMPTS)
+        (condition["embeds"].square().mean() + condition["pooled"].square().mean()).backward()
         optimizer.step()
         tokens.after_update()
         optimizer.zero_grad()
@@ -291,7 +314,7 @@ def test_the_stock_pipeline_encodes_prompts_bit_for_bit_after_two_calls(tiny_sdx
         ours = encode(family, tokens, PROMPTS)
         pipe = stock(tiny_sdxl, path)
         theirs = pipe.encode_prompt([tokens.rewrite(p) for p in PROMPTS], do_classifier_free_guidance=False)
-    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[2])
+    assert torch.equal(ours["embeds"], theirs[0]) and torch.equal(ours["pooled"], theirs[2])
 
 
 def test_d11_with_eos_2_in_the_config_the_cards_line_makes_the_stock_pipeline_agree(tmp_path):
@@ -306,10 +329,10 @@ def test_d11_with_eos_2_in_the_config_the_cards_line_makes_the_stock_pipeline_ag
         before = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
         exec(new_tokens.EOS_LINE, {"pipe": pipe})
         after = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
-    assert torch.equal(ours[0], after[0]) and torch.equal(ours[1], after[2])
-    assert not torch.equal(ours[1], before[2]), "the pooled vector was that of a new token"
+    assert torch.equal(ours["embeds"], after[0]) and torch.equal(ours["pooled"], after[2])
+    assert not torch.equal(ours["pooled"], before[2]), "the pooled vector was that of a new token"
     compat = load(folder, compat="diffusers")
     assert not compat.sets_eos
     other = NewTokens(compat, options(), seed=0)
     with torch.no_grad():
-        assert torch.equal(encode(compat, other, PROMPTS)[1], before[2])
+        assert torch.equal(encode(compat, other, PROMPTS)["pooled"], before[2])

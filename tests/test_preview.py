@@ -15,6 +15,7 @@ from PIL import Image
 
 from trainkit import preview, rng
 from trainkit.adapters import add_adapters
+from trainkit.condition import Condition
 from trainkit.conditioning.cached_text import FrozenText
 from trainkit.families import sdxl
 from trainkit.options import LoraOptions, ValidationOptions
@@ -111,8 +112,8 @@ def training_forward(family: sdxl.SDXL, encoded: FrozenText) -> torch.Tensor:
     torch.manual_seed(1)
     level = SimpleNamespace(cond=torch.tensor([500]))
     z = torch.randn(1, family.latent_channels, 8, 8)
-    time_ids = torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]])
-    out = family.denoise(z, level, text=encoded([PROMPT]), time_ids=time_ids).detach()
+    condition = Condition(encoded([PROMPT]), time_ids=torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]]))
+    out = family.denoise(z, level, condition).detach()
     torch.set_rng_state(state)
     return out
 

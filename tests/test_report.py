@@ -17,6 +17,7 @@ from trainkit.report import EMBED_PX, charts, effective_rate, sample_steps, spre
 from trainkit.report.charts import LEFT, MAX_POINTS, Chart, labels, line_chart, nice_ticks, number, smoothed, thinned
 from trainkit.report.facts import RunFacts, public, read_metrics
 from trainkit.report.matched import band_charts, band_tables
+from trainkit.report.usage import usage
 
 HOSTILE = """</script><script>alert(1)</script> "quoted" 'single' {{ 7*7 }} <img src=x onerror=alert(2)> \\ ` & \n---"""
 
@@ -158,7 +159,7 @@ def test_the_pace_says_what_its_time_holds(tmp_path):
 ])
 def test_user_interfaces_are_told_a_prompt_that_the_run_knows(tmp_path, prompts, written):
     run = RunFacts(make_run(tmp_path / "run", **prompts))
-    comfy, webui = (interface.steps[-1] for interface in run.usage.interfaces)
+    comfy, webui = (interface.steps[-1] for interface in usage(run).interfaces)
     assert comfy == f"Write `{written}` in the positive prompt." and webui == f"Prompt: `{written} <lora:run:1>`"
 
 

@@ -167,6 +167,12 @@ def test_csv_metadata_names_captions(tmp_path: Path) -> None:
     assert [row.caption for row in rows_of(tmp_path, caption_column="mood")] == ["a photo of TOK", "sad"]
 
 
+def test_an_index_column_without_a_name_is_no_caption(tmp_path: Path) -> None:
+    """Tables saved with their index have one; it is not read where no column holds captions."""
+    folder = with_metadata(tmp_path, [",file_name,mood", "0,0.png,sad", "1,1.png,glad"], "metadata.csv")
+    assert [row.caption for row in rows_of(folder)] == ["a photo of TOK"] * 2
+
+
 def test_pictures_in_subfolders_and_unlisted_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "more").mkdir()
     marked(2, 20, 30).save(tmp_path / "more" / "x.png")

@@ -16,11 +16,12 @@ import yaml
 from torch import nn
 
 from tests.made_up_run import make_run
-from tests.test_text import train
-from tests.tiny import build_tiny_edm, build_tiny_sd
+from tests.test_text import same, train
+from tests.tiny import build_tiny_edm, build_tiny_sd, latents_of
 from trainkit import export, families, preview, rng
 from trainkit.adapters import Adapters, add_adapters
 from trainkit.adapters import problems as adapter_problems
+from trainkit.condition import Condition
 from trainkit.conditioning.cached_text import FrozenText
 from trainkit.conditioning.live_text import LiveText, make_text
 from trainkit.data.cache import DiskStore
@@ -212,22 +213,22 @@ def test_the_skeleton_has_the_unets_module_paths_and_no_weights(models, folders)
 @pytest.mark.parametrize("clip_skip", [None, 0, 1, 2])
 def test_prompts_encode_bit_for_bit_as_in_the_stock_pipeline(models, folders, version, clip_skip, text_model):
     with torch.no_grad():
-        embeds, pooled = models[version].encode_prompts(PROMPTS, clip_skip)
+        condition = models[version].encode_prompts(PROMPTS, clip_skip)
         wanted, _ = stock(folders[version]).encode_prompt(PROMPTS, CPU, 1, False, clip_skip=clip_skip)
-    assert torch.equal(embeds, wanted) and pooled.shape == (len(PROMPTS), 0)
+    assert same(condition, {"embeds": wanted}), "and nothing pooled"
 
 
 def test_the_shipped_model_loads_and_encodes_as_the_stock_pipeline(assets):
     family = load(assets / "tiny-sd-icons")
     with torch.no_grad():
         wanted, _ = stock(assets / "tiny-sd-icons").encode_prompt(PROMPTS, CPU, 1, False)
-        assert torch.equal(family.encode_prompts(PROMPTS)[0], wanted)
+        assert torch.equal(family.encode_prompts(PROMPTS)["embeds"], wanted)
     assert (family.architecture, family.schedule.prediction_type) == ("stable-diffusion-v1", "epsilon")
 
 
 def test_each_skipped_layer_is_another_text(models):
     with torch.no_grad():
-        last, again, *others = (models[2].encode_prompts(["a dog"], k)[0] for k in (None, 0, 1, 2))
+        last, again, *others = (models[2].encode_prompts(["a dog"], k)["embeds"] for k in (None, 0, 1, 2))
     torch.testing.assert_close(last, again)
     assert all((other - last).abs().max() > 0.1 for other in others)
 
@@ -238,8 +239,8 @@ def test_padding_is_masked_where_the_config_says_so_and_that_is_another_identity
     masked = load(clone)
     with torch.no_grad():
         wanted, _ = stock(clone).encode_prompt(PROMPTS, CPU, 1, False)
-        assert torch.equal(masked.encode_prompts(PROMPTS)[0], wanted)
-        assert not torch.equal(plain.encode_prompts(PROMPTS)[0], wanted)
+        assert torch.equal(masked.encode_prompts(PROMPTS)["embeds"], wanted)
+        assert not torch.equal(plain.encode_prompts(PROMPTS)["embeds"], wanted)
     assert {part for part in plain.identity if plain.identity[part] != masked.identity[part]} == {"text"}
 
 
@@ -248,7 +249,7 @@ def test_frozen_text_without_a_pooled_vector_comes_back_from_the_disk(tiny_sd, t
     first = FrozenText(family, PROMPTS, store)(PROMPTS)
     family.free_text_encoders()
     again = FrozenText(family, PROMPTS, store)(PROMPTS)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)) and again[1].shape == (len(PROMPTS), 0)
+    assert same(first, again) and again.keys() == {"embeds"}
 
 
 def live(family: sd.SD, **changes: object) -> LiveText:
@@ -269,7 +270,7 @@ def test_the_one_text_encoder_learns_at_its_rate_until_its_last_step(tiny_sd, ca
     assert all(torch.equal(a, b) for a, b in zip(learned, groups[0]["params"], strict=True))
     other = live(load(tiny_sd))
     other.unpack(*words.pack())
-    torch.testing.assert_close(words(PROMPTS), other(PROMPTS))
+    torch.testing.assert_close(dict(words(PROMPTS)), dict(other(PROMPTS)))
 
 
 def test_without_new_tokens_and_adapters_text_is_frozen(tiny_sd):
@@ -286,10 +287,10 @@ def test_without_new_tokens_and_adapters_text_is_frozen(tiny_sd):
 def test_denoise_asks_the_unet_what_the_stock_pipeline_would(models, folders, version):
     family, pipe = models[version], stock(folders[version])
     z, level = torch.randn(2, 4, 16, 16), family.schedule.at(torch.tensor([3, 900]))
-    text = tuple(t.detach() for t in family.encode_prompts(PROMPTS[:2]))
     with torch.no_grad():
-        out = family.denoise(z, level, text=text, time_ids=torch.full((2, 6), torch.nan))
-        wanted = pipe.unet(z, level.cond, encoder_hidden_states=text[0]).sample
+        text = family.encode_prompts(PROMPTS[:2])
+        out = family.denoise(z, level, Condition(text, time_ids=torch.full((2, 6), torch.nan)))
+        wanted = pipe.unet(z, level.cond, encoder_hidden_states=text["embeds"]).sample
     assert torch.equal(out, wanted)
 
 
@@ -300,7 +301,7 @@ def test_every_base_weight_is_frozen_and_only_the_unet_takes_the_weight_dtype(fo
     assert not any(p.requires_grad or part.training for part in parts for p in part.parameters())
     assert [next(part.parameters()).dtype for part in parts] == [torch.bfloat16, torch.float32, torch.float32]
     with torch.no_grad():
-        assert {t.dtype for t in family.encode_prompts(PROMPTS)} == {torch.bfloat16}
+        assert {t.dtype for t in family.encode_prompts(PROMPTS).values()} == {torch.bfloat16}
 
 
 @VERSIONS
@@ -311,7 +312,7 @@ def test_schedule_and_latents_are_the_checkpoints_own(models, folders, version):
     pixels = torch.rand(1, 3, 64, 64) * 2 - 1
     with torch.no_grad():
         mean = pipe.vae.encode(pixels).latent_dist.mean
-    assert torch.equal(family.to_latents(family.encode_pixels(pixels)[0]), mean * pipe.vae.config.scaling_factor)
+    assert torch.equal(latents_of(family, family.encode_pixels(pixels)[0]), mean * pipe.vae.config.scaling_factor)
 
 
 def test_identity_tells_models_apart_by_part(folders, clone):

@@ -7,12 +7,15 @@ import shutil
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from tests.tiny import build_tiny_sdxl, tiny_vae
+from tests.tiny import build_tiny_sdxl, latents_of, tiny_vae
+from trainkit.condition import Condition
 from trainkit.conditioning.cached_text import FrozenText
 from trainkit.data.cache import DiskStore
+from trainkit.diffusion import ScheduleChange
 from trainkit.errors import UserError
 from trainkit.families import sdxl, sgm
 from trainkit.families.tokenize import token_ids
@@ -51,6 +54,11 @@ def edit(file: Path, **changes: object) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **changes}), "utf-8")
 
 
+def same(a: Condition, b: Condition) -> bool:
+    """Whether they have the same names and bits."""
+    return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Text
 
@@ -58,9 +66,10 @@ def edit(file: Path, **changes: object) -> None:
 @pytest.mark.parametrize("clip_skip", [None, 0, 1])
 def test_prompts_encode_bit_for_bit_as_in_the_stock_pipeline(family, pipeline, clip_skip):
     with torch.no_grad():
-        embeds, pooled = family.encode_prompts(PROMPTS, clip_skip)
+        condition = family.encode_prompts(PROMPTS, clip_skip)
         stock = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False, clip_skip=clip_skip)
-    assert torch.equal(embeds, stock[0]) and torch.equal(pooled, stock[2])
+    assert condition.keys() == {"embeds", "pooled"}
+    assert torch.equal(condition["embeds"], stock[0]) and torch.equal(condition["pooled"], stock[2])
 
 
 def test_prompts_begin_with_bos_end_with_eos_and_pad_as_each_tokenizer_does(family):
@@ -83,14 +92,14 @@ def test_pooled_vector_is_the_true_end_tokens_though_new_tokens_have_larger_ids(
     second = family.text_encoders[1]
     with torch.no_grad():
         expected = second.text_projection(second.text_model(ids).last_hidden_state[:, end])
-        pooled = family.encode_prompts([prompt])[1]
+        pooled = family.encode_prompts([prompt])["pooled"]
     torch.testing.assert_close(pooled, expected)
 
 
 def test_a_config_with_eos_2_pools_like_one_with_the_true_id(family, tmp_path):
     old = load(build_tiny_sdxl(tmp_path / "old", eos_in_config=False))
     with torch.no_grad():
-        assert torch.equal(old.encode_prompts(PROMPTS)[1], family.encode_prompts(PROMPTS)[1])
+        assert torch.equal(old.encode_prompts(PROMPTS)["pooled"], family.encode_prompts(PROMPTS)["pooled"])
 
 
 def test_frozen_text_asks_the_encoders_once_per_distinct_prompt_and_outlives_them(tiny_sdxl, monkeypatch):
@@ -105,28 +114,27 @@ def test_frozen_text_asks_the_encoders_once_per_distinct_prompt_and_outlives_the
         expected = encode(family, ["7 dog", "3 dog", "7 dog"])
     family.free_text_encoders()
     assert not any(ref() for ref in encoders)
-    for found, wanted in zip(text(["7 dog", "3 dog", "7 dog"]), expected, strict=True):
-        torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(dict(text(["7 dog", "3 dog", "7 dog"])), dict(expected))
 
 
 def test_frozen_text_reads_the_same_bits_from_the_disk_in_a_second_run(tiny_sdxl, tmp_path):
     family, store = load(tiny_sdxl), DiskStore(tmp_path / "text")
     first = FrozenText(family, PROMPTS, store)(PROMPTS)
     skipped = FrozenText(family, PROMPTS, store, clip_skip=1)(PROMPTS)
-    assert not torch.equal(first[0], skipped[0]), "clip skip belongs in the key"
+    assert not torch.equal(first["embeds"], skipped["embeds"]), "clip skip belongs in the key"
     family.free_text_encoders()
     again = FrozenText(family, PROMPTS, store)(PROMPTS)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert same(first, again)
 
 
 def test_a_half_cached_group_is_encoded_whole_and_what_was_there_stays(family, tmp_path):
     prompts = [f"{k} dog" for k in range(5)]
     whole, store = FrozenText(family, prompts), DiskStore(tmp_path / "text")
     theirs = {"embeds": torch.zeros(77, 56), "pooled": torch.zeros(32)}  # in truth the same but for its last bits
-    store.put(whole.keys["2 dog"], theirs)
+    store[whole.keys["2 dog"]] = theirs
     restarted, new = FrozenText(family, prompts, store), [p for p in prompts if p != "2 dog"]
-    assert all(torch.equal(a, b) for a, b in zip(whole(new), restarted(new), strict=True))
-    assert torch.equal(restarted(["2 dog"])[0][0], theirs["embeds"]), "another run may be reading this entry"
+    assert same(whole(new), restarted(new))
+    assert torch.equal(restarted(["2 dog"])["embeds"][0], theirs["embeds"]), "another run may be reading this entry"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -139,7 +147,7 @@ def test_every_base_weight_is_frozen_and_only_the_unet_takes_the_weight_dtype(ti
     assert not any(p.requires_grad or part.training for part in parts for p in part.parameters())
     assert [next(part.parameters()).dtype for part in parts] == [torch.bfloat16] + [torch.float32] * 3
     with torch.no_grad():
-        assert {t.dtype for t in family.encode_prompts(PROMPTS)} == {torch.bfloat16}
+        assert {t.dtype for t in family.encode_prompts(PROMPTS).values()} == {torch.bfloat16}
 
 
 def test_latents_scale_and_decode_as_the_vae_config_says(family, pipeline):
@@ -147,7 +155,7 @@ def test_latents_scale_and_decode_as_the_vae_config_says(family, pipeline):
     mean, logvar = family.encode_pixels(pixels)
     stock = pipeline.vae.encode(pixels).latent_dist
     assert torch.equal(mean, stock.mean) and torch.equal(logvar, stock.logvar)
-    x0 = family.to_latents(mean)
+    x0 = latents_of(family, mean)
     torch.testing.assert_close(x0, mean * 0.6)
     assert x0.shape == (2, family.latent_channels, 64 // family.vae_factor, 64 // family.vae_factor)
     with torch.no_grad():
@@ -155,25 +163,29 @@ def test_latents_scale_and_decode_as_the_vae_config_says(family, pipeline):
     assert [p.tobytes() for p in family.decode(x0)] == [p.tobytes() for p in wanted]
 
 
-def test_latent_statistics_of_a_config_are_removed_and_put_back(tiny_sdxl):
-    family = load(tiny_sdxl)
+def test_latent_statistics_of_a_config_are_removed_and_put_back(copy):
     mean, std = [0.5, -1.0, 0.0, 2.0], [1.0, 2.0, 4.0, 0.5]
-    family.vae.register_to_config(latents_mean=mean, latents_std=std)
+    edit(copy / "vae/config.json", latents_mean=mean, latents_std=std)
+    family = load(copy)
     sample = torch.randn(2, 4, 8, 8)
-    x0 = family.to_latents(sample)
+    x0 = latents_of(family, sample)
     torch.testing.assert_close(x0[:, 1], (sample[:, 1] + 1) * 0.6 / 2)
     raw = x0 / 0.6 * torch.tensor(std).view(1, 4, 1, 1) + torch.tensor(mean).view(1, 4, 1, 1)
     torch.testing.assert_close(raw, sample)
+    with torch.no_grad():
+        wanted = (family.vae.decode(sample).sample / 2 + 0.5).clamp(0, 1).mul(255).permute(0, 2, 3, 1)
+    for image, pixels in zip(family.decode(x0), wanted, strict=True):
+        assert (torch.from_numpy(np.array(image)) - pixels).abs().max() < 0.51, "the VAE is given the raw latents again"
 
 
 def test_denoise_asks_the_unet_what_the_stock_pipeline_would(family, pipeline):
     z, level = torch.randn(2, 4, 16, 16), family.schedule.at(torch.tensor([3, 900]))
-    text = tuple(t.detach() for t in family.encode_prompts(PROMPTS[:2]))
     time_ids = torch.tensor([[640, 480, 0, 8, 64, 64], [64, 64, 4, 0, 64, 64]])
-    added = {"text_embeds": text[1], "time_ids": time_ids.float()}
     with torch.no_grad():
-        out = family.denoise(z, level, text=text, time_ids=time_ids)
-        stock = pipeline.unet(z, level.cond, encoder_hidden_states=text[0], added_cond_kwargs=added).sample
+        condition = Condition(family.encode_prompts(PROMPTS[:2]), time_ids=time_ids)
+        added = {"text_embeds": condition["pooled"], "time_ids": time_ids.float()}
+        out = family.denoise(z, level, condition)
+        stock = pipeline.unet(z, level.cond, encoder_hidden_states=condition["embeds"], added_cond_kwargs=added).sample
     assert torch.equal(out, stock)
 
 
@@ -181,17 +193,17 @@ def test_denoise_calls_the_familys_unet(tiny_sdxl):
     family, calls = load(tiny_sdxl), []
     unet = family.denoiser
     family.denoiser = lambda *a, **k: (calls.append(1), unet(*a, **k))[1]
-    text = tuple(t.detach() for t in family.encode_prompts(["a dog"]))
-    family.denoise(torch.randn(1, 4, 16, 16), family.schedule.at(torch.tensor([3])), text=text,
-                   time_ids=torch.full((1, 6), 64))
+    with torch.no_grad():
+        condition = Condition(family.encode_prompts(["a dog"]), time_ids=torch.full((1, 6), 64))
+    family.denoise(torch.randn(1, 4, 16, 16), family.schedule.at(torch.tensor([3])), condition)
     assert calls
 
 
 def test_sizes_are_not_rounded_in_half_precision(tiny_sdxl):
     family, seen = load(tiny_sdxl, torch.bfloat16), []
     family.denoiser = lambda *a, added_cond_kwargs, **k: (seen.append(added_cond_kwargs["time_ids"]), (a[0],))[1]
-    family.denoise(torch.zeros(1, 4, 16, 16), family.schedule.at(torch.tensor([3])), text=(None, None),
-                   time_ids=torch.full((1, 6), 1023))
+    condition = Condition(embeds=torch.zeros(1, 77, 56), pooled=torch.zeros(1, 32), time_ids=torch.full((1, 6), 1023))
+    family.denoise(torch.zeros(1, 4, 16, 16), family.schedule.at(torch.tensor([3])), condition)
     assert (seen[0] == 1023).all()
 
 

@@ -24,7 +24,7 @@ LAYERS = (
     {"families"},
     {"data"},
     {"conditioning", "training"},
-    {"checkpoints", "export", "identity"},
+    {"checkpoints", "export", "run_fingerprint"},
     {"inference", "report"},
     {"preview", "publish"},
     {"run", "preflight"},

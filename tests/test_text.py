@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,10 @@ from tests.test_pivotal import load, stock
 from tests.tiny import build_tiny_sdxl
 from trainkit import rng
 from trainkit.adapters import add_adapters
+from trainkit.condition import Condition
 from trainkit.conditioning.live_text import LiveText, Text, make_text
 from trainkit.conditioning.new_tokens import EOS_LINE
-from trainkit.data.cache import DiskStore, MemoryStore, Store
+from trainkit.data.cache import DiskStore, Store
 from trainkit.errors import UserError
 from trainkit.export import write_diffusers
 from trainkit.families import sdxl
@@ -27,8 +28,8 @@ from trainkit.options import LoraOptions, OptimizerOptions, PivotalOptions, Text
 from trainkit.preview import Previews, sampler
 from trainkit.publish import write_card
 from trainkit.report import write_report
-from trainkit.report.facts import RunFacts
-from trainkit.report.usage import DIFFUSERS_FILE
+from trainkit.report.facts import DIFFUSERS_FILE, RunFacts
+from trainkit.report.usage import usage
 
 PROMPTS = ["a TOK dog", "a TOK cat", "a photo of a dog", ""]
 TI = {"pivotal": PivotalOptions(train_text_encoder_ti=True)}
@@ -44,6 +45,11 @@ def make(family: sdxl.SDXL, prompts: Sequence[str] = PROMPTS, store: Store | Non
     return make_text(family, prompts, store, total=total, seed=0, **concerns)
 
 
+def loss_of(condition: Condition) -> torch.Tensor:
+    """Of everything the network is told."""
+    return sum(tensor.float().square().mean() for tensor in condition.values())
+
+
 def train(words: Text, steps: Sequence[int], *, prompts: Sequence[str] = PROMPTS, state: tuple | None = None,
           **flags: object):
     """Optimizer steps with a loss on what the encoders say -> the optimizer's state."""
@@ -56,8 +62,7 @@ def train(words: Text, steps: Sequence[int], *, prompts: Sequence[str] = PROMPTS
     for step in steps:
         optim.begin(step)
         torch.manual_seed(step)
-        embeds, pooled = words(prompts, step)
-        (embeds.float().square().mean() + pooled.float().square().mean() + idle.square().sum()).backward()
+        (loss_of(words(prompts, step)) + idle.square().sum()).backward()
         for inner in optim.active:
             for p in inner.param_groups[0]["params"]:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -71,8 +76,9 @@ def state(words: Text) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in words.pack()[0].items()}
 
 
-def same(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+def same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    """Whether they have the same names and bits."""
+    return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
 @pytest.fixture
@@ -105,17 +111,17 @@ def test_a_distinct_prompt_is_encoded_once_a_step_and_one_without_new_tokens_onc
     assert sorted(asked) == [("", False), ("a photo of a dog", False)]
     asked.clear()
     batch = ["a TOK dog", "a photo of a dog", "a TOK dog", "", "a TOK cat"]
-    embeds, pooled = words(batch, 0)
-    assert asked == [("a <s0><s1> dog", True), ("a <s0><s1> cat", True)]
-    assert torch.equal(embeds[0], embeds[2]) and torch.equal(pooled[0], pooled[2]) and len(embeds) == 5
+    condition = words(batch, 0)
+    assert asked == [("a <s0><s1> dog", True), ("a <s0><s1> cat", True)] and condition.keys() == {"embeds", "pooled"}
+    assert all(torch.equal(tensor[0], tensor[2]) and len(tensor) == 5 for tensor in condition.values())
     family = words.family
     with torch.no_grad():
         alone = [family.encode_prompts([words.rewrite(p)]) for p in batch]
-    for row, (e, p) in enumerate(alone):
-        torch.testing.assert_close(embeds[row], e[0])
-        torch.testing.assert_close(pooled[row], p[0])
+    for row, one in enumerate(alone):
+        torch.testing.assert_close(condition["embeds"][row], one["embeds"][0])
+        torch.testing.assert_close(condition["pooled"][row], one["pooled"][0])
     asked.clear()
-    assert not words(["", "a photo of a dog"], 1)[0].requires_grad and not asked
+    assert not words(["", "a photo of a dog"], 1)["embeds"].requires_grad and not asked
 
 
 def test_a_prompt_repeated_in_a_batch_counts_as_often_in_the_gradient(tiny_sdxl):
@@ -128,8 +134,9 @@ def test_a_prompt_repeated_in_a_batch_counts_as_often_in_the_gradient(tiny_sdxl)
             rows.grad = None
         return torch.cat([g.flatten() for g in grads])
 
-    shared = gradient(words(["a TOK dog", "a TOK cat", "a TOK dog"], 0)[0])
-    apart = gradient(words.family.encode_prompts([f"a <s0><s1> {noun}" for noun in ("dog", "cat", "dog")])[0])
+    shared = gradient(words(["a TOK dog", "a TOK cat", "a TOK dog"], 0)["embeds"])
+    prompts = [f"a <s0><s1> {noun}" for noun in ("dog", "cat", "dog")]
+    apart = gradient(words.family.encode_prompts(prompts)["embeds"])
     torch.testing.assert_close(shared, apart, rtol=1e-3, atol=1e-4)  # sums in another order
 
 
@@ -139,7 +146,7 @@ def test_previews_see_the_weights_as_they_are_without_a_graph(tiny_sdxl, mode, a
     before = words(["a TOK dog"])
     train(words, [0])
     after = words(["a TOK dog"])
-    assert not torch.equal(before[0], after[0]) and not after[0].requires_grad
+    assert not torch.equal(before["embeds"], after["embeds"]) and not after["embeds"].requires_grad
     assert asked[-1] == (words.rewrite("a TOK dog"), False)
 
 
@@ -147,9 +154,9 @@ def test_previews_see_the_weights_as_they_are_without_a_graph(tiny_sdxl, mode, a
 @pytest.mark.parametrize("mode", MODES)
 def test_in_half_precision_what_trains_is_fp32(tiny_sdxl, mode, dtype):
     words = make(load(tiny_sdxl, dtype), **MODES[mode])
-    embeds, pooled = words(PROMPTS, 0)
-    assert embeds.dtype == pooled.dtype == dtype
-    (embeds.float().mean() + pooled.float().mean()).backward()
+    condition = words(PROMPTS, 0)
+    assert {name: tensor.dtype for name, tensor in condition.items()} == {"embeds": dtype, "pooled": dtype}
+    sum(tensor.float().mean() for tensor in condition.values()).backward()
     params = [p for group in words.groups(OptimizerOptions(), GROUP) for p in group["params"]]
     assert params and all(p.dtype == torch.float32 and p.requires_grad for p in params)
     assert any(p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in params)
@@ -162,8 +169,7 @@ def test_in_half_precision_what_trains_is_fp32(tiny_sdxl, mode, dtype):
 def test_gradient_checkpointing_gives_the_same_gradient(tiny_sdxl, mode):
     def gradients(**changes: bool) -> list[torch.Tensor]:
         words = make(load(tiny_sdxl), **MODES[mode], **changes)
-        embeds, pooled = words(PROMPTS, 0)
-        (embeds.square().mean() + pooled.square().mean()).backward()
+        loss_of(words(PROMPTS, 0)).backward()
         checkpointed = [m for e in words.family.text_encoders for m in e.modules()
                         if getattr(m, "gradient_checkpointing", False)]
         assert bool(checkpointed) == bool(changes)
@@ -175,8 +181,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(tiny_sdxl, mode):
 
 def test_d23_text_encoder_lora_leaves_tables_without_gradients(tiny_sdxl):
     words = make(load(tiny_sdxl), **LORA)
-    embeds, pooled = words(PROMPTS, 0)
-    (embeds.square().mean() + pooled.square().mean()).backward()
+    loss_of(words(PROMPTS, 0)).backward()
     trained = {id(p) for group in words.groups(OptimizerOptions(), GROUP) for p in group["params"]}
     for encoder in words.family.text_encoders:
         assert all((id(p) in trained) == p.requires_grad for p in encoder.parameters())
@@ -186,9 +191,9 @@ def test_d23_text_encoder_lora_leaves_tables_without_gradients(tiny_sdxl):
 def test_dropout_of_text_adapters_is_on_in_training_only(tiny_sdxl):
     words = make(load(tiny_sdxl), lora=LoraOptions(rank=2, lora_dropout=0.5), **LORA)
     train(words, [0])
-    draws = [words(["a TOK dog"], 1)[0] for _ in range(2)]
+    draws = [words(["a TOK dog"], 1)["embeds"] for _ in range(2)]
     assert not torch.equal(*draws)
-    looks = [words(["a TOK dog"])[0] for _ in range(2)]
+    looks = [words(["a TOK dog"])["embeds"] for _ in range(2)]
     assert torch.equal(*looks)
 
 
@@ -229,7 +234,7 @@ def test_at_a_rate_of_0_embeddings_do_not_move_by_one_bit(tiny_sdxl, schedule):
     words = make(load(tiny_sdxl), text=TextOptions(text_encoder_lr=rate), **TI)
     before = state(words)
     train(words, [0], **schedule)
-    assert same(before.values(), state(words).values())
+    assert same(before, state(words))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -243,15 +248,16 @@ def test_d8_from_the_pivot_on_nothing_moves_by_one_bit(tiny_sdxl, mode, optimize
     first = state(words)
     packed = train(words, [0, 1], optimizer=optimizer)
     trained = state(words)
-    assert not same(first.values(), trained.values())
+    assert not same(first, trained)
     asked.clear()
     train(words, [2], optimizer=optimizer, state=packed)
     assert all(not graph for _, graph in asked) and len(asked) == len(set(asked))
     asked.clear()
     train(words, [3], optimizer=optimizer, state=packed)
     assert not asked, "every prompt was encoded once, at the pivot"
-    assert same(trained.values(), state(words).values())
-    assert not any(out.requires_grad for out in words(PROMPTS, 3)) and same(words(PROMPTS, 3), words(PROMPTS))
+    assert same(trained, state(words))
+    assert not any(tensor.requires_grad for tensor in words(PROMPTS, 3).values())
+    assert same(words(PROMPTS, 3), words(PROMPTS))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -267,7 +273,7 @@ def test_at_the_pivot_the_encoders_leave_the_device(tiny_sdxl, mode):
     assert all(p.device.type == "cpu" for network in words.networks for p in network.network.parameters())
 
 
-@pytest.mark.parametrize(("cut", "store"), [(1, MemoryStore), (2, MemoryStore), (2, DiskStore), (3, MemoryStore)])
+@pytest.mark.parametrize(("cut", "store"), [(1, dict), (2, dict), (2, DiskStore), (3, dict)])
 @pytest.mark.parametrize("mode", MODES)
 def test_d6_a_run_resumed_on_either_side_of_the_pivot_is_the_uninterrupted_one(tiny_sdxl, tmp_path, mode, cut, store):
     kept = DiskStore(tmp_path) if store is DiskStore else None  # None: one in memory for each
@@ -283,7 +289,7 @@ def test_d6_a_run_resumed_on_either_side_of_the_pivot_is_the_uninterrupted_one(t
     saved = {k: t.clone() for k, t in tensors.items()}, json.loads(json.dumps(data))
     second.unpack(*saved)
     train(second, range(cut, 4), prompts=prompts, state=optimizer)
-    assert same(state(whole).values(), state(second).values())
+    assert same(state(whole), state(second))
     assert same(whole(prompts, 3), second(prompts, 3))
 
 
@@ -294,7 +300,7 @@ def test_the_pull_ends_with_the_training(tiny_sdxl):
             rows.data.mul_(2)
         before = state(words)
         words.after_update(done)
-        assert same(before.values(), state(words).values()) != pulled
+        assert same(before, state(words)) != pulled
 
 
 def test_what_trained_weights_say_is_not_for_a_shared_store(tiny_sdxl, tmp_path):
@@ -304,8 +310,8 @@ def test_what_trained_weights_say_is_not_for_a_shared_store(tiny_sdxl, tmp_path)
     kept = sorted(tmp_path.rglob("*"))
     one(PROMPTS, 2)
     assert sorted(tmp_path.rglob("*")) == kept and len([path for path in kept if path.is_file()]) == 2
-    assert not torch.equal(one(["a TOK dog"], 2)[0], other(["a TOK dog"], 2)[0])
-    assert torch.equal(one(["a photo of a dog"], 2)[0], other(["a photo of a dog"], 2)[0])
+    assert not torch.equal(one(["a TOK dog"], 2)["embeds"], other(["a TOK dog"], 2)["embeds"])
+    assert same(one(["a photo of a dog"], 2), other(["a photo of a dog"], 2))
 
 
 @pytest.mark.parametrize("mode", [{}, *MODES.values()], ids=["frozen", *MODES])
@@ -317,12 +323,12 @@ def test_prompts_of_previews_change_no_bit_of_a_caption(tiny_sdxl, mode, monkeyp
         batches.append(tuple(prompts))
         return encode(family, prompts, clip_skip)
 
-    def settled(also: Sequence[str]) -> tuple[tuple[torch.Tensor, torch.Tensor], set[tuple[str, ...]]]:
+    def settled(also: Sequence[str]) -> tuple[Condition, set[tuple[str, ...]]]:
         batches.clear()
         words = make(load(tiny_sdxl), captions, also=also, **mode)
         out = words(captions, 2)
         shown = words(also or captions[:1])
-        assert len(shown[0]) == len(also or captions[:1])
+        assert len(shown["embeds"]) == len(also or captions[:1])
         return out, set(batches)
 
     monkeypatch.setattr(sdxl.SDXL, "encode_prompts", spy)
@@ -382,11 +388,11 @@ def test_d10_the_cards_snippet_draws_with_the_learned_tokens(tiny_sdxl, tmp_path
               validation_prompt="a TOK dog")
     (folder / tiny_sdxl.name).symlink_to(tiny_sdxl)
     monkeypatch.chdir(folder)
-    code = RunFacts(folder).usage.diffusers.replace(").images[0]", ", num_inference_steps=1).images[0]")
+    code = usage(RunFacts(folder)).diffusers.replace(").images[0]", ", num_inference_steps=1).images[0]")
     scope: dict = {}
     exec(code, scope)
     embeds, _, pooled, _ = scope["pipe"].encode_prompt("a <s0><s1> dog", do_classifier_free_guidance=False)
-    assert same([embeds, pooled], words(["a TOK dog"])) and 'pipe("a <s0><s1> dog"' in code
+    assert same({"embeds": embeds, "pooled": pooled}, words(["a TOK dog"])) and 'pipe("a <s0><s1> dog"' in code
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -405,8 +411,8 @@ def trained_icons(assets: Path, folder: Path) -> tuple[sdxl.SDXL, Text]:
         optim.begin(step)
         z, n = (rng.normal((4, 16, 16), [(step,)], name=name) for name in ("z", "n"))
         text = words(["3d icon in the style of TOK, a fox"], step)
-        out = family.denoise(z, family.schedule.at(torch.tensor([500])), text=text,
-                             time_ids=torch.tensor([[64, 64, 0, 0, 64, 64]]))
+        condition = Condition(text, time_ids=torch.tensor([[64, 64, 0, 0, 64, 64]]))
+        out = family.denoise(z, family.schedule.at(torch.tensor([500])), condition)
         (out - n).square().mean().backward()
         optim.step()
         optim.zero_grad()
@@ -423,7 +429,7 @@ def test_d10_stock_diffusers_draws_our_preview_after_the_two_documented_calls(as
     previews = Previews(family, ValidationOptions(validation_prompt=prompt, num_validation_images=1), words, tmp_path,
                         seed=seed, resolution=64)
     before, _ = previews.draw(2).values()
-    embeds = words([prompt])
+    condition = words([prompt])
     settled = words([prompt], 2)
     after, _ = previews.draw(3).values()
 
@@ -438,8 +444,8 @@ def test_d10_stock_diffusers_draws_our_preview_after_the_two_documented_calls(as
     untrained = draw(words.rewrite(prompt))
     pipe.load_lora_weights(tmp_path, weight_name=DIFFUSERS_FILE)
     theirs = pipe.encode_prompt(words.rewrite(prompt), do_classifier_free_guidance=False)
-    assert torch.equal(theirs[0], embeds[0]) and torch.equal(theirs[2], embeds[1])
-    torch.testing.assert_close(settled, embeds, rtol=1e-5, atol=1e-5)
+    assert same({"embeds": theirs[0], "pooled": theirs[2]}, condition)
+    torch.testing.assert_close(dict(settled), dict(condition), rtol=1e-5, atol=1e-5)
     picture = draw(words.rewrite(prompt))
     for ours in (before, after):
         assert np.abs(np.asarray(ours).astype(int) - picture).max() <= 1

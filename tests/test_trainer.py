@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,21 +16,21 @@ from torch.nn import functional as F
 
 from tests.harness import Done, command, forked, make_pictures
 from tests.tiny import build_tiny_sdxl
-from train_dreambooth_lora_sdxl_advanced import TrainStep
 from trainkit import rng
 from trainkit.adapters import Adapters, add_adapters
 from trainkit.conditioning.cached_text import FrozenText
 from trainkit.data.batch import Batch
-from trainkit.data.loader import micro_batches, ready_images
+from trainkit.data.loader import Images, micro_batches, ready_images
 from trainkit.data.rows import read_rows
-from trainkit.data.sampler import Order
-from trainkit.diffusion import Noise, make_levels
+from trainkit.data.sampler import Order, Shard
+from trainkit.diffusion import make_noise
 from trainkit.families import sdxl
 from trainkit.losses.objective import make_objective
-from trainkit.losses.passes import Pass, Passes, always
+from trainkit.losses.passes import Passes, always
 from trainkit.optim import ParamGroup, make_optimizer
 from trainkit.options import DataOptions, LoraOptions, ModelOptions, ObjectiveOptions, OptimizerOptions
 from trainkit.training.gradients import Gradients
+from trainkit.training.step import TrainStep
 
 SEED, GLOBAL_BATCH, GAMMA = 3, 8, 5.0
 CPU = torch.device("cpu")
@@ -43,20 +42,20 @@ class Rig:
 
     step: TrainStep
     lora: Adapters
-    pictures: Pictures
+    images: Images
     encoders: tuple[nn.Module, ...]  # the family itself has let go of them
 
     def batches(self, *, accumulation: int = 1, step: int = 1) -> list[Batch]:
         """The micro-batches of one optimizer step; five pictures and a batch of eight, so step 1 begins mid-epoch."""
-        order = Order(self.pictures.rows, GLOBAL_BATCH, seed=SEED)
-        ((_, found),) = micro_batches(
-            self.pictures, order, accumulation=accumulation, start_step=step, stop_step=step + 1)
+        order = Order(self.images.rows, GLOBAL_BATCH, seed=SEED)
+        shard = Shard(accumulation=accumulation)
+        ((_, found),) = micro_batches(self.images, order, shard, start_step=step, stop_step=step + 1)
         return found
 
     def losses(self, batch: Batch) -> Tensor:
         """[B] of the one pass."""
-        (one,), keys = self.step.passes(batch.step), batch.keys(SEED)
-        return self.step.losses(one, batch, self.step.family.sample_latents(batch, keys), keys)
+        (objective,) = self.step.passes.of_step(batch.step)
+        return self.step.losses(objective, batch, self.step.family.sample_latents(batch))
 
     def backward(self, **which: int) -> Gradients:
         """The gradients of one optimizer step, on the parameters."""
@@ -75,15 +74,14 @@ def rig(model: Path, data: Path, *, gamma: float | None = None, dtype: torch.dty
     base = ModelOptions(pretrained_model_name_or_path=str(model))
     family = sdxl.load(base, device=CPU, weight_dtype=dtype)
     encoders, prompts = family.text_encoders, FrozenText(family, [row.caption for row in rows])
-    pictures = ready_images(rows, options, family, {}, seed=SEED)
+    images = ready_images(rows, options, family, {}, seed=SEED)
     lora = add_adapters(family.denoiser, LoraOptions(rank=2), targets=family.lora_targets, seed=SEED)
     family.denoiser.to(dtype)  # the adapters too
-    family.settle(keep_vae=pictures.live)
-    job = SimpleNamespace(seed=SEED, device=CPU, autocast=nullcontext)
-    loss = make_objective(ObjectiveOptions(snr_gamma=gamma), family.schedule.prediction)
-    passes = Passes(always(Pass(make_levels(ObjectiveOptions(), family.schedule), loss)))
-    step = TrainStep(family, prompts, job, Noise(), passes)
-    return Rig(step, lora, pictures, encoders)
+    family.settle(keep_vae=images.live)
+    objective = ObjectiveOptions(snr_gamma=gamma)
+    passes = Passes(always(make_objective(objective, family.schedule)))
+    step = TrainStep(family, prompts, make_noise(objective), passes, nullcontext)
+    return Rig(step, lora, images, encoders)
 
 
 def train_a_little(lora: Adapters) -> None:
@@ -115,7 +113,8 @@ def test_a_train_step_gives_gradients_to_every_adapter_and_to_nothing_else(tiny_
     train_a_little(trained.lora)
     own = {id(p) for p in trained.lora.parameters()}
     family = trained.step.family
-    others = [p for part in (family.denoiser, family.vae, *trained.encoders) for p in part.parameters() if id(p) not in own]
+    parts = (family.denoiser, family.vae, *trained.encoders)
+    others = [p for part in parts for p in part.parameters() if id(p) not in own]
     before = [p.clone() for p in others]
     gradients = trained.backward()
     assert all(p.grad.abs().max() > 0 for p in trained.lora.parameters())
@@ -158,7 +157,8 @@ def losses_by_hand(model: Path, batch: Batch, gamma: float | None) -> Tensor:
 
     pipe = StableDiffusionXLPipeline.from_pretrained(model)
     schedule = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
-    keys = [(SEED, slot.step, slot.index) for slot in batch.slots]
+    keys = [(SEED, 1, place) for place in range(GLOBAL_BATCH)]
+    assert batch.keys == tuple(keys)
     t = (rng.uniform(keys, "timestep").double() * 1000).long()  # [B]
     posterior = pipe.vae.encode(batch.pixels).latent_dist
     drawn = rng.normal(posterior.mean.shape[1:], keys, name="posterior")

@@ -25,11 +25,12 @@ from tests.test_text import make
 from tests.tiny import build_tiny_sdxl
 from train_dreambooth_lora_sdxl_advanced import Options
 from trainkit import publish, rng
+from trainkit.data.batch import collate
 from trainkit.data.geometry import CropPolicy
 from trainkit.data.loader import Images
 from trainkit.data.rows import read_rows
-from trainkit.data.sampler import Order
-from trainkit.diffusion import Noise
+from trainkit.data.sampler import Order, Shard
+from trainkit.diffusion import draw_noise
 from trainkit.errors import UserError
 from trainkit.families import sdxl
 from trainkit.optim import make_optimizer
@@ -156,16 +157,16 @@ def test_d02_every_kind_of_text_is_tokenised_as_at_inference(tiny_sdxl):
         embeds, _, pooled, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
     for concern in ({}, {"pivotal": NEW_TOKENS}, {"text": TextOptions(train_text_encoder=True)}):
         ours = make(load(tiny_sdxl), [*prompts, "a TOK"], **concern)(prompts, 0)
-        torch.testing.assert_close(ours, (embeds, pooled), rtol=0, atol=1e-6)
+        torch.testing.assert_close(dict(ours), {"embeds": embeds, "pooled": pooled}, rtol=0, atol=1e-6)
 
 
 def test_d11_the_pooled_vector_is_the_end_tokens_beside_new_tokens(tmp_path):
     """There: with eos_token_id 2 it is taken at the largest id, a new token, which sees no word behind (#10754)."""
     old, new = (make(load(build_tiny_sdxl(tmp_path / str(eos), eos_in_config=eos)), ["a TOK dog", "a TOK cat"],
                      pivotal=NEW_TOKENS) for eos in (False, True))
-    dog, cat = old(["a TOK dog", "a TOK cat"])[1]
+    dog, cat = old(["a TOK dog", "a TOK cat"])["pooled"]
     assert not torch.allclose(dog, cat, atol=1e-3), "what stands behind the tokens counts"
-    assert torch.equal(torch.stack([dog, cat]), new(["a TOK dog", "a TOK cat"])[1])
+    assert torch.equal(torch.stack([dog, cat]), new(["a TOK dog", "a TOK cat"])["pooled"])
 
 
 def test_d16_words_are_replaced_whole_and_must_be_there(runs):
@@ -233,9 +234,9 @@ def test_d13_the_recorded_corner_is_the_one_that_was_cut_of_a_single_picture_too
     Image.fromarray(np.ascontiguousarray(ramp)).save(tmp_path / "ramp.png")
     for repeats in (1, 3):
         options = DataOptions(instance_data_dir=str(tmp_path), instance_prompt="TOK", resolution=32, repeats=repeats)
-        pictures = Images(read_rows(options)[0], CropPolicy.from_options(options), seed=0)
-        samples = [pictures[Order(pictures.rows, 1, seed=0).slot(step, 0)] for step in range(8)]
-        recorded = [int(sample.time_ids[3]) for sample in samples]
+        images = Images(read_rows(options)[0], CropPolicy.from_options(options), seed=0)
+        samples = [images[Order(images.rows, 1, seed=0).slot(step, 0)] for step in range(8)]
+        recorded = [int(collate([sample]).time_ids[0, 3]) for sample in samples]
         assert recorded == [round(float((sample.pixels[0, 0, 0] + 1) / 2 * 255 / 2)) for sample in samples]
         assert len(set(recorded)) > 4, "crops are random"
 
@@ -325,7 +326,7 @@ def test_d12_the_new_rows_are_all_that_is_trained_clipped_and_remembered(runs, t
     options = OptimizerOptions(lr_scheduler="constant")
     optimizer, gradients = make_optimizer(words.groups(options, 1), options, 4), Gradients(torch.device("cpu"))
     optimizer.begin(0)
-    gradients.backward(sum(part.square().sum() for part in words(["a TOK dog", "a photo of a dog"], 0)))
+    gradients.backward(sum(part.square().sum() for part in words(["a TOK dog", "a photo of a dog"], 0).values()))
     own = torch.cat([rows.grad.flatten() for rows in words.learner.rows]).norm().item()
     assert gradients.update(optimizer, step=0, max_grad_norm=1.0).grad_norm == pytest.approx(own)
     assert all(table.grad is None and not table.requires_grad for table in tables)
@@ -341,8 +342,8 @@ def test_d15_the_pivot_is_a_share_of_steps_and_ends_the_encoders_work(runs, tiny
     family = load(tiny_sdxl)
     words = make(family, pivotal=NEW_TOKENS)
     asked = ["a TOK dog", "a TOK cat"]
-    assert all(part.requires_grad for part in words(asked, 1))
-    assert not any(part.requires_grad for part in words(asked, 2)) and not family.text_encoders
+    assert all(part.requires_grad for part in words(asked, 1).values())
+    assert not any(part.requires_grad for part in words(asked, 2).values()) and not family.text_encoders
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -375,7 +376,7 @@ def test_d23_embedding_tables_beside_text_encoder_lora_get_no_gradient(dora, tin
     """There: whole tables require gradients for the sake of checkpointing, and nobody clears them."""
     family = load(tiny_sdxl)
     words = make(family, text=TextOptions(train_text_encoder=True), gradient_checkpointing=True)
-    sum(part.sum() for part in words(["a TOK dog"], 0)).backward()
+    sum(part.sum() for part in words(["a TOK dog"], 0).values()).backward()
     tables = [encoder.get_input_embeddings().weight for encoder in family.text_encoders]
     assert all(table.grad is None and not table.requires_grad for table in tables)
     grown = [p for network in words.networks for p in network.network.parameters() if p.grad is not None]
@@ -417,9 +418,9 @@ def test_d20_every_rank_draws_its_own_noise_and_levels(tmp_path):
     """There: all ranks have one seed and so one noise and one timestep (huggingface/accelerate#236)."""
     options = DataOptions(instance_data_dir=str(make_pictures(tmp_path / "data", n=4)), instance_prompt="TOK")
     order = Order(read_rows(options)[0], 4, seed=0)
-    keys = [(0, slot.step, slot.index) for rank in range(2) for slot in order.slots(0, rank=rank, world=2)[0]]
+    keys = [key for rank in range(2) for key, *_ in order.slots(0, Shard(rank, world=2))[0]]
     assert len(rng.uniform(keys, "timestep").unique()) == 4
-    assert len(Noise()((4, 8, 8), keys).unique(dim=0)) == 4
+    assert all(len(noise.unique(dim=0)) == 4 for noise in draw_noise((4, 8, 8), keys))
 
 
 def test_d21_two_processes_train_tokens_and_prior_as_one_does(tiny_sdxl, tmp_path):

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -14,6 +15,9 @@ from trainkit import rng
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin
+    from torch import Tensor
+
+    from trainkit.families import Family
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORDS = """a an the of in on and with photo picture icon style red green blue dog cat house sun moon star tree fish bird
@@ -169,3 +173,10 @@ def tiny_sd_unet(widths: Sequence[int], version: int):
         attention_head_dim=2 if version == 1 else tuple(w // 16 for w in widths), use_linear_projection=version == 2,
         cross_attention_dim=SD_TEXT_WIDTHS[version],
     )
+
+
+def latents_of(family: Family, mean: Tensor) -> Tensor:
+    """The clean latents of posteriors without a spread: mean [B,C,h,w] as the network knows it -> x0 [B,C,h,w]."""
+    batch = SimpleNamespace(keys=[(place,) for place in range(len(mean))], pixels=None, mean=mean,
+                            logvar=torch.full_like(mean, -torch.inf))
+    return family.sample_latents(batch)

@@ -291,7 +291,7 @@ def verify(path: Path, networks: Sequence[Adapters], family: Family, *, layout: 
     if strange or missing:
         raise mismatch(path, f"{len(strange)} unknown or incomplete, {len(missing)} missing modules: "
                              f"{', '.join((strange + missing)[:3])}")
-    results = {stem: compare(stated[stem], *places[stem]) for stem in stems}
+    results = {stem: compare(found, *where) for stem in stems if (found := stated[stem]) and (where := places[stem])}
     wrong = [stem for stem, (_, good) in results.items() if not good]
     if wrong:
         raise mismatch(path, f"ΔW of {wrong[0]} differs by {results[wrong[0]][0]:.1e} of its largest entry "
@@ -352,7 +352,7 @@ def parse(parts: Tensors, layout: Layout) -> Stated | None:
     factors = {end: Rounded.read(t) for end, t in parts.items() if end not in (ALPHA, dora) and t.ndim > 1}
     stray = parts.keys() - factors.keys() - {ALPHA, dora}
     alpha = float(parts[ALPHA]) if ALPHA in parts else None
-    update = None
+    update: Update | None = None
     if layout == "diffusers" and factors.keys() == {LORA_A, LORA_B}:
         update = LowRank(factors[LORA_A], factors[LORA_B])
     elif layout == "webui" and alpha is not None:

@@ -29,7 +29,7 @@ ANY_SIDE = 2**20  # pixels: any model halves it; the pipelines check the sides t
 
 def lora_file(path: Path) -> Path:
     """The LoRA file that a user names by itself or by the folder of its run."""
-    from trainkit.report.usage import DIFFUSERS_FILE
+    from trainkit.report.facts import DIFFUSERS_FILE
 
     return path / DIFFUSERS_FILE if path.is_dir() else path
 
@@ -164,7 +164,7 @@ def add_new_tokens(pipe: Pipeline, file: Path) -> Callable[[str], str]:
     """Give the pipeline the new tokens of an embeddings file -> what puts their names for their words in a prompt."""
     from trainkit.conditioning.new_tokens import ENCODERS, read_header
     from trainkit.files import load_tensors
-    from trainkit.options.words import replace_words
+    from trainkit.options.text_encoders import replace_words
 
     header, rows = read_header(file), load_tensors(file)
     pairs = ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2))

@@ -16,16 +16,32 @@ Weight-Decomposed Low-Rank Adaptation", eq. 5 and §4.3.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 from peft.tuners.loha import layer as loha
 from peft.tuners.lokr import layer as lokr
 from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 MERGE_UP_TO = 2**16  # entries of W; measured on a CPU, larger layers are faster without forming W + c · B A
+
+
+class Context(Protocol):
+    """autograd's context of a call, with what our forward passes keep in it: `c`, `x_shape` and `x_dtype`."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    c: float
+    x_shape: torch.Size
+    x_dtype: torch.dtype
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
 
 
 class LowRankUpdate(torch.autograd.Function):
@@ -38,7 +54,7 @@ class LowRankUpdate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, c: float) -> Tensor:
+    def forward(ctx: Context, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, c: float) -> Tensor:
         y, rows, h = products(x, W, b, A, B, c)
         ctx.save_for_backward(rows, h, W, A, B)
         ctx.c, ctx.x_shape, ctx.x_dtype = c, x.shape, x.dtype
@@ -46,7 +62,7 @@ class LowRankUpdate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
+    def backward(ctx: Context, dy: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
         dx, dA, dB = update_gradients(ctx, dy)
         return dx, None, None, dA, dB, None
 
@@ -61,7 +77,7 @@ def products(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, c: fl
     return y.addmm_(h, B.to(dtype).t(), alpha=c), rows, h
 
 
-def update_gradients(ctx: FunctionCtx, dz: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+def update_gradients(ctx: Context, dz: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
     """dx (where it is asked for), dA and dB of z = x Wᵀ + c · (x Aᵀ) Bᵀ from dz [..., out]."""
     rows, h, W, A, B = ctx.saved_tensors[:5]
     dz = dz.reshape(-1, dz.shape[-1])  # [n,out]
@@ -82,7 +98,7 @@ class DecomposedUpdate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: Tensor, c: float
+    def forward(ctx: Context, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: Tensor, c: float
                 ) -> Tensor:
         z, rows, h = products(x, W, None, A, B, c)
         ctx.save_for_backward(rows, h, W, A, B, z, s)
@@ -92,7 +108,7 @@ class DecomposedUpdate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, dy: Tensor) -> tuple[Tensor | None, ...]:
         *_, z, s = ctx.saved_tensors
         ds = torch.linalg.vecdot(dy.reshape(z.shape), z, dim=0)  # [out]
         dx, dA, dB = update_gradients(ctx, dy * s.to(dy.dtype))
@@ -193,13 +209,20 @@ class LeanWhole:
 
     lean_adapter: str
 
+    # Of PEFT's class, which comes after this one; a common base would be another layout for layer.__class__.
+    base_layer: nn.Linear
+    active_adapters: list[str]
+    disable_adapters: bool
+    merged: bool
+    get_delta_weight: Callable[[str], Tensor]
+
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         base, name = self.base_layer, self.lean_adapter
         plain = (self.active_adapters == [name] and not self.disable_adapters and not self.merged
                  and x.dtype == base.weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
                  and "forward" not in vars(base))
         if args or kwargs or not plain:
-            return super().forward(x, *args, **kwargs)
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # PEFT's
         return F.linear(x, base.weight + self.get_delta_weight(name), base.bias)
 
 
@@ -220,7 +243,7 @@ def worth_merging(x: Tensor, W: Tensor) -> bool:
             and not torch.is_autocast_enabled(x.device.type))
 
 
-def install(layer: nn.Module, adapter: str) -> bool:
+def install(layer: BaseTunerLayer, adapter: str) -> bool:
     """Make a PEFT layer lean where it is one of the above on a plain linear layer -> whether it is one now.
 
     Only the class changes: parameters, state dict and PEFT's own switches stay what they were.
@@ -240,7 +263,7 @@ def install(layer: nn.Module, adapter: str) -> bool:
     return True
 
 
-def install_started(layer: nn.Module, adapter: str) -> None:
+def install_started(layer: BaseTunerLayer, adapter: str) -> None:
     """Let the update of a PEFT layer count from what its factors hold now."""
     assert install(layer, adapter) and type(layer) is LeanLinear, "PiSSA and OLoRA are for plain LoRA on linear layers"
     layer.__class__ = StartedLinear

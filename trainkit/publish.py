@@ -17,11 +17,12 @@ import yaml
 from trainkit.errors import Problem, UserError
 from trainkit.export import Layout, verify, write_diffusers, write_kohya
 from trainkit.files import Json, atomic_write
-from trainkit.options import TRAINERS, RunOptions
+from trainkit.options import RunOptions
+from trainkit.options.trainers import known_flags
 from trainkit.report import SampleStep, environment, sample_steps, write_report
 from trainkit.report.charts import number
-from trainkit.report.facts import RunFacts, sample_files, weight_names
-from trainkit.report.usage import DIFFUSERS_FILE
+from trainkit.report.facts import DIFFUSERS_FILE, RunFacts, sample_files, weight_names
+from trainkit.report.usage import usage
 from trainkit.runtime import ranks
 from trainkit.runtime.record import redact
 
@@ -42,31 +43,6 @@ LICENCES = {  # of bases on the Hub; a folder tells its own
 LONGEST_NAME = 255 - len("._emb.safetensors.1234567-12345678.tmp")  # bytes; a file is written under a longer name
 HUB_ID = re.compile(r"([\w-][\w.-]{0,95}/)?[\w-][\w.-]{0,95}", re.ASCII)
 FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
-SETTINGS = {  # name in the card: flag; nothing here holds a path
-    "Resolution, pixels": "resolution", "Rank": "rank", "Alpha": "lora_alpha", "Layers": "lora_layers",
-    "Blocks": "lora_unet_blocks", "Schedule": "lr_scheduler", "Warm-up, steps": "lr_warmup_steps",
-    "Text weight decay": "adam_weight_decay_text_encoder", "EMA decay": "ema_decay",
-    "Share of the steps, new tokens": "train_text_encoder_ti_frac", "Batch size": "train_batch_size",
-    "Accumulation": "gradient_accumulation_steps", "Min-SNR gamma": "snr_gamma", "Class pictures": "num_class_images",
-    "Prior loss weight": "prior_loss_weight", "Matching, method": "dist_match_method",
-    "Matching, mode": "dist_match_mode", "Mixed precision": "mixed_precision", "Seed": "seed",
-}
-DEVIATIONS = {  # the same, of flags that are told only when they are not at their default
-    "Optimizer arguments": "optimizer_args", "Kind": "lora_type", "DoRA": "use_dora", "rsLoRA": "use_rslora",
-    "B-LoRA": "use_blora",
-    "Start": "init_lora_weights", "LoRA+ ratio": "loraplus_lr_ratio", "Share of the steps, UNet": "train_unet_frac",
-    "Share of the steps, text encoders": "train_text_encoder_frac", "Loss": "loss_type",
-    "Loss weighting": "loss_weighting", "EDM training": "do_edm_style_training", "Prediction": "prediction_type",
-    "Schedule ends at SNR 0": "rescale_betas_zero_snr", "Noise offset": "noise_offset", "Random flips": "random_flip",
-    "CLIP skip": "clip_skip", "Fourier preset": "fourier_config", "Fourier weight": "fourier_weight",
-    "Fourier mode": "fourier_mode", "Fourier metric": "fourier_metric", "Fourier space": "fourier_space",
-    "Distribution matching, lambda": "dist_match",
-    "Distribution matching, gain": "dist_match_gain", "Matching, statistic": "dist_match_statistic",
-    "Matching, weights": "dist_match_weights", "Matching, kernel": "dist_match_kernel",
-    "Matching, bank": "dist_match_bank", "CLIP guidance token": "guidance_token",
-}
-DEFAULTS = {flag.name: flag.default for concerns in TRAINERS.values() for name, kind in concerns.items()
-            for flag in kind.flags(name)}
 
 
 def problems(options: RunOptions) -> Iterator[Problem]:
@@ -198,7 +174,7 @@ def write_card(folder: Path) -> Path:
     env.filters |= {"text": text, "code": code, "steps": mixed}
     card = env.get_template("card.md").render(
         run=run, samples=samples, samples_grid=f"samples/step_{samples[-1].step:06d}.png" if samples else "",
-        usage=run.usage, files=run.files, purposes=purposes(run), settings=settings(run), dataset=hub_dataset(run),
+        usage=usage(run), files=run.files, purposes=purposes(run), settings=settings(run), dataset=hub_dataset(run),
         licence=licence, base_is_local=Path(run.base_path).is_dir(), front_matter=matter, title=title(run),
         parts=parts(run), tokens=run.embeddings.tokens if run.embeddings else {},
     )
@@ -271,9 +247,9 @@ def hub_dataset(run: RunFacts) -> str | None:
 
 
 def settings(run: RunFacts) -> dict[str, str]:
-    """The rows of the card's table: what had an effect."""
-    told = {name: run.setting(flag) for name, flag in SETTINGS.items()}
-    told |= {name: run.setting(flag) for name, flag in DEVIATIONS.items() if run.option(flag) != DEFAULTS[flag]}
+    """The rows of the card's table: what had an effect. Which options it tells, their fields say."""
+    told = {card.label: run.setting(flag.name) for flag in known_flags().values() if (card := flag.facts.card)
+            if card.always or run.option(flag.name) != flag.default}
     rates = {f"Learning rate, {group}": number(rate) for group, rate in run.rates.items()}
     values = {"Steps": run.step, "Optimizer": run.optimizer, **rates, **told}
     return {name: str(value) for name, value in values.items() if value is not None}

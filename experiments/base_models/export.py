@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from experiments.base_models.unet import NOISE, load_average, make_sd_unet, make_sdxl_unet
+from experiments.base_models.loop import load_average
+from experiments.base_models.unet import NOISE, make_sd_unet, make_sdxl_unet
 from experiments.base_models.vae import load_vae
 
 LOG = logging.getLogger("base_models")

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from experiments.base_models.captions import TEMPLATES, caption
 from experiments.base_models.clip import CaptionedIcons
-from experiments.base_models.unet import DEFAULT_SIZE, TextEncoders, load_average, make_sdxl_unet
+from experiments.base_models.loop import load_average
+from experiments.base_models.unet import DEFAULT_SIZE, TextEncoders, make_sdxl_unet
 
 LOG = logging.getLogger("base_models")
 

@@ -16,8 +16,7 @@ from experiments.base_models.augment import move, soften, tint, wobble
 from experiments.base_models.captions import TEMPLATES, caption
 from experiments.base_models.clip import MEAN, STD, CaptionedIcons, TwoTextClip, contrast, noun_contrast, save_clip
 from experiments.base_models.data import STYLES
-from experiments.base_models.loop import Budget, Training, generator
-from experiments.base_models.unet import load_average
+from experiments.base_models.loop import Budget, Training, generator, load_average
 from experiments.base_models.vae import load_vae
 
 LOG = logging.getLogger("base_models")

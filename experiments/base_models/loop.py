@@ -177,3 +177,9 @@ def replace_text(path: Path, text: str) -> None:
 def generator(seed: int, step: int) -> torch.Generator:
     """Randomness as a function of (seed, step), so that a resumed run draws what an unbroken one would."""
     return torch.Generator().manual_seed((seed << 32) + step)
+
+
+def load_average(work_dir: Path, name: str) -> dict[str, Tensor]:
+    """The averaged weights in the newest saved state of a training run."""
+    record = json.loads((work_dir / "training" / f"{name}.json").read_text())
+    return part(load_file(work_dir / "training" / record["file"]), "average.")

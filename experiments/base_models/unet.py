@@ -1,20 +1,18 @@
 """The two UNets: SDXL's block layout first, then SD 1.x's from its weights; frozen text encoders, cached text."""
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from experiments.base_models.captions import PLAIN_TEMPLATES, TEMPLATES, caption, caption_texts, unknown_style_texts
 from experiments.base_models.clip import CaptionedIcons
 from experiments.base_models.data import SIZE, STYLES, UNET_STYLES, load_icons
-from experiments.base_models.loop import Budget, Training, generator, part
+from experiments.base_models.loop import generator
 from experiments.base_models.vae import load_vae
 
 LOG = logging.getLogger("base_models")
@@ -267,28 +265,3 @@ class UNetTask:
             before = self.level_errors[index]
             self.level_errors[index] = now if before.isnan() else before + 0.01 * (now - before)
         return self.level_errors[bins]
-
-
-def train_unet(work_dir: Path, family: str, *, minutes: float, seed: int) -> None:
-    from diffusers.models.attention_processor import AttnProcessor
-
-    torch.manual_seed(seed)
-    unet = make_sdxl_unet() if family == "sdxl" else make_sd_unet()
-    task = UNetTask(work_dir, family, seed)
-    start = work_dir / "start" / f"{family}.safetensors"
-    if start.exists():  # weights of an earlier edition; a saved state of this training, if there is one, replaces them
-        unet.load_state_dict(load_file(start))
-    elif family == "sd" and not (work_dir / "training" / "sd.json").exists():
-        from experiments.base_models.inherit import inherit
-
-        inherit(work_dir, unet, seed)
-    unet.set_attn_processor(AttnProcessor())  # bf16 fused attention is 6x slower backwards on a CPU than two matmuls
-    state = {"level_errors": task.level_errors}
-    training = Training(family, unet, work_dir, budget=Budget(minutes), lr=8e-4, ema=0.9995, half=True, state=state)
-    training.run(lambda step: task.losses(training.worker, step))
-
-
-def load_average(work_dir: Path, name: str) -> dict[str, Tensor]:
-    """The averaged weights in the newest saved state of a training run."""
-    record = json.loads((work_dir / "training" / f"{name}.json").read_text())
-    return part(load_file(work_dir / "training" / record["file"]), "average.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -15,15 +16,17 @@ from trainkit.adapters.updates import Update
 from trainkit.errors import Problem, UserError, refuse
 
 if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
     from peft import PeftConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers import PreTrainedModel
 
     from trainkit.optim import ParamGroup
     from trainkit.options import LoraOptions
 
 NAME = "default"  # PEFT's name of our adapter
-UNET = "unet"
 Prefix = Literal["unet", "text_encoder", "text_encoder_2"]
+UNET: Prefix = "unet"
 Kind = Literal["lora", "loha", "lokr"]
 
 
@@ -140,12 +143,13 @@ def update_of(layer: BaseTunerLayer, kind: Kind, scale: float) -> Update:
         return updates.LowRank(A.flatten(1), B.flatten(1), scale)
     held = {name: p.flatten(1) for name, p in starts.own_parameters(layer, NAME).items()}
     if kind == "loha":
-        return updates.Hadamard(*(held[f"hada_{name}"] for name in ("w1_a", "w1_b", "w2_a", "w2_b")), scale)
+        B1, A1, B2, A2 = (held[f"hada_{name}"] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
+        return updates.Hadamard(B1, A1, B2, A2, scale)
     return updates.Kronecker(
         C=held["lokr_w1"], B=held.get("lokr_w2_a"), A=held.get("lokr_w2_b"), D=held.get("lokr_w2"), scale=scale)
 
 
-def add_adapters(network: nn.Module, options: LoraOptions, *, targets: Targets, seed: int,
+def add_adapters(network: UNet2DConditionModel | PreTrainedModel, options: LoraOptions, *, targets: Targets, seed: int,
                  prefix: Prefix = UNET) -> Adapters:
     """Inject adapters into a frozen network; none into a UNet that is not to be trained (--train_unet_frac 0).
 
@@ -157,15 +161,15 @@ def add_adapters(network: nn.Module, options: LoraOptions, *, targets: Targets, 
 
     in_unet = prefix == UNET
     alpha = options.rank if options.lora_alpha is None else options.lora_alpha
-    made = {"rank": options.rank, "alpha": alpha, "prefix": prefix, "kind": options.lora_type,
-            "scale": alpha / (options.rank**0.5 if options.use_rslora else options.rank),
-            "b_ratio": options.loraplus_lr_ratio, "factor": options.lokr_factor}
+    collect = partial(Adapters, network, rank=options.rank, alpha=alpha, prefix=prefix, kind=options.lora_type,
+                      scale=alpha / (options.rank**0.5 if options.use_rslora else options.rank),
+                      b_ratio=options.loraplus_lr_ratio, factor=options.lokr_factor)
     if in_unet and options.train_unet_frac == 0:
-        return Adapters(network, **made)
+        return collect()
     refuse(room.problems(network, options, targets=targets, in_blocks=in_unet))
     modules = room.target_modules(network, options, targets=targets, in_blocks=in_unet)
     network.add_adapter(peft_config(options, alpha, modules), adapter_name=NAME)
-    adapters = Adapters(network, **made)
+    adapters = collect()
     for path, layer in adapters.layers.items():
         place = path if in_unet else f"{prefix}.{path}"
         starts.initialise(layer, NAME, seed=seed, path=place, how=options.init_lora_weights)

@@ -54,7 +54,7 @@ def convolutions(network: nn.Module, options: LoraOptions, paths: Iterable[str])
 
 def narrow_layers(network: nn.Module, options: LoraOptions, paths: Iterable[str]) -> list[Problem]:
     """PiSSA and OLoRA start from r directions of each weight, which has no more of them than its smaller side."""
-    sides = {path: min(network.get_submodule(path).weight.shape) for path in paths}
+    sides = {path: min(network.get_parameter(f"{path}.weight").shape) for path in paths}
     narrowest = min(sides, key=lambda path: sides[path], default="")
     if not sides or sides[narrowest] >= options.rank:
         return []

@@ -12,16 +12,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+Factor = Any  # a Tensor, or a matrix with @, * and kron of its own, such as the export's numbers with their error
+
 
 @dataclass(frozen=True)
 class Update:
-    """ΔW without the base's weight; `scale` is c."""
+    """ΔW without the base's weight."""
 
-    def delta(self) -> Tensor:
+    @property
+    def scale(self) -> float:
+        """c; a field of every kind."""
+        raise NotImplementedError
+
+    def delta(self) -> Any:
         """-> [out,in]"""
         raise NotImplementedError
 
@@ -39,11 +47,11 @@ class Update:
 class LowRank(Update):
     """LoRA."""
 
-    A: Tensor  # [r,in]
-    B: Tensor  # [out,r]
+    A: Factor  # [r,in]
+    B: Factor  # [out,r]
     scale: float = 1.0
 
-    def delta(self) -> Tensor:
+    def delta(self) -> Any:
         return (self.B @ self.A) * self.scale
 
     def low_rank(self) -> LowRank:
@@ -54,13 +62,13 @@ class LowRank(Update):
 class Hadamard(Update):
     """LoHa: a product of entries, of rank r² at most."""
 
-    B1: Tensor  # [out,r]
-    A1: Tensor  # [r,in]
-    B2: Tensor  # [out,r]
-    A2: Tensor  # [r,in]
+    B1: Factor  # [out,r]
+    A1: Factor  # [r,in]
+    B2: Factor  # [out,r]
+    A2: Factor  # [r,in]
     scale: float = 1.0
 
-    def delta(self) -> Tensor:
+    def delta(self) -> Any:
         return (self.B1 @ self.A1) * (self.B2 @ self.A2) * self.scale
 
     def low_rank(self) -> LowRank:
@@ -81,24 +89,32 @@ class Hadamard(Update):
 class Kronecker(Update):
     """LoKr: a small C [a,c] times a block, which is D [b,d] or the product B A of [b,r] and [r,d]."""
 
-    C: Tensor
-    B: Tensor | None = None
-    A: Tensor | None = None
-    D: Tensor | None = None
+    C: Factor
+    B: Factor | None = None
+    A: Factor | None = None
+    D: Factor | None = None
     scale: float = 1.0
 
-    def delta(self) -> Tensor:
-        return self.C.kron(self.B @ self.A if self.D is None else self.D) * self.scale
+    def delta(self) -> Any:
+        if self.D is not None:
+            return self.C.kron(self.D) * self.scale
+        B, A = self.block()
+        return self.C.kron(B @ A) * self.scale
 
     def low_rank(self) -> LowRank:
         """(C D') ⊗ (B A) = (C ⊗ B) (D' ⊗ A), with an identity as C or as D', whichever gives fewer components."""
         a, c = self.C.shape
-        B, A = self.B, self.A
-        if B is None:
-            B, A = split(self.D)
+        B, A = self.block()
         if a < c:
             return LowRank(self.C.kron(A), unit(a, A).kron(B), self.scale)
         return LowRank(unit(c, A).kron(A), self.C.kron(B), self.scale)
+
+    def block(self) -> tuple[Tensor, Tensor]:
+        """The block as B and A; where it is D, one of them is D and the other an identity."""
+        if self.D is not None:
+            return split(self.D)
+        assert self.B is not None and self.A is not None, "the block is D, or B and A"
+        return self.B, self.A
 
 
 def unit(n: int, like: Tensor) -> Tensor:

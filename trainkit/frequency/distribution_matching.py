@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -140,16 +141,18 @@ class UsualErrors:
         low, high = self.ends
         return ((snr.log() - low) / (high - low) * BINS).clamp(0, BINS - 1).long()
 
-    def update(self, sizes: Tensor) -> None:
-        """Sizes [N,3+n] of all processes' samples: weight, snr, energy. Only active, finite ones leave a trace."""
+    def after(self, sizes: Tensor) -> UsualErrors:
+        """The means after samples of all processes, [N,3+n]: weight, snr, energy. Only active, finite ones count."""
         weight, snr, energy = sizes[:, 0], sizes[:, 1], sizes[:, 2:]
         valid = (weight > 0) & energy.isfinite().all(1)
         inside = F.one_hot(self.bins(snr), BINS).to(energy) * valid[:, None]  # [N,BINS]
         visits = inside.sum(0)[:, None]  # [BINS,1]
         mean = inside.T @ torch.where(valid[:, None], energy, 0) / visits.clamp(min=1)
         keep = torch.where(visits > 0, DECAY, 1.0)
-        self.total = self.total.to(sizes.device) * keep + mean
-        self.count = self.count.to(sizes.device) * keep + (visits > 0)
+        after = copy(self)
+        after.total = self.total.to(sizes.device) * keep + mean
+        after.count = self.count.to(sizes.device) * keep + (visits > 0)
+        return after
 
     def at(self, bins: Tensor) -> Tensor:
         """-> [G,n+1]: |P_b e|²/D_b of each band, then |e|²/D."""
@@ -262,7 +265,8 @@ class DistributionMatchingLoss:
 
         alike    [B] of integers (kernel class) or [B,F]: what the kernel compares
         picture  [B] of integers, equal for samples of one image; None: no two samples are
-        observe  whether the running means, the bank and `describe` learn of this call; not in validation
+        observe  whether the running means, the bank and `describe` learn of this call; not in validation. The losses
+                 are the same either way
 
         Raises ValueError for the statistic u of one sample without a bank, and without what the kernel compares.
         """
@@ -276,9 +280,11 @@ class DistributionMatchingLoss:
                 mine = self._samples(error.detach(), x0, snr, weight, self._features(alike, error), picture)
                 samples, first = mine.gathered(self.gather)
                 sizes, _ = self.gather(torch.cat([mine.weight[:, None], mine.snr[:, None], mine.energy], 1))
+                usual = self.usual_errors.after(sizes)
                 if observe:
-                    self.usual_errors.update(sizes)
-                factor, common = self._compare(samples, one_shape=len(samples.weight) == len(sizes), observe=observe)
+                    self.usual_errors = usual
+                one_shape = len(samples.weight) == len(sizes)
+                factor, common = self._compare(samples, usual, one_shape=one_shape, observe=observe)
 
             # The value is <r, m>; its gradient counts twice, because r is on both sides of the pairs.
             here = slice(first, first + len(x0))
@@ -368,7 +374,8 @@ class DistributionMatchingLoss:
             return digits(alike).to(like)
         return alike.detach().to(like).flatten(1)
 
-    def _compare(self, samples: SampleErrors, *, one_shape: bool, observe: bool) -> tuple[Tensor, Tensor]:
+    def _compare(self, samples: SampleErrors, usual_errors: UsualErrors, *, one_shape: bool, observe: bool
+                 ) -> tuple[Tensor, Tensor]:
         """The factor τ [G,n,1,1,1] of each sample, and what it has in common with the others, m [G,n,C,h,w]."""
         G, weight = len(samples.weight), samples.weight
         if G == 1 and self.statistic == "u" and not self.bank:
@@ -376,8 +383,8 @@ class DistributionMatchingLoss:
                              "of 2 or more over all processes, or a bank")
 
         # r: the errors in the units that timestep_weight and band_norm ask for.
-        bins = self.usual_errors.bins(samples.snr)
-        usual = self.usual_errors.at(bins).to(samples.error)  # [G,n+1]
+        bins = usual_errors.bins(samples.snr)
+        usual = usual_errors.at(bins).to(samples.error)  # [G,n+1]
         factor = TIMESTEP_WEIGHTS[self.timestep_weight](samples.snr, usual[:, -1])
         factor = factor[:, None].expand(G, self.bands.count)
         if self.band_norm == "whiten":

@@ -8,10 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from trainkit.frequency.spectra import FourierLoss
+from typing import NamedTuple, Protocol, TypedDict, TypeVar
 
 HIGH_FREQ_BOUNDS = (1.0, 3.0)  # between which a high-frequency weight is clipped
 
@@ -25,29 +22,51 @@ CURVES: dict[str, Callable[[float, float, float], float]] = {
 # ----------------------------------------------------------------------------------------------------------------------
 # Modes
 
+T = TypeVar("T")
 ScaleTerm = tuple[float, int, float]  # a term's weight, its scale, its high-frequency weight before it is clipped
 
 
-def even(loss: FourierLoss, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
+class Settings(Protocol):
+    """What a mode reads of a `FourierLoss`."""
+
+    @property
+    def high_freq_weight(self) -> float | None: ...
+
+    @property
+    def mix(self) -> tuple[float, float] | None: ...
+
+    @property
+    def adaptive_scaling(self) -> bool | None: ...
+
+    def curve(self, progress: float) -> float: ...
+
+
+def even(loss: Settings, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
     return [(share, scale, 1.0) for share, scale, _ in terms]
 
 
-def weighted(loss: FourierLoss, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
-    return [(share, scale, loss.high_freq_weight) for share, scale, _ in terms]
+def weighted(loss: Settings, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
+    return [(share, scale, filled(loss.high_freq_weight)) for share, scale, _ in terms]
 
 
-def adaptive(loss: FourierLoss, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
+def adaptive(loss: Settings, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
     return [(share, scale, loss.curve(progress)) for share, scale, _ in terms]
 
 
-def unified(loss: FourierLoss, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
+def unified(loss: Settings, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
     """α of all scales and β of the full size; adaptive_scaling moves weight from the first to the second."""
-    alpha, beta = loss.mix
+    alpha, beta = filled(loss.mix)
     if loss.adaptive_scaling:
         alpha, beta = alpha * (1.5 - 0.5 * progress), beta * (1 + 0.5 * progress)
         alpha, beta = alpha / (alpha + beta), beta / (alpha + beta)
-    a = loss.curve(progress)
-    return [*((alpha * share, scale, a * high) for share, scale, high in terms), (beta, 1, a * loss.high_freq_weight)]
+    a, full = loss.curve(progress), filled(loss.high_freq_weight)
+    return [*((alpha * share, scale, a * high) for share, scale, high in terms), (beta, 1, a * full)]
+
+
+def filled(setting: T | None) -> T:
+    """A setting that is read, so that `FourierLoss` has put a value in place of its None."""
+    assert setting is not None
+    return setting
 
 
 def clip(high: float) -> float:
@@ -55,16 +74,30 @@ def clip(high: float) -> float:
     return min(max(high, HIGH_FREQ_BOUNDS[0]), HIGH_FREQ_BOUNDS[1])
 
 
+class ModeFields(TypedDict, total=False):
+    """Fields of FourierLoss with a mode's value for each."""
+
+    high_freq_weight: float
+    scales: tuple[int, ...]
+    scale_high_freq_weights: tuple[float, ...]
+    adaptive_max_weight: float
+    adaptive_min_weight: float
+    adaptive_mode: str
+    mix: tuple[float, float]
+    adaptive_scaling: bool
+
+
 class Mode(NamedTuple):
     """How a mode makes its terms of those that its scales give, and the fields that it reads, with their defaults."""
 
-    terms: Callable[[FourierLoss, float, Sequence[ScaleTerm]], list[ScaleTerm]]
-    fields: dict[str, object]
+    terms: Callable[[Settings, float, Sequence[ScaleTerm]], list[ScaleTerm]]
+    fields: ModeFields
     decay: float = 0.5  # the weight of a scale is scale^−decay
 
 
-UNIFIED = {"high_freq_weight": 2.0, "scales": (1, 2, 4), "adaptive_max_weight": 2.5, "adaptive_min_weight": 0.8,
-           "adaptive_mode": "linear", "mix": (0.6, 0.4), "adaptive_scaling": True}
+UNIFIED: ModeFields = {
+    "high_freq_weight": 2.0, "scales": (1, 2, 4), "adaptive_max_weight": 2.5, "adaptive_min_weight": 0.8,
+    "adaptive_mode": "linear", "mix": (0.6, 0.4), "adaptive_scaling": True}
 MODES: dict[str, Mode] = {
     "basic": Mode(even, {}),
     "weighted": Mode(weighted, {"high_freq_weight": 2.0}),

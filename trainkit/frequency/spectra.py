@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
 from functools import lru_cache, partial
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from trainkit.frequency.bands import TINY, cached, refuse_unknown, widened
-from trainkit.frequency.presets import CURVES, MODES, ScaleTerm, clip, nearest
+from trainkit.frequency.presets import CURVES, MODES, ScaleTerm, clip, filled, nearest
 
 LEAST_SIDE = 2  # of pooled latents; a side of 1 has its mean alone
 LEAST_SPREAD = 1e-3  # latents and noise have a variance of about 1: what is flatter counts as being this flat
@@ -67,6 +67,11 @@ NORMALIZERS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], tu
 def pooled(x: Tensor, scale: int) -> Tensor:
     """Means of scale x scale; what is left over at the ends is left out."""
     return F.avg_pool2d(x, scale) if scale > 1 else x
+
+
+def planes(x: Tensor) -> Tensor:
+    """[B,...,h,w] -> [B,C,h,w]"""
+    return x.unsqueeze(1).flatten(1, -3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -193,7 +198,7 @@ FOURIER_NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
                      "adaptive_min_weight", "gate_min_snr", "gate_max_snr"), POSITIVE),
     "eps": (lambda v: 1e-15 <= v < 1, "from 1e-15, below which its square is 0, to below 1"),
 }
-FOURIER_TYPES: dict[str, tuple[type, Callable[[object], object], str]] = {  # by a field's annotation
+FOURIER_TYPES: dict[str, tuple[type, Callable[[Any], object], str]] = {  # by a field's annotation
     "float": (Real, float, "a number"), "int": (Integral, int, "a whole number"), "str": (str, str, "text"),
     "bool": (bool, bool, "True or False"),
 }
@@ -263,28 +268,29 @@ def refuse_pairs(loss: FourierLoss) -> None:
     if "gate_max_snr" in read and loss.gate_min_snr >= loss.gate_max_snr:
         raise ValueError(f"fourier_gate_min_snr {loss.gate_min_snr} is not below fourier_gate_max_snr "
                          f"{loss.gate_max_snr}: lower the first, or raise the second")
-    high, low = read.get("adaptive_max_weight"), read.get("adaptive_min_weight")
-    if high is not None and low is not None and low > high:
+    high, low = loss.adaptive_max_weight, loss.adaptive_min_weight
+    if "adaptive_max_weight" in read and filled(low) > filled(high):
         raise ValueError(f"fourier_adaptive_min_weight {low} is above fourier_adaptive_max_weight {high}: give the "
                          "higher one as maximum")
-    if "mix" in read and (len(loss.mix) != 2 or not sum(loss.mix)):
-        raise ValueError(f"fourier_mix {shown(loss.mix)} is not two numbers, what all scales count and what the "
+    if "mix" in read and (len(mix := filled(loss.mix)) != 2 or not sum(mix)):
+        raise ValueError(f"fourier_mix {shown(mix)} is not two numbers, what all scales count and what the "
                          "full size does, with one above 0: write it as 0.6,0.4")
-    for name in ("scale_weights", "scale_high_freq_weights"):
-        if (value := read.get(name)) and len(value) != len(loss.scales):
-            raise ValueError(f"fourier_{name} {shown(value)} has {len(value)} numbers for the {len(loss.scales)} of "
-                             f"fourier_scales {shown(loss.scales)}: give one for each")
+    for name in (n for n in ("scale_weights", "scale_high_freq_weights") if n in read):
+        value, scales = getattr(loss, name), filled(loss.scales)
+        if len(value) != len(scales):
+            raise ValueError(f"fourier_{name} {shown(value)} has {len(value)} numbers for the {len(scales)} of "
+                             f"fourier_scales {shown(scales)}: give one for each")
 
 
 def mode_defaults(loss: FourierLoss) -> dict[str, object]:
     """Values in place of None, for the settings that the mode reads."""
-    _, values, decay = MODES[loss.mode]
-    values = values | {"normalize": "target" if loss.metric == "magnitude" else "none"}
-    if "scales" in values:
-        scales = loss.scales or values["scales"]
+    _, own, decay = MODES[loss.mode]
+    values = {**own, "normalize": "target" if loss.metric == "magnitude" else "none"}
+    if "scales" in own:
+        scales = loss.scales or own["scales"]
         values["scale_weights"] = tuple(scale**-decay for scale in scales)
-    if "mix" in values and (loss.scales or loss.high_freq_weight or "scale_high_freq_weights" not in values):
-        values["scale_high_freq_weights"] = (loss.high_freq_weight or values["high_freq_weight"],) * len(scales)
+    if "mix" in own and (loss.scales or loss.high_freq_weight or "scale_high_freq_weights" not in own):
+        values["scale_high_freq_weights"] = (loss.high_freq_weight or own["high_freq_weight"],) * len(scales)
     return {name: value for name, value in values.items() if getattr(loss, name) is None}
 
 
@@ -402,7 +408,7 @@ class FourierLoss:
         refuse_pairs(self)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, object]) -> FourierLoss:
+    def from_config(cls, config: Mapping[str, Any]) -> FourierLoss:
         """The loss with these settings, given by the names of their flags. Raises ValueError for an unknown name."""
         names = {f"fourier_{field.name}": field.name for field in fields(cls)}
         for key in config:
@@ -474,7 +480,8 @@ class FourierLoss:
 
     def curve(self, progress: float) -> float:
         """a(π)."""
-        return CURVES[self.adaptive_mode](self.adaptive_max_weight, self.adaptive_min_weight, progress)
+        high, low = filled(self.adaptive_max_weight), filled(self.adaptive_min_weight)
+        return CURVES[filled(self.adaptive_mode)](high, low, progress)
 
     def require(self, latents: Sequence[int]) -> None:
         """Raises ValueError for latents of a shape (C,h,w) that have no frequencies to compare."""
@@ -505,11 +512,10 @@ class FourierLoss:
 
         Raises ValueError where none does. A mode without scales has the scale 1.
         """
-        scales, weights, high_freq_weights = (1,), (1.0,), (1.0,)
-        if "scales" in MODES[self.mode].fields:
-            scales, weights, high_freq_weights = self.scales, self.scale_weights, (1.0,) * len(self.scales)
-        if "mix" in MODES[self.mode].fields:
-            high_freq_weights = self.scale_high_freq_weights
+        read = MODES[self.mode].fields
+        scales = filled(self.scales) if "scales" in read else (1,)
+        weights = filled(self.scale_weights) if "scales" in read else (1.0,)
+        high_freq_weights = filled(self.scale_high_freq_weights) if "mix" in read else (1.0,) * len(scales)
         if side < LEAST_SIDE:
             raise ValueError(f"latents with a side of {side} have no frequencies for the Fourier loss, which needs 2x2 "
                              "or more: train at a higher resolution")
@@ -542,7 +548,10 @@ class FourierLoss:
             raise ValueError(f"fourier_timestep_gate {self.timestep_gate} goes by the signal-to-noise ratio snr [B]"
                              f"{' and the clean latents' if frequency else ''}, which are missing: give them, or use "
                              "the gate none")
-        return sample(snr.detach().to(like), self.gate_min_snr, self.gate_max_snr) if sample else torch.ones_like(like)
+        if sample is None:
+            return torch.ones_like(like)
+        assert snr is not None
+        return sample(snr.detach().to(like), self.gate_min_snr, self.gate_max_snr)
 
     def _compare(
         self, pred: Tensor, target: Tensor, active: Tensor, progress: float, mask: Tensor | None, snr: Tensor | None,
@@ -551,8 +560,8 @@ class FourierLoss:
         """L_F -> [B], 0 for a sample that is not active, whatever its pred."""
         with torch.autocast(pred.device.type, enabled=False):
             pred, clean = widened(pred), clean if GATES[self.timestep_gate].frequency else None
-            target, mask, clean = (x if x is None else x.detach().to(pred).expand_as(pred)
-                                   for x in (target, mask, clean))
+            target = target.detach().to(pred)
+            mask, clean = (x if x is None else x.detach().to(pred).expand_as(pred) for x in (mask, clean))
 
             # A sample that is not active has no error, and no NaN of its pred reaches a gradient.
             pred = torch.where(active.view(-1, *[1] * (pred.ndim - 1)), pred, target)
@@ -560,24 +569,32 @@ class FourierLoss:
                 pred, target = mask * pred, mask * target
 
             # All axes between the samples and the two last ones are channels.
-            planes = [x if x is None else x.unsqueeze(1).flatten(1, -3) for x in (pred, target, mask, clean)]
-            plan = self._plan(*pred.shape[-2:], progress)
-            return sum(self._term(scale, A, B, planes, snr) for scale, (A, B) in plan.items())
+            p, t = planes(pred), planes(target)
+            mask, clean = (x if x is None else planes(x) for x in (mask, clean))
+            h, w = p.shape[-2:]
+            terms = (self._term(scale, A, B, p, t, mask=mask, clean=clean, snr=snr)
+                     for scale, (A, B) in self._plan(h, w, progress).items())
+            return sum(terms, start=p.new_zeros(len(p)))
 
-    def _term(self, scale: int, A: float, B: float, planes: Sequence[Tensor | None], snr: Tensor | None) -> Tensor:
+    def _term(self, scale: int, A: float, B: float, p: Tensor, t: Tensor, *, mask: Tensor | None, clean: Tensor | None,
+              snr: Tensor | None) -> Tensor:
         """A·Q0 + B·Q1 of masked pred and target, their mask and clean latents, each [B,C,h,w] -> [B]."""
-        p, t, mask, clean = (x if x is None else pooled(x, scale) for x in planes)
-        p, t = NORMALIZERS[self.normalize](partial(self._spread, mask=mask), p, t)
+        p, t = pooled(p, scale), pooled(t, scale)
+        mask, clean = (x if x is None else pooled(x, scale) for x in (mask, clean))
+        p, t = NORMALIZERS[filled(self.normalize)](partial(self._spread, mask=mask), p, t)
         error = METRICS[self.metric](p, t, self.norm, self.eps).mean(1)  # [B,h,w//2 + 1]
-        if clean is not None:  # pooling leaves noise 1/s² of its power
-            error = error * GATES[self.timestep_gate].frequency(scale * clean, snr)
+        frequency = GATES[self.timestep_gate].frequency
+        if frequency is not None:  # pooling leaves noise 1/s² of its power
+            assert clean is not None and snr is not None, "_gate refuses that"
+            error = error * frequency(scale * clean, snr)
         in_q0, in_q1 = cached(coefficients, *p.shape[-2:], scale, self.bands, self.space != "x0", like=error)
         return (error * (A * in_q0 + B * in_q1)).sum((-2, -1))
 
     def _spread(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Standard deviation inside the mask, which x is multiplied by already; LEAST_SPREAD or more -> [B,1,1,1]."""
         axes = (2, 3) if self.space == "x0" else (1, 2, 3)
-        mean, area = x.mean(axes, True), 1.0
+        mean = x.mean(axes, True)
+        area: Tensor | float = 1.0
         if mask is not None:
             mean = mask * (mean / mask.mean(axes, True).clamp(min=TINY))
             area = mask.square().mean((1, 2, 3), True).clamp(min=TINY)

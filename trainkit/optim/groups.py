@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from typing import TYPE_CHECKING, NotRequired, Protocol, TypedDict, TypeGuard
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ class Member:
     def _show_average(self) -> None:
         if self.ema is not None:
             self.ema.copy_to(self.params)
-        else:
+        elif averages(self.inner):
             self.inner.eval()
 
     def pack(self) -> tuple[dict[str, Tensor], dict]:
@@ -119,6 +119,14 @@ class Member:
                 shadow.copy_(tensors[f"ema.{i}"])
 
 
-def averages(inner: torch.optim.Optimizer) -> bool:
+class Averaging(Protocol):
+    """An optimizer whose averaged weights take the place of those it trains between eval() and train()."""
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+
+def averages(inner: torch.optim.Optimizer) -> TypeGuard[Averaging]:
     """Whether this optimizer keeps averaged weights behind train() and eval(), as schedule-free ones do."""
     return "train_mode" in inner.param_groups[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -186,9 +185,10 @@ def _ema(params: Sequence[Tensor], o: OptimizerOptions) -> EMAModel:
 
 
 def _schedule(o: OptimizerOptions, total_steps: int, *, base_lr: float) -> Callable[[int], float]:
+    schedule = SCHEDULES[o.lr_scheduler]
     plan = Plan(o.lr_warmup_steps, total_steps, cycles=o.lr_num_cycles, power=o.lr_power, base_lr=base_lr,
                 rules=o.lr_step_rules or "")
-    return partial(SCHEDULES[o.lr_scheduler], plan=plan)
+    return lambda step: schedule(step, plan)
 
 
 def _stand_in(o: OptimizerOptions, device: torch.device | str = "cpu") -> ParamGroup:

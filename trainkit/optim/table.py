@@ -14,7 +14,7 @@ import io
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from trainkit.optim.groups import ParamGroup, averages
 if TYPE_CHECKING:
     from trainkit.options import OptimizerOptions
 
-Arguments = dict[str, object]
+Arguments = dict[str, Any]  # of a constructor, by name
 OURS = ("params", "lr")  # arguments of a constructor that only we give
 WORDS = {"true": True, "false": False, "none": None}
 RATE_FLAGS = {"unet": "--learning_rate", "unet.B": "--learning_rate, --loraplus_lr_ratio",
@@ -119,7 +119,7 @@ def make_inner(group: ParamGroup, o: OptimizerOptions) -> torch.optim.Optimizer:
     asked = read_arguments(o.optimizer_args or "")
     refuse(_argument_problems(kind, accepted, asked))
     common = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
-    arguments = {k: v for k, v in common.items() if k in accepted} | row_of(o).arguments(o, group) | asked
+    arguments: Arguments = {k: v for k, v in common.items() if k in accepted} | row_of(o).arguments(o, group) | asked
     if asked.get("foreach") and "fused" not in asked:
         arguments.pop("fused", None)  # our choice of a kernel, and the user has made another
     try:

@@ -23,8 +23,8 @@ from trainkit.options.optionset import OptionSet, parse
 from trainkit.options.prior import PriorOptions
 from trainkit.options.running import PrecisionOptions, RunOptions, ValidationOptions
 from trainkit.options.sources import PRESETS
+from trainkit.options.text_encoders import PivotalOptions, TextOptions
 from trainkit.options.trainers import CONCERNS, TEXT_TO_IMAGE, TRAINERS
-from trainkit.options.words import PivotalOptions, TextOptions
 
 __all__ = [
     "CONCERNS", "PRESETS", "REDACTED", "TEXT_TO_IMAGE", "TRAINERS", "CaptionedDataOptions", "CaptionedOptimizerOptions",

@@ -3,6 +3,6 @@
 import sys
 
 from trainkit.options import PRESETS, TRAINERS
-from trainkit.options.text import markdown
+from trainkit.options.config_text import markdown
 
 sys.stdout.write(markdown(TRAINERS, PRESETS))

@@ -1,34 +1,86 @@
-"""What an option is: a frozen pydantic field whose name is the flag and whose help, unit and limits travel with it."""
+"""What an option is: a frozen pydantic field whose name is the flag and which carries all facts about it.
+
+--help, config files, docs/flags.md, the notices about flags without effect, the fingerprint of a checkpoint, the model
+card and the report are made from these facts. A new flag is one field here and one use of its value.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
+
+from trainkit.options.prerequisites import Prerequisite, needs
 
 REDACTED = "***"
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}  # of pydantic's limits
 
 Value = str | int | float | bool | None
+Resume = Literal["decisive", "may change", "in the data"]
+PathKind = Literal["or Hub name"] | bool
+
+
+@dataclass(frozen=True)
+class CardRow:
+    """How the table of settings in the model card names a flag, and whether it shows the default too."""
+
+    label: str
+    always: bool = False
+
+
+def always(label: str) -> CardRow:
+    """For `opt(card=...)`: a setting that the card shows at its default too."""
+    return CardRow(label, always=True)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a flag beside its type, default, limits and help. See `opt`."""
+
+    unit: str = ""
+    differs: str = ""
+    many: bool = False
+    resume: Resume = "decisive"
+    read_with: Prerequisite | None = None
+    card: CardRow | None = None
+    path: PathKind = False
+    notice: str = ""
 
 
 def opt(
-    default: object, help: str, *, unit: str = "", differs: str = "", many: bool = False, **limits: Any,
+    default: object, help: str, *, unit: str = "", differs: str = "", many: bool = False, resume: Resume = "decisive",
+    read_with: str | Prerequisite = "", card: str | CardRow = "", path: PathKind = False, notice: str = "",
+    **limits: Any,
 ) -> Any:  # as pydantic's Field, which stands as the default of a field of any type
-    """A field of a concern.
+    """A field of a concern, with everything that the suite knows about the flag.
 
-    `unit` is what the flag's value counts ("steps", "pixels", "0..1"); `differs` says where we leave the Diffusers
-    script and why; `many` words on the command line are one value; `limits` are pydantic's (ge, gt, le, lt,
-    min_length).
+    unit       what the value counts ("steps", "pixels", "0..1"); a path has a unit without it
+    differs    where we leave the Diffusers script, and why
+    many       words on the command line are one value
+    resume     "decisive": a resumed run must repeat the value, which is part of the checkpoint's fingerprint.
+               "may change": a resumed run may have another value.
+               "in the data": the fingerprint holds what the value leads to: digests of images, captions and model
+               files, the images in a step, the length of the run, the values of a preset.
+               A flag that does not say is decisive, since refusing to resume is the smaller mistake
+    read_with  what the flag is read only with, such as "use_ema" or "lora_type=lokr"; prerequisites.py has the syntax.
+               Otherwise the flag has no effect: a notice says so, and the card leaves it out
+    card       the label of the value in the model card, which shows it when it is not the default; always("Rank")
+               shows it in any case
+    path       the value is a file or folder, of which the report shows the last part only; "or Hub name" if it may
+               also be a name on the Hub
+    notice     what the log says when a switch that does nothing is on
+    limits     pydantic's ge, gt, le, lt and min_length
     """
-    notes = {"unit": unit, "differs": differs, "many": many}
-    return Field(default, description=help, json_schema_extra=notes, **limits)
+    unit = unit or {"or Hub name": "path or name", True: "path"}.get(path, "")
+    facts = Facts(unit=unit, differs=differs, many=many, resume=resume, read_with=_prerequisite(read_with),
+                  card=_card_row(card), path=path, notice=notice)
+    return _field(default, help, facts, limits)
 
 
 def required(help: str, **settings: Any) -> Any:
@@ -39,12 +91,29 @@ def required(help: str, **settings: Any) -> Any:
 def changed(
     kind: type[Concern], name: str, default: object, *, help: str | None = None, differs: str | None = None,
 ) -> Any:
-    """A field of `kind` for a subclass: this default, other words where given, and its own unit, limits and place."""
-    flag = Flag(name, "", kind.model_fields[name])
+    """A field of `kind` for a subclass: this default, other words where given, and its own facts, limits and place."""
+    flag = kind.flag(name)
     bounds = {bound: getattr(limit, bound) for limit in flag.field.metadata for bound in (*SIGNS, "min_length")
               if hasattr(limit, bound)}
-    return opt(default, flag.help if help is None else help, unit=flag.note("unit"),
-               differs=flag.note("differs") if differs is None else differs, many=flag.many, **bounds)
+    facts = flag.facts if differs is None else replace(flag.facts, differs=differs)
+    return _field(default, flag.help if help is None else help, facts, bounds)
+
+
+def _field(default: object, help: str, facts: Facts, limits: Mapping[str, Any]) -> Any:
+    notes: Any = {"facts": facts}  # pydantic carries it along and looks at none of it
+    return Field(default, description=help, json_schema_extra=notes, **limits)
+
+
+def _prerequisite(read_with: str | Prerequisite) -> Prerequisite | None:
+    if isinstance(read_with, Prerequisite):
+        return read_with
+    return needs(read_with) if read_with else None
+
+
+def _card_row(card: str | CardRow) -> CardRow | None:
+    if isinstance(card, CardRow):
+        return card
+    return CardRow(card) if card else None
 
 
 @dataclass(frozen=True)
@@ -54,9 +123,25 @@ class Flag:
     name: str
     concern: str  # name of the concern in the option set, also the table's name in a config file
     field: FieldInfo
+    shared: Prerequisite | None = None  # of all flags of the concern but those it names itself
 
     @property
-    def kind(self) -> object:
+    def facts(self) -> Facts:
+        extra: Any = self.field.json_schema_extra
+        assert isinstance(extra, dict), f"--{self.name} must be made by opt()"
+        facts: Facts = extra["facts"]
+        return facts
+
+    @property
+    def prerequisites(self) -> Iterator[Prerequisite]:
+        """What the flag is read only with: first what its concern is, then what it is itself."""
+        if self.shared and self.name not in self.shared.flags:
+            yield self.shared
+        if self.facts.read_with:
+            yield self.facts.read_with
+
+    @property
+    def value_type(self) -> object:
         """The type a value has when there is one: `int | None` -> int."""
         annotation = self.field.annotation
         if get_origin(annotation) in (Union, UnionType):
@@ -65,7 +150,7 @@ class Flag:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
+        return get_args(self.value_type) if get_origin(self.value_type) is Literal else ()
 
     @property
     def is_open(self) -> bool:
@@ -86,17 +171,16 @@ class Flag:
 
     @property
     def secret(self) -> bool:
-        return self.kind is SecretStr
+        return self.value_type is SecretStr
 
     @property
     def many(self) -> bool:
         """Whether all words after it on the command line are its value."""
-        extra = self.field.json_schema_extra
-        return isinstance(extra, dict) and extra["many"] is True
+        return self.facts.many
 
     @property
     def is_switch(self) -> bool:
-        return self.kind is bool
+        return self.value_type is bool
 
     @property
     def help(self) -> str:
@@ -105,7 +189,7 @@ class Flag:
 
     @property
     def metavar(self) -> str:
-        return "CHOICE" if self.choices else self.note("unit").upper().replace(" ", "_") or "TEXT"
+        return "CHOICE" if self.choices else self.facts.unit.upper().replace(" ", "_") or "TEXT"
 
     @property
     def takes(self) -> str:
@@ -118,11 +202,6 @@ class Flag:
         bounds = [(sign, getattr(limit, name)) for limit in self.field.metadata for name, sign in SIGNS.items()
                   if hasattr(limit, name)]
         return ", ".join(f"{sign} {bound}" for sign, bound in bounds)
-
-    def note(self, name: Literal["unit", "differs"]) -> str:
-        extra = self.field.json_schema_extra
-        assert isinstance(extra, dict), f"--{self.name} must be made by opt()"
-        return str(extra[name])
 
 
 def steps_of_share(share: float, total: int) -> int:
@@ -138,14 +217,31 @@ class Concern(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     prefix: ClassVar[str] = ""  # of the flags, which the concern's own table in a config file may leave out
+    read_with: ClassVar[str | Prerequisite] = ""  # as in `opt`, for all flags of the concern but those it names
 
     @classmethod
-    def flags(cls, concern: str) -> Iterator[Flag]:
-        return (Flag(name, concern, field) for name, field in cls.model_fields.items())
+    def flags(cls, concern: str = "") -> Iterator[Flag]:
+        return (cls.flag(name, concern) for name in cls.model_fields)
+
+    @classmethod
+    def flag(cls, name: str, concern: str = "") -> Flag:
+        return Flag(name, concern, cls.model_fields[name], cls.prerequisite())
+
+    @classmethod
+    def prerequisite(cls) -> Prerequisite | None:
+        """What its flags are read only with, but for those that this names."""
+        return _prerequisite(cls.read_with)
+
+    @classmethod
+    def of(cls, values: Mapping[str, object]) -> Self:
+        """The concern that has its part of these values, by flag, which are taken as they are."""
+        own: dict[str, Any] = {name: values[name] for name in cls.model_fields if name in values}
+        built: Any = cls.model_construct(**own)
+        return built
 
     @classmethod
     def choices(cls, name: str) -> tuple[str, ...]:
-        return Flag(name, "", cls.model_fields[name]).choices
+        return cls.flag(name).choices
 
     @classmethod
     def shorthand(cls, value_of: Callable[[str], object]) -> tuple[str, Mapping[str, object]] | None:
@@ -153,8 +249,9 @@ class Concern(BaseModel):
         return None
 
     def decisive(self) -> dict[str, object]:
-        """What of it decides the bits of a run, by flag: all, unless a concern knows better."""
-        return {f"--{name}": REDACTED if isinstance(value, SecretStr) else value for name, value in self}
+        """What of it decides the bits of a run, by flag: the decisive flags, unless a concern knows better."""
+        return {f"--{flag.name}": REDACTED if flag.secret else getattr(self, flag.name) for flag in self.flags()
+                if flag.facts.resume == "decisive"}
 
     @classmethod
     def title(cls) -> str:
@@ -165,12 +262,12 @@ class Concern(BaseModel):
     def _read(cls, value: object, info: ValidationInfo) -> object:
         """Spellings that mean one value: any case in a choice, "none" for no value; and no number out of true."""
         assert info.field_name
-        flag = Flag(info.field_name, "", cls.model_fields[info.field_name])
+        flag = cls.flag(info.field_name)
         if flag.choices:
             return _read_choice(value, flag)
-        if isinstance(value, bool) and flag.kind in (int, float):
+        if isinstance(value, bool) and flag.value_type in (int, float):
             raise ValueError("true and false are not numbers")
-        if flag.optional and flag.kind is not str and _is_none(value):
+        if flag.optional and flag.value_type is not str and _is_none(value):
             return None
         return value
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from trainkit.options.base import Concern, changed, opt
 from trainkit.options.inputs import PictureOptions
 from trainkit.options.optimizer import OptimizerOptions
-from trainkit.options.running import PrecisionOptions, RunOptions, ValidationOptions
-from trainkit.options.words import TextOptions
+from trainkit.options.running import OWN_ATTENTION, PrecisionOptions, RunOptions, ValidationOptions
+from trainkit.options.text_encoders import TextOptions
 
 
 class TrainFolderOptions(Concern):
@@ -15,10 +15,12 @@ class TrainFolderOptions(Concern):
     train_data_dir: str | None = opt(
         None, "folder of pictures and its subfolders, in the layout that the datasets library calls imagefolder: "
         "captions are in metadata.jsonl, .csv or .parquet files there, or in .txt files beside the pictures. Of train/ "
-        "and test/ in it only train/ is read. One of this and --dataset_name", unit="path", min_length=1,
+        "and test/ in it only train/ is read. One of this and --dataset_name", path=True, resume="in the data",
+        read_with="no dataset_name", min_length=1,
         differs="not read with --dataset_name, as the help says there; .txt files are read too; test/ is left out")
     max_train_samples: int | None = opt(
-        None, "train on so many of the pictures only, chosen by --seed; without it all", unit="pictures", ge=1,
+        None, "train on so many of the pictures only, chosen by --seed; without it all", unit="pictures",
+        resume="in the data", ge=1,
         differs="more than there are is all of them, not an error")
 
 
@@ -49,7 +51,7 @@ class CaptionedDataOptions(PictureOptions, TrainFolderOptions):
 class CaptionedTextOptions(TextOptions):
     """Text encoders"""
 
-    text_encoder_lr: float | None = changed(
+    text_encoder_lr: float | None = changed(  # type: ignore[assignment]  # here it may be left open
         TextOptions, "text_encoder_lr", None, help="learning rate of the text encoders; without it --learning_rate",
         differs="")
     clip_skip: int | None = changed(
@@ -78,7 +80,8 @@ class CaptionedPrecisionOptions(PrecisionOptions):
     """Precision and memory"""
 
     enable_npu_flash_attention: bool = opt(
-        False, "accepted; PyTorch's own memory-efficient attention is always on",
+        False, "accepted; PyTorch's own memory-efficient attention is always on", resume="may change",
+        notice=OWN_ATTENTION,
         differs="a notice, since torch's scaled_dot_product_attention chooses the device's own kernel")
 
 
@@ -96,4 +99,7 @@ class CaptionedRunOptions(RunOptions):
     num_train_epochs: int = changed(RunOptions, "num_train_epochs", 100)
     debug_loss: bool = opt(
         False, "accepted; metrics.jsonl has the loss of every step, and no loss of a single picture",
+        resume="may change",
+        notice="no loss is logged by picture: at one random noise level it says little of the picture; metrics.jsonl "
+        "has the loss of every step",
         differs="a notice: there the mean over a micro-batch is logged under the name of every file in it")

@@ -26,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(Problem("the command line cannot be read", "command line", message, "see --help"))
 
-    def parse_known_args(
+    def parse_known_args(  # type: ignore[override]  # ours is called in one way, the base class has overloads
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None,
     ) -> tuple[argparse.Namespace, list[str]]:
         found, leftovers = super().parse_known_args(args, namespace)

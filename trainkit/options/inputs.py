@@ -6,19 +6,22 @@ from typing import ClassVar, Literal
 
 from pydantic import field_validator
 
-from trainkit.options.base import Concern, opt, required
+from trainkit.options.base import Concern, always, opt, required
 
 
 class ModelOptions(Concern):
     """The base model"""
 
     pretrained_model_name_or_path: str = required(
-        "base model: a folder in the Diffusers layout or a Hub name", unit="path or name", min_length=1)
+        "base model: a folder in the Diffusers layout or a Hub name", path="or Hub name", resume="in the data",
+        min_length=1)
     pretrained_vae_model_name_or_path: str | None = opt(
-        None, "another VAE to train with, for instance one that is stable in fp16", unit="path or name", min_length=1)
-    revision: str | None = opt(None, "branch, tag or commit of the base model on the Hub", unit="name", min_length=1)
+        None, "another VAE to train with, for instance one that is stable in fp16", path="or Hub name",
+        resume="in the data", min_length=1)
+    revision: str | None = opt(
+        None, "branch, tag or commit of the base model on the Hub", unit="name", resume="in the data", min_length=1)
     variant: str | None = opt(
-        None, "weight files to take, 'fp16' for *.fp16.safetensors", unit="name", min_length=1)
+        None, "weight files to take, 'fp16' for *.fp16.safetensors", unit="name", resume="in the data", min_length=1)
 
 
 class InstanceOptions(Concern):
@@ -26,10 +29,11 @@ class InstanceOptions(Concern):
 
     instance_data_dir: str | None = opt(
         None, "folder of pictures; captions in .txt files beside them or in metadata.jsonl, .csv or .parquet are used. "
-        "Exactly one of this and --dataset_name", unit="path", min_length=1,
+        "Exactly one of this and --dataset_name", path=True, resume="in the data", min_length=1,
         differs="other files than pictures are ignored, captions are read, the order is by name")
     instance_prompt: str = required(
-        "caption of pictures that have none of their own, with the trigger word, such as 'a photo of TOK dog'")
+        "caption of pictures that have none of their own, with the trigger word, such as 'a photo of TOK dog'",
+        resume="in the data")
 
     @field_validator("instance_prompt")
     @classmethod
@@ -48,33 +52,39 @@ class PictureOptions(Concern):
 
     dataset_name: str | None = opt(
         None, "Hub name of a dataset, or a local folder of the imagefolder kind; its train split is used",
-        unit="path or name", min_length=1)
-    dataset_config_name: str | None = opt(None, "subset of the dataset", unit="name", min_length=1)
-    cache_dir: str | None = opt(None, "where the datasets library keeps its cache", unit="path", min_length=1)
+        path="or Hub name", resume="in the data", min_length=1)
+    dataset_config_name: str | None = opt(
+        None, "subset of the dataset", unit="name", resume="in the data", read_with="dataset_name", min_length=1)
+    cache_dir: str | None = opt(
+        None, "where the datasets library keeps its cache", path=True, resume="may change", read_with="dataset_name",
+        min_length=1)
     image_column: str = opt(
         "image", "column of the dataset with the pictures; in a folder's metadata, the names of the files are in "
-        "file_name, or in this name and _file_name", unit="name", min_length=1)
+        "file_name, or in this name and _file_name", unit="name", resume="in the data", min_length=1)
     caption_column: str | None = opt(
         None, "column with one caption a picture; a picture without caption gets --instance_prompt. The columns text, "
-        "caption and prompt of a folder's metadata are found without it", unit="name", min_length=1)
-    repeats: int = opt(1, "times each picture is visited an epoch, with fresh crops and flips", unit="times", ge=1)
+        "caption and prompt of a folder's metadata are found without it", unit="name", resume="in the data",
+        min_length=1)
+    repeats: int = opt(1, "times each picture is visited an epoch, with fresh crops and flips", unit="times",
+                      resume="in the data", ge=1)
     resolution: int = opt(
         1024, "side of the square the pictures are scaled and cropped to; SDXL wants 1024, SD 1.x 512", unit="pixels",
-        ge=1)
+        card=always("Resolution, pixels"), ge=1)
     center_crop: bool = opt(
         False, "crop the middle; otherwise a random square",
         differs="random crops and flips are drawn anew at every visit, not once at the start")
-    random_flip: bool = opt(False, "mirror each visit with probability 1/2")
+    random_flip: bool = opt(False, "mirror each visit with probability 1/2", card="Random flips")
     image_interpolation_mode: Literal["lanczos", "bicubic", "bilinear", "hamming", "box", "nearest"] = opt(
         "lanczos", "filter of the scaling; nearest_exact is nearest, Pillow has but one")
     cache_latents: bool = opt(
         False, "encode each picture once before training and free the VAE",
         differs="latents are kept by picture, so that captions and sizes stay with them")
     cached_crops: int = opt(
-        4, "random crops cached a picture with --cache_latents; 0 encodes at every visit", unit="crops", ge=0)
+        4, "random crops cached a picture with --cache_latents; 0 encodes at every visit", unit="crops",
+        read_with="cache_latents", ge=0)
     latent_cache_dir: str | None = opt(
         None, "keep encoded captions, and latents with --cache_latents, on disk here, shared by runs; without it they "
-        "are kept in memory", unit="path", min_length=1)
+        "are kept in memory", path=True, resume="may change", min_length=1)
 
     @field_validator("image_interpolation_mode", mode="before")
     @classmethod

@@ -7,9 +7,14 @@ from typing import Literal
 
 from pydantic import field_validator
 
-from trainkit.options.base import Concern, Flag, opt
+from trainkit.options.base import Concern, always, opt
+from trainkit.options.lora import ADAPTS_UNET
+from trainkit.options.prerequisites import needs
 
 DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+ADAM_LIKE = (
+    "adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit", "prodigy", "schedule_free_adamw", "hina_adaptive")
+READS_ADAM = needs(f"optimizer={'|'.join(ADAM_LIKE)}", f"--optimizer {', '.join(ADAM_LIKE)}")
 EIGHT_BIT = {"adamw": "adamw8bit", "paged_adamw": "paged_adamw8bit"}
 
 
@@ -23,40 +28,58 @@ class OptimizerOptions(Concern):
         differs="an unknown name is an error, not AdamW")
     optimizer_args: str | None = opt(
         None, "arguments of the optimizer's constructor, stronger than other flags: d_coef=0.5 betas=(0.9,0.99)",
-        unit="name=value", many=True, min_length=1)
+        unit="name=value", many=True,
+        card="Optimizer arguments", min_length=1)
     use_8bit_adam: bool = opt(
         False, "the 8-bit form of adamw or paged_adamw", differs="refused with other optimizers, not ignored")
-    learning_rate: float = opt(1e-4, "learning rate of the UNet's adapters; 1 is right for Prodigy", unit="rate", ge=0)
-    scale_lr: bool = opt(False, "multiply the learning rate by the pictures in an optimizer step")
+    learning_rate: float = opt(1e-4, "learning rate of the UNet's adapters; 1 is right for Prodigy", unit="rate",
+                               resume="may change", ge=0)
+    scale_lr: bool = opt(
+        False, "multiply the learning rate by the pictures in an optimizer step", resume="may change")
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
-        "piecewise_constant"] = opt("constant", "course of the learning rate")
+        "piecewise_constant"] = opt("constant", "course of the learning rate", card=always("Schedule"))
     lr_warmup_steps: int = opt(
-        500, "optimizer steps in which the rate rises from 0; not read by constant", unit="steps", ge=0)
-    lr_num_cycles: int = opt(1, "restarts of cosine_with_restarts", unit="cycles", ge=1)
+        500, "optimizer steps in which the rate rises from 0; not read by constant", unit="steps",
+        resume="may change", card=always("Warm-up, steps"),
+        read_with=needs("no lr_warmup_steps or lr_scheduler!=constant|piecewise_constant",
+                        "an --lr_scheduler that warms up, such as constant_with_warmup"), ge=0)
+    lr_num_cycles: int = opt(1, "restarts of cosine_with_restarts", unit="cycles", resume="may change",
+                             read_with="lr_scheduler=cosine_with_restarts", ge=1)
     lr_step_rules: str | None = opt(
-        None, "multipliers of piecewise_constant and the steps they end at: 1:100,0.1:200,0.01", unit="rules")
-    lr_power: float = opt(1.0, "power of polynomial", unit="power", gt=0)
-    adam_beta1: float = opt(0.9, "decay of the first moment, of Prodigy too", unit="0..1", ge=0, lt=1)
-    adam_beta2: float = opt(0.999, "decay of the second moment, of Prodigy too", unit="0..1", ge=0, lt=1)
-    adam_weight_decay: float = opt(1e-4, "weight decay of the adapters, of Prodigy too", unit="decay", ge=0)
-    adam_epsilon: float = opt(1e-8, "added to the denominator, of Prodigy too", unit="number", gt=0)
+        None, "multipliers of piecewise_constant and the steps they end at: 1:100,0.1:200,0.01", unit="rules",
+        resume="may change", read_with="lr_scheduler=piecewise_constant")
+    lr_power: float = opt(1.0, "power of polynomial", unit="power", resume="may change",
+                          read_with="lr_scheduler=polynomial", gt=0)
+    adam_beta1: float = opt(
+        0.9, "decay of the first moment, of Prodigy too", unit="0..1", read_with=READS_ADAM, ge=0, lt=1)
+    adam_beta2: float = opt(
+        0.999, "decay of the second moment, of Prodigy too", unit="0..1", read_with=READS_ADAM, ge=0, lt=1)
+    adam_weight_decay: float = opt(
+        1e-4, "weight decay of the adapters, of Prodigy too", unit="decay", resume="may change", ge=0)
+    adam_epsilon: float = opt(
+        1e-8, "added to the denominator, of Prodigy too", unit="number", read_with=READS_ADAM, gt=0)
     prodigy_beta3: float | None = opt(
-        None, "decay of Prodigy's step size estimate; without it the root of --adam_beta2", unit="0..1", ge=0, lt=1)
-    prodigy_decouple: bool = opt(True, "weight decay as in AdamW", differs="False is False")
-    prodigy_use_bias_correction: bool = opt(True, "Adam's bias correction in Prodigy", differs="False is False")
+        None, "decay of Prodigy's step size estimate; without it the root of --adam_beta2", unit="0..1",
+        read_with="optimizer=prodigy", ge=0, lt=1)
+    prodigy_decouple: bool = opt(
+        True, "weight decay as in AdamW", read_with="optimizer=prodigy", differs="False is False")
+    prodigy_use_bias_correction: bool = opt(
+        True, "Adam's bias correction in Prodigy", read_with="optimizer=prodigy", differs="False is False")
     prodigy_safeguard_warmup: bool = opt(
-        True, "keep a warm-up from raising Prodigy's estimate", differs="False is False")
-    max_grad_norm: float = opt(1.0, "the gradient is scaled down to this norm", unit="norm", gt=0)
-    use_ema: bool = opt(False, "average the UNet's adapters over the steps; previews and files show the average")
+        True, "keep a warm-up from raising Prodigy's estimate", read_with="optimizer=prodigy", differs="False is False")
+    max_grad_norm: float = opt(
+        1.0, "the gradient is scaled down to this norm", unit="norm", resume="may change", gt=0)
+    use_ema: bool = opt(False, "average the UNet's adapters over the steps; previews and files show the average",
+                        read_with=ADAPTS_UNET)
     ema_decay: float = opt(
-        0.999, "weight of the past in that average, once the run is long enough", unit="0..1", ge=0, lt=1)
+        0.999, "weight of the past in that average, once the run is long enough", unit="0..1", read_with="use_ema",
+        card=always("EMA decay"), ge=0, lt=1)
 
     @field_validator("optimizer")
     @classmethod
     def _known(cls, value: str) -> str:
-        known = Flag("optimizer", "", cls.model_fields["optimizer"]).choices
-        if value not in known and not DOTTED.fullmatch(value):
+        if value not in cls.choices("optimizer") and not DOTTED.fullmatch(value):
             raise ValueError("it is no optimizer we know, nor the dotted path of a class")
         return value
 

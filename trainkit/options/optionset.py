@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, SecretStr, ValidationEr
 from trainkit.errors import Problem, refuse
 from trainkit.options import rules
 from trainkit.options.base import REDACTED, Concern, Flag, Value
+from trainkit.options.config_text import config_text
 from trainkit.options.sources import Layer, nearest, read_layers
-from trainkit.options.text import config_text
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -57,7 +57,7 @@ class OptionSet(BaseModel):
         chosen = {name for name, origin in self._origins.items()
                   if not origin.startswith("preset ") and values[name] != flags[name].default}
         given = {name for concern in self.concerns() for name in getattr(self, concern).model_fields_set}
-        return list(rules.notices(values, chosen, given))
+        return list(rules.notices(values, flags, chosen, given))
 
 
 Options = TypeVar("Options", bound=OptionSet)

@@ -1,16 +1,17 @@
-"""What no single field can know: values that contradict each other, values nobody reads, what trains how long.
+"""What takes all values to say: which contradict each other, which nobody reads, what trains how long.
 
-The rules see all values by flag. A trainer without a concern has no such flag, so every look-up allows for none.
+What a flag is read with, its field says (`read_with`); contradictions are spelled out here. A trainer without a concern
+has no such flag, so every look-up allows for none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 
 from trainkit.errors import Problem
-from trainkit.options.base import Value
-from trainkit.options.fourier import MOVING, FourierOptions
+from trainkit.options.base import Flag, Value
 from trainkit.options.matching import MatchingOptions
+from trainkit.options.objective import SNR_CAPPED
 from trainkit.options.optimizer import EIGHT_BIT, averages_weights, estimates_step
 
 Values = Mapping[str, Value]
@@ -38,7 +39,7 @@ def problems(values: Values) -> Iterator[Problem]:
 def _unclear_objective(values: Values) -> Iterator[Problem]:
     """What says too little or two things about noise levels and weights."""
     weighting, first, end = values.get("loss_weighting"), values.get("min_timestep"), values.get("max_timestep")
-    if weighting in _SNR_CAPPED and not values.get("snr_gamma"):
+    if weighting in SNR_CAPPED and not values.get("snr_gamma"):
         yield Problem(f"--loss_weighting {weighting} without --snr_gamma", f"--loss_weighting {weighting}",
                       "its gamma says from which SNR on samples count less", "add --snr_gamma 5, the paper's value")
     if values.get("edm_sigmas") and values.get("timestep_sampling"):
@@ -167,33 +168,9 @@ def _without_class(values: Values) -> Iterator[Problem]:
                           f"add --{flag} {example}")
 
 
-def _is(flag: str, *wanted: Value) -> Callable[[Values], bool]:
-    return lambda values: values.get(flag) in wanted
-
-
-def _set(*flags: str) -> Callable[[Values], bool]:
-    return lambda values: any(values.get(flag) for flag in flags)
-
-
-def _error(values: Values) -> Value:
-    """The error of one number, by whichever flag names it."""
-    return values.get("fourier_base_loss" if _has_fourier(values) else "loss_type")
-
-
-def _matching(values: Values) -> MatchingOptions:
-    """The flags of distribution matching as their concern, which knows what those left open come to."""
-    return MatchingOptions.model_construct(**{name: values[name] for name in MatchingOptions.model_fields
-                                              if name in values})
-
-
 def _matches(values: Values) -> bool:
     """Whether there is a term of distribution matching."""
-    return _matching(values).active
-
-
-def _if_matching(is_read: Callable[[MatchingOptions], bool]) -> Callable[[Values], bool]:
-    """Without the term all its flags count as read: that it is not there is said once."""
-    return lambda values: not _matches(values) or is_read(_matching(values))
+    return MatchingOptions.of(values).active
 
 
 def _has_fourier(values: Values) -> bool:
@@ -206,115 +183,36 @@ def _weighs_nothing(values: Values) -> bool:
     return _has_fourier(values) and float(values.get("fourier_weight") or 0) < _LEAST_FP32
 
 
-def _if_fourier(flag: str, *wanted: Value) -> Callable[[Values], bool]:
-    """Without the term all its flags count as read: that it is not there is said once."""
-    return lambda values: not _has_fourier(values) or values.get(flag) in wanted
-
-
 def _trains_text(values: Values) -> bool:
     return bool(values.get("train_text_encoder") or values.get("train_text_encoder_ti"))
 
 
-def _adapts_unet(values: Values) -> bool:
-    return shares(values)["train_unet_frac"] > 0
-
-
-def _warms_up(values: Values) -> bool:
-    """Also with no warm-up at all, which is what the schedules that never warm up give."""
-    return values.get("lr_warmup_steps") == 0 or values.get("lr_scheduler") not in ("constant", "piecewise_constant")
-
-
-_CLASS = ("class_data_dir", "class_prompt", "num_class_images", "prior_loss_weight", "sample_batch_size",
-          "prior_generation_precision")
-_PRODIGY = ("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup")
-_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
-_ADAM_LIKE = (
-    "adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit", "prodigy", "schedule_free_adamw", "hina_adaptive")
-_PREVIEW = ("num_validation_images", "validation_epochs", "validation_steps")
-_TOKENS = ("train_text_encoder_ti_frac", "token_abstraction", "num_new_tokens_per_abstraction", "initializer_concept",
-           "token_std_pull")
 _STRENGTHS = ("dist_match", "dist_match_gain")
 _STATISTICS = {"dist_match": ("sum", "diagonal"), "dist_match_gain": ("u",)}
-_MATCHING = tuple(f"dist_match_{name}" for name in (
-    "statistic", "method", "wavelet", "levels", "boundary", "backend", "weights", "band_norm", "timestep_weight",
-    "kernel", "mode", "min_snr", "max_snr", "swap", "bank"))
-_FOURIER = tuple(FourierOptions.model_fields)
-_UNIFIED = tuple(mode for mode in MOVING if mode != "adaptive")
-_SNR_CAPPED = ("min_snr", "soft_min_snr")
 _LEAST_FP32 = 2.0**-149  # above 0
 _HARMLESS_DECAY = 1e-3  # times a rate of 1e-4: a ten-thousandth in a thousand steps
-_TEXT_RATES = ("text_encoder_lr", "adam_weight_decay_text_encoder")
-_LORA = ("lora_type", "rank", "lora_alpha", "use_rslora", "lora_dropout", "use_dora", "init_lora_weights",
-         "loraplus_lr_ratio")
-_OF_UNET = ("lora_layers", "lora_unet_blocks", "use_blora", "use_ema")
-
-READ_ONLY_WITH: tuple[tuple[tuple[str, ...], Callable[[Values], bool], str], ...] = (
-    (_CLASS, _set("with_prior_preservation"), "--with_prior_preservation"),
-    (_PRODIGY, _is("optimizer", "prodigy"), "--optimizer prodigy"),
-    (_ADAM, _is("optimizer", *_ADAM_LIKE), f"--optimizer {', '.join(_ADAM_LIKE)}"),
-    (("ema_decay",), _set("use_ema"), "--use_ema"),
-    (_PREVIEW, _set("validation_prompt"), "--validation_prompt"),
-    (_TOKENS, _set("train_text_encoder_ti"), "--train_text_encoder_ti"),
-    (("train_text_encoder_frac", "text_encoder_2_lr"), _set("train_text_encoder"), "--train_text_encoder"),
-    (_TEXT_RATES, lambda values: _trains_text(values) or "train_text_encoder_ti" not in values,
-     "--train_text_encoder or --train_text_encoder_ti"),
-    (_TEXT_RATES, lambda values: _trains_text(values) or "train_text_encoder_ti" in values, "--train_text_encoder"),
-    (("dataset_config_name", "cache_dir"), _set("dataset_name"), "--dataset_name"),
-    (("train_data_dir",), lambda values: not values.get("dataset_name"), "no --dataset_name"),
-    (("guidance_token_scale", "guidance_token_dropout", "guidance_features"), _set("guidance_token"),
-     "--guidance_token above 0"),
-    (_MATCHING, _matches, "--dist_match or --dist_match_gain above 0"),
-    (("dist_match_wavelet", "dist_match_boundary"), _if_matching(lambda term: term.loss["method"] == "wavelet"),
-     "--dist_match_method wavelet"),
-    (("dist_match_swap",), _if_matching(lambda term: term.mode == "swap"), "--dist_match_mode swap"),
-    (("cached_crops",), _set("cache_latents"), "--cache_latents"),
-    (("snr_gamma",), _is("loss_weighting", None, *_SNR_CAPPED), f"--loss_weighting {' or '.join(_SNR_CAPPED)}"),
-    (("p2_k", "p2_gamma"), _is("loss_weighting", "p2"), "--loss_weighting p2"),
-    (("huber_c", "huber_schedule"), lambda values: _error(values) in ("huber", "smooth_l1"),
-     "--loss_type or --fourier_base_loss huber or smooth_l1"),
-    (_FOURIER, _has_fourier, "--loss_type fourier"),
-    (("fourier_high_freq_weight",), _if_fourier("fourier_mode", "weighted", *_UNIFIED),
-     "--fourier_mode weighted or a unified one"),
-    (("fourier_scales", "fourier_scale_weights"), _if_fourier("fourier_mode", "multiscale", *_UNIFIED),
-     "--fourier_mode multiscale or a unified one"),
-    (("fourier_adaptive_max_weight", "fourier_adaptive_min_weight", "fourier_adaptive_mode"),
-     _if_fourier("fourier_mode", *MOVING), "--fourier_mode adaptive or a unified one"),
-    (("fourier_scale_high_freq_weights", "fourier_mix", "fourier_adaptive_scaling"),
-     _if_fourier("fourier_mode", *_UNIFIED), "a unified --fourier_mode"),
-    (("fourier_gate_min_snr",), _if_fourier("fourier_timestep_gate", "snr", "linear"),
-     "--fourier_timestep_gate snr or linear"),
-    (("fourier_gate_max_snr",), _if_fourier("fourier_timestep_gate", "linear"), "--fourier_timestep_gate linear"),
-    (("multires_noise_discount",), _set("multires_noise_iterations"), "--multires_noise_iterations"),
-    (("logit_mean", "logit_std"), _is("timestep_sampling", "logit_normal"), "--timestep_sampling logit_normal"),
-    (("mode_scale",), _is("timestep_sampling", "mode"), "--timestep_sampling mode"),
-    (("hub_model_id", "hub_token", "hub_private"), _set("push_to_hub"), "--push_to_hub"),
-    (_LORA, lambda values: _adapts_unet(values) or bool(values.get("train_text_encoder")),
-     "--train_unet_frac above 0 or --train_text_encoder"),
-    (_OF_UNET, _adapts_unet, "--train_unet_frac above 0"),
-    (("lokr_factor",), _is("lora_type", "lokr"), "--lora_type lokr"),
-    (("lr_num_cycles",), _is("lr_scheduler", "cosine_with_restarts"), "--lr_scheduler cosine_with_restarts"),
-    (("lr_power",), _is("lr_scheduler", "polynomial"), "--lr_scheduler polynomial"),
-    (("lr_step_rules",), _is("lr_scheduler", "piecewise_constant"), "--lr_scheduler piecewise_constant"),
-    (("lr_warmup_steps",), _warms_up, "an --lr_scheduler that warms up, such as constant_with_warmup"),
-    (("num_train_epochs",), _is("max_train_steps", None), "no --max_train_steps"),
-    (("validation_epochs",), _is("validation_steps", None), "no --validation_steps"),
-)
 
 
-def unread(values: Values) -> Iterator[tuple[str, str]]:
-    """Flags that have no effect beside these values, each with what they would be read with."""
-    for names, is_read, condition in READ_ONLY_WITH:
-        if not is_read(values):
-            yield from ((name, condition) for name in names)
+def unread(values: Values, flags: Mapping[str, Flag]) -> Iterator[tuple[str, str]]:
+    """Those of `flags` that have no effect beside these values, each with what it would be read with.
+
+    A flag without a value has its default.
+    """
+    complete = {name: flag.default for name, flag in flags.items()} | dict(values)
+    for name, flag in flags.items():
+        lacking = next((needed for needed in flag.prerequisites if not needed.holds(complete)), None)
+        if lacking:
+            yield name, lacking.words(complete)
 
 
-def notices(values: Values, chosen: Container[str], given: Container[str]) -> Iterator[str]:
+def notices(values: Values, flags: Mapping[str, Flag], chosen: Container[str], given: Container[str]) -> Iterator[str]:
     """What the user should know though nothing is wrong.
 
+    flags   all of the trainer
     chosen  flags the user gave another value than the default; some are read only with another flag
     given   flags that any source gave a value, be it the default's
     """
-    for name, condition in unread(values):
+    for name, condition in unread(values, flags):
         if name in chosen:
             yield f"--{name} has no effect: it is read only with {condition}"
     has_own_rate = values.get("text_encoder_lr") is not None
@@ -326,12 +224,9 @@ def notices(values: Values, chosen: Container[str], given: Container[str]) -> It
     if _weighs_nothing(values):
         yield (f"--fourier_weight {values['fourier_weight']:g} with --loss_type fourier is no term at all: the loss is "
                f"--fourier_base_loss {values['fourier_base_loss']} alone")
-    for flag in ("enable_xformers_memory_efficient_attention", "enable_npu_flash_attention"):
-        if values.get(flag):
-            yield f"--{flag}: PyTorch's scaled_dot_product_attention is used, which is memory-efficient too"
-    if values.get("debug_loss"):
-        yield ("--debug_loss: no loss is logged by picture: at one random noise level it says little of the picture; "
-               "metrics.jsonl has the loss of every step")
+    for name, flag in flags.items():
+        if flag.facts.notice and values.get(name):
+            yield f"--{name}: {flag.facts.notice}"
 
 
 def _shrinking_base(values: Values) -> Iterator[str]:

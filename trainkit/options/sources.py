@@ -135,7 +135,7 @@ def _config(
             problems.append(_twice(name, where))
         else:
             many = flags[name].many and isinstance(value, list)
-            values[name] = " ".join(map(str, value)) if many else value
+            values[name] = " ".join(map(str, value)) if many and isinstance(value, list) else value
     return values, problems
 
 
@@ -170,13 +170,14 @@ def _no_table(
 
 def _nearest_key(name: str, flags: Mapping[str, Flag], table: str | None, prefix: str) -> str | None:
     """The key most likely meant, without its prefix in the table that may leave it out."""
-    short = [flag.removeprefix(prefix) for flag, kind in flags.items() if prefix and kind.concern == table]
+    short = [key.removeprefix(prefix) for key, flag in flags.items() if prefix and flag.concern == table]
     return nearest(name, short) or nearest(name, list(flags))
 
 
 def _load(path: Path) -> dict[str, object]:
     """The table in a config file; ValueError when it is not one."""
     text = path.read_text(encoding="utf-8")
+    data: object
     match path.suffix.lower():
         case ".toml":
             data = tomllib.loads(text)

@@ -1,8 +1,11 @@
-"""Which concerns each trainer has."""
+"""Which concerns each trainer has, and the flags of all of them."""
 
 from __future__ import annotations
 
-from trainkit.options.base import Concern
+from collections.abc import Sequence
+from functools import reduce
+
+from trainkit.options.base import Concern, Flag
 from trainkit.options.captioned import (
     CaptionedDataOptions,
     CaptionedOptimizerOptions,
@@ -20,7 +23,7 @@ from trainkit.options.objective import ObjectiveOptions
 from trainkit.options.optimizer import OptimizerOptions
 from trainkit.options.prior import PriorOptions
 from trainkit.options.running import PrecisionOptions, RunOptions, ValidationOptions
-from trainkit.options.words import PivotalOptions, TextOptions
+from trainkit.options.text_encoders import PivotalOptions, TextOptions
 
 CONCERNS: dict[str, type[Concern]] = {  # of the DreamBooth trainer
     "model": ModelOptions, "data": DataOptions, "prior": PriorOptions, "text": TextOptions, "pivotal": PivotalOptions,
@@ -42,3 +45,22 @@ def only_script_with(name: str) -> str | None:
     having = [trainer for trainer, concerns in TRAINERS.items()
               if any(name in kind.model_fields for kind in concerns.values())]
     return SCRIPTS[having[0]] if len(having) == 1 else None
+
+
+def known_flags() -> dict[str, Flag]:
+    """Every flag of any trainer by name, in the order of docs/flags.md; one of several is the first trainer's."""
+    found = {}
+    for concern in reduce(merged, map(list, TRAINERS.values())):
+        kinds = [concerns[concern] for concerns in TRAINERS.values() if concern in concerns]
+        for name in reduce(merged, (list(kind.model_fields) for kind in kinds)):
+            found[name] = next(kind.flag(name, concern) for kind in kinds if name in kind.model_fields)
+    return found
+
+
+def merged(names: list[str], others: Sequence[str]) -> list[str]:
+    """`names` with those of `others` that are missing, each behind its predecessor there."""
+    found = list(names)
+    for before, name in zip([None, *others], others, strict=False):
+        if name not in found:
+            found.insert(found.index(before) + 1 if before else 0, name)
+    return found

@@ -23,6 +23,7 @@ from trainkit.files import atomic_write
 from trainkit.report.charts import Chart, line_chart, number, smoothed
 from trainkit.report.facts import SAMPLE, RunFacts, sample_files
 from trainkit.report.matched import MEASURES, band_charts, band_tables, loss_name, loss_note
+from trainkit.report.usage import usage
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
 MAX_SAMPLE_STEPS = 24  # steps on the slider: the first, the last and others spread between
@@ -56,7 +57,7 @@ def write_report(folder: str | Path) -> Path:
     run = RunFacts(folder)
     css, js = ((TEMPLATES / name).read_text("utf-8") for name in ("report.css", "report.js"))
     page = environment(autoescape=True).get_template("report.html").render(
-        run=run, tiles=tiles(run), samples=sample_steps(folder, last=run.step), charts=charts(run), usage=run.usage,
+        run=run, tiles=tiles(run), samples=sample_steps(folder, last=run.step), charts=charts(run), usage=usage(run),
         bands=band_charts(run), measures=MEASURES, tables=band_tables(run), files=run.files, machine=machine(run),
         css=Markup(css), js=Markup(js), policy=policy(css, js),
     )

@@ -16,14 +16,10 @@ from trainkit.conditioning.new_tokens import EmbeddingsHeader, embeddings_file, 
 from trainkit.files import Json, read_json
 from trainkit.options import MatchingOptions, OptimizerOptions
 from trainkit.options.rules import unread
-from trainkit.options.words import replace_words
-from trainkit.report.usage import DIFFUSERS_FILE, Usage, usage
+from trainkit.options.text_encoders import replace_words
+from trainkit.options.trainers import known_flags
 
-PATHS = {  # options whose value is a place on this machine
-    "instance_data_dir", "class_data_dir", "output_dir", "logging_dir", "cache_dir", "latent_cache_dir", "config",
-    "resume_from_checkpoint", "train_data_dir", "guidance_features",
-}
-PATHS_OR_NAMES = {"pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name"}
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 SAMPLE = re.compile(r"step_(\d+)(?:_p(\d+)_s(\d+))?\.png")  # a single picture, or without p and s a step's grid
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -54,7 +50,7 @@ class RunFacts:
 
     def option(self, flag: str) -> Json:
         """Resolved value of a flag, None for a flag the run did not have."""
-        return self.record["options"].get(flag, {}).get("value")
+        return self._values.get(flag)
 
     def setting(self, flag: str) -> Json:
         """As `option`, but None for a flag that had no effect beside the others."""
@@ -62,19 +58,21 @@ class RunFacts:
 
     @cached_property
     def _unread(self) -> set[str]:
-        return {name for name, _ in unread({flag: o["value"] for flag, o in self.record["options"].items()})}
+        return {name for name, _ in unread(self._values, known_flags())}
+
+    @cached_property
+    def _values(self) -> dict[str, Json]:
+        return {flag: option["value"] for flag, option in self.record["options"].items()}
 
     @property
     def optimizer(self) -> str:
         """The optimizer that was used, with --use_8bit_adam read."""
-        return OptimizerOptions.model_construct(
-            optimizer=str(self.option("optimizer")), use_8bit_adam=bool(self.option("use_8bit_adam"))).algorithm
+        return OptimizerOptions.of(self._values).algorithm
 
     @property
     def matching_mode(self) -> str | None:
         """The mode of distribution matching that was used, where it was left open too; None without matching."""
-        names = MatchingOptions.model_fields.keys() & self.record["options"].keys()
-        asked = MatchingOptions.model_construct(**{name: self.option(name) for name in names})
+        asked = MatchingOptions.of(self._values)
         return asked.mode if asked.active else None
 
     @property
@@ -214,10 +212,6 @@ class RunFacts:
         paths = [self.folder / name for name in names]
         return [WrittenFile(p.name, bytes_shown(p.stat().st_size), sha256(p)) for p in paths if p.is_file()]
 
-    @cached_property
-    def usage(self) -> Usage:
-        return usage(self)
-
 
 def weight_names(run_name: str) -> tuple[str, str]:
     """What the two weight files of a run are called, the one for Diffusers first."""
@@ -256,9 +250,10 @@ def read_metrics(path: Path) -> Iterator[dict[str, float]]:
 
 def public(flag: str, value: Json) -> Json:
     """An option's value without the folders it lies in: these are nobody's business once a file is shared."""
-    if not isinstance(value, str) or flag not in PATHS | PATHS_OR_NAMES:
+    known = known_flags().get(flag)
+    if not isinstance(value, str) or known is None or not known.facts.path:
         return value
-    if flag in PATHS_OR_NAMES and HUB_NAME.fullmatch(value) and not Path(value).exists():
+    if known.facts.path == "or Hub name" and HUB_NAME.fullmatch(value) and not Path(value).exists():
         return value
     return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
 

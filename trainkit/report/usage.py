@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from trainkit.conditioning.new_tokens import ENCODERS, EOS_LINE
 from trainkit.diffusion import ScheduleChange, effective_config
+from trainkit.report.facts import DIFFUSERS_FILE, RunFacts
 
-if TYPE_CHECKING:
-    from trainkit.report.facts import RunFacts
-
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PIPELINES = {"stable-diffusion": "StableDiffusionPipeline", "stable-diffusion-xl": "StableDiffusionXLPipeline"}
 OWN_WORDS = "your prompt"  # where the run was told none
 

@@ -15,6 +15,9 @@ from importlib import metadata
 from pathlib import Path
 
 from trainkit.files import Json, atomic_write, disk_errors, write_json
+from trainkit.options.base import REDACTED
+from trainkit.options.sources import ENV_PREFIX
+from trainkit.options.trainers import known_flags
 
 log = logging.getLogger(__name__)
 
@@ -22,9 +25,10 @@ PACKAGES = (
     "torch", "diffusers", "transformers", "peft", "accelerate", "datasets", "safetensors", "prodigyopt",
     "bitsandbytes", "pillow", "numpy",
 )
+SECRET_FLAGS = [name for name, flag in known_flags().items() if flag.secret]
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}|\bsk-[A-Za-z0-9_-]{16,}|\bAKIA[0-9A-Z]{16}\b|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
-SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "LORA_HUB_TOKEN", "WANDB_API_KEY")
-MASK = "***"
+SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY",
+                    *(ENV_PREFIX + name.upper() for name in SECRET_FLAGS))
 
 
 def versions() -> dict[str, str]:
@@ -42,8 +46,8 @@ def redact(text: str, known: Iterable[str] = ()) -> str:
     """`text` without access tokens: those in `known`, those in the environment, and anything shaped like one."""
     for value in (*known, *(os.environ.get(name, "") for name in SECRET_VARIABLES)):
         if len(value) >= 4:
-            text = text.replace(value, MASK)
-    return TOKEN.sub(MASK, text)
+            text = text.replace(value, REDACTED)
+    return TOKEN.sub(REDACTED, text)
 
 
 def redact_json(data: Json, known: Iterable[str] = ()) -> Json:
@@ -59,12 +63,17 @@ def redact_json(data: Json, known: Iterable[str] = ()) -> Json:
 
 
 def redacted_command(argv: list[str]) -> list[str]:
-    """The command line with the value of --hub_token, in either spelling, masked."""
-    shown = [re.sub(r"^(--hub[_-]token=).*", rf"\1{MASK}", a) for a in argv]
-    for i, flag in enumerate(argv[:-1]):
-        if flag in ("--hub_token", "--hub-token"):
-            shown[i + 1] = MASK
-    return [redact(a) for a in shown]
+    """The command line with the values of secret flags, in either spelling, masked."""
+    shown = list(argv)
+    for i, word in enumerate(argv):
+        flag, sign, _ = word.partition("=")
+        if not flag.startswith("--") or flag[2:].replace("-", "_") not in SECRET_FLAGS:
+            continue
+        if sign:
+            shown[i] = f"{flag}={REDACTED}"
+        elif i + 1 < len(argv):
+            shown[i + 1] = REDACTED
+    return [redact(word) for word in shown]
 
 
 class Record:

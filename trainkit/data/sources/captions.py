@@ -238,7 +238,7 @@ def _entry(
     if not isinstance(name, str):
         raise BadEntry(f"{where}: {named_in} is {_kind(name)}, not text")
     try:
-        captions = read_captions(record.get(column or ""), several=several)
+        captions = read_captions(record.get(column) if column else None, several=several)
     except BadEntry as error:
         raise BadEntry(f"{where}: {column} {error}") from None
     try:

@@ -40,8 +40,8 @@ class Ferry:
             {name: torch.empty((rows, *column[0].shape), dtype=column[0].dtype, device=device)
              for name, column in host.items()} for _ in spans[:2]
         ]
-        self.arrived = [None, None]
-        self.free = [None, None]
+        self.arrived: dict[int, torch.Event] = {}  # of each slot
+        self.free: dict[int, torch.Event] = {}
         self.up.wait_stream(self.main)  # the slots' memory may still be in use there, and the last step's return
         self._load(0)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,9 +12,8 @@ from trainkit.optim.hina import rules
 from trainkit.optim.hina.memory import state_kinds
 from trainkit.optim.hina.rank import lora_pairs
 from trainkit.optim.hina.roles import anchored, is_factor, names_of, no_factor
-from trainkit.optim.hina.settings import DEFAULTS, KNOBS, MEMORY_FLAGS, RULE_FLAGS
+from trainkit.optim.hina.settings import DEFAULTS, KNOBS, MEMORY_FLAGS, RULE_FLAGS, Group
 
-Group = Mapping[str, object]
 NO_PAIR = "the group holds no LoRA pair (LoRA+ parts A from B)"
 
 MEMORY = (*MEMORY_FLAGS, "vram_budget_gb", "max_buffer_memory_mb")

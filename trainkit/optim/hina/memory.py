@@ -7,8 +7,8 @@ planned from the sizes of its tensors. Nothing waits for the device, save moving
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from functools import partial
 from numbers import Real
 from typing import NamedTuple
@@ -100,7 +100,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> dict[str, object]:
 
     "device" is where the parameters are, be it the CPU. torch keeps "step" on the CPU, in pageable memory.
     """
-    places, by_name, seen = defaultdict(int), defaultdict(int), set()
+    places, by_name, seen = Counter[str](), Counter[str](), set()
     for s in state_tensors(optimizer):
         by_name[s.name] += s.tensor.numel() * s.tensor.element_size()
         storage = s.tensor.untyped_storage()
@@ -115,7 +115,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> dict[str, object]:
 
 def state_kinds(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, list[str]]]:
     """name -> the residencies and dtypes its tensors have."""
-    found = defaultdict(lambda: {"residency": set(), "dtype": set()})
+    found: dict[str, dict[str, set[str]]] = defaultdict(lambda: {"residency": set(), "dtype": set()})
     for s in state_tensors(optimizer):
         found[s.name]["residency"].add(s.residency)
         found[s.name]["dtype"].add(str(s.tensor.dtype).removeprefix("torch."))
@@ -153,8 +153,10 @@ def fit(optimizer: torch.optim.Optimizer, target: int) -> dict[str, object]:
     """Free until the device's memory, the next step's scratch included, is `target` bytes; see `optimize_for_vram`."""
     device = device_of(optimizer)
     before = allocated_bytes(device)
-    actions = []
-    for act in (_shrink_scratch, _reduce, *(partial(_offload, name=name) for name in REDUCED)):
+    actions: list[Action] = []
+    acts: list[Callable[[torch.optim.Optimizer], Iterator[Action]]] = [
+        _shrink_scratch, _reduce, *(partial(_offload, name=name) for name in REDUCED)]
+    for act in acts:
         if _need(optimizer) > target:
             actions += act(optimizer)
     if actions and device.type == "cuda":
@@ -202,8 +204,12 @@ def _need(optimizer: torch.optim.Optimizer) -> int:
 
 def _scratch_need(optimizer: torch.optim.Optimizer) -> int:
     """The largest scratch so far, or the limit where one below that has been set since."""
-    limits, scratch = [scratch_limit(group) for group in optimizer.param_groups], scratch_of(optimizer)
-    return scratch.peak if None in limits else min(scratch.peak, max(*limits, scratch.floor))
+    largest, scratch = 0, scratch_of(optimizer)
+    for limit in map(scratch_limit, optimizer.param_groups):
+        if limit is None:
+            return scratch.peak
+        largest = max(largest, limit)
+    return min(scratch.peak, max(largest, scratch.floor))
 
 
 def _shrink_scratch(optimizer: torch.optim.Optimizer) -> Iterator[Action]:

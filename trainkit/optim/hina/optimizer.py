@@ -6,10 +6,12 @@ import inspect
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import ClassVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+from torch.optim.optimizer import StateDict
 
 from trainkit.optim.hina import info, memory, rules
 from trainkit.optim.hina.placing import MASTER, REDUCED, arrived, is_offloaded, restore
@@ -19,6 +21,7 @@ from trainkit.optim.hina.roles import Role, roles
 from trainkit.optim.hina.settings import (
     CHANGE_NO_BIT,
     DEFAULTS,
+    Group,
     Value,
     check,
     is_adamw,
@@ -27,12 +30,11 @@ from trainkit.optim.hina.settings import (
     spelled_out,
     why_unknown,
 )
-from trainkit.optim.hina.storage import Chunk, lend, scratch_limit, scratch_of, stream
+from trainkit.optim.hina.storage import Chunk, gradients, lend, scratch_limit, scratch_of, stream
 from trainkit.optim.hina.work import Facts, Pad, Work
 
 log = logging.getLogger(__name__)
 
-Group = dict[str, object]
 SCHEMA = 1  # of the groups and states in a state dict
 TEMPORARIES = 3  # tensors of a chunk's size that the rules keep, see work.py
 KERNEL_TEMPORARIES = 4  # more of them for spatial and edge on kernels
@@ -56,12 +58,13 @@ class HinaAdaptive(torch.optim.Optimizer):
     GROUP_STATE = ("mask_lr",)  # where lr_mask started: what a saved mask is measured against
     why_unknown = staticmethod(why_unknown)
     spelled_out = staticmethod(spelled_out)
+    __signature__: ClassVar[inspect.Signature]  # see `signature`
 
     def __init__(
         self, params: Iterable[Tensor] | Iterable[Group] | Iterable[tuple[str, Tensor]], lr: float = 1e-3, *,
         preset: str = "adamw", **settings: Value,
     ):
-        super().__init__(params, resolve({"lr": lr} | settings, preset))
+        super().__init__(params, resolve({"lr": lr, **settings}, preset))
 
     def add_param_group(self, param_group: Group) -> None:
         """Checks the group's own settings. A learning rate of its own is also where its lr_mask starts."""
@@ -87,12 +90,12 @@ class HinaAdaptive(torch.optim.Optimizer):
         arrived(self)
         return super().__getstate__()
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> StateDict:
         """As torch's; states in host memory are all there, whatever was still on its way."""
         arrived(self)
         return super().state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Hyper-parameters and states as saved, in the precision they were saved in; torch AdamW's are welcome too."""
         schemas = {group.get("schema", SCHEMA) for group in state_dict["param_groups"]}
         if schemas - {SCHEMA}:
@@ -102,6 +105,12 @@ class HinaAdaptive(torch.optim.Optimizer):
         refuse_shapes(self.param_groups, state_dict)
         super().load_state_dict(state_dict)
         restore(self, state_dict)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -117,8 +126,8 @@ class HinaAdaptive(torch.optim.Optimizer):
 
     def _step_group(self, group: Group, params: Sequence[Tensor]) -> None:
         group["clock"] += 1
-        for p in params:
-            refuse_gradient(p.grad)
+        for grad in gradients(params):
+            refuse_gradient(grad)
         if is_adamw(group):
             plain_step(self, group, [p for p in params if p.dtype != torch.bfloat16])
             params = [p for p in params if p.dtype == torch.bfloat16]  # to be rounded, which the rules' path does
@@ -136,7 +145,7 @@ class HinaAdaptive(torch.optim.Optimizer):
         """Make room on the device by what the optimizer holds; returns what was done and what is still lacking."""
         return memory.optimize_for_vram(self, target_vram_gb)
 
-    def restore_states(self) -> dict[str, object]:
+    def restore_states(self) -> dict[str, int]:
         """Take back the moves of `optimize_for_vram`; precision that was given up does not come back."""
         return memory.restore_states(self)
 
@@ -181,7 +190,7 @@ def refuse_gradient(grad: Tensor) -> None:
         raise ValueError("HinaAdaptive cannot use sparse gradients: use torch.optim.SparseAdam for these parameters")
 
 
-def refuse_shapes(groups: Sequence[Group], state_dict: Mapping[str, object]) -> None:
+def refuse_shapes(groups: Sequence[Group], state_dict: StateDict) -> None:
     """Raises ValueError where a saved state is of another shape than its parameter."""
     saved = [i for group in state_dict["param_groups"] for i in group["params"]]
     params = [p for group in groups for p in group["params"]]
@@ -220,12 +229,10 @@ def plain_step(opt: HinaAdaptive, group: Group, params: Sequence[Tensor]) -> Non
             kernel(group, some, counts, states)
 
 
-def kernel(
-    group: Mapping[str, object], params: list[Tensor], counts: Mapping[Tensor, Tensor],
-    states: Mapping[str, list[Tensor]],
-) -> None:
+def kernel(group: Group, params: list[Tensor], counts: Mapping[Tensor, Tensor], states: Mapping[str, list[Tensor]]
+           ) -> None:
     b1, b2 = group["betas"]
-    adamw(params, [p.grad for p in params], states["exp_avg"], states["exp_avg_sq"], [], [counts[p] for p in params],
+    adamw(params, gradients(params), states["exp_avg"], states["exp_avg_sq"], [], [counts[p] for p in params],
           foreach=group["foreach"], fused=group["fused"], amsgrad=False, beta1=b1, beta2=b2, lr=group["lr"],
           weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
 
@@ -277,5 +284,5 @@ def shrink_due(group: Group) -> float | None:
     return debt
 
 
-def refresh_due(group: Mapping[str, object]) -> bool:
+def refresh_due(group: Group) -> bool:
     return group["use_dynamic_adaptation"] and not group["clock"] % group["relationship_discovery_interval"]

@@ -18,14 +18,15 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import StateDict
 
 from trainkit.optim.hina.ferry import adjacent
 from trainkit.optim.hina.rounding import Rounder
+from trainkit.optim.hina.settings import Group
 
 log = logging.getLogger(__name__)
 
 State = MutableMapping[Tensor, dict[str, Tensor]]
-Group = dict[str, object]
 Initial = Mapping[str, float | Callable[[Tensor], Tensor]]
 
 REDUCED = ("anchor", "lr_mask", "exp_avg", "exp_avg_sq")  # in the order in which they leave the device
@@ -177,7 +178,7 @@ def buckets(state: State, group: Group) -> dict[tuple, list[Tensor]]:
     return found
 
 
-def restore(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, object]) -> None:
+def restore(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> None:
     """After Optimizer.load_state_dict, which casts states to their parameter's dtype: the saved bits again, in place.
 
     Takes copies, so that the dict and the optimizer share no memory. "step" stays where the base class has put it.

@@ -8,11 +8,12 @@ plain decay of both factors already is a nuclear norm of the product (Kobayashi 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from trainkit.optim.hina.settings import Group
 from trainkit.optim.hina.work import Work
 
 LEAST = 1e-6  # singular values below this share of the largest shrink as those at it
@@ -24,17 +25,14 @@ def proximal(work: Work) -> None:
 
     The eigenproblem makes the host wait for the device in these steps, and in no others.
     """
-    if work.facts.shrink is None:
+    lr, group = work.facts.shrink, work.group
+    if lr is None:
         return
-    if work.group["rank_penalty_target"] == "product":
-        shrink_products(work)
+    amount = lr * group["rank_penalty_strength"], group["low_rank_emphasis"]
+    if group["rank_penalty_target"] == "product":
+        shrink_products(work, amount)
     else:
-        shrink_factors(work.w.view(-1, work.shape[0], work.numel // work.shape[0]), amounts(work))
-
-
-def amounts(work: Work) -> tuple[float, float]:
-    """(lr summed · strength, emphasis)."""
-    return work.facts.shrink * work.group["rank_penalty_strength"], work.group["low_rank_emphasis"]
+        shrink_factors(work.w.view(-1, work.shape[0], work.numel // work.shape[0]), amount)
 
 
 def kept(sigma: Tensor, amount: float, emphasis: float) -> Tensor:
@@ -63,7 +61,7 @@ def shrink_factors(w: Tensor, amount: tuple[float, float]) -> None:
     w.sub_(removed @ exact if wide else exact @ removed)
 
 
-def shrink_products(work: Work) -> None:
+def shrink_products(work: Work, amount: tuple[float, float]) -> None:
     """For the B's among the weights: singular values of B A shrink by a change of B alone, which leaves A as it is.
 
     B = Q_B R_B, A^T = Q_A R_A, R_B R_A^T = U diag(sigma) V^T:  B <- B - U_B diag(1 - sigma'/sigma) U_B^T B with
@@ -76,7 +74,7 @@ def shrink_products(work: Work) -> None:
     basis, left = torch.linalg.qr(finite(b))
     core = left @ triangles([work.facts.downs[work.chunk.params[i]] for i in rows]).mT
     u, sigma, _ = torch.linalg.svd(core)
-    ub, loss = basis @ u, 1 - kept(sigma, *amounts(work))
+    ub, loss = basis @ u, 1 - kept(sigma, *amount)
     change = (ub * loss[:, None]) @ (ub.mT @ b)
     for i, part in zip(rows, change, strict=True):
         work.w[i].sub_(part.view_as(work.w[i]))
@@ -101,7 +99,7 @@ def finite(matrices: Tensor) -> Tensor:
     return torch.where(matrices.isfinite().flatten(1).all(-1)[:, None, None], matrices, 0.0)
 
 
-def lora_pairs(group: Mapping[str, object]) -> list[tuple[Tensor, Tensor]]:
+def lora_pairs(group: Group) -> list[tuple[Tensor, Tensor]]:
     """The LoRA pairs (A, B) of a group: by its parameters' names where it has them, else neighbours that fit.
 
     A [r,in,...] and B [out,r,...]; without names r must be less than both in and out.

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from trainkit.optim.hina.settings import Group
 from trainkit.optim.hina.work import TINY, Work, norm, total
 
 BACKGROUND = 0.5  # beta of the background's gain
@@ -124,7 +125,7 @@ def adapt(work: Work) -> None:
 
 
 def share_out(
-    params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Tensor]], group: Mapping[str, object],
+    params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Tensor]], group: Group,
     pairs: Sequence[tuple[Tensor, Tensor]],
 ) -> None:
     """s = clip((rho/geometric mean of rho)^(strength/2), 0.1, 3), divided by its own geometric mean, into the states.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
 
 from trainkit.optim.hina.rank import lora_pairs
+from trainkit.optim.hina.settings import Group
 
 FACTOR = re.compile(r"(^|\.)(lora_(embedding_)?[AB]|lora_(down|up)|hada_\w+|lokr_\w+)(\.|$)")  # of LoRA, LoHa, LoKr
 NO_FACTOR = ((re.compile("token_embedding|embed_tokens"), "its rows are tokens"),
@@ -23,7 +23,7 @@ class Role(NamedTuple):
     spared: bool = False
 
 
-def roles(group: Mapping[str, object]) -> dict[Tensor, Role]:
+def roles(group: Group) -> dict[Tensor, Role]:
     """Every tensor of the group with its role under the group's settings."""
     if not group["use_spd"] and not group["lora_rank_penalty"]:
         return dict.fromkeys(group["params"], Role())
@@ -32,7 +32,7 @@ def roles(group: Mapping[str, object]) -> dict[Tensor, Role]:
             for p, name in zip(group["params"], names_of(group), strict=True)}
 
 
-def anchored(group: Mapping[str, object]) -> set[Tensor]:
+def anchored(group: Group) -> set[Tensor]:
     """The tensors that SPD draws to where they started, so that it must keep a copy of that.
 
     With "auto" all but the factors of an adapter, whose product is 0 where they are; by names, else members of a pair.
@@ -48,7 +48,7 @@ def anchored(group: Mapping[str, object]) -> set[Tensor]:
     return set(params) - {p for pair in lora_pairs(group) for p in pair}
 
 
-def names_of(group: Mapping[str, object]) -> list[str]:
+def names_of(group: Group) -> list[str]:
     """A name for each tensor, "" where the group has none."""
     return group.get("param_names") or [""] * len(group["params"])
 

@@ -10,7 +10,7 @@ a rule without a flag always acts. What a rule needs of a tensor's shape stands 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trainkit.optim.hina import rank, regularize
 from trainkit.optim.hina.roles import Role
+from trainkit.optim.hina.settings import Group
 from trainkit.optim.hina.work import TINY, Work, dot, norm, total
 
 TAM_EPS = 1e-8
@@ -33,7 +34,7 @@ def run(work: Work, rules: Sequence[Rule]) -> None:
             return
 
 
-def active(group: Mapping[str, object], shape: torch.Size, role: Role) -> list[Rule]:
+def active(group: Group, shape: torch.Size, role: Role) -> list[Rule]:
     """The rules that act on tensors of a shape and a role, in order."""
     fit = [rule for rule in RULES if (not rule.flag or group[rule.flag]) and not rule.unfit(shape)]
     return [rule for rule in fit if not (role.spared and rule.flag == "lora_rank_penalty")]
@@ -195,7 +196,7 @@ def lr_mask(work: Work) -> None:
 # --- the weights ----------------------------------------------------------------------------------------------------
 
 
-def decay_rate(group: Mapping[str, object], step: int) -> float:
+def decay_rate(group: Group, step: int) -> float:
     """lambda · max(wd_min_ratio, wd_decay_factor^((t - T)/T)) in step t > T = wd_transition_steps; before it lambda."""
     late = step / group["wd_transition_steps"] - 1
     if not group["dynamic_weight_decay"] or late <= 0:
@@ -224,6 +225,7 @@ def spd(work: Work) -> None:
     r = max(0, 1 - ||W_before - W_0||/||W - W_0||), so that lambda = 1 gives back the radius before the step.
     Source: Tian, Huang & Kira 2024, "Rethinking Weight Decay for Robust Fine-Tuning", arXiv:2411.01713.
     """
+    assert work.radius is not None and work.growth is not None, "remember_growth acts before"
     anchor = work.state.get("anchor")
     now = norm(work.w if anchor is None else torch.sub(work.w, anchor, out=work.a))
     ratio = (1 - work.radius / now.clamp(min=TINY)).clamp_(min=0)
@@ -267,12 +269,12 @@ RULES = (
 )
 
 
-def states(group: Mapping[str, object], role: Role) -> tuple[list[str], list[str]]:
+def states(group: Group, role: Role) -> tuple[list[str], list[str]]:
     """Names of what is kept for each element, and for each tensor, of a group and a role in it."""
     elements = ["exp_avg", "exp_avg_sq"] + ["lr_mask"] * group["use_lr_mask"] + ["anchor"] * role.anchored
     return elements, ["tam"] * group["use_tam"] + ["signal", "adapt_scale"] * group["use_dynamic_adaptation"]
 
 
-def initial(group: Mapping[str, object]) -> dict[str, float | Callable[[Tensor], Tensor]]:
+def initial(group: Group) -> dict[str, float | Callable[[Tensor], Tensor]]:
     """How states begin that do not begin at 0."""
     return {"lr_mask": group["mask_lr"], "anchor": lambda w: w, "adapt_scale": 1.0}

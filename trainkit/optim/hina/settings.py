@@ -8,10 +8,12 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from numbers import Real
+from typing import Any
 
 Value = bool | int | float | str | tuple[float, float] | None
+Group = dict[str, Any]  # as torch types it: the settings of a group by name, its parameters, and what moves
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,8 @@ class Settings:
     rank_penalty_target: str = "factors"
 
 
-DEFAULTS: dict[str, Value] = {f.name: f.default for f in fields(Settings)}
-KINDS = {f.name: f.type for f in fields(Settings)}
+DEFAULTS: dict[str, Value] = asdict(Settings())
+KINDS = {f.name: str(f.type) for f in fields(Settings)}
 
 # What hinablue/sd-scripts, where the guide comes from, has on without being asked (`HinaAdaptive.__init__` there).
 # Its Grams did nothing, and stays off here because it would replace the cautious rule.
@@ -128,7 +130,7 @@ GONE = {
 } | dict.fromkeys(("optim_bits", "min_8bit_size", "percentile_clipping", "block_wise", "is_paged"), EIGHT_BITS)
 
 
-def resolve(given: Mapping[str, Value], preset: str = "adamw") -> dict[str, Value]:
+def resolve(given: Mapping[str, object], preset: str = "adamw") -> dict[str, Value]:
     """All settings: the defaults, over them the preset, over both what is given.
 
     Raises TypeError for a name that is none, ValueError for a value or a preset that cannot be.
@@ -138,7 +140,7 @@ def resolve(given: Mapping[str, Value], preset: str = "adamw") -> dict[str, Valu
             raise TypeError(f"HinaAdaptive takes no {name}: {why_unknown(name) or 'leave it out'}")
     if preset not in PRESETS:
         raise ValueError(f"there is no preset {preset!r}: use {' or '.join(map(repr, PRESETS))}")
-    values = DEFAULTS | PRESETS[preset] | {name: plain_value(value) for name, value in given.items()}
+    values: Group = DEFAULTS | PRESETS[preset] | {name: plain_value(value) for name, value in given.items()}
     check(values)
     return values
 
@@ -165,14 +167,14 @@ def why_unknown(name: str) -> str:
     return f"did you mean {near[0]}?" if near else ""
 
 
-def check(values: Mapping[str, Value]) -> None:
+def check(values: Group) -> None:
     """Raises ValueError for the first value that cannot be."""
     problem = next(_problems(values), None)
     if problem:
         raise ValueError(problem)
 
 
-def _problems(v: Mapping[str, Value]) -> Iterator[str]:
+def _problems(v: Group) -> Iterator[str]:
     """Kinds first, because ranges compare numbers."""
     yield from (p for name in DEFAULTS for p in _kind_problem(name, v[name]))
     if not (isinstance(v["betas"], tuple | list) and len(v["betas"]) == 2
@@ -186,7 +188,7 @@ def _problems(v: Mapping[str, Value]) -> Iterator[str]:
     yield from _contradictions(v)
 
 
-def _contradictions(v: Mapping[str, Value]) -> Iterator[str]:
+def _contradictions(v: Group) -> Iterator[str]:
     if v["foreach"] and v["fused"]:
         yield "foreach and fused are both asked for: use one of them"
     if v["min_lr"] > v["max_lr"]:
@@ -201,7 +203,7 @@ def _contradictions(v: Mapping[str, Value]) -> Iterator[str]:
                "widen them or change lr")
 
 
-def is_adamw(v: Mapping[str, object]) -> bool:
+def is_adamw(v: Group) -> bool:
     """Whether a step is torch's kernel for fp32 weights, with no rule on and no state to round."""
     return not v["reduce_precision"] and not any(v[flag] for flag in RULE_FLAGS)
 
@@ -218,7 +220,9 @@ def _kind_problem(name: str, value: object) -> Iterator[str]:
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # type: ignore[operator]  # typeshed gives abs(Real) no order
 
 
 LEAST_EPS = 1e-30  # above 0 in fp32, in which the rules have such a bound of their own

@@ -14,7 +14,7 @@ from host memory, rounding.py writes bf16.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -25,7 +25,6 @@ from torch import Tensor
 from trainkit.optim.hina.ferry import Ferry, Span, adjacent
 from trainkit.optim.hina.placing import (
     MASTER,
-    Group,
     Initial,
     State,
     can_offload,
@@ -34,7 +33,8 @@ from trainkit.optim.hina.placing import (
     place,
     rounder_of,
 )
-from trainkit.optim.hina.rounding import join, split
+from trainkit.optim.hina.rounding import Rounder, join, split
+from trainkit.optim.hina.settings import Group
 
 log = logging.getLogger(__name__)
 
@@ -183,6 +183,11 @@ def cut(count: int, rows: int) -> list[Span]:
     return [(lo, min(lo + rows, count)) for lo in range(0, count, rows)]
 
 
+def gradients(params: Iterable[Tensor]) -> list[Tensor]:
+    """Of parameters that all have one."""
+    return [grad for p in params if (grad := p.grad) is not None]
+
+
 def has_master(group: Group, p: Tensor) -> bool:
     return p.dtype == torch.bfloat16 and bool(group.get("master_weights"))
 
@@ -197,7 +202,7 @@ class Desk:
         self.kept = {name: state[first][name] for name in names}  # one of each, for its dtype and place
         rounded = self.kept if self.master else self.kept | {PARAM: first}
         self.rounds = [name for name, t in rounded.items() if t.dtype == torch.bfloat16]
-        self.rounder = None
+        self.rounder: Rounder | None = None
         if self.rounds:
             self.rounder = rounder_of(group, params, names=self.rounds, device=self.device, step=step)
         self.paper: dict[str, Tensor] = {}
@@ -240,22 +245,26 @@ class Desk:
         part = list(self.params[lo:hi])
         state = {n: t if t.dtype == self.dtype else self._copy(n, t) for n, t in lent.rows.items() if n != MASTER}
         w = join(torch.stack(part), lent.rows[MASTER]) if self.master else self._stack("w", part)
-        return Chunk(part, self.group, self.step, w, self._stack("g", [p.grad for p in part]), state)
+        return Chunk(part, self.group, self.step, w, self._stack("g", gradients(part)), state)
 
     def clear(self, lent: Lent, chunk: Chunk, read_only: Collection[str]) -> None:
         """Write the chunk back into what was lent, and into the parameters."""
         lo, _ = lent.span
         for name, rows in chunk.state.items():
             if rows is not lent.rows[name] and name not in read_only:
-                self.rounder.round_(lent.rows[name], rows, name, lo)
+                self._round(lent.rows[name], rows, name, lo)
         w = chunk.w
         if self.master:
             w, rest = split(w)
             lent.rows[MASTER].copy_(rest)
         elif self.params[0].dtype == torch.bfloat16:
             w = torch.empty_like(w, dtype=torch.bfloat16)
-            self.rounder.round_(w, chunk.w, PARAM, lo)
+            self._round(w, chunk.w, PARAM, lo)
         torch._foreach_copy_(chunk.params, list(w.unbind()))
+
+    def _round(self, target: Tensor, x: Tensor, name: str, lo: int) -> None:
+        assert self.rounder is not None, f"{name} is none of those to be rounded"
+        self.rounder.round_(target, x, name, lo)
 
     def _stack(self, name: str, tensors: list[Tensor]) -> Tensor:
         if tensors[0].dtype != self.dtype:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from trainkit.options.base import Concern, opt, steps_of_share
+from trainkit.options.base import Concern, always, opt, steps_of_share
 
 if TYPE_CHECKING:
     from trainkit.options.optimizer import OptimizerOptions
+
+LEARNS = "train_text_encoder or train_text_encoder_ti"  # whether anything of the text encoders is trained
 
 
 class TextOptions(Concern):
@@ -17,18 +19,21 @@ class TextOptions(Concern):
 
     train_text_encoder: bool = opt(False, "train LoRA on the text encoders too")
     train_text_encoder_frac: float = opt(
-        1.0, "share of the steps in which the text encoders are trained", unit="0..1", ge=0, le=1,
+        1.0, "share of the steps in which the text encoders are trained", unit="0..1", read_with="train_text_encoder",
+        card="Share of the steps, text encoders", ge=0, le=1,
         differs="a share of the steps, not of whole epochs")
     text_encoder_lr: float = opt(
         5e-6, "learning rate of text encoders and new embeddings; with Prodigy, --learning_rate unless this is given",
-        unit="rate", ge=0, differs="0 means 0, not --learning_rate")
+        unit="rate", resume="may change", read_with=LEARNS, ge=0, differs="0 means 0, not --learning_rate")
     text_encoder_2_lr: float | None = opt(
-        None, "learning rate of the second text encoder's LoRA; without it --text_encoder_lr", unit="rate", ge=0)
+        None, "learning rate of the second text encoder's LoRA; without it --text_encoder_lr", unit="rate",
+        resume="may change", read_with="train_text_encoder", ge=0)
     adam_weight_decay_text_encoder: float | None = opt(
         None, "weight decay of what is trained of the text encoders; without it --adam_weight_decay", unit="decay",
-        ge=0, differs="0 means 0, not --adam_weight_decay")
+        resume="may change", read_with=LEARNS, card=always("Text weight decay"), ge=0,
+        differs="0 means 0, not --adam_weight_decay")
     clip_skip: int | None = opt(
-        None, "layers to skip below the text encoders' last but one", unit="layers", ge=0,
+        None, "layers to skip below the text encoders' last but one", unit="layers", card="CLIP skip", ge=0,
         differs="honoured with frozen text encoders too")
 
     def lrs(self, optimizer: OptimizerOptions, *, global_batch: int) -> tuple[float, float]:
@@ -49,9 +54,12 @@ class TextOptions(Concern):
 class PivotalOptions(Concern):
     """Pivotal tuning: new words for the concept"""
 
+    read_with: ClassVar[str] = "train_text_encoder_ti"
+
     train_text_encoder_ti: bool = opt(False, "learn the embeddings of new tokens in both text encoders")
     train_text_encoder_ti_frac: float = opt(
-        0.5, "share of the steps in which the new embeddings are trained", unit="0..1", ge=0, le=1,
+        0.5, "share of the steps in which the new embeddings are trained", unit="0..1",
+        card=always("Share of the steps, new tokens"), ge=0, le=1,
         differs="a share of the steps, not of whole epochs")
     token_abstraction: str = opt(
         "TOK", "words in prompts and captions that stand for new tokens, separated by commas", unit="words",

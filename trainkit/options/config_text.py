@@ -9,6 +9,7 @@ from itertools import groupby
 
 from trainkit.options.base import Concern, Flag, Value
 from trainkit.options.cli import shown
+from trainkit.options.trainers import merged
 
 Concerns = Mapping[str, type[Concern]]  # of one trainer, by the name of the table in a config file
 
@@ -40,7 +41,7 @@ def _assignment(flag: Flag, value: Value, origin: str) -> str:
 def markdown(trainers: Mapping[str, Concerns], presets: Mapping[str, Mapping[str, Value]]) -> str:
     """docs/flags.md: every flag once, with what a trainer has otherwise; `trainers` is by name."""
     parts = [INTRODUCTION, _preset_text(presets)]
-    for concern in reduce(_merged, (list(kinds) for kinds in trainers.values())):
+    for concern in reduce(merged, map(list, trainers.values())):
         kinds = {trainer: kinds[concern] for trainer, kinds in trainers.items() if concern in kinds}
         only = "" if len(kinds) == len(trainers) else f", {' and '.join(kinds)} only"
         title = next(iter(kinds.values())).title()
@@ -48,20 +49,11 @@ def markdown(trainers: Mapping[str, Concerns], presets: Mapping[str, Mapping[str
     return "\n\n".join(parts) + "\n"
 
 
-def _merged(names: list[str], others: list[str]) -> list[str]:
-    """`names` with those of `others` that are missing, each behind its predecessor there."""
-    merged = list(names)
-    for before, name in zip([None, *others], others, strict=False):
-        if name not in merged:
-            merged.insert(merged.index(before) + 1 if before else 0, name)
-    return merged
-
-
 def _table(concern: str, kinds: Mapping[str, type[Concern]]) -> str:
     """A concern's flags, as its trainers have them."""
     lines = ["| flag | value | default | meaning |", "|---|---|---|---|"]
-    for name in reduce(_merged, (list(kind.model_fields) for kind in kinds.values())):
-        flags = {trainer: Flag(name, concern, kind.model_fields[name]) for trainer, kind in kinds.items()
+    for name in reduce(merged, (list(kind.model_fields) for kind in kinds.values())):
+        flags = {trainer: kind.flag(name, concern) for trainer, kind in kinds.items()
                  if name in kind.model_fields}
         only = "" if len(flags) == len(kinds) else f" ({' and '.join(flags)} only)"
         cells = [f"`--{name}`{only}", _agreed(flags, _value), _agreed(flags, _default), _meaning(flags)]
@@ -78,7 +70,7 @@ def _agreed(flags: Mapping[str, Flag], text: Callable[[Flag], str]) -> str:
 
 
 def _meaning(flags: Mapping[str, Flag]) -> str:
-    notes = {trainer: flag.note("differs") for trainer, flag in flags.items()}
+    notes = {trainer: flag.facts.differs for trainer, flag in flags.items()}
     if len(set(notes.values())) == 1:
         notes = {"": next(iter(notes.values()))}
     unlike = [f". *Unlike the Diffusers {f'{trainer} ' if trainer else ''}script: {note}.*"
@@ -94,7 +86,7 @@ def _value(flag: Flag) -> str:
     """What the flag takes: choices, or a unit and its range."""
     if flag.choices:
         return " · ".join(f"`{choice}`" for choice in flag.choices)
-    return "on/off" if flag.is_switch else ", ".join(filter(None, [flag.note("unit") or "text", flag.limits]))
+    return "on/off" if flag.is_switch else ", ".join(filter(None, [flag.facts.unit or "text", flag.limits]))
 
 
 def _preset_text(presets: Mapping[str, Mapping[str, Value]]) -> str:
