@@ -58,15 +58,15 @@ def data_section(work_dir: Path) -> str:
     rows = [(f"`{style}`", f"`{PACKAGES[style][0]}`", PACKAGES[style][1], LICENCES[style]) for style in STYLES]
     return f"""## Data
 
-{nouns} nouns in three drawing styles, {len(named)} pictures on white at 64 px; captions name noun and style in four
-wordings ("icon of a fox in the style of noto", "fox, twemoji style icon", …). The UNets never saw {withheld} of the
-pairs (every noun kept at least one style), the CLIP and the autoencoder saw all. No model saw the 3-D style of
-`assets/icons-3d`.
+The data has {nouns} nouns in three drawing styles: {len(named)} images on white at 64 px. Captions name noun and
+style in four wordings ("icon of a fox in the style of noto", "fox, twemoji style icon", …). The UNets never saw
+{withheld} of the pairs of noun and style; every noun kept at least one style. The CLIP and the autoencoder saw all
+pairs. No model saw the 3-D style of `assets/icons-3d`.
 
-{table(("style in captions", "package (npm)", "version", "pictures"), rows)}
+{table(("style in captions", "package (npm)", "version", "images"), rows)}
 
-The tokenizer is CLIP's byte-pair encoding cut to about 4,000 entries: its first 3,000 merges and every merge that the
-captions' words need (merges from `open-clip-torch` 3.3.0, MIT). Words it knows get the pieces that CLIP gives them.
+The tokenizer is CLIP's byte-pair encoding cut to about 4,000 entries: its first 3,000 merges, and every merge that the
+words of the captions need (merges from `open-clip-torch` 3.3.0, MIT). Words that it knows get CLIP's own pieces.
 """
 
 
@@ -79,16 +79,17 @@ def training_section(kind: str, work_dir: Path) -> str:
             rows.append((part, record["step"], BATCHES[part], f"{record['seconds'] / 60:.0f}", losses))
     return f"""## Training
 
-One thread of a 2-core CPU (Xeon, 2.5 GHz, AMX) that did other work too; no GPU. AdamW, 100 steps of warm-up, cosine to
-the end of the time budget, EMA; the weights here are the EMA's, in fp16. Minutes are processor time from the middle of
-the SDXL part on, wall time before. Losses are running means over about 100 steps.
+The training ran on one thread of a 2-core CPU (Xeon, 2.5 GHz, AMX) that did other work too, without a GPU. It used
+AdamW, 100 steps of warm-up, a cosine to the end of the time budget, and an EMA. The weights here are the EMA's, in
+fp16. Minutes are wall time up to the middle of the SDXL part, and processor time after it. Losses are running means
+over about 100 steps.
 
 {table(("part", "steps", "batch", "minutes", "losses at the end"), rows)}
 
 {OBSERVED[kind].get("build", "")}
 
-`python experiments/build_base_models.py --stage all` builds it again; `--evaluate` measures it again and writes this
-card.
+`python experiments/build_base_models.py --stage all` builds the model again. `--evaluate` measures it again and writes
+this card.
 """
 
 
@@ -100,7 +101,7 @@ def image_scores(kind: str, scores: dict) -> str:
     rows = [
         ("nearest real icon has the caption's noun", f"{mine['noun_top1']:.1%} (aim {aim:.0%}: {verdict})"),
         (
-            f"… for captions whose (noun, style) was withheld ({mine['withheld_pictures']} pictures)",
+            f"… for captions whose (noun, style) was withheld ({mine['withheld_pictures']} images)",
             f"{mine['noun_top1_withheld']:.1%}",
         ),
         ("nearest real icon has the caption's style", f"{mine['style_top1']:.1%}"),
@@ -109,12 +110,14 @@ def image_scores(kind: str, scores: dict) -> str:
     ]
     return f"""## Measured
 
-{mine["pictures"]} pictures: 50 captions × 4 seeds, stock pipeline, {mine["steps"]} steps, guidance {mine["guidance"]}.
-The judge is `assets/tiny-clip-icons`, trained on the same icons: the nearest of the 903 real icons by cosine.
+The test has {mine["pictures"]} images: 50 captions × 4 seeds, stock pipeline, {mine["steps"]} steps,
+guidance {mine["guidance"]}.
+The score is top-1 retrieval accuracy: `assets/tiny-clip-icons`, a CLIP trained on the same icons, finds the nearest of
+the 903 real icons by cosine.
 
 {table(("measure", "value"), rows)}
 
-Missed at least once: {", ".join(missed) or "none"}.
+Nouns that were missed at least once: {", ".join(missed) or "none"}.
 
 ![24 of the captions, four seeds each](../../docs/images/base_{kind}.png)
 """
@@ -137,15 +140,17 @@ def clip_scores(scores: dict) -> str:
     clip = scores["clip"]
     return f"""## Measured
 
-The nearest of the 903 real icons has the right noun
+Top-1 retrieval accuracy: how often the nearest of the 903 real icons has the right noun.
 
-- for real icons that went through the autoencoder: {clip["reconstructed_top1"]:.1%};
-- for real icons, when icons of their own style do not count: {clip["other_style_top1"]:.1%}.
+- Real icons that went through the autoencoder: {clip["reconstructed_top1"]:.1%}.
+- Real icons, if icons of their own style do not count: {clip["other_style_top1"]:.1%}.
 
-**The style layer.** "Halves": KID between two random halves of one style, whose nouns differ (root mean square over
-the four styles and eight halvings each): what nouns alone do. The other columns: KID between two styles drawing the
-same 301 nouns, divided by it. A good layer tells styles apart and is blind to nouns; `trainkit.evaluation.STYLE_LAYER`
-is in bold. Features are the mean and deviation of each channel over tokens; layers are those of `vision_model`.
+**The style layer.** A good layer separates styles and ignores nouns. `trainkit.evaluation.STYLE_LAYER` is in bold.
+
+- "Halves" is the KID between two random halves of one style, whose nouns differ (root mean square over the four styles
+  and eight halvings each). It shows what nouns alone do.
+- The other columns are the KID between two styles of the same 301 nouns, divided by "halves".
+- Features are the mean and deviation of each channel over tokens. Layers are those of `vision_model`.
 
 {layer_table(clip.get("style_layers", {}))}
 """
@@ -161,7 +166,7 @@ def card(kind: str, work_dir: Path, scores: dict) -> str:
         data_section(work_dir),
         training_section(kind, work_dir),
         measured,
-        f"## What one sees\n\n{OBSERVED[kind]['seen']}\n" if "seen" in OBSERVED[kind] else "",
+        f"## What you can expect\n\n{OBSERVED[kind]['seen']}\n" if "seen" in OBSERVED[kind] else "",
         f"## Limits\n\n{OBSERVED[kind]['limits']}\n",
     ]
     return "\n".join(part for part in parts if part)

@@ -73,7 +73,7 @@ def spread(values: Sequence[float]) -> str:
 def main_table(results: Results, control: str) -> Iterator[str]:
     """The control in numbers, then what every arm changes of it, paired by seed."""
     base = results[control]
-    yield f"| | pictures a step | seconds a step | {' | '.join(METRICS)} | style distance |"
+    yield f"| | images per step | seconds per step | {' | '.join(METRICS)} | style distance |"
     yield "|---|---|---|" + "---|" * (len(METRICS) + 1)
     for name, found in results.items():
         if name == control:

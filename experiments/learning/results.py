@@ -78,9 +78,9 @@ COLUMNS = {
     "spectrum": Column("spectrum", ".3f", lambda r: r.spectrum),
     "spectrum_vae": Column("spectrum, real through the VAE", ".3f", lambda r: r.spectrum_vae),
     "drift": Column("prior drift", ".3f", lambda r: r.prior_drift),
-    "bytes": Column("state bytes a parameter", ".2f", lambda r: r.state_bytes, every_seed=False),
-    "step": Column("seconds a step", ".3f", lambda r: r.step_seconds, every_seed=False),
-    "seconds": Column("seconds a run", ".0f", lambda r: r.seconds, every_seed=False),
+    "bytes": Column("state, bytes per number", ".2f", lambda r: r.state_bytes, every_seed=False),
+    "step": Column("seconds per step", ".3f", lambda r: r.step_seconds, every_seed=False),
+    "seconds": Column("seconds per run", ".0f", lambda r: r.seconds, every_seed=False),
 }
 
 
@@ -97,8 +97,8 @@ def tables(results: Results, references: Mapping[str, Mapping] | None = None) ->
                 yield "\nChange from the first row, same seed: mean, [95 % interval over seeds]\n"
                 yield from changes(comparison, results)
     if references:
-        yield "\n### Spectra of other pictures\n"
-        yield ("| pictures | style distance | high, % of real | high, % of real through the VAE | spectrum | "
+        yield "\n### Spectra of other images\n"
+        yield ("| images | style distance | high, % of real | high, % of real through the VAE | spectrum | "
                "spectrum, real through the VAE |\n|---|---|---|---|---|---|")
         for name, r in references.items():
             yield (f"| {name} | {r['style_distance']:.4f} | {100 * r['high']:.1f} | {100 * r['high_vae']:.0f} | "
