@@ -1,4 +1,4 @@
-"""Teach SDXL a concept or a style from a few pictures: a DreamBooth LoRA.
+"""Teach SDXL a concept or a style from a few images: a DreamBooth LoRA.
 
     accelerate launch train_dreambooth_lora_sdxl_advanced.py \\
       --pretrained_model_name_or_path=assets/tiny-sdxl-icons --instance_data_dir=assets/icons-3d \\

@@ -1,4 +1,4 @@
-"""Teach Stable Diffusion 1.x, 2.x or SDXL from captioned pictures: a text-to-image LoRA.
+"""Teach Stable Diffusion 1.x, 2.x or SDXL from captioned images: a text-to-image LoRA.
 
     accelerate launch train_text_to_image_lora.py \\
       --pretrained_model_name_or_path=assets/tiny-sd-icons --train_data_dir=assets/icons-3d \\

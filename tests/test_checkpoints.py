@@ -275,14 +275,14 @@ def test_a_save_reads_its_own_files_back_once_and_those_of_older_checkpoints_nev
 def test_pruning_deletes_only_folders_of_ours_and_follows_no_link(tmp_path):
     out, foreign = tmp_path / "out", tmp_path / "data"
     foreign.mkdir()
-    (foreign / "picture.png").write_bytes(b"precious")
+    (foreign / "image.png").write_bytes(b"precious")
     save_steps(out, 2)
     (out / "checkpoint-1").symlink_to(foreign)
     (out / "checkpoint-0").mkdir()
     (out / "checkpoint-0" / "notes.txt").write_text("mine")
     (out / "checkpoint-best").mkdir()
     save_steps(out, 4, keep=1)
-    assert (foreign / "picture.png").exists() and (out / "checkpoint-0" / "notes.txt").exists()
+    assert (foreign / "image.png").exists() and (out / "checkpoint-0" / "notes.txt").exists()
     assert (out / "checkpoint-best").exists() and not (out / "checkpoint-2").exists()
 
 

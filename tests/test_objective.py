@@ -255,7 +255,7 @@ def test_share_scales_each_sample_under_every_weight():
         torch.testing.assert_close(shared, whole * share)
 
 
-def test_class_pictures_are_weighed_like_others_but_not_by_snr_under_compat():
+def test_class_images_are_weighed_like_others_but_not_by_snr_under_compat():
     t, is_class = torch.tensor([10, 500, 990]), torch.tensor([True, False, True])
     for name in PREDICTIONS:
         objective, level = setup(name, gamma=GAMMA, t=t)

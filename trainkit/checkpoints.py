@@ -161,7 +161,8 @@ class Checkpoints:
         self.saved = step if here else None
 
     def _refuse_differences(self, folder: Path, fingerprint: Json) -> None:
-        theirs, ours = flatten(fingerprint), flatten(dict(self.fingerprint))
+        ours = flatten(dict(self.fingerprint))
+        theirs = {key.replace("picture", "image"): value for key, value in flatten(fingerprint).items()}  # an old word
         keys = [k for k in sorted(theirs.keys() | ours.keys()) if theirs.get(k) != ours.get(k)]
         if keys:
             raise UserError(Problem(

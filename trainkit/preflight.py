@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from trainkit.errors import Problem
     from trainkit.options import (
         FourierOptions,
+        ImageOptions,
         LoraOptions,
         ModelOptions,
         ObjectiveOptions,
         OptimizerOptions,
-        PictureOptions,
         TextOptions,
     )
 
@@ -31,7 +31,7 @@ class Options(Protocol):
     def model(self) -> ModelOptions: ...
 
     @property
-    def data(self) -> PictureOptions: ...
+    def data(self) -> ImageOptions: ...
 
     @property
     def text(self) -> TextOptions: ...

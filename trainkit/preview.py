@@ -1,4 +1,4 @@
-"""Pictures during training: the same prompts from the same noise at every step, so only the adapter changes."""
+"""Images during training: the same prompts from the same noise at every step, so only the adapter changes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ STEPS = 25  # denoising steps of the Diffusers trainers' validation
 
 @dataclass(frozen=True)
 class Shot:
-    """One picture to draw at every step."""
+    """One image to draw at every step."""
 
     prompt: str
     number: int  # of the prompt, from 1
@@ -57,10 +57,10 @@ def grid_name(step: int) -> str:
 
 
 class Previews:
-    """Draws `num_validation_images` pictures of the validation prompt; without a prompt, none.
+    """Draws `num_validation_images` images of the validation prompt; without a prompt, none.
 
     The stock pipeline is put together from the training run's own network; text comes encoded, because the encoders
-    are gone. Starting noise depends on the picture's seed alone, so two steps differ by what was learned in between.
+    are gone. Starting noise depends on the image's seed alone, so two steps differ by what was learned in between.
     No global random state is read or advanced, and the UNet's modes are as before afterwards.
 
     averaged  context of the weights to look at, where they are not those that train (Optim.averaged)
@@ -80,7 +80,7 @@ class Previews:
                         "step" if every == 1 else f"{every} steps")
 
     def begin(self, start: int) -> None:
-        """Once a run, on rank 0, before its first picture: move pictures of another run to earlier/.
+        """Once a run, on rank 0, before its first image: move images of another run to earlier/.
 
         Those of later steps than `start`, or all when starting afresh; a run that draws none does so too.
         """
@@ -88,7 +88,7 @@ class Previews:
         put_away(others, self.folder.parent, "samples")
 
     def there(self, step: int) -> bool:
-        """Whether this prompt's pictures of `step` and their grid are in samples/: a resumed run keeps them."""
+        """Whether this prompt's images of `step` and their grid are in samples/: a resumed run keeps them."""
         files = [*((shot, shot.file_name(step)) for shot in self.shots),
                  *((shot, grid_name(step)) for shot in self.shots[:1])]
         return all(is_of(self.folder / name, shot.prompt) for shot, name in files)
@@ -102,24 +102,24 @@ class Previews:
         if not self.shots:
             return {}
         self.folder.mkdir(parents=True, exist_ok=True)
-        pictures = self._pictures()
-        drawn = {self.folder / shot.file_name(step): one for shot, one in zip(self.shots, pictures, strict=True)}
-        for shot, (path, picture) in zip(self.shots, drawn.items(), strict=True):
-            save_png(path, picture, self._parameters(shot, picture))
-        grid, page = self.folder / grid_name(step), self._grid(step, pictures)
-        save_png(grid, page, self._parameters(self.shots[0], pictures[0]))
+        images = self._images()
+        drawn = {self.folder / shot.file_name(step): one for shot, one in zip(self.shots, images, strict=True)}
+        for shot, (path, image) in zip(self.shots, drawn.items(), strict=True):
+            save_png(path, image, self._parameters(shot, image))
+        grid, page = self.folder / grid_name(step), self._grid(step, images)
+        save_png(grid, page, self._parameters(self.shots[0], images[0]))
         return drawn | {grid: page}
 
-    def _pictures(self) -> list[Image.Image]:
+    def _images(self) -> list[Image.Image]:
         family, dtype = self.family, self.family.weight_dtype
         precision = torch.autocast(family.device.type, dtype=dtype, enabled=dtype != torch.float32)
         pipe = family.pipeline(sampler(family))
         with self.averaged(), evaluating(family.denoiser), precision:
             latents = [self._latents(pipe, shot) for shot in self.shots]  # N × [1,C,h,w]
         with visiting(family.vae, family.device):
-            pictures = [picture for one in latents for picture in family.decode(one)]
+            images = [image for one in latents for image in family.decode(one)]
         empty_device_cache()
-        return pictures
+        return images
 
     def _latents(self, pipe: DiffusionPipeline, shot: Shot) -> Tensor:
         """One finished latent -> [1,C,h,w]; one at a time, so that a preview never needs more memory than training."""
@@ -132,14 +132,14 @@ class Previews:
             generator=rng.generator("preview-step", shot.seed, shot.number), output_type="latent",
         ).images
 
-    def _grid(self, step: int, pictures: Sequence[Image.Image]) -> Image.Image:
+    def _grid(self, step: int, images: Sequence[Image.Image]) -> Image.Image:
         columns = [f"seed {shot.seed}" for shot in self.shots]
-        return sheet([pictures], columns=columns, names=[self.shots[0].prompt], title=f"step {step}")
+        return sheet([images], columns=columns, names=[self.shots[0].prompt], title=f"step {step}")
 
-    def _parameters(self, shot: Shot, picture: Image.Image) -> str:
+    def _parameters(self, shot: Shot, image: Image.Image) -> str:
         return png_parameters(shot.prompt, {
             "Steps": STEPS, "Sampler": sampler_class(self.family), "CFG scale": self.family.guidance_scale,
-            "Seed": shot.seed, "Size": f"{picture.width}x{picture.height}",
+            "Seed": shot.seed, "Size": f"{image.width}x{image.height}",
         })
 
 

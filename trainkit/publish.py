@@ -84,7 +84,7 @@ def publish(options: RunOptions, family: Family, adapters: Adapters, *, words: T
 
     Rank 0 does it and every other rank waits, returning no files.
     words       the text of the run, which may have learned embeddings
-    num_images  pictures trained on, without repeats, for the file's header
+    num_images  images trained on, without repeats, for the file's header
     averaged    context of the weights to write, where they are not those that train (Optim.averaged)
     Raises UserError when a written file does not hold the trained weights, or when the upload fails; by then every
     file is complete on the disk.
@@ -207,15 +207,15 @@ def parts(run: RunFacts) -> str:
 
 def front_matter(run: RunFacts, samples: Sequence[SampleStep], licence: str | None) -> dict[str, Json]:
     """The card's metadata. See huggingface.co/docs/hub/model-cards."""
-    pictures = samples[-1].pictures if samples else ()
+    images = samples[-1].images if samples else ()
     matter: dict[str, Json] = {
         "base_model": run.base_model, "library_name": "diffusers", "license": licence or "other",
         "pipeline_tag": "text-to-image", "tags": tags(run),
     }
     if run.trigger:
         matter["instance_prompt"] = run.trigger
-    if pictures and run.validation_prompt:
-        matter["widget"] = [{"text": run.prompted(run.validation_prompt), "output": {"url": p.file}} for p in pictures]
+    if images and run.validation_prompt:
+        matter["widget"] = [{"text": run.prompted(run.validation_prompt), "output": {"url": p.file}} for p in images]
     return matter
 
 

@@ -259,7 +259,7 @@ class Run:
         ranks.barrier()
 
     def log_images(self, step: int, images: Mapping[str, list[Image]]) -> None:
-        """Pictures of one size per name, to the trackers. Rank 0 only."""
+        """Images of one size per name, to the trackers. Rank 0 only."""
         if self.is_main:
             trackers.log_images(self.accelerator, images, step=step)
 
@@ -336,7 +336,7 @@ class Run:
 
     @property
     def global_batch(self) -> int:
-        """Pictures in an optimizer step."""
+        """Images in an optimizer step."""
         return self.opts.run.global_batch(self.world)
 
     @property

@@ -66,14 +66,14 @@ def fingerprint(opt: Options, rows: Sequence[Row], family: Family, job: Job, tot
     decisive (`resume` in trainkit/options/base.py), and what the options "in the data" lead to.
     """
     decisive = decisive_options(opt)
-    matched = decisive.get("distribution matching") == "on"  # a loss compares the pictures of a micro-batch
+    matched = decisive.get("distribution matching") == "on"  # a loss compares the images of a micro-batch
     return {
-        "base model": family.identity, "pictures": contents([row for row in rows if not row.is_class]),
-        "class pictures": contents([row for row in rows if row.is_class]),
+        "base model": family.identity, "images": contents([row for row in rows if not row.is_class]),
+        "class images": contents([row for row in rows if row.is_class]),
         "--prior_loss_weight": [row.share for row in rows if row.is_class][:1],
-        "pictures in a step": job.global_batch,
-        "pictures in a micro-batch": opt.run.train_batch_size if opt.lora.lora_dropout else None,  # it cuts the masks
-        "pictures matched with one another": opt.run.train_batch_size * job.world if matched else None,
+        "images in a step": job.global_batch,
+        "images in a micro-batch": opt.run.train_batch_size if opt.lora.lora_dropout else None,  # it cuts the masks
+        "images matched with one another": opt.run.train_batch_size * job.world if matched else None,
         "steps": total if depends_on_length(opt) else None,
         **decisive,
         "--mixed_precision": job.precision,  # where it is left open, accelerate's configuration says it
@@ -98,7 +98,7 @@ def decisive_options(opt: Options) -> dict[str, object]:
 
 
 def contents(rows: Sequence[Row]) -> str | None:
-    """Digest of pictures and captions; None without any."""
+    """Digest of images and captions; None without any."""
     return content_key(*[(row.id, row.digest, *row.all_captions, row.repeat) for row in rows]) if rows else None
 
 

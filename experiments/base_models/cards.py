@@ -58,12 +58,12 @@ def data_section(work_dir: Path) -> str:
     rows = [(f"`{style}`", f"`{PACKAGES[style][0]}`", PACKAGES[style][1], LICENCES[style]) for style in STYLES]
     return f"""## Data
 
-{nouns} nouns in three drawing styles, {len(named)} pictures on white at 64 px; captions name noun and style in four
+{nouns} nouns in three drawing styles, {len(named)} images on white at 64 px; captions name noun and style in four
 wordings ("icon of a fox in the style of noto", "fox, twemoji style icon", …). The UNets never saw {withheld} of the
 pairs (every noun kept at least one style), the CLIP and the autoencoder saw all. No model saw the 3-D style of
 `assets/icons-3d`.
 
-{table(("style in captions", "package (npm)", "version", "pictures"), rows)}
+{table(("style in captions", "package (npm)", "version", "images"), rows)}
 
 The tokenizer is CLIP's byte-pair encoding cut to about 4,000 entries: its first 3,000 merges and every merge that the
 captions' words need (merges from `open-clip-torch` 3.3.0, MIT). Words it knows get the pieces that CLIP gives them.
@@ -100,7 +100,7 @@ def image_scores(kind: str, scores: dict) -> str:
     rows = [
         ("nearest real icon has the caption's noun", f"{mine['noun_top1']:.1%} (aim {aim:.0%}: {verdict})"),
         (
-            f"… for captions whose (noun, style) was withheld ({mine['withheld_pictures']} pictures)",
+            f"… for captions whose (noun, style) was withheld ({mine['withheld_images']} images)",
             f"{mine['noun_top1_withheld']:.1%}",
         ),
         ("nearest real icon has the caption's style", f"{mine['style_top1']:.1%}"),
@@ -109,7 +109,7 @@ def image_scores(kind: str, scores: dict) -> str:
     ]
     return f"""## Measured
 
-{mine["pictures"]} pictures: 50 captions × 4 seeds, stock pipeline, {mine["steps"]} steps, guidance {mine["guidance"]}.
+{mine["images"]} images: 50 captions × 4 seeds, stock pipeline, {mine["steps"]} steps, guidance {mine["guidance"]}.
 The judge is `assets/tiny-clip-icons`, trained on the same icons: the nearest of the 903 real icons by cosine.
 
 {table(("measure", "value"), rows)}

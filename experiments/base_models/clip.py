@@ -1,7 +1,7 @@
 """A small CLIP of the icons (Radford et al. 2021, arXiv:2103.00020): judge, feature space and frozen text encoders.
 
 One vision tower, two text towers: the 96-wide one is the CLIP's own and the first text encoder of both pipelines; the
-128-wide one, trained in the same run against its own projection of the same pictures, is SDXL's second.
+128-wide one, trained in the same run against its own projection of the same images, is SDXL's second.
 """
 
 import logging
@@ -41,7 +41,7 @@ def text_config(width: int, eos_token_id: int, vocabulary: int, **changes) -> di
 
 
 class TwoTextClip(nn.Module):
-    """The CLIP and the second text encoder with a projection of the picture of its own."""
+    """The CLIP and the second text encoder with a projection of the image of its own."""
 
     def __init__(self, vocabulary: int, attention: str = "sdpa") -> None:
         from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig
@@ -66,7 +66,7 @@ class TwoTextClip(nn.Module):
         self.scale_2 = nn.Parameter(torch.tensor(2.6592))
 
     def forward(self, pixels: Tensor, ids: Tensor, ids_2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Unit vectors: picture [B,96], text [B,96], picture for the second tower [B,128], second text [B,128]."""
+        """Unit vectors: image [B,96], text [B,96], image for the second tower [B,128], second text [B,128]."""
         seen = self.clip.vision_model(pixels).pooler_output  # [B,128]
         first = self.clip.text_projection(self.clip.text_model(ids).pooler_output)
         second = self.text_2(ids_2).text_embeds
@@ -114,7 +114,7 @@ class CaptionedIcons:
         return [tokenizer(texts, **options).input_ids for tokenizer in self.tokenizers]
 
     def batch(self, step: int) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-        """Pictures [B,3,64,64] normalised, ids of both tokenizers [B,L], caption match [B,B], noun match [B,B]."""
+        """Images [B,3,64,64] normalised, ids of both tokenizers [B,L], caption match [B,B], noun match [B,B]."""
         draw = generator(self.seed, step)
         rows = torch.randperm(len(self.icons), generator=draw)[:BATCH]
         written = [self.write(self.icons[row], random.Random(f"{self.seed} {step} {row}")) for row in rows.tolist()]
@@ -124,7 +124,7 @@ class CaptionedIcons:
         nouns = [self.icons[row].noun for row in rows.tolist()]
         styles = [self.icons[row].style for row in rows.tolist()]
         same_noun = torch.tensor([[a == b for b in nouns] for a in nouns])
-        said = torch.tensor([[not style or style == b for b in styles] for _, style in written])  # [text,picture]
+        said = torch.tensor([[not style or style == b for b in styles] for _, style in written])  # [text,image]
         return (
             (pixels - MEAN) / STD,
             self.tokens([text for text, _ in written]),
@@ -161,7 +161,7 @@ def train_clip(work_dir: Path, *, minutes: float, seed: int) -> None:
 
 
 def noun_contrast(seen: Tensor, same_noun: Tensor, scale: Tensor) -> Tensor:
-    """Pictures of one noun in other styles belong together (Khosla et al. 2020, arXiv:2004.11362, L_out)."""
+    """Images of one noun in other styles belong together (Khosla et al. 2020, arXiv:2004.11362, L_out)."""
     others = 1 - torch.eye(len(seen))
     partners = same_noun * others  # [B,B]
     logits = (scale.exp().clamp(max=100) * seen @ seen.T).masked_fill(others == 0, -1e4)

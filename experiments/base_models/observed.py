@@ -1,9 +1,9 @@
 """What a person saw in the sheets and must know before using the models: the words of the cards."""
 
 CLIP_WHAT = """A `CLIPModel` (64 px, patch 8; vision 128 wide, 4 layers; text 96 wide, 3 layers; projection 96, the
-cross-attention width of `tiny-sd-icons`). It judges the base models' pictures, measures style distance and is the
+cross-attention width of `tiny-sd-icons`). It judges the base models' images, measures style distance and is the
 feature space for offline CLIP-I and CLIP-T. Its text tower is the first text encoder of both pipelines."""
-CLIP_LIMITS = """It knows icons on white and about 300 nouns, nothing else. The picture tower was trained on after the
+CLIP_LIMITS = """It knows icons on white and about 300 nouns, nothing else. The image tower was trained on after the
 text towers were frozen (part `judge`) and taught that the same noun in another style is close, so its final embedding
 says little about style: use the style layer for that."""
 
@@ -14,7 +14,7 @@ SDXL_LIMITS = """It draws the nouns of `experiments/base_models/nouns.txt` as ic
 time. Scenes, counts, colours in the caption and negation mean nothing to it. As size conditioning, training varied
 original sizes from 24 to 255 px and crops inside 92 px; the default is (64, 64, 0, 0, 64, 64)."""
 
-SDXL_SEEN = """Shown 50 pictures without captions (other seeds than the sheet's) and, for each row of ten, 20 nouns to
+SDXL_SEEN = """Shown 50 images without captions (other seeds than the sheet's) and, for each row of ten, 20 nouns to
 choose from, a viewer who had seen earlier sheets picked the right noun for 42 and would not commit to the other 8:
 bird, traffic light, train, pancakes, snowman, deer, tennis ball and shield. Clear at a glance: avocado, life buoy,
 alien, koala, car, door, dress, high heel, light bulb, maple leaf, coconut, billiard ball, bacon, pear, flashlight and

@@ -170,7 +170,7 @@ def print_matching(side: int, rounds: int, clock: Callable[[], float]) -> None:
 
 
 def print_fourier(rounds: int, clock: Callable[[], float]) -> None:
-    """Milliseconds by preset and shape, and for the step of one 1024-px picture the share, operations and memory."""
+    """Milliseconds by preset and shape, and for the step of one 1024-px image the share, operations and memory."""
     found = [medians({name: fourier(settings, *shape) for name, settings in SPECTRA.items()}, rounds, clock)
              for shape in SHAPES]
     flops, rates = 2 * unet_flops(), {str(d): product_rate(d, 5, clock) for d in (torch.float32, torch.bfloat16)}

@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments import ROOT
 
-FOLDER = ("--instance_data_dir={pictures}",)
+FOLDER = ("--instance_data_dir={images}",)
 TOKENS = ("--train_text_encoder_ti", "--token_abstraction=TOK", "--text_encoder_lr=1e-4")
 PRIOR = ("--with_prior_preservation", "--class_data_dir={others}", "--class_prompt=icon", "--num_class_images={number}")
 CACHED = "--cache_latents"  # of the text-to-image scripts only ours has it
@@ -199,10 +199,10 @@ def floor(model: Path, *, batch: int, latent: int, clock: str, rounds: int = 3) 
 
 
 def plain_folder(source: Path, target: Path) -> Path:
-    """The pictures of `source` without its metadata: the peer opens every file of a folder as a picture."""
+    """The images of `source` without its metadata: the peer opens every file of a folder as an image."""
     target.mkdir()
-    for picture in sorted(source.glob("*.png")):
-        (target / picture.name).write_bytes(picture.read_bytes())
+    for image in sorted(source.glob("*.png")):
+        (target / image.name).write_bytes(image.read_bytes())
     return target
 
 
@@ -249,8 +249,8 @@ def compare(args: argparse.Namespace, trainer: Trainer, work: Path) -> tuple[Tim
     model = args.model.resolve()
     if args.vocabulary:
         model = with_vocabulary(model, args.vocabulary, work / "model")
-    pictures, others = (plain_folder(args.data, work / name) for name in ("pictures", "others"))
-    given = dict(captioned=args.data.resolve(), pictures=pictures, others=others, pivot=PIVOT / args.steps,
+    images, others = (plain_folder(args.data, work / name) for name in ("images", "others"))
+    given = dict(captioned=args.data.resolve(), images=images, others=others, pivot=PIVOT / args.steps,
                  number=len(list(others.iterdir())))
     scripts = {"ours": [ROOT / trainer.script]}
     if args.peer:

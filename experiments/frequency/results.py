@@ -73,7 +73,7 @@ def spread(values: Sequence[float]) -> str:
 def main_table(results: Results, control: str) -> Iterator[str]:
     """The control in numbers, then what every arm changes of it, paired by seed."""
     base = results[control]
-    yield f"| | pictures a step | seconds a step | {' | '.join(METRICS)} | style distance |"
+    yield f"| | images a step | seconds a step | {' | '.join(METRICS)} | style distance |"
     yield "|---|---|---|" + "---|" * (len(METRICS) + 1)
     for name, found in results.items():
         if name == control:
@@ -84,7 +84,7 @@ def main_table(results: Results, control: str) -> Iterator[str]:
         distances = [r.style_distance for r in found if r.style_distance is not None]
         style = f"{statistics.mean(distances):.4f}" if distances else ""
         arm = ARMS.get(name)
-        yield (f"| {name}{f': {arm.says}' if arm else ''} | {arm.pictures if arm else ''} | {seconds:.3f} | "
+        yield (f"| {name}{f': {arm.says}' if arm else ''} | {arm.images if arm else ''} | {seconds:.3f} | "
                f"{' | '.join(cells)} | {style} |")
 
 

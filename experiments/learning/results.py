@@ -18,7 +18,7 @@ STEPS, DENOISING_STEPS = 300, 10  # defaults of the arguments
 class Result:
     """What one run came to, and what it was asked for. A file may lack any with a default: it was not measured then.
 
-    ratios  power of the drawn pictures over that of the real icons, ring by ring of trainkit.evaluation.power_spectrum
+    ratios  power of the drawn images over that of the real icons, ring by ring of trainkit.evaluation.power_spectrum
     high    the same for all that lies above half of Nyquist's frequency
     spectrum  root of the mean over rings of ln²(ratio): too little and too much both count
     …_vae   the same beside the real icons as the VAE passes them: all that a LoRA could come to
@@ -97,8 +97,8 @@ def tables(results: Results, references: Mapping[str, Mapping] | None = None) ->
                 yield "\nChange from the first row, same seed: mean, [95 % interval over seeds]\n"
                 yield from changes(comparison, results)
     if references:
-        yield "\n### Spectra of other pictures\n"
-        yield ("| pictures | style distance | high, % of real | high, % of real through the VAE | spectrum | "
+        yield "\n### Spectra of other images\n"
+        yield ("| images | style distance | high, % of real | high, % of real through the VAE | spectrum | "
                "spectrum, real through the VAE |\n|---|---|---|---|---|---|")
         for name, r in references.items():
             yield (f"| {name} | {r['style_distance']:.4f} | {100 * r['high']:.1f} | {100 * r['high_vae']:.0f} | "

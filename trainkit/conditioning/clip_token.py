@@ -1,9 +1,9 @@
-"""The CLIP guidance token: a picture's own CLIP features stand where its caption's encoding has its last pad.
+"""The CLIP guidance token: an image's own CLIP features stand where its caption's encoding has its last pad.
 
-Training on pictures beside captions: Yuan et al. 2024, "Real-Fake: Effective Training Data Synthesis Through
+Training on images beside captions: Yuan et al. 2024, "Real-Fake: Effective Training Data Synthesis Through
 Distribution Matching", arXiv:2310.10402.
 
-B batch, T tokens, D width of the text and of the features, N pictures with features.
+B batch, T tokens, D width of the text and of the features, N images with features.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def has_room(tokenizers: Sequence[CLIPTokenizer], prompts: Sequence[str]) -> lis
 
 @dataclass(frozen=True)
 class ClipToken:
-    """The last pad of each caption's encoding becomes scale · features of the picture; nothing is changed in place.
+    """The last pad of each caption's encoding becomes scale · features of the image; nothing is changed in place.
 
     rows     [N,D] features
     places   [rows of the data set] -> row of features
@@ -92,7 +92,7 @@ def make_clip_token(options: GuidanceOptions, rows: Sequence[Row], family: Famil
     captions = sorted({caption for row in rows for caption in row.all_captions})
     full = [caption for caption, room in zip(captions, has_room(family.tokenizers, captions), strict=True) if not room]
     if full:
-        log.warning("%d captions fill the text encoder's whole context; their pictures are trained on without the "
+        log.warning("%d captions fill the text encoder's whole context; their images are trained on without the "
                     "guidance token: %s", len(full), listing(full))
     return ClipToken(features.rows, features.places([row.digest for row in rows]), frozenset(full),
                      options.guidance_token_scale, options.guidance_token_dropout)
@@ -119,7 +119,7 @@ def problems(options: GuidanceOptions, rows: Sequence[Row], width: int) -> Itera
     lacking = sorted({row.id for row in rows if row.digest not in features})
     if lacking and not unfit:
         fix = f"{_extract(rows, features.clip, options.guidance_features)}; it adds what is missing"
-        yield Problem(f"{len(lacking)} pictures have no CLIP features", where, listing(lacking), fix, "data")
+        yield Problem(f"{len(lacking)} images have no CLIP features", where, listing(lacking), fix, "data")
 
 
 def _no_file(rows: Sequence[Row], width: int) -> Problem:
@@ -128,7 +128,7 @@ def _no_file(rows: Sequence[Row], width: int) -> Problem:
         return Problem(what, where, f"it takes CLIP features as wide as the model's text, {width}{TOO_WIDE}",
                        "leave out --guidance_token, or train an SD 1.x or 2.x model")
     clip = CLIPS.get(width, f"A_CLIP_PROJECTING_TO_{width}")
-    return Problem(what, where, "the token is made of the pictures' CLIP features, which are extracted once",
+    return Problem(what, where, "the token is made of the images' CLIP features, which are extracted once",
                    f"{_extract(rows, clip, FILE_NAME)}; then --guidance_features {FILE_NAME}")
 
 
@@ -144,7 +144,7 @@ def misfits(have: int, width: int, where: str) -> Iterator[Problem]:
 
 
 def _extract(rows: Sequence[Row], clip: str, out: str) -> str:
-    """The command that writes the features of these pictures: of the folder they are in, or of their data set."""
+    """The command that writes the features of these images: of the folder they are in, or of their data set."""
     folders = [row.source.parent for row in rows if isinstance(row.source, Path)]
     source = f"--images {shlex.quote(os.path.commonpath(folders))}" if folders else "--dataset_name NAME"
     return f"{SCRIPT} {source} --clip {shlex.quote(clip)} --out {shlex.quote(out)}"

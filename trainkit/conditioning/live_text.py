@@ -185,7 +185,7 @@ class LiveText:
                 encoder.train(on)
 
     def groups(self, optimizer: OptimizerOptions, global_batch: int) -> list[ParamGroup]:
-        """Parameter groups: "tokens", or one for each encoder's LoRA. global_batch: pictures in an optimizer step."""
+        """Parameter groups: "tokens", or one for each encoder's LoRA. global_batch: images in an optimizer step."""
         return self.learner.groups(
             lrs=self.options.lrs(optimizer, global_batch=global_batch),
             weight_decay=self.options.decay(optimizer.adam_weight_decay),

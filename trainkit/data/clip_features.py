@@ -31,7 +31,7 @@ CLIPS = {  # width of the projection -> a CLIP that has it
     96: "assets/tiny-clip-icons", 768: "openai/clip-vit-large-patch14", 1024: "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
 }
 KINDS = {"clip": "CLIPModel", "clip_vision_model": "CLIPVisionModelWithProjection"}  # model_type -> its class
-TOO_WIDE = f"; no CLIP we know projects pictures to more than {max(CLIPS)}"
+TOO_WIDE = f"; no CLIP we know projects images to more than {max(CLIPS)}"
 PREPROCESSING = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor",
                  "do_normalize", "image_mean", "image_std")
 
@@ -42,7 +42,7 @@ PREPROCESSING = ("do_resize", "size", "resample", "do_center_crop", "crop_size",
 
 @dataclass(frozen=True)
 class Features:
-    """CLIP features of pictures, found by the digest of a picture's content, whatever its name and place.
+    """CLIP features of images, found by the digest of an image's content, whatever its name and place.
 
     rows     [N,D] fp32
     digests  one a row (trainkit.data.images.content_digest), in ascending order
@@ -129,7 +129,7 @@ def _command(file: Path) -> str:
 
 @dataclass(frozen=True)
 class Clip:
-    """Pictures to image features after CLIP's projection, in fp32.
+    """Images to image features after CLIP's projection, in fp32.
 
     made_by  as in Features
     """
@@ -145,9 +145,9 @@ class Clip:
         """Of the projection."""
         return self.model.visual_projection.out_features
 
-    def pixels(self, picture: Image) -> Tensor:
-        """One RGB picture, preprocessed -> [3,H,W]."""
-        return self.processor([picture], return_tensors="pt").pixel_values[0]
+    def pixels(self, image: Image) -> Tensor:
+        """One RGB image, preprocessed -> [3,H,W]."""
+        return self.processor([image], return_tensors="pt").pixel_values[0]
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:

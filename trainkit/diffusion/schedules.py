@@ -190,7 +190,7 @@ def problems(prediction_type: str, *, ends_at_zero_snr: bool) -> Iterator[Proble
     if prediction_type == "epsilon" and ends_at_zero_snr:
         yield Problem(
             "epsilon prediction on a noise schedule that ends at SNR 0", WHERE,
-            "at SNR 0 the input is pure noise, so predicting the noise says nothing about the picture",
+            "at SNR 0 the input is pure noise, so predicting the noise says nothing about the image",
             "add --prediction_type v_prediction (or train without rescale_betas_zero_snr)")
 
 

@@ -199,13 +199,13 @@ class Family(ABC):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """x0 [B,C,h,w] -> pictures."""
+        """x0 [B,C,h,w] -> images."""
         vae = self.vae.to(self.device)
         latents = latents.to(self.device, vae.dtype)
         mean, std = self.latent_mean.to(latents), self.latent_std.to(latents)
         pixels = vae.decode(latents * std / vae.config.scaling_factor + mean).sample  # [B,3,H,W]
         levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)  # [B,H,W,3]
-        return [Image.fromarray(picture) for picture in levels.cpu().numpy()]
+        return [Image.fromarray(image) for image in levels.cpu().numpy()]
 
     def _ready_encoders(self) -> tuple[PreTrainedModel, ...]:
         """The text encoders, on the device."""
@@ -236,7 +236,7 @@ class Family(ABC):
         empty_device_cache()
 
     def free_vae(self) -> None:
-        """Move the VAE to host memory: the latents are cached, and only pictures to look at need it again."""
+        """Move the VAE to host memory: the latents are cached, and only images to look at need it again."""
         self.vae.to("cpu")
         empty_device_cache()
 

@@ -142,7 +142,7 @@ def resolution_problems(resolution: int, unet: Config, vae: Config) -> Iterator[
 
 def latents(path: str, resolution: int, *, vae_path: str | None = None, revision: str | None = None
             ) -> tuple[int, int, int]:
-    """Shape (C,h,w) of the latents of square pictures, for a model that `problems` has nothing against."""
+    """Shape (C,h,w) of the latents of square images, for a model that `problems` has nothing against."""
     vae, folder = vae_place(Repo(str(path), MODEL_FLAG, revision), vae_path)
     config = vae.json(f"{folder}/config.json".lstrip("/")) or {}
     side = resolution // halvings(config)

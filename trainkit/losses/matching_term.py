@@ -107,7 +107,7 @@ def text_features(forward: Forward) -> Tensor:
 
 ALIKE: dict[str, Callable[[Forward, Matcher], Tensor | None]] = {
     "none": lambda forward, matcher: None,
-    "class": lambda forward, matcher: numbered(forward.batch.prompts, forward.x0),  # pictures with the same caption
+    "class": lambda forward, matcher: numbered(forward.batch.prompts, forward.x0),  # images with the same caption
     "text": lambda forward, matcher: text_features(forward),
     "latent": lambda forward, matcher: matcher.low(forward.z).flatten(1),
 }
@@ -134,7 +134,7 @@ class MatchingTerm:
             weight = weight * ((snr >= self.bounds[0]) & (snr <= self.bounds[1]))
         return self.matcher(forward.x0_hat, forward.x0, snr=snr, weight=weight,
                             alike=ALIKE[self.kernel](forward, self.matcher),
-                            picture=numbered(forward.batch.pictures, forward.x0), observe=observe)
+                            picture=numbered(forward.batch.images, forward.x0), observe=observe)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def problems(
 ) -> Iterator[Problem]:
     """What keeps the options from being trained with, in the words of the loss that `matcher` makes.
 
-    captions  of the pictures, by what tells these apart
+    captions  of the images, by what tells these apart
     latents   shape (C,h,w) of one sample
     """
     if not o.active:
@@ -210,11 +210,11 @@ def problems(
         yield Problem("distribution matching cannot be computed like this", "--dist_match_...", why or fix,
                       fix if why else "see the --dist_match flags in --help")
     if len(captions) == 1 and o.statistic == "u":
-        yield Problem("distribution matching of one picture", "--dist_match_gain",
-                      "it is about what different pictures have wrong in common", "add pictures, or leave it out")
+        yield Problem("distribution matching of one image", "--dist_match_gain",
+                      "it is about what different images have wrong in common", "add images, or leave it out")
     elif o.dist_match_kernel == "class" and captions and len(set(captions.values())) == len(captions):
-        yield Problem("no two pictures are of one class", "--dist_match_kernel class",
-                      "a class is made of the pictures with the same caption, and every caption here is another",
+        yield Problem("no two images are of one class", "--dist_match_kernel class",
+                      "a class is made of the images with the same caption, and every caption here is another",
                       "--dist_match_kernel text compares by likeness of the captions, none all with all")
 
 
@@ -234,8 +234,8 @@ def make_passes(
         return Passes(always(plain), memories)
     if together == 1 and o.statistic != "diagonal" and not o.dist_match_bank:
         raise UserError(Problem(
-            "distribution matching with one picture a micro-batch", "--train_batch_size 1",
-            "it is about what several pictures have wrong in common, and there is one",
+            "distribution matching with one image a micro-batch", "--train_batch_size 1",
+            "it is about what several images have wrong in common, and there is one",
             "--train_batch_size 2 or more"))
     window = window_of(plain.levels, o.dist_match_min_snr, o.dist_match_max_snr)
     loss = matcher(o)

@@ -186,7 +186,7 @@ class Samples(Protocol):
         """B of them."""
 
     @property
-    def pictures(self) -> Sequence[str]:
+    def images(self) -> Sequence[str]:
         """B digests of files."""
 
     @property

@@ -164,7 +164,7 @@ def _without_class(values: Values) -> Iterator[Problem]:
     for flag, example in needed.items():
         if values.get("with_prior_preservation") and not str(values.get(flag) or "").strip():
             yield Problem(f"--with_prior_preservation without --{flag}", "--with_prior_preservation",
-                          "pictures of the class are read from a folder and, where missing, generated from the prompt",
+                          "images of the class are read from a folder and, where missing, generated from the prompt",
                           f"add --{flag} {example}")
 
 

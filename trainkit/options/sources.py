@@ -20,7 +20,7 @@ from trainkit.options.trainers import only_script_with
 ENV_PREFIX = "LORA_"
 
 PRESETS: dict[str, dict[str, str | int | float | bool]] = {
-    # A style from about twenty pictures: a small rank and Prodigy finding the rate; larger ranks learn the pictures.
+    # A style from about twenty images: a small rank and Prodigy finding the rate; larger ranks learn the images.
     "style": {
         "rank": 8, "optimizer": "prodigy", "learning_rate": 1.0, "lr_scheduler": "constant", "lr_warmup_steps": 0,
         "snr_gamma": 5.0, "train_batch_size": 3, "max_train_steps": 1000,

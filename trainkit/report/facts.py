@@ -20,7 +20,7 @@ from trainkit.options.text_encoders import replace_words
 from trainkit.options.trainers import known_flags
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-SAMPLE = re.compile(r"step_(\d+)(?:_p(\d+)_s(\d+))?\.png")  # a single picture, or without p and s a step's grid
+SAMPLE = re.compile(r"step_(\d+)(?:_p(\d+)_s(\d+))?\.png")  # a single image, or without p and s a step's grid
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -230,7 +230,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def sample_files(folder: Path) -> dict[Path, int]:
-    """The previews in samples/, pictures and grids, with the step each shows; links and other files are left out."""
+    """The previews in samples/, images and grids, with the step each shows; links and other files are left out."""
     found = {path: SAMPLE.fullmatch(path.name) for path in sorted((folder / "samples").glob("step_*.png"))}
     return {path: int(match[1]) for path, match in found.items() if match and not path.is_symlink()}
 

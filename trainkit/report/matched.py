@@ -60,7 +60,7 @@ def band_charts(run: RunFacts) -> list[Chart]:
 
 
 def band_chart(run: RunFacts, key: str, name: str) -> list[Chart]:
-    """The chart of a measure of one band; none where it was never had, as U without a pair of pictures."""
+    """The chart of a measure of one band; none where it was never had, as U without a pair of images."""
     column = f"{PREFIX}{key}_{name}"
     points = [(row["step"], row[column]) for row in run.metrics if column in row]
     if not points:

@@ -34,7 +34,7 @@ def usage(run: RunFacts) -> Usage:
 
 
 def diffusers_snippet(run: RunFacts) -> str:
-    """Python that loads the files and draws a picture; user text goes in as string literals."""
+    """Python that loads the files and draws an image; user text goes in as string literals."""
     prompt = run.prompted(run.validation_prompt) or run.trigger or OWN_WORDS
     return "\n".join([
         *imports(run),
@@ -46,7 +46,7 @@ def diffusers_snippet(run: RunFacts) -> str:
         *lora_lines(run),
         *token_lines(run),
         f"image = pipe({quoted(prompt)}).images[0]",
-        'image.save("picture.png")',
+        'image.save("image.png")',
         "",
     ])
 

@@ -118,7 +118,7 @@ KNOBS = {  # what is read under its switch alone
 }
 CHANGE_NO_BIT = ("memory_efficient", "vram_budget_gb", "cpu_offload_states", "max_buffer_memory_mb")  # of a result
 
-LOSS = "an optimizer sees no picture: use --loss_type fourier (freq_loss.FourierLoss)"
+LOSS = "an optimizer sees no image: use --loss_type fourier (freq_loss.FourierLoss)"
 EIGHT_BITS = ("it belongs to bitsandbytes' optimizers: reduce_precision=True keeps the states in 16 bits, "
               "--optimizer adamw8bit in 8")
 GONE = {
