@@ -78,7 +78,7 @@ def test_whatever_changes_is_rebuilt_and_nothing_else(tmp_path: Path) -> None:
     marked(200, 50, 32).save(rows[2].source)  # new pixels under the old name
     changed = [row_of(row.source) for row in rows]
     assert fill(changed, store)[1] == 1, "pixels"
-    assert fill([replace(row, caption="new", id="renamed", share=0.5) for row in changed], store)[1] == 0
+    assert fill([replace(row, caption="new", id="renamed", loss_weight=0.5) for row in changed], store)[1] == 0
     assert fill(changed, store, replace(POLICY, random_flip=True))[1] == 5, "only the mirrored ones are new"
     assert fill(changed, store, replace(POLICY, resolution=16))[1] == 5, "resolution"
     assert fill(changed, store, replace(POLICY, interpolation="box"))[1] == 5, "filter"

@@ -81,7 +81,7 @@ def test_real_images_keep_their_sizes_and_captions_and_junk_counts_for_nothing(t
     assert names(rows) == ["class/000.png", "class/001.png", "class/002.png"] and not drawn
     assert [row.caption for row in rows] == ["image 0", "a photo of a cat", "image 2"]
     assert [row.size for row in rows] == [(33, 32), (32, 34), (35, 32)]
-    assert all(row.is_class and row.share == 0.25 and row.repeat == 0 for row in rows)
+    assert all(row.is_class and row.loss_weight == 0.25 and row.repeat == 0 for row in rows)
 
 
 def test_a_folder_with_more_images_than_wanted_gives_the_first(tmp_path: Path, drawn: list) -> None:

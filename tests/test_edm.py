@@ -129,13 +129,14 @@ def test_d5_instances_and_class_images_of_one_batch_keep_their_own_edm_weights(n
     o = options(do_edm_style_training=True)
     level = make_levels(o, schedule, compat)(torch.tensor([0.2, 0.9, 0.5, 0.7]))
     (x0, n), out = latents(4), latents(4, seed=1)[0]
-    objective, share = make_objective(o, schedule, compat), torch.tensor([1.0, 1.0, 0.3, 0.3])
+    objective, loss_weight = make_objective(o, schedule, compat), torch.tensor([1.0, 1.0, 0.3, 0.3])
     given = dict(x0=x0, z=objective.pred.add_noise(x0, n, level), n=n)
-    together = objective(out, level=level, batch=batch_of(KEYS[:4], share=share, is_class=share < 1), **given)
+    batch = batch_of(KEYS[:4], loss_weight=loss_weight, is_class=loss_weight < 1)
+    together = objective(out, level=level, batch=batch, **given)
     for k in range(4):
         part = slice(k, k + 1)
         one = type(level)(*(v[part] for v in (level.a, level.s, level.cond, level.time)), level.sigma_data)
-        batch = batch_of(KEYS[part], share=share[part], is_class=share[part] < 1)
+        batch = batch_of(KEYS[part], loss_weight=loss_weight[part], is_class=loss_weight[part] < 1)
         alone = objective(out[part], level=one, batch=batch, **{name: v[part] for name, v in given.items()})
         torch.testing.assert_close(alone, together[k : k + 1])
     assert len(set(together.tolist())) == 4

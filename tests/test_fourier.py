@@ -250,7 +250,8 @@ def test_weights_and_shares_reach_the_term_as_they_reach_the_error():
     objective = with_term(term(metric="complex"), weighting="min_snr", gamma=5.0)
     forward = forward_of(objective)
     batch = forward.batch
-    halved = replace(batch, share=batch.share * 0.5, is_class=torch.ones_like(batch.is_class))  # class images
+    is_class = torch.ones_like(batch.is_class)
+    halved = replace(batch, loss_weight=batch.loss_weight * 0.5, is_class=is_class)
     torch.testing.assert_close(added(objective, replace(forward, batch=halved)), added(objective, forward) / 2)
 
 
@@ -347,7 +348,7 @@ def test_a_share_that_cannot_be_held_is_told_once(caplog):
     for unit, words in ((1e-9, ("1000", "smaller share; raise --fourier_weight 0.05")),
                         (1e9, ("0.001", "larger share; lower --fourier_weight"))):
         caplog.clear()
-        fourier = FourierTerm(FourierLoss(warmup_steps=0), total_steps=10, target_share=0.2)
+        fourier = FourierTerm(FourierLoss(warmup_steps=0), total_steps=10, target_fraction=0.2)
         for _ in range(3):
             fourier.seen, fourier.rate = torch.tensor([unit, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]), 1.0
             fourier.describe()

@@ -456,7 +456,7 @@ def conditions_of_a_step(text: Condition, *adds: ClipToken, names: Sequence[str]
     step = TrainStep(family, lambda prompts, step: text, make_noise(ObjectiveOptions()),
                      Passes(always(*(replace(plain, name=name) for name in names))), nullcontext, adds)
     batch = Batch(step=0, keys=((0, 0, 0), (0, 0, 1)), rows=(0, 2), prompts=(CAPTIONS[0], CAPTIONS[2]),
-                  time_ids=torch.zeros(2, 6), share=torch.ones(2), is_class=torch.zeros(2, dtype=torch.bool),
+                  time_ids=torch.zeros(2, 6), loss_weight=torch.ones(2), is_class=torch.zeros(2, dtype=torch.bool),
                   num_instance=2, mean=torch.zeros(2, 4, 8, 8))
     list(step([batch]))
     return conditions

@@ -85,7 +85,7 @@ def class_rows(folder: Path, n: int) -> list[Row]:
         path = folder / f"{number}.png"
         marked(number, 40, number).save(path)
         rows.append(row_of(path, caption=f"image {number}" if number % 2 else "a photo of a cat"))
-    return [replace(row, id=f"class/{row.id}", is_class=True, share=0.25) for row in rows]
+    return [replace(row, id=f"class/{row.id}", is_class=True, loss_weight=0.25) for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_prompt_size_share_and_pixels_of_every_slot_belong_together_beside_class
     for step, [batch] in micro_batches(images, order, stop_step=60):
         assert batch.step == step and batch.num_instance == 2
         assert batch.is_class.tolist() == [False, False, True, True]
-        assert batch.share.tolist() == [1.0, 1.0, 0.25, 0.25]
+        assert batch.loss_weight.tolist() == [1.0, 1.0, 0.25, 0.25]
         markers = batch.mean[:, :, 0, 0] if cached else (batch.pixels[:, :, 0, 0] + 1) * 127.5
         for i in (0, 1):
             assert_belongs_together(batch, i, markers[i], images, order)
@@ -143,7 +143,7 @@ def test_the_gradient_is_the_mean_over_instances_plus_the_weighted_mean_over_cla
         for rank in range(world):
             (_, micros), = micro_batches(images, order, Shard(rank, world, accumulation), stop_step=1)
             for batch in micros:
-                ((loss(batch.pixels) * batch.share).sum() / batch.num_instance).backward()
+                ((loss(batch.pixels) * batch.loss_weight).sum() / batch.num_instance).backward()
         torch.testing.assert_close(net.weight.grad, wanted)
 
 
@@ -288,9 +288,9 @@ def test_sizes_are_the_originals_the_corners_and_the_targets_height_first() -> N
 
 
 def test_weights_and_classes_are_the_rows() -> None:
-    of_class = replace(a_sample(1).row, is_class=True, share=0.25)
+    of_class = replace(a_sample(1).row, is_class=True, loss_weight=0.25)
     batch = collate([a_sample(0), a_sample(1, row=of_class)])
-    assert batch.share.tolist() == [1.0, 0.25] and batch.share.dtype == torch.float32
+    assert batch.loss_weight.tolist() == [1.0, 0.25] and batch.loss_weight.dtype == torch.float32
     assert batch.is_class.tolist() == [False, True]
 
 

@@ -85,7 +85,7 @@ def test_the_default_window_is_timesteps_200_to_599_of_sds_schedule():
     window = window_of(plain().levels, *BOUNDS)
     t = window(torch.linspace(0, 1 - 2**-30, 40_000, dtype=torch.float64)).cond
     assert (int(t.min()), int(t.max()), len(t.unique())) == (200, 599, 400)
-    assert window.share == pytest.approx(0.4, abs=1e-12)
+    assert window.probability == pytest.approx(0.4, abs=1e-12)
 
 
 @pytest.mark.parametrize("law", ["uniform", "logit_normal", "mode", "cosmap"])
@@ -95,7 +95,7 @@ def test_a_window_is_the_runs_own_law_cut_to_it(law):
     u = torch.linspace(0, 1 - 2**-30, 200_000, dtype=torch.float64)
     t = base(u).cond
     inside = (t >= 200) & (t < 600)
-    assert window.share == pytest.approx(float(inside.double().mean()), abs=2e-5)
+    assert window.probability == pytest.approx(float(inside.double().mean()), abs=2e-5)
     cut, drawn = t[inside].double(), window(u).cond.double()
     assert float(drawn.mean()) == pytest.approx(float(cut.mean()), rel=1e-4)
     assert (drawn.min(), drawn.max()) == (200, 599)
@@ -206,9 +206,9 @@ def test_min_snr_and_shares_weigh_the_samples_of_the_statistic():
     term(forward, observe=True)
     expected = (1.0 / forward.level.snr).clamp(max=1)
     torch.testing.assert_close(recorder.asked[0]["weight"], expected)
-    share = torch.linspace(0, 2, 6)
-    term(replace(forward, batch=replace(forward.batch, share=share)), observe=True)
-    torch.testing.assert_close(recorder.asked[1]["weight"], share * expected)
+    loss_weight = torch.linspace(0, 2, 6)
+    term(replace(forward, batch=replace(forward.batch, loss_weight=loss_weight)), observe=True)
+    torch.testing.assert_close(recorder.asked[1]["weight"], loss_weight * expected)
 
 
 @pytest.mark.parametrize("kernel", ALIKE)

@@ -248,11 +248,11 @@ def test_losses_are_per_sample_and_blind_to_their_neighbours(loss_type):
 
 
 def test_share_scales_each_sample_under_every_weight():
-    share = torch.tensor([1.0, 0.5, 0.0])
+    loss_weight = torch.tensor([1.0, 0.5, 0.0])
     for gamma in (None, GAMMA):
         objective, level = setup("epsilon", gamma=gamma, t=torch.tensor([10, 500, 990]))
-        whole, shared = losses_of(objective, level)[0], losses_of(objective, level, share=share)[0]
-        torch.testing.assert_close(shared, whole * share)
+        whole, shared = losses_of(objective, level)[0], losses_of(objective, level, loss_weight=loss_weight)[0]
+        torch.testing.assert_close(shared, whole * loss_weight)
 
 
 def test_class_images_are_weighed_like_others_but_not_by_snr_under_compat():
@@ -337,11 +337,11 @@ def test_a_sample_that_is_masked_everywhere_counts_nothing_and_its_neighbours_as
 @pytest.mark.parametrize("loss_type", ERRORS)
 def test_the_mask_of_a_batch_weighs_every_error_before_the_samples_weight(loss_type):
     objective, level = setup("v_prediction", gamma=GAMMA, t=torch.tensor([10, 500, 990]), loss_type=loss_type)
-    share, mask, (x0, n) = torch.tensor([1.0, 0.5, 2.0]), masks(3), latents(3)
+    loss_weight, mask, (x0, n) = torch.tensor([1.0, 0.5, 2.0]), masks(3), latents(3)
     z, out = objective.pred.add_noise(x0, n, level), latents(3, seed=1)[0].requires_grad_()
-    losses = objective(out, x0=x0, z=z, n=n, level=level, batch=samples(3, share=share, mask=mask))
+    losses = objective(out, x0=x0, z=z, n=n, level=level, batch=samples(3, loss_weight=loss_weight, mask=mask))
     error = objective.error(out - objective.pred.target(x0, n, level), level)
-    assert torch.equal(losses, per_sample(error, mask) * (objective.weight(level) * share))
+    assert torch.equal(losses, per_sample(error, mask) * (objective.weight(level) * loss_weight))
     losses.sum().backward()
     assert torch.equal(out.grad[(mask == 0).expand_as(out)], torch.zeros(4 * int((mask == 0).sum())))
     assert (out.grad[(mask > 0).expand_as(out)] != 0).all()

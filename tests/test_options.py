@@ -44,7 +44,7 @@ from trainkit.options import (
     parse,
 )
 from trainkit.options.config_text import markdown
-from trainkit.options.rules import shares, unread
+from trainkit.options.rules import trained_fractions, unread
 from trainkit.options.sources import nearest
 from trainkit.options.trainers import SCRIPTS as TRAINER_SCRIPTS
 
@@ -659,10 +659,10 @@ def test_a_decay_that_shrinks_the_base_is_said_to(kind):
 
 
 def test_the_shares_are_those_of_the_parts_that_train():
-    assert shares(read().flat()) == {"train_unet_frac": 1.0}
+    assert trained_fractions(read().flat()) == {"train_unet_frac": 1.0}
     text = read("--train_text_encoder", "--train_text_encoder_frac=0.5", "--train_text_encoder_ti_frac=0.1")
-    assert shares(text.flat()) == {"train_unet_frac": 1.0, "train_text_encoder_frac": 0.5}
-    assert shares(read(*TOKENS_ALONE).flat()) == {"train_unet_frac": 0.0, "train_text_encoder_ti_frac": 1.0}
+    assert trained_fractions(text.flat()) == {"train_unet_frac": 1.0, "train_text_encoder_frac": 0.5}
+    assert trained_fractions(read(*TOKENS_ALONE).flat()) == {"train_unet_frac": 0.0, "train_text_encoder_ti_frac": 1.0}
 
 
 @pytest.mark.parametrize("argv", [

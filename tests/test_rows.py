@@ -68,7 +68,7 @@ def test_a_name_that_is_no_text_still_makes_a_row(tmp_path: Path) -> None:
 def test_repeats_are_rows_of_their_own_on_one_image(tmp_path: Path) -> None:
     rows = rows_of(marked_folder(tmp_path / "d", 3), repeats=2)
     assert [(row.id, row.repeat) for row in rows] == [(f"{i:03}.png", r) for i in range(3) for r in range(2)]
-    assert all(row.share == 1.0 for row in rows)
+    assert all(row.loss_weight == 1.0 for row in rows)
 
 
 def test_all_unreadable_images_are_one_problem_and_its_command_mends_it(tmp_path: Path) -> None:

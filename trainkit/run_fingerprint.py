@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from trainkit.data.cache import content_key
 from trainkit.optim.table import decisive_arguments
-from trainkit.options.rules import shares
+from trainkit.options.rules import trained_fractions
 
 if TYPE_CHECKING:
     from trainkit.data.batch import Row
@@ -70,7 +70,7 @@ def fingerprint(opt: Options, rows: Sequence[Row], family: Family, job: Job, tot
     return {
         "base model": family.identity, "images": contents([row for row in rows if not row.is_class]),
         "class images": contents([row for row in rows if row.is_class]),
-        "--prior_loss_weight": [row.share for row in rows if row.is_class][:1],
+        "--prior_loss_weight": [row.loss_weight for row in rows if row.is_class][:1],
         "images in a step": job.global_batch,
         "images in a micro-batch": opt.run.train_batch_size if opt.lora.lora_dropout else None,  # it cuts the masks
         "images matched with one another": opt.run.train_batch_size * job.world if matched else None,
@@ -103,8 +103,7 @@ def contents(rows: Sequence[Row]) -> str | None:
 
 
 def depends_on_length(opt: Options) -> bool:
-    """Whether a step means something else in a longer run: a rate or a weight moves, or a part stops at a share of it.
-    """
+    """Whether a step means something else in a longer run: a rate or a weight moves, or a part stops before its end."""
     decays = opt.optimizer.lr_scheduler not in STEADY
     moves = opt.objective.loss_type == "fourier" and opt.fourier_loss.moves
-    return decays or moves or any(0 < share < 1 for share in shares(opt.flat()).values())
+    return decays or moves or any(0 < fraction < 1 for fraction in trained_fractions(opt.flat()).values())

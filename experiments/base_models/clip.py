@@ -166,8 +166,8 @@ def noun_contrast(seen: Tensor, same_noun: Tensor, scale: Tensor) -> Tensor:
     partners = same_noun * others  # [B,B]
     logits = (scale.exp().clamp(max=100) * seen @ seen.T).masked_fill(others == 0, -1e4)
     rows = partners.sum(1) > 0
-    share = partners[rows] / partners[rows].sum(1, keepdim=True)
-    return -(functional.log_softmax(logits[rows], 1) * share).sum(1).mean()
+    fraction = partners[rows] / partners[rows].sum(1, keepdim=True)
+    return -(functional.log_softmax(logits[rows], 1) * fraction).sum(1).mean()
 
 
 def save_clip(model: TwoTextClip, work_dir: Path) -> None:

@@ -167,9 +167,9 @@ def stable_fraction(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 
-def withheld_style(noun: str, share: float = 0.45) -> str | None:
+def withheld_style(noun: str, fraction: float = 0.45) -> str | None:
     """The style in which the UNet never sees this noun (45 % of nouns lose one of three styles: 15 % of pairs)."""
-    if stable_fraction(f"withhold {noun}") >= share:
+    if stable_fraction(f"withhold {noun}") >= fraction:
         return None
     return STYLES[int(stable_fraction(f"style {noun}") * len(STYLES))]
 

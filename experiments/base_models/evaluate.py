@@ -74,7 +74,8 @@ class Judge:
         cosines = self.gallery @ self.gallery.T
         own_style = torch.tensor([[one.style == other.style for other in self.icons] for one in self.icons])
         best = cosines.masked_fill(own_style, -1).argmax(1).tolist()
-        return share([self.icons[index].noun == icon.noun for icon, index in zip(self.icons, best, strict=True)])
+        hits = [self.icons[index].noun == icon.noun for icon, index in zip(self.icons, best, strict=True)]
+        return fraction_true(hits)
 
 
 def as_pixels(images: list[Image.Image]) -> Tensor:
@@ -115,7 +116,7 @@ def load_pipeline(folder: Path, family: str):
     return kind.from_pretrained(folder, torch_dtype=torch.float32)
 
 
-def share(hits: list[bool]) -> float:
+def fraction_true(hits: list[bool]) -> float:
     return round(sum(hits) / max(1, len(hits)), 4)
 
 
@@ -130,9 +131,9 @@ def judge_family(
     found = judge.nearest(images)
     hits = [noun == probe.noun for probe, (noun, _) in zip(asked, found, strict=True)]
     scores = {
-        "noun_top1": share(hits),
-        "style_top1": share([style == probe.style for probe, (_, style) in zip(asked, found, strict=True)]),
-        "noun_top1_withheld": share([hit for hit, probe in zip(hits, asked, strict=True) if probe.withheld]),
+        "noun_top1": fraction_true(hits),
+        "style_top1": fraction_true([style == probe.style for probe, (_, style) in zip(asked, found, strict=True)]),
+        "noun_top1_withheld": fraction_true([hit for hit, probe in zip(hits, asked, strict=True) if probe.withheld]),
         "images": len(hits),
         "withheld_images": sum(probe.withheld for probe in asked),
         "missed": sorted({f"{p.noun} -> {n}" for p, (n, _), hit in zip(asked, found, hits, strict=True) if not hit}),
@@ -151,7 +152,8 @@ def ceiling(judge: Judge, vae) -> dict[str, float]:
         drawn += as_images(vae.decode(vae.encode(chunk).latent_dist.mode()).sample)
     found = judge.nearest(drawn)
     return {
-        "reconstructed_top1": share([noun == icon.noun for icon, (noun, _) in zip(judge.icons, found, strict=True)]),
+        "reconstructed_top1": fraction_true(
+            [noun == icon.noun for icon, (noun, _) in zip(judge.icons, found, strict=True)]),
         "other_style_top1": judge.other_style_top1(),
     }
 

@@ -19,7 +19,7 @@ LOG = logging.getLogger("base_models")
 BATCH = 24
 LATENT = SIZE // 4
 LEVEL_BINS = 20
-EMPTY_SHARE = 0.10
+EMPTY_FRACTION = 0.10
 UNKNOWN_STYLES = 24  # captions with a meaningless style per noun
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 DEFAULT_SIZE = (SIZE, SIZE, 0, 0, SIZE, SIZE)
@@ -128,7 +128,7 @@ class Captions:
     def pick(self, noun: str, style: str, draw: Generator) -> int:
         """Index of a caption: 10 % empty, 60 % styled, 5 % plain, 25 % with a meaningless style."""
         kind, place = torch.rand(2, generator=draw).tolist()
-        if kind < EMPTY_SHARE:
+        if kind < EMPTY_FRACTION:
             return self.empty
         pool = self.styled[noun, style] if kind < 0.70 else self.plain[noun] if kind < 0.75 else self.unknown[noun]
         return pool[int(place * len(pool))]

@@ -185,8 +185,8 @@ def print_fourier(rounds: int, clock: Callable[[], float]) -> None:
         with Traffic() as traffic:
             once()
         times = "".join(f"{column[name]:10.2f} ms" for column in found)
-        share = 1e-3 * found[SHAPES.index((1, 128))][name] * rate / flops
-        print(f"  {name:20}{times}{share:20.4%}{traffic.operations:13}{traffic.bytes / 2**20:14.1f}")
+        fraction = 1e-3 * found[SHAPES.index((1, 128))][name] * rate / flops
+        print(f"  {name:20}{times}{fraction:20.4%}{traffic.operations:13}{traffic.bytes / 2**20:14.1f}")
 
 
 TABLES = ("bands", "matching", "fourier")

@@ -29,7 +29,7 @@ class Row:
     size: tuple[int, int]  # h, w, upright
     digest: str  # of the file's content
     repeat: int = 0  # 0 .. repeats - 1
-    share: float = 1.0  # weight of its loss: 1 for instances, prior_loss_weight for class images
+    loss_weight: float = 1.0  # weight of its loss: 1 for instances, prior_loss_weight for class images
     is_class: bool = False  # an image of the class, there to keep what the model knew of it
     others: tuple[str, ...] = ()  # further captions
 
@@ -87,7 +87,7 @@ class Batch:
     rows: tuple[int, ...]  # B positions in the list of rows
     prompts: tuple[str, ...]  # B captions, one of each row's
     time_ids: Tensor  # [B,6]
-    share: Tensor  # [B]
+    loss_weight: Tensor  # [B]
     is_class: Tensor  # [B] bool
     num_instance: int  # instance rows in the whole optimizer step, all ranks and micro-batches: the loss divisor
     images: tuple[str, ...] = ()  # B digests of files
@@ -115,7 +115,8 @@ def collate(items: Sequence[Sample | UserError]) -> Batch | UserError:
     tensors = {name: [getattr(s, name) for s in samples] for name in ("pixels", "mean", "logvar", "mask")}
     return Batch(
         step=keys[0][1], keys=keys, rows=places, prompts=tuple(s.prompt for s in samples), num_instance=num_instance,
-        time_ids=torch.tensor(sizes, dtype=torch.float32), share=torch.tensor([s.row.share for s in samples]),
-        is_class=torch.tensor([s.row.is_class for s in samples]), images=tuple(s.row.digest for s in samples),
+        time_ids=torch.tensor(sizes, dtype=torch.float32), images=tuple(s.row.digest for s in samples),
+        loss_weight=torch.tensor([s.row.loss_weight for s in samples]),
+        is_class=torch.tensor([s.row.is_class for s in samples]),
         **{name: torch.stack(values) for name, values in tensors.items() if values[0] is not None},
     )

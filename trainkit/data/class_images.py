@@ -109,7 +109,7 @@ def class_rows(opt: Options, job: Job) -> list[Row]:
     rows, unreadable = check(folder.images(plan), f"{folder.path}")
     refuse(unreadable)
     return [replace(row, id=f"class/{row.id}", caption=row.caption or prior.class_prompt, is_class=True,
-                    share=prior.prior_loss_weight) for row in rows]
+                    loss_weight=prior.prior_loss_weight) for row in rows]
 
 
 def recipe(opt: Options) -> str:

@@ -42,15 +42,15 @@ class Settings(Protocol):
 
 
 def even(loss: Settings, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
-    return [(share, scale, 1.0) for share, scale, _ in terms]
+    return [(weight, scale, 1.0) for weight, scale, _ in terms]
 
 
 def weighted(loss: Settings, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
-    return [(share, scale, filled(loss.high_freq_weight)) for share, scale, _ in terms]
+    return [(weight, scale, filled(loss.high_freq_weight)) for weight, scale, _ in terms]
 
 
 def adaptive(loss: Settings, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
-    return [(share, scale, loss.curve(progress)) for share, scale, _ in terms]
+    return [(weight, scale, loss.curve(progress)) for weight, scale, _ in terms]
 
 
 def unified(loss: Settings, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
@@ -60,7 +60,7 @@ def unified(loss: Settings, progress: float, terms: Sequence[ScaleTerm]) -> list
         alpha, beta = alpha * (1.5 - 0.5 * progress), beta * (1 + 0.5 * progress)
         alpha, beta = alpha / (alpha + beta), beta / (alpha + beta)
     a, full = loss.curve(progress), filled(loss.high_freq_weight)
-    return [*((alpha * share, scale, a * high) for share, scale, high in terms), (beta, 1, a * full)]
+    return [*((alpha * weight, scale, a * high) for weight, scale, high in terms), (beta, 1, a * full)]
 
 
 def filled(setting: T | None) -> T:

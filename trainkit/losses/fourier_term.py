@@ -1,4 +1,4 @@
-"""The Fourier loss in training: on which pair it looks, what of it the log shows, and the gain that holds its share.
+"""The Fourier loss in training: on which pair it looks, what of it the log shows, and the gain that holds its fraction.
 
 The loss itself is `freq_loss.FourierLoss`; docs/fourier.md has its formulas and what it did, measured.
 """
@@ -56,12 +56,12 @@ class Gain:
 class FourierTerm:
     """The Fourier loss as a term of an objective, over all ranks.
 
-    total_steps   optimizer steps of the run, over which adaptive modes move
-    target_share  share of the loss that the term shall be (None: as its weight makes it)
+    total_steps      optimizer steps of the run, over which adaptive modes move
+    target_fraction  of the loss that the term shall be (None: as its weight makes it)
     """
 
-    def __init__(self, loss: FourierLoss, *, total_steps: int, target_share: float | None = None):
-        self.loss, self.total_steps, self.gain = loss, total_steps, Gain(target_share)
+    def __init__(self, loss: FourierLoss, *, total_steps: int, target_fraction: float | None = None):
+        self.loss, self.total_steps, self.gain = loss, total_steps, Gain(target_fraction)
         self.seen: Tensor | None = None  # sums of this step, on the device
         self.rate = 0.0  # what this step's term was multiplied by, ramp and gain
         self.bounded = False  # whether it was said that the gain stands at a bound
@@ -163,7 +163,7 @@ def make_fourier(o: FourierOptions, loss_type: str, *, total_steps: int, note: C
     note(fourier_loss={**loss.config(), "fourier_base_loss": o.fourier_base_loss,
                        "fourier_target_share": o.fourier_target_share})
     _warn(loss, o.fourier_base_loss, total_steps)
-    return {"fourier": FourierTerm(loss, total_steps=total_steps, target_share=o.fourier_target_share)}
+    return {"fourier": FourierTerm(loss, total_steps=total_steps, target_fraction=o.fourier_target_share)}
 
 
 def _warn(loss: FourierLoss, base_loss: str, total_steps: int) -> None:

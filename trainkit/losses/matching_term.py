@@ -59,12 +59,12 @@ class Window:
     end: float
 
     @property
-    def share(self) -> float:
-        """Probability of the window under the law itself."""
+    def probability(self) -> float:
+        """Of the window under the distribution itself."""
         return self.end - self.first
 
     def __call__(self, u: Tensor) -> Level:
-        return self.levels(self.first + u.double() * self.share)
+        return self.levels(self.first + u.double() * self.probability)
 
 
 def window_of(levels: LevelSampler, min_snr: float, max_snr: float) -> Window:
@@ -127,7 +127,7 @@ class MatchingTerm:
     bounds: tuple[float, float] | None = None
 
     def __call__(self, forward: Forward, *, observe: bool) -> Tensor:
-        snr, weight = forward.level.snr, forward.batch.share.float()
+        snr, weight = forward.level.snr, forward.batch.loss_weight.float()
         if self.snr_gamma:
             weight = weight * (self.snr_gamma / snr).clamp(max=1)
         if self.bounds:
@@ -165,7 +165,7 @@ def swap(plain: Objective, term: MatchingTerm, window: Window, o: MatchingOption
 
     def ratio(level: Level) -> Tensor:
         inside = (level.snr >= low) & (level.snr <= high)
-        return torch.where(inside, 1 / (1 - p + p / window.share), 1 / (1 - p))
+        return torch.where(inside, 1 / (1 - p + p / window.probability), 1 / (1 - p))
 
     ordinary = plain.scaled(ratio)
     swapped = replace(ordinary.plus(term), levels=window, shared=True)

@@ -170,7 +170,7 @@ class Samples(Protocol):
     """What a loss asks of a micro-batch (trainkit.data.batch.Batch)."""
 
     @property
-    def share(self) -> Tensor:
+    def loss_weight(self) -> Tensor:
         """[B], 1 for instances and prior_loss_weight for class images."""
 
     @property
@@ -235,7 +235,7 @@ class Term(Protocol):
 class Objective:
     """What one forward pass is for: at which noise levels, and the weighted error of the output, plus terms.
 
-        loss_b = share_b · w_b · mean error(out − target)  +  Σ_k term_k(pass)_b
+        loss_b = loss_weight_b · w_b · mean error(out − target)  +  Σ_k term_k(pass)_b
 
     Class images are weighed by their noise level like any other sample unless there is a `prior_weight`.
     name    sets the pass's noise apart from another pass of the same step; "" is the ordinary one
@@ -264,7 +264,7 @@ class Objective:
         factor = self.weight(level)
         if self.prior_weight is not None:
             factor = torch.where(batch.is_class, self.prior_weight(level), factor)
-        factor = factor * batch.share
+        factor = factor * batch.loss_weight
         losses = error * factor
         if not self.terms:
             return losses

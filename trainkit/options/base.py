@@ -204,12 +204,12 @@ class Flag:
         return ", ".join(f"{sign} {bound}" for sign, bound in bounds)
 
 
-def steps_of_share(share: float, total: int) -> int:
-    """Optimizer steps in `share` of `total`, rounded up, so that a share above 0 is one step at least.
+def steps_of_fraction(fraction: float, total: int) -> int:
+    """Optimizer steps in `fraction` of `total`, rounded up, so that a fraction above 0 is one step at least.
 
-    The share counts as it is written: 0.07 of 100 steps are 7, though the float is a little more than 0.07.
+    The fraction counts as it is written: 0.07 of 100 steps are 7, though the float is a little more than 0.07.
     """
-    return math.ceil(Fraction(str(share)) * total)
+    return math.ceil(Fraction(str(fraction)) * total)
 
 
 class Concern(BaseModel):

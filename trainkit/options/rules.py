@@ -141,20 +141,20 @@ def _untrained_text(values: Values) -> Iterator[Problem]:
                           f"a share above 0, or leave out --{part}")
 
 
-def shares(values: Values) -> dict[str, float]:
-    """The share of the steps in which each part trains, by the flag that says so: the UNet, and text where it does."""
+def trained_fractions(values: Values) -> dict[str, float]:
+    """The fraction of the steps in which each part trains, by its flag: the UNet, and text where it is trained."""
     parts = [part for part in ("train_text_encoder", "train_text_encoder_ti") if values.get(part)]
     flags = ["train_unet_frac", *(f"{part}_frac" for part in parts)]
     return {flag: float(values.get(flag, 1.0) or 0) for flag in flags}
 
 
 def _idle_steps(values: Values) -> Iterator[Problem]:
-    """Shares of the run that together leave its last steps with nothing to train."""
-    parts = shares(values)
+    """Fractions of the run that together leave its last steps with nothing to train."""
+    parts = trained_fractions(values)
     longest = max(parts, key=lambda flag: parts[flag])
     if parts[longest] < 1:
         yield Problem(f"nothing would be trained after {parts[longest]:.0%} of the steps",
-                      ", ".join(f"--{flag} {share:g}" for flag, share in parts.items()),
+                      ", ".join(f"--{flag} {fraction:g}" for flag, fraction in parts.items()),
                       "each is the share of the steps in which that part is trained", f"--{longest} 1")
 
 

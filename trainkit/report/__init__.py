@@ -135,12 +135,13 @@ def charts(run: RunFacts) -> list[Chart]:
 
 def fourier_charts(run: RunFacts) -> list[Chart]:
     """What part of the loss the Fourier term was; none without one, or where it never counted."""
-    share = [(row["step"], 100 * row["fourier_component"] / row["loss"]) for row in run.metrics
+    percent = [(row["step"], 100 * row["fourier_component"] / row["loss"]) for row in run.metrics
              if row.get("fourier_component") is not None and row.get("loss")]
-    if not any(value for _, value in share):
+    if not any(value for _, value in percent):
         return []
-    smooth = smoothed(share)
-    return [line_chart("Fourier term, % of the loss", smooth, raw=share, summary=f"{number(smooth[-1][1])} at the end")]
+    smooth = smoothed(percent)
+    summary = f"{number(smooth[-1][1])} at the end"
+    return [line_chart("Fourier term, % of the loss", smooth, raw=percent, summary=summary)]
 
 
 def effective_rate(run: RunFacts, name: str) -> list[tuple[float, float]]:

@@ -340,8 +340,8 @@ def table(result: dict, out: Path) -> str:
              f"{'':<14}{'distance':>10}{'gap closed':>12}"]
     for row in result["strengths"]:
         name = "base" if row["strength"] == 0 else f"LoRA {row['strength']:g}"
-        share = row["share_of_gap_closed"]
-        closed = "" if row["strength"] == 0 or share is None else f"{share:>11.0%}"
+        gap_closed = row["share_of_gap_closed"]
+        closed = "" if row["strength"] == 0 or gap_closed is None else f"{gap_closed:>11.0%}"
         lines.append(f"{name:<14}{row['style_distance']:>10.4f} {closed}")
     lines.append(f"{'floor':<14}{result['floor']:>10.4f}   the training images themselves")
     return "\n".join([*lines, f"drawn in {result['seconds']:.0f} s; see {out / 'grid.png'}"])

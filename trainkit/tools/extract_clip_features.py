@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from trainkit.data.clip_features import Clip, Features
 
 SAVE_SECONDS = 30  # between two rewrites of the file: what a killed process may lose
-SAVE_SHARE = 20  # times what the last rewrite took, at least: rewriting a large file stays below 5 % of the time
+SAVE_FACTOR = 20  # times what the last rewrite took, at least: rewriting a large file stays below 5 % of the time
 DECODERS = 4  # threads; Pillow decodes without the interpreter lock
 LEGACY = "legacy .pt files"
 METADATA, COLUMN = "metadata.jsonl", "img_features"
@@ -168,7 +168,7 @@ class Growing:
                 write_features(self.path, self.held)
         self.new.clear()
         now = time.monotonic()
-        self.due = now + max(SAVE_SECONDS, SAVE_SHARE * (now - begun))
+        self.due = now + max(SAVE_SECONDS, SAVE_FACTOR * (now - begun))
         return self.held
 
     def _read(self) -> Features:

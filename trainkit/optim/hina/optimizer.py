@@ -16,7 +16,7 @@ from torch.optim.optimizer import StateDict
 from trainkit.optim.hina import info, memory, rules
 from trainkit.optim.hina.placing import MASTER, REDUCED, arrived, is_offloaded, restore
 from trainkit.optim.hina.rank import lora_pairs
-from trainkit.optim.hina.regularize import is_kernel, share_out
+from trainkit.optim.hina.regularize import distribute_learning_rate, is_kernel
 from trainkit.optim.hina.roles import Role, roles
 from trainkit.optim.hina.settings import (
     CHANGE_NO_BIT,
@@ -253,7 +253,7 @@ def rule_step(opt: HinaAdaptive, group: Group, params: Sequence[Tensor]) -> None
         for chunk in chunks_of(opt, group, bucket, at[bucket[0]], role[bucket[0]]):
             rules.run(Work(chunk, facts, pad), acting)
     if facts.refresh:
-        share_out(params, opt.state, group, pairs)
+        distribute_learning_rate(params, opt.state, group, pairs)
 
 
 def chunks_of(opt: HinaAdaptive, group: Group, bucket: Sequence[Tensor], step: int, role: Role) -> Iterator[Chunk]:

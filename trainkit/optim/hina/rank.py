@@ -42,9 +42,9 @@ def kept(sigma: Tensor, amount: float, emphasis: float) -> Tensor:
     amount · (sigma/sigma_1)^(-emphasis) grows as sigma falls, so the stable rank falls. Tensors of zeros stay.
     """
     largest = sigma.amax(-1, keepdim=True)
-    share = torch.where(largest > 0, sigma / largest, 1.0)
-    left = (share - amount * share.clamp(min=LEAST) ** (1 - emphasis)).clamp_(min=0)
-    return torch.where(share > 0, left / share, 0.0)
+    ratio = torch.where(largest > 0, sigma / largest, 1.0)
+    left = (ratio - amount * ratio.clamp(min=LEAST) ** (1 - emphasis)).clamp_(min=0)
+    return torch.where(ratio > 0, left / ratio, 0.0)
 
 
 def shrink_factors(w: Tensor, amount: tuple[float, float]) -> None:

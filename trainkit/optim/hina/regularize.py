@@ -17,7 +17,7 @@ from trainkit.optim.hina.settings import Group
 from trainkit.optim.hina.work import TINY, Work, norm, total
 
 BACKGROUND = 0.5  # beta of the background's gain
-SCALES = (0.1, 3.0)  # range of a tensor's share in the dynamic adaptation, before the mean is taken out
+SCALES = (0.1, 3.0)  # range of a tensor's factor in the dynamic adaptation, before the mean is taken out
 LEAST_SIGNAL = 1e-12
 
 
@@ -57,7 +57,7 @@ def second_difference(x: Tensor, axis: int) -> Tensor:
 def spatial(work: Work) -> None:
     """u <- u - frequency_penalty · gate · H u on each plane of a kernel, H = 1 - S, S = [1,2,1]/4 along both axes.
 
-    gate = clip((share - detail_preservation)/(1 - detail_preservation), 0, 1) of the plane, its share of roughness
+    gate = clip((roughness - detail_preservation)/(1 - detail_preservation), 0, 1) of the plane. Its roughness is
     ||H u||²/||u||² divided by what the roughest plane of that size has: what varies from element to element is smoothed
     only where it is most of the plane. H is symmetric and 0 <= H <= 1, so ||u|| never grows.
     """
@@ -65,8 +65,8 @@ def spatial(work: Work) -> None:
     u, keep = work.whole(work.u), work.group["detail_preservation"]
     half = u + second_difference(u, -1) / 4
     rough = u - (half + second_difference(half, -2) / 4)
-    share = energy(rough) / energy(u).clamp_(min=TINY) / roughest(*work.shape[-2:])
-    gate = ((share - keep) / (1 - keep)).clamp_(0, 1)
+    roughness = energy(rough) / energy(u).clamp_(min=TINY) / roughest(*work.shape[-2:])
+    gate = ((roughness - keep) / (1 - keep)).clamp_(0, 1)
     u.addcmul_(rough, gate, value=-work.group["frequency_penalty"])
 
 
@@ -97,7 +97,7 @@ def edge(work: Work) -> None:
     work.u = torch.div(work.u, size.mul_(slope).add_(1 - penalty * kappa).clamp_(min=1), out=work.out)
 
 
-# --- shares of the learning rate ------------------------------------------------------------------------------------
+# --- factors of the learning rate -----------------------------------------------------------------------------------
 
 
 def measure(work: Work) -> None:
@@ -120,11 +120,11 @@ def measure(work: Work) -> None:
 
 
 def adapt(work: Work) -> None:
-    """u <- s u with the tensor's share s of the learning rate, of the last `share_out`."""
+    """u <- s u with the tensor's factor s of the learning rate, of the last `distribute_learning_rate`."""
     work.scale = work.state["adapt_scale"] * work.scale
 
 
-def share_out(
+def distribute_learning_rate(
     params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Tensor]], group: Group,
     pairs: Sequence[tuple[Tensor, Tensor]],
 ) -> None:

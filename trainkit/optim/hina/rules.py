@@ -48,9 +48,9 @@ def agr(work: Work) -> None:
 
     Source: Jiang et al. 2024, "An Adaptive Gradient Regularization Method", arXiv:2407.16944.
     """
-    share = torch.abs(work.g, out=work.a)
-    share.mul_(total(share).clamp_(min=TINY).reciprocal_().neg_())
-    work.g.addcmul_(work.g, share)
+    shrinkage = torch.abs(work.g, out=work.a)
+    shrinkage.mul_(total(shrinkage).clamp_(min=TINY).reciprocal_().neg_())
+    work.g.addcmul_(work.g, shrinkage)
     work.gradient_changed()
 
 
@@ -86,14 +86,14 @@ def orthogonal(work: Work) -> None:
     Source: Prieto et al. 2025, "Grokking at the Edge of Numerical Stability", arXiv:2501.04697.
     """
     weight, along, length = work.weight_norm(), work.weight_dot_gradient(), work.gradient_norm()
-    share = along / weight.square().clamp_(min=TINY) * (weight > 1e-12)
-    lost = share * weight / length.clamp(min=TINY)  # the cosine between g and W
-    rest = (1 - lost.square_()).clamp_(min=0).sqrt_()  # ||g - share W|| / ||g||
+    projection = along / weight.square().clamp_(min=TINY) * (weight > 1e-12)
+    lost = projection * weight / length.clamp(min=TINY)  # the cosine between g and W
+    rest = (1 - lost.square_()).clamp_(min=0).sqrt_()  # ||g - projection W|| / ||g||
     if work.group["orthogonal_restore_norm"]:
         stretch = rest.clamp(min=LEAST_REST).reciprocal_()
         work.g.mul_(stretch)
-        share, rest = share * stretch, rest * stretch
-    work.g.addcmul_(work.w, share.neg_())
+        projection, rest = projection * stretch, rest * stretch
+    work.g.addcmul_(work.w, projection.neg_())
     work.gradient_changed(rest.mul_(length))
 
 
@@ -166,9 +166,9 @@ def cautious(work: Work) -> None:
     if work.group["use_grams"]:
         return
     agrees = torch.mul(work.u, work.g, out=work.a).gt_(0)
-    share = total(agrees).div_(work.numel)
+    fraction = total(agrees).div_(work.numel)
     work.u = torch.mul(work.u, agrees, out=work.out)
-    work.scale = share.clamp_(min=AGREEMENT).reciprocal_() * work.scale
+    work.scale = fraction.clamp_(min=AGREEMENT).reciprocal_() * work.scale
 
 
 # --- scales ---------------------------------------------------------------------------------------------------------
