@@ -116,8 +116,8 @@ def test_every_weight_is_finite_at_every_level(weighting, name):
     level = every_level(schedule)
     o = ObjectiveOptions(loss_weighting=weighting, snr_gamma=GAMMA)
     objective = make_objective(o, schedule)
-    worth = [of_x0(level, objective.pred, o) for name, of_x0 in WEIGHTS.items() if name == weighting]
-    for weight in (objective.weight(level), objective.weight(level) * objective.pred.x0_gain(level), *worth):
+    x0_weight = [of_x0(level, objective.pred, o) for name, of_x0 in WEIGHTS.items() if name == weighting]
+    for weight in (objective.weight(level), objective.weight(level) * objective.pred.x0_gain(level), *x0_weight):
         assert weight.shape == level.s.shape and weight.isfinite().all() and (weight >= 0).all()
         assert (weight[level.snr > 0] > 0).all()
 
@@ -148,10 +148,10 @@ def test_an_edm_model_and_the_edm_flag_weigh_by_lambda_unless_gamma_or_a_weighti
 def test_one_gamma_means_one_worth_of_x0_whatever_the_network_predicts():
     (eps, level), (v, _) = setup("epsilon", gamma=GAMMA), setup("v_prediction", gamma=GAMMA)
     o = ObjectiveOptions(snr_gamma=GAMMA)
-    worth = WEIGHTS["min_snr"](level, Eps(), o)
-    assert torch.equal(worth, WEIGHTS["min_snr"](level, V(), o))
+    x0_weight = WEIGHTS["min_snr"](level, Eps(), o)
+    assert torch.equal(x0_weight, WEIGHTS["min_snr"](level, V(), o))
     for objective in (eps, v):
-        assert torch.equal(objective.weight(level), objective.pred.loss_weight(level, worth))
+        assert torch.equal(objective.weight(level), objective.pred.loss_weight(level, x0_weight))
 
 
 @pytest.mark.parametrize("compat", [None, "diffusers"])

@@ -13,7 +13,7 @@ a *level sampler* draws how noisy each sample is (u [B] -> Level), a *prediction
 `draw_noise` draws n. Training code composes them and asks no flag; docs/objectives.md has the maths on one page.
 
     level.py        Level: how noisy each sample of a batch is
-    predictions.py  ε, v and EDM: what the network outputs and what its error is worth
+    predictions.py  ε, v and EDM: what the network outputs and how its error is weighted
     schedules.py    the discrete levels of ε and v checkpoints, the σ range of EDM ones
     sampling.py     laws of the noise levels
     noise.py        offset and multi-resolution noise, input perturbation

@@ -1,4 +1,4 @@
-"""The training loss: one number per sample, weighted by what an error on x0 is worth. Letters as in diffusion.
+"""The training loss: one number per sample, weighted as an error on x0. Letters as in diffusion.
 
 Nothing here averages over the batch. The trainer sums the [B] losses and divides by the number of instance samples in
 the whole optimizer step, so micro-batches and processes of any size give the same gradient.
@@ -36,7 +36,7 @@ def per_sample(x: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Weights: (level, prediction, options) -> [B], the worth of |x̂0 − x0|²/σ_data². One line in WEIGHTS adds one
+# x0 loss weights: (level, prediction, options) -> [B], factor on |x̂0 − x0|²/σ_data². One line in WEIGHTS adds one
 
 
 def min_snr(level: Level, pred: Prediction, o: ObjectiveOptions) -> Tensor:
