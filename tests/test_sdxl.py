@@ -279,7 +279,7 @@ def test_each_part_moves_to_the_device_when_it_is_first_asked(tiny_sdxl):
     assert on_device() == set()
     family.encode_pixels(torch.zeros(1, 3, 64, 64))
     assert on_device() == {"vae"}
-    family.settle(keep_vae=True)
+    family.prepare_for_training(keep_vae=True)
     assert on_device() == {"unet", "vae"}
 
 

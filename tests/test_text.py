@@ -404,7 +404,7 @@ def trained_icons(assets: Path, folder: Path) -> tuple[sdxl.SDXL, Text]:
     family = load(assets / "tiny-sdxl-icons")
     words = make(family, ["3d icon in the style of TOK, a fox", ""], **TI)
     lora = add_adapters(family.denoiser, LoraOptions(rank=4), targets=family.lora_targets, seed=0)
-    family.settle(keep_vae=False)
+    family.prepare_for_training(keep_vae=False)
     options = OptimizerOptions(lr_scheduler="constant")
     optim = make_optimizer([*lora.groups(lr=1e-2, weight_decay=0.0), *words.groups(options, GROUP)], options, 4)
     for step in (0, 1):

@@ -77,7 +77,7 @@ def rig(model: Path, data: Path, *, gamma: float | None = None, dtype: torch.dty
     images = ready_images(rows, options, family, {}, seed=SEED)
     lora = add_adapters(family.denoiser, LoraOptions(rank=2), targets=family.lora_targets, seed=SEED)
     family.denoiser.to(dtype)  # the adapters too
-    family.settle(keep_vae=images.live)
+    family.prepare_for_training(keep_vae=images.live)
     objective = ObjectiveOptions(snr_gamma=gamma)
     passes = Passes(always(make_objective(objective, family.schedule)))
     step = TrainStep(family, prompts, make_noise(objective), passes, nullcontext)

@@ -97,8 +97,8 @@ class Family(ABC):
 
     The denoiser, a UNet here, is in the weight dtype. The VAE is in fp32, because it overflows in fp16. Text encoders
     are in fp32, because they run once and their rounding would stay in every step; what they return is cast to the
-    weight dtype. Each part moves to the device when it is first asked, the denoiser in `settle`, so that no part waits
-    there for its turn.
+    weight dtype. Each part moves to the device when it is first asked, the denoiser in `prepare_for_training`, so that
+    no part waits there for its turn.
     """
 
     layout: ClassVar[Layout]
@@ -221,7 +221,7 @@ class Family(ABC):
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def settle(self, *, keep_vae: bool, gradient_checkpointing: bool = False) -> None:
+    def prepare_for_training(self, *, keep_vae: bool, gradient_checkpointing: bool = False) -> None:
         """Make room on the device, then move the denoiser there; text encoders that do not train are freed by then."""
         if gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()

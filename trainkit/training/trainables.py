@@ -36,7 +36,7 @@ def make_trainables(
     total_steps   optimizer steps of the run: groups have rates, decays and last steps of their own
     """
     lora = add_adapters(family.denoiser, opt.lora, targets=family.lora_targets, seed=seed)
-    family.settle(keep_vae=keep_vae, gradient_checkpointing=opt.precision.gradient_checkpointing)
+    family.prepare_for_training(keep_vae=keep_vae, gradient_checkpointing=opt.precision.gradient_checkpointing)
     network = lora.groups(lr=opt.optimizer.base_lr(global_batch=global_batch),
                           weight_decay=opt.optimizer.adam_weight_decay, stop=opt.lora.stop(total_steps))
     groups = [*network, *text.groups(opt.optimizer, global_batch)]

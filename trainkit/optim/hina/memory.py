@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainkit.optim.hina.placing import REDUCED, can_offload, offloaded, settle
+from trainkit.optim.hina.placing import REDUCED, can_offload, offloaded, place_state
 from trainkit.optim.hina.storage import scratch_limit, scratch_of
 
 log = logging.getLogger(__name__)
@@ -180,7 +180,7 @@ def restore_states(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     before = allocated_bytes(device_of(optimizer))
     for group in optimizer.param_groups:
         group.pop("offloaded", None)
-    settle(optimizer)
+    place_state(optimizer)
     return {"before": before, "after": allocated_bytes(device_of(optimizer))}
 
 
@@ -237,6 +237,6 @@ def _offload(optimizer: torch.optim.Optimizer, *, name: str) -> Iterator[Action]
 def _move(optimizer: torch.optim.Optimizer, what: str) -> Iterator[Action]:
     device = device_of(optimizer)
     before = allocated_bytes(device)
-    settle(optimizer)
+    place_state(optimizer)
     if allocated_bytes(device) < before:
         yield Action(what, before - allocated_bytes(device))
