@@ -76,7 +76,7 @@ def get_memory_stats(optimizer: torch.optim.Optimizer) -> dict[str, object]:
             "current_memory_mb": scratch.now / MB,
             "peak_memory_mb": scratch.peak / MB,
             "max_memory_mb": None if scratch_limit(group) is None else group["max_buffer_memory_mb"],
-            "total_buffer_types": len(scratch.kinds),
+            "total_buffer_types": len(scratch.shapes),
         },
         "state_bytes": state_bytes(optimizer),
         "states": state_kinds(optimizer),
@@ -119,7 +119,7 @@ def state_kinds(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, list[st
     for s in state_tensors(optimizer):
         found[s.name]["residency"].add(s.residency)
         found[s.name]["dtype"].add(str(s.tensor.dtype).removeprefix("torch."))
-    return {name: {k: sorted(v) for k, v in kinds.items()} for name, kinds in found.items()}
+    return {name: {k: sorted(v) for k, v in shapes.items()} for name, shapes in found.items()}
 
 
 class Action(NamedTuple):

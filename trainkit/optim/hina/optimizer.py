@@ -14,6 +14,7 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import StateDict
 
 from trainkit.optim.hina import info, memory, rules
+from trainkit.optim.hina.chunk_state import Buffers, ChunkState, GroupContext
 from trainkit.optim.hina.placing import MASTER, REDUCED, arrived, is_offloaded, restore
 from trainkit.optim.hina.rank import lora_pairs
 from trainkit.optim.hina.regularize import distribute_learning_rate, is_kernel
@@ -30,13 +31,12 @@ from trainkit.optim.hina.settings import (
     spelled_out,
     why_unknown,
 )
-from trainkit.optim.hina.storage import Chunk, gradients, lend, scratch_limit, scratch_of, stream
-from trainkit.optim.hina.work import Facts, Pad, Work
+from trainkit.optim.hina.storage import Chunk, gradients, scratch_limit, scratch_of, states_on_device, stream
 
 log = logging.getLogger(__name__)
 
 SCHEMA = 1  # of the groups and states in a state dict
-TEMPORARIES = 3  # tensors of a chunk's size that the rules keep, see work.py
+TEMPORARIES = 3  # tensors of a chunk's size that the rules keep, see chunk_state.py
 KERNEL_TEMPORARIES = 4  # more of them for spatial and edge on kernels
 RANK_TEMPORARIES = 6  # more for the rank penalty, two for each tensor in fp64
 
@@ -224,8 +224,8 @@ def plain_step(opt: HinaAdaptive, group: Group, params: Sequence[Tensor]) -> Non
                 opt.state[p][name] = torch.zeros_like(p, memory_format=torch.preserve_format)
     kernel(group, here, counts, {name: [opt.state[p][name] for p in here] for name in names})
     for bucket in like(away, lambda p: (p.shape, p.dtype, p.device)):
-        for some, states in lend(opt.state, group, bucket, names=names, step=group["clock"],
-                                 scratch_bytes=scratch_limit(group), scratch=scratch_of(opt)):
+        for some, states in states_on_device(opt.state, group, bucket, names=names, step=group["clock"],
+                                             scratch_bytes=scratch_limit(group), scratch=scratch_of(opt)):
             kernel(group, some, counts, states)
 
 
@@ -238,21 +238,21 @@ def kernel(group: Group, params: list[Tensor], counts: Mapping[Tensor, Tensor], 
 
 
 def rule_step(opt: HinaAdaptive, group: Group, params: Sequence[Tensor]) -> None:
-    """All buckets through the rules, then what tensors have to settle among themselves."""
+    """All buckets through the rules, then what takes all tensors together."""
     params = [p for p in params if p.numel()]
     if not params:
         return
     pairs = lora_pairs(group) if group["use_dynamic_adaptation"] or group["lora_rank_penalty"] else []
-    facts = Facts({b: a for a, b in pairs}, shrink=shrink_due(group), refresh=refresh_due(group))
+    context = GroupContext({b: a for a, b in pairs}, shrink=shrink_due(group), refresh=refresh_due(group))
     counts = steps_of(opt, params, on_device=False)
     torch._foreach_add_(counts, torch.tensor(1.0))  # a number would be made a tensor for each
     at = dict(zip(params, map(int, torch.stack(counts).tolist()), strict=True))
-    pad, role = Pad(), roles(group)
+    buffers, role = Buffers(), roles(group)
     for bucket in like(params, lambda p: (p.shape, p.dtype, p.device, at[p], role[p])):
         acting = rules.active(group, bucket[0].shape, role[bucket[0]])
         for chunk in chunks_of(opt, group, bucket, at[bucket[0]], role[bucket[0]]):
-            rules.run(Work(chunk, facts, pad), acting)
-    if facts.refresh:
+            rules.run(ChunkState(chunk, context, buffers), acting)
+    if context.refresh:
         distribute_learning_rate(params, opt.state, group, pairs)
 
 
