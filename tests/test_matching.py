@@ -88,9 +88,9 @@ def test_the_default_window_is_timesteps_200_to_599_of_sds_schedule():
     assert window.probability == pytest.approx(0.4, abs=1e-12)
 
 
-@pytest.mark.parametrize("law", ["uniform", "logit_normal", "mode", "cosmap"])
-def test_a_window_is_the_runs_own_law_cut_to_it(law):
-    base = plain(timestep_sampling=law).levels
+@pytest.mark.parametrize("distribution", ["uniform", "logit_normal", "mode", "cosmap"])
+def test_a_window_is_the_runs_own_distribution_cut_to_it(distribution):
+    base = plain(timestep_sampling=distribution).levels
     window = window_of(base, *BOUNDS)
     u = torch.linspace(0, 1 - 2**-30, 200_000, dtype=torch.float64)
     t = base(u).cond

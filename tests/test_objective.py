@@ -221,9 +221,9 @@ def test_every_weight_error_and_huber_schedule_goes_with_every_parametrisation(n
     schedule = schedules()[name]
     u = torch.tensor([0.0, 0.3, 0.7, 1 - 2**-24])
     for number, (weighting, loss_type, huber) in enumerate(COMBINATIONS):
-        law = [{}, {"edm_sigmas": "karras"}, {"timestep_sampling": "logit_normal"}][number % 3]
+        distribution = [{}, {"edm_sigmas": "karras"}, {"timestep_sampling": "logit_normal"}][number % 3]
         o = ObjectiveOptions(loss_weighting=weighting, snr_gamma=GAMMA, loss_type=loss_type, huber_schedule=huber,
-                             do_edm_style_training=bool(number % 2), **law)
+                             do_edm_style_training=bool(number % 2), **distribution)
         objective = make_objective(o, schedule, compat)
         losses, _ = losses_of(objective, objective.levels(u), is_class=torch.tensor([True, False, False, True]))
         assert losses.shape == (4,) and losses.isfinite().all(), (weighting, loss_type, huber)

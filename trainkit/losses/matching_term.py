@@ -5,8 +5,8 @@
     swap   no second pass: with probability p the step itself is at one level for all
     reuse  no second pass: the term takes the ordinary samples whose levels lie in the window
 
-The levels of all four come from the run's own law of noise levels, cut to a window of SNR, [0.1925, 3.07] by default:
-timesteps 200 to 599 of Stable Diffusion's schedule. The term itself is `freq_loss.DistributionMatchingLoss`.
+The levels of all four come from the run's own distribution of noise levels, cut to a window of SNR, [0.1925, 3.07] by
+default: timesteps 200 to 599 of Stable Diffusion's schedule. The term is `freq_loss.DistributionMatchingLoss`.
 Source: Yuan et al. 2024, "Real-Fake: Effective Training Data Synthesis Through Distribution Matching" (the statistic);
 docs/frequency.md has the modes side by side, measured.
 """
@@ -52,7 +52,7 @@ class Matcher(Memory, Protocol):
 
 @dataclass(frozen=True)
 class Window:
-    """The part of a law of noise levels whose SNR lies within bounds: u in [first, end) of its [0,1)."""
+    """The part of a distribution of noise levels whose SNR lies within bounds: u in [first, end) of its [0,1)."""
 
     levels: LevelSampler
     first: float
@@ -68,18 +68,18 @@ class Window:
 
 
 def window_of(levels: LevelSampler, min_snr: float, max_snr: float) -> Window:
-    """The window in which SNR is between the bounds. Raises UserError where the law has no such level."""
+    """The window in which SNR is between the bounds. Raises UserError where the distribution has no such level."""
     low_noise, high_noise = sorted([crossing(levels, max_snr), crossing(levels, min_snr)])
     if high_noise - low_noise <= 0:
         raise UserError(Problem(
             f"no noise level with an SNR from {min_snr:g} to {max_snr:g}", "--dist_match_min_snr, --dist_match_max_snr",
-            "the run's own law of noise levels (--min_timestep, --max_timestep, --timestep_sampling) draws none there",
+            "the run's own noise levels (--min_timestep, --max_timestep, --timestep_sampling) have none there",
             "widen the window, or the range of timesteps"))
     return Window(levels, low_noise, high_noise)
 
 
 def crossing(levels: LevelSampler, snr: float) -> float:
-    """The u at which the SNR of a law, monotone in u, passes `snr`; 0 or 1 where it never does."""
+    """The u at which the SNR of a distribution, monotone in u, passes `snr`; 0 or 1 where it never does."""
     ends = levels(torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)).snr
     falls = bool(ends[0] >= ends[1])
     lo, hi = 0.0, 1.0
@@ -156,9 +156,9 @@ def combo(plain: Objective, term: MatchingTerm, window: Window, o: MatchingOptio
 def swap(plain: Objective, term: MatchingTerm, window: Window, o: MatchingOptions, seed: int) -> Choice:
     """No second pass: with probability p a step, on every rank, is at one level for all and carries the term.
 
-    The law of the levels becomes (1−p)·base + p·window, and the ordinary loss is weighed by base over that, 1/(1−p)
-    outside of the window and 1/(1−p + p/q) in it, so that its expectation stays; q is the window's probability under
-    the base law.
+    The distribution of the levels becomes (1−p)·base + p·window, and the ordinary loss is weighed by base over that,
+    1/(1−p) outside of the window and 1/(1−p + p/q) in it, so that its expectation stays; q is the window's probability
+    under the base distribution.
     """
     p = o.dist_match_swap
     low, high = sorted(window(torch.tensor([0.0, 1 - 2**-40], dtype=torch.float64)).snr.tolist())
@@ -228,7 +228,7 @@ def make_passes(
     together   samples of a micro-batch over all ranks
     memories   what other terms of the ordinary loss remember
     Without --dist_match and --dist_match_gain nothing of this is built, so such a run is the plain one bit for bit.
-    Raises UserError where the run's law of noise levels has none in the window, or no sample has another beside it.
+    Raises UserError where the run draws no noise level in the window, or no sample has another beside it.
     """
     if not o.active:
         return Passes(always(plain), memories)

@@ -44,7 +44,7 @@ def _unclear_objective(values: Values) -> Iterator[Problem]:
                       "its gamma says from which SNR on samples count less", "add --snr_gamma 5, the paper's value")
     if values.get("edm_sigmas") and values.get("timestep_sampling"):
         yield Problem("--edm_sigmas with --timestep_sampling", "--edm_sigmas, --timestep_sampling",
-                      "each is a law of the noise levels", "leave out one of the two")
+                      "each is a distribution of the noise levels", "leave out one of the two")
     if isinstance(first, int) and isinstance(end, int) and first >= end:
         yield Problem(f"no timestep from --min_timestep {first} to below --max_timestep {end}", "--max_timestep",
                       "the last timestep is not drawn itself", f"--max_timestep {first + 1} or more")
