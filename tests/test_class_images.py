@@ -43,10 +43,10 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The batches of numbers a painter was asked for; it draws a colour for each seed and number, and its batch."""
     batches: list[list[int]] = []
 
-    def paint(opt: SimpleNamespace, job: SimpleNamespace) -> Callable[[Sequence[int]], list[Image.Image]]:
+    def paint(opt: SimpleNamespace, run: SimpleNamespace) -> Callable[[Sequence[int]], list[Image.Image]]:
         def draw(numbers: Sequence[int]) -> list[Image.Image]:
             batches.append([*numbers])
-            return [Image.new("RGB", (8, 8), (job.seed, number, sum(numbers))) for number in numbers]
+            return [Image.new("RGB", (8, 8), (run.seed, number, sum(numbers))) for number in numbers]
         return draw
 
     monkeypatch.setattr(class_images.Painter, "load", paint)
@@ -324,8 +324,8 @@ def test_images_of_nan_are_an_error_not_black_squares(tiny_sdxl: Path, tmp_path:
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     load = Painter.load
 
-    def damaged(opt: SimpleNamespace, job: SimpleNamespace) -> Painter:
-        painter = load(opt, job)
+    def damaged(opt: SimpleNamespace, run: SimpleNamespace) -> Painter:
+        painter = load(opt, run)
         painter.pipe.unet.conv_out.bias.data.fill_(torch.nan)
         return painter
 

@@ -190,7 +190,7 @@ def test_a_sigma_goes_to_the_nearest_timestep_in_ln_sigma(name):
     assert torch.equal(schedule.nearest(table[:-1]).cond, torch.arange(999))
 
 
-# Distributions of the levels ---------------------------------------------------------------------------------------------------
+# Distributions of the levels ------------------------------------------------------------------------------------------
 
 
 def levels_of(schedule, u=U, compat=None, **flags):

@@ -48,7 +48,7 @@ class Options(Protocol):
     def concerns(self) -> dict[str, type[Concern]]: ...
 
 
-class Job(Protocol):
+class RunIdentity(Protocol):
     """What of the run decides bits."""
 
     world: int
@@ -58,7 +58,7 @@ class Job(Protocol):
     def global_batch(self) -> int: ...
 
 
-def fingerprint(opt: Options, rows: Sequence[Row], family: Family, job: Job, total: int, **more: object
+def fingerprint(opt: Options, rows: Sequence[Row], family: Family, run: RunIdentity, total: int, **more: object
                 ) -> dict[str, object]:
     """All that decides the bits of a run of `total` optimizer steps; `more` is what a trainer adds.
 
@@ -71,12 +71,12 @@ def fingerprint(opt: Options, rows: Sequence[Row], family: Family, job: Job, tot
         "base model": family.identity, "images": contents([row for row in rows if not row.is_class]),
         "class images": contents([row for row in rows if row.is_class]),
         "--prior_loss_weight": [row.loss_weight for row in rows if row.is_class][:1],
-        "images in a step": job.global_batch,
+        "images in a step": run.global_batch,
         "images in a micro-batch": opt.run.train_batch_size if opt.lora.lora_dropout else None,  # it cuts the masks
-        "images matched with one another": opt.run.train_batch_size * job.world if matched else None,
+        "images matched with one another": opt.run.train_batch_size * run.world if matched else None,
         "steps": total if depends_on_length(opt) else None,
         **decisive,
-        "--mixed_precision": job.precision,  # where it is left open, accelerate's configuration says it
+        "--mixed_precision": run.precision,  # where it is left open, accelerate's configuration says it
         "--optimizer_args": decisive_arguments(opt.optimizer),
         **more,
     }

@@ -62,7 +62,7 @@ class Options(Protocol):
     def prior(self) -> PriorOptions: ...
 
 
-class Job(Protocol):
+class ClassImageRun(Protocol):
     """The run, as far as generating images needs it."""
 
     seed: int
@@ -89,7 +89,7 @@ def problems(opt: Options) -> list[Problem]:
     return found + unreadable + (folder.unwritable() if plan.absent and not found else [])
 
 
-def class_rows(opt: Options, job: Job) -> list[Row]:
+def class_rows(opt: Options, run: ClassImageRun) -> list[Row]:
     """The rows of the class images, --num_class_images of them; [] without --with_prior_preservation.
 
     Images the folder lacks are generated first, by all ranks together. Images of the user's come before generated
@@ -105,7 +105,7 @@ def class_rows(opt: Options, job: Job) -> list[Row]:
     plan = ranks.from_main(lambda: folder.plan(listed))  # one plan for all, made before a rank writes
     if plan.absent:
         log.info("generating %d of %d class images in %s", len(plan.absent), folder.wanted, folder.path)
-        fill(folder, plan, opt, job)
+        fill(folder, plan, opt, run)
     rows, unreadable = check(folder.images(plan), f"{folder.path}")
     refuse(unreadable)
     return [replace(row, id=f"class/{row.id}", caption=row.caption or prior.class_prompt, is_class=True,
@@ -220,7 +220,7 @@ class ClassFolder:
 # Generating
 
 
-def fill(folder: ClassFolder, plan: Plan, opt: Options, job: Job) -> None:
+def fill(folder: ClassFolder, plan: Plan, opt: Options, run: ClassImageRun) -> None:
     """Generate the absent images: every rank a part, then each what its disk still lacks.
 
     Images are drawn in whole batches cut by number, also where only some of a batch are wanted. So what an image
@@ -232,25 +232,26 @@ def fill(folder: ClassFolder, plan: Plan, opt: Options, job: Job) -> None:
     size = opt.prior.sample_batch_size
     wanted = set(plan.absent)
     batches = [range(first, first + size) for first in sorted({number // size * size for number in wanted})]
-    draw_batches(batches[ranks.rank():: ranks.world()], wanted, folder, opt, job)
+    draw_batches(batches[ranks.rank():: ranks.world()], wanted, folder, opt, run)
     ranks.barrier()
     lacking = {number for number in wanted if not folder.file(number).exists()}  # none on a shared disk
-    draw_batches([batch for batch in batches if lacking.intersection(batch)], lacking, folder, opt, job)
+    draw_batches([batch for batch in batches if lacking.intersection(batch)], lacking, folder, opt, run)
 
 
-def draw_batches(batches: Sequence[Sequence[int]], wanted: Set[int], folder: ClassFolder, opt: Options, job: Job
-                 ) -> None:
+def draw_batches(
+    batches: Sequence[Sequence[int]], wanted: Set[int], folder: ClassFolder, opt: Options, run: ClassImageRun,
+) -> None:
     """Generate whole batches of numbers and write the wanted ones; a file that is there is never replaced."""
     if not batches:
         return
-    painter = Painter.load(opt, job)
+    painter = Painter.load(opt, run)
     done, total = 0, sum(map(len, batches))
     for batch in batches:
         for number, image in zip(batch, painter(batch), strict=True):
             if number in wanted:
                 write(folder.file(number), image)
         done += len(batch)
-        job.show_task("generating class images", done, total)
+        run.show_task("generating class images", done, total)
     del painter
     gc.collect()
     empty_device_cache()
@@ -276,11 +277,11 @@ class Painter:
     seed: int
 
     @classmethod
-    def load(cls, opt: Options, job: Job) -> Painter:
+    def load(cls, opt: Options, run: ClassImageRun) -> Painter:
         """Raises UserError when a file of the model is damaged."""
-        precision = opt.prior.prior_generation_precision or ("fp32" if job.device.type == "cpu" else "fp16")
-        pipe = load_pipeline(opt.model, DTYPES[precision]).to(job.device)
-        return cls(pipe, opt.prior.class_prompt or "", opt.data.resolution, job.seed)
+        precision = opt.prior.prior_generation_precision or ("fp32" if run.device.type == "cpu" else "fp16")
+        pipe = load_pipeline(opt.model, DTYPES[precision]).to(run.device)
+        return cls(pipe, opt.prior.class_prompt or "", opt.data.resolution, run.seed)
 
     def __call__(self, numbers: Sequence[int]) -> list[Image.Image]:
         """Raises UserError when an image has values that are not finite."""
