@@ -128,9 +128,9 @@ def preflight(opt: Options) -> list[Row]:
     preflight.leave_out_unused(opt.optimizer)
     model = preflight.check_model(opt, sdxl)
     rows, data_problems = read_rows(opt.data)
-    asked = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run)]
-    tokens = new_tokens.problems(opt.pivotal, [row.caption for row in rows])
-    refuse([*asked, *model.problems, *data_problems, *class_images.problems(opt), *tokens])
+    option_problems = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run)]
+    token_problems = new_tokens.problems(opt.pivotal, [row.caption for row in rows])
+    refuse([*option_problems, *model.problems, *data_problems, *class_images.problems(opt), *token_problems])
     return rows
 
 

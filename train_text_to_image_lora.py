@@ -125,11 +125,11 @@ def preflight(opt: Options, family_module: ModuleType) -> list[Row]:
     preflight.leave_out_unused(opt.optimizer)
     model = preflight.check_model(opt, family_module)
     rows, data_problems = read_rows(opt.data, seed=opt.run.seed)
-    more = [] if model.latents is None else [
+    input_problems = [] if model.latents is None else [
         *clip_token.problems(opt.guidance, rows, model.text_width),
         *matching_term.problems(opt.matching, {row.digest: row.caption for row in rows}, model.latents)]
-    asked = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run)]
-    refuse([*asked, *model.problems, *more, *data_problems])
+    option_problems = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run)]
+    refuse([*option_problems, *model.problems, *input_problems, *data_problems])
     return rows
 
 

@@ -350,7 +350,7 @@ def test_a_share_that_cannot_be_held_is_told_once(caplog):
         caplog.clear()
         fourier = FourierTerm(FourierLoss(warmup_steps=0), total_steps=10, target_fraction=0.2)
         for _ in range(3):
-            fourier.seen, fourier.rate = torch.tensor([unit, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]), 1.0
+            fourier.sums, fourier.rate = torch.tensor([unit, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]), 1.0
             fourier.describe()
         assert len(caplog.records) == 1 and all(word in caplog.text for word in words)
     caplog.clear()

@@ -29,7 +29,7 @@ def made_up_bin(timestep: int, *, error: float = 0.1, u_low: float = 1.0) -> dic
 
 def made_up(arm: str, seed: int = 0, **values: float) -> results.Result:
     case = arms.flags(arms.ARMS[arm].flags, arms.GAIN)
-    plan = run.asked(case | {"seed": seed, "max_train_steps": run.STEPS}, pilot=False)
+    plan = run.plan_of(case | {"seed": seed, "max_train_steps": run.STEPS}, pilot=False)
     return results.Result(plan, [made_up_bin(t, **values) for t in results.TIMESTEPS], seconds=0.25,
                             telemetry={} if arm == "base" else {"dist_match/u_low": 0.5})
 

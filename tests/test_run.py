@@ -381,7 +381,7 @@ def train(run: Run, *, steps=4, start=0, stop=None, factor=1.0, after=lambda ste
         run.log(step + 1, run.update(optimizer, step=step) | {"lr/unet": 0.1})
         after(step + 1)
         if run.stopping:
-            run.end_if_asked(step + 1, run.out_dir / f"checkpoint-{step + 1}")
+            run.end_if_stopping(step + 1, run.out_dir / f"checkpoint-{step + 1}")
 
 
 def test_a_run_directory_explains_itself(out):

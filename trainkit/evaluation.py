@@ -41,12 +41,12 @@ def features(
     """
     if not images:
         raise ValueError("features: no images given")
-    seen: list[Tensor] = []
+    pooled: list[Tensor] = []
 
     def keep(module: object, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
         tokens = (output[0] if isinstance(output, tuple) else output).float()
         rows = torch.cat((tokens.mean(1), tokens.std(1)), dim=1) if tokens.dim() == 3 else tokens
-        seen.append(rows.cpu())  # [B,T,D] -> [B,2D]
+        pooled.append(rows.cpu())  # [B,T,D] -> [B,2D]
 
     side = model.config.vision_config.image_size
     hook = model.get_submodule(layer).register_forward_hook(keep)
@@ -57,7 +57,7 @@ def features(
                 model.get_image_features(pixels.to(model.device, model.dtype))
     finally:
         hook.remove()
-    return torch.cat(seen)
+    return torch.cat(pooled)
 
 
 def to_pixels(images: "Sequence[Image]", side: int, mean: Channels = HALF, std: Channels = HALF) -> Tensor:

@@ -248,10 +248,10 @@ def hub_dataset(run: RunFacts) -> str | None:
 
 def settings(run: RunFacts) -> dict[str, str]:
     """The rows of the card's table: what had an effect. Which options it tells, their fields say."""
-    told = {card.label: run.setting(flag.name) for flag in known_flags().values() if (card := flag.facts.card)
+    card_values = {card.label: run.setting(flag.name) for flag in known_flags().values() if (card := flag.facts.card)
             if card.always or run.option(flag.name) != flag.default}
     rates = {f"Learning rate, {group}": number(rate) for group, rate in run.rates.items()}
-    values = {"Steps": run.step, "Optimizer": run.optimizer, **rates, **told}
+    values = {"Steps": run.step, "Optimizer": run.optimizer, **rates, **card_values}
     return {name: str(value) for name, value in values.items() if value is not None}
 
 

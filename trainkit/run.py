@@ -312,13 +312,13 @@ class Run:
         """
         if due(done, self.opts.run.checkpointing_steps, last=last) or self.stopping:
             self.require_finite(optimizer, done)
-            self.end_if_asked(done, saves.save(done, prune=self.healthy))
+            self.end_if_stopping(done, saves.save(done, prune=self.healthy))
         if previews.due(done, last=last):
             self.draw(done, previews)
         if last:
             self.require_progress()
 
-    def end_if_asked(self, step: int, saved: Path) -> None:
+    def end_if_stopping(self, step: int, saved: Path) -> None:
         """Raise the UserError that ends the run when a signal asked for it; `saved` is this step's checkpoint."""
         if self._agreed is not None:
             self.signals.wish = self._agreed  # on a rank that got no signal itself
@@ -390,14 +390,16 @@ class Run:
         if error is None:
             self.finish()
             return
-        told = self._explained(error)
-        ending = (told.problems[0].kind, told.exit_code) if isinstance(told, UserError) else ("failed", 1)
+        explained = self._explained(error)
+        status, exit_code = "failed", 1
+        if isinstance(explained, UserError):
+            status, exit_code = explained.problems[0].kind, explained.exit_code
         try:
-            self.finish(ending[0], exit_code=ending[1])
+            self.finish(status, exit_code=exit_code)
         except (OSError, UserError) as late:  # the first error is the one to report
             log.warning("the run did not end properly: %s", str(late).partition("\n")[0])
-        if told is not error:
-            raise told from error
+        if explained is not error:
+            raise explained from error
 
     def _explained(self, error: BaseException) -> BaseException:
         """`error`, as a UserError where memory or disk ran out, or where a library hid the one a signal raised."""

@@ -67,10 +67,10 @@ class TwoTextClip(nn.Module):
 
     def forward(self, pixels: Tensor, ids: Tensor, ids_2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Unit vectors: image [B,96], text [B,96], image for the second tower [B,128], second text [B,128]."""
-        seen = self.clip.vision_model(pixels).pooler_output  # [B,128]
+        vision = self.clip.vision_model(pixels).pooler_output  # [B,128]
         first = self.clip.text_projection(self.clip.text_model(ids).pooler_output)
         second = self.text_2(ids_2).text_embeds
-        vectors = (self.clip.visual_projection(seen), first, self.visual_projection_2(seen), second)
+        vectors = (self.clip.visual_projection(vision), first, self.visual_projection_2(vision), second)
         return tuple(functional.normalize(vector, dim=-1) for vector in vectors)
 
 
@@ -148,23 +148,23 @@ def train_clip(work_dir: Path, *, minutes: float, seed: int) -> None:
     def losses_at(step: int) -> dict[str, Tensor]:
         pixels, (ids, ids_2), match, same_noun = data.batch(step)
         inputs = (tensor.to(DEVICE) for tensor in (pixels, ids, ids_2))
-        seen, text, seen_2, text_2 = (vector.cpu() for vector in model(*inputs))
+        vision, text, vision_2, text_2 = (vector.cpu() for vector in model(*inputs))
         scale, scale_2 = model.clip.logit_scale.cpu(), model.scale_2.cpu()
         return {
-            "clip": contrast(seen, text, match, scale),
-            "clip_2": contrast(seen_2, text_2, match, scale_2),
-            "noun": 0.3 * noun_contrast(seen, same_noun, scale),
+            "clip": contrast(vision, text, match, scale),
+            "clip_2": contrast(vision_2, text_2, match, scale_2),
+            "noun": 0.3 * noun_contrast(vision, same_noun, scale),
         }
 
     training.run(losses_at)
     save_clip(training.average, work_dir)
 
 
-def noun_contrast(seen: Tensor, same_noun: Tensor, scale: Tensor) -> Tensor:
+def noun_contrast(vision: Tensor, same_noun: Tensor, scale: Tensor) -> Tensor:
     """Images of one noun in other styles belong together (Khosla et al. 2020, arXiv:2004.11362, L_out)."""
-    others = 1 - torch.eye(len(seen))
+    others = 1 - torch.eye(len(vision))
     partners = same_noun * others  # [B,B]
-    logits = (scale.exp().clamp(max=100) * seen @ seen.T).masked_fill(others == 0, -1e4)
+    logits = (scale.exp().clamp(max=100) * vision @ vision.T).masked_fill(others == 0, -1e4)
     rows = partners.sum(1) > 0
     fraction = partners[rows] / partners[rows].sum(1, keepdim=True)
     return -(functional.log_softmax(logits[rows], 1) * fraction).sum(1).mean()

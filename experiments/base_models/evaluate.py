@@ -72,8 +72,8 @@ class Judge:
     def other_style_top1(self) -> float:
         """Share of real icons whose nearest icon of another style is of their own noun."""
         cosines = self.gallery @ self.gallery.T
-        own_style = torch.tensor([[one.style == other.style for other in self.icons] for one in self.icons])
-        best = cosines.masked_fill(own_style, -1).argmax(1).tolist()
+        same_style = torch.tensor([[one.style == other.style for other in self.icons] for one in self.icons])
+        best = cosines.masked_fill(same_style, -1).argmax(1).tolist()
         hits = [self.icons[index].noun == icon.noun for icon, index in zip(self.icons, best, strict=True)]
         return fraction_true(hits)
 
@@ -124,19 +124,19 @@ def judge_family(
     family: str, work_dir: Path, assets_dir: Path, judge: Judge, seed: int
 ) -> tuple[dict, list[Image.Image]]:
     """Top-1 of noun (and style) over the probes and seeds; the images, probe by probe."""
-    asked = [probe for probe in probes() for _ in range(SEEDS)]
+    wanted = [probe for probe in probes() for _ in range(SEEDS)]
     seeds = [seed + index for _ in probes() for index in range(SEEDS)]
     pipeline = load_pipeline(assets_dir / MODEL_FOLDERS[family], family)
-    images = draw(pipeline, [probe.text for probe in asked], seeds, GUIDANCE[family])
+    images = draw(pipeline, [probe.text for probe in wanted], seeds, GUIDANCE[family])
     found = judge.nearest(images)
-    hits = [noun == probe.noun for probe, (noun, _) in zip(asked, found, strict=True)]
+    hits = [noun == probe.noun for probe, (noun, _) in zip(wanted, found, strict=True)]
     scores = {
         "noun_top1": fraction_true(hits),
-        "style_top1": fraction_true([style == probe.style for probe, (_, style) in zip(asked, found, strict=True)]),
-        "noun_top1_withheld": fraction_true([hit for hit, probe in zip(hits, asked, strict=True) if probe.withheld]),
+        "style_top1": fraction_true([style == probe.style for probe, (_, style) in zip(wanted, found, strict=True)]),
+        "noun_top1_withheld": fraction_true([hit for hit, probe in zip(hits, wanted, strict=True) if probe.withheld]),
         "images": len(hits),
-        "withheld_images": sum(probe.withheld for probe in asked),
-        "missed": sorted({f"{p.noun} -> {n}" for p, (n, _), hit in zip(asked, found, hits, strict=True) if not hit}),
+        "withheld_images": sum(probe.withheld for probe in wanted),
+        "missed": sorted({f"{p.noun} -> {n}" for p, (n, _), hit in zip(wanted, found, hits, strict=True) if not hit}),
         "guidance": GUIDANCE[family],
         "steps": STEPS,
     }
@@ -171,7 +171,7 @@ def contact_sheet(images: list[Image.Image], labels: list[str], columns: int, pa
     sheet.quantize(128).save(path, optimize=True)
 
 
-def base_sheet(probes_asked: list[Probe], images: list[Image.Image], path: Path) -> None:
+def base_sheet(wanted_probes: list[Probe], images: list[Image.Image], path: Path) -> None:
     """The first 24 probes in two columns of four seeds each."""
     half = 12
     sides = []
@@ -179,7 +179,7 @@ def base_sheet(probes_asked: list[Probe], images: list[Image.Image], path: Path)
         part = images[first * SEEDS : (first + half) * SEEDS]
         labels = [
             f"{probe.noun}\n{probe.style}{' (withheld)' if probe.withheld else ''}"
-            for probe in probes_asked[first : first + half]
+            for probe in wanted_probes[first : first + half]
         ]
         side = path.with_name(f".{path.stem}-{first}.png")
         contact_sheet(part, labels, SEEDS, side)

@@ -76,18 +76,18 @@ class JudgeTask:
         draw = generator(self.seed, step)
         rows = self.rows[torch.randperm(len(self.rows), generator=draw)[:NOUNS_PER_BATCH]].flatten()  # [B]
         weight = model.visual_projection_2.weight
-        seen = model.clip.vision_model(self.images(rows, draw).to(weight.device, weight.dtype)).pooler_output
-        seen, seen_2 = model.clip.visual_projection(seen), model.visual_projection_2(seen)
-        seen, seen_2 = (functional.normalize(vector.float().cpu(), dim=-1) for vector in (seen, seen_2))
+        vision = model.clip.vision_model(self.images(rows, draw).to(weight.device, weight.dtype)).pooler_output
+        vision, vision_2 = model.clip.visual_projection(vision), model.visual_projection_2(vision)
+        vision, vision_2 = (functional.normalize(vector.float().cpu(), dim=-1) for vector in (vision, vision_2))
         wording = torch.randint(len(TEMPLATES), (len(rows),), generator=draw)
         text, text_2 = (vectors[rows, wording] for vectors in self.texts)
         alone, noun = torch.eye(len(rows)), torch.arange(len(rows)) // len(STYLES)
         same_noun = (noun[:, None] == noun[None]).float()
         scale, scale_2 = model.clip.logit_scale.float().cpu(), model.scale_2.float().cpu()
         return {
-            "clip": contrast(seen, text, alone, scale),
-            "clip_2": 0.3 * contrast(seen_2, text_2, alone, scale_2),
-            "noun": noun_contrast(seen, same_noun, scale),
+            "clip": contrast(vision, text, alone, scale),
+            "clip_2": 0.3 * contrast(vision_2, text_2, alone, scale_2),
+            "noun": noun_contrast(vision, same_noun, scale),
         }
 
 

@@ -61,10 +61,10 @@ SHOWN = ("base", "more-data", "sum-0.03", "combo", "swap")  # in the figure and 
 STYLED = ("base", "more-data", "combo", "swap")  # arms of which images are drawn, too
 
 
-def flags(own: Flags, gain: float) -> Flags:
+def flags(case_flags: Flags, gain: float) -> Flags:
     """The trainer's flags of an arm."""
     return COMMON | {name: value.format(gain=f"{gain:g}") if isinstance(value, str) else value
-                     for name, value in own.items()}
+                     for name, value in case_flags.items()}
 
 
 def pilot_cases() -> dict[str, Flags]:

@@ -41,7 +41,7 @@ STEPS, PILOT_SEED = 300, 100
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     cases = pilot_cases() if args.pilot else {name: flags(ARMS[name].flags, args.gain) for name in args.arms}
-    plans = {(name, seed): asked(case | {"seed": seed, "max_train_steps": args.steps}, pilot=args.pilot)
+    plans = {(name, seed): plan_of(case | {"seed": seed, "max_train_steps": args.steps}, pilot=args.pilot)
              for seed in args.seeds for name, case in cases.items()}
     refuse(others(args.out, plans))
 
@@ -78,7 +78,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def asked(case: Flags, *, pilot: bool) -> dict[str, object]:
+def plan_of(case: Flags, *, pilot: bool) -> dict[str, object]:
     """All that decides a result."""
     return {"flags": case, "images": "pilot" if pilot else "held out", "timesteps": list(TIMESTEPS), "draws": DRAWS}
 

@@ -99,14 +99,14 @@ class Adapters:
     @torch.no_grad()
     def unpack(self, tensors: Mapping[str, Tensor], data: Mapping[str, float | str]) -> None:
         """Continue from `pack`'s answer. Raises UserError where it belongs to other adapters."""
-        own = self.state_dict()
-        shapes, other = ({n: tuple(t.shape) for n, t in d.items()} for d in (own, tensors))
+        expected = self.state_dict()
+        shapes, other = ({n: tuple(t.shape) for n, t in d.items()} for d in (expected, tensors))
         if shapes != other or data != self.identity:
             raise UserError(Problem(
                 "the checkpoint holds other adapters than this run", f"{len(other)} tensors, {dict(data)}",
                 f"this run has {len(shapes)} tensors, {self.identity}",
                 "resume with the rank, alpha, kind, layers and blocks of the first run, or name a new --output_dir"))
-        for name, tensor in own.items():
+        for name, tensor in expected.items():
             tensor.copy_(tensors[name])
 
     # ------------------------------------------------------------------------------------------------------------------

@@ -84,14 +84,14 @@ class EncoderAdapters:
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Json]]:
         packed = {network.prefix: network.pack() for network in self.networks}
-        tensors = {f"{prefix}.{key}": t for prefix, (own, _) in packed.items() for key, t in own.items()}
+        tensors = {f"{prefix}.{key}": t for prefix, (part, _) in packed.items() for key, t in part.items()}
         return tensors, {prefix: data for prefix, (_, data) in packed.items()}
 
     def unpack(self, tensors: dict[str, Tensor], data: dict[str, Json]) -> None:
         for network in self.networks:
             start = f"{network.prefix}."
-            own = {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
-            network.unpack(own, data.get(network.prefix, {}))
+            part = {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
+            network.unpack(part, data.get(network.prefix, {}))
 
 
 class LiveText:

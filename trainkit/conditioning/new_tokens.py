@@ -174,14 +174,14 @@ class NewTokens:
     @torch.no_grad()
     def unpack(self, tensors: Mapping[str, Tensor], data: Mapping[str, object]) -> None:
         """Continue from `pack`'s answer. Raises UserError where it belongs to other tokens."""
-        own = self.embeddings
-        if data.get("tokens") != self.names or {k: v.shape for k, v in own.items()} != {
+        embeddings = self.embeddings
+        if data.get("tokens") != self.names or {k: v.shape for k, v in embeddings.items()} != {
                 k: v.shape for k, v in tensors.items()}:
             raise UserError(Problem(
                 "the checkpoint holds other new tokens than this run", "--token_abstraction",
                 f"the checkpoint's are {data.get('tokens')}, this run's {self.names}",
                 "resume with the words and the number of tokens of the first run, or name a new --output_dir"))
-        for (name, rows), last in zip(own.items(), self.last, strict=True):
+        for (name, rows), last in zip(embeddings.items(), self.last, strict=True):
             rows.copy_(tensors[name])
             last.copy_(tensors[name])
 

@@ -147,8 +147,8 @@ class Latents:
 
     def key(self, sample: Sample) -> str:
         crop = [*sample.resized, sample.top, sample.left, sample.flip]
-        seen = [sample.row.digest, crop, self.policy.resolution, self.policy.interpolation]
-        return content_key(VERSION, seen, self.identity, str(self.dtype))
+        content = [sample.row.digest, crop, self.policy.resolution, self.policy.interpolation]
+        return content_key(VERSION, content, self.identity, str(self.dtype))
 
     def __call__(self, sample: Sample) -> tuple[Tensor, Tensor]:
         """-> mean, logvar [C,h,w] fp32."""

@@ -85,7 +85,7 @@ def problems(opt: Options) -> list[Problem]:
                         "the instances would be trained on as images of the class too", f"{FLAG} ANOTHER_FOLDER")]
     listed, found = folder.read(tell=False)
     plan = folder.plan(listed)
-    unreadable = check([*plan.own, *plan.made.values()], f"{folder.path}")[1]
+    unreadable = check([*plan.user_images, *plan.generated.values()], f"{folder.path}")[1]
     return found + unreadable + (folder.unwritable() if plan.absent and not found else [])
 
 
@@ -154,8 +154,8 @@ def same_folder(folder: Path, other: str | None) -> bool:
 class Plan:
     """Which class images a run trains on: the user's own, and generated ones by number."""
 
-    own: list[Listed]
-    made: dict[int, Listed]  # there already
+    user_images: list[Listed]
+    generated: dict[int, Listed]  # there already
     absent: list[int]  # to be generated
 
 
@@ -180,18 +180,18 @@ class ClassFolder:
 
     def plan(self, listed: Sequence[Listed]) -> Plan:
         """The user's images by name, then generated ones by number; those that are there before new ones."""
-        own = [image for image in listed if self._recipe(image) is None][: self.wanted]
-        room = self.wanted - len(own)
+        user_images = [image for image in listed if self._recipe(image) is None][: self.wanted]
+        room = self.wanted - len(user_images)
         numbered = {self._number(image): image for image in listed if self._recipe(image) is not None}
-        made = {number: numbered[number] for number in sorted(numbered)[:room]}
-        absent = [number for number in range(room) if number not in made][: room - len(made)]
-        return Plan(own, made, absent)
+        generated = {number: numbered[number] for number in sorted(numbered)[:room]}
+        absent = [number for number in range(room) if number not in generated][: room - len(generated)]
+        return Plan(user_images, generated, absent)
 
     def images(self, plan: Plan) -> list[Listed]:
         """What to train on, in an order that does not tell which images were generated just now."""
         new = {number: Listed(self.file(number).name, self.file(number), "") for number in plan.absent}
-        generated = plan.made | new
-        return [*plan.own, *(generated[number] for number in sorted(generated))]
+        generated = plan.generated | new
+        return [*plan.user_images, *(generated[number] for number in sorted(generated))]
 
     def file(self, number: int) -> Path:
         return self.path / f"generated-{self.recipe}-{number:05d}.png"

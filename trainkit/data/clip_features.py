@@ -152,8 +152,8 @@ class Clip:
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
         """pixels [B,3,H,W] -> features [B,D] fp32 on the CPU, as the projection puts them out (not normalised)."""
-        seen = self.model.vision_model(pixels.to(self.device)).pooler_output
-        return self.model.visual_projection(seen).float().cpu()
+        pooled = self.model.vision_model(pixels.to(self.device)).pooler_output
+        return self.model.visual_projection(pooled).float().cpu()
 
 
 def load_clip(name: str, flag: str = "--clip", device: torch.device | str = "cpu") -> Clip:

@@ -284,13 +284,13 @@ def refuse_pairs(loss: FourierLoss) -> None:
 
 def mode_defaults(loss: FourierLoss) -> dict[str, object]:
     """Values in place of None, for the settings that the mode reads."""
-    _, own, decay = MODES[loss.mode]
-    values = {**own, "normalize": "target" if loss.metric == "magnitude" else "none"}
-    if "scales" in own:
-        scales = loss.scales or own["scales"]
+    _, defaults, decay = MODES[loss.mode]
+    values = {**defaults, "normalize": "target" if loss.metric == "magnitude" else "none"}
+    if "scales" in defaults:
+        scales = loss.scales or defaults["scales"]
         values["scale_weights"] = tuple(scale**-decay for scale in scales)
-    if "mix" in own and (loss.scales or loss.high_freq_weight or "scale_high_freq_weights" not in own):
-        values["scale_high_freq_weights"] = (loss.high_freq_weight or own["high_freq_weight"],) * len(scales)
+    if "mix" in defaults and (loss.scales or loss.high_freq_weight or "scale_high_freq_weights" not in defaults):
+        values["scale_high_freq_weights"] = (loss.high_freq_weight or defaults["high_freq_weight"],) * len(scales)
     return {name: value for name, value in values.items() if getattr(loss, name) is None}
 
 

@@ -62,7 +62,7 @@ class FourierTerm:
 
     def __init__(self, loss: FourierLoss, *, total_steps: int, target_fraction: float | None = None):
         self.loss, self.total_steps, self.gain = loss, total_steps, Gain(target_fraction)
-        self.seen: Tensor | None = None  # sums of this step, on the device
+        self.sums: Tensor | None = None  # sums of this step, on the device
         self.rate = 0.0  # what this step's term was multiplied by, ramp and gain
         self.bounded = False  # whether it was said that the gain stands at a bound
 
@@ -97,9 +97,9 @@ class FourierTerm:
 
         While warming up there is the first alone.
         """
-        if self.seen is None:
+        if self.sums is None:
             return {"fourier_component": 0.0}
-        sums, self.seen = ranks.sum_over_ranks(self.seen).tolist(), None
+        sums, self.sums = ranks.sum_over_ranks(self.sums).tolist(), None
         component, base, raw, weight, weighted, plain, count = sums
         self.gain.update(base, component / self.rate if self.rate else 0.0)
         self._warn_of_bound()
@@ -126,7 +126,7 @@ class FourierTerm:
         added = part.added.detach()
         row = torch.stack([added.sum() / num_instance, base.sum() / num_instance, part.raw.sum(), part.weight.sum(),
                            (factor * part.raw).sum(), base.sum(), torch.ones_like(base).sum()])
-        self.seen = row if self.seen is None else self.seen + row
+        self.sums = row if self.sums is None else self.sums + row
 
 
 def problems(o: FourierOptions, loss_type: str, latents: tuple[int, int, int]) -> Iterator[Problem]:

@@ -296,10 +296,10 @@ def make_objective(
     base_loss  the error where --loss_type names a term beside it
     """
     prediction = schedule.prediction
-    name = o.loss_weighting or ("min_snr" if o.snr_gamma else unasked_weight(o, prediction, compat))
+    name = o.loss_weighting or ("min_snr" if o.snr_gamma else default_weight(o, prediction, compat))
     prior_weight = None
     if compat == "diffusers":  # its prior loss is never weighed by SNR
-        prior_weight = on_output(unasked_weight(o, prediction, compat), prediction, o)
+        prior_weight = on_output(default_weight(o, prediction, compat), prediction, o)
         if name == "min_snr" and not isinstance(prediction, EDM):  # with EDM it refuses Min-SNR: nothing to be like
             name = "min_snr_diffusers"
     error = ERRORS[base_loss if o.loss_type == "fourier" else o.loss_type](o)
@@ -307,7 +307,7 @@ def make_objective(
                      prior_weight=prior_weight, error=error)
 
 
-def unasked_weight(o: ObjectiveOptions, prediction: Prediction, compat: Literal["diffusers"] | None) -> str:
+def default_weight(o: ObjectiveOptions, prediction: Prediction, compat: Literal["diffusers"] | None) -> str:
     """The weight when neither --loss_weighting nor --snr_gamma asks for one.
 
     Diffusers' trainers weigh the x0 error by σ⁻², which is snr, under the EDM flag, and not at all on EDM checkpoints.

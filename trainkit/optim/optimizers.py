@@ -82,7 +82,7 @@ class Optim:
 
     def pack(self) -> tuple[dict[str, Tensor], dict]:
         packed = {m.name: m.pack() for m in self.members}
-        tensors = {f"{name}/{key}": t for name, (own, _) in packed.items() for key, t in own.items()}
+        tensors = {f"{name}/{key}": t for name, (part, _) in packed.items() for key, t in part.items()}
         return tensors, {"optimizer": self.name, "groups": {name: data for name, (_, data) in packed.items()}}
 
     def unpack(self, tensors: dict[str, Tensor], data: dict) -> None:

@@ -27,8 +27,8 @@ def group_values(inner: torch.optim.Optimizer) -> dict[str, object]:
     return {k: v.clone() if isinstance(v, Tensor) else v for k, v in values.items()}
 
 
-def pack_state(inner: torch.optim.Optimizer, made: Mapping[str, object]) -> tuple[dict[str, Tensor], dict]:
-    """Copy the state out of an optimizer whose `group_values` were `made` at construction -> (tensors, data).
+def pack_state(inner: torch.optim.Optimizer, initial_values: Mapping[str, object]) -> tuple[dict[str, Tensor], dict]:
+    """Copy the state out of an optimizer whose `group_values` were `initial_values` at construction -> (tensors, data).
 
     Raises TypeError for state that has no exact form in tensors and JSON.
     """
@@ -38,13 +38,14 @@ def pack_state(inner: torch.optim.Optimizer, made: Mapping[str, object]) -> tupl
     tensors: dict[str, Tensor] = {}
     params = []
     for i, p in enumerate(inner.param_groups[0]["params"]):
-        own, values = _split(inner.state.get(p, {}))
-        tensors |= {f"state.{i}.{k}": t for k, t in own.items()}
-        params.append({"shape": list(p.shape), "tensors": sorted(own), "values": values})
+        state_tensors, values = _split(inner.state.get(p, {}))
+        tensors |= {f"state.{i}.{k}": t for k, t in state_tensors.items()}
+        params.append({"shape": list(p.shape), "tensors": sorted(state_tensors), "values": values})
     always = getattr(inner, "GROUP_STATE", ())
-    own, values = _split({
-        k: v for k, v in group_values(inner).items() if k in always or k not in made or _differs(v, made[k])})
-    tensors |= {f"group.{k}": t for k, t in own.items()}
+    state_tensors, values = _split({
+        k: v for k, v in group_values(inner).items()
+        if k in always or k not in initial_values or _differs(v, initial_values[k])})
+    tensors |= {f"group.{k}": t for k, t in state_tensors.items()}
     return tensors, {"params": params, "group": values}
 
 

@@ -116,11 +116,11 @@ def make_inner(group: ParamGroup, o: OptimizerOptions) -> torch.optim.Optimizer:
     """
     kind = find_class(o)
     accepted = parameters_of(kind)  # name -> default
-    asked = read_arguments(o.optimizer_args or "")
-    refuse(_argument_problems(kind, accepted, asked))
+    given = read_arguments(o.optimizer_args or "")
+    refuse(_argument_problems(kind, accepted, given))
     common = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
-    arguments: Arguments = {k: v for k, v in common.items() if k in accepted} | row_of(o).arguments(o, group) | asked
-    if asked.get("foreach") and "fused" not in asked:
+    arguments: Arguments = {k: v for k, v in common.items() if k in accepted} | row_of(o).arguments(o, group) | given
+    if given.get("foreach") and "fused" not in given:
         arguments.pop("fused", None)  # our choice of a kernel, and the user has made another
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # some constructors print, into our progress line
@@ -215,8 +215,8 @@ def decisive_arguments(o: OptimizerOptions) -> str | None:
     kind = find_class(o)
     defaults, free = parameters_of(kind), getattr(kind, "CHANGE_NO_BIT", ())
     flags = {"weight_decay", *row_of(o).arguments(o, _ANY_GROUP)}
-    asked = getattr(kind, "spelled_out", dict)(read_arguments(o.optimizer_args or ""))
-    counts = {name: _number(value) for name, value in sorted(asked.items()) if name not in free and (
+    given = getattr(kind, "spelled_out", dict)(read_arguments(o.optimizer_args or ""))
+    counts = {name: _number(value) for name, value in sorted(given.items()) if name not in free and (
         name in flags or name not in defaults or _number(value) != _number(defaults[name]))}
     return " ".join(f"{name}={value}" for name, value in counts.items()) or None
 
@@ -231,17 +231,17 @@ def _number(value: object) -> object:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53 else value
 
 
-def _argument_problems(kind: type, accepted: Mapping[str, object], asked: Mapping[str, object]) -> Iterator[Problem]:
+def _argument_problems(kind: type, accepted: Mapping[str, object], given: Mapping[str, object]) -> Iterator[Problem]:
     if "lr" not in accepted:
         yield Problem(f"{kind.__name__} takes no learning rate", "--optimizer",
                       "the rate follows --lr_scheduler, so its constructor must take lr", "choose another class")
     open_ones = [name for name in accepted if name not in OURS]
-    unknown = [name for name in asked if name not in open_ones]
+    unknown = [name for name in given if name not in open_ones]
     if unknown:
         yield Problem(f"{kind.__name__} takes no {', '.join(unknown)} from --optimizer_args", "--optimizer_args",
                       _why_unknown(kind, set(unknown) - accepted.keys()) or f"it takes {', '.join(open_ones)}",
                       "mend or remove it; --learning_rate gives lr")
-    for name, value in asked.items():
+    for name, value in given.items():
         default = accepted.get(name, "")
         if isinstance(value, Word) and not isinstance(default, str):
             wanted = "True or False" if isinstance(default, bool) else f"{default}, for example"

@@ -235,8 +235,8 @@ class Concern(BaseModel):
     @classmethod
     def of(cls, values: Mapping[str, object]) -> Self:
         """The concern that has its part of these values, by flag, which are taken as they are."""
-        own: dict[str, Any] = {name: values[name] for name in cls.model_fields if name in values}
-        built: Any = cls.model_construct(**own)
+        known: dict[str, Any] = {name: values[name] for name in cls.model_fields if name in values}
+        built: Any = cls.model_construct(**known)
         return built
 
     @classmethod

@@ -114,12 +114,12 @@ _STARTED = {  # with --init_lora_weights pissa and olora
 def _other_adapter(values: Values) -> Iterator[Problem]:
     """What the chosen kind of adapter, its start or its blocks cannot be combined with."""
     kind, start = values.get("lora_type", "lora"), values.get("init_lora_weights", "gaussian")
-    asked = dict(values) | {"loraplus_lr_ratio": values.get("loraplus_lr_ratio", 1.0) != 1.0}
+    switched_on = dict(values) | {"loraplus_lr_ratio": values.get("loraplus_lr_ratio", 1.0) != 1.0}
     clashes = {("lora_type", kind): _LYCORIS if kind != "lora" else {},
                ("init_lora_weights", start): _STARTED if start != "gaussian" else {}}
     for (flag, value), reasons in clashes.items():
         yield from (Problem(f"--{flag} {value} with --{other}", f"--{other}", why, "leave out one of the two")
-                    for other, why in reasons.items() if asked.get(other))
+                    for other, why in reasons.items() if switched_on.get(other))
     if start != "gaussian" and kind != "lora":
         yield Problem(f"--init_lora_weights {start} with --lora_type {kind}", "--init_lora_weights",
                       "PiSSA and OLoRA are starts of A and B", "leave out one of the two")

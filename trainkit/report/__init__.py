@@ -118,8 +118,8 @@ def charts(run: RunFacts) -> list[Chart]:
     found = []
     if loss:
         smooth = smoothed(loss)
-        told = f"The faint line is the loss itself, the strong one its running mean. {loss_note(run)}".rstrip()
-        found.append(line_chart(loss_name(run), smooth, raw=loss, wide=True, explanation=told,
+        explanation = f"The faint line is the loss itself, the strong one its running mean. {loss_note(run)}".rstrip()
+        found.append(line_chart(loss_name(run), smooth, raw=loss, wide=True, explanation=explanation,
                                 summary=f"{number(smooth[-1][1])} at the end"))
     for name in run.rates:
         rate = effective_rate(run, name)

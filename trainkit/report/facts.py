@@ -72,8 +72,8 @@ class RunFacts:
     @property
     def matching_mode(self) -> str | None:
         """The mode of distribution matching that was used, where it was left open too; None without matching."""
-        asked = MatchingOptions.of(self._values)
-        return asked.mode if asked.active else None
+        matching = MatchingOptions.of(self._values)
+        return matching.mode if matching.active else None
 
     @property
     def rates(self) -> dict[str, float]:

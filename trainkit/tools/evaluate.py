@@ -122,8 +122,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", required=True, type=Path, metavar="DIR", help="folder for grid.png and evaluation.json")
     add("--debug", action="store_true", help="show a traceback for user errors")
     args = parser.parse_args(argv)
-    asked = args.strengths if args.lora else (1.0,)
-    args.strengths = tuple(sorted({0.0, *asked}, key=abs))  # the share needs the base, untouched: first
+    strengths = args.strengths if args.lora else (1.0,)
+    args.strengths = tuple(sorted({0.0, *strengths}, key=abs))  # the share needs the base, untouched: first
     return args
 
 

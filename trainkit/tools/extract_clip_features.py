@@ -216,9 +216,9 @@ def extract(args: argparse.Namespace, images: dict[str, Source]) -> Features:
     with ThreadPoolExecutor(DECODERS) as pool:
         for start in range(0, len(todo), args.batch_size):
             names = todo[start : start + args.batch_size]
-            seen = list(pool.map(lambda name: look(images[name], clip, growing), names))
-            bad += [f"{name}: {one}" for name, one in zip(names, seen, strict=True) if isinstance(one, str)]
-            embed(dict(one for one in seen if isinstance(one, tuple)), clip, growing)
+            outcomes = list(pool.map(lambda name: look(images[name], clip, growing), names))
+            bad += [f"{name}: {one}" for name, one in zip(names, outcomes, strict=True) if isinstance(one, str)]
+            embed(dict(one for one in outcomes if isinstance(one, tuple)), clip, growing)
             progress.task("CLIP features", start + len(names), len(todo))
     progress.close()
     features = growing.save()
@@ -305,8 +305,8 @@ def in_metadata(images: Path) -> dict[str, str]:
 
 def legacy_names(image: Path, named: dict[str, str]) -> list[str]:
     """Where an image's features may lie below the legacy folder."""
-    told = named.get(image.as_posix())
-    return [told] if told else [f"{image.with_suffix('.pt')}", f"{image}.pt"]
+    listed_source = named.get(image.as_posix())
+    return [listed_source] if listed_source else [f"{image.with_suffix('.pt')}", f"{image}.pt"]
 
 
 def legacy_row(folder: Path, names: Sequence[str]) -> Tensor | str:

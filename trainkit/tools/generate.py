@@ -55,12 +55,12 @@ EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "ne
 class Shot:
     """One image to draw.
 
-    asked     the prompt as the user wrote it, `prompt` with the names of learned tokens
-    features  [D] of its guidance image, scaled, if it has one
+    typed_prompt  the prompt as the user wrote it, `prompt` with the names of learned tokens
+    features      [D] of its guidance image, scaled, if it has one
     """
 
     number: int  # of the prompt, from 1
-    asked: str
+    typed_prompt: str
     prompt: str
     seed: int
     image: Path | None = None
@@ -270,14 +270,14 @@ def draw(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) -> lis
 
 def size(pipe: Pipeline, args: argparse.Namespace) -> tuple[int, int]:
     """Width and height in pixels; the stock pipelines would overlook one that is asked for alone."""
-    own = pipe.unet.config.sample_size
-    high, wide = own if isinstance(own, (list, tuple)) else (own, own)
+    default = pipe.unet.config.sample_size
+    high, wide = default if isinstance(default, (list, tuple)) else (default, default)
     return args.width or wide * pipe.vae_scale_factor, args.height or high * pipe.vae_scale_factor
 
 
 def scale(pipe: Pipeline, args: argparse.Namespace) -> float:
-    own = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
-    return own if args.guidance_scale is None else args.guidance_scale
+    default = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
+    return default if args.guidance_scale is None else args.guidance_scale
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def parameters(pipe: Pipeline, args: argparse.Namespace, shot: Shot, image: Imag
     """The text of the PNG file."""
     from trainkit.sheets import png_parameters
 
-    return png_parameters(shot.asked, {
+    return png_parameters(shot.typed_prompt, {
         "Steps": args.steps, "Sampler": type(pipe.scheduler).__name__, "CFG scale": scale(pipe, args),
         "Seed": shot.seed, "Size": f"{image.width}x{image.height}", "Model": Path(args.base).name,
         "LoRA": " ".join(f"{file.parent.name}/{file.name}:{strength:g}" for file, strength in loras(args)),

@@ -100,12 +100,12 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> dict[str, object]:
 
     "device" is where the parameters are, be it the CPU. torch keeps "step" on the CPU, in pageable memory.
     """
-    places, by_name, seen = Counter[str](), Counter[str](), set()
+    places, by_name, counted = Counter[str](), Counter[str](), set()
     for s in state_tensors(optimizer):
         by_name[s.name] += s.tensor.numel() * s.tensor.element_size()
         storage = s.tensor.untyped_storage()
-        if storage.nbytes() and (storage.device, storage.data_ptr()) not in seen:
-            seen.add((storage.device, storage.data_ptr()))
+        if storage.nbytes() and (storage.device, storage.data_ptr()) not in counted:
+            counted.add((storage.device, storage.data_ptr()))
             places[s.residency] += storage.nbytes()
     numel = sum(p.numel() for p in optimizer.state)
     total = sum(places.values())

@@ -157,10 +157,10 @@ class HinaAdaptive(torch.optim.Optimizer):
 def signature() -> inspect.Signature:
     """The constructor's, with every setting by its name."""
     keyword = inspect.Parameter.KEYWORD_ONLY
-    own = inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    params = inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     lr = inspect.Parameter("lr", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=DEFAULTS["lr"])
     rest = {name: value for name, value in DEFAULTS.items() if name != "lr"} | {"preset": "adamw"}
-    return inspect.Signature([own, lr, *(inspect.Parameter(n, keyword, default=v) for n, v in rest.items())])
+    return inspect.Signature([params, lr, *(inspect.Parameter(n, keyword, default=v) for n, v in rest.items())])
 
 
 HinaAdaptive.__signature__ = signature()
