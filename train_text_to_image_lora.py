@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
                                        num_workers=opt.run.dataloader_num_workers)
         run.train(train_step, batches, optimizer, text, saves, previews, start=start, stop=stop, total=total)
         if stop == total:
-            publish.publish(opt.run, family, lora, words=text, num_images=len(rows) // opt.data.repeats,
+            publish.publish(opt.run, family, lora, text=text, num_images=len(rows) // opt.data.repeats,
                             averaged=optimizer.averaged)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from tests.harness import forked
 from trainkit.condition import Condition
 from trainkit.conditioning import clip_token
-from trainkit.conditioning.clip_token import ClipToken, has_room, make_clip_token, with_token
+from trainkit.conditioning.clip_token import ClipToken, has_free_place, make_clip_token, with_token
 from trainkit.data.batch import Batch
 from trainkit.data.clip_features import Clip, Features, load_clip, read_features, write_features
 from trainkit.data.images import content_digest, decode
@@ -389,11 +389,11 @@ def test_room_is_where_the_last_id_is_padding(tokenizer):
     words = [" ".join(["dog"] * n) for n in (0, 1, 74, 75, 76, 200)]
     ids = tokenizer(words, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
     lengths = [len(tokenizer(one).input_ids) for one in words]
-    assert has_room([tokenizer], words) == [length < 77 for length in lengths] == [True] * 3 + [False] * 3
+    assert has_free_place([tokenizer], words) == [length < 77 for length in lengths] == [True] * 3 + [False] * 3
     assert ids[3, -1] == tokenizer.eos_token_id and lengths[3] == 77
     shorter = copy.deepcopy(tokenizer)
     shorter.model_max_length = 76
-    assert has_room([tokenizer, shorter], words) == [True] * 2 + [False] * 4, "every encoder must have room"
+    assert has_free_place([tokenizer, shorter], words) == [True] * 2 + [False] * 4, "every encoder must have room"
 
 
 def test_cached_text_stays_as_it_is_and_the_rest_learns(tmp_path, tokenizer):

@@ -495,7 +495,7 @@ def test_the_package_of_an_optimizer_is_known_without_importing_it():
     ("torch.optim.Nadam", "there is no torch.optim.Nadam", "torch.optim.NAdam"),
     ("pytorch_optimizer.optimizers.CAME", "there is no", "pytorch_optimizer.CAME"),
     ("torch.nn.Linear", "is no optimizer", "torch.optim.NAdam"),
-    ("no_such_package.Adam", "needs the package no_such_package", "mend the path"),
+    ("no_such_package.Adam", "needs the package no_such_package", "fix the path"),
     ("pytorch_optimizer.Lookahead", "takes no learning rate", "another class"),
 ])
 def test_a_path_that_leads_to_no_optimizer_is_refused_before_anything_is_loaded(path, why, fix):
@@ -571,7 +571,7 @@ def test_an_argument_that_a_flag_could_change_or_that_is_no_default_stays_in_the
 
 
 @pytest.mark.parametrize(("name", "text", "said", "fix"), [
-    ("adamw", "momentum=0.9", "AdamW takes no momentum", "mend"),
+    ("adamw", "momentum=0.9", "AdamW takes no momentum", "fix"),
     ("lion", "use_gc=true lr=1", "Lion takes no use_gc, lr", "--learning_rate gives lr"),
     ("prodigy", "d_coef=big", "Prodigy takes no word as d_coef", "for example"),
     ("hina_adaptive", "use_spd=yes", "HinaAdaptive takes no word as use_spd", "use_spd=True or False"),

@@ -389,7 +389,7 @@ def test_config_files_are_read_flat_or_in_tables(tmp_path, name, text):
     ("rank = 8\n[lora]\nrank = 9", "rank is given twice", "remove one"),
     ("rank = true", "--rank cannot be True", "--rank"),
     ("rank = [8]", "--rank cannot be [8]", "--rank"),
-    ("rank = ", "cannot read the config file", "mend"),
+    ("rank = ", "cannot read the config file", "fix"),
     ('config = "other.toml"', "config cannot stand in a config file", "remove it, or write fourier_config"),
     ('[run]\nconfig = "other.toml"', "config cannot stand in a config file", "remove it"),
 ])

@@ -513,7 +513,7 @@ def finished(folder: Path, family: sd.SD, **given: object) -> str:
     unet, text = networks(family)
     options = SimpleNamespace(output_dir=str(run), push_to_hub=False)
     words = SimpleNamespace(networks=[text], export=lambda *_: [])
-    publish(options, family, unet, words=words, num_images=22)
+    publish(options, family, unet, text=words, num_images=22)
     return (run / "README.md").read_text("utf-8") + (run / "report.html").read_text("utf-8")
 
 

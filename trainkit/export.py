@@ -350,14 +350,14 @@ def parse(parts: Tensors, layout: Layout) -> Stated | None:
     """PEFT's rule with alpha = rank, or kohya's and LyCORIS's; None where tensors are missing or strange."""
     dora = {"diffusers": MAGNITUDE, "webui": DORA_SCALE}[layout]
     factors = {end: Rounded.read(t) for end, t in parts.items() if end not in (ALPHA, dora) and t.ndim > 1}
-    stray = parts.keys() - factors.keys() - {ALPHA, dora}
+    unknown = parts.keys() - factors.keys() - {ALPHA, dora}
     alpha = float(parts[ALPHA]) if ALPHA in parts else None
     update: Update | None = None
     if layout == "diffusers" and factors.keys() == {LORA_A, LORA_B}:
         update = LowRank(factors[LORA_A], factors[LORA_B])
     elif layout == "webui" and alpha is not None:
         update = webui_update(factors, alpha)
-    return None if stray or update is None else Stated(update, parts[dora].flatten() if dora in parts else None)
+    return None if unknown or update is None else Stated(update, parts[dora].flatten() if dora in parts else None)
 
 
 def webui_update(factors: Mapping[str, Rounded], alpha: float) -> Update | None:

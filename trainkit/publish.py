@@ -77,13 +77,13 @@ def hub_problems(options: RunOptions) -> Iterator[Problem]:
                       "give --hub_model_id owner/name")
 
 
-def publish(options: RunOptions, family: Family, adapters: Adapters, *, words: Text | None = None,
+def publish(options: RunOptions, family: Family, adapters: Adapters, *, text: Text | None = None,
             num_images: int | None = None, averaged: Callable[[], AbstractContextManager[None]] = nullcontext
             ) -> list[Path]:
     """Write the final files into --output_dir, verify them, and upload them when asked -> the files, weights first.
 
     Rank 0 does it and every other rank waits, returning no files.
-    words       the text of the run, which may have learned embeddings
+    text        the text of the run, which may have learned embeddings
     num_images  images trained on, without repeats, for the file's header
     averaged    context of the weights to write, where they are not those that train (Optim.averaged)
     Raises UserError when a written file does not hold the trained weights, or when the upload fails; by then every
@@ -93,16 +93,16 @@ def publish(options: RunOptions, family: Family, adapters: Adapters, *, words: T
         if not ranks.is_main():
             return []
         with averaged():
-            return publish_here(options, family, adapters, words=words, num_images=num_images)
+            return publish_here(options, family, adapters, text=text, num_images=num_images)
     finally:
         ranks.barrier()
 
 
-def publish_here(options: RunOptions, family: Family, adapters: Adapters, *, words: Text | None,
+def publish_here(options: RunOptions, family: Family, adapters: Adapters, *, text: Text | None,
                  num_images: int | None) -> list[Path]:
     folder = Path(options.output_dir)
-    embeddings = words.export(folder, RunFacts(folder).name) if words else []  # first: the other files speak of them
-    networks = [adapters, *(words.networks if words else ())]
+    embeddings = text.export(folder, RunFacts(folder).name) if text else []  # first: the other files speak of them
+    networks = [adapters, *(text.networks if text else ())]
     weights = [*write_weights(folder, family, networks, num_images=num_images), *embeddings]
     files = [*weights, write_card(folder), write_report(folder)]
     if options.push_to_hub:

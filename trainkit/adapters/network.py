@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainkit.adapters import starts, updates
-from trainkit.adapters import targets as room
+from trainkit.adapters import targets as layer_targets
 from trainkit.adapters.targets import Targets
 from trainkit.adapters.updates import Update
 from trainkit.errors import Problem, UserError, refuse
@@ -166,8 +166,8 @@ def add_adapters(network: UNet2DConditionModel | PreTrainedModel, options: LoraO
                       b_ratio=options.loraplus_lr_ratio, factor=options.lokr_factor)
     if in_unet and options.train_unet_frac == 0:
         return collect()
-    refuse(room.problems(network, options, targets=targets, in_blocks=in_unet))
-    modules = room.target_modules(network, options, targets=targets, in_blocks=in_unet)
+    refuse(layer_targets.problems(network, options, targets=targets, in_blocks=in_unet))
+    modules = layer_targets.target_modules(network, options, targets=targets, in_blocks=in_unet)
     network.add_adapter(peft_config(options, alpha, modules), adapter_name=NAME)
     adapters = collect()
     for path, layer in adapters.layers.items():

@@ -47,7 +47,7 @@ def with_token(embeds: Tensor, tokens: Tensor, where: Tensor) -> Tensor:
     return torch.cat([embeds[:, :-1], last[:, None]], dim=1)
 
 
-def has_room(tokenizers: Sequence[CLIPTokenizer], prompts: Sequence[str]) -> list[bool]:
+def has_free_place(tokenizers: Sequence[CLIPTokenizer], prompts: Sequence[str]) -> list[bool]:
     """Whether each prompt leaves the last position to padding, for every text encoder."""
     ids = [t(list(prompts), truncation=True, max_length=t.model_max_length).input_ids for t in tokenizers]
     limits = [t.model_max_length for t in tokenizers]
@@ -77,10 +77,10 @@ class ClipToken:
         return {"--guidance_features": tensors_digest({"features": self.rows[self.places.unique()]})}
 
     def __call__(self, condition: Condition, batch: Batch) -> Condition:
-        room = torch.tensor([prompt not in self.full for prompt in batch.prompts])
+        free_place = torch.tensor([prompt not in self.full for prompt in batch.prompts])
         kept = rng.uniform(batch.keys, "guidance dropout") >= self.dropout
         tokens = self.scale * self.rows[self.places[torch.tensor(batch.rows)]]
-        return Condition(condition, embeds=with_token(condition["embeds"], tokens, room & kept))
+        return Condition(condition, embeds=with_token(condition["embeds"], tokens, free_place & kept))
 
 
 def make_clip_token(options: GuidanceOptions, rows: Sequence[Row], family: Family) -> ClipToken | None:
@@ -90,7 +90,8 @@ def make_clip_token(options: GuidanceOptions, rows: Sequence[Row], family: Famil
     assert options.guidance_features is not None, "`problems` refuses a token without features"
     features = read_features(options.guidance_features)
     captions = sorted({caption for row in rows for caption in row.all_captions})
-    full = [caption for caption, room in zip(captions, has_room(family.tokenizers, captions), strict=True) if not room]
+    free = has_free_place(family.tokenizers, captions)
+    full = [caption for caption, is_free in zip(captions, free, strict=True) if not is_free]
     if full:
         log.warning("%d captions fill the text encoder's whole context; their images are trained on without the "
                     "guidance token: %s", len(full), listing(full))
@@ -115,11 +116,11 @@ def problems(options: GuidanceOptions, rows: Sequence[Row], width: int) -> Itera
     except UserError as error:
         yield from error.problems
         return
-    yield from (unfit := list(misfits(features.width, width, where)))
-    lacking = sorted({row.id for row in rows if row.digest not in features})
-    if lacking and not unfit:
+    yield from (incompatible := list(incompatible_features(features.width, width, where)))
+    missing = sorted({row.id for row in rows if row.digest not in features})
+    if missing and not incompatible:
         fix = f"{_extract(rows, features.clip, options.guidance_features)}; it adds what is missing"
-        yield Problem(f"{len(lacking)} images have no CLIP features", where, listing(lacking), fix, "data")
+        yield Problem(f"{len(missing)} images have no CLIP features", where, listing(missing), fix, "data")
 
 
 def _no_file(rows: Sequence[Row], width: int) -> Problem:
@@ -132,7 +133,7 @@ def _no_file(rows: Sequence[Row], width: int) -> Problem:
                    f"{_extract(rows, clip, FILE_NAME)}; then --guidance_features {FILE_NAME}")
 
 
-def misfits(have: int, width: int, where: str) -> Iterator[Problem]:
+def incompatible_features(have: int, width: int, where: str) -> Iterator[Problem]:
     """Features `have` wide for a UNet that takes text `width` wide."""
     if have == width:
         return

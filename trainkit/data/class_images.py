@@ -181,10 +181,10 @@ class ClassFolder:
     def plan(self, listed: Sequence[Listed]) -> Plan:
         """The user's images by name, then generated ones by number; those that are there before new ones."""
         user_images = [image for image in listed if self._recipe(image) is None][: self.wanted]
-        room = self.wanted - len(user_images)
+        remaining = self.wanted - len(user_images)
         numbered = {self._number(image): image for image in listed if self._recipe(image) is not None}
-        generated = {number: numbered[number] for number in sorted(numbered)[:room]}
-        absent = [number for number in range(room) if number not in generated][: room - len(generated)]
+        generated = {number: numbered[number] for number in sorted(numbered)[:remaining]}
+        absent = [number for number in range(remaining) if number not in generated][: remaining - len(generated)]
         return Plan(user_images, generated, absent)
 
     def images(self, plan: Plan) -> list[Listed]:
@@ -234,8 +234,8 @@ def fill(folder: ClassFolder, plan: Plan, opt: Options, run: ClassImageRun) -> N
     batches = [range(first, first + size) for first in sorted({number // size * size for number in wanted})]
     draw_batches(batches[ranks.rank():: ranks.world()], wanted, folder, opt, run)
     ranks.barrier()
-    lacking = {number for number in wanted if not folder.file(number).exists()}  # none on a shared disk
-    draw_batches([batch for batch in batches if lacking.intersection(batch)], lacking, folder, opt, run)
+    missing = {number for number in wanted if not folder.file(number).exists()}  # none on a shared disk
+    draw_batches([batch for batch in batches if missing.intersection(batch)], missing, folder, opt, run)
 
 
 def draw_batches(

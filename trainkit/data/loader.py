@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class Encoder(Protocol):
-    """What the data room asks of a model family."""
+    """What this package asks of a model family."""
 
     @property
     def identity(self) -> Mapping[str, str]: ...

@@ -72,16 +72,16 @@ def _sample(listed: list[Listed], most: int | None, seed: int) -> list[Listed]:
 
 def _caption_problems(rows: Sequence[Row], data: ImageOptions, where: str) -> Iterator[Problem]:
     """That no image has a caption; where only some lack one, they are told."""
-    lacking = [row.id for row in rows if not row.caption]
-    if not lacking:
+    missing = [row.id for row in rows if not row.caption]
+    if not missing:
         return
-    if len(lacking) < len(rows):
-        log.warning("%d of %d images have no caption and are trained on with an empty one: %s", len(lacking),
-                    len(rows), listing(lacking))
+    if len(missing) < len(rows):
+        log.warning("%d of %d images have no caption and are trained on with an empty one: %s", len(missing),
+                    len(rows), listing(missing))
         return
     fix = "--caption_column COLUMN" if data.dataset_name else \
         f"write {METADATA[0]} with file_name and text in every line, or a .txt file beside each image"
-    yield Problem("no image has a caption", where, listing(lacking), fix, kind="data")
+    yield Problem("no image has a caption", where, listing(missing), fix, kind="data")
 
 
 # ------------------------------------------------------------------------------------------------------------- check

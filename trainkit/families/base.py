@@ -57,7 +57,7 @@ class Layout:
     denoiser: Prefix  # folder of the network that is trained, and its name in LoRA files
     tokenizers: tuple[str, ...]  # folders
     text_encoders: tuple[Prefix, ...]  # folders, and the networks' names in LoRA files
-    misfits: Callable[[Repo, Config, Config], Iterator[Problem]]  # repo, model_index, denoiser config
+    incompatible_parts: Callable[[Repo, Config, Config], Iterator[Problem]]  # repo, model_index, denoiser config
 
 
 class Encodable(Protocol):

@@ -38,7 +38,8 @@ def problems(layout: Layout, path: str, *, resolution: int, vae_path: str | None
             return found
         vae_config, unet_config = vae.json(vae_file), model.json("unet/config.json")
         found = [*folder_problems(layout, model), *no_vae(model, vae, vae_config)] or [
-            *lacks(model, "unet/config.json", unet_config, UNET_NEEDS), *lacks(vae, vae_file, vae_config, VAE_NEEDS)]
+            *missing_values(model, "unet/config.json", unet_config, UNET_NEEDS),
+            *missing_values(vae, vae_file, vae_config, VAE_NEEDS)]
         if found or unet_config is None or vae_config is None:
             return found
         found = [*fit_problems(model, unet_config, vae_config),
@@ -67,7 +68,7 @@ def folder_problems(layout: Layout, model: Repo) -> Iterator[Problem]:
         yield model.problem(f"a {unet['_class_name']} cannot be trained here", f"only a {NETWORK} can",
                             "name a Stable Diffusion 1.x, 2.x or SDXL model")
     else:
-        yield from layout.misfits(model, index, unet)
+        yield from layout.incompatible_parts(model, index, unet)
 
 
 def no_vae(model: Repo, vae: Repo, config: Config | None) -> Iterator[Problem]:
@@ -77,7 +78,7 @@ def no_vae(model: Repo, vae: Repo, config: Config | None) -> Iterator[Problem]:
         yield vae.problem("no VAE there", f"{missing} is missing", f"name a folder that holds a VAE in {VAE_FLAG}")
 
 
-def lacks(repo: Repo, file: str, config: Config | None, names: Sequence[str]) -> Iterator[Problem]:
+def missing_values(repo: Repo, file: str, config: Config | None, names: Sequence[str]) -> Iterator[Problem]:
     """Values that a network's config must have and does not."""
     missing = ", ".join(name for name in names if (config or {}).get(name) is None)
     if missing:
@@ -157,8 +158,8 @@ def native_resolution(path: str, revision: str | None = None) -> int:
     model = Repo(str(path), MODEL_FLAG, revision)
     refuse(model.unreachable("unet/config.json"))
     unet, vae = model.json("unet/config.json") or {}, model.json("vae/config.json") or {}
-    refuse([*lacks(model, "unet/config.json", unet, ("sample_size",)),
-            *lacks(model, "vae/config.json", vae, ("block_out_channels",))])
+    refuse([*missing_values(model, "unet/config.json", unet, ("sample_size",)),
+            *missing_values(model, "vae/config.json", vae, ("block_out_channels",))])
     size = unet["sample_size"]  # [h,w] where a model is not of squares
     return halvings(vae) * (max(size) if isinstance(size, list) else size)
 

@@ -205,14 +205,14 @@ def quiet_loading() -> Iterator[None]:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    noisy = [room for room in (diffusers_logging, transformers_logging) if room.is_progress_bar_enabled()]
-    for room in noisy:
-        room.disable_progress_bar()
+    noisy = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    for library in noisy:
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        for room in noisy:
-            room.enable_progress_bar()
+        for library in noisy:
+            library.enable_progress_bar()
 
 
 def freeze(module: nn.Module) -> nn.Module:

@@ -38,7 +38,7 @@ OTHER_INPUTS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type
 WEBUI_HEADS = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
 
 
-def misfits(model: Repo, index: Config, unet: Config) -> Iterator[Problem]:
+def incompatible_parts(model: Repo, index: Config, unet: Config) -> Iterator[Problem]:
     """What makes it another model than Stable Diffusion's base."""
     fix = "name a Stable Diffusion 1.x or 2.x base model, stable-diffusion-v1-5/stable-diffusion-v1-5 for example"
     inputs = [f"{name} is {unet[name]!r}" for name in OTHER_INPUTS if unet.get(name)]
@@ -50,7 +50,7 @@ def misfits(model: Repo, index: Config, unet: Config) -> Iterator[Problem]:
         yield model.problem("not a Stable Diffusion model", f"its text encoder is a {kind}, not a {TEXT_ENCODER}", fix)
 
 
-LAYOUT = Layout("unet", ("tokenizer",), ("text_encoder",), misfits)
+LAYOUT = Layout("unet", ("tokenizer",), ("text_encoder",), incompatible_parts)
 problems = partial(checks.problems, LAYOUT)
 
 

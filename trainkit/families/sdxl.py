@@ -35,7 +35,7 @@ __all__ = ["LAYOUT", "LORA_TARGETS", "SDXL", "TEXT_LORA_TARGETS", "latents", "lo
 PENULTIMATE = 2  # SDXL conditions on the last-but-one hidden state of both encoders
 
 
-def misfits(model: Repo, index: Config, unet: Config) -> Iterator[Problem]:
+def incompatible_parts(model: Repo, index: Config, unet: Config) -> Iterator[Problem]:
     """What makes it another model than SDXL's base."""
     if unet.get("addition_embed_type") != "text_time":
         yield model.problem("not an SDXL model", f"its UNet has no size conditioning ({index.get('_class_name')})",
@@ -45,7 +45,7 @@ def misfits(model: Repo, index: Config, unet: Config) -> Iterator[Problem]:
                             "name the base model, stabilityai/stable-diffusion-xl-base-1.0 for example")
 
 
-LAYOUT = Layout("unet", ("tokenizer", "tokenizer_2"), ("text_encoder", "text_encoder_2"), misfits)
+LAYOUT = Layout("unet", ("tokenizer", "tokenizer_2"), ("text_encoder", "text_encoder_2"), incompatible_parts)
 problems = partial(checks.problems, LAYOUT)
 
 

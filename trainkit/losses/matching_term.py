@@ -36,7 +36,7 @@ EXTRA = "matching"  # sets the noise of the second pass apart
 
 
 class Matcher(Memory, Protocol):
-    """What this room asks of the loss; see freq_loss.DistributionMatchingLoss."""
+    """What this module asks of the loss; see freq_loss.DistributionMatchingLoss."""
 
     def __call__(self, x0_hat: Tensor, x0: Tensor, *, snr: Tensor, weight: Tensor, alike: Tensor | None,
                  picture: Tensor, observe: bool) -> Tensor: ...

@@ -51,7 +51,7 @@ def min_snr(level: Level, pred: Prediction, o: ObjectiveOptions) -> Tensor:
 def min_snr_diffusers(level: Level, pred: Prediction, o: ObjectiveOptions) -> Tensor:
     """Min-SNR as the Diffusers DreamBooth scripts weigh it: min(snr,γ)/snr on ε, min(snr,γ)/snr + 1 on v.
 
-    The v weight runs from 1 to 2 and rises with the noise, where Min-SNR falls towards 0: a known slip, mended in
+    The v weight runs from 1 to 2 and rises with the noise, where Min-SNR falls towards 0: a known slip, fixed in
     other scripts (huggingface/diffusers #5654) and kept here only for `--compat diffusers`. Finite at SNR 0.
     """
     weight = (gamma_of(o) / level.snr).clamp(max=1) + isinstance(pred, V)  # on the output

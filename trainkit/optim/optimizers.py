@@ -14,7 +14,7 @@ from trainkit.errors import Problem, UserError, refuse
 from trainkit.optim import table
 from trainkit.optim.groups import Member, ParamGroup
 from trainkit.optim.schedules import POLYNOMIAL_END_LR, SCHEDULES, Plan, parse_rules
-from trainkit.optim.state import misfit
+from trainkit.optim.state import incompatible_state
 
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
@@ -94,7 +94,7 @@ class Optim:
                 f"resume with --optimizer {data['optimizer']}, or start afresh in a new --output_dir"))
         groups, ours = data["groups"], [m.name for m in self.members]
         if groups.keys() != set(ours):
-            raise misfit(f"it holds the groups {', '.join(groups)}, this run trains {', '.join(ours)}")
+            raise incompatible_state(f"it holds the groups {', '.join(groups)}, this run trains {', '.join(ours)}")
         for m in self.members:
             m.unpack({k.removeprefix(f"{m.name}/"): t for k, t in tensors.items() if k.startswith(f"{m.name}/")},
                      groups[m.name])

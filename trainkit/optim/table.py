@@ -152,7 +152,7 @@ def find_class(o: OptimizerOptions) -> type[torch.optim.Optimizer]:
         ours = any(package == row.package for row in OPTIMIZERS.values())
         raise UserError(Problem(
             f"{flag} needs the package {package}", flag, f"it cannot be imported here ({error})",
-            f"pip install {package}" if ours else "mend the path, or install what provides it")) from error
+            f"pip install {package}" if ours else "fix the path, or install what provides it")) from error
     try:
         kind = getattr(importlib.import_module(module_path), name)
     except (ImportError, AttributeError) as error:
@@ -240,7 +240,7 @@ def _argument_problems(kind: type, accepted: Mapping[str, object], given: Mappin
     if unknown:
         yield Problem(f"{kind.__name__} takes no {', '.join(unknown)} from --optimizer_args", "--optimizer_args",
                       _why_unknown(kind, set(unknown) - accepted.keys()) or f"it takes {', '.join(open_ones)}",
-                      "mend or remove it; --learning_rate gives lr")
+                      "fix or remove it; --learning_rate gives lr")
     for name, value in given.items():
         default = accepted.get(name, "")
         if isinstance(value, Word) and not isinstance(default, str):

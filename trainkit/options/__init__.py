@@ -1,6 +1,6 @@
 """Options: one frozen model a concern, from which the command line, config files and docs/flags.md are made.
 
-Importing this room imports neither torch nor any model library, so that `--help` answers at once.
+Importing this package imports neither torch nor any model library, so that `--help` answers at once.
 """
 
 from trainkit.options.base import REDACTED, Concern, Flag

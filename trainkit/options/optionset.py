@@ -66,7 +66,7 @@ Options = TypeVar("Options", bound=OptionSet)
 def parse(cls: type[Options], argv: Sequence[str] | None = None, *, description: str) -> Options:
     """Options from the command line (sys.argv when None), environment, --config, --preset and defaults.
 
-    Raises one UserError for everything that keeps a value from being read: unknown flags and keys, missing and unfit
+    Raises one UserError for everything that keeps a value from being read: unknown flags and keys, missing and invalid
     values. Contradictions between readable values are left to `OptionSet.problems`, so that a trainer can report them
     together with those of its model and data. Exits 0 after --help and --print_config.
     """
@@ -80,7 +80,7 @@ def parse(cls: type[Options], argv: Sequence[str] | None = None, *, description:
         values = {name: sources[name].values[name] for name in kind.model_fields if name in sources}
         part, errors = _build(kind, values)
         built |= {concern: part} if part else {}
-        problems += [_unfit(flags[str(error["loc"][0])], error, sources) for error in errors]
+        problems += [_invalid_value(flags[str(error["loc"][0])], error, sources) for error in errors]
     if problems:
         refuse([*problems, *rules.problems(_flat(built))])
     options = cls(**built)
@@ -94,10 +94,10 @@ def _build(kind: type[Concern], values: Mapping[str, object]) -> tuple[Concern |
         return kind(**values), []
     except ValidationError as error:
         errors = error.errors(include_url=False)
-    unfit = {error["loc"][0] for error in errors}
-    if any(kind.model_fields[str(name)].is_required() for name in unfit):
+    invalid = {error["loc"][0] for error in errors}
+    if any(kind.model_fields[str(name)].is_required() for name in invalid):
         return None, errors
-    return kind(**{name: value for name, value in values.items() if name not in unfit}), errors
+    return kind(**{name: value for name, value in values.items() if name not in invalid}), errors
 
 
 def _flat(concerns: Mapping[str, Concern]) -> dict[str, Value]:
@@ -110,7 +110,7 @@ def _print_config(options: OptionSet) -> NoReturn:
     raise SystemExit(0)
 
 
-def _unfit(flag: Flag, error: ErrorDetails, sources: Mapping[str, Layer]) -> Problem:
+def _invalid_value(flag: Flag, error: ErrorDetails, sources: Mapping[str, Layer]) -> Problem:
     """A value its field refuses, in the user's words."""
     if error["type"] == "missing":
         return Problem(f"--{flag.name} is missing", "command line, environment and config", flag.help,

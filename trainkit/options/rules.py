@@ -200,9 +200,9 @@ def unread(values: Values, flags: Mapping[str, Flag]) -> Iterator[tuple[str, str
     """
     complete = {name: flag.default for name, flag in flags.items()} | dict(values)
     for name, flag in flags.items():
-        lacking = next((needed for needed in flag.prerequisites if not needed.holds(complete)), None)
-        if lacking:
-            yield name, lacking.words(complete)
+        missing = next((needed for needed in flag.prerequisites if not needed.holds(complete)), None)
+        if missing:
+            yield name, missing.words(complete)
 
 
 def notices(values: Values, flags: Mapping[str, Flag], chosen: Container[str], given: Container[str]) -> Iterator[str]:

@@ -86,10 +86,10 @@ def _command_line(
     values = {name: " ".join(value) or MISSING if isinstance(value, list) else value
               for name, value in vars(found).items()}
     problems = [_without_value(flags[name]) for name, value in values.items() if value is MISSING]
-    unknown, strays = split_leftovers(leftovers)
+    unknown, unassigned = split_leftovers(leftovers)
     known = list(flags) + [f"no_{name}" for name, flag in flags.items() if flag.is_switch]
     problems += [_unknown(f"--{word}", nearest(word, known), "command line", "flag") for word in unknown]
-    problems += [_stray(strays)] if strays else []
+    problems += [_unassigned_words(unassigned)] if unassigned else []
     return {name: value for name, value in values.items() if value is not MISSING}, problems
 
 
@@ -221,14 +221,14 @@ def _file_in_file(where: str, flags: Container[str]) -> Problem:
                    f"remove it{preset}")
 
 
-def _stray(words: Sequence[str]) -> Problem:
+def _unassigned_words(words: Sequence[str]) -> Problem:
     return Problem(f"belonging to no flag: {' '.join(words)}", "command line", "a value with blanks needs quotes",
                    'quote the whole value: --flag "a value with blanks"')
 
 
 def _unreadable_config(path: Path, error: Exception) -> Problem:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return Problem(f"cannot read the config file {path}", "--config", reason, "mend the file or give another path")
+    return Problem(f"cannot read the config file {path}", "--config", reason, "fix the file or give another path")
 
 
 def _wrong_table(name: str, concern: str, where: str) -> Problem:

@@ -11,7 +11,7 @@ from trainkit.diffusion import ScheduleChange, effective_config
 from trainkit.report.facts import DIFFUSERS_FILE, RunFacts
 
 PIPELINES = {"stable-diffusion": "StableDiffusionPipeline", "stable-diffusion-xl": "StableDiffusionXLPipeline"}
-OWN_WORDS = "your prompt"  # where the run was told none
+YOUR_PROMPT = "your prompt"  # where the run was told none
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def usage(run: RunFacts) -> Usage:
 
 def diffusers_snippet(run: RunFacts) -> str:
     """Python that loads the files and draws an image; user text goes in as string literals."""
-    prompt = run.prompted(run.validation_prompt) or run.trigger or OWN_WORDS
+    prompt = run.prompted(run.validation_prompt) or run.trigger or YOUR_PROMPT
     return "\n".join([
         *imports(run),
         "",
@@ -131,7 +131,7 @@ def webui(run: RunFacts) -> Iterator[str]:
 
 def wording(run: RunFacts, name: str) -> str:
     """The instance prompt, else the validation prompt, with `name` for new tokens; else the name alone, or anything."""
-    return run.spelled(name) or (name if run.embeddings else OWN_WORDS)
+    return run.spelled(name) or (name if run.embeddings else YOUR_PROMPT)
 
 
 def all_rows_at_once(run: RunFacts) -> Iterator[str]:

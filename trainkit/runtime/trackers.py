@@ -101,7 +101,7 @@ def quiet_libraries() -> None:
     from transformers.utils import logging as transformers_log
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses optional kernels we do not use
-    for room in (diffusers_log, transformers_log):
-        room.set_verbosity_error()
-        room.disable_progress_bar()
+    for library_logging in (diffusers_log, transformers_log):
+        library_logging.set_verbosity_error()
+        library_logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)

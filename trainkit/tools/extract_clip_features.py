@@ -195,7 +195,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(Problem(f"cannot write {path.name}: {error.strerror}", f"--out {path}",
                                 "what was in the file before is untouched",
-                                "free some space or mend the permissions, then run the same command again",
+                                "free some space or fix the permissions, then run the same command again",
                                 "disk")) from error
 
 
@@ -258,7 +258,7 @@ def refuse_unreadable(bad: list[str], total: int, features: Features, args: argp
     if bad:
         refuse([Problem(f"{len(bad)} of {total} images cannot be read", f"{args.images or args.dataset_name}",
                         listing(bad), f"the features of {len(features.digests)} others are in "
-                        f"{args.out}; mend these or take them out, then run the same command again", "data")])
+                        f"{args.out}; fix these or take them out, then run the same command again", "data")])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def convert(args: argparse.Namespace, images: dict[str, Source]) -> Features:
         bad.append(f"tensors of several widths: {', '.join(map(str, widths))}")
     if bad:
         refuse([Problem(f"{args.legacy} does not give every image its features", f"--legacy {args.legacy}",
-                        listing(bad), "mend these files, or leave --legacy out to compute the features",
+                        listing(bad), "fix these files, or leave --legacy out to compute the features",
                         "data")])
     growing = Growing(args.out, clip=LEGACY, made_by=LEGACY, width=widths[0])
     for digest, row in rows.items():

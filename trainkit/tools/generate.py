@@ -177,13 +177,13 @@ def plan(args: argparse.Namespace) -> list[Shot]:
 
 def guidance_features(args: argparse.Namespace) -> dict[Path, Tensor]:
     """Guidance image -> features [D], scaled. UserError: unreadable, not in the file, not as wide as the text."""
-    from trainkit.conditioning.clip_token import misfits
+    from trainkit.conditioning.clip_token import incompatible_features
     from trainkit.families.pretrained import Repo
 
     known = from_file(args) if args.guidance_features else computed(args)
     where = f"--guidance_features {args.guidance_features}" if args.guidance_features else f"--clip {args.clip}"
     width = Repo(args.base, "--base").glance("unet/config.json").get("cross_attention_dim", 0)
-    refuse(misfits(len(next(iter(known.values()))), width, where))
+    refuse(incompatible_features(len(next(iter(known.values()))), width, where))
     return {image: args.guidance_token_scale * row for image, row in known.items()}
 
 
@@ -227,11 +227,11 @@ def tokenizers(pipe: Pipeline) -> list:
 
 def warn_of_full(pipe: Pipeline, shots: Sequence[Shot]) -> None:
     """Say which prompts leave no place for the features."""
-    from trainkit.conditioning.clip_token import has_room
+    from trainkit.conditioning.clip_token import has_free_place
 
     prompts = list(dict.fromkeys(shot.prompt for shot in shots if shot.features is not None))
-    rooms = has_room(tokenizers(pipe), prompts) if prompts else []
-    for prompt in (prompt for prompt, room in zip(prompts, rooms, strict=True) if not room):
+    free_places = has_free_place(tokenizers(pipe), prompts) if prompts else []
+    for prompt in (prompt for prompt, free_place in zip(prompts, free_places, strict=True) if not free_place):
         log.warning("this prompt fills the text encoder's whole context and is drawn without its guidance image: %s",
                     prompt)
 
@@ -240,7 +240,7 @@ def encode(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) -> d
     """The text of each shot as the stock pipeline takes it, with its guidance image where it has one."""
     import torch
 
-    from trainkit.conditioning.clip_token import has_room, with_token
+    from trainkit.conditioning.clip_token import has_free_place, with_token
 
     negative = None if args.negative_prompt is None else [args.negative_prompt] * len(shots)
     text = dict(zip(EMBEDS, pipe.encode_prompt(
@@ -252,7 +252,7 @@ def encode(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) -> d
     branches = {"prompt_embeds": [shot.prompt for shot in shots]}
     if args.guidance_both_branches:
         branches["negative_prompt_embeds"] = negative or [""] * len(shots)
-    guided = {name: with_token(text[name], tokens, torch.tensor(has_room(tokenizers(pipe), prompts)))
+    guided = {name: with_token(text[name], tokens, torch.tensor(has_free_place(tokenizers(pipe), prompts)))
               for name, prompts in branches.items()}
     return text | guided
 

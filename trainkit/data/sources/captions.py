@@ -101,7 +101,7 @@ def read_sidecars(folder: Path, images: Iterable[Path]) -> tuple[dict[Path, str]
             odd += [f"{printable(path.name)} ({encoding})"] if not encoding.startswith("utf-8") else []
     if odd:
         log.warning("%d captions are not UTF-8 and were read as guessed: %s", len(odd), listing(odd))
-    return captions, _problem(bad, "caption files", folder, "mend or delete these files")
+    return captions, _problem(bad, "caption files", folder, "fix or delete these files")
 
 
 def _read_sidecar(path: Path, folder: Path) -> tuple[str, str]:
@@ -150,7 +150,7 @@ def read_metadata(
             entries[entry.name] = entry
         except BadEntry as error:
             bad.append(f"{error}")
-    return list(entries.values()), problems + _problem(bad, f"lines of {path.name}", path, "mend or delete these lines")
+    return list(entries.values()), problems + _problem(bad, f"lines of {path.name}", path, "fix or delete these lines")
 
 
 def _two_files(folder: Path, files: list[Path]) -> Problem:

@@ -119,9 +119,9 @@ def _read_captions(
         nearer = {folder / entry.name: entry.captions for entry in entries}
         twice += [printable(path.name) for path in nearer if named.get(path, nearer[path]) != nearer[path]]
         named |= nearer
-        texts, unfit = read_sidecars(folder, filter(_is_image, paths))
+        texts, caption_problems = read_sidecars(folder, filter(_is_image, paths))
         beside |= texts
-        problems += bad + unfit
+        problems += bad + caption_problems
     if twice:
         log.warning("%d images are named by the metadata of two folders; the nearer one's is used: %s", len(twice),
                     listing(twice))

@@ -79,7 +79,7 @@ def _row_problems(data: ImageOptions, bad: Sequence[str], *, empty: bool) -> Ite
         yield Problem("the data set is empty", where, "its train split has no rows", "--dataset_name ANOTHER",
                       kind="data")
     if bad:
-        yield Problem(f"{len(bad)} unusable captions", where, listing(bad), "mend these rows, or leave them out",
+        yield Problem(f"{len(bad)} unusable captions", where, listing(bad), "fix these rows, or leave them out",
                       kind="data")
 
 

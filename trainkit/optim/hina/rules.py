@@ -36,7 +36,7 @@ def run(chunk: ChunkState, rules: Sequence[Rule]) -> None:
 
 def active(group: Group, shape: torch.Size, role: Role) -> list[Rule]:
     """The rules that act on tensors of a shape and a role, in order."""
-    fit = [rule for rule in RULES if (not rule.flag or group[rule.flag]) and not rule.unfit(shape)]
+    fit = [rule for rule in RULES if (not rule.flag or group[rule.flag]) and not rule.inapplicable(shape)]
     return [rule for rule in fit if not (role.spared and rule.flag == "lora_rank_penalty")]
 
 
@@ -241,11 +241,14 @@ def spd(chunk: ChunkState) -> None:
 
 @dataclass(frozen=True)
 class Rule:
-    """flag: the setting that switches it on, "" for what always acts; unfit: why it cannot act on a shape, else ""."""
+    """flag: the setting that switches it on, "" for what always acts.
+
+    inapplicable  why it cannot act on a shape, else ""
+    """
 
     flag: str
     act: Callable[[ChunkState], None]
-    unfit: Callable[[torch.Size], str] = lambda shape: ""
+    inapplicable: Callable[[torch.Size], str] = lambda shape: ""
 
 
 RULES = (
