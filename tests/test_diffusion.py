@@ -61,7 +61,7 @@ def latents(batch, *, seed=0):
 
 def spread(schedule, points=9):
     """Levels from the least to the most noisy."""
-    return schedule.at(torch.linspace(0, schedule.steps - 0.5, points, dtype=torch.float64))
+    return schedule.at(torch.linspace(0, schedule.num_train_timesteps - 0.5, points, dtype=torch.float64))
 
 
 def in_double(level):

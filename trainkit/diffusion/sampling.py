@@ -78,8 +78,8 @@ def lognormal(u: Tensor, lo: float, hi: float, *, mean: float, std: float) -> Te
 def on_grid(u: Tensor, lo: float, hi: float, *, schedule: Schedule) -> Tensor:
     """The first T of the T+1 points, from σ_max down, of the checkpoint's own grid, as the Diffusers trainers draw."""
     assert isinstance(schedule, EDMSchedule), "a schedule of timesteps has no grid of σ"
-    point = (u * schedule.steps).floor()
-    return GRIDS[schedule.grid](1 - point / schedule.steps, lo, hi, schedule.rho)
+    point = (u * schedule.num_train_timesteps).floor()
+    return GRIDS[schedule.grid](1 - point / schedule.num_train_timesteps, lo, hi, schedule.rho)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -104,11 +104,12 @@ def make_levels(
 ) -> LevelSampler:
     """The distribution of noise levels that the options ask for. UserError for timesteps that the schedule lacks."""
     name = o.edm_sigmas or o.timestep_sampling or default_distribution(o, schedule, compat)
-    first, end = o.min_timestep, o.max_timestep or schedule.steps
+    first, end = o.min_timestep, o.max_timestep or schedule.num_train_timesteps
     lo, hi = schedule.sigma_range(first, end)
     say_unread(o, name)
-    refuse(range_problems(first, end, schedule.steps, needs_sigma=name in SIGMA_DISTRIBUTIONS and lo > hi))
-    if name in SIGMA_DISTRIBUTIONS:
+    by_sigmas = name in SIGMA_DISTRIBUTIONS
+    refuse(range_problems(first, end, schedule.num_train_timesteps, needs_sigma=by_sigmas and lo > hi))
+    if by_sigmas:
         return partial(by_sigma, schedule=schedule, distribution=SIGMA_DISTRIBUTIONS[name](schedule, o), lo=lo, hi=hi)
     return partial(by_time, schedule=schedule, distribution=TIMESTEP_DISTRIBUTIONS[name](o), first=first, end=end)
 
@@ -128,11 +129,11 @@ def say_unread(o: ObjectiveOptions, name: str) -> None:
             log.warning("--%s has no effect: the noise levels follow the distribution %s, not lognormal", flag, name)
 
 
-def range_problems(first: int, end: int, steps: int, *, needs_sigma: bool = False) -> Iterator[Problem]:
-    """Timesteps that a schedule of `steps` lacks, or among which a distribution of σ finds none."""
-    where, fix = "--min_timestep, --max_timestep", f"stay within 0 and {steps}, or leave them out"
-    if not first < end <= steps:
-        yield Problem(f"no timesteps from {first} to below {end}", where, f"the model has {steps}", fix)
+def range_problems(first: int, end: int, num_train_timesteps: int, *, needs_sigma: bool = False) -> Iterator[Problem]:
+    """Timesteps that a schedule of `num_train_timesteps` lacks, or among which a distribution of σ finds none."""
+    where, fix = "--min_timestep, --max_timestep", f"stay within 0 and {num_train_timesteps}, or leave them out"
+    if not first < end <= num_train_timesteps:
+        yield Problem(f"no timesteps from {first} to below {end}", where, f"the model has {num_train_timesteps}", fix)
     elif needs_sigma:
         yield Problem(f"no finite σ from timestep {first} to below {end}", where,
                       "at SNR 0 the noise is infinitely larger than the signal", fix)
