@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from trainkit.errors import UserError
 from trainkit.optim import OPTIMIZERS, library, make_optimizer, problems
-from trainkit.optim.schedules import SCHEDULES, Plan, parse_rules
+from trainkit.optim.schedules import SCHEDULES, SchedulePlan, parse_rules
 from trainkit.optim.table import decisive_arguments
 from trainkit.options import OptimizerOptions
 from trainkit.options.base import Flag
@@ -99,14 +99,14 @@ def test_schedule_equals_diffusers(name, warmup):
     inner = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
     theirs = get_scheduler(
         name, inner, step_rules=RULES, num_warmup_steps=warmup, num_training_steps=total, num_cycles=3, power=2.0)
-    plan = Plan(warmup, total, cycles=3, power=2.0, base_lr=lr, rules=RULES)
+    plan = SchedulePlan(warmup, total, cycles=3, power=2.0, base_lr=lr, rules=RULES)
     ours = [SCHEDULES[name](step, plan) for step in range(total + 6)]
     assert ours == pytest.approx([theirs.lr_lambdas[0](step) for step in range(total + 6)], rel=1e-12, abs=1e-15)
 
 
 @pytest.mark.parametrize("base", [0.0, 1e-8, 1e-7])
 def test_polynomial_decay_raises_no_rate_up_to_its_end(base):
-    plan = Plan(2, 10, base_lr=base)
+    plan = SchedulePlan(2, 10, base_lr=base)
     assert [base * SCHEDULES["polynomial"](step, plan) for step in range(14)] == pytest.approx(
         [0, base / 2, *[base] * 12], abs=0)
 

@@ -69,8 +69,8 @@ class LowRankUpdate(torch.autograd.Function):
 
 def products(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, c: float) -> tuple[Tensor, Tensor, Tensor]:
     """-> y [n,out], the rows of x [n,in] and h = x Aᵀ [n,r], in the dtype that products run in."""
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    device_type = x.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     y = F.linear(rows, W.to(dtype), None if b is None else b.to(dtype))
     h = rows @ A.to(dtype).t()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     )
 
 
-class Options(Protocol):
+class ModelCheckOptions(Protocol):
     """What of a trainer's options is about the model."""
 
     @property
@@ -59,7 +59,7 @@ class ModelCheck:
     text_width: int = 0
 
 
-def check_model(opt: Options, family: ModuleType) -> ModelCheck:
+def check_model(opt: ModelCheckOptions, family: ModuleType) -> ModelCheck:
     """Everything that keeps the model, a module of trainkit.families, from being trained as the options ask.
 
     Where the model can be read, the checks of adapters and losses follow, which need its modules and sizes.

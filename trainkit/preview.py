@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from trainkit.families import Family
-    from trainkit.families.base import Encode
+    from trainkit.families.base import EncodePrompts
     from trainkit.options import ValidationOptions
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ STEPS = 25  # denoising steps of the Diffusers trainers' validation
 
 
 @dataclass(frozen=True)
-class Shot:
+class PreviewImage:
     """One image to draw at every step."""
 
     prompt: str
@@ -66,14 +66,14 @@ class Previews:
     averaged  context of the weights to look at, where they are not those that train (Optim.averaged)
     """
 
-    def __init__(self, family: Family, options: ValidationOptions, encode: Encode, output_dir: str | Path, *,
+    def __init__(self, family: Family, options: ValidationOptions, encode: EncodePrompts, output_dir: str | Path, *,
                  seed: int, resolution: int, every: int = 0,
                  averaged: Callable[[], AbstractContextManager[None]] = nullcontext):
         self.family, self.encode, self.resolution, self.every = family, encode, resolution, every
         self.averaged = averaged
         self.folder = Path(output_dir) / "samples"
         count = options.num_validation_images if options.validation_prompt else 0
-        self.shots = [Shot(options.validation_prompt or "", 1, seed + k) for k in range(count)]
+        self.shots = [PreviewImage(options.validation_prompt or "", 1, seed + k) for k in range(count)]
         if self.shots and 0 < every < OFTEN and options.validation_steps is None:
             log.warning("--validation_epochs %d draws previews every %s, which may take longer than the training does: "
                         "--validation_steps 100 draws fewer", options.validation_epochs,
@@ -121,7 +121,7 @@ class Previews:
         empty_device_cache()
         return images
 
-    def _latents(self, pipe: DiffusionPipeline, shot: Shot) -> Tensor:
+    def _latents(self, pipe: DiffusionPipeline, shot: PreviewImage) -> Tensor:
         """One finished latent -> [1,C,h,w]; one at a time, so that a preview never needs more memory than training."""
         side = self.resolution // self.family.vae_factor
         noise = rng.normal((self.family.latent_channels, side, side), [(shot.seed, shot.number)], name="preview")
@@ -136,7 +136,7 @@ class Previews:
         columns = [f"seed {shot.seed}" for shot in self.shots]
         return sheet([images], columns=columns, names=[self.shots[0].prompt], title=f"step {step}")
 
-    def _parameters(self, shot: Shot, image: Image.Image) -> str:
+    def _parameters(self, shot: PreviewImage, image: Image.Image) -> str:
         return png_parameters(shot.prompt, {
             "Steps": STEPS, "Sampler": sampler_class(self.family), "CFG scale": self.family.guidance_scale,
             "Seed": shot.seed, "Size": f"{image.width}x{image.height}",
@@ -148,8 +148,8 @@ def sampler(family: Family) -> SchedulerMixin:
     import diffusers
 
     config = {k: v for k, v in family.scheduler_config.items() if k != "variance_type"}  # learned variance: not here
-    kind = getattr(diffusers, sampler_class(family))
-    return kind.from_config(config, prediction_type=family.schedule.prediction_type)
+    scheduler_class = getattr(diffusers, sampler_class(family))
+    return scheduler_class.from_config(config, prediction_type=family.schedule.prediction_type)
 
 
 def sampler_class(family: Family) -> str:

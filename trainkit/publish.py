@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from trainkit.errors import Problem, UserError
-from trainkit.export import Layout, verify, write_diffusers, write_kohya
+from trainkit.export import LoraFileFormat, verify, write_diffusers, write_kohya
 from trainkit.files import Json, atomic_write
 from trainkit.options import RunOptions
 from trainkit.options.trainers import known_flags
@@ -125,7 +125,7 @@ def write_weights(folder: Path, family: Family, networks: Sequence[Adapters], *,
     metadata = header(run, num_images=num_images)
     write_diffusers(networks, ours, metadata)
     write_kohya(networks, family, others, metadata)
-    layouts: tuple[tuple[Path, Layout], ...] = ((ours, "diffusers"), (others, "webui"))
+    layouts: tuple[tuple[Path, LoraFileFormat], ...] = ((ours, "diffusers"), (others, "webui"))
     for path, layout in layouts:
         error = verify(path, networks, family, layout=layout)
         log.info("%s holds the trained weights (largest error %.1e of its largest entry)", path.name, error)

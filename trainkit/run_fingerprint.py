@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 STEADY = ("constant", "constant_with_warmup", "piecewise_constant")  # schedules that do not know how long the run is
 
 
-class Options(Protocol):
+class FingerprintOptions(Protocol):
     """A trainer's options, an OptionSet with these concerns."""
 
     @property
@@ -58,8 +58,9 @@ class RunIdentity(Protocol):
     def global_batch(self) -> int: ...
 
 
-def fingerprint(opt: Options, rows: Sequence[Row], family: Family, run: RunIdentity, total: int, **more: object
-                ) -> dict[str, object]:
+def fingerprint(
+    opt: FingerprintOptions, rows: Sequence[Row], family: Family, run: RunIdentity, total: int, **more: object,
+) -> dict[str, object]:
     """All that decides the bits of a run of `total` optimizer steps; `more` is what a trainer adds.
 
     A run with other values of these cannot go on from a checkpoint. They are the options whose fields say that they are
@@ -82,7 +83,7 @@ def fingerprint(opt: Options, rows: Sequence[Row], family: Family, run: RunIdent
     }
 
 
-def decisive_options(opt: Options) -> dict[str, object]:
+def decisive_options(opt: FingerprintOptions) -> dict[str, object]:
     """What each concern says is decisive, by flag.
 
     A concern that is switched on by a flag of another concern is left out while it is off. A concern with its own
@@ -90,9 +91,9 @@ def decisive_options(opt: Options) -> dict[str, object]:
     """
     values = opt.flat()
     found: dict[str, object] = {}
-    for name, kind in opt.concerns().items():
-        needed = kind.prerequisite()
-        if needed is None or needed.flags & kind.model_fields.keys() or needed.holds(values):
+    for name, concern_class in opt.concerns().items():
+        needed = concern_class.prerequisite()
+        if needed is None or needed.flags & concern_class.model_fields.keys() or needed.holds(values):
             found |= getattr(opt, name).decisive()
     return found
 
@@ -102,7 +103,7 @@ def contents(rows: Sequence[Row]) -> str | None:
     return content_key(*[(row.id, row.digest, *row.all_captions, row.repeat) for row in rows]) if rows else None
 
 
-def depends_on_length(opt: Options) -> bool:
+def depends_on_length(opt: FingerprintOptions) -> bool:
     """Whether a step means something else in a longer run: a rate or a weight moves, or a part stops before its end."""
     decays = opt.optimizer.lr_scheduler not in STEADY
     moves = opt.objective.loss_type == "fourier" and opt.fourier_loss.moves

@@ -24,7 +24,7 @@ from trainkit.evaluation import style_distance, to_pixels
 from trainkit.families import Family
 from trainkit.inference import lora_file
 from trainkit.options import ModelOptions
-from trainkit.tools.evaluate import Real, Settings, enough, generate, opened, read_reference
+from trainkit.tools.evaluate import GenerationSettings, Real, enough, generate, opened, read_reference
 
 REFERENCE, CLIP = ROOT / "assets/icons-3d-reference", ROOT / "assets/tiny-clip-icons"
 PILOT_EVERY = 4  # every fourth image is the pilot's
@@ -112,7 +112,7 @@ class Exam:
     def style_distance(self, folder: Path) -> float:
         """Of images drawn with the LoRA to the real ones, as the learning experiment takes it."""
         every = read_reference(REFERENCE)
-        settings = Settings(str(ROOT / BASE), lora_file(folder), strengths=(1.0,), steps=DENOISING_STEPS)
+        settings = GenerationSettings(str(ROOT / BASE), lora_file(folder), strengths=(1.0,), steps=DENOISING_STEPS)
         _, images = next(generate(settings, enough(every, None)))
         return style_distance(images, [opened(real.path) for real in every], CLIP)
 

@@ -22,7 +22,16 @@ from trainkit.evaluation import load_clip, power_spectrum, style_distance, to_pi
 from trainkit.files import load_tensors, read_json, tensor_bytes
 from trainkit.inference import lora_file
 from trainkit.sheets import sheet
-from trainkit.tools.evaluate import Real, Settings, Wanted, enough, generate, images_in, opened, read_reference
+from trainkit.tools.evaluate import (
+    GenerationSettings,
+    Real,
+    Wanted,
+    enough,
+    generate,
+    images_in,
+    opened,
+    read_reference,
+)
 
 CLIP, REFERENCE = ROOT / "assets/tiny-clip-icons", ROOT / "assets/icons-3d-reference"
 SIDE = 64  # of the images drawn
@@ -125,7 +134,7 @@ class Exam:
 
     def images(self, folder: Path | None, wanted: list[Wanted]) -> list[Image.Image]:
         """Drawn with the LoRA (and embeddings) in `folder`; None: by the base alone."""
-        settings = Settings(str(BASE), strengths=(0.0,), steps=self.denoising_steps)
+        settings = GenerationSettings(str(BASE), strengths=(0.0,), steps=self.denoising_steps)
         if folder:
             embeddings = folder / embeddings_file(folder.name)
             settings = replace(settings, lora=lora_file(folder), strengths=(1.0,),

@@ -37,12 +37,12 @@ STALE_SECONDS = 86_400  # unfinished files of a killed run are swept after a day
 DIGEST = "blake2b"  # name of the digest in a file's metadata
 VIEWS_AT_ONCE = 8  # of one image in memory; at 1024 pixels a view takes 12 MiB
 
-Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # pixels [B,3,H,W] -> mean, logvar [B,C,h,w]
+EncodeImages = Callable[[Tensor], tuple[Tensor, Tensor]]  # pixels [B,3,H,W] -> mean, logvar [B,C,h,w]
 Item = TypeVar("Item")
 _Wanted = tuple[str, Sample]  # a view of an image, its key first
 
 
-Entry = dict[str, Tensor]  # named tensors
+StoredTensors = dict[str, Tensor]  # named tensors
 
 
 class Store(Protocol):
@@ -50,9 +50,9 @@ class Store(Protocol):
 
     def __contains__(self, key: object) -> bool: ...
 
-    def __getitem__(self, key: str) -> Entry: ...
+    def __getitem__(self, key: str) -> StoredTensors: ...
 
-    def __setitem__(self, key: str, entry: Entry) -> None: ...
+    def __setitem__(self, key: str, entry: StoredTensors) -> None: ...
 
 
 class DiskStore:
@@ -78,7 +78,7 @@ class DiskStore:
             return False
         return True
 
-    def __getitem__(self, key: str) -> Entry:
+    def __getitem__(self, key: str) -> StoredTensors:
         path = self._path(key)
         try:
             return self._read(path)
@@ -86,13 +86,13 @@ class DiskStore:
             raise UserError(Problem("a cache entry is gone or damaged", f"{path}", f"{error}",
                                     "start the same command again: it is rebuilt", kind="disk")) from error
 
-    def __setitem__(self, key: str, entry: Entry) -> None:
+    def __setitem__(self, key: str, entry: StoredTensors) -> None:
         path = self._path(key)
         with disk_errors(path):
             path.parent.mkdir(exist_ok=True)
             save_tensors(path, entry, {DIGEST: tensors_digest(entry)})
 
-    def _read(self, path: Path) -> Entry:
+    def _read(self, path: Path) -> StoredTensors:
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -161,7 +161,7 @@ class Latents:
 
 
 def cache_latents(
-    rows: Sequence[Row], policy: CropPolicy, encode: Encode, store: Store, *, seed: int, identity: Json,
+    rows: Sequence[Row], policy: CropPolicy, encode: EncodeImages, store: Store, *, seed: int, identity: Json,
     batch_size: int = 1, num_workers: int = 0, dtype: torch.dtype = torch.float32,
     progress: Callable[[int, int], None] | None = None,
 ) -> Latents:
@@ -192,7 +192,7 @@ def _own_part(wanted: Sequence[_Wanted]) -> list[_Wanted]:
 
 
 def _encode_missing(
-    wanted: Sequence[_Wanted], *, latents: Latents, encode: Encode, batch_size: int, num_workers: int,
+    wanted: Sequence[_Wanted], *, latents: Latents, encode: EncodeImages, batch_size: int, num_workers: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     policy = latents.policy

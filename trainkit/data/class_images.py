@@ -49,7 +49,7 @@ GENERATED = re.compile(r"generated-([0-9a-f]{8})-(\d{5,})\.png")  # recipe and n
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class Options(Protocol):
+class ClassImageOptions(Protocol):
     """What a trainer is told about class images."""
 
     @property
@@ -71,7 +71,7 @@ class ClassImageRun(Protocol):
     def show_task(self, name: str, done: int, total: int) -> None: ...
 
 
-def problems(opt: Options) -> list[Problem]:
+def problems(opt: ClassImageOptions) -> list[Problem]:
     """What is wrong with the class folder, as far as it can be known before an image is generated.
 
     Flags that are missing are the options' own problem (options/rules.py) and not repeated here.
@@ -89,7 +89,7 @@ def problems(opt: Options) -> list[Problem]:
     return found + unreadable + (folder.unwritable() if plan.absent and not found else [])
 
 
-def class_rows(opt: Options, run: ClassImageRun) -> list[Row]:
+def class_rows(opt: ClassImageOptions, run: ClassImageRun) -> list[Row]:
     """The rows of the class images, --num_class_images of them; [] without --with_prior_preservation.
 
     Images the folder lacks are generated first, by all ranks together. Images of the user's come before generated
@@ -112,7 +112,7 @@ def class_rows(opt: Options, run: ClassImageRun) -> list[Row]:
                     loss_weight=prior.prior_loss_weight) for row in rows]
 
 
-def recipe(opt: Options) -> str:
+def recipe(opt: ClassImageOptions) -> str:
     """Eight letters that tell generated images of another prompt, size or model apart.
 
     The seed is left out, so runs that differ by it share their class images.
@@ -151,7 +151,7 @@ def same_folder(folder: Path, other: str | None) -> bool:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ClassImagePlan:
     """Which class images a run trains on: the user's own, and generated ones by number."""
 
     user_images: list[Listed]
@@ -178,16 +178,16 @@ class ClassFolder:
                      len(listed) - len(usable))
         return usable, found
 
-    def plan(self, listed: Sequence[Listed]) -> Plan:
+    def plan(self, listed: Sequence[Listed]) -> ClassImagePlan:
         """The user's images by name, then generated ones by number; those that are there before new ones."""
         user_images = [image for image in listed if self._recipe(image) is None][: self.wanted]
         remaining = self.wanted - len(user_images)
         numbered = {self._number(image): image for image in listed if self._recipe(image) is not None}
         generated = {number: numbered[number] for number in sorted(numbered)[:remaining]}
         absent = [number for number in range(remaining) if number not in generated][: remaining - len(generated)]
-        return Plan(user_images, generated, absent)
+        return ClassImagePlan(user_images, generated, absent)
 
-    def images(self, plan: Plan) -> list[Listed]:
+    def images(self, plan: ClassImagePlan) -> list[Listed]:
         """What to train on, in an order that does not tell which images were generated just now."""
         new = {number: Listed(self.file(number).name, self.file(number), "") for number in plan.absent}
         generated = plan.generated | new
@@ -220,7 +220,7 @@ class ClassFolder:
 # Generating
 
 
-def fill(folder: ClassFolder, plan: Plan, opt: Options, run: ClassImageRun) -> None:
+def fill(folder: ClassFolder, plan: ClassImagePlan, opt: ClassImageOptions, run: ClassImageRun) -> None:
     """Generate the absent images: every rank a part, then each what its disk still lacks.
 
     Images are drawn in whole batches cut by number, also where only some of a batch are wanted. So what an image
@@ -239,7 +239,7 @@ def fill(folder: ClassFolder, plan: Plan, opt: Options, run: ClassImageRun) -> N
 
 
 def draw_batches(
-    batches: Sequence[Sequence[int]], wanted: Set[int], folder: ClassFolder, opt: Options, run: ClassImageRun,
+    batches: Sequence[Sequence[int]], wanted: Set[int], folder: ClassFolder, opt: ClassImageOptions, run: ClassImageRun,
 ) -> None:
     """Generate whole batches of numbers and write the wanted ones; a file that is there is never replaced."""
     if not batches:
@@ -277,7 +277,7 @@ class Painter:
     seed: int
 
     @classmethod
-    def load(cls, opt: Options, run: ClassImageRun) -> Painter:
+    def load(cls, opt: ClassImageOptions, run: ClassImageRun) -> Painter:
         """Raises UserError when a file of the model is damaged."""
         precision = opt.prior.prior_generation_precision or ("fp32" if run.device.type == "cpu" else "fp16")
         pipe = load_pipeline(opt.model, DTYPES[precision]).to(run.device)

@@ -30,7 +30,7 @@ SCRIPT = "python scripts/extract_clip_features.py"
 CLIPS = {  # width of the projection -> a CLIP that has it
     96: "assets/tiny-clip-icons", 768: "openai/clip-vit-large-patch14", 1024: "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
 }
-KINDS = {"clip": "CLIPModel", "clip_vision_model": "CLIPVisionModelWithProjection"}  # model_type -> its class
+CLIP_CLASSES = {"clip": "CLIPModel", "clip_vision_model": "CLIPVisionModelWithProjection"}  # model_type -> its class
 TOO_WIDE = f"; no CLIP we know projects images to more than {max(CLIPS)}"
 PREPROCESSING = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor",
                  "do_normalize", "image_mean", "image_std")
@@ -164,15 +164,15 @@ def load_clip(name: str, flag: str = "--clip", device: torch.device | str = "cpu
     repo = Repo(name, flag)
     refuse(repo.unreachable("config.json"))
     config = repo.json("config.json") or {}
-    if config.get("model_type") not in KINDS:
+    if config.get("model_type") not in CLIP_CLASSES:
         refuse([repo.problem("not a CLIP model", f"its config.json says model_type {config.get('model_type')}; known: "
-                             f"{', '.join(KINDS)}", f"{flag} {CLIPS[768]}")])
+                             f"{', '.join(CLIP_CLASSES)}", f"{flag} {CLIPS[768]}")])
     vision = config.get("vision_config", config)
     side = vision.get("image_size", 224)
     standard = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     processor = CLIPImageProcessorPil.from_dict(dict(repo.json("preprocessor_config.json") or standard))
     with quiet_loading():
-        model = load_part(repo, getattr(transformers, KINDS[config["model_type"]]), "", dtype=torch.float32,
+        model = load_part(repo, getattr(transformers, CLIP_CLASSES[config["model_type"]]), "", dtype=torch.float32,
                           use_safetensors=True)
     settings = {key: getattr(processor, key) for key in PREPROCESSING}
     made_by = json_digest(fingerprint(repo.folder(""), None), settings)

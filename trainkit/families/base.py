@@ -47,11 +47,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-Encode = Callable[[Sequence[str]], Condition]  # prompts to what the network is told of them
+EncodePrompts = Callable[[Sequence[str]], Condition]  # prompts to what the network is told of them
 
 
 @dataclass(frozen=True)
-class Layout:
+class ModelLayout:
     """What a family's model folder holds besides VAE and scheduler."""
 
     denoiser: Prefix  # folder of the network that is trained, and its name in LoRA files
@@ -101,7 +101,7 @@ class Family(ABC):
     no part waits there for its turn.
     """
 
-    layout: ClassVar[Layout]
+    layout: ClassVar[ModelLayout]
     guidance_scale: ClassVar[float]  # the stock pipeline's default
     lora_targets, text_lora_targets = LORA_TARGETS, TEXT_LORA_TARGETS
 
@@ -142,7 +142,7 @@ class Family(ABC):
         """The stock pipeline around the denoiser in training: no text encoders, no VAE."""
 
     @abstractmethod
-    def pipeline_text(self, pipe: DiffusionPipeline, prompts: list[str], encode: Encode) -> dict[str, Tensor]:
+    def pipeline_text(self, pipe: DiffusionPipeline, prompts: list[str], encode: EncodePrompts) -> dict[str, Tensor]:
         """Encoded prompts, and the unconditional text as the base was trained, as arguments of `pipe`."""
 
     @abstractmethod
@@ -241,7 +241,7 @@ class Family(ABC):
         empty_device_cache()
 
 
-Kind = TypeVar("Kind", bound=Family)
+AnyFamily = TypeVar("AnyFamily", bound=Family)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ class Parts:
     weights: dict[str, str]
 
 
-def load_parts(options: ModelOptions, layout: Layout, encoders: Sequence[type[PreTrainedModel]], *,
+def load_parts(options: ModelOptions, layout: ModelLayout, encoders: Sequence[type[PreTrainedModel]], *,
                weight_dtype: torch.dtype) -> Parts:
     """Every part, from safetensors only. Revision and variant are the base model's, not another VAE's.
 
@@ -277,8 +277,8 @@ def load_parts(options: ModelOptions, layout: Layout, encoders: Sequence[type[Pr
         denoiser = load_part(model, UNet2DConditionModel, layout.denoiser, torch_dtype=weight_dtype, **files)
         vae = load_part(vae_repo, AutoencoderKL, vae_folder, torch_dtype=full, variant=vae_variant,
                         use_safetensors=True)
-        texts = tuple(load_part(model, kind, folder, dtype=full, **files)
-                      for kind, folder in zip(encoders, layout.text_encoders, strict=True))
+        texts = tuple(load_part(model, encoder_class, folder, dtype=full, **files)
+                      for encoder_class, folder in zip(encoders, layout.text_encoders, strict=True))
         tokenizers = tuple(load_part(model, CLIPTokenizer, folder) for folder in layout.tokenizers)
     weights: dict[str, str] = {
         name: fingerprint(model.folder(name), variant) for name in (layout.denoiser, *layout.text_encoders)}
@@ -286,19 +286,19 @@ def load_parts(options: ModelOptions, layout: Layout, encoders: Sequence[type[Pr
     return Parts(model, denoiser, vae, tokenizers, texts, weights)
 
 
-def assemble(kind: type[Kind], parts: Parts, *, device: torch.device, schedule: ScheduleChange, text_detail: object,
-             **more: Any) -> Kind:
+def assemble(family: type[AnyFamily], parts: Parts, *, device: torch.device, schedule: ScheduleChange,
+             text_detail: object, **more: Any) -> AnyFamily:
     """The family of loaded parts, frozen.
 
     schedule     what the flags change of the scheduler's config
     text_detail  what decides the text besides weights and tokenizers
-    more         what this kind is told besides
+    more         what this family takes besides
     """
     config = scheduler_config(parts.model, schedule)
-    return kind(path=parts.model.path, revision=parts.model.revision, denoiser=parts.denoiser, vae=parts.vae,
+    return family(path=parts.model.path, revision=parts.model.revision, denoiser=parts.denoiser, vae=parts.vae,
                 tokenizers=parts.tokenizers, text_encoders=parts.text_encoders,
                 schedule=diffusion.make_schedule(config), scheduler_config=config,
-                identity=identity(parts, kind.layout, scheduler_config=config, text_detail=text_detail),
+                identity=identity(parts, family.layout, scheduler_config=config, text_detail=text_detail),
                 device=torch.device(device), **more)
 
 
@@ -314,7 +314,7 @@ def scheduler_config(model: Repo, schedule: ScheduleChange) -> dict[str, Any]:
     return config
 
 
-def identity(parts: Parts, layout: Layout, *, scheduler_config: Config, text_detail: object) -> dict[str, str]:
+def identity(parts: Parts, layout: ModelLayout, *, scheduler_config: Config, text_detail: object) -> dict[str, str]:
     """Digests of the parts: cache keys name the part they depend on, checkpoints name them all."""
     text = [*(parts.weights[name] for name in layout.text_encoders), *map(tokenizer_digest, parts.tokenizers)]
     return {

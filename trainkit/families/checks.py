@@ -10,7 +10,7 @@ import torch
 from trainkit import diffusion
 from trainkit.diffusion import AS_SAVED, ScheduleChange
 from trainkit.errors import Problem, UserError, refuse
-from trainkit.families.base import Layout, halvings
+from trainkit.families.base import ModelLayout, halvings
 from trainkit.families.pretrained import MODEL_FLAG, VAE_FLAG, Config, Repo, vae_place
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ TIMESTEPS = 1000  # where a scheduler's does not
 UNET_NEEDS, VAE_NEEDS = ("in_channels", "block_out_channels"), ("latent_channels", "block_out_channels")  # of a config
 
 
-def problems(layout: Layout, path: str, *, resolution: int, vae_path: str | None = None, revision: str | None = None,
-             variant: str | None = None, clip_skip: int | None = None, schedule: ScheduleChange = AS_SAVED,
-             timesteps: tuple[int, int | None] = (0, None)) -> list[Problem]:
+def problems(layout: ModelLayout, path: str, *, resolution: int, vae_path: str | None = None,
+             revision: str | None = None, variant: str | None = None, clip_skip: int | None = None,
+             schedule: ScheduleChange = AS_SAVED, timesteps: tuple[int, int | None] = (0, None)) -> list[Problem]:
     """Everything that stops training from this model folder or Hub id, read from its small JSON files.
 
     timesteps  --min_timestep and --max_timestep
@@ -51,7 +51,7 @@ def problems(layout: Layout, path: str, *, resolution: int, vae_path: str | None
     return found + [*vae.weight_problems((vae_folder,), None if vae_path else variant)]
 
 
-def folder_problems(layout: Layout, model: Repo) -> Iterator[Problem]:
+def folder_problems(layout: ModelLayout, model: Repo) -> Iterator[Problem]:
     """Is this a base model of the family in the Diffusers layout?"""
     index, unet = model.json("model_index.json"), model.json("unet/config.json")
     if index is None:
@@ -112,7 +112,7 @@ def schedule_problems(model: Repo, change: ScheduleChange, timesteps: tuple[int,
         yield from diffusion.range_problems(first, end or steps, steps)
 
 
-def text_problems(layout: Layout, model: Repo, clip_skip: int | None) -> Iterator[Problem]:
+def text_problems(layout: ModelLayout, model: Repo, clip_skip: int | None) -> Iterator[Problem]:
     """Are tokenizers and encoders there, the encoders with layers enough for --clip_skip?"""
     for folder in layout.tokenizers:
         words = any(model.has(f"{folder}/{name}") for name in ("vocab.json", "tokenizer.json"))

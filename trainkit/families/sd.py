@@ -19,7 +19,7 @@ from trainkit.condition import Condition
 from trainkit.diffusion import AS_SAVED, Level, ScheduleChange
 from trainkit.errors import Problem
 from trainkit.families import base, checks
-from trainkit.families.base import Encode, Family, Layout
+from trainkit.families.base import EncodePrompts, Family, ModelLayout
 from trainkit.families.checks import latents, native_resolution, skeleton
 from trainkit.families.pretrained import Config, Repo
 from trainkit.families.tokenize import tokens
@@ -42,15 +42,16 @@ def incompatible_parts(model: Repo, index: Config, unet: Config) -> Iterator[Pro
     """What makes it another model than Stable Diffusion's base."""
     fix = "name a Stable Diffusion 1.x or 2.x base model, stable-diffusion-v1-5/stable-diffusion-v1-5 for example"
     inputs = [f"{name} is {unet[name]!r}" for name in OTHER_INPUTS if unet.get(name)]
-    kind = (index.get("text_encoder") or (None, None))[1]
+    encoder_class = (index.get("text_encoder") or (None, None))[1]
     if inputs:
         yield model.problem("a UNet that asks for more than text cannot be trained here",
                             f"unet/config.json: {', '.join(inputs)} ({index.get('_class_name')})", fix)
-    elif kind not in (None, TEXT_ENCODER):
-        yield model.problem("not a Stable Diffusion model", f"its text encoder is a {kind}, not a {TEXT_ENCODER}", fix)
+    elif encoder_class not in (None, TEXT_ENCODER):
+        yield model.problem("not a Stable Diffusion model",
+                            f"its text encoder is a {encoder_class}, not a {TEXT_ENCODER}", fix)
 
 
-LAYOUT = Layout("unet", ("tokenizer",), ("text_encoder",), incompatible_parts)
+LAYOUT = ModelLayout("unet", ("tokenizer",), ("text_encoder",), incompatible_parts)
 problems = partial(checks.problems, LAYOUT)
 
 
@@ -108,7 +109,9 @@ class SD(Family):
             vae=None, text_encoder=None, tokenizer=None, unet=self.denoiser, scheduler=scheduler, safety_checker=None,
             feature_extractor=None, requires_safety_checker=False))
 
-    def pipeline_text(self, pipe: StableDiffusionPipeline, prompts: list[str], encode: Encode) -> dict[str, Tensor]:
+    def pipeline_text(
+        self, pipe: StableDiffusionPipeline, prompts: list[str], encode: EncodePrompts,
+    ) -> dict[str, Tensor]:
         """Encoded prompts as arguments of `pipe`; unconditional is the encoded empty prompt."""
         empty = encode([""] * len(prompts))
         return {"prompt_embeds": encode(prompts)["embeds"], "negative_prompt_embeds": empty["embeds"]}

@@ -13,7 +13,7 @@ from torch import Tensor
 from trainkit.errors import Problem, UserError, refuse
 from trainkit.optim import table
 from trainkit.optim.groups import Member, ParamGroup
-from trainkit.optim.schedules import POLYNOMIAL_END_LR, SCHEDULES, Plan, parse_rules
+from trainkit.optim.schedules import POLYNOMIAL_END_LR, SCHEDULES, SchedulePlan, parse_rules
 from trainkit.optim.state import incompatible_state
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def _ema(params: Sequence[Tensor], o: OptimizerOptions) -> EMAModel:
 
 def _schedule(o: OptimizerOptions, total_steps: int, *, base_lr: float) -> Callable[[int], float]:
     schedule = SCHEDULES[o.lr_scheduler]
-    plan = Plan(o.lr_warmup_steps, total_steps, cycles=o.lr_num_cycles, power=o.lr_power, base_lr=base_lr,
+    plan = SchedulePlan(o.lr_warmup_steps, total_steps, cycles=o.lr_num_cycles, power=o.lr_power, base_lr=base_lr,
                 rules=o.lr_step_rules or "")
     return lambda step: schedule(step, plan)
 

@@ -89,10 +89,10 @@ def required(help: str, **settings: Any) -> Any:
 
 
 def changed(
-    kind: type[Concern], name: str, default: object, *, help: str | None = None, differs: str | None = None,
+    concern_class: type[Concern], name: str, default: object, *, help: str | None = None, differs: str | None = None,
 ) -> Any:
-    """A field of `kind` for a subclass: this default, other words where given, and its own facts, limits and place."""
-    flag = kind.flag(name)
+    """A field of `concern_class` for a subclass: this default, other texts where given, its facts, limits and place."""
+    flag = concern_class.flag(name)
     bounds = {bound: getattr(limit, bound) for limit in flag.field.metadata for bound in (*SIGNS, "min_length")
               if hasattr(limit, bound)}
     facts = flag.facts if differs is None else replace(flag.facts, differs=differs)

@@ -113,15 +113,15 @@ _STARTED = {  # with --init_lora_weights pissa and olora
 
 def _other_adapter(values: Values) -> Iterator[Problem]:
     """What the chosen kind of adapter, its start or its blocks cannot be combined with."""
-    kind, start = values.get("lora_type", "lora"), values.get("init_lora_weights", "gaussian")
+    adapter_type, start = values.get("lora_type", "lora"), values.get("init_lora_weights", "gaussian")
     switched_on = dict(values) | {"loraplus_lr_ratio": values.get("loraplus_lr_ratio", 1.0) != 1.0}
-    clashes = {("lora_type", kind): _LYCORIS if kind != "lora" else {},
+    clashes = {("lora_type", adapter_type): _LYCORIS if adapter_type != "lora" else {},
                ("init_lora_weights", start): _STARTED if start != "gaussian" else {}}
     for (flag, value), reasons in clashes.items():
         yield from (Problem(f"--{flag} {value} with --{other}", f"--{other}", why, "leave out one of the two")
                     for other, why in reasons.items() if switched_on.get(other))
-    if start != "gaussian" and kind != "lora":
-        yield Problem(f"--init_lora_weights {start} with --lora_type {kind}", "--init_lora_weights",
+    if start != "gaussian" and adapter_type != "lora":
+        yield Problem(f"--init_lora_weights {start} with --lora_type {adapter_type}", "--init_lora_weights",
                       "PiSSA and OLoRA are starts of A and B", "leave out one of the two")
     if start != "gaussian" and str(values.get("lora_layers")).endswith("+conv"):
         yield Problem(f"--init_lora_weights {start} with convolutions", f"--lora_layers {values['lora_layers']}",

@@ -49,7 +49,7 @@ def read_layers(
     argv: Sequence[str], flags: Mapping[str, Flag], *, concerns: Mapping[str, type[Concern]], description: str
 ) -> tuple[list[Layer], list[Problem]]:
     """Every source that says something, strongest first, and what could not be read."""
-    titles = {name: kind.title() for name, kind in concerns.items()}
+    titles = {name: concern_class.title() for name, concern_class in concerns.items()}
     command, problems = _command_line(argv, flags, make_parser(flags.values(), description, titles))
     environment, more = _environment(flags)
     problems += more
@@ -63,7 +63,7 @@ def read_layers(
             layers.append(Layer(f"preset {name}", {k: v for k, v in PRESETS[str(name)].items() if k in flags}))
         else:
             problems.append(_unknown_preset(str(name), layers))
-    shorthands = [kind.shorthand(partial(first_value, layers)) for kind in concerns.values()]
+    shorthands = [concern_class.shorthand(partial(first_value, layers)) for concern_class in concerns.values()]
     layers += [Layer(f"preset {name}", values) for name, values in filter(None, shorthands)]
     return layers, problems
 

@@ -208,5 +208,5 @@ def thumbnail(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def data_uri(kind: str, data: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+def data_uri(image_type: str, data: bytes) -> str:
+    return f"data:image/{image_type};base64,{base64.b64encode(data).decode()}"

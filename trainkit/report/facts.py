@@ -264,8 +264,8 @@ def shown(value: Json) -> str:
 
 def origin_shown(origin: Json) -> str:
     """`config FILE` may name a folder."""
-    kind, _, rest = str(origin).partition(" ")
-    return f"{kind} {public('config', rest)}" if kind == "config" else str(origin)
+    source, _, rest = str(origin).partition(" ")
+    return f"{source} {public('config', rest)}" if source == "config" else str(origin)
 
 
 def sha256(path: Path) -> str:

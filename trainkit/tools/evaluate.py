@@ -68,7 +68,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Settings:
+class GenerationSettings:
     """What the images are generated with; the defaults are those of the command line."""
 
     base: str
@@ -112,13 +112,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--training", type=Path, default=ASSETS / "icons-3d", metavar="DIR", help="the images trained on")
     add("--clip", type=Path, default=ASSETS / "tiny-clip-icons", metavar="DIR", help="CLIP model that judges")
     add("--prompt", help='such as "3d icon in the style of TOK, a {noun}"; default: the caption of each real image')
-    add("--strengths", type=numbers, default=Settings.strengths, metavar="A,B,..", help="LoRA strengths (0: the base)")
+    add("--strengths", type=numbers, default=GenerationSettings.strengths, metavar="A,B,..",
+        help="LoRA strengths (0: the base)")
     add("--nouns", type=words, default=None, metavar="A,B,..", help="default: every noun of the reference")
-    add("--seed", type=int, default=Settings.seed, help="starting noise depends on this, the noun and nothing else")
-    add("--steps", type=int, default=Settings.steps, help="denoising steps")
-    add("--guidance_scale", type=float, default=Settings.guidance_scale, help="classifier-free guidance")
-    add("--batch_size", type=int, default=Settings.batch_size, help="prompts drawn at once")
-    add("--dtype", choices=DTYPES, default=Settings.dtype, help="precision of the pipeline")
+    add("--seed", type=int, default=GenerationSettings.seed,
+        help="starting noise depends on this, the noun and nothing else")
+    add("--steps", type=int, default=GenerationSettings.steps, help="denoising steps")
+    add("--guidance_scale", type=float, default=GenerationSettings.guidance_scale, help="classifier-free guidance")
+    add("--batch_size", type=int, default=GenerationSettings.batch_size, help="prompts drawn at once")
+    add("--dtype", choices=DTYPES, default=GenerationSettings.dtype, help="precision of the pipeline")
     add("--out", required=True, type=Path, metavar="DIR", help="folder for grid.png and evaluation.json")
     add("--debug", action="store_true", help="show a traceback for user errors")
     args = parser.parse_args(argv)
@@ -127,8 +129,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def settings(args: argparse.Namespace) -> Settings:
-    return Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+def settings(args: argparse.Namespace) -> GenerationSettings:
+    return GenerationSettings(**{field.name: getattr(args, field.name) for field in fields(GenerationSettings)})
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -272,7 +274,7 @@ def opened(path: Path) -> Image:
 # Generating
 
 
-def generate(settings: Settings, wanted: list[Wanted]) -> Iterator[tuple[float, list[Image]]]:
+def generate(settings: GenerationSettings, wanted: list[Wanted]) -> Iterator[tuple[float, list[Image]]]:
     """Every noun at every strength, from the same noise -> (strength, images)."""
     pipe = load_pipeline(settings.base, settings.dtype)
     if 0 in settings.strengths:  # before the pipeline learns new tokens
@@ -285,7 +287,7 @@ def generate(settings: Settings, wanted: list[Wanted]) -> Iterator[tuple[float, 
             yield strength, images_of(pipe, settings, wanted)
 
 
-def images_of(pipe: Pipeline, settings: Settings, wanted: list[Wanted]) -> list[Image]:
+def images_of(pipe: Pipeline, settings: GenerationSettings, wanted: list[Wanted]) -> list[Image]:
     from trainkit import rng
 
     noise = [rng.generator("evaluate", settings.seed, w.noun, w.copy) for w in wanted]
@@ -318,8 +320,8 @@ def measure(args: argparse.Namespace, drawn: dict[float, list[Image]], reference
     }
 
 
-def described(kind: str, file: Path | None) -> dict[str, str]:
-    return {kind: file.name, f"{kind}_sha256": hashlib.sha256(file.read_bytes()).hexdigest()} if file else {}
+def described(role: str, file: Path | None) -> dict[str, str]:
+    return {role: file.name, f"{role}_sha256": hashlib.sha256(file.read_bytes()).hexdigest()} if file else {}
 
 
 def grid(drawn: dict[float, list[Image]], wanted: list[Wanted], reference: list[Real]) -> Image:

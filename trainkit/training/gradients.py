@@ -42,7 +42,7 @@ class Steppable(Protocol):
 
 
 @dataclass(frozen=True)
-class Update:
+class StepOutcome:
     """What one optimizer step did."""
 
     loss: float  # of the whole step: all ranks, all micro-batches
@@ -84,7 +84,7 @@ class Gradients:
 
     def update(
         self, optimizer: Steppable, *, step: int, max_grad_norm: float | None, votes: Sequence[float] = (),
-    ) -> Update:
+    ) -> StepOutcome:
         """Apply optimizer step `step` (from 0), or skip it on every rank when loss or gradient are not finite.
 
         Summed and clipped are the groups that train in this step, all of them as one vector; `Optim.begin` has chosen
@@ -108,7 +108,7 @@ class Gradients:
         self._count(step, loss, norm, finite=finite)
         if self.in_a_row > self.max_skipped:
             raise self._diverged(step, optimizer.params)
-        return Update(loss, norm, skipped=not finite, votes=tuple(summed))
+        return StepOutcome(loss, norm, skipped=not finite, votes=tuple(summed))
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Json]]:
         scaler = None if self.scaler is None else self.scaler.state_dict()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from trainkit.losses.passes import Passes
 
 
-class Text(Protocol):
+class PromptConditioner(Protocol):
     """Prompts to what the network is told of them: cached, or from encoders in training (trainkit.conditioning)."""
 
     def __call__(self, prompts: Sequence[str], step: int | None = None) -> Condition: ...
@@ -35,7 +35,7 @@ class TrainStep:
     """
 
     family: Family
-    text: Text
+    text: PromptConditioner
     noise: Noise
     passes: Passes
     autocast: Callable[[], AbstractContextManager[object]]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from trainkit.options import LoraOptions, OptimizerOptions, PrecisionOptions
 
 
-class Options(Protocol):
+class TrainableOptions(Protocol):
     """What of a trainer's options is about the weights that train."""
 
     @property
@@ -27,7 +27,8 @@ class Options(Protocol):
 
 
 def make_trainables(
-    opt: Options, family: Family, text: Text, *, keep_vae: bool, global_batch: int, total_steps: int, seed: int,
+    opt: TrainableOptions, family: Family, text: Text, *, keep_vae: bool, global_batch: int, total_steps: int,
+    seed: int,
 ) -> tuple[Adapters, Optim]:
     """The adapters on the family's network, which is on the device from now on, and the optimizer.
 

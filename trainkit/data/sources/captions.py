@@ -179,10 +179,10 @@ def _column_problems(path: Path, columns: list[str], named_in: str | None, chose
                       f"--caption_column {shlex.quote(printable(others[0]))}" if others else "drop --caption_column")
 
 
-Record = dict[str, object]
+JsonRecord = dict[str, object]
 
 
-def _records(path: Path) -> tuple[list[tuple[int, Record]], list[str]]:
+def _records(path: Path) -> tuple[list[tuple[int, JsonRecord]], list[str]]:
     """([(line number, record)], complaints about lines that are none)."""
     parse = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[path.suffix]
     records, bad = [], []
@@ -194,7 +194,7 @@ def _records(path: Path) -> tuple[list[tuple[int, Record]], list[str]]:
     return records, bad
 
 
-def _jsonl(data: bytes) -> Iterator[tuple[int, Record | str]]:
+def _jsonl(data: bytes) -> Iterator[tuple[int, JsonRecord | str]]:
     for line, content in enumerate(decode_text(data)[0].split("\n"), 1):
         if len(content) > MAX_LINE:
             yield line, f"longer than {MAX_LINE} characters"
@@ -202,7 +202,7 @@ def _jsonl(data: bytes) -> Iterator[tuple[int, Record | str]]:
             yield line, _json_object(content)
 
 
-def _json_object(content: str) -> Record | str:
+def _json_object(content: str) -> JsonRecord | str:
     try:
         item = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -210,7 +210,7 @@ def _json_object(content: str) -> Record | str:
     return item if isinstance(item, dict) else "not a JSON object"
 
 
-def _csv(data: bytes) -> Iterator[tuple[int, Record | str]]:
+def _csv(data: bytes) -> Iterator[tuple[int, JsonRecord | str]]:
     reader = csv.DictReader(io.StringIO(decode_text(data)[0], newline=""))
     try:
         for record in reader:
@@ -219,7 +219,7 @@ def _csv(data: bytes) -> Iterator[tuple[int, Record | str]]:
         yield reader.line_num, f"not CSV ({error})"
 
 
-def _parquet(data: bytes) -> Iterator[tuple[int, Record | str]]:
+def _parquet(data: bytes) -> Iterator[tuple[int, JsonRecord | str]]:
     """Rows count from 1."""
     from pyarrow import ArrowException, parquet
 
@@ -230,7 +230,7 @@ def _parquet(data: bytes) -> Iterator[tuple[int, Record | str]]:
 
 
 def _entry(
-    path: Path, line: int, record: Record, *, named_in: str | None, column: str | None, several: bool
+    path: Path, line: int, record: JsonRecord, *, named_in: str | None, column: str | None, several: bool
 ) -> Entry:
     """One record, checked. Raises BadEntry naming file and line."""
     where = f"{path.name}:{line}"

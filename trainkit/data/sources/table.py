@@ -99,20 +99,20 @@ def _caption_column(data: ImageOptions, texts: Sequence[str]) -> str | None:
     return data.wanted_column or next(iter(usual), data.caption_column)
 
 
-def _holds_text(kind: FeatureType, *, several: bool) -> bool:
+def _holds_text(feature_type: FeatureType, *, several: bool) -> bool:
     from datasets import LargeList, List, Value
 
-    if several and isinstance(kind, (List, LargeList)):
-        kind = kind.feature
-    return isinstance(kind, Value) and "string" in kind.dtype
+    if several and isinstance(feature_type, (List, LargeList)):
+        feature_type = feature_type.feature
+    return isinstance(feature_type, Value) and "string" in feature_type.dtype
 
 
-def _holds_images(kind: FeatureType) -> bool:
+def _holds_images(feature_type: FeatureType) -> bool:
     """Images as the library knows them, or files' content that it was not told are images."""
     from datasets import Image, Value
 
-    content = kind.get("bytes") if isinstance(kind, dict) else kind
-    return isinstance(kind, Image) or isinstance(content, Value) and content.dtype in ("binary", "large_binary")
+    content = feature_type.get("bytes") if isinstance(feature_type, dict) else feature_type
+    return isinstance(feature_type, Image) or isinstance(content, Value) and content.dtype in ("binary", "large_binary")
 
 
 def _table_problems(

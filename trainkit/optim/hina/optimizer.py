@@ -23,7 +23,7 @@ from trainkit.optim.hina.settings import (
     CHANGE_NO_BIT,
     DEFAULTS,
     Group,
-    Value,
+    SettingValue,
     check,
     is_adamw,
     plain_value,
@@ -46,7 +46,7 @@ class HinaAdaptive(torch.optim.Optimizer):
 
     params      tensors, or parameter groups, or named tensors; any setting may be given for each group
     preset      "adamw": every rule off, which is torch.optim.AdamW bit for bit; "fork": what hinablue/sd-scripts has on
-    settings    see `settings.Settings` for all of them and their defaults
+    settings    see `settings.HinaSettings` for all of them and their defaults
 
     rules.py has the order and the sources of the rules. Everything that moves a number is in `state` and the groups.
     A step waits for the device only where the rank penalty is due. Raises TypeError for a setting that is none, and
@@ -62,7 +62,7 @@ class HinaAdaptive(torch.optim.Optimizer):
 
     def __init__(
         self, params: Iterable[Tensor] | Iterable[Group] | Iterable[tuple[str, Tensor]], lr: float = 1e-3, *,
-        preset: str = "adamw", **settings: Value,
+        preset: str = "adamw", **settings: SettingValue,
     ):
         super().__init__(params, resolve({"lr": lr, **settings}, preset))
 
