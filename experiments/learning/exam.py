@@ -38,7 +38,7 @@ SIDE = 64  # of the images drawn
 DRIFT_PROMPTS = 50
 SHOWN = 10  # untaught nouns, to be looked at
 ROW = "untaught-row.png"  # these side by side, without labels
-SETTLED = 1 / 6  # share of a run after which its steps are timed
+WARM_UP = 1 / 6  # share of a run after which its steps are timed
 
 
 class Exam:
@@ -203,7 +203,7 @@ def through_vae(images: Sequence[Image.Image]) -> list[Image.Image]:
 def step_seconds(folder: Path) -> float | None:
     """Median time from one step to the next, after the first of the run; None without two such steps."""
     rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-    times = [row["seconds"] for row in rows[int(len(rows) * SETTLED):]]
+    times = [row["seconds"] for row in rows[int(len(rows) * WARM_UP):]]
     found = [after - before for before, after in zip(times, times[1:], strict=False)]
     return statistics.median(found) if found else None
 

@@ -83,7 +83,7 @@ def problems(opt: ClassImageOptions) -> list[Problem]:
     if same_folder(folder.path, opt.data.instance_data_dir or opt.data.dataset_name):
         return [Problem("class and instance images share a folder", f"{FLAG} {folder.path}",
                         "the instances would be trained on as images of the class too", f"{FLAG} ANOTHER_FOLDER")]
-    listed, found = folder.read(tell=False)
+    listed, found = folder.read(verbose=False)
     plan = folder.plan(listed)
     unreadable = check([*plan.user_images, *plan.generated.values()], f"{folder.path}")[1]
     return found + unreadable + (folder.unwritable() if plan.absent and not found else [])
@@ -100,7 +100,7 @@ def class_rows(opt: ClassImageOptions, run: ClassImageRun) -> list[Row]:
         return []
     assert prior.class_data_dir and prior.class_prompt, "the options refuse the prior without them"
     folder = ClassFolder(Path(prior.class_data_dir), recipe(opt), wanted=prior.num_class_images)
-    listed, found = folder.read(tell=True)
+    listed, found = folder.read(verbose=True)
     refuse(found)
     plan = ranks.from_main(lambda: folder.plan(listed))  # one plan for all, made before a rank writes
     if plan.absent:
@@ -167,13 +167,13 @@ class ClassFolder:
     recipe: str
     wanted: int  # images to train on
 
-    def read(self, *, tell: bool) -> tuple[list[Listed], list[Problem]]:
+    def read(self, *, verbose: bool) -> tuple[list[Listed], list[Problem]]:
         """Every image there that may be used; a folder that is not there yet has none."""
         if not is_there(self.path):
             return [], []
-        listed, found = list_folder(Folder(self.path, FLAG, "--class_prompt"), tell=tell)
+        listed, found = list_folder(Folder(self.path, FLAG, "--class_prompt"), verbose=verbose)
         usable = [image for image in listed if self._recipe(image) in (None, self.recipe)]
-        if tell and len(usable) < len(listed):
+        if verbose and len(usable) < len(listed):
             log.info("%d class images generated for another prompt, size or model are left out",
                      len(listed) - len(usable))
         return usable, found

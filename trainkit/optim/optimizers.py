@@ -148,7 +148,7 @@ def make_optimizer(groups: Sequence[ParamGroup], o: OptimizerOptions, total_step
     trained = next(g["lr"] for g in groups if g["lr"])
     members = [_member(g, o, total_steps, instead_of_0=trained) for g in groups]
     for member in members:
-        _tell(member, o.algorithm)
+        _log_settings(member, o.algorithm)
     return Optim(o.algorithm, members, estimates_step=o.estimates_step)
 
 
@@ -169,8 +169,8 @@ def _member(group: ParamGroup, o: OptimizerOptions, total_steps: int, *, instead
     return Member(group, inner, _schedule(o, total_steps, base_lr=group["lr"]), ema)
 
 
-def _tell(member: Member, name: str) -> None:
-    """In the log, what is on in a group that trains and where it acts, if its optimizer can tell."""
+def _log_settings(member: Member, name: str) -> None:
+    """In the log, what is on in a group that trains and where it acts, if its optimizer knows."""
     describe = getattr(member.inner, "get_optimization_info", None)
     if describe is None or member.stop == 0:
         return

@@ -232,8 +232,8 @@ def notices(values: Values, flags: Mapping[str, Flag], chosen: Container[str], g
 def _shrinking_base(values: Values) -> Iterator[str]:
     """Weight decay that reaches what holds a part of the base: DoRA's m, and A and B that start at its directions."""
     start = values.get("init_lora_weights", "gaussian")
-    kind = "--use_dora" if values.get("use_dora") else f"--init_lora_weights {start}" if start != "gaussian" else ""
+    flag = "--use_dora" if values.get("use_dora") else f"--init_lora_weights {start}" if start != "gaussian" else ""
     decay = float(values.get("adam_weight_decay") or 0)
-    if kind and decay > _HARMLESS_DECAY:
-        yield (f"--adam_weight_decay {decay:g} with {kind} decays the base model's own part of the weights, too: "
+    if flag and decay > _HARMLESS_DECAY:
+        yield (f"--adam_weight_decay {decay:g} with {flag} decays the base model's own part of the weights, too: "
                f"--adam_weight_decay 0 leaves it alone")

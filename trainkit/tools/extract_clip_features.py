@@ -96,7 +96,7 @@ def list_folder(folder: Path) -> dict[str, Source]:
     from trainkit.data.sources.folder import Folder
     from trainkit.data.sources.folder import list_folder as as_in_training
 
-    listed, wrong = as_in_training(Folder(folder, "--images", None, captioned=True), tell=False)
+    listed, wrong = as_in_training(Folder(folder, "--images", None, captioned=True), verbose=False)
     if not listed:
         refuse(wrong or [Problem("no images", f"--images {folder}", "there are none in it, nor in folders below",
                                  "--images FOLDER_OF_IMAGES", "data")])

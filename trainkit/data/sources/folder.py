@@ -55,10 +55,10 @@ def list_image_folder(data: ImageOptions) -> tuple[list[Listed], list[Problem]]:
     return found, problems or ([] if found else [_no_images(where)])
 
 
-def list_folder(where: Folder, *, tell: bool = True) -> tuple[list[Listed], list[Problem]]:
+def list_folder(where: Folder, *, verbose: bool = True) -> tuple[list[Listed], list[Problem]]:
     """(images in the order of their names with the captions beside them, problems).
 
-    tell  log what looks meant for training but is not; False where the same folder is read once more
+    verbose  log what looks meant for training but is not; False where the same folder is read once more
     """
     folder = where.path
     try:
@@ -69,7 +69,7 @@ def list_folder(where: Folder, *, tell: bool = True) -> tuple[list[Listed], list
         return [], [_unreadable_folder(where, error)]
     images = [path for paths in files.values() for path in paths if _is_image(path)]
     named, beside, problems = _read_captions(where, files)
-    if tell:
+    if verbose:
         _report_ignored([path for paths in files.values() for path in paths], held_out)
         _report_captions(images, named, beside, prompt_flag=where.prompt_flag)
     everything = {path for path in (*images, *named) if path.relative_to(folder).parts[0] not in held_out}

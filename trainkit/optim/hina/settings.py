@@ -215,7 +215,7 @@ def _type_problem(name: str, value: object) -> Iterator[str]:
             "str": isinstance(value, str)}.get(type_name, True)
     if not fits:
         expected = {"bool": "True or False", "bool | None": "True, False or None", "int": "a whole number",
-                 "float": "a finite number", "str": "a text"}
+                    "float": "a finite number", "str": "a text"}
         yield f"{name} {value!r} is of the wrong kind: give {expected[type_name]}"
 
 
