@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class Options(OptionSet):
-    """Everything this trainer can be told, one concern a field."""
+    """Everything that can be set for this trainer, one concern a field."""
 
     model: ModelOptions
     data: CaptionedDataOptions

@@ -345,8 +345,8 @@ def test_the_gain_ignores_warm_up_and_broken_steps_and_stays_in_bounds():
 
 
 def test_a_share_that_cannot_be_held_is_told_once(caplog):
-    for unit, words in ((1e-9, ("1000", "smaller share; raise --fourier_weight 0.05")),
-                        (1e9, ("0.001", "larger share; lower --fourier_weight"))):
+    for unit, words in ((1e-9, ("1000", "smaller fraction; raise --fourier_weight 0.05")),
+                        (1e9, ("0.001", "larger fraction; lower --fourier_weight"))):
         caplog.clear()
         fourier = FourierTerm(FourierLoss(warmup_steps=0), total_steps=10, target_fraction=0.2)
         for _ in range(3):

@@ -125,7 +125,7 @@ def power_spectrum(images: "Sequence[Image]", side: int) -> Tensor:
 
     Ring k = 1 … side/2 holds the frequencies whose distance from 0, rounded, is k cycles an image; the last is
     Nyquist's. Neither the mean (0) nor the corners beyond the last ring are in any. A wave of k cycles and amplitude a
-    counts a²/2 in ring k; white noise of variance σ² counts σ² by the share of the frequencies that a ring holds.
+    counts a²/2 in ring k; white noise of variance σ² counts σ² by the fraction of the frequencies that a ring holds.
 
     Shapes: N images of any size, on white and resized to side × side -> float64 [side/2], the first for k = 1.
     Errors: ValueError for no images, and for a side that is not even.

@@ -62,7 +62,7 @@ class ClipToken:
     rows     [N,D] features
     places   [rows of the data set] -> row of features
     full     captions whose encoding has no pad: their end token stays
-    dropout  share of visits without the token, so that classifier-free guidance has a branch to start from
+    dropout  fraction of visits without the token, so that classifier-free guidance has a branch to start from
     """
 
     rows: Tensor

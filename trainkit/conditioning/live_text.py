@@ -131,7 +131,7 @@ class LiveText:
         return self.learner.rewrite(prompt)
 
     def __call__(self, prompts: Sequence[str], step: int | None = None) -> Condition:
-        """What the network is told of each prompt, on the device.
+        """What the network is given for each prompt, on the device.
 
         step  optimizer step (from 0) that asks, after `Optim.begin`; None asks for the weights as they are, without
               gradient, to look at

@@ -50,7 +50,7 @@ DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf
 
 
 class ClassImageOptions(Protocol):
-    """What a trainer is told about class images."""
+    """What a trainer takes about class images."""
 
     @property
     def model(self) -> ModelOptions: ...

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-EncodePrompts = Callable[[Sequence[str]], Condition]  # prompts to what the network is told of them
+EncodePrompts = Callable[[Sequence[str]], Condition]  # prompts to what the network is given for them
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ class SD(Family):
         return Condition({"embeds": embeds.to(self.weight_dtype)})
 
     def denoise(self, z: Tensor, level: Level, condition: Condition) -> Tensor:
-        """The network's output for noised latents z [B,C,h,w] -> [B,C,h,w]; it is told the prompts alone."""
+        """The network's output for noised latents z [B,C,h,w] -> [B,C,h,w]; it is given the prompts alone."""
         return self.denoiser(z.to(self.weight_dtype), level.cond.to(z.device),
                              encoder_hidden_states=condition["embeds"], return_dict=False)[0]
 

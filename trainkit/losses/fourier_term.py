@@ -114,12 +114,12 @@ class FourierTerm:
         self.gain.base, self.gain.unit, self.gain.value = data["base"], data["unit"], data["gain"]
 
     def _warn_of_bound(self) -> None:
-        """Say once that the share cannot be held."""
+        """Say once that the fraction cannot be held."""
         if self.bounded or self.gain.value not in GAINS:
             return
         self.bounded, high = True, self.gain.value == GAINS[1]
         log.warning("--fourier_target_share %g cannot be held: its factor on the weight stands at its bound of %g, and "
-                    "the term is a %s share; %s --fourier_weight %g", self.gain.target, self.gain.value,
+                    "the term is a %s fraction; %s --fourier_weight %g", self.gain.target, self.gain.value,
                     *(("smaller", "raise") if high else ("larger", "lower")), self.loss.weight)
 
     def _note(self, part: FourierPart, base: Tensor, factor: Tensor, num_instance: int) -> None:

@@ -101,7 +101,7 @@ def numbered(names: Sequence[str], like: Tensor) -> Tensor:
 
 def text_features(forward: Forward) -> Tensor:
     """The mean text embedding -> [B,D]."""
-    assert forward.condition is not None, "the pass was not told its text"
+    assert forward.condition is not None, "the pass was given no text"
     return forward.condition["embeds"].float().mean(1)
 
 

@@ -209,7 +209,7 @@ class Forward:
     n: Tensor  # [B,C,h,w]
     level: Level
     batch: Samples
-    condition: Condition | None  # what the network was told
+    condition: Condition | None  # what the network was given
     pred: Prediction
     target: Tensor  # [B,C,h,w], what the output should have been
     losses: Tensor  # [B], the ordinary loss as it enters the sum
@@ -272,7 +272,7 @@ class Objective:
         return sum((term(forward, observe=observe) for term in self.terms), start=losses)
 
     def scaled(self, factor: Callable[[Level], Tensor]) -> Objective:
-        """The same with every sample's weight times factor(level) [B], which terms are told too."""
+        """The same with every sample's weight times factor(level) [B], which terms see too."""
         def times(weight: Callable[[Level], Tensor]) -> Callable[[Level], Tensor]:
             return lambda level: weight(level) * factor(level)
 

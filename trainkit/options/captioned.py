@@ -1,4 +1,4 @@
-"""What the text-to-image trainer is told otherwise than the DreamBooth one: captioned images, its own defaults."""
+"""What the text-to-image trainer takes otherwise than the DreamBooth one: captioned images, its own defaults."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class InstanceOptions(Concern):
 
 
 class ImageOptions(Concern):
-    """What every trainer is told of its images; the class variables say what a trainer's own flags mean."""
+    """What every trainer takes of its images; the class variables say what a trainer's own flags mean."""
 
     folder_flag: ClassVar[str]  # name of the flag that gives a folder of images
     prompt_flag: ClassVar[str | None] = None  # name of the flag that gives images without a caption one

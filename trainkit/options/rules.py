@@ -51,10 +51,10 @@ def _unclear_objective(values: Values) -> Iterator[Problem]:
 
 
 def _idle_fourier(values: Values) -> Iterator[Problem]:
-    """A share to be held by a weight of 0."""
+    """A fraction to be held by a weight of 0."""
     if values.get("fourier_target_share") and _weighs_nothing(values):
         yield Problem("--fourier_target_share with --fourier_weight 0", "--fourier_weight 0",
-                      "the share is held by a factor on the weight", "leave out --fourier_weight, or the share")
+                      "it is held by a factor on the weight", "leave out one of the two")
 
 
 def _perturbed(values: Values) -> Iterator[Problem]:
@@ -138,7 +138,7 @@ def _untrained_text(values: Values) -> Iterator[Problem]:
     for part, what in {"train_text_encoder": "adapters", "train_text_encoder_ti": "embeddings"}.items():
         if values.get(part) and values.get(f"{part}_frac") == 0:
             yield Problem(f"--{part} with --{part}_frac 0", f"--{part}_frac 0", f"the {what} would never be trained",
-                          f"a share above 0, or leave out --{part}")
+                          f"a fraction above 0, or leave out --{part}")
 
 
 def trained_fractions(values: Values) -> dict[str, float]:
@@ -155,7 +155,7 @@ def _idle_steps(values: Values) -> Iterator[Problem]:
     if parts[longest] < 1:
         yield Problem(f"nothing would be trained after {parts[longest]:.0%} of the steps",
                       ", ".join(f"--{flag} {fraction:g}" for flag, fraction in parts.items()),
-                      "each is the share of the steps in which that part is trained", f"--{longest} 1")
+                      "each is the fraction of the steps in which that part is trained", f"--{longest} 1")
 
 
 def _without_class(values: Values) -> Iterator[Problem]:

@@ -125,7 +125,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--debug", action="store_true", help="show a traceback for user errors")
     args = parser.parse_args(argv)
     strengths = args.strengths if args.lora else (1.0,)
-    args.strengths = tuple(sorted({0.0, *strengths}, key=abs))  # the share needs the base, untouched: first
+    args.strengths = tuple(sorted({0.0, *strengths}, key=abs))  # the gap closed needs the base, untouched: first
     return args
 
 
@@ -300,7 +300,7 @@ def images_of(pipe: Pipeline, settings: GenerationSettings, wanted: list[Wanted]
 
 
 def measure(args: argparse.Namespace, drawn: dict[float, list[Image]], reference: list[Real]) -> dict[str, object]:
-    """Distances at each strength, the floor, and the share of the gap between them that each strength closes."""
+    """Distances at each strength, the floor, and the fraction of the gap that each strength closes."""
     from trainkit.evaluation import style_distance
 
     real = [opened(r.path) for r in reference]

@@ -73,7 +73,7 @@ class Gradients:
         self.in_a_row = 0
 
     def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's share of the step's loss (a scalar) to the gradients.
+        """Add a micro-batch's part of the step's loss (a scalar) to the gradients.
 
         A loss that depends on nothing that trains adds none: new tokens alone, in captions that hold none of them.
         """
@@ -148,7 +148,7 @@ class Gradients:
         log.warning("step %d skipped: loss %g, gradient norm %g; weights are unchanged", step + 1, loss, norm)
 
     def _diverged(self, step: int, params: Sequence[Tensor]) -> UserError:
-        """The end of a run at optimizer step `step`: whether the weights are still worth something, and what to do."""
+        """The end of a run at optimizer step `step`: whether the weights are still usable, and what to do."""
         first = step + 2 - self.in_a_row  # of the steps in a row, counted from 1
         whole = all(p.isfinite().all().item() for p in params)
         precision = ", or use --mixed_precision bf16 or no" if whole else ""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class PromptConditioner(Protocol):
-    """Prompts to what the network is told of them: cached, or from encoders in training (trainkit.conditioning)."""
+    """Prompts to what the network is given for them: cached, or from encoders in training (trainkit.conditioning)."""
 
     def __call__(self, prompts: Sequence[str], step: int | None = None) -> Condition: ...
 
@@ -67,7 +67,7 @@ class TrainStep:
         n, added = (noise.to(device) for noise in self.noise(x0.shape[1:], keys))  # [B,C,h,w]
         z = pred.add_noise(x0, added, level)
 
-        # What the network is told: the prompts, the sizes, and what images add.
+        # What the network is given: the prompts, the sizes, and what images add.
         condition = Condition(self.text(batch.prompts, batch.step), time_ids=batch.time_ids)
         for add in self.adds:
             condition = add(condition, batch)

@@ -16,7 +16,7 @@ from torch import Tensor
 from trainkit.optim.hina.chunk_state import ChunkState
 from trainkit.optim.hina.settings import Group
 
-LEAST = 1e-6  # singular values below this share of the largest shrink as those at it
+LEAST = 1e-6  # singular values below this fraction of the largest shrink as those at it
 NAMES = (("lora_A", "lora_B"), ("lora_down", "lora_up"))  # the factor next to the input, the one next to the output
 
 

@@ -22,8 +22,8 @@ from trainkit.optim.hina.roles import Role
 from trainkit.optim.hina.settings import Group
 
 TAM_EPS = 1e-8
-LEAST_REST = 1e-3  # the share of ||g|| that ⊥Grad finds orthogonal at least, where it restores the norm
-AGREEMENT = 1e-3  # the share of coordinates that the cautious rule finds in agreement at least
+LEAST_REST = 1e-3  # the fraction of ||g|| that ⊥Grad finds orthogonal at least, where it restores the norm
+AGREEMENT = 1e-3  # the fraction of coordinates that the cautious rule finds in agreement at least
 
 
 def run(chunk: ChunkState, rules: Sequence[Rule]) -> None:

@@ -1,4 +1,4 @@
-"""What HinaAdaptive can be told: names, defaults, presets, and what no value may be.
+"""What can be set of HinaAdaptive: names, defaults, presets, and what no value may be.
 
 Every setting that moves a number lives in the parameter groups, so each group can differ and a state dict carries it.
 """
