@@ -1,4 +1,4 @@
-"""Teach SDXL a concept or a style from a few pictures: a DreamBooth LoRA.
+"""Teach SDXL a concept or a style from a few images: a DreamBooth LoRA.
 
     accelerate launch train_dreambooth_lora_sdxl_advanced.py \\
       --pretrained_model_name_or_path=assets/tiny-sdxl-icons --instance_data_dir=assets/icons-3d \\
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class Options(OptionSet):
-    """Everything this trainer can be told, one concern a field."""
+    """Everything that can be set for this trainer, one concern a field."""
 
     model: ModelOptions
     data: DataOptions
@@ -60,59 +60,60 @@ class Options(OptionSet):
 def main(argv: list[str] | None = None) -> None:
     opt = parse(Options, argv, description=__doc__)  # frozen; --help and --print_config end here
 
-    from trainkit import checkpoints, preview, publish, run, run_fingerprint
+    from trainkit import checkpoints, preview, publish, run_fingerprint
     from trainkit.conditioning import live_text, new_tokens
     from trainkit.data import cache, class_images, loader, sampler
     from trainkit.diffusion import ScheduleChange, make_noise
     from trainkit.families import sdxl
     from trainkit.losses.passes import Passes, always, plain_objective
+    from trainkit.run import start_run
     from trainkit.training.step import TrainStep
     from trainkit.training.trainables import make_trainables
 
     instances = preflight(opt)  # every problem in one message
-    with run.start_run(opt, "dreambooth-lora-sdxl") as job:
-        total, stop = opt.run.ends(len(instances), job.world)  # finished steps of the run, and of this session
+    with start_run(opt, "dreambooth-lora-sdxl") as run:
+        total, stop = opt.run.ends(len(instances), run.world)  # finished steps of the run, and of this session
 
         # Images of the concept, and of its class where the prior is kept: those are generated where they are missing.
-        rows = [*instances, *class_images.class_rows(opt, job)]
-        stream = sampler.Order(rows, job.global_batch, seed=job.seed)  # the same on 1 or N processes
+        rows = [*instances, *class_images.class_rows(opt, run)]
+        stream = sampler.Order(rows, run.global_batch, seed=run.seed)  # the same on 1 or N processes
         new_tokens.warn(opt.pivotal, rows)
 
         # The frozen model. Prompts become conditioning (cached, by new tokens or by LoRA), images become latents.
-        family = sdxl.load(opt.model, device=job.device, weight_dtype=job.weight_dtype, compat=opt.run.compat,
+        family = sdxl.load(opt.model, device=run.device, weight_dtype=run.weight_dtype, compat=opt.run.compat,
                            schedule=ScheduleChange.from_options(opt.objective))
         store = cache.open_store(opt.data.latent_cache_dir)
         text = live_text.make_text(
             family, [row.caption for row in rows], store, also=preview.preview_prompts(opt.validation), text=opt.text,
-            pivotal=opt.pivotal, lora=opt.lora, total=total, seed=job.seed,
+            pivotal=opt.pivotal, lora=opt.lora, total=total, seed=run.seed,
             gradient_checkpointing=opt.precision.gradient_checkpointing)
-        images = loader.ready_images(rows, opt.data, family, store, seed=job.seed, progress=job.show_task,
+        images = loader.ready_images(rows, opt.data, family, store, seed=run.seed, progress=run.show_task,
                                      num_workers=opt.run.dataloader_num_workers)
 
         # Everything that learns: adapters on the network, and what trains in the text encoders.
-        lora, optimizer = make_trainables(opt, family, text, keep_vae=images.live, global_batch=job.global_batch,
-                                          total_steps=total, seed=job.seed)
+        lora, optimizer = make_trainables(opt, family, text, keep_vae=images.live, global_batch=run.global_batch,
+                                          total_steps=total, seed=run.seed)
 
         # One forward pass a step: noise to a drawn level, ask the network, weigh the error.
         plain, memories = plain_objective(opt.objective, opt.fourier_loss, family.schedule, total_steps=total,
-                                          note=job.note, compat=opt.run.compat)
+                                          note=run.note, compat=opt.run.compat)
         passes = Passes(always(plain), memories)
-        train_step = TrainStep(family, text, make_noise(opt.objective), passes, job.autocast)
+        train_step = TrainStep(family, text, make_noise(opt.objective), passes, run.autocast)
 
         # Previews and checkpoints, from which a killed run goes on.
         previews = preview.Previews(
-            family, opt.validation, text, job.out_dir, seed=job.seed, resolution=opt.data.resolution,
+            family, opt.validation, text, run.out_dir, seed=run.seed, resolution=opt.data.resolution,
             every=opt.validation.every(stream.steps_per_epoch), averaged=optimizer.averaged)
         saves = checkpoints.Checkpoints(
-            job.out_dir, keep=opt.run.checkpoints_total_limit, extra=partial(export, text, optimizer, job.name),
-            fingerprint=run_fingerprint.fingerprint(opt, rows, family, job, total), adapters=lora, text=text,
-            passes=passes, optimizer=optimizer, run=job)
+            run.out_dir, keep=opt.run.checkpoints_total_limit, extra=partial(export, text, optimizer, run.name),
+            fingerprint=run_fingerprint.fingerprint(opt, rows, family, run, total), adapters=lora, text=text,
+            passes=passes, optimizer=optimizer, run=run)
         start = saves.resume(opt.run.resume_from_checkpoint, stop=stop)
-        batches = loader.micro_batches(images, stream, job.shard, start_step=start, stop_step=stop,
+        batches = loader.micro_batches(images, stream, run.shard, start_step=start, stop_step=stop,
                                        num_workers=opt.run.dataloader_num_workers)
-        job.train(train_step, batches, optimizer, text, saves, previews, start=start, stop=stop, total=total)
+        run.train(train_step, batches, optimizer, text, saves, previews, start=start, stop=stop, total=total)
         if stop == total:
-            publish.publish(opt.run, family, lora, words=text, num_images=len(instances) // opt.data.repeats,
+            publish.publish(opt.run, family, lora, text=text, num_images=len(instances) // opt.data.repeats,
                             averaged=optimizer.averaged)
 
 
@@ -127,9 +128,9 @@ def preflight(opt: Options) -> list[Row]:
     preflight.leave_out_unused(opt.optimizer)
     model = preflight.check_model(opt, sdxl)
     rows, data_problems = read_rows(opt.data)
-    asked = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run)]
-    tokens = new_tokens.problems(opt.pivotal, [row.caption for row in rows])
-    refuse([*asked, *model.problems, *data_problems, *class_images.problems(opt), *tokens])
+    option_problems = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run)]
+    token_problems = new_tokens.problems(opt.pivotal, [row.caption for row in rows])
+    refuse([*option_problems, *model.problems, *data_problems, *class_images.problems(opt), *token_problems])
     return rows
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Frequency-aware distribution matching, the recipe: a LoRA of rank 4 on captioned pictures, batch 4, Min-SNR gamma 5, the
+# Frequency-aware distribution matching, the recipe: a LoRA of rank 4 on captioned images, batch 4, Min-SNR gamma 5, the
 # sum form of Real-Fake with lambda 0.003 on low (0.7) and high (0.3) bands of a db3 wavelet, and the CLIP guidance token.
 #
 #   bash train_freq_aware.sh                                        the shipped SD 1.x model and 22 shipped icons
 #   MODEL=stable-diffusion-v1-5/stable-diffusion-v1-5 CLIP=openai/clip-vit-large-patch14 \
-#     DATA=my_pictures PROMPT="a fox in the snow" OUTPUT=runs/mine LEARNING_RATE=1e-4 STEPS=1000 bash train_freq_aware.sh
+#     DATA=my_images PROMPT="a fox in the snow" OUTPUT=runs/mine LEARNING_RATE=1e-4 STEPS=1000 bash train_freq_aware.sh
 #
 # Hardware   as it is: any CPU, 1 GB of memory. SD 1.5 at its 512 px: a GPU, and MIXED_PRECISION=fp16 or bf16
 # Time       as it is: about 6 minutes on one CPU core; each step has two forward passes (the second is the term's own)
@@ -33,7 +33,7 @@ from trainkit.errors import exit_with_message
 from trainkit.families.checks import native_resolution
 exit_with_message(lambda: print(native_resolution(sys.argv[1])))' "$model")}
 
-printf '\nCLIP features of the pictures:\n\n'
+printf '\nCLIP features of the images:\n\n'
 mkdir -p "$out"
 .venv/bin/python scripts/extract_clip_features.py --images "$data" --clip "$clip" --out "$features"
 
@@ -50,6 +50,6 @@ printf '\nTraining:\n\n'
   --max_train_steps="${STEPS:-300}" --checkpointing_steps=100 --resume_from_checkpoint=latest \
   ${prompt:+--validation_prompt="$prompt" --validation_steps=100} --seed=0 "$@"
 
-printf '\nOpen %s in a browser. Pictures with the token of a picture of yours:\n\n' "$out/report.html"
+printf '\nOpen %s in a browser. Images with the token of an image of yours:\n\n' "$out/report.html"
 printf '.venv/bin/python scripts/generate.py --base %q --lora %q --clip %q \\\n' "$model" "$out" "$clip"
-printf '  --guidance_image PICTURE.png --prompt "what it shows" --out %q\n' "$out/pictures"
+printf '  --guidance_image IMAGE.png --prompt "what it shows" --out %q\n' "$out/images"

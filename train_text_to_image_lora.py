@@ -1,4 +1,4 @@
-"""Teach Stable Diffusion 1.x, 2.x or SDXL from captioned pictures: a text-to-image LoRA.
+"""Teach Stable Diffusion 1.x, 2.x or SDXL from captioned images: a text-to-image LoRA.
 
     accelerate launch train_text_to_image_lora.py \\
       --pretrained_model_name_or_path=assets/tiny-sd-icons --train_data_dir=assets/icons-3d \\
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class Options(OptionSet):
-    """Everything this trainer can be told, one concern a field."""
+    """Everything that can be set for this trainer, one concern a field."""
 
     model: ModelOptions
     data: CaptionedDataOptions
@@ -58,63 +58,64 @@ class Options(OptionSet):
 def main(argv: list[str] | None = None) -> None:
     opt = parse(Options, argv, description=__doc__)  # frozen; --help and --print_config end here
 
-    from trainkit import checkpoints, families, preview, publish, run, run_fingerprint
+    from trainkit import checkpoints, families, preview, publish, run_fingerprint
     from trainkit.conditioning import clip_token, live_text
     from trainkit.data import cache, loader, sampler
     from trainkit.diffusion import ScheduleChange, make_noise
     from trainkit.losses.matching_term import make_passes
     from trainkit.losses.passes import plain_objective
+    from trainkit.run import start_run
     from trainkit.training.step import TrainStep
     from trainkit.training.trainables import make_trainables
 
-    kind = families.of(opt.model)  # SD 1.x and 2.x, or SDXL: what the model folder holds
-    rows = preflight(opt, kind)  # every problem in one message
-    with run.start_run(opt, "text-to-image-lora") as job:
-        total, stop = opt.run.ends(len(rows), job.world)  # finished steps of the run, and of this session
-        stream = sampler.Order(rows, job.global_batch, seed=job.seed)  # the same on 1 or N processes
+    family_module = families.of(opt.model)  # SD 1.x and 2.x, or SDXL: what the model folder holds
+    rows = preflight(opt, family_module)  # every problem in one message
+    with start_run(opt, "text-to-image-lora") as run:
+        total, stop = opt.run.ends(len(rows), run.world)  # finished steps of the run, and of this session
+        stream = sampler.Order(rows, run.global_batch, seed=run.seed)  # the same on 1 or N processes
 
         # The frozen model. Prompts become conditioning (cached, or by LoRA on the encoders), images become latents.
-        family = kind.load(opt.model, device=job.device, weight_dtype=job.weight_dtype, compat=opt.run.compat,
+        family = family_module.load(opt.model, device=run.device, weight_dtype=run.weight_dtype, compat=opt.run.compat,
                            schedule=ScheduleChange.from_options(opt.objective))
         token = clip_token.make_clip_token(opt.guidance, rows, family)  # the image's own, where it is asked for
         store = cache.open_store(opt.data.latent_cache_dir)
         text = live_text.make_text(
             family, [caption for row in rows for caption in row.all_captions], store,
             also=preview.preview_prompts(opt.validation), text=opt.text, pivotal=None, lora=opt.lora, total=total,
-            seed=job.seed, gradient_checkpointing=opt.precision.gradient_checkpointing)
-        images = loader.ready_images(rows, opt.data, family, store, seed=job.seed, progress=job.show_task,
+            seed=run.seed, gradient_checkpointing=opt.precision.gradient_checkpointing)
+        images = loader.ready_images(rows, opt.data, family, store, seed=run.seed, progress=run.show_task,
                                      num_workers=opt.run.dataloader_num_workers)
 
         # Everything that learns: adapters on the network, and what trains in the text encoders.
-        lora, optimizer = make_trainables(opt, family, text, keep_vae=images.live, global_batch=job.global_batch,
-                                          total_steps=total, seed=job.seed)
+        lora, optimizer = make_trainables(opt, family, text, keep_vae=images.live, global_batch=run.global_batch,
+                                          total_steps=total, seed=run.seed)
 
         # The forward passes of a step: one, or with distribution matching as its mode says.
         plain, memories = plain_objective(opt.objective, opt.fourier_loss, family.schedule, total_steps=total,
-                                          note=job.note)  # --compat or not: levels and loss are as in Diffusers' own
-        passes = make_passes(opt.matching, plain, seed=job.seed, snr_gamma=opt.objective.capped_gamma,
-                             together=opt.run.train_batch_size * job.world, memories=memories)
-        train_step = TrainStep(family, text, make_noise(opt.objective), passes, job.autocast,
+                                          note=run.note)  # --compat or not: levels and loss are as in Diffusers' own
+        passes = make_passes(opt.matching, plain, seed=run.seed, snr_gamma=opt.objective.capped_gamma,
+                             together=opt.run.train_batch_size * run.world, memories=memories)
+        train_step = TrainStep(family, text, make_noise(opt.objective), passes, run.autocast,
                                adds=(token,) if token else ())
 
         # Previews and checkpoints, from which a killed run goes on.
         previews = preview.Previews(
-            family, opt.validation, text, job.out_dir, seed=job.seed, resolution=opt.data.resolution,
+            family, opt.validation, text, run.out_dir, seed=run.seed, resolution=opt.data.resolution,
             every=opt.validation.every(stream.steps_per_epoch), averaged=optimizer.averaged)
         saves = checkpoints.Checkpoints(
-            job.out_dir, keep=opt.run.checkpoints_total_limit,
-            fingerprint=run_fingerprint.fingerprint(opt, rows, family, job, total, **(token.identity if token else {})),
-            adapters=lora, text=text, passes=passes, optimizer=optimizer, run=job)
+            run.out_dir, keep=opt.run.checkpoints_total_limit,
+            fingerprint=run_fingerprint.fingerprint(opt, rows, family, run, total, **(token.identity if token else {})),
+            adapters=lora, text=text, passes=passes, optimizer=optimizer, run=run)
         start = saves.resume(opt.run.resume_from_checkpoint, stop=stop)
-        batches = loader.micro_batches(images, stream, job.shard, start_step=start, stop_step=stop,
+        batches = loader.micro_batches(images, stream, run.shard, start_step=start, stop_step=stop,
                                        num_workers=opt.run.dataloader_num_workers)
-        job.train(train_step, batches, optimizer, text, saves, previews, start=start, stop=stop, total=total)
+        run.train(train_step, batches, optimizer, text, saves, previews, start=start, stop=stop, total=total)
         if stop == total:
-            publish.publish(opt.run, family, lora, words=text, num_images=len(rows) // opt.data.repeats,
+            publish.publish(opt.run, family, lora, text=text, num_images=len(rows) // opt.data.repeats,
                             averaged=optimizer.averaged)
 
 
-def preflight(opt: Options, kind: ModuleType) -> list[Row]:
+def preflight(opt: Options, family_module: ModuleType) -> list[Row]:
     """The rows to train on; or one message with everything that is wrong, before a weight is loaded."""
     from trainkit import optim, preflight, publish
     from trainkit.conditioning import clip_token
@@ -122,13 +123,13 @@ def preflight(opt: Options, kind: ModuleType) -> list[Row]:
     from trainkit.losses import matching_term
 
     preflight.leave_out_unused(opt.optimizer)
-    model = preflight.check_model(opt, kind)
+    model = preflight.check_model(opt, family_module)
     rows, data_problems = read_rows(opt.data, seed=opt.run.seed)
-    more = [] if model.latents is None else [
+    input_problems = [] if model.latents is None else [
         *clip_token.problems(opt.guidance, rows, model.text_width),
         *matching_term.problems(opt.matching, {row.digest: row.caption for row in rows}, model.latents)]
-    asked = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run)]
-    refuse([*asked, *model.problems, *more, *data_problems])
+    option_problems = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run)]
+    refuse([*option_problems, *model.problems, *input_problems, *data_problems])
     return rows
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Build the base models and the icon folders under assets/ from freely licensed emoji pictures.
+"""Build the base models and the icon folders under assets/ from freely licensed emoji images.
 
 Sources, fetched from npm and PyPI at pinned versions into the work folder:
-  emoji-datasource-google 16.0.0      Noto Emoji pictures, Apache-2.0
-  emoji-datasource-twitter 16.0.0     Twemoji pictures, CC-BY 4.0
+  emoji-datasource-google 16.0.0      Noto Emoji images, Apache-2.0
+  emoji-datasource-twitter 16.0.0     Twemoji images, CC-BY 4.0
   @iconify-json/fluent-emoji-flat     Fluent Emoji (flat), MIT
   @iconify-json/emojione 1.2.3        Emoji One 2, CC-BY 4.0: only for the UNets
   @iconify-json/fxemoji 1.2.2         Firefox OS Emoji, Apache-2.0: only for the UNets

@@ -23,7 +23,7 @@ if [ "${TOKENS:-1}" != 0 ]; then
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # on a busy CPU two threads are slower than one
 
-# The trainer's real command line: copy it, and put your own model, pictures and words in.
+# The trainer's real command line: copy it, and put your own model, images and words in.
 train=(
   .venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
   train_dreambooth_lora_sdxl_advanced.py

@@ -27,8 +27,8 @@ class Done:
     output: str
 
 
-def make_pictures(folder: Path, *, n: int = 6, captions: bool = True) -> Path:
-    """`n` small pictures of different sizes and colours, with metadata.jsonl unless `captions` is off."""
+def make_images(folder: Path, *, n: int = 6, captions: bool = True) -> Path:
+    """`n` small images of different sizes and colours, with metadata.jsonl unless `captions` is off."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     lines = []

@@ -26,7 +26,7 @@ def batch_of(keys: Sequence[rng.Key] = KEYS, **changes: object) -> Batch:
     count = len(keys)
     values = dict(
         step=0, keys=tuple(keys), rows=tuple(range(count)), prompts=repeated("abaabc", count),
-        pictures=repeated("123156", count), time_ids=torch.zeros(count, 6), share=torch.ones(count),
+        images=repeated("123156", count), time_ids=torch.zeros(count, 6), loss_weight=torch.ones(count),
         is_class=torch.zeros(count) > 0, num_instance=1)
     return Batch(**{**values, **changes})
 

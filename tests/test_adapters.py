@@ -441,10 +441,10 @@ def test_under_autocast_products_run_in_bf16_and_gradients_return_in_fp32(sizes,
 
 def test_nothing_is_merged_in_half_precision_where_a_young_update_would_be_rounded_away():
     x, W = torch.zeros(1, 8), torch.zeros(8, 8)
-    assert lean_lora.worth_merging(x, W) and not lean_lora.worth_merging(x, torch.zeros(512, 512))
-    assert not lean_lora.worth_merging(x.bfloat16(), W.bfloat16())
+    assert lean_lora.should_merge(x, W) and not lean_lora.should_merge(x, torch.zeros(512, 512))
+    assert not lean_lora.should_merge(x.bfloat16(), W.bfloat16())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not lean_lora.worth_merging(x, W)
+        assert not lean_lora.should_merge(x, W)
 
 
 def test_lean_steps_aside_where_something_else_is_asked_of_the_layer(monkeypatch):

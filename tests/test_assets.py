@@ -50,16 +50,16 @@ def test_the_models_stay_within_their_sizes():
 
 
 @pytest.mark.parametrize(("folder", "count"), FOLDERS.items())
-def test_every_picture_has_a_caption_a_licence_and_a_white_border(folder: str, count: int):
+def test_every_image_has_a_caption_a_licence_and_a_white_border(folder: str, count: int):
     listed = rows(folder)
     assert {row["file_name"] for row in listed} == {file.name for file in (ASSETS / folder).glob("*.png")}
     assert len(listed) == len({row["file_name"] for row in listed}) == count
     assert all(row["text"].strip() for row in listed)
     assert (ASSETS / folder / "LICENSE").stat().st_size > 500
     for row in listed:
-        picture = Image.open(ASSETS / folder / row["file_name"])
-        corners = [picture.getpixel(at) for at in ((0, 0), (picture.width - 1, picture.height - 1))]
-        assert picture.mode == "RGB" and (255, 255, 255) in corners, row["file_name"]
+        image = Image.open(ASSETS / folder / row["file_name"])
+        corners = [image.getpixel(at) for at in ((0, 0), (image.width - 1, image.height - 1))]
+        assert image.mode == "RGB" and (255, 255, 255) in corners, row["file_name"]
 
 
 def test_the_reference_shows_no_training_icon_and_the_training_icons_say_tok():
@@ -122,11 +122,11 @@ def draws(pipeline) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd"])
-def test_the_stock_pipeline_draws_a_picture(name: str, request: pytest.FixtureRequest):
+def test_the_stock_pipeline_draws_a_image(name: str, request: pytest.FixtureRequest):
     pipeline = request.getfixturevalue(name)
     assert pipeline.unet.config.sample_size * pipeline.vae_scale_factor == 64
-    picture = draws(pipeline)
-    assert picture.shape == (1, 3, 64, 64) and torch.isfinite(picture).all() and picture.std() > 0.05
+    image = draws(pipeline)
+    assert image.shape == (1, 3, 64, 64) and torch.isfinite(image).all() and image.std() > 0.05
 
 
 def test_the_sdxl_layout_is_sdxl_s(sdxl):
@@ -162,11 +162,11 @@ def test_the_clip_knows_which_real_icon_a_caption_names():
 
     clip = CLIPModel.from_pretrained(CLIP, dtype=torch.float32).eval()
     chosen = rows("icons-class")
-    pictures = to_pixels([Image.open(ASSETS / "icons-class" / row["file_name"]) for row in chosen], 64)
+    images = to_pixels([Image.open(ASSETS / "icons-class" / row["file_name"]) for row in chosen], 64)
     ids = CLIPTokenizer.from_pretrained(CLIP)(
         [row["text"] for row in chosen], padding=True, return_tensors="pt"
     ).input_ids
     with torch.no_grad():
-        scores = clip(input_ids=ids, pixel_values=pictures).logits_per_image
+        scores = clip(input_ids=ids, pixel_values=images).logits_per_image
     right = (scores.argmax(1) == torch.arange(len(chosen))).float().mean()
     assert right > 0.9

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import TRAINER, Done, command, forked, launched, make_pictures
+from tests.harness import TRAINER, Done, command, forked, launched, make_images
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("data"))
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("data"))
 
 
 def refused(done: Done, code: int, *words: str, problems: int = 1) -> None:
@@ -44,9 +44,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_one_bad_thing_is_refused_by_name(case, tiny_sdxl, pictures, tmp_path):
+def test_one_bad_thing_is_refused_by_name(case, tiny_sdxl, images, tmp_path):
     changes, code, words = CASES[case]
-    done = forked(command(tiny_sdxl, pictures, tmp_path / "out", **changes), log=tmp_path / "log")
+    done = forked(command(tiny_sdxl, images, tmp_path / "out", **changes), log=tmp_path / "log")
     refused(done, code, *words)
 
 
@@ -55,19 +55,19 @@ def test_an_empty_folder_is_refused(tiny_sdxl, tmp_path):
     refused(forked(command(tiny_sdxl, tmp_path / "empty", tmp_path / "out"), log=tmp_path / "log"), 3, "empty")
 
 
-def test_unreadable_pictures_are_all_named(tiny_sdxl, tmp_path):
-    data = make_pictures(tmp_path / "data", captions=False)
+def test_unreadable_images_are_all_named(tiny_sdxl, tmp_path):
+    data = make_images(tmp_path / "data", captions=False)
     whole = (data / "p0.png").read_bytes()
     (data / "p1.png").write_bytes(whole[: len(whole) // 2])
-    (data / "p3.png").write_bytes(b"<html>not a picture</html>")
+    (data / "p3.png").write_bytes(b"<html>not an image</html>")
     done = forked(command(tiny_sdxl, data, tmp_path / "out"), log=tmp_path / "log")
     refused(done, 3, "p1.png", "p3.png", problems=done.output.count("next:"))
 
 
-def test_a_model_without_a_unet_is_refused(tiny_sdxl, pictures, tmp_path):
+def test_a_model_without_a_unet_is_refused(tiny_sdxl, images, tmp_path):
     model = shutil.copytree(tiny_sdxl, tmp_path / "model")
     shutil.rmtree(model / "unet")
-    refused(forked(command(model, pictures, tmp_path / "out"), log=tmp_path / "log"), 3, "unet")
+    refused(forked(command(model, images, tmp_path / "out"), log=tmp_path / "log"), 3, "unet")
 
 
 def test_all_problems_come_in_one_message_and_usage_decides_the_exit_code(tiny_sdxl, tmp_path):
@@ -85,14 +85,14 @@ def test_debug_shows_the_traceback(tiny_sdxl, tmp_path):
     assert done.code != 0 and "Traceback" in done.output
 
 
-def test_a_second_run_in_the_same_folder_is_refused(tiny_sdxl, pictures, tmp_path):
+def test_a_second_run_in_the_same_folder_is_refused(tiny_sdxl, images, tmp_path):
     """The first run is this process holding the lock: the second must name it and leave its files alone."""
     from trainkit.runtime.lock import OutputLock
 
     (tmp_path / "out").mkdir()
     first = OutputLock(tmp_path / "out")
     first.acquire()
-    command_line = command(tiny_sdxl, pictures, tmp_path / "out")
+    command_line = command(tiny_sdxl, images, tmp_path / "out")
     done = launched([sys.executable, f"{TRAINER}.py", *command_line])
     first.release()
     refused(done, 2, str(os.getpid()))

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from tests.pictures import marked, marked_folder, open_files, row_of
+from tests.images import marked, marked_folder, open_files, row_of
 from trainkit.data import cache
 from trainkit.data.batch import Row
 from trainkit.data.cache import DiskStore, Latents, Store, cache_latents, content_key
 from trainkit.data.geometry import CropPolicy
-from trainkit.data.images import load_picture
+from trainkit.data.images import load_image
 from trainkit.errors import UserError
 
 POLICY = CropPolicy(resolution=32, center_crop=True)
@@ -54,7 +54,7 @@ def test_a_cached_visit_is_the_live_one(tmp_path: Path, policy: CropPolicy, batc
     for row in rows:
         for epoch in range(6):
             sample = policy.sample(row, seed=0, epoch=epoch)
-            live = encode(policy.views(load_picture(row), [sample]))
+            live = encode(policy.views(load_image(row), [sample]))
             for kept, wanted in zip(latents(sample), live, strict=True):
                 torch.testing.assert_close(kept, wanted[0], rtol=0, atol=1e-6)
 
@@ -67,7 +67,7 @@ def test_nothing_is_encoded_twice(tmp_path: Path) -> None:
     assert fill(repeats, store)[1] == 0, "repeats with the same crop share an entry"
 
 
-def test_a_square_picture_is_cached_once_however_many_crops(tmp_path: Path) -> None:
+def test_a_square_image_is_cached_once_however_many_crops(tmp_path: Path) -> None:
     marked(1, 40, 40).save(tmp_path / "a.png")
     assert fill([row_of(tmp_path / "a.png")], {}, CropPolicy(resolution=32, cached_crops=4))[1] == 1
 
@@ -78,7 +78,7 @@ def test_whatever_changes_is_rebuilt_and_nothing_else(tmp_path: Path) -> None:
     marked(200, 50, 32).save(rows[2].source)  # new pixels under the old name
     changed = [row_of(row.source) for row in rows]
     assert fill(changed, store)[1] == 1, "pixels"
-    assert fill([replace(row, caption="new", id="renamed", share=0.5) for row in changed], store)[1] == 0
+    assert fill([replace(row, caption="new", id="renamed", loss_weight=0.5) for row in changed], store)[1] == 0
     assert fill(changed, store, replace(POLICY, random_flip=True))[1] == 5, "only the mirrored ones are new"
     assert fill(changed, store, replace(POLICY, resolution=16))[1] == 5, "resolution"
     assert fill(changed, store, replace(POLICY, interpolation="box"))[1] == 5, "filter"

@@ -1,4 +1,4 @@
-"""Captioned data sets: every layout that imagefolder has, lists of captions, a part of the pictures."""
+"""Captioned data sets: every layout that imagefolder has, lists of captions, a part of the images."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Pillow
 from pyarrow import parquet
 
-from tests.pictures import data_options, marked, marked_folder
+from tests.images import data_options, marked, marked_folder
 from trainkit.data.batch import Row
 from trainkit.data.geometry import CropPolicy
-from trainkit.data.images import load_picture
+from trainkit.data.images import load_image
 from trainkit.data.loader import Images, micro_batches
 from trainkit.data.rows import read_rows
 from trainkit.data.sampler import Order, Shard
@@ -48,10 +48,10 @@ def captions_of(folder: Path, **changes: object) -> dict[str, tuple[str, ...]]:
     return {row.id: row.all_captions for row in rows_of(folder, **changes)}
 
 
-def write(folder: Path, pictures: list[str], metadata: object = None, name: str = "metadata.jsonl") -> Path:
-    """`pictures` by their paths under the folder, and lines of metadata, as text or as objects."""
+def write(folder: Path, images: list[str], metadata: object = None, name: str = "metadata.jsonl") -> Path:
+    """`images` by their paths under the folder, and lines of metadata, as text or as objects."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number, path in enumerate(pictures):
+    for number, path in enumerate(images):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         marked(number, 40, 33 + number).save(folder / path)
     lines = metadata or []
@@ -92,10 +92,10 @@ def test_the_nearer_of_two_metadata_files_counts_and_that_is_said(
     write(tmp_path, ["cat/0.png", "cat/1.png"], [{"file_name": f"cat/{i}.png", "text": "far"} for i in range(2)])
     write(tmp_path / "cat", [], [{"file_name": "0.png", "text": "near"}, {"file_name": "1.png", "text": "far"}])
     assert captions_of(tmp_path) == {"cat/0.png": ("near",), "cat/1.png": ("far",)}
-    assert "1 pictures are named by the metadata of two folders" in caplog.text
+    assert "1 images are named by the metadata of two folders" in caplog.text
 
 
-def test_sidecars_beside_pictures_in_any_folder(tmp_path: Path) -> None:
+def test_sidecars_beside_images_in_any_folder(tmp_path: Path) -> None:
     write(tmp_path, ["x.png", "cat/x.png", "dog/ü 猫.png"])
     for name in ("x", "cat/x", "dog/ü 猫"):
         (tmp_path / f"{name}.txt").write_text(f"this is {name}\n", "utf-8")
@@ -103,7 +103,7 @@ def test_sidecars_beside_pictures_in_any_folder(tmp_path: Path) -> None:
         "x.png": ("this is x",), "cat/x.png": ("this is cat/x",), "dog/ü 猫.png": ("this is dog/ü 猫",)}
 
 
-def test_pictures_of_one_name_in_two_folders_do_not_share_a_caption_file(
+def test_images_of_one_name_in_two_folders_do_not_share_a_caption_file(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(tmp_path, ["a/x.png", "b/x.png"])
@@ -112,7 +112,7 @@ def test_pictures_of_one_name_in_two_folders_do_not_share_a_caption_file(
     assert captions_of(tmp_path) == {"a/x.png": ("a",), "b/x.png": ("b",)} and "share" not in caplog.text
     write(tmp_path, ["a/x.jpg"])
     rows_of(tmp_path)
-    assert "2 pictures share a caption file" in caplog.text
+    assert "2 images share a caption file" in caplog.text
 
 
 def test_names_in_any_script_and_form_are_found(tmp_path: Path) -> None:
@@ -181,18 +181,18 @@ def test_damaged_parquet_is_a_problem(tmp_path: Path) -> None:
 def test_empty_missing_and_unreadable_folders_are_told(tmp_path: Path) -> None:
     (tmp_path / "empty" / "below").mkdir(parents=True)
     problem = problem_of(tmp_path / "empty")
-    assert problem.what == "no pictures" and problem.kind == "data" and "--train_data_dir" in problem.fix
+    assert problem.what == "no images" and problem.kind == "data" and "--train_data_dir" in problem.fix
     assert problem_of(tmp_path / "nope").why == "there is no such folder"
     assert problem_of(write(tmp_path, ["a.png"]) / "a.png").why == "it is a file, not a folder"
 
 
-def test_a_picture_that_cannot_be_read_is_renamed_by_the_fix_wherever_it_lies(tmp_path: Path) -> None:
+def test_a_image_that_cannot_be_read_is_renamed_by_the_fix_wherever_it_lies(tmp_path: Path) -> None:
     folder = write(tmp_path / "my data", ["a/x.png", "b/x.png", "b/y.png"])
     (folder / "b" / "y.txt").write_text("fine")
     for name in "ab":
         (folder / name / "x.png").write_text("<html>")
     problem = problem_of(folder)
-    assert problem.what == "2 of 3 pictures cannot be read"
+    assert problem.what == "2 of 3 images cannot be read"
     subprocess.run(problem.fix, shell=True, check=True)
     assert captions_of(folder) == {"b/y.png": ("fine",)}
 
@@ -200,17 +200,17 @@ def test_a_picture_that_cannot_be_read_is_renamed_by_the_fix_wherever_it_lies(tm
 # ---------------------------------------------------------------------------------------------------------- captions
 
 
-def test_no_caption_at_all_is_a_problem_that_lists_the_pictures(tmp_path: Path) -> None:
+def test_no_caption_at_all_is_a_problem_that_lists_the_images(tmp_path: Path) -> None:
     write(tmp_path, ["cat/0.png", "dog/0.png"])
     problem = problem_of(tmp_path)
-    assert problem.what == "no picture has a caption" and problem.kind == "data"
+    assert problem.what == "no image has a caption" and problem.kind == "data"
     assert "cat/0.png" in problem.why and "dog/0.png" in problem.why and "metadata.jsonl" in problem.fix
 
 
 def test_some_without_caption_are_told_and_get_an_empty_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path, ["a.png", "b.png", "c.png"], [*LINES[:1], {"file_name": "b.png", "text": "  "}])
     assert captions_of(tmp_path) == {"a.png": ("an a",), "b.png": ("",), "c.png": ("",)}
-    assert "2 of 3 pictures have no caption" in caplog.text and "b.png" in caplog.text and "c.png" in caplog.text
+    assert "2 of 3 images have no caption" in caplog.text and "b.png" in caplog.text and "c.png" in caplog.text
 
 
 @pytest.mark.parametrize("column", ["text", "caption", "prompt"])
@@ -248,12 +248,12 @@ def test_a_list_with_something_else_in_it_is_a_bad_line(tmp_path: Path) -> None:
     assert "metadata.jsonl:1: text holds a int" in problem_of(tmp_path).why
 
 
-def test_a_trainer_of_one_caption_a_picture_refuses_lists_and_subfolders(tmp_path: Path) -> None:
+def test_a_trainer_of_one_caption_a_image_refuses_lists_and_subfolders(tmp_path: Path) -> None:
     write(tmp_path, ["a.png", "below/b.png"], [{"file_name": "a.png", "text": ["one", "two"]}])
     rows, (problem,) = read_rows(data_options(instance_data_dir=tmp_path))
     assert "text is a list, not text" in problem.why and [row.id for row in rows] == ["a.png"]
     listed, _ = list_folder(Folder(tmp_path, "--class_data_dir", "--class_prompt"))
-    assert [picture.id for picture in listed] == ["a.png"]
+    assert [image.id for image in listed] == ["a.png"]
 
 
 def several(folder: Path, n: int = 4, repeats: int = 1) -> list[Row]:
@@ -261,7 +261,7 @@ def several(folder: Path, n: int = 4, repeats: int = 1) -> list[Row]:
     return rows_of(write(folder, [f"{i}.png" for i in range(n)], lines), repeats=repeats)
 
 
-def test_a_visit_draws_one_caption_as_a_function_of_seed_epoch_picture_and_repeat(tmp_path: Path) -> None:
+def test_a_visit_draws_one_caption_as_a_function_of_seed_epoch_image_and_repeat(tmp_path: Path) -> None:
     rows = several(tmp_path, repeats=2)
     one, other = (Images(rows, CropPolicy(resolution=32), seed=seed) for seed in (1, 2))
     drawn = {(i, epoch): one.caption(row, epoch) for i, row in enumerate(rows) for epoch in range(200)}
@@ -278,10 +278,10 @@ def test_a_visit_draws_one_caption_as_a_function_of_seed_epoch_picture_and_repea
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_workers_ranks_and_a_resume_draw_the_same_captions(tmp_path: Path, accumulation: int) -> None:
     rows = several(tmp_path)
-    pictures, order = Images(rows, CropPolicy(resolution=32), seed=3), Order(rows, 4, seed=1)
+    images, order = Images(rows, CropPolicy(resolution=32), seed=3), Order(rows, 4, seed=1)
 
     def prompts(rank: int = 0, world: int = 1, **how: int) -> list[tuple[str, ...]]:
-        steps = micro_batches(pictures, order, Shard(rank, world, accumulation), stop_step=6, **how)
+        steps = micro_batches(images, order, Shard(rank, world, accumulation), stop_step=6, **how)
         return [sum((batch.prompts for batch in batches), ()) for _, batches in steps]
 
     whole = prompts()
@@ -289,19 +289,19 @@ def test_workers_ranks_and_a_resume_draw_the_same_captions(tmp_path: Path, accum
     assert any(len(set(words)) > 1 for words in zip(*map(sorted, whole), strict=True)), "they differ between epochs"
     if accumulation == 1:
         assert whole == [a + b for a, b in zip(prompts(rank=0, world=2), prompts(rank=1, world=2), strict=True)]
-    for _, batches in micro_batches(pictures, order, stop_step=6):
+    for _, batches in micro_batches(images, order, stop_step=6):
         for batch in batches:
             for (_, step, index), place, prompt in zip(batch.keys, batch.rows, batch.prompts, strict=True):
                 _, row, epoch, _ = order.slot(step, index)
                 assert row == place, "the slot says whose caption it is"
-                assert prompt == pictures.caption(rows[row], epoch)
+                assert prompt == images.caption(rows[row], epoch)
 
 
 def test_a_row_with_one_caption_has_that_one(tmp_path: Path) -> None:
     row, = rows_of(write(tmp_path, ["a.png"], LINES[:1]))
-    pictures = Images([row], CropPolicy(resolution=32), seed=0)
-    assert {pictures.caption(row, epoch) for epoch in range(20)} == {"an a"}
-    assert {pictures[(0, epoch, 0), 0, epoch, 1].prompt for epoch in range(20)} == {"an a"}
+    images = Images([row], CropPolicy(resolution=32), seed=0)
+    assert {images.caption(row, epoch) for epoch in range(20)} == {"an a"}
+    assert {images[(0, epoch, 0), 0, epoch, 1].prompt for epoch in range(20)} == {"an a"}
     assert replace(row, caption="b").all_captions == ("b",)
 
 
@@ -326,14 +326,14 @@ def test_as_many_as_there_are_or_more_is_all(tmp_path: Path, n: int) -> None:
     assert rows_of(folder, max_train_samples=n) == rows_of(folder)
 
 
-def test_pictures_that_are_not_taken_are_not_opened(tmp_path: Path) -> None:
+def test_images_that_are_not_taken_are_not_opened(tmp_path: Path) -> None:
     folder = marked_folder(tmp_path / "d", 4)
     taken, = rows_of(folder, max_train_samples=1, seed=3)
     for path in folder.glob("*.png"):
         if path.name != taken.id:
             path.write_text("broken")
     assert rows_of(folder, max_train_samples=1, seed=3) == [taken]
-    assert "3 of 4 pictures cannot be read" in problem_of(folder).what
+    assert "3 of 4 images cannot be read" in problem_of(folder).what
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
@@ -359,21 +359,21 @@ def table_rows(folder: Path, **changes: object) -> tuple[list[Row], list[Problem
 
 @pytest.mark.parametrize("kind", [Image(), Value("binary"), {"bytes": Value("binary"), "path": Value("string")}],
                          ids=["image", "bytes", "dict"])
-def test_pictures_in_a_table_are_images_bytes_or_dicts_of_any_mode(tmp_path: Path, kind: object) -> None:
+def test_images_in_a_table_are_images_bytes_or_dicts_of_any_mode(tmp_path: Path, kind: object) -> None:
     files = [content(), content("L"), content("CMYK", "JPEG"), content("RGBA"), content("P", "GIF")]
     cells = [data if kind == Value("binary") else {"bytes": data, "path": None} for data in files]
     rows, problems = table_rows(table(tmp_path / "d", {"image": kind, "text": Value("string")}, [
         {"image": cell, "text": f"t{i}"} for i, cell in enumerate(cells)]))
     assert not problems and [row.caption for row in rows] == [f"t{i}" for i in range(5)]
-    assert {(load_picture(row).mode, load_picture(row).size) for row in rows} == {("RGB", (20, 30))}
+    assert {(load_image(row).mode, load_image(row).size) for row in rows} == {("RGB", (20, 30))}
 
 
-def test_cells_without_a_picture_and_with_a_path_to_none_are_told(tmp_path: Path) -> None:
+def test_cells_without_a_image_and_with_a_path_to_none_are_told(tmp_path: Path) -> None:
     kind = {"bytes": Value("binary"), "path": Value("string")}
     cells = [{"bytes": content(), "path": None}, {"bytes": None, "path": None}, {"bytes": None, "path": "/dev/zero"}]
     rows, (problem,) = table_rows(table(tmp_path / "d", {"image": kind, "text": Value("string")}, [
         {"image": cell, "text": "t"} for cell in cells]))
-    assert len(rows) == 1 and problem.what == "2 of 3 pictures cannot be read"
+    assert len(rows) == 1 and problem.what == "2 of 3 images cannot be read"
     assert "row 1" in problem.why and "row 2" in problem.why
 
 
@@ -411,14 +411,14 @@ def test_a_table_where_no_row_has_a_caption_is_refused(tmp_path: Path) -> None:
     features = {"image": Image(), "text": Value("string")}
     folder = table(tmp_path / "d", features, [{"image": {"bytes": content(), "path": None}, "text": " "}])
     _, (problem,) = table_rows(folder)
-    assert problem.what == "no picture has a caption" and "row 0" in problem.why
+    assert problem.what == "no image has a caption" and "row 0" in problem.why
 
 
 # ----------------------------------------------------------------------------------------------------------- sources
 
 
 def test_a_source_is_needed_and_the_data_set_goes_before_the_folder(tmp_path: Path) -> None:
-    assert problem_of().fix == "--train_data_dir FOLDER_OF_PICTURES"
+    assert problem_of().fix == "--train_data_dir FOLDER_OF_IMAGES"
     write(tmp_path / "folder", ["a.png"], LINES[:1])
     dataset = write(tmp_path / "set", ["b.png"], LINES[1:])
     rows, problems = read_rows(options(
@@ -431,10 +431,10 @@ def test_a_data_set_that_is_not_there_advises_the_flags_of_this_trainer(tmp_path
     assert "--train_data_dir" in problem.fix and "--instance" not in str(problem)
 
 
-def test_upright_pictures_keep_their_sizes(tmp_path: Path) -> None:
+def test_upright_images_keep_their_sizes(tmp_path: Path) -> None:
     exif = Pillow.Exif()
     exif[0x0112] = 6  # turned by a quarter
     Pillow.new("RGB", (20, 30)).save(tmp_path / "a.jpg", exif=exif)
     (tmp_path / "a.txt").write_text("turned")
     row, = rows_of(tmp_path)
-    assert row.size == (20, 30) and load_picture(row).size == (30, 20)
+    assert row.size == (20, 30) and load_image(row).size == (30, 20)

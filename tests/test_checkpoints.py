@@ -23,7 +23,7 @@ from trainkit import files
 from trainkit.checkpoints import Checkpoints, Stage
 from trainkit.errors import Problem, UserError
 from trainkit.runtime import manifest
-from trainkit.runtime.checkpoint_folders import Shelf, is_whole, pointed, step_of
+from trainkit.runtime.checkpoint_folders import CheckpointFolders, is_whole, pointed, step_of
 
 STAGES = get_args(Stage)
 
@@ -107,7 +107,7 @@ def test_a_kill_at_any_stage_costs_at_most_the_checkpoint_being_written(tmp_path
 
     _, status = os.waitpid(forked(child), 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
-    for folder in Shelf(tmp_path).all():
+    for folder in CheckpointFolders(tmp_path).all():
         assert is_whole(folder), f"{folder.name} is visible but not whole"
     assert resumed(tmp_path, keep=keep) == (4 if stage in STAGES[:4] else 6)
     assert hidden(tmp_path) == []
@@ -167,7 +167,7 @@ def test_with_one_kept_there_is_a_whole_checkpoint_at_every_instant(tmp_path):
     try:
         for _ in range(60):
             # the second look is for a folder that was pruned between being listed and being read
-            assert any(any(map(is_whole, Shelf(tmp_path).all())) for _ in range(2))
+            assert any(any(map(is_whole, CheckpointFolders(tmp_path).all())) for _ in range(2))
             time.sleep(0.005)
     finally:
         os.kill(pid, signal.SIGKILL)
@@ -177,7 +177,7 @@ def test_with_one_kept_there_is_a_whole_checkpoint_at_every_instant(tmp_path):
 
 def test_a_checkpoint_that_is_pruned_while_it_is_read_is_not_whole(tmp_path, monkeypatch):
     save_steps(tmp_path, 1)
-    folder, = Shelf(tmp_path).all()
+    folder, = CheckpointFolders(tmp_path).all()
     assert is_whole(folder)
 
     def gone(path: Path) -> str:
@@ -250,9 +250,9 @@ def test_retention_counts_whole_checkpoints_only(tmp_path):
     save_steps(tmp_path, 2, 4, 6)
     flip(tmp_path / "checkpoint-6" / "state.json")
     save_steps(tmp_path, 8, keep=2)
-    assert [p.name for p in Shelf(tmp_path).all()] == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
+    assert [p.name for p in CheckpointFolders(tmp_path).all()] == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
     save_steps(tmp_path, 10, keep=2)
-    assert [p.name for p in Shelf(tmp_path).all()] == ["checkpoint-8", "checkpoint-10"]
+    assert [p.name for p in CheckpointFolders(tmp_path).all()] == ["checkpoint-8", "checkpoint-10"]
 
 
 def test_a_save_that_may_not_prune_leaves_older_checkpoints_to_the_next_one(tmp_path):
@@ -260,7 +260,7 @@ def test_a_save_that_may_not_prune_leaves_older_checkpoints_to_the_next_one(tmp_
     for step, prune, left in ((2, True, [2]), (4, False, [2, 4]), (6, True, [6])):
         part.step = step
         points.save(step, prune=prune)
-        assert [step_of(p) for p in Shelf(tmp_path).all()] == left
+        assert [step_of(p) for p in CheckpointFolders(tmp_path).all()] == left
 
 
 def test_a_save_reads_its_own_files_back_once_and_those_of_older_checkpoints_never(tmp_path, monkeypatch):
@@ -275,14 +275,14 @@ def test_a_save_reads_its_own_files_back_once_and_those_of_older_checkpoints_nev
 def test_pruning_deletes_only_folders_of_ours_and_follows_no_link(tmp_path):
     out, foreign = tmp_path / "out", tmp_path / "data"
     foreign.mkdir()
-    (foreign / "picture.png").write_bytes(b"precious")
+    (foreign / "image.png").write_bytes(b"precious")
     save_steps(out, 2)
     (out / "checkpoint-1").symlink_to(foreign)
     (out / "checkpoint-0").mkdir()
     (out / "checkpoint-0" / "notes.txt").write_text("mine")
     (out / "checkpoint-best").mkdir()
     save_steps(out, 4, keep=1)
-    assert (foreign / "picture.png").exists() and (out / "checkpoint-0" / "notes.txt").exists()
+    assert (foreign / "image.png").exists() and (out / "checkpoint-0" / "notes.txt").exists()
     assert (out / "checkpoint-best").exists() and not (out / "checkpoint-2").exists()
 
 
@@ -418,7 +418,7 @@ def test_a_refused_resume_moves_nothing(tmp_path, which, parts):
     points = Checkpoints(out, fingerprint=make(out)[0].fingerprint, **parts)
     with pytest.raises(UserError):
         points.resume(which if which != "elsewhere" else str(tmp_path / "checkpoint-9"))
-    assert [p.name for p in Shelf(out).all()] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert [p.name for p in CheckpointFolders(out).all()] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     assert not (out / "earlier").exists()
 
 
@@ -431,13 +431,13 @@ def test_a_checkpoint_can_be_named_by_path_from_another_folder(tmp_path):
     save_steps(tmp_path / "a", 2)
     save_steps(tmp_path / "b", 7)
     assert resumed(tmp_path / "b", str(tmp_path / "a" / "checkpoint-2")) == 2
-    assert Shelf(tmp_path / "b").all() == [], "steps of the other run are set aside"
+    assert CheckpointFolders(tmp_path / "b").all() == [], "steps of the other run are set aside"
 
 
 def test_going_back_sets_the_newer_ones_aside_and_latest_follows(tmp_path, caplog):
     save_steps(tmp_path, 2, 4, 6)
     assert resumed(tmp_path, "checkpoint-2") == 2
-    assert [p.name for p in Shelf(tmp_path).all()] == ["checkpoint-2"]
+    assert [p.name for p in CheckpointFolders(tmp_path).all()] == ["checkpoint-2"]
     assert sorted(p.name for p in tmp_path.glob("earlier/*/*")) == ["checkpoint-4", "checkpoint-6"]
     assert "checkpoint-4, checkpoint-6" in caplog.text
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trainkit.diffusion import (
-    LAWS,
+    LEVEL_DISTRIBUTIONS,
     PREDICTIONS,
     EDMSchedule,
     Eps,
@@ -61,7 +61,7 @@ def latents(batch, *, seed=0):
 
 def spread(schedule, points=9):
     """Levels from the least to the most noisy."""
-    return schedule.at(torch.linspace(0, schedule.steps - 0.5, points, dtype=torch.float64))
+    return schedule.at(torch.linspace(0, schedule.num_train_timesteps - 0.5, points, dtype=torch.float64))
 
 
 def in_double(level):
@@ -190,31 +190,32 @@ def test_a_sigma_goes_to_the_nearest_timestep_in_ln_sigma(name):
     assert torch.equal(schedule.nearest(table[:-1]).cond, torch.arange(999))
 
 
-# Laws of the levels ---------------------------------------------------------------------------------------------------
+# Distributions of the levels ------------------------------------------------------------------------------------------
 
 
 def levels_of(schedule, u=U, compat=None, **flags):
     return make_levels(options(**flags), schedule, compat)(u)
 
 
-def law_flags(law):
-    """The flags that ask for a law by its name in the table."""
-    return {"edm_sigmas": law} if law in ("lognormal", "karras") else {"timestep_sampling": law}
+def distribution_flags(distribution):
+    """The flags that ask for a distribution by its name in the table."""
+    flag = "edm_sigmas" if distribution in ("lognormal", "karras") else "timestep_sampling"
+    return {flag: distribution}
 
 
 @pytest.mark.parametrize("name", schedules())
-@pytest.mark.parametrize("law", [law for law in LAWS if law != "diffusers_grid"])
-def test_every_law_is_finite_at_both_ends_and_stays_within_the_timesteps(law, name):
-    level = levels_of(schedules()[name], ENDS, min_timestep=100, max_timestep=900, **law_flags(law))
+@pytest.mark.parametrize("distribution", [name for name in LEVEL_DISTRIBUTIONS if name != "diffusers_grid"])
+def test_every_distribution_is_finite_at_both_ends_and_stays_within_the_timesteps(distribution, name):
+    level = levels_of(schedules()[name], ENDS, min_timestep=100, max_timestep=900, **distribution_flags(distribution))
     assert all(v.isfinite().all() for v in (level.a, level.s, level.cond, level.time, level.snr))
     # an EDM level is a σ in fp32: its place may lie a rounding error outside
     assert (level.time >= 0.1 - 1e-6).all() and (level.time <= 0.9 + 1e-6).all()
 
 
-@pytest.mark.parametrize("law", ["uniform", "logit_normal", "mode", "cosmap"])
-def test_a_law_of_time_is_a_level_per_u_alone(law):
+@pytest.mark.parametrize("distribution", ["uniform", "logit_normal", "mode", "cosmap"])
+def test_a_distribution_of_timesteps_is_a_level_per_u_alone(distribution):
     schedule = schedules()["epsilon"]
-    whole, part = (levels_of(schedule, u, timestep_sampling=law).cond for u in (U[:100], U[50:53]))
+    whole, part = (levels_of(schedule, u, timestep_sampling=distribution).cond for u in (U[:100], U[50:53]))
     assert torch.equal(whole[50:53], part)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.harness import command, forked, make_pictures, metrics
+from tests.harness import command, forked, make_images, metrics
 from tests.made_up_pass import KEYS, batch_of
 from tests.test_diffusion import alphas, latents, options, schedules
 from tests.tiny import build_tiny_edm, build_tiny_sdxl, latents_of
@@ -124,18 +124,19 @@ def test_an_edm_model_under_compat_has_the_unweighted_error_on_x0(prediction_typ
 
 @pytest.mark.parametrize("compat", [None, "diffusers"])
 @pytest.mark.parametrize("name", schedules())
-def test_d5_instances_and_class_pictures_of_one_batch_keep_their_own_edm_weights(name, compat):
+def test_d5_instances_and_class_images_of_one_batch_keep_their_own_edm_weights(name, compat):
     schedule = schedules()[name]
     o = options(do_edm_style_training=True)
     level = make_levels(o, schedule, compat)(torch.tensor([0.2, 0.9, 0.5, 0.7]))
     (x0, n), out = latents(4), latents(4, seed=1)[0]
-    objective, share = make_objective(o, schedule, compat), torch.tensor([1.0, 1.0, 0.3, 0.3])
+    objective, loss_weight = make_objective(o, schedule, compat), torch.tensor([1.0, 1.0, 0.3, 0.3])
     given = dict(x0=x0, z=objective.pred.add_noise(x0, n, level), n=n)
-    together = objective(out, level=level, batch=batch_of(KEYS[:4], share=share, is_class=share < 1), **given)
+    batch = batch_of(KEYS[:4], loss_weight=loss_weight, is_class=loss_weight < 1)
+    together = objective(out, level=level, batch=batch, **given)
     for k in range(4):
         part = slice(k, k + 1)
         one = type(level)(*(v[part] for v in (level.a, level.s, level.cond, level.time)), level.sigma_data)
-        batch = batch_of(KEYS[part], share=share[part], is_class=share[part] < 1)
+        batch = batch_of(KEYS[part], loss_weight=loss_weight[part], is_class=loss_weight[part] < 1)
         alone = objective(out[part], level=one, batch=batch, **{name: v[part] for name, v in given.items()})
         torch.testing.assert_close(alone, together[k : k + 1])
     assert len(set(together.tolist())) == 4
@@ -173,8 +174,8 @@ def told_nothing(prompts: Sequence[str], step: int | None = None) -> Condition:
 def test_an_edm_model_learns_under_every_weight(tiny_edm, flags):
     family = load(tiny_edm)
     family.denoiser.requires_grad_(True)
-    picture = 0.5 * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))  # std σ_data
-    x0 = picture.expand(8, -1, -1, -1)
+    image = 0.5 * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))  # std σ_data
+    x0 = image.expand(8, -1, -1, -1)
     probe = [(0, "probe", k) for k in range(8)]
     optimizer = torch.optim.AdamW(family.denoiser.parameters(), lr=4e-3)
     with torch.no_grad():
@@ -240,7 +241,7 @@ def test_a_rescaled_schedule_is_trained_and_drawn_alike(tmp_path, monkeypatch):
     {}, {"snr_gamma": 5, "edm_p_mean": -0.8, "multires_noise_iterations": 4, "input_perturbation": 0.1},
     {"loss_weighting": "debiased", "edm_sigmas": "karras", "loss_type": "huber", "compat": "diffusers"}], ids=str)
 def test_a_run_on_an_edm_model_ends_well(tiny_edm, tmp_path, flags):
-    data = make_pictures(tmp_path / "data", n=3)
+    data = make_images(tmp_path / "data", n=3)
     asked = command(tiny_edm, data, tmp_path / "out", validation_prompt="a TOK", num_validation_images=1, **flags)
     done = forked(asked, log=tmp_path / "log")
     assert done.code == 0, done.output

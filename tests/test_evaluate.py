@@ -30,7 +30,7 @@ def lora(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def random_lora(base: Path, file: Path) -> Path:
-    """A LoRA that changes the pictures a lot."""
+    """A LoRA that changes the images a lot."""
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
@@ -57,15 +57,15 @@ def icons(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def judged(monkeypatch: pytest.MonkeyPatch) -> list[list[Image.Image]]:
-    """A judge that remembers what it was shown: training pictures are at 0.1, pictures drawn at 0.5, 0.4, 0.3 …"""
+    """A judge that remembers what it was shown: training images are at 0.1, images drawn at 0.5, 0.4, 0.3 …"""
     shown: list[list[Image.Image]] = []
 
-    def style_distance(pictures: list[Image.Image], reference: list[Image.Image], clip_dir: Path) -> float:
-        shown.append(pictures)
+    def style_distance(images: list[Image.Image], reference: list[Image.Image], clip_dir: Path) -> float:
+        shown.append(images)
         return 0.1 if len(shown) == 1 else 0.7 - 0.1 * len(shown)
 
     monkeypatch.setitem(sys.modules, "trainkit.evaluation", SimpleNamespace(style_distance=style_distance))
-    monkeypatch.setattr(evaluate, "MIN_PICTURES", 6)
+    monkeypatch.setattr(evaluate, "MIN_IMAGES", 6)
     return shown
 
 
@@ -77,7 +77,7 @@ def arguments(tiny_sdxl: Path, lora: Path, icons: Path, out: Path, *more: str) -
 def test_every_strength_is_drawn_from_the_same_noise_and_measured(tiny_sdxl, lora, icons, judged, tmp_path, capsys):
     evaluate.main(arguments(tiny_sdxl, lora, icons, tmp_path / "out", "--strengths=1,1e-6,0.5", "--batch_size=3"))
     training, base, nothing, half, full = judged
-    assert len(training) == 4 and len(base) == 8, "two pictures a noun reach the minimum of six"
+    assert len(training) == 4 and len(base) == 8, "two images a noun reach the minimum of six"
     assert np.asarray(training[1])[0, 0].tolist() == [255, 255, 255], "hidden colours stay hidden"
     same, changed = (np.abs(np.stack(a).astype(int) - np.stack(b)) for a, b in ((base, nothing), (base, full)))
     assert same.max() <= 1 and changed.mean() > 1
@@ -89,7 +89,7 @@ def test_every_strength_is_drawn_from_the_same_noise_and_measured(tiny_sdxl, lor
     assert Image.open(tmp_path / "out" / "grid.png").width > 5 * 192
 
 
-def test_a_picture_depends_on_its_noun_and_seed_not_on_the_others(tiny_sdxl, lora, icons, judged, tmp_path):
+def test_a_image_depends_on_its_noun_and_seed_not_on_the_others(tiny_sdxl, lora, icons, judged, tmp_path):
     evaluate.main(arguments(tiny_sdxl, lora, icons, tmp_path / "a", "--strengths=0"))
     evaluate.main(arguments(tiny_sdxl, lora, icons, tmp_path / "b", "--strengths=0", "--nouns=cat,bird",
                             "--batch_size=1"))
@@ -124,11 +124,11 @@ def test_numbers_and_sides_too_small_are_refused(tiny_sdxl, lora, icons, tmp_pat
         f"--out {afile / 'out'}"]
     assert found.exit_code == 2
     problem, = refused(*arguments(tiny_sdxl, lora, icons, tmp_path / "out", "--nouns=cat")).problems
-    assert "1 real pictures" in problem.what and not (tmp_path / "out").exists()
+    assert "1 real images" in problem.what and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("line", "said"), [
-    ("", "pictures in"), ("xx", "no JSON"), ("[1]", "line 1"), ('{"file_name": "dog.png", "text": "a"}', "noun"),
+    ("", "images in"), ("xx", "no JSON"), ("[1]", "line 1"), ('{"file_name": "dog.png", "text": "a"}', "noun"),
     ('{"file_name": "dog.png", "noun": 3, "text": "a"}', "noun"),
     ('{"file_name": "../dog.png", "noun": "a", "text": "a"}', "leaves the folder"),
     ('{"file_name": "no.png", "noun": "a", "text": "a"}\n{"file_name": "dog.png", "noun": "b", "text": "b"}', "no.png"),

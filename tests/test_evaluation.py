@@ -1,4 +1,4 @@
-"""The style distance: a KID one can check by hand, features of the picture alone; and the power spectrum."""
+"""The style distance: a KID one can check by hand, features of the image alone; and the power spectrum."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def clip_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def noise_pictures(count: int, seed: int, low: int = 0) -> list[Image.Image]:
+def noise_images(count: int, seed: int, low: int = 0) -> list[Image.Image]:
     drawn = np.random.default_rng(seed).integers(low, 256, (count, 64, 64, 3), dtype=np.uint8)
     return [Image.fromarray(pixels) for pixels in drawn]
 
@@ -74,18 +74,18 @@ def test_kid_refuses_sets_it_cannot_compare():
         kid(torch.zeros(3, 4), torch.zeros(3, 5))
 
 
-def test_features_of_a_picture_do_not_depend_on_its_batch(clip_dir: str):
+def test_features_of_a_image_do_not_depend_on_its_batch(clip_dir: str):
     from trainkit.evaluation import load_clip
 
     model, mean, std = load_clip(clip_dir)
-    pictures = noise_pictures(5, seed=0)
+    images = noise_images(5, seed=0)
     layer = "vision_model.encoder.layers.0"
-    together = features(pictures, model, layer, mean=mean, std=std)
-    singly = features(pictures, model, layer, mean=mean, std=std, batch=1)
+    together = features(images, model, layer, mean=mean, std=std)
+    singly = features(images, model, layer, mean=mean, std=std, batch=1)
     assert together.shape == (5, 64)  # mean and deviation of 32 channels
     torch.testing.assert_close(together, singly)
     with pytest.raises(AttributeError):
-        features(pictures, model, "vision_model.encoder.layers.9")
+        features(images, model, "vision_model.encoder.layers.9")
 
 
 def test_transparent_pixels_count_as_white():
@@ -95,8 +95,8 @@ def test_transparent_pixels_count_as_white():
 
 def test_style_distance_tells_another_style_from_the_same_one(clip_dir: str):
     layer = "vision_model.encoder.layers.0"
-    same = style_distance(noise_pictures(40, 1), noise_pictures(40, 2), clip_dir, layer)
-    other = style_distance(noise_pictures(40, 1), noise_pictures(40, 2, low=128), clip_dir, layer)
+    same = style_distance(noise_images(40, 1), noise_images(40, 2), clip_dir, layer)
+    other = style_distance(noise_images(40, 1), noise_images(40, 2, low=128), clip_dir, layer)
     assert other > 20 * abs(same)
 
 
@@ -120,9 +120,9 @@ def test_a_wave_is_in_the_ring_of_its_cycles(x_cycles: int, y_cycles: int, ring:
     assert power.sum() - power[ring - 1] < 1e-5
 
 
-def test_a_set_has_the_mean_of_its_pictures_power():
-    pictures = [wave(5, 0, 0.4), wave(5, 0, 0.2), wave(30, 0, 0.1)]
-    power = power_spectrum(pictures, SIDE)
+def test_a_set_has_the_mean_of_its_images_power():
+    images = [wave(5, 0, 0.4), wave(5, 0, 0.2), wave(30, 0, 0.1)]
+    power = power_spectrum(images, SIDE)
     assert power[4] == pytest.approx((0.08 + 0.02) / 3, rel=1e-2)
     assert power[29] == pytest.approx(0.005 / 3, rel=5e-2)  # 8-bit levels
 
@@ -130,21 +130,21 @@ def test_a_set_has_the_mean_of_its_pictures_power():
 def test_neither_brightness_nor_the_corners_are_in_the_power_spectrum():
     """White noise keeps its variance by the share of the frequencies within Nyquist's circle, about π/4."""
     assert power_spectrum([Image.new("RGB", (SIDE, SIDE), "#c08040")], SIDE).abs().max() < 1e-12
-    grey = [picture.convert("L").convert("RGB") for picture in noise_pictures(20, seed=3)]
-    variance = np.mean([np.asarray(picture.convert("L"), dtype=float).var() for picture in grey]) / 255**2
+    grey = [image.convert("L").convert("RGB") for image in noise_images(20, seed=3)]
+    variance = np.mean([np.asarray(image.convert("L"), dtype=float).var() for image in grey]) / 255**2
     assert float(power_spectrum(grey, SIDE).sum()) == pytest.approx(variance * np.pi / 4, rel=0.05)
 
 
-def test_a_blurred_picture_has_less_of_the_high_frequencies():
+def test_a_blurred_image_has_less_of_the_high_frequencies():
     from PIL import ImageFilter
 
-    sharp = noise_pictures(5, seed=4)
-    blurred = [picture.filter(ImageFilter.GaussianBlur(1)) for picture in sharp]
+    sharp = noise_images(5, seed=4)
+    blurred = [image.filter(ImageFilter.GaussianBlur(1)) for image in sharp]
     ratio = power_spectrum(blurred, SIDE) / power_spectrum(sharp, SIDE)
     assert ratio[0] > 0.9 and ratio[16:].max() < 0.1
 
 
 def test_the_power_spectrum_refuses_what_it_cannot_measure():
-    for pictures, side in (([], SIDE), (noise_pictures(1, 0), 63)):
+    for images, side in (([], SIDE), (noise_images(1, 0), 63)):
         with pytest.raises(ValueError, match="even side"):
-            power_spectrum(pictures, side)
+            power_spectrum(images, side)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 import freq_loss
 from freq_loss import FourierLoss, get_fourier_loss_config
-from tests.harness import command, forked, launched, make_pictures, metrics, torchrun
+from tests.harness import command, forked, launched, make_images, metrics, torchrun
 from tests.made_up_pass import KEYS, forward_of, judged, losses_of
 from tests.test_matching import SD_BETAS, passes, plain, sd
 from tests.test_options import read, read_captioned
@@ -30,16 +30,16 @@ TRAINERS = ("train_dreambooth_lora_sdxl_advanced", "train_text_to_image_lora")
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("fourier") / "pictures", n=5)
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("fourier") / "images", n=5)
 
 
-def line(trainer: str, model: Path, pictures: Path, out: Path, **changes: object) -> list[str]:
+def line(trainer: str, model: Path, images: Path, out: Path, **changes: object) -> list[str]:
     """A short command of either trainer."""
     if trainer == TRAINERS[1]:
-        changes = {"instance_prompt": None, "train_data_dir": pictures, **changes}
+        changes = {"instance_prompt": None, "train_data_dir": images, **changes}
         return command(model, None, out, **{"max_train_steps": 4, **changes})
-    return command(model, pictures, out, **{"max_train_steps": 4, **changes})
+    return command(model, images, out, **{"max_train_steps": 4, **changes})
 
 
 def term(**settings: object) -> FourierTerm:
@@ -241,7 +241,7 @@ def test_wieners_gate_is_by_what_of_a_frequency_is_signal_whatever_the_data_s_sp
 
     objective.terms[0].loss = Spy(metric="complex", timestep_gate="wiener", warmup_steps=0)
     losses_of(objective, forward)
-    signal = calls[0]["clean"].square().mean((1, 2, 3)) * calls[0]["snr"]  # over the noise, of the whole picture
+    signal = calls[0]["clean"].square().mean((1, 2, 3)) * calls[0]["snr"]  # over the noise, of the whole image
     kept = forward.x0.square().mean((1, 2, 3)) * forward.level.a**2 / forward.level.s**2
     torch.testing.assert_close(signal.float(), kept.float(), rtol=1e-3, atol=1e-9)
 
@@ -250,7 +250,8 @@ def test_weights_and_shares_reach_the_term_as_they_reach_the_error():
     objective = with_term(term(metric="complex"), weighting="min_snr", gamma=5.0)
     forward = forward_of(objective)
     batch = forward.batch
-    halved = replace(batch, share=batch.share * 0.5, is_class=torch.ones_like(batch.is_class))  # class images
+    is_class = torch.ones_like(batch.is_class)
+    halved = replace(batch, loss_weight=batch.loss_weight * 0.5, is_class=is_class)
     torch.testing.assert_close(added(objective, replace(forward, batch=halved)), added(objective, forward) / 2)
 
 
@@ -344,12 +345,12 @@ def test_the_gain_ignores_warm_up_and_broken_steps_and_stays_in_bounds():
 
 
 def test_a_share_that_cannot_be_held_is_told_once(caplog):
-    for unit, words in ((1e-9, ("1000", "smaller share; raise --fourier_weight 0.05")),
-                        (1e9, ("0.001", "larger share; lower --fourier_weight"))):
+    for unit, words in ((1e-9, ("1000", "smaller fraction; raise --fourier_weight 0.05")),
+                        (1e9, ("0.001", "larger fraction; lower --fourier_weight"))):
         caplog.clear()
-        fourier = FourierTerm(FourierLoss(warmup_steps=0), total_steps=10, target_share=0.2)
+        fourier = FourierTerm(FourierLoss(warmup_steps=0), total_steps=10, target_fraction=0.2)
         for _ in range(3):
-            fourier.seen, fourier.rate = torch.tensor([unit, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]), 1.0
+            fourier.sums, fourier.rate = torch.tensor([unit, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]), 1.0
             fourier.describe()
         assert len(caplog.records) == 1 and all(word in caplog.text for word in words)
     caplog.clear()
@@ -419,11 +420,11 @@ def test_the_warning_of_a_term_that_only_rescales_is_for_the_squared_error_alone
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_a_run_logs_the_term_records_its_settings_and_resumes_to_the_bit(trainer, tiny_sdxl, pictures, tmp_path):
+def test_a_run_logs_the_term_records_its_settings_and_resumes_to_the_bit(trainer, tiny_sdxl, images, tmp_path):
     outs = [tmp_path / name / "lora" for name in ("whole", "resumed")]
     chosen = {**FOURIER, "fourier_config": "unified_detail", "fourier_target_share": 0.2, "checkpointing_steps": 1}
     for out, resumed in zip(outs, (None, outs[0] / "checkpoint-2"), strict=True):
-        done = forked(line(trainer, tiny_sdxl, pictures, out, resume_from_checkpoint=resumed, **chosen),
+        done = forked(line(trainer, tiny_sdxl, images, out, resume_from_checkpoint=resumed, **chosen),
                       trainer=trainer, log=tmp_path / "log")
         assert done.code == 0, done.output
     whole, resumed = map(metrics, outs)
@@ -442,37 +443,37 @@ def test_a_run_logs_the_term_records_its_settings_and_resumes_to_the_bit(trainer
             assert file.metadata()["ss_loss_type"] == "fourier"
 
 
-def test_the_term_begins_at_the_same_optimizer_step_whatever_the_accumulation(tiny_sd, pictures, tmp_path):
-    """Five pictures: an epoch ends within the run, and a micro-batch is not a step."""
+def test_the_term_begins_at_the_same_optimizer_step_whatever_the_accumulation(tiny_sd, images, tmp_path):
+    """Five images: an epoch ends within the run, and a micro-batch is not a step."""
     begins = []
     for accumulation in (1, 2):
         out = tmp_path / f"by{accumulation}"
-        argv = line(TRAINERS[1], tiny_sd, pictures, out, gradient_accumulation_steps=accumulation, max_train_steps=5,
+        argv = line(TRAINERS[1], tiny_sd, images, out, gradient_accumulation_steps=accumulation, max_train_steps=5,
                     loss_type="fourier", fourier_warmup_steps=3)
         assert forked(argv, trainer=TRAINERS[1], log=tmp_path / "log").code == 0
         begins.append([row["step"] for row in metrics(out) if row["fourier_component"] > 0])
     assert begins == [[4, 5], [4, 5]]
 
 
-def test_another_mode_is_another_run_and_a_preset_written_out_is_the_same(tiny_sd, pictures, tmp_path):
+def test_another_mode_is_another_run_and_a_preset_written_out_is_the_same(tiny_sd, images, tmp_path):
     out = tmp_path / "lora"
-    first = line(TRAINERS[1], tiny_sd, pictures, out, **FOURIER, checkpointing_steps=2)
+    first = line(TRAINERS[1], tiny_sd, images, out, **FOURIER, checkpointing_steps=2)
     assert forked(first, trainer=TRAINERS[1], log=tmp_path / "log").code == 0
-    same = line(TRAINERS[1], tiny_sd, pictures, tmp_path / "same", **FOURIER, fourier_config="balanced",
+    same = line(TRAINERS[1], tiny_sd, images, tmp_path / "same", **FOURIER, fourier_config="balanced",
                 resume_from_checkpoint=out / "checkpoint-2")
     assert forked(same, trainer=TRAINERS[1], log=tmp_path / "log").code == 0
-    other = line(TRAINERS[1], tiny_sd, pictures, tmp_path / "other", **FOURIER, fourier_mode="basic",
+    other = line(TRAINERS[1], tiny_sd, images, tmp_path / "other", **FOURIER, fourier_mode="basic",
                  resume_from_checkpoint=out / "checkpoint-4")
     done = forked(other, trainer=TRAINERS[1], log=tmp_path / "log")
     assert done.code == 2 and "--fourier_mode" in done.output
 
 
 @pytest.mark.slow
-def test_two_processes_log_the_component_of_one(tiny_sd, pictures, tmp_path):
+def test_two_processes_log_the_component_of_one(tiny_sd, images, tmp_path):
     outs = [tmp_path / "one", tmp_path / "two"]
     common = {**FOURIER, "fourier_target_share": 0.3, "fourier_metric": "complex"}
-    one = line(TRAINERS[1], tiny_sd, pictures, outs[0], train_batch_size=4, **common)
-    two = line(TRAINERS[1], tiny_sd, pictures, outs[1], train_batch_size=2, **common)
+    one = line(TRAINERS[1], tiny_sd, images, outs[0], train_batch_size=4, **common)
+    two = line(TRAINERS[1], tiny_sd, images, outs[1], train_batch_size=2, **common)
     assert forked(one, trainer=TRAINERS[1], log=tmp_path / "log").code == 0
     done = launched([*torchrun(2), f"{TRAINERS[1]}.py", *two], env={"ACCELERATE_USE_CPU": "1"})
     assert done.code == 0, done.output

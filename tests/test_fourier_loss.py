@@ -512,7 +512,7 @@ def test_outside_of_the_mask_there_is_no_gradient(metric: str, normalize: str) -
 
 
 def test_a_mask_scales_the_term_like_its_area() -> None:
-    """As it scales a masked base: half the picture, half the loss; the spread is of what is inside."""
+    """As it scales a masked base: half the image, half the loss; the spread is of what is inside."""
     p, t = pair(1, 4, 32, 32)
     t = t + 3
     p = p + 3

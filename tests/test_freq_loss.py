@@ -89,9 +89,9 @@ def unbiased(**changes: object) -> DistributionMatchingLoss:
 
 
 def losses_of(loss: DistributionMatchingLoss, x0_hat: Tensor, x0: Tensor, *, snr: object = SNR, weight: object = 1.0,
-              alike: Tensor | None = None, picture: Tensor | None = None) -> Tensor:
+              alike: Tensor | None = None, image: Tensor | None = None) -> Tensor:
     snr, weight = (torch.as_tensor(v, dtype=x0.dtype).expand(len(x0)) for v in (snr, weight))
-    return loss(x0_hat, x0, snr=snr, weight=weight, alike=alike, picture=picture)
+    return loss(x0_hat, x0, snr=snr, weight=weight, alike=alike, picture=image)
 
 
 def term_of(*args: object, **kwargs: object) -> Tensor:
@@ -321,7 +321,7 @@ def test_the_library_is_refused_where_it_wraps_wrongly():
 
 @pytest.mark.parametrize("x", [torch.zeros(5), torch.zeros(4, 4).long(), torch.zeros(4, 4, dtype=torch.cfloat)],
                          ids=["1-D", "integer", "complex"])
-def test_what_is_no_picture_is_refused(x):
+def test_what_is_no_image_is_refused(x):
     with pytest.raises(ValueError, match="real numbers of shape"):
         DCT(x)
 
@@ -1056,11 +1056,11 @@ def test_the_bank_keeps_noise_levels_classes_and_shapes_apart():
     assert visit(0.2, 1) != 0
 
 
-def test_a_picture_is_no_pair_with_itself():
-    """Two noised copies of a picture share what is unknowable of it: the right denoiser is not wrong about that."""
-    own = latents(3, 2, 8, 8)[[0, 1, 1, 2]]  # of each picture
-    error, picture = own + 0.5 * latents(4, 2, 8, 8), torch.tensor([5, 2**62, 2**62, 7])
-    told, untold = (value_and_grad(unbiased(band_norm="dof"), error, picture=p)[0] for p in (picture, None))
+def test_a_image_is_no_pair_with_itself():
+    """Two noised copies of an image share what is unknowable of it: the right denoiser is not wrong about that."""
+    own = latents(3, 2, 8, 8)[[0, 1, 1, 2]]  # of each image
+    error, image = own + 0.5 * latents(4, 2, 8, 8), torch.tensor([5, 2**62, 2**62, 7])
+    told, untold = (value_and_grad(unbiased(band_norm="dof"), error, image=p)[0] for p in (image, None))
     pairs = [(0, 1), (0, 2), (0, 3), (1, 3), (2, 3)]
     bands = unbiased().bands
     split, degrees = bands.split(error), bands.degrees((2, 8, 8))

@@ -30,7 +30,7 @@ def made_up_bin(timestep: int, *, error: float = 0.1, u_low: float = 1.0) -> dic
 
 def made_up(arm: str, seed: int = 0, **values: float) -> results.Result:
     case = arms.flags(arms.ARMS[arm].flags, arms.GAIN)
-    plan = run.asked(case | {"seed": seed, "max_train_steps": run.STEPS}, pilot=False)
+    plan = run.plan_of(case | {"seed": seed, "max_train_steps": run.STEPS}, pilot=False)
     return results.Result(plan, [made_up_bin(t, **values) for t in results.TIMESTEPS], seconds=0.25,
                             telemetry={} if arm == "base" else {"dist_match/u_low": 0.5})
 
@@ -150,7 +150,7 @@ def test_the_pilot_has_a_seed_and_a_folder_of_its_own(tmp_path, no_runs, capsys)
     run.main(["--pilot", f"--out={tmp_path}"])
     assert no_runs == ["more-data-seed100", *(f"gain-{gain}-seed100" for gain in arms.GAINS)]
     asked = results.read(tmp_path / "pilot" / "gain-3-seed100").asked
-    assert asked["flags"]["dist_match_gain"] == "3" and asked["pictures"] == "pilot"
+    assert asked["flags"]["dist_match_gain"] == "3" and asked["images"] == "pilot"
     assert "chosen: gain-" in capsys.readouterr().out
 
 
@@ -178,7 +178,7 @@ def test_every_arm_is_a_command_that_the_trainer_takes():
         unread = [notice for notice in options.notices() if "dist_match" in notice]
         assert not unread, arm
         assert options.run.train_batch_size * (1 + (options.matching.active and options.matching.dist_match_mode in
-                                                    ("extra", "combo"))) == settings.pictures
+                                                    ("extra", "combo"))) == settings.images
 
 
 @pytest.mark.slow
@@ -212,17 +212,17 @@ def test_telemetry_is_a_mean_over_the_steps_that_have_it():
 
 # -- measurement -------------------------------------------------------------------------------------------------------
 
-SIDE, PICTURES = 16, 60
+SIDE, IMAGES = 16, 60
 
 
 def exam_of(x0: torch.Tensor, x0_hat: torch.Tensor) -> Exam:
-    """An exam whose network says x0_hat of the pictures x0, in ε."""
+    """An exam whose network says x0_hat of the images x0, in ε."""
     from trainkit.diffusion import NoiseSchedule
 
     schedule = NoiseSchedule(torch.linspace(0.999, 0.001, 1000), "epsilon")
 
     def denoise(z, level, condition):
-        rows = condition["embeds"][:, 0, 0].long()  # which pictures these are
+        rows = condition["embeds"][:, 0, 0].long()  # which images these are
         a, s = (v.view(-1, 1, 1, 1) for v in (level.a, level.s))
         return (z - a * x0_hat[rows]) / s
 
@@ -233,9 +233,9 @@ def exam_of(x0: torch.Tensor, x0_hat: torch.Tensor) -> Exam:
     return exam
 
 
-def test_a_shift_that_all_pictures_share_is_u_and_a_fading_is_the_slope():
+def test_a_shift_that_all_images_share_is_u_and_a_fading_is_the_slope():
     """x̂0 = x0/2 + m with m constant over places: U of the low band finds m, U of the high band finds nothing."""
-    x0 = torch.randn(PICTURES, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    x0 = torch.randn(IMAGES, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     row = exam_of(x0, x0 / 2).bin(400)
     assert row["slope_low"] == pytest.approx(2, rel=1e-4) and row["slope_high"] == pytest.approx(2, rel=1e-4)
     assert row["error_low"] == pytest.approx(0.25, rel=0.05) and row["error_high"] == pytest.approx(0.25, rel=0.05)
@@ -248,7 +248,7 @@ def test_a_shift_that_all_pictures_share_is_u_and_a_fading_is_the_slope():
     assert shifted["error"] > row["error"] > 0
 
 
-def test_pilot_and_exam_share_no_picture():
+def test_pilot_and_exam_share_no_image():
     pilot, exam = (Exam(pilot=pilot).reference for pilot in (True, False))
     assert (len(pilot), len(exam)) == (30, 90)
     assert not {real.noun for real in pilot} & {real.noun for real in exam}

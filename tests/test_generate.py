@@ -1,4 +1,4 @@
-"""scripts/generate.py: the stock pipeline's own pictures, with LoRAs, learned words and the features of a picture."""
+"""scripts/generate.py: the stock pipeline's own images, with LoRAs, learned words and the features of an image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from tests.test_evaluate import random_lora
-from tests.test_guidance import build_tiny_clip, picture
+from tests.test_guidance import build_tiny_clip, image
 from trainkit.data.clip_features import load_clip
 from trainkit.errors import Problem, UserError
 from trainkit.report.facts import DIFFUSERS_FILE
@@ -31,12 +31,12 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lora(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run whose LoRA changes the pictures a lot."""
+    """The folder of a run whose LoRA changes the images a lot."""
     return random_lora(tiny_sd, tmp_path_factory.mktemp("run") / DIFFUSERS_FILE).parent
 
 
 def drawn(base: Path, out: Path, *more: str, prompts: Sequence[str] = ("a red dog",)) -> list[np.ndarray]:
-    """The pictures of a run of the script, by prompt and then by seed."""
+    """The images of a run of the script, by prompt and then by seed."""
     asked = [f"--prompt={prompt}" for prompt in prompts]
     generate.main([f"--base={base}", f"--out={out}", "--steps=2", *asked, *more])
     return [np.asarray(Image.open(path)).astype(int) for path in sorted(out.glob("p*.png"))]
@@ -55,18 +55,18 @@ def refused(base: Path, out: Path, *more: str, **settings: Sequence[str]) -> lis
 
 
 @pytest.mark.parametrize("model", ["tiny_sd", "tiny_sd2", "tiny_sdxl"])
-def test_the_pictures_are_the_stock_pipelines(model, request, tmp_path):
+def test_the_images_are_the_stock_pipelines(model, request, tmp_path):
     from diffusers import AutoPipelineForText2Image
 
     base = request.getfixturevalue(model)
-    pictures = drawn(base, tmp_path / "out", "--seeds=0,7", "--negative_prompt=blue", prompts=("a red dog", "the moon"))
+    images = drawn(base, tmp_path / "out", "--seeds=0,7", "--negative_prompt=blue", prompts=("a red dog", "the moon"))
     pipe = AutoPipelineForText2Image.from_pretrained(base)
     prompts, seeds = ["a red dog", "a red dog", "the moon", "the moon"], [0, 7, 0, 7]
     stock = pipe(prompts, negative_prompt=["blue"] * 4, num_inference_steps=2,
                  generator=[torch.Generator().manual_seed(seed) for seed in seeds]).images
-    assert len(pictures) == 4 and pictures[0].shape == (64, 64, 3)
-    assert all(near(ours, np.asarray(theirs)) for ours, theirs in zip(pictures, stock, strict=True))
-    assert not near(pictures[0], pictures[1]) and not near(pictures[0], pictures[2])
+    assert len(images) == 4 and images[0].shape == (64, 64, 3)
+    assert all(near(ours, np.asarray(theirs)) for ours, theirs in zip(images, stock, strict=True))
+    assert not near(images[0], images[1]) and not near(images[0], images[2])
     info = Image.open(tmp_path / "out" / "p02_s7.png").info["parameters"].splitlines()
     assert info[:2] == ["the moon", "Negative prompt: blue"] and "Seed: 7, Size: 64x64" in info[2]
     assert f"CFG scale: {5.0 if model == 'tiny_sdxl' else 7.5}" in info[2]
@@ -114,20 +114,20 @@ def test_learned_words_are_drawn(tiny_sdxl, tiny_sd, tmp_path):
 
 @pytest.fixture
 def shown(tmp_path: Path, clip: Path) -> list[Path]:
-    return [picture(tmp_path / "shown" / name, seed) for seed, name in enumerate(("狐.png", "b.png", "c.png"))]
+    return [image(tmp_path / "shown" / name, seed) for seed, name in enumerate(("狐.png", "b.png", "c.png"))]
 
 
-def test_the_token_changes_the_picture_in_one_branch_or_both(tiny_sd, clip, shown, tmp_path):
+def test_the_token_changes_the_image_in_one_branch_or_both(tiny_sd, clip, shown, tmp_path):
     strong = (f"--clip={clip}", "--guidance_token_scale=10")  # the random model's features are small
     flags = (*strong, f"--guidance_image={shown[0]}")
-    pictures = [drawn(tiny_sd, tmp_path / f"{i}", *more)[0] for i, more in enumerate((
+    images = [drawn(tiny_sd, tmp_path / f"{i}", *more)[0] for i, more in enumerate((
         (), flags, (*flags, "--guidance_both_branches"), (*strong, f"--guidance_image={shown[1]}")))]
-    assert not any(near(a, b) for i, a in enumerate(pictures) for b in pictures[:i])
+    assert not any(near(a, b) for i, a in enumerate(images) for b in images[:i])
     settings = Image.open(tmp_path / "1" / "p01_s0.png").info["parameters"]
     assert "Guidance image: 狐.png" in settings and str(tmp_path) not in settings
 
 
-def test_each_picture_is_drawn_with_its_own_features(tiny_sd, clip, shown, tmp_path):
+def test_each_image_is_drawn_with_its_own_features(tiny_sd, clip, shown, tmp_path):
     prompts = ("a red dog", "a cat", "the moon")
     images = [f"--guidance_image={path}" for path in shown]
     together = drawn(tiny_sd, tmp_path / "all", f"--clip={clip}", *images, "--seeds=0,1", "--batch_size=4",
@@ -162,7 +162,7 @@ def test_only_the_positive_branch_is_fed_and_only_at_the_last_position(tiny_sd, 
     assert torch.equal(one["negative_prompt_embeds"], plain["negative_prompt_embeds"])
 
 
-def test_a_full_prompt_is_drawn_without_the_picture(tiny_sd, clip, shown, tmp_path, caplog):
+def test_a_full_prompt_is_drawn_without_the_image(tiny_sd, clip, shown, tmp_path, caplog):
     flags = (f"--clip={clip}", f"--guidance_image={shown[0]}")
     plain, fed = (drawn(tiny_sd, tmp_path / f"{len(more)}", *more, prompts=[LONG])[0] for more in ((), flags))
     assert near(plain, fed) and len(caplog.records) == 1 and "a cat a cat" in caplog.text
@@ -175,7 +175,7 @@ def test_extracted_features_serve_as_well(tiny_sd, clip, shown, tmp_path):
     computed, read = (drawn(tiny_sd, tmp_path / flag[2:6], image, flag)[0]
                       for flag in (f"--clip={clip}", f"--guidance_features={file}"))
     assert near(computed, read)
-    unknown = picture(tmp_path / "unknown.png", 99)
+    unknown = image(tmp_path / "unknown.png", 99)
     problem, = refused(tiny_sd, tmp_path / "out", f"--guidance_image={unknown}", f"--guidance_features={file}")
     assert "unknown.png" in problem.what
 
@@ -205,7 +205,7 @@ def test_all_that_is_wrong_is_said_at_once(tiny_sd, tmp_path):
     assert "2 guidance images for 3 prompts" in problem.what
 
 
-def test_what_is_no_model_or_no_picture_is_refused(tiny_sd, clip, tmp_path):
+def test_what_is_no_model_or_no_image_is_refused(tiny_sd, clip, tmp_path):
     (tmp_path / "empty").mkdir()
     for base, said in ((tmp_path / "nowhere", "does not exist"), (tmp_path / "empty", "not a Stable Diffusion")):
         problem, = refused(base, tmp_path / "out")
@@ -237,7 +237,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_drawing(tiny_sd, monkeyp
     assert problem.where.startswith("--out") and problem.kind == "usage"
 
 
-def test_pictures_of_nan_are_no_pictures(tiny_sd, lora, tmp_path):
+def test_images_of_nan_are_no_images(tiny_sd, lora, tmp_path):
     from safetensors.torch import load_file, save_file
 
     weights = {name: torch.full_like(w, torch.nan) for name, w in load_file(lora / DIFFUSERS_FILE).items()}

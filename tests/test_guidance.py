@@ -22,7 +22,7 @@ from torch import Tensor
 from tests.harness import forked
 from trainkit.condition import Condition
 from trainkit.conditioning import clip_token
-from trainkit.conditioning.clip_token import ClipToken, has_room, make_clip_token, with_token
+from trainkit.conditioning.clip_token import ClipToken, has_free_place, make_clip_token, with_token
 from trainkit.data.batch import Batch
 from trainkit.data.clip_features import Clip, Features, load_clip, read_features, write_features
 from trainkit.data.images import content_digest, decode
@@ -55,8 +55,8 @@ def build_tiny_clip(folder: Path) -> Path:
     return folder
 
 
-def picture(path: Path, seed: int) -> Path:
-    """A small picture of its own, taller than wide."""
+def image(path: Path, seed: int) -> Path:
+    """A small image of its own, taller than wide."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(seed).integers(0, 255, (48, 40, 3), np.uint8)).save(path)
     return path
@@ -64,9 +64,9 @@ def picture(path: Path, seed: int) -> Path:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Six pictures, some in a folder below, with names that are not ASCII."""
+    """Six images, some in a folder below, with names that are not ASCII."""
     for seed, name in enumerate(("a.png", "b.png", "müde 狐.png", "below/a.png", "below/ß.webp", "below/z z.bmp")):
-        picture(tmp_path / "images" / name, seed)
+        image(tmp_path / "images" / name, seed)
     return tmp_path / "images"
 
 
@@ -81,7 +81,7 @@ def extract(images: Path, clip: Path, out: Path, *more: str) -> Features:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many pictures CLIP was asked for, call by call."""
+    """How many images CLIP was asked for, call by call."""
     sizes: list[int] = []
     ask = Clip.__call__
 
@@ -128,13 +128,13 @@ def test_a_clip_without_its_preprocessing_gets_clips_standard_one(tiny_clip):
     assert clip.pixels(wide).shape == (3, 32, 32) and clip.processor.image_mean[0] == pytest.approx(0.48145466)
 
 
-def test_pictures_are_found_by_content_whatever_their_names(images, tiny_clip, tmp_path, asked):
+def test_images_are_found_by_content_whatever_their_names(images, tiny_clip, tmp_path, asked):
     before = extract(images, tiny_clip, out := tmp_path / "f.safetensors")
     (images / "a.png").rename(images / "below" / "renamed ☃.png")
     (images / "copy.png").write_bytes((images / "b.png").read_bytes())
-    new = picture(images / "new.png", 99)
+    new = image(images / "new.png", 99)
     after = extract(images, tiny_clip, out)
-    assert sum(asked) == 6 + 1, "a moved picture, and a copy of one, have their features already"
+    assert sum(asked) == 6 + 1, "a moved image, and a copy of one, have their features already"
     assert digest(new) in after and len(after.digests) == 7
     assert all(torch.equal(after[d], before[d]) for d in before.digests)
     assert list(after.digests) == sorted(after.digests)
@@ -172,7 +172,7 @@ def test_processes_at_once_add_to_one_file(images, tiny_clip, tmp_path, monkeypa
     monkeypatch.setattr(script, "SAVE_SECONDS", 0)
     monkeypatch.setattr(script, "SAVE_SHARE", 0)
     for seed in range(20):
-        picture(images / "other" / f"{seed}.png", 1000 + seed)
+        image(images / "other" / f"{seed}.png", 1000 + seed)
     out, children = tmp_path / "f.safetensors", []
     for folder in (images / "other", images / "below", images):
         children.append(os.fork())
@@ -203,7 +203,7 @@ def test_a_data_set_of_the_datasets_library(images, tiny_clip, tmp_path, monkeyp
     assert "no column 'photo'" in problem.what and "image" in problem.why
 
 
-def test_pictures_that_cannot_be_read_are_named_after_the_others_are_done(images, tiny_clip, tmp_path):
+def test_images_that_cannot_be_read_are_named_after_the_others_are_done(images, tiny_clip, tmp_path):
     (images / "torn 画.png").write_bytes((images / "a.png").read_bytes()[:100])
     problem, = refused(lambda: extract(images, tiny_clip, tmp_path / "f.safetensors"))
     assert "torn 画.png" in problem.why and problem.what.startswith("1 of 7") and problem.kind == "data"
@@ -226,11 +226,11 @@ def test_what_cannot_be_extracted_is_refused(images, tiny_clip, assets, tmp_path
     (tmp_path / "empty").mkdir()
     out = tmp_path / "f.safetensors"
     for run, said in (
-        (lambda: extract(tmp_path / "empty", tiny_clip, out), "no pictures"),
+        (lambda: extract(tmp_path / "empty", tiny_clip, out), "no images"),
         (lambda: extract(tmp_path / "nowhere", tiny_clip, out), "no folder"),
         (lambda: extract(images, tmp_path / "nowhere", out), "does not exist"),
         (lambda: extract(images, assets / "tiny-sd-icons" / "text_encoder", out), "not a CLIP model"),
-        (lambda: script.main([f"--out={out}"]), "no pictures"),
+        (lambda: script.main([f"--out={out}"]), "no images"),
         (lambda: script.main([f"--out={out}", f"--images={images}", "--dataset_name=x"]), "two sources"),
         (lambda: extract(images, tiny_clip, tmp_path / "f.pt"), "no name of a safetensors file"),
     ):
@@ -317,7 +317,7 @@ def test_hostile_files_and_paths_are_refused_with_one_message(images, tmp_path):
 ], ids=["several widths", "a batch", "not a number", "no tensor", "no vector"])
 def test_a_pickle_must_hold_one_vector(tmp_path, content):
     for seed, one in enumerate(content):
-        picture(tmp_path / "images" / f"{seed}.png", seed)
+        image(tmp_path / "images" / f"{seed}.png", seed)
         (tmp_path / "pt").mkdir(exist_ok=True)
         torch.save(one, tmp_path / "pt" / f"{seed}.pt")
     refused(lambda: script.main([f"--images={tmp_path / 'images'}", f"--legacy={tmp_path / 'pt'}",
@@ -337,7 +337,7 @@ def rows_of(captions: Sequence[str] = CAPTIONS) -> list[SimpleNamespace]:
 
 
 def written(folder: Path, rows: Sequence[SimpleNamespace], width: int = WIDTH) -> Path:
-    """A file of features in which picture i has rows of i + 1; in another order than the rows."""
+    """A file of features in which image i has rows of i + 1; in another order than the rows."""
     own = {row.digest: torch.full((width,), i + 1.0) for i, row in reversed([*enumerate(rows)])}
     none = Features(torch.zeros(0, width), [], "assets/a clip", "made")
     write_features(folder / "f.safetensors", none.with_rows(own))
@@ -368,7 +368,7 @@ def text_of(n: int) -> Condition:
     return Condition(embeds=torch.randn(n, 77, WIDTH, generator=g), pooled=torch.randn(n, 8, generator=g))
 
 
-def test_picture_i_is_fed_its_own_features_at_the_last_position_only(tmp_path, tokenizer):
+def test_image_i_is_fed_its_own_features_at_the_last_position_only(tmp_path, tokenizer):
     token, text = token_of(tmp_path, tokenizer, guidance_token_scale=0.5), text_of(3)
     fed = token(text, batch_of([2, 0, 2]))
     assert fed["embeds"][:, -1].tolist() == [[1.5] * WIDTH, [0.5] * WIDTH, [1.5] * WIDTH]
@@ -389,11 +389,11 @@ def test_room_is_where_the_last_id_is_padding(tokenizer):
     words = [" ".join(["dog"] * n) for n in (0, 1, 74, 75, 76, 200)]
     ids = tokenizer(words, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
     lengths = [len(tokenizer(one).input_ids) for one in words]
-    assert has_room([tokenizer], words) == [length < 77 for length in lengths] == [True] * 3 + [False] * 3
+    assert has_free_place([tokenizer], words) == [length < 77 for length in lengths] == [True] * 3 + [False] * 3
     assert ids[3, -1] == tokenizer.eos_token_id and lengths[3] == 77
     shorter = copy.deepcopy(tokenizer)
     shorter.model_max_length = 76
-    assert has_room([tokenizer, shorter], words) == [True] * 2 + [False] * 4, "every encoder must have room"
+    assert has_free_place([tokenizer, shorter], words) == [True] * 2 + [False] * 4, "every encoder must have room"
 
 
 def test_cached_text_stays_as_it_is_and_the_rest_learns(tmp_path, tokenizer):
@@ -456,7 +456,7 @@ def conditions_of_a_step(text: Condition, *adds: ClipToken, names: Sequence[str]
     step = TrainStep(family, lambda prompts, step: text, make_noise(ObjectiveOptions()),
                      Passes(always(*(replace(plain, name=name) for name in names))), nullcontext, adds)
     batch = Batch(step=0, keys=((0, 0, 0), (0, 0, 1)), rows=(0, 2), prompts=(CAPTIONS[0], CAPTIONS[2]),
-                  time_ids=torch.zeros(2, 6), share=torch.ones(2), is_class=torch.zeros(2, dtype=torch.bool),
+                  time_ids=torch.zeros(2, 6), loss_weight=torch.ones(2), is_class=torch.zeros(2, dtype=torch.bool),
                   num_instance=2, mean=torch.zeros(2, 4, 8, 8))
     list(step([batch]))
     return conditions
@@ -502,13 +502,13 @@ def test_without_features_the_command_that_extracts_them_is_named():
     assert "--dataset_name NAME" in told(GuidanceOptions(guidance_token=1.0), of_table, 768)[0].fix
     for width in (1280, 2048):  # not every model of wide text is SDXL
         problem, = told(GuidanceOptions(guidance_token=1.0), rows_of(), width)
-        assert f"{width}; no CLIP we know projects pictures to more than 1024" in problem.why
+        assert f"{width}; no CLIP we know projects images to more than 1024" in problem.why
 
 
-def test_pictures_without_features_are_named(tmp_path):
+def test_images_without_features_are_named(tmp_path):
     file = written(tmp_path, rows_of()[1:2])
     problem, = told(GuidanceOptions(guidance_token=1.0, guidance_features=str(file)), rows_of(), WIDTH)
-    assert "2 pictures" in problem.what and "p0.png" in problem.why and "p1.png" not in problem.why
+    assert "2 images" in problem.what and "p0.png" in problem.why and "p1.png" not in problem.why
     assert f"--images /data --clip 'assets/a clip' --out {file}" in problem.fix and problem.kind == "data"
 
 

@@ -706,10 +706,10 @@ def test_every_recipe_of_the_guide_trains(recipe):
     """H31: with its reports and its way to make room."""
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Flatten(), torch.nn.Linear(64, 2))
     optimizer = HinaAdaptive(model.parameters(), **{"lr": 1e-4} | recipe)
-    picture = torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    image = torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     losses = []
     for _ in range(20):
-        loss = (model(picture) - 1).square().mean()
+        loss = (model(image) - 1).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -12,7 +12,7 @@ from collections import defaultdict
 import pytest
 import torch
 
-from trainkit.optim.hina import HinaAdaptive, ferry, memory, placing, storage
+from trainkit.optim.hina import HinaAdaptive, memory, offload_stream, placing, storage
 from trainkit.optim.hina.rounding import Rounder, join, split
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -267,13 +267,13 @@ def test_states_of_a_bucket_share_one_storage_and_need_no_copy():
 def test_neighbours_of_other_storages_are_no_arena():
     whole = torch.arange(12.0)
     parts = list(whole.view(3, 4).unbind())
-    assert torch.equal(ferry.adjacent(parts), whole.view(3, 4))
-    assert ferry.adjacent([parts[0], parts[2]]) is None
-    assert ferry.adjacent([parts[1], parts[0]]) is None
-    assert ferry.adjacent([p.clone() for p in parts]) is None
+    assert torch.equal(offload_stream.adjacent(parts), whole.view(3, 4))
+    assert offload_stream.adjacent([parts[0], parts[2]]) is None
+    assert offload_stream.adjacent([parts[1], parts[0]]) is None
+    assert offload_stream.adjacent([p.clone() for p in parts]) is None
     beside = [torch.from_numpy(whole.numpy()[i * 4:i * 4 + 4]) for i in range(3)]  # one memory, three storages
-    assert ferry.adjacent(beside) is None
-    assert ferry.adjacent(list(whole.view(4, 3).T.unbind())) is None
+    assert offload_stream.adjacent(beside) is None
+    assert offload_stream.adjacent(list(whole.view(4, 3).T.unbind())) is None
 
 
 def test_a_parameter_without_gradient_stands_still_and_joins_later():
@@ -408,7 +408,7 @@ def test_offloading_on_the_cpu_does_nothing_and_says_so_once(caplog):
     assert_equal(snapshot(plain), snapshot(moved))
 
 
-# --- the ferry: what cannot run here is checked for order -------------------------------------------------------------
+# --- the offload stream: what cannot run here is checked for order ----------------------------------------------------
 
 
 class Clock:
@@ -471,9 +471,9 @@ class Harbour:
 def sail(monkeypatch, harbour, *, chunks=5, steps=2, read_only=(), host=None):
     """Buckets of `chunks` chunks, step after step, one row and one addition each."""
     host = host or {"m": [torch.full((4,), float(i)) for i in range(chunks)]}
-    monkeypatch.setattr(ferry.torch, "get_device_module", lambda device: harbour)
-    monkeypatch.setattr(ferry, "streams", lambda device: (harbour.up, harbour.down))
-    real = {"gather": ferry.gather, "scatter": ferry.scatter}
+    monkeypatch.setattr(offload_stream.torch, "get_device_module", lambda device: harbour)
+    monkeypatch.setattr(offload_stream, "streams", lambda device: (harbour.up, harbour.down))
+    real = {"gather": offload_stream.gather, "scatter": offload_stream.scatter}
 
     def gather(tensors, rows):
         harbour.access(tensors[0], writes=False)
@@ -485,12 +485,12 @@ def sail(monkeypatch, harbour, *, chunks=5, steps=2, read_only=(), host=None):
         harbour.access(tensors[0], writes=True)
         real["scatter"](tensors, rows)
 
-    monkeypatch.setattr(ferry, "gather", gather)
-    monkeypatch.setattr(ferry, "scatter", scatter)
+    monkeypatch.setattr(offload_stream, "gather", gather)
+    monkeypatch.setattr(offload_stream, "scatter", scatter)
     spans = storage.cut(chunks, 1)
     for _ in range(steps):
         before, at = harbour.main.operate(), len(harbour.log)
-        boat = ferry.Ferry(host, spans, CPU, read_only=read_only)
+        boat = offload_stream.OffloadStream(host, spans, CPU, read_only=read_only)
         for slot in boat.slots:  # whose memory the allocator may have taken from something on the main stream
             harbour.log[at:at] = [("main", before["main"], before, rows.data_ptr(), True) for rows in slot.values()]
         boat_rows = []
@@ -507,14 +507,14 @@ def sail(monkeypatch, harbour, *, chunks=5, steps=2, read_only=(), host=None):
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 5])
-def test_no_copy_of_the_ferry_races_another_or_the_rules(monkeypatch, chunks):
+def test_no_copy_of_the_offload_stream_races_another_or_the_rules(monkeypatch, chunks):
     harbour = Harbour()
     host = sail(monkeypatch, harbour, chunks=chunks)
     assert [t[0].item() for t in host["m"]] == [i + 2 for i in range(chunks)]
     assert not list(harbour.races())
 
 
-def test_the_ferry_fetches_the_next_chunk_before_the_rules_see_this_one(monkeypatch):
+def test_the_offload_stream_fetches_the_next_chunk_before_the_rules_see_this_one(monkeypatch):
     harbour = Harbour()
     sail(monkeypatch, harbour, chunks=3, steps=1)
     order = [name for name, *_, writes in harbour.log if writes]
@@ -523,7 +523,7 @@ def test_the_ferry_fetches_the_next_chunk_before_the_rules_see_this_one(monkeypa
 
 @pytest.mark.parametrize("waits", ["up.wait_stream", "up.wait_event", "main.wait_event", "main.wait_stream",
                                    "down.wait_event"])
-def test_each_wait_of_the_ferry_is_needed(monkeypatch, waits):
+def test_each_wait_of_the_offload_stream_is_needed(monkeypatch, waits):
     """The test above would see a wait that is missing."""
     harbour = Harbour()
     stream, wait = waits.split(".")
@@ -532,7 +532,7 @@ def test_each_wait_of_the_ferry_is_needed(monkeypatch, waits):
     assert list(harbour.races())
 
 
-def test_the_ferry_does_not_bring_back_what_is_read_only(monkeypatch):
+def test_the_offload_stream_does_not_bring_back_what_is_read_only(monkeypatch):
     host = sail(monkeypatch, Harbour(), read_only=("m",))
     assert [t[0].item() for t in host["m"]] == list(range(5))
 
@@ -540,10 +540,10 @@ def test_the_ferry_does_not_bring_back_what_is_read_only(monkeypatch):
 def test_states_to_fetch_come_in_several_chunks(monkeypatch):
     """So that there is something to fetch while the rules are at work, without a limit too."""
     params = parameters(shapes=((5,),) * 10)
-    desk = storage.Desk({p: {} for p in params}, {"params": params}, params, names=(), step=1)
-    assert desk.rows(None, 100) == 10
-    monkeypatch.setattr(storage.Desk, "slot_bytes", lambda self: 40)
-    assert desk.rows(None, 100) == 3 and desk.rows(100, 100) == 1
+    layout = storage.BucketLayout({p: {} for p in params}, {"params": params}, params, names=(), step=1)
+    assert layout.rows(None, 100) == 10
+    monkeypatch.setattr(storage.BucketLayout, "slot_bytes", lambda self: 40)
+    assert layout.rows(None, 100) == 3 and layout.rows(100, 100) == 1
     assert storage.scratch_limit(SETTINGS | {"memory_efficient": False}) is None
     assert storage.scratch_limit(SETTINGS | {"memory_efficient": False, "offloaded": "exp_avg"}) == 500 * 2**20
 

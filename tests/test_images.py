@@ -1,4 +1,4 @@
-"""Pictures are decoded as a viewer shows them, and a visit's crop is a pure function of what it depends on."""
+"""Images are decoded as a viewer shows them, and a visit's crop is a pure function of what it depends on."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from tests.pictures import data_options, marked, row_of
+from tests.images import data_options, marked, row_of
 from trainkit.data.batch import Row, Sample, collate
 from trainkit.data.geometry import INTERPOLATIONS, CropPolicy, resized_size
-from trainkit.data.images import UnreadablePicture, decode, is_animated, load_picture
+from trainkit.data.images import UnreadableImage, decode, is_animated, load_image
 from trainkit.errors import UserError
 
 
-def encoded(picture: Image.Image, kind: str = "PNG", **how: object) -> bytes:
+def encoded(image: Image.Image, kind: str = "PNG", **how: object) -> bytes:
     out = io.BytesIO()
-    picture.save(out, kind, **how)
+    image.save(out, kind, **how)
     return out.getvalue()
 
 
@@ -36,7 +36,7 @@ def a_row(h: int, w: int, name: str = "a.png", repeat: int = 0) -> Row:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_turns_pixels_and_size(orientation: int, kind: str) -> None:
-    """The upright picture has a red top-left quarter, a green top-right one; the file stores it turned."""
+    """The upright image has a red top-left quarter, a green top-right one; the file stores it turned."""
     upright = Image.new("RGB", (48, 32), "blue")
     upright.paste("red", (0, 0, 24, 16))
     upright.paste("lime", (24, 0, 48, 16))
@@ -53,8 +53,8 @@ def test_exif_orientation_turns_pixels_and_size(orientation: int, kind: str) -> 
 
 
 def test_grey_and_transparent_modes_become_rgb_on_white() -> None:
-    def pixel(picture: Image.Image, **how: object) -> tuple[int, ...]:
-        return decode(encoded(picture, **how)).getpixel((0, 0))
+    def pixel(image: Image.Image, **how: object) -> tuple[int, ...]:
+        return decode(encoded(image, **how)).getpixel((0, 0))
 
     assert pixel(Image.new("L", (4, 4), 77)) == (77, 77, 77)
     assert pixel(Image.new("1", (4, 4), 1)) == (255, 255, 255)
@@ -84,13 +84,13 @@ def test_cmyk_uses_its_profile_and_otherwise_the_plain_formula() -> None:
 
 
 @pytest.mark.parametrize("name, data", {
-    "empty": b"", "text": b"<html>not a picture</html>", "cut png": encoded(marked(1, 64, 64))[:100],
+    "empty": b"", "text": b"<html>not an image</html>", "cut png": encoded(marked(1, 64, 64))[:100],
     "cut jpeg": encoded(marked(1, 64, 64), "JPEG")[:500], "float": encoded(Image.new("F", (4, 4)), "TIFF"),
     "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
     "strip": encoded(Image.new("L", (1, 51))), "noise": bytes(range(256)) * 40,
 }.items())
 def test_unusable_content_gives_one_kind_of_error_with_a_reason(name: str, data: bytes) -> None:
-    with pytest.raises(UnreadablePicture, match=r"\w+"):
+    with pytest.raises(UnreadableImage, match=r"\w+"):
         decode(data)
 
 
@@ -104,16 +104,16 @@ def test_damaged_content_never_raises_anything_else(kind: str) -> None:
             data[place] = random.integers(0, 256)
         try:
             assert decode(bytes(data)).mode == "RGB"
-        except UnreadablePicture as error:
+        except UnreadableImage as error:
             assert str(error)
         assert is_animated(bytes(data)) in (True, False)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_huge_picture_is_refused_from_its_header_alone() -> None:
+def test_a_huge_image_is_refused_from_its_header_alone() -> None:
     data, header = encoded(Image.new("RGB", (4, 4))), b"IHDR" + struct.pack(">II5B", 9_500, 9_500, 8, 2, 0, 0, 0)
     bomb = data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
-    with pytest.raises(UnreadablePicture, match="9500 x 9500 is over 89 megapixels"):
+    with pytest.raises(UnreadableImage, match="9500 x 9500 is over 89 megapixels"):
         decode(bomb)
 
 
@@ -125,16 +125,16 @@ def test_the_first_frame_is_used_and_animation_is_noticed() -> None:
     assert not is_animated(encoded(frames[0], "JPEG")) and not is_animated(encoded(frames[0], "GIF"))
 
 
-def test_a_picture_that_changed_during_the_run_is_refused(tmp_path: Path) -> None:
+def test_a_image_that_changed_during_the_run_is_refused(tmp_path: Path) -> None:
     marked(1, 40, 40).save(tmp_path / "a.png")
     row = row_of(tmp_path / "a.png")
-    assert load_picture(row).size == (40, 40)
+    assert load_image(row).size == (40, 40)
     marked(2, 40, 40).save(tmp_path / "a.png")
     with pytest.raises(UserError, match="changed"):
-        load_picture(row)
+        load_image(row)
     (tmp_path / "a.png").unlink()
     with pytest.raises(UserError, match=r"a\.png") as caught:
-        load_picture(row)
+        load_image(row)
     assert caught.value.exit_code == 3
 
 
@@ -146,7 +146,7 @@ def test_a_picture_that_changed_during_the_run_is_refused(tmp_path: Path) -> Non
     ((451, 300), 128, (192, 128)),
     ((333, 1000), 512, (512, 1537)),  # 1537.54
     ((1411, 1411), 1024, (1024, 1024)),
-    ((10, 15), 64, (64, 96)),  # small pictures grow
+    ((10, 15), 64, (64, 96)),  # small images grow
 ])
 def test_the_long_side_is_truncated_like_torchvisions(size, resolution, expected) -> None:
     assert resized_size(size, resolution) == expected
@@ -166,13 +166,13 @@ def test_pixels_are_resize_flip_crop_to_tensor_normalize(filter_name: str, flip:
 
 
 def test_the_recorded_corner_is_the_one_that_was_cut() -> None:
-    """Without scaling, the first pixel's green and blue are its column and line in the (mirrored) picture."""
+    """Without scaling, the first pixel's green and blue are its column and line in the (mirrored) image."""
     policy = CropPolicy(resolution=32, random_flip=True, interpolation="nearest")
     for h, w in [(32, 60), (70, 32), (32, 32)]:
-        row, picture = a_row(h, w), marked(9, h, w)
+        row, image = a_row(h, w), marked(9, h, w)
         for epoch in range(20):
             sample = replace(policy.sample(row, seed=0, epoch=epoch), slot=((0, 0, 0), 0, epoch, 1))
-            _, column, line = ((policy.views(picture, [sample])[0, :, 0, 0] + 1) * 127.5).round().tolist()
+            _, column, line = ((policy.views(image, [sample])[0, :, 0, 0] + 1) * 127.5).round().tolist()
             assert column == (w - 1 - sample.left if sample.flip else sample.left) and line == sample.top
             assert collate([sample]).time_ids.tolist() == [[h, w, sample.top, sample.left, 32, 32]]
 

@@ -196,7 +196,7 @@ def test_the_figure_shows_every_curve_in_its_colour(tmp_path: Path, no_runs: lis
     dots = {"#{:02x}{:02x}{:02x}".format(*pixel[:3]) for _, pixel in below.getcolors(2**24)}
     assert {chart.LINES[case] for case in shown} <= colours
     assert {chart.LINES[case] for case in shown[1:]} <= dots and chart.LINES["base"] not in dots
-    with Image.open(tmp_path / "fourier-pictures.png") as page:
+    with Image.open(tmp_path / "fourier-images.png") as page:
         assert {(20 * k, 0, 0) for k in range(len(shown))} <= {pixel for _, pixel in page.getcolors(2**24)}
 
 
@@ -265,7 +265,7 @@ def checkpoint(folder: Path, kind: type[torch.optim.Optimizer], change: Callable
     write_json(folder / "state.json", {"optimizer": {"optimizer": "any", "groups": {"unet": data}}})
 
 
-def test_rows_of_pictures_come_back_as_they_were(tmp_path: Path):
+def test_rows_of_images_come_back_as_they_were(tmp_path: Path):
     tiles = [Image.new("RGB", (64, 64), (k, 2 * k, 255 - k)) for k in range(10)]
     exam.row_of(tiles).save(tmp_path / "row.png")
     assert [t.tobytes() for t in chart.cut(tmp_path / "row.png")] == [t.tobytes() for t in tiles]

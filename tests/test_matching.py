@@ -85,17 +85,17 @@ def test_the_default_window_is_timesteps_200_to_599_of_sds_schedule():
     window = window_of(plain().levels, *BOUNDS)
     t = window(torch.linspace(0, 1 - 2**-30, 40_000, dtype=torch.float64)).cond
     assert (int(t.min()), int(t.max()), len(t.unique())) == (200, 599, 400)
-    assert window.share == pytest.approx(0.4, abs=1e-12)
+    assert window.probability == pytest.approx(0.4, abs=1e-12)
 
 
-@pytest.mark.parametrize("law", ["uniform", "logit_normal", "mode", "cosmap"])
-def test_a_window_is_the_runs_own_law_cut_to_it(law):
-    base = plain(timestep_sampling=law).levels
+@pytest.mark.parametrize("distribution", ["uniform", "logit_normal", "mode", "cosmap"])
+def test_a_window_is_the_runs_own_distribution_cut_to_it(distribution):
+    base = plain(timestep_sampling=distribution).levels
     window = window_of(base, *BOUNDS)
     u = torch.linspace(0, 1 - 2**-30, 200_000, dtype=torch.float64)
     t = base(u).cond
     inside = (t >= 200) & (t < 600)
-    assert window.share == pytest.approx(float(inside.double().mean()), abs=2e-5)
+    assert window.probability == pytest.approx(float(inside.double().mean()), abs=2e-5)
     cut, drawn = t[inside].double(), window(u).cond.double()
     assert float(drawn.mean()) == pytest.approx(float(cut.mean()), rel=1e-4)
     assert (drawn.min(), drawn.max()) == (200, 599)
@@ -160,9 +160,9 @@ def test_the_term_sees_the_x0_of_the_output():
     torch.testing.assert_close(recorder.asked[0]["x0_hat"], wanted)
     assert recorder.asked[0]["x0"] is forward.x0 and recorder.asked[0]["alike"] is None
     torch.testing.assert_close(recorder.asked[0]["weight"], torch.ones(6))  # min(1, 5/snr) in the window
-    picture = recorder.asked[0]["picture"]
-    digests = forward.batch.pictures
-    assert (picture[:, None] == picture[None]).tolist() == [[a == b for b in digests] for a in digests]
+    image = recorder.asked[0]["picture"]
+    digests = forward.batch.images
+    assert (image[:, None] == image[None]).tolist() == [[a == b for b in digests] for a in digests]
 
 
 def test_swap_has_one_pass_and_swaps_the_share_of_steps_asked_for():
@@ -206,9 +206,9 @@ def test_min_snr_and_shares_weigh_the_samples_of_the_statistic():
     term(forward, observe=True)
     expected = (1.0 / forward.level.snr).clamp(max=1)
     torch.testing.assert_close(recorder.asked[0]["weight"], expected)
-    share = torch.linspace(0, 2, 6)
-    term(replace(forward, batch=replace(forward.batch, share=share)), observe=True)
-    torch.testing.assert_close(recorder.asked[1]["weight"], share * expected)
+    loss_weight = torch.linspace(0, 2, 6)
+    term(replace(forward, batch=replace(forward.batch, loss_weight=loss_weight)), observe=True)
+    torch.testing.assert_close(recorder.asked[1]["weight"], loss_weight * expected)
 
 
 @pytest.mark.parametrize("kernel", ALIKE)
@@ -226,7 +226,7 @@ def test_kernels_are_told_what_to_compare_by(kernel):
         assert alike.shape[0] == 6 and alike.ndim == 2 and alike.std() > 0
 
 
-def test_one_picture_has_nothing_to_be_matched_with_but_a_bank():
+def test_one_image_has_nothing_to_be_matched_with_but_a_bank():
     for changes in ({}, {"dist_match_gain": 0.0, "dist_match": 0.003}):
         with pytest.raises(UserError, match="--train_batch_size 2 or more"):
             passes("combo", together=1, **changes)
@@ -255,18 +255,18 @@ def test_what_the_loss_refuses_is_the_runs_message():
     assert not list(problems(o, captions, (4, 8, 8), recording))
 
 
-def test_a_class_needs_two_pictures_with_one_caption():
+def test_a_class_needs_two_images_with_one_caption():
     o = MatchingOptions(dist_match_gain=1.0, dist_match_kernel="class")
     (problem,) = problems(o, {"1": "a", "2": "b", "3": "c"}, (4, 8, 8), recording)
     assert problem.where == "--dist_match_kernel class"
     assert not list(problems(o, {"1": "a", "2": "b", "3": "a"}, (4, 8, 8), recording))
 
 
-def test_one_picture_however_often_repeated_has_nothing_in_common_with_another():
+def test_one_image_however_often_repeated_has_nothing_in_common_with_another():
     o = MatchingOptions(dist_match_gain=1.0)
     (problem,) = problems(o, {"1": "a"}, (4, 8, 8), recording)
-    assert problem.what == "distribution matching of one picture"
-    assert not list(problems(o, {}, (4, 8, 8), recording)), "no picture at all is the data's problem"
+    assert problem.what == "distribution matching of one image"
+    assert not list(problems(o, {}, (4, 8, 8), recording)), "no image at all is the data's problem"
 
 
 def test_levels_are_comparable_by_whitening_or_by_weighing_them_in_noise():

@@ -116,8 +116,8 @@ def test_every_weight_is_finite_at_every_level(weighting, name):
     level = every_level(schedule)
     o = ObjectiveOptions(loss_weighting=weighting, snr_gamma=GAMMA)
     objective = make_objective(o, schedule)
-    worth = [of_x0(level, objective.pred, o) for name, of_x0 in WEIGHTS.items() if name == weighting]
-    for weight in (objective.weight(level), objective.weight(level) * objective.pred.x0_gain(level), *worth):
+    x0_weight = [of_x0(level, objective.pred, o) for name, of_x0 in WEIGHTS.items() if name == weighting]
+    for weight in (objective.weight(level), objective.weight(level) * objective.pred.x0_gain(level), *x0_weight):
         assert weight.shape == level.s.shape and weight.isfinite().all() and (weight >= 0).all()
         assert (weight[level.snr > 0] > 0).all()
 
@@ -148,10 +148,10 @@ def test_an_edm_model_and_the_edm_flag_weigh_by_lambda_unless_gamma_or_a_weighti
 def test_one_gamma_means_one_worth_of_x0_whatever_the_network_predicts():
     (eps, level), (v, _) = setup("epsilon", gamma=GAMMA), setup("v_prediction", gamma=GAMMA)
     o = ObjectiveOptions(snr_gamma=GAMMA)
-    worth = WEIGHTS["min_snr"](level, Eps(), o)
-    assert torch.equal(worth, WEIGHTS["min_snr"](level, V(), o))
+    x0_weight = WEIGHTS["min_snr"](level, Eps(), o)
+    assert torch.equal(x0_weight, WEIGHTS["min_snr"](level, V(), o))
     for objective in (eps, v):
-        assert torch.equal(objective.weight(level), objective.pred.loss_weight(level, worth))
+        assert torch.equal(objective.weight(level), objective.pred.loss_weight(level, x0_weight))
 
 
 @pytest.mark.parametrize("compat", [None, "diffusers"])
@@ -221,9 +221,9 @@ def test_every_weight_error_and_huber_schedule_goes_with_every_parametrisation(n
     schedule = schedules()[name]
     u = torch.tensor([0.0, 0.3, 0.7, 1 - 2**-24])
     for number, (weighting, loss_type, huber) in enumerate(COMBINATIONS):
-        law = [{}, {"edm_sigmas": "karras"}, {"timestep_sampling": "logit_normal"}][number % 3]
+        distribution = [{}, {"edm_sigmas": "karras"}, {"timestep_sampling": "logit_normal"}][number % 3]
         o = ObjectiveOptions(loss_weighting=weighting, snr_gamma=GAMMA, loss_type=loss_type, huber_schedule=huber,
-                             do_edm_style_training=bool(number % 2), **law)
+                             do_edm_style_training=bool(number % 2), **distribution)
         objective = make_objective(o, schedule, compat)
         losses, _ = losses_of(objective, objective.levels(u), is_class=torch.tensor([True, False, False, True]))
         assert losses.shape == (4,) and losses.isfinite().all(), (weighting, loss_type, huber)
@@ -248,14 +248,14 @@ def test_losses_are_per_sample_and_blind_to_their_neighbours(loss_type):
 
 
 def test_share_scales_each_sample_under_every_weight():
-    share = torch.tensor([1.0, 0.5, 0.0])
+    loss_weight = torch.tensor([1.0, 0.5, 0.0])
     for gamma in (None, GAMMA):
         objective, level = setup("epsilon", gamma=gamma, t=torch.tensor([10, 500, 990]))
-        whole, shared = losses_of(objective, level)[0], losses_of(objective, level, share=share)[0]
-        torch.testing.assert_close(shared, whole * share)
+        whole, shared = losses_of(objective, level)[0], losses_of(objective, level, loss_weight=loss_weight)[0]
+        torch.testing.assert_close(shared, whole * loss_weight)
 
 
-def test_class_pictures_are_weighed_like_others_but_not_by_snr_under_compat():
+def test_class_images_are_weighed_like_others_but_not_by_snr_under_compat():
     t, is_class = torch.tensor([10, 500, 990]), torch.tensor([True, False, True])
     for name in PREDICTIONS:
         objective, level = setup(name, gamma=GAMMA, t=t)
@@ -337,11 +337,11 @@ def test_a_sample_that_is_masked_everywhere_counts_nothing_and_its_neighbours_as
 @pytest.mark.parametrize("loss_type", ERRORS)
 def test_the_mask_of_a_batch_weighs_every_error_before_the_samples_weight(loss_type):
     objective, level = setup("v_prediction", gamma=GAMMA, t=torch.tensor([10, 500, 990]), loss_type=loss_type)
-    share, mask, (x0, n) = torch.tensor([1.0, 0.5, 2.0]), masks(3), latents(3)
+    loss_weight, mask, (x0, n) = torch.tensor([1.0, 0.5, 2.0]), masks(3), latents(3)
     z, out = objective.pred.add_noise(x0, n, level), latents(3, seed=1)[0].requires_grad_()
-    losses = objective(out, x0=x0, z=z, n=n, level=level, batch=samples(3, share=share, mask=mask))
+    losses = objective(out, x0=x0, z=z, n=n, level=level, batch=samples(3, loss_weight=loss_weight, mask=mask))
     error = objective.error(out - objective.pred.target(x0, n, level), level)
-    assert torch.equal(losses, per_sample(error, mask) * (objective.weight(level) * share))
+    assert torch.equal(losses, per_sample(error, mask) * (objective.weight(level) * loss_weight))
     losses.sum().backward()
     assert torch.equal(out.grad[(mask == 0).expand_as(out)], torch.zeros(4 * int((mask == 0).sum())))
     assert (out.grad[(mask > 0).expand_as(out)] != 0).all()

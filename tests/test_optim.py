@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from trainkit.errors import UserError
 from trainkit.optim import OPTIMIZERS, library, make_optimizer, problems
-from trainkit.optim.schedules import SCHEDULES, Plan, parse_rules
+from trainkit.optim.schedules import SCHEDULES, SchedulePlan, parse_rules
 from trainkit.optim.table import decisive_arguments
 from trainkit.options import OptimizerOptions
 from trainkit.options.base import Flag
@@ -99,14 +99,14 @@ def test_schedule_equals_diffusers(name, warmup):
     inner = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
     theirs = get_scheduler(
         name, inner, step_rules=RULES, num_warmup_steps=warmup, num_training_steps=total, num_cycles=3, power=2.0)
-    plan = Plan(warmup, total, cycles=3, power=2.0, base_lr=lr, rules=RULES)
+    plan = SchedulePlan(warmup, total, cycles=3, power=2.0, base_lr=lr, rules=RULES)
     ours = [SCHEDULES[name](step, plan) for step in range(total + 6)]
     assert ours == pytest.approx([theirs.lr_lambdas[0](step) for step in range(total + 6)], rel=1e-12, abs=1e-15)
 
 
 @pytest.mark.parametrize("base", [0.0, 1e-8, 1e-7])
 def test_polynomial_decay_raises_no_rate_up_to_its_end(base):
-    plan = Plan(2, 10, base_lr=base)
+    plan = SchedulePlan(2, 10, base_lr=base)
     assert [base * SCHEDULES["polynomial"](step, plan) for step in range(14)] == pytest.approx(
         [0, base / 2, *[base] * 12], abs=0)
 
@@ -495,7 +495,7 @@ def test_the_package_of_an_optimizer_is_known_without_importing_it():
     ("torch.optim.Nadam", "there is no torch.optim.Nadam", "torch.optim.NAdam"),
     ("pytorch_optimizer.optimizers.CAME", "there is no", "pytorch_optimizer.CAME"),
     ("torch.nn.Linear", "is no optimizer", "torch.optim.NAdam"),
-    ("no_such_package.Adam", "needs the package no_such_package", "mend the path"),
+    ("no_such_package.Adam", "needs the package no_such_package", "fix the path"),
     ("pytorch_optimizer.Lookahead", "takes no learning rate", "another class"),
 ])
 def test_a_path_that_leads_to_no_optimizer_is_refused_before_anything_is_loaded(path, why, fix):
@@ -571,7 +571,7 @@ def test_an_argument_that_a_flag_could_change_or_that_is_no_default_stays_in_the
 
 
 @pytest.mark.parametrize(("name", "text", "said", "fix"), [
-    ("adamw", "momentum=0.9", "AdamW takes no momentum", "mend"),
+    ("adamw", "momentum=0.9", "AdamW takes no momentum", "fix"),
     ("lion", "use_gc=true lr=1", "Lion takes no use_gc, lr", "--learning_rate gives lr"),
     ("prodigy", "d_coef=big", "Prodigy takes no word as d_coef", "for example"),
     ("hina_adaptive", "use_spd=yes", "HinaAdaptive takes no word as use_spd", "use_spd=True or False"),

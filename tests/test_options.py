@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError, create_model
 
-from tests.harness import make_pictures
+from tests.harness import make_images
 from trainkit.errors import Problem, UserError, refuse
 from trainkit.families import sd
 from trainkit.options import (
@@ -44,7 +44,7 @@ from trainkit.options import (
     parse,
 )
 from trainkit.options.config_text import markdown
-from trainkit.options.rules import shares, unread
+from trainkit.options.rules import trained_fractions, unread
 from trainkit.options.sources import nearest
 from trainkit.options.trainers import SCRIPTS as TRAINER_SCRIPTS
 
@@ -312,7 +312,7 @@ COMMANDS = {
     "DoRA": (LORA + """--dataset_name="linoyts/3d_icon" --caption_column="prompt" --optimizer="prodigy"
         --instance_prompt="3d icon in the style of TOK" --learning_rate=1.0 --rank=8 --use_dora
         --max_train_steps=3000"""),
-    "a face with class pictures, B-LoRA and EDM": (LORA + """--instance_data_dir="face" --class_data_dir="person"
+    "a face with class images, B-LoRA and EDM": (LORA + """--instance_data_dir="face" --class_data_dir="person"
         --instance_prompt="a photo of TOK" --with_prior_preservation --class_prompt="a photo of a person"
         --num_class_images=150 --prior_loss_weight=1.0 --rank=32 --use_blora --do_edm_style_training
         --train_text_encoder"""),
@@ -389,7 +389,7 @@ def test_config_files_are_read_flat_or_in_tables(tmp_path, name, text):
     ("rank = 8\n[lora]\nrank = 9", "rank is given twice", "remove one"),
     ("rank = true", "--rank cannot be True", "--rank"),
     ("rank = [8]", "--rank cannot be [8]", "--rank"),
-    ("rank = ", "cannot read the config file", "mend"),
+    ("rank = ", "cannot read the config file", "fix"),
     ('config = "other.toml"', "config cannot stand in a config file", "remove it, or write fourier_config"),
     ('[run]\nconfig = "other.toml"', "config cannot stand in a config file", "remove it"),
 ])
@@ -659,10 +659,10 @@ def test_a_decay_that_shrinks_the_base_is_said_to(kind):
 
 
 def test_the_shares_are_those_of_the_parts_that_train():
-    assert shares(read().flat()) == {"train_unet_frac": 1.0}
+    assert trained_fractions(read().flat()) == {"train_unet_frac": 1.0}
     text = read("--train_text_encoder", "--train_text_encoder_frac=0.5", "--train_text_encoder_ti_frac=0.1")
-    assert shares(text.flat()) == {"train_unet_frac": 1.0, "train_text_encoder_frac": 0.5}
-    assert shares(read(*TOKENS_ALONE).flat()) == {"train_unet_frac": 0.0, "train_text_encoder_ti_frac": 1.0}
+    assert trained_fractions(text.flat()) == {"train_unet_frac": 1.0, "train_text_encoder_frac": 0.5}
+    assert trained_fractions(read(*TOKENS_ALONE).flat()) == {"train_unet_frac": 0.0, "train_text_encoder_ti_frac": 1.0}
 
 
 @pytest.mark.parametrize("argv", [
@@ -728,7 +728,7 @@ def test_contradictions_of_distribution_matching_are_refused(argv, said):
 ])
 def test_what_the_matching_loss_cannot_compute_is_one_problem_before_the_run(argv, said, tiny_sd, tmp_path):
     trainer = importlib.import_module("train_text_to_image_lora")
-    model = [f"--pretrained_model_name_or_path={tiny_sd}", f"--train_data_dir={make_pictures(tmp_path / 'p', n=2)}",
+    model = [f"--pretrained_model_name_or_path={tiny_sd}", f"--train_data_dir={make_images(tmp_path / 'p', n=2)}",
              "--resolution=32"]
     with pytest.raises(UserError) as error:
         trainer.preflight(parse(trainer.Options, [*model, *argv], description=""), sd)
@@ -774,7 +774,7 @@ def test_values_out_of_range_are_refused_by_the_text_to_image_trainer(argument):
     (["--text_encoder_lr=1e-4"], "--text_encoder_lr has no effect: it is read only with --train_text_encoder"),
     (["--enable_npu_flash_attention"], "--enable_npu_flash_attention: PyTorch's scaled_dot_product_attention"),
     (["--enable_xformers_memory_efficient_attention"], "--enable_xformers_memory_efficient_attention: PyTorch's"),
-    (["--debug_loss"], "--debug_loss: no loss is logged by picture"),
+    (["--debug_loss"], "--debug_loss: no loss is logged by image"),
     (["--dist_match_mode=swap"], "--dist_match_mode has no effect: it is read only with --dist_match or "),
     (["--dist_match_swap=0.3"], "--dist_match_swap has no effect: it is read only with --dist_match or "),
     ([U, "--dist_match_swap=0.3"], "--dist_match_swap has no effect: it is read only with --dist_match_mode swap"),

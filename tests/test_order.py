@@ -71,7 +71,7 @@ def test_a_batch_that_does_not_divide_is_our_mistake() -> None:
         Order(rows_of(5), 6, seed=0).slots(0, Shard(world=4))
 
 
-# ------------------------------------------------------------------------------------------------------- class pictures
+# ------------------------------------------------------------------------------------------------------- class images
 
 
 def test_shuffles_of_instances_are_what_they_have_always_been() -> None:
@@ -81,7 +81,7 @@ def test_shuffles_of_instances_are_what_they_have_always_been() -> None:
     assert seen == [1, 5, 2, 0, 3, 6, 4, 2, 1, 6, 5, 4, 0, 3, 0]
 
 
-def test_class_pictures_leave_the_slots_of_the_instances_as_they_are() -> None:
+def test_class_images_leave_the_slots_of_the_instances_as_they_are() -> None:
     off, on = Order(rows_of(22), 4, seed=3), Order(rows_of(22, classes=10), 4, seed=3)
     for step in range(30):
         for one, other in zip(*(order.slots(step, Shard(accumulation=2)) for order in (off, on)), strict=True):
@@ -93,7 +93,7 @@ def test_class_pictures_leave_the_slots_of_the_instances_as_they_are() -> None:
 @pytest.mark.parametrize("classes", [0, 10])
 @pytest.mark.parametrize("world, accumulation", [(1, 1), (1, 4), (2, 2), (4, 1), (8, 1)])
 def test_every_slot_knows_how_many_instances_its_whole_step_has(classes: int, world: int, accumulation: int) -> None:
-    """Over all ranks and micro-batches; class pictures do not count."""
+    """Over all ranks and micro-batches; class images do not count."""
     order = Order(rows_of(22, classes), 8, seed=3)
     for step in range(4):
         slots = global_batch(order, step, world=world, accumulation=accumulation)
@@ -110,20 +110,20 @@ def test_a_ranks_slots_draw_by_their_places_in_the_global_batch() -> None:
 
 
 @pytest.mark.parametrize("classes, batch", [(10, 4), (3, 5), (40, 2)])
-def test_every_class_picture_is_seen_exactly_once_an_epoch_of_its_own(classes: int, batch: int) -> None:
+def test_every_class_image_is_seen_exactly_once_an_epoch_of_its_own(classes: int, batch: int) -> None:
     order = Order(rows_of(6, classes), batch, seed=1)
     seen = [visit for step in range(-(-classes * 4 // batch)) for visit in visits(order.slots(step)[0][batch:])]
     assert Counter(p for p in seen if p[0] < 4) == Counter((e, 6 + r) for e in range(4) for r in range(classes))
 
 
-def test_class_pictures_are_shuffled_on_their_own() -> None:
+def test_class_images_are_shuffled_on_their_own() -> None:
     order = Order(rows_of(30, classes=30), 30, seed=0)
     slots = order.slots(0)[0]
     assert [row_of(s) for s in slots[:30]] != [row_of(s) - 30 for s in slots[30:]]
 
 
 @pytest.mark.parametrize("world, accumulation", [(1, 4), (2, 2), (4, 1), (2, 1), (8, 1)])
-def test_any_number_of_processes_sees_the_same_class_pictures(world: int, accumulation: int) -> None:
+def test_any_number_of_processes_sees_the_same_class_images(world: int, accumulation: int) -> None:
     order = Order(rows_of(22, classes=9), 8, seed=3)
     for step in range(12):
         whole = global_batch(order, step, world=1)
@@ -134,7 +134,7 @@ def test_any_number_of_processes_sees_the_same_class_pictures(world: int, accumu
             assert [row_of(s) >= 22 for s in micro] == [False] * half + [True] * half
 
 
-def test_class_pictures_alone_are_our_mistake() -> None:
+def test_class_images_alone_are_our_mistake() -> None:
     with pytest.raises(AssertionError, match="instances"):
         Order(rows_of(0, classes=3), 2, seed=0)
 

@@ -118,13 +118,13 @@ def test_captions_without_a_word_are_counted_in_the_log(caplog):
     assert "2 of 3 captions" in message and "'a dog'" in message, "repeats and class images do not count"
 
 
-def test_a_word_in_captions_of_class_pictures_is_said_in_the_log(caplog):
+def test_a_word_in_captions_of_class_images_is_said_in_the_log(caplog):
     with caplog.at_level(logging.WARNING):
         new_tokens.warn(options(), rows_of("a TOK", classes=["a dog"]))
         assert not caplog.text
         new_tokens.warn(options(), rows_of("a TOK", classes=["a dog", "a TOK dog"]))
     message, = caplog.messages
-    assert "1 captions of class pictures" in message and "'a TOK dog'" in message
+    assert "1 captions of class images" in message and "'a TOK dog'" in message
 
 
 def test_both_are_said_of_one_run_and_neither_without_new_tokens(caplog):
@@ -133,7 +133,7 @@ def test_both_are_said_of_one_run_and_neither_without_new_tokens(caplog):
         new_tokens.warn(PivotalOptions(), rows)
         assert not caplog.text
         new_tokens.warn(options(), rows)
-    assert ["class pictures" in message for message in caplog.messages] == [False, True]
+    assert ["class images" in message for message in caplog.messages] == [False, True]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -79,10 +79,10 @@ def test_the_same_step_twice_gives_the_same_bytes(family, encoded, tmp_path):
     torch.rand(3)  # whatever training draws in between
     assert [path.read_bytes() for path in previews.draw(5)] == first
     one, two, _ = (pixels(path) for path in previews.draw(5))
-    assert (one != two).any(), "two seeds, two pictures"
+    assert (one != two).any(), "two seeds, two images"
 
 
-def test_a_picture_depends_on_its_own_seed_only(family, encoded, tmp_path):
+def test_a_image_depends_on_its_own_seed_only(family, encoded, tmp_path):
     alone = first(make(family, encoded, tmp_path / "a", images=1).draw(1))
     beside_another = first(make(family, encoded, tmp_path / "b", images=2).draw(1))
     assert (pixels(alone) == pixels(beside_another)).all()
@@ -143,7 +143,7 @@ def test_half_precision_bases_are_drawn_too(tiny_sdxl, tmp_path):
     assert pixels(drawn).std() > 0
 
 
-def test_pictures_carry_their_prompt_and_seed(family, encoded, tmp_path):
+def test_images_carry_their_prompt_and_seed(family, encoded, tmp_path):
     paths = [*make(family, encoded, tmp_path).draw(500)]
     names = ["step_000500_p01_s42.png", "step_000500_p01_s43.png", "step_000500.png"]
     assert [p.relative_to(tmp_path / "samples").as_posix() for p in paths] == names
@@ -168,11 +168,11 @@ def test_modes_come_back_after_a_failure():
 
 
 @pytest.mark.parametrize("side, tile", [(32, 192), (64, 192), (128, 256), (512, 512), (1024, 512)])
-def test_small_pictures_are_enlarged_by_whole_factors_and_large_ones_reduced(side, tile):
+def test_small_images_are_enlarged_by_whole_factors_and_large_ones_reduced(side, tile):
     assert tile_px(side) == tile
 
 
-def test_a_sheet_shows_every_picture_at_its_place():
+def test_a_sheet_shows_every_image_at_its_place():
     colours = [["#ff0000", "#00ff00"], ["#0000ff", "#ffff00"]]
     rows = [[Image.new("RGB", (64, 64), c) for c in row] for row in colours]
     page = sheet(rows, columns=["base", "LoRA"], names=["cat", "a noun of many words that must be wrapped"], title="t")
@@ -203,7 +203,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def with_pictures(folder: Path, *steps: int) -> Path:
+def with_images(folder: Path, *steps: int) -> Path:
     (folder / "samples").mkdir(parents=True)
     for step in steps:
         for name in (f"step_{step:06d}.png", f"step_{step:06d}_p01_s42.png"):
@@ -213,9 +213,9 @@ def with_pictures(folder: Path, *steps: int) -> Path:
 
 @pytest.mark.parametrize("prompt", [PROMPT, None], ids=["drawing", "without previews"])
 @pytest.mark.parametrize("start, stay", [(10, [0, 10]), (0, []), (99, [0, 10, 20])])
-def test_pictures_of_an_earlier_run_are_put_away_not_mixed_in(family, encoded, tmp_path, prompt, start, stay):
+def test_images_of_an_earlier_run_are_put_away_not_mixed_in(family, encoded, tmp_path, prompt, start, stay):
     """Those of steps a resumed run has not reached; all of them when a run starts afresh, drawing or not."""
-    folder = with_pictures(tmp_path, 0, 10, 20)
+    folder = with_images(tmp_path, 0, 10, 20)
     (folder / "samples" / "step_by_step.png").write_bytes(b"the user's")
     make(family, encoded, folder, prompt=prompt).begin(start)
     left = [f"step_{s:06d}{end}.png" for s in stay for end in ("", "_p01_s42")]
@@ -223,7 +223,7 @@ def test_pictures_of_an_earlier_run_are_put_away_not_mixed_in(family, encoded, t
     assert len([*folder.glob("earlier/samples-*/*.png")]) == 6 - len(left)
 
 
-def test_a_resumed_run_finds_the_pictures_of_its_first_step(family, encoded, tmp_path):
+def test_a_resumed_run_finds_the_images_of_its_first_step(family, encoded, tmp_path):
     """All of them, the grid included, and of the same prompt."""
     previews = make(family, encoded, tmp_path)
     assert not previews.there(5)
@@ -239,7 +239,7 @@ def test_a_resumed_run_finds_the_pictures_of_its_first_step(family, encoded, tmp
 
 def test_what_was_drawn_comes_back_as_it_was_written(family, encoded, tmp_path):
     drawn = make(family, encoded, tmp_path).draw(1)
-    assert all((np.asarray(picture) == pixels(path)).all() for path, picture in drawn.items())
+    assert all((np.asarray(image) == pixels(path)).all() for path, image in drawn.items())
 
 
 def test_previews_read_the_pipeline_of_the_runs_own_revision(family, monkeypatch):

@@ -89,7 +89,7 @@ def test_the_files_headers_describe_the_run_without_its_folders(family, adapters
         assert "anna" not in str(header) and str(tmp_path) not in str(header)
 
 
-def test_the_cards_snippet_draws_a_picture(family, adapters, tiny_sdxl, tmp_path, monkeypatch):
+def test_the_cards_snippet_draws_a_image(family, adapters, tiny_sdxl, tmp_path, monkeypatch):
     """As a user would: in the LoRA's folder, with the base model's folder beside the files."""
     folder = make_run(tmp_path / "run", pretrained_model_name_or_path=str(tiny_sdxl))
     publish(options(folder), family, adapters, num_images=22)
@@ -98,7 +98,7 @@ def test_the_cards_snippet_draws_a_picture(family, adapters, tiny_sdxl, tmp_path
     monkeypatch.setattr("diffusers.utils.logging._tqdm_active", False)
     snippet = python_block(card(folder)[1])
     exec(snippet.replace(").images[0]", ", num_inference_steps=2).images[0]"), {})
-    assert Image.open("picture.png").size == (64, 64)
+    assert Image.open("image.png").size == (64, 64)
 
 
 def table(body: str) -> dict[str, str]:
@@ -132,7 +132,7 @@ def test_the_card_tells_every_choice_that_was_made_and_no_default(tmp_path):
     new = {name.replace("\\", ""): value for name, value in chosen.items() if name not in plain}
     assert new == {
         "Kind": "lokr", "rsLoRA": "True", "Start": "pissa", "Loss": "huber", "EDM training": "True",
-        "Prior loss weight": "0.0", "Class pictures": "48", "Share of the steps, UNet": "0.5",
+        "Prior loss weight": "0.0", "Class images": "48", "Share of the steps, UNet": "0.5",
         "Share of the steps, new tokens": "0.25", "EMA decay": "0.9", "Noise offset": "0.05"}
 
 
@@ -313,7 +313,7 @@ def test_samples_that_are_links_stay_at_home(cluttered):
     assert not [p for p in uploads(cluttered, []) if p.is_symlink()]
 
 
-def test_pictures_of_a_longer_run_in_the_same_folder_stay_at_home(family, adapters, cluttered, monkeypatch):
+def test_images_of_a_longer_run_in_the_same_folder_stay_at_home(family, adapters, cluttered, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
     for name in ("step_000400.png", "step_000400_p01_s0.png", "step_other.png"):
         shutil.copy(cluttered / "samples" / "step_000030.png", cluttered / "samples" / name)

@@ -178,18 +178,18 @@ def test_status_tells_how_the_run_ended(tmp_path):
     assert RunFacts(folder).status == "stopped" and not RunFacts(folder).ended_well
 
 
-def test_large_pictures_go_in_as_thumbnails(tmp_path):
+def test_large_images_go_in_as_thumbnails(tmp_path):
     folder = make_run(tmp_path / "run", samples=())
     Image.effect_noise((1024, 1024), 90).convert("RGB").save(folder / "samples" / "step_000001_p01_s7.png")
-    picture = sample_steps(folder, last=1)[0].pictures[0]
-    assert picture.data.startswith("data:image/webp") and len(picture.data) < 300_000
-    assert (picture.caption, picture.size) == ("seed 7", "1024 × 1024")
+    image = sample_steps(folder, last=1)[0].images[0]
+    assert image.data.startswith("data:image/webp") and len(image.data) < 300_000
+    assert (image.caption, image.size) == ("seed 7", "1024 × 1024")
     thumb = folder / "t.webp"
-    thumb.write_bytes(base64.b64decode(picture.data.partition(",")[2]))
+    thumb.write_bytes(base64.b64decode(image.data.partition(",")[2]))
     assert max(Image.open(thumb).size) == EMBED_PX
 
 
-def test_pictures_of_a_longer_run_in_the_same_folder_are_not_shown(tmp_path):
+def test_images_of_a_longer_run_in_the_same_folder_are_not_shown(tmp_path):
     folder = make_run(tmp_path / "run", samples=(15, 400))
     assert [group.step for group in sample_steps(folder, last=RunFacts(folder).step)] == [15]
 

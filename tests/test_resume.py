@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.harness import ROOT, TRAINER, command, forked, make_pictures, metrics
+from tests.harness import ROOT, TRAINER, command, forked, make_images, metrics
 
 MODES = {
     "mid-epoch with accumulation": dict(train_batch_size=2, gradient_accumulation_steps=2),
@@ -23,8 +23,8 @@ MODES = {
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("data"), n=5)
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("data"), n=5)
 
 
 def same_tensors(a: Path, b: Path) -> None:
@@ -42,12 +42,12 @@ def same_checkpoint(a: Path, b: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
-def test_resumed_equals_uninterrupted(mode, tiny_sdxl, pictures, tmp_path):
+def test_resumed_equals_uninterrupted(mode, tiny_sdxl, images, tmp_path):
     """7 steps at once = 3 steps, stop, 4 steps: weights, optimizer state and logged losses, exactly."""
 
     def run(out: str, **changes: object) -> None:
         options = MODES[mode] | {"checkpointing_steps": 1, "lr_scheduler": "constant"} | MODES[mode] | changes
-        done = forked(command(tiny_sdxl, pictures, tmp_path / out, **options), log=tmp_path / f"{out}.log")
+        done = forked(command(tiny_sdxl, images, tmp_path / out, **options), log=tmp_path / f"{out}.log")
         assert done.code == 0, done.output
 
     run("whole", max_train_steps=7)
@@ -58,9 +58,9 @@ def test_resumed_equals_uninterrupted(mode, tiny_sdxl, pictures, tmp_path):
     assert losses[0] == losses[1] and len(losses[0]) == 7
 
 
-def test_two_runs_with_one_seed_are_bitwise_equal_and_another_seed_differs(tiny_sdxl, pictures, tmp_path):
+def test_two_runs_with_one_seed_are_bitwise_equal_and_another_seed_differs(tiny_sdxl, images, tmp_path):
     for out, seed in (("a", 1), ("b", 1), ("c", 2)):
-        done = forked(command(tiny_sdxl, pictures, tmp_path / out, seed=seed), log=tmp_path / "log")
+        done = forked(command(tiny_sdxl, images, tmp_path / out, seed=seed), log=tmp_path / "log")
         assert done.code == 0, done.output
     name = "pytorch_lora_weights.safetensors"
     same_tensors(tmp_path / "a" / name, tmp_path / "b" / name)
@@ -68,22 +68,22 @@ def test_two_runs_with_one_seed_are_bitwise_equal_and_another_seed_differs(tiny_
         same_tensors(tmp_path / "a" / name, tmp_path / "c" / name)
 
 
-def test_kill_9_in_training_loses_at_most_one_interval(tiny_sdxl, pictures, tmp_path):
+def test_kill_9_in_training_loses_at_most_one_interval(tiny_sdxl, images, tmp_path):
     out = tmp_path / "out"
-    argv = command(tiny_sdxl, pictures, out, max_train_steps=60, checkpointing_steps=2, checkpoints_total_limit=2)
+    argv = command(tiny_sdxl, images, out, max_train_steps=60, checkpointing_steps=2, checkpoints_total_limit=2)
     killed = forked(argv, log=tmp_path / "log", kill_when=(out / "checkpoint-6").exists)
     assert killed.code == -signal.SIGKILL
     resumed = forked([*argv, "--resume_from_checkpoint=latest", "--stop_after_steps=12"], log=tmp_path / "log2")
     assert resumed.code == 0, resumed.output
-    whole = command(tiny_sdxl, pictures, tmp_path / "whole", max_train_steps=60, checkpointing_steps=12)
+    whole = command(tiny_sdxl, images, tmp_path / "whole", max_train_steps=60, checkpointing_steps=12)
     assert forked([*whole, "--stop_after_steps=12"], log=tmp_path / "log3").code == 0
     same_checkpoint(out / "checkpoint-12", tmp_path / "whole" / "checkpoint-12")
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
-def test_a_signal_saves_and_exits(sent, code, tiny_sdxl, pictures, tmp_path):
+def test_a_signal_saves_and_exits(sent, code, tiny_sdxl, images, tmp_path):
     out = tmp_path / "out"
-    argv = command(tiny_sdxl, pictures, out, max_train_steps=5000, checkpointing_steps=5000)
+    argv = command(tiny_sdxl, images, out, max_train_steps=5000, checkpointing_steps=5000)
     line = [sys.executable, f"{TRAINER}.py", *argv]
     run = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for_metrics(out, run)

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.pictures import data_options, marked, marked_folder, open_files
+from tests.images import data_options, marked, marked_folder, open_files
 from trainkit.data.batch import Row
-from trainkit.data.images import load_picture
+from trainkit.data.images import load_image
 from trainkit.data.rows import read_rows
 from trainkit.errors import Problem
 
@@ -39,7 +39,7 @@ def with_metadata(folder: Path, lines: list[object], name: str = "metadata.jsonl
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------------------------- images
 
 
 def test_rows_are_sorted_sized_and_junk_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -62,16 +62,16 @@ def test_a_name_that_is_no_text_still_makes_a_row(tmp_path: Path) -> None:
     raw = os.fsdecode(b"caf\xe9\n.png")
     marked(1, 20, 20).save(tmp_path / raw)
     row, = rows_of(tmp_path)
-    assert row.id == "caf\\xe9\\n.png" and load_picture(row).size == (20, 20)
+    assert row.id == "caf\\xe9\\n.png" and load_image(row).size == (20, 20)
 
 
-def test_repeats_are_rows_of_their_own_on_one_picture(tmp_path: Path) -> None:
+def test_repeats_are_rows_of_their_own_on_one_image(tmp_path: Path) -> None:
     rows = rows_of(marked_folder(tmp_path / "d", 3), repeats=2)
     assert [(row.id, row.repeat) for row in rows] == [(f"{i:03}.png", r) for i in range(3) for r in range(2)]
-    assert all(row.share == 1.0 for row in rows)
+    assert all(row.loss_weight == 1.0 for row in rows)
 
 
-def test_all_unreadable_pictures_are_one_problem_and_its_command_mends_it(tmp_path: Path) -> None:
+def test_all_unreadable_images_are_one_problem_and_its_command_mends_it(tmp_path: Path) -> None:
     folder = marked_folder(tmp_path / "my data", 4)
     (folder / "000.png").write_bytes((folder / "000.png").read_bytes()[:60])
     (folder / "it's.jpg").write_text("<html>")
@@ -84,7 +84,7 @@ def test_all_unreadable_pictures_are_one_problem_and_its_command_mends_it(tmp_pa
     assert len(rows_of(folder)) == 3
 
 
-def test_a_long_list_of_bad_pictures_is_cut(tmp_path: Path) -> None:
+def test_a_long_list_of_bad_images_is_cut(tmp_path: Path) -> None:
     for i in range(50):
         (tmp_path / f"{i:02}.png").touch()
     problem, = problems_of(tmp_path)
@@ -126,7 +126,7 @@ def test_half_a_surrogate_pair_in_metadata_never_reaches_a_tokenizer(tmp_path: P
     assert row.caption == "a cat 🐈" and row.caption.encode()
 
 
-def test_a_caption_shared_by_two_pictures_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_caption_shared_by_two_images_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("a.png", "a.jpg"):
         marked(1, 20, 20).save(tmp_path / name)
     (tmp_path / "a.txt").write_text("which?")
@@ -173,7 +173,7 @@ def test_an_index_column_without_a_name_is_no_caption(tmp_path: Path) -> None:
     assert [row.caption for row in rows_of(folder)] == ["a photo of TOK"] * 2
 
 
-def test_pictures_in_subfolders_and_unlisted_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_in_subfolders_and_unlisted_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "more").mkdir()
     marked(2, 20, 30).save(tmp_path / "more" / "x.png")
     rows = rows_of(with_metadata(tmp_path, [{"file_name": "more/x.png", "text": "x"}, {"file_name": "0.png"}]))
@@ -239,7 +239,7 @@ def test_exactly_one_source_must_be_given(tmp_path: Path) -> None:
     assert [p.kind for p in problems_of(tmp_path, dataset_name="x")] == ["usage"]
 
 
-def test_a_folder_without_pictures_says_what_is_there_instead(tmp_path: Path) -> None:
+def test_a_folder_without_images_says_what_is_there_instead(tmp_path: Path) -> None:
     empty, nested, file = tmp_path / "empty", tmp_path / "nested", tmp_path / "a.png"
     empty.mkdir()
     (nested / "icons").mkdir(parents=True)
@@ -258,7 +258,7 @@ def test_a_local_imagefolder_loads_through_datasets(tmp_path: Path) -> None:
     assert not problems and [row.caption for row in rows] == ["zero"] * 2 + ["a photo of TOK"] * 2
     assert [row.size for row in rows] == [(20, 30)] * 4
     again = pickle.loads(pickle.dumps(rows))
-    assert load_picture(again[2]).getpixel((3, 4)) == (1, 3, 4), "rows of a table must reach worker processes"
+    assert load_image(again[2]).getpixel((3, 4)) == (1, 3, 4), "rows of a table must reach worker processes"
     assert {row.caption for row in read_rows(data_options(**how))[0]} == {"a photo of TOK"}
     wrong = read_rows(data_options(**how, caption_column="txt", image_column="img"))[1]
     assert [p.fix for p in wrong] == ["--image_column image", "--caption_column text"]

@@ -381,7 +381,7 @@ def train(run: Run, *, steps=4, start=0, stop=None, factor=1.0, after=lambda ste
         run.log(step + 1, run.update(optimizer, step=step) | {"lr/unet": 0.1})
         after(step + 1)
         if run.stopping:
-            run.end_if_asked(step + 1, run.out_dir / f"checkpoint-{step + 1}")
+            run.end_if_stopping(step + 1, run.out_dir / f"checkpoint-{step + 1}")
 
 
 def test_a_run_directory_explains_itself(out):
@@ -432,7 +432,7 @@ def test_tensorboard_and_the_record_hold_no_token(out, monkeypatch):
     assert "***" in (out / "run.json").read_text()
 
 
-def test_tensorboard_gets_every_number_and_the_pictures(out):
+def test_tensorboard_gets_every_number_and_the_images(out):
     from PIL import Image
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -689,12 +689,12 @@ def test_ctrl_c_while_libraries_load_is_one_line(monkeypatch, capsys, rank, line
     assert caught.value.code == 130 and capsys.readouterr().err == line
 
 
-@pytest.mark.parametrize("rank, told", [("0", "WARNING 3 pictures have no caption\n"), ("1", "")])
+@pytest.mark.parametrize("rank, told", [("0", "WARNING 3 images have no caption\n"), ("1", "")])
 def test_what_is_logged_before_the_run_reads_as_in_it(monkeypatch, capsys, rank, told):
     """Preflight comes before the run's own handler."""
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
-    exit_with_message(lambda: logging.getLogger("preflight").warning("%d pictures have no caption", 3))
+    exit_with_message(lambda: logging.getLogger("preflight").warning("%d images have no caption", 3))
     assert capsys.readouterr().err == told
 
 

@@ -334,11 +334,11 @@ def test_previews_are_what_the_stock_pipeline_draws(folders, version, tmp_path, 
     family, pipe = load(folders[version]), stock(folders[version])
     text = FrozenText(family, preview_prompts(options))
     family.free_text_encoders()
-    path, picture = next(iter(Previews(family, options, text, tmp_path, seed=42, resolution=32).draw(1).items()))
+    path, image = next(iter(Previews(family, options, text, tmp_path, seed=42, resolution=32).draw(1).items()))
     pipe.scheduler = preview.sampler(family)
     noise = rng.normal((4, 8, 8), [(42, 1)], name="preview")
     wanted = pipe("a red dog", latents=noise, num_inference_steps=3, height=32, width=32).images[0]
-    assert np.abs(np.asarray(picture).astype(int) - np.asarray(wanted).astype(int)).max() <= 1
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(wanted).astype(int)).max() <= 1
     assert "CFG scale: 7.5" in path.read_bytes().decode("latin-1")
 
 
@@ -504,7 +504,7 @@ def test_the_webui_header_names_the_base_as_kohya_and_modelspec_do(tmp_path, ver
 def finished(folder: Path, family: sd.SD, **given: object) -> str:
     """A text-to-image run whose files are published -> its card and its report."""
     changes = {"pretrained_model_name_or_path": family.path, "instance_prompt": None, "instance_data_dir": None,
-               "train_text_encoder": True, "train_data_dir": "/home/anna/private/pictures", **given}
+               "train_text_encoder": True, "train_data_dir": "/home/anna/private/images", **given}
     run = make_run(folder, **changes)
     record = json.loads((run / "run.json").read_text("utf-8"))
     (run / "run.json").write_text(json.dumps(record | {"command": ["/x/train_text_to_image_lora.py"]}), "utf-8")
@@ -513,7 +513,7 @@ def finished(folder: Path, family: sd.SD, **given: object) -> str:
     unet, text = networks(family)
     options = SimpleNamespace(output_dir=str(run), push_to_hub=False)
     words = SimpleNamespace(networks=[text], export=lambda *_: [])
-    publish(options, family, unet, words=words, num_images=22)
+    publish(options, family, unet, text=words, num_images=22)
     return (run / "README.md").read_text("utf-8") + (run / "report.html").read_text("utf-8")
 
 
@@ -530,7 +530,7 @@ def test_card_and_report_speak_of_stable_diffusion_and_of_nothing_the_run_was_no
     assert not re.search(r"sdxl|diffusion.?xl|dreambooth|/anna/", page, re.IGNORECASE)
 
 
-def test_the_cards_snippet_draws_a_picture(models, folders, tmp_path, monkeypatch):
+def test_the_cards_snippet_draws_a_image(models, folders, tmp_path, monkeypatch):
     page = finished(tmp_path / "icons", models[1], validation_prompt=None)
     (tmp_path / "icons" / folders[1].name).symlink_to(folders[1])
     monkeypatch.chdir(tmp_path / "icons")

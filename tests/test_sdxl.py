@@ -212,7 +212,7 @@ def test_the_schedule_is_the_checkpoints_own(tiny_sdxl, tmp_path):
 
     family = load(build_tiny_sdxl(tmp_path / "v", prediction_type="v_prediction"))
     stock = DDPMScheduler.from_pretrained(tiny_sdxl, subfolder="scheduler")
-    assert family.schedule.prediction_type == "v_prediction" and family.schedule.steps == 1000
+    assert family.schedule.prediction_type == "v_prediction" and family.schedule.num_train_timesteps == 1000
     torch.testing.assert_close(family.schedule.a**2, stock.alphas_cumprod)
 
 
@@ -279,7 +279,7 @@ def test_each_part_moves_to_the_device_when_it_is_first_asked(tiny_sdxl):
     assert on_device() == set()
     family.encode_pixels(torch.zeros(1, 3, 64, 64))
     assert on_device() == {"vae"}
-    family.settle(keep_vae=True)
+    family.prepare_for_training(keep_vae=True)
     assert on_device() == {"unet", "vae"}
 
 

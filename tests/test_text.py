@@ -36,7 +36,7 @@ TI = {"pivotal": PivotalOptions(train_text_encoder_ti=True)}
 LORA = {"text": TextOptions(train_text_encoder=True, train_text_encoder_frac=0.5, text_encoder_lr=1e-2)}
 MODES = {"new tokens": TI, "LoRA": LORA}
 FAST = TextOptions(text_encoder_lr=1e-2)
-GROUP = 4  # pictures in an optimizer step
+GROUP = 4  # images in an optimizer step
 
 
 def make(family: sdxl.SDXL, prompts: Sequence[str] = PROMPTS, store: Store | None = None, *, total: int = 4,
@@ -404,7 +404,7 @@ def trained_icons(assets: Path, folder: Path) -> tuple[sdxl.SDXL, Text]:
     family = load(assets / "tiny-sdxl-icons")
     words = make(family, ["3d icon in the style of TOK, a fox", ""], **TI)
     lora = add_adapters(family.denoiser, LoraOptions(rank=4), targets=family.lora_targets, seed=0)
-    family.settle(keep_vae=False)
+    family.prepare_for_training(keep_vae=False)
     options = OptimizerOptions(lr_scheduler="constant")
     optim = make_optimizer([*lora.groups(lr=1e-2, weight_decay=0.0), *words.groups(options, GROUP)], options, 4)
     for step in (0, 1):
@@ -446,10 +446,10 @@ def test_d10_stock_diffusers_draws_our_preview_after_the_two_documented_calls(as
     theirs = pipe.encode_prompt(words.rewrite(prompt), do_classifier_free_guidance=False)
     assert same({"embeds": theirs[0], "pooled": theirs[2]}, condition)
     torch.testing.assert_close(dict(settled), dict(condition), rtol=1e-5, atol=1e-5)
-    picture = draw(words.rewrite(prompt))
+    image = draw(words.rewrite(prompt))
     for ours in (before, after):
-        assert np.abs(np.asarray(ours).astype(int) - picture).max() <= 1
-    assert np.abs(untrained - picture).max() > 8 < np.abs(draw(prompt) - picture).max()
+        assert np.abs(np.asarray(ours).astype(int) - image).max() <= 1
+    assert np.abs(untrained - image).max() > 8 < np.abs(draw(prompt) - image).max()
 
 
 @pytest.mark.parametrize(("prompt", "tokens", "lost"), [("word " * 30 + "TOK", 2, "<s0>, <s1>"), ("TOK", 80, "<s75>")])

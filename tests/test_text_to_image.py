@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.harness import ROOT, Done, command, forked, launched, make_pictures, metrics, torchrun
+from tests.harness import ROOT, Done, command, forked, launched, make_images, metrics, torchrun
 from tests.test_resume import same_checkpoint, same_tensors
 from tests.test_train_modes import every_value_first
 from tests.test_train_smoke import pairwise
@@ -40,17 +40,17 @@ FIRST, OTHERS = every_value_first([
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five captioned pictures; two share a caption."""
-    folder = make_pictures(tmp_path_factory.mktemp("captioned") / "pictures", n=5)
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five captioned images; two share a caption."""
+    folder = make_images(tmp_path_factory.mktemp("captioned") / "images", n=5)
     listing = (folder / "metadata.jsonl").read_text("utf-8")
     (folder / "metadata.jsonl").write_text(listing.replace("thing 4", "thing 3"), "utf-8")
     return folder
 
 
-def features_of(pictures: Path, width: int, file: Path) -> Path:
-    """Random features, a row a picture."""
-    digests = sorted(content_digest(path.read_bytes()) for path in pictures.glob("*.png"))
+def features_of(images: Path, width: int, file: Path) -> Path:
+    """Random features, a row an image."""
+    digests = sorted(content_digest(path.read_bytes()) for path in images.glob("*.png"))
     rows = torch.randn(len(digests), width, generator=torch.Generator().manual_seed(0))
     write_features(file, Features(rows, digests, "random", "nobody"))
     return file
@@ -77,27 +77,27 @@ def named(row: tuple[int, ...]) -> str:
 
 
 @pytest.mark.parametrize("row", FIRST, ids=named)
-def test_everything_composes_and_resumes_to_the_bit(row, pictures, tmp_path, request):
-    check(row, pictures, tmp_path, request)
+def test_everything_composes_and_resumes_to_the_bit(row, images, tmp_path, request):
+    check(row, images, tmp_path, request)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", OTHERS, ids=named)
-def test_every_pair_composes_and_resumes_to_the_bit(row, pictures, tmp_path, request):
-    check(row, pictures, tmp_path, request)
+def test_every_pair_composes_and_resumes_to_the_bit(row, images, tmp_path, request):
+    check(row, images, tmp_path, request)
 
 
-def check(row: tuple[int, ...], pictures: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def check(row: tuple[int, ...], images: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """The run at once, and its steps after the first, second or third from that checkpoint on: one and the same."""
     model, *parts = (choices[index] for choices, index in zip(FEATURES.values(), row, strict=True))
     chosen: dict[str, object] = {flag: value for part in parts for flag, value in part.items()}
     if chosen.get("guidance_token"):
         width = {"tiny_sd": 24, "tiny_sd2": 32}[model]
-        chosen["guidance_features"] = features_of(pictures, width, tmp_path / "features.safetensors")
+        chosen["guidance_features"] = features_of(images, width, tmp_path / "features.safetensors")
     cut = 1 + sum(row) % (STEPS - 1)
     outs = [tmp_path / name / "lora" for name in ("whole", "resumed")]
     for out, resumed in zip(outs, (None, outs[0] / f"checkpoint-{cut}"), strict=True):
-        argv = captioned(request.getfixturevalue(model), pictures, out, resume_from_checkpoint=resumed, **chosen)
+        argv = captioned(request.getfixturevalue(model), images, out, resume_from_checkpoint=resumed, **chosen)
         assert run(argv, tmp_path / "log").output.count("holds the trained weights") == 2
     whole, resumed = map(losses, outs)
     assert resumed == {step: loss for step, loss in whole.items() if step > cut}
@@ -135,36 +135,36 @@ def passes(counted: Path) -> int:
     return count
 
 
-def test_with_lambda_0_the_run_is_the_plain_one_to_the_bit(tiny_sd, pictures, counted, tmp_path):
+def test_with_lambda_0_the_run_is_the_plain_one_to_the_bit(tiny_sd, images, counted, tmp_path):
     plain, off = tmp_path / "plain" / "lora", tmp_path / "off" / "lora"
-    run(captioned(tiny_sd, pictures, plain), tmp_path / "log")
+    run(captioned(tiny_sd, images, plain), tmp_path / "log")
     assert passes(counted) == STEPS
-    run(captioned(tiny_sd, pictures, off, dist_match=0, dist_match_gain=0, dist_match_mode="extra"), tmp_path / "log")
+    run(captioned(tiny_sd, images, off, dist_match=0, dist_match_gain=0, dist_match_mode="extra"), tmp_path / "log")
     assert passes(counted) == STEPS, "no extra forward"
     assert losses(plain) == losses(off)
     same_tensors(plain / "pytorch_lora_weights.safetensors", off / "pytorch_lora_weights.safetensors")
 
 
 @pytest.mark.parametrize(("mode", "per_step"), [("extra", 2), ("combo", 2), ("swap", 1), ("reuse", 1)])
-def test_each_mode_has_its_number_of_passes(mode, per_step, tiny_sd, pictures, counted, tmp_path):
-    argv = captioned(tiny_sd, pictures, tmp_path / "out", dist_match_gain=0.3, dist_match_mode=mode,
+def test_each_mode_has_its_number_of_passes(mode, per_step, tiny_sd, images, counted, tmp_path):
+    argv = captioned(tiny_sd, images, tmp_path / "out", dist_match_gain=0.3, dist_match_mode=mode,
                      gradient_accumulation_steps=2)
     run(argv, tmp_path / "log")
     assert passes(counted) == per_step * 2 * STEPS
 
 
-def test_a_second_pass_takes_no_randomness_from_the_first(tiny_sd, pictures, tmp_path):
+def test_a_second_pass_takes_no_randomness_from_the_first(tiny_sd, images, tmp_path):
     """With a weight too small for fp32 the second pass changes nothing: not a bit of the plain run moves."""
     outs = [tmp_path / name / "lora" for name in ("plain", "extra")]
     for out, changes in zip(outs, ({}, {"dist_match": 1e-40, "dist_match_mode": "extra"}), strict=True):
-        run(captioned(tiny_sd, pictures, out, lora_dropout=0.1, noise_offset=0.1, **changes), tmp_path / "log")
+        run(captioned(tiny_sd, images, out, lora_dropout=0.1, noise_offset=0.1, **changes), tmp_path / "log")
     same_tensors(*(out / "pytorch_lora_weights.safetensors" for out in outs))
 
 
 @pytest.mark.parametrize("changes", [SEED_FORM, {"dist_match_gain": 0.3, "dist_match_bank": 0.8}], ids=["sum", "u"])
-def test_the_statistic_is_over_all_processes(changes, tiny_sd, pictures, tmp_path):
-    one = captioned(tiny_sd, pictures, tmp_path / "one", train_batch_size=4, **changes)
-    two = captioned(tiny_sd, pictures, tmp_path / "two", train_batch_size=2, **changes)
+def test_the_statistic_is_over_all_processes(changes, tiny_sd, images, tmp_path):
+    one = captioned(tiny_sd, images, tmp_path / "one", train_batch_size=4, **changes)
+    two = captioned(tiny_sd, images, tmp_path / "two", train_batch_size=2, **changes)
     for line in ([sys.executable, f"{TRAINER}.py", *one], [*torchrun(2), f"{TRAINER}.py", *two]):
         done = launched(line, env={"ACCELERATE_USE_CPU": "1"})
         assert done.code == 0, done.output
@@ -177,8 +177,8 @@ def test_the_statistic_is_over_all_processes(changes, tiny_sd, pictures, tmp_pat
         torch.testing.assert_close(weights[0][key], weights[1][key], rtol=1e-3, atol=2e-5)
 
 
-def test_a_single_picture_a_step_is_refused_for_pairs(tiny_sd, pictures, tmp_path):
-    argv = captioned(tiny_sd, pictures, tmp_path / "out", dist_match_gain=1, train_batch_size=1)
+def test_a_single_image_a_step_is_refused_for_pairs(tiny_sd, images, tmp_path):
+    argv = captioned(tiny_sd, images, tmp_path / "out", dist_match_gain=1, train_batch_size=1)
     done = forked(argv, trainer=TRAINER, log=tmp_path / "log")
     assert done.code == 2 and "--train_batch_size 2 or more" in done.output
 
@@ -186,10 +186,10 @@ def test_a_single_picture_a_step_is_refused_for_pairs(tiny_sd, pictures, tmp_pat
 # -- what the Diffusers scripts get wrong -----------------------------------------------------------------------------
 
 
-def test_gradient_clipping_works(tiny_sd, pictures, tmp_path):
+def test_gradient_clipping_works(tiny_sd, images, tmp_path):
     """Upstream hands its optimizer an iterator that is empty by the time of clipping: --max_grad_norm did nothing."""
     out, limit = tmp_path / "out", 1e-5
-    argv = captioned(tiny_sd, pictures, out, optimizer="torch.optim.SGD", learning_rate=1.0, max_grad_norm=limit,
+    argv = captioned(tiny_sd, images, out, optimizer="torch.optim.SGD", learning_rate=1.0, max_grad_norm=limit,
                      max_train_steps=1)
     run(argv, tmp_path / "log")
     moved = [t for key, t in load_file(out / "pytorch_lora_weights.safetensors").items() if ".lora_B." in key]
@@ -198,19 +198,19 @@ def test_gradient_clipping_works(tiny_sd, pictures, tmp_path):
     assert length == pytest.approx(limit, rel=1e-2)
 
 
-def test_compat_keeps_min_snr_of_v_as_the_diffusers_scripts_have_it(tiny_sd2, pictures, tmp_path):
+def test_compat_keeps_min_snr_of_v_as_the_diffusers_scripts_have_it(tiny_sd2, images, tmp_path):
     """min(snr,γ)/(snr + 1) in both of them; the slip of the DreamBooth script is not theirs."""
     for name, changes in {"ours": {}, "compat": {"compat": "diffusers"}}.items():
-        argv = captioned(tiny_sd2, pictures, tmp_path / name, snr_gamma=5.0, max_train_steps=1, **changes)
+        argv = captioned(tiny_sd2, images, tmp_path / name, snr_gamma=5.0, max_train_steps=1, **changes)
         run(argv, tmp_path / "log")
     assert losses(tmp_path / "ours") == losses(tmp_path / "compat")
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_the_learning_rate_follows_optimizer_steps_under_accumulation(accumulation, tiny_sd, pictures, tmp_path):
+def test_the_learning_rate_follows_optimizer_steps_under_accumulation(accumulation, tiny_sd, images, tmp_path):
     """Upstream's SDXL script stretches warm-up and decay by the accumulation (huggingface/diffusers #4387, #9633)."""
     out = tmp_path / "out"
-    run(captioned(tiny_sd, pictures, out, gradient_accumulation_steps=accumulation, lr_scheduler="linear",
+    run(captioned(tiny_sd, images, out, gradient_accumulation_steps=accumulation, lr_scheduler="linear",
                   lr_warmup_steps=2, learning_rate=1e-3), tmp_path / "log")
     rates = [next(value for key, value in row.items() if "lr" in key) for row in metrics(out)]
     assert rates == pytest.approx([0.0, 0.5e-3, 1e-3, 0.5e-3], abs=1e-9) or rates == pytest.approx(

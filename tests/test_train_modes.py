@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.harness import command, forked, make_pictures, metrics
+from tests.harness import command, forked, make_images, metrics
 from tests.test_resume import same_checkpoint, same_tensors
 from tests.test_train_smoke import pairwise
 
@@ -49,8 +49,8 @@ FIRST, OTHERS = every_value_first(pairwise(FEATURES))
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     there = tmp_path_factory.mktemp("data")
-    return {"data": make_pictures(there / "pictures", n=5),
-            "class_data_dir": make_pictures(there / "class", n=3, captions=False)}
+    return {"data": make_images(there / "images", n=5),
+            "class_data_dir": make_images(there / "class", n=3, captions=False)}
 
 
 def switches(row: tuple[int, ...], folders: dict[str, Path]) -> dict[str, object]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import ROOT, TRAINER, command, forked, launched, make_pictures, metrics
+from tests.harness import ROOT, TRAINER, command, forked, launched, make_images, metrics
 
 # Each row switches some features; together every pair of values of two features meets at least once (tested below).
 FEATURES = {
@@ -59,8 +59,8 @@ def switches(row: tuple[int, ...]) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("data") / "bilder mit ä")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("data") / "bilder mit ä")
 
 
 def test_the_table_meets_every_pair():
@@ -71,18 +71,18 @@ def test_the_table_meets_every_pair():
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda r: "".join(map(str, r)))
-def test_switches_compose(row, tiny_sdxl, pictures, tmp_path):
+def test_switches_compose(row, tiny_sdxl, images, tmp_path):
     chosen = {k: (tmp_path / "cache" if v == "CACHE" else v) for k, v in switches(row).items()}
-    done = forked(command(tiny_sdxl, pictures, tmp_path / "out", **chosen), log=tmp_path / "log")
+    done = forked(command(tiny_sdxl, images, tmp_path / "out", **chosen), log=tmp_path / "log")
     assert done.code == 0, done.output
     losses = [m["loss"] for m in metrics(tmp_path / "out") if "loss" in m]
     assert len(losses) == 2 and all(0 < x < 1e4 for x in losses)
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
 
 
-def test_accelerate_launch_trains_previews_and_publishes(tiny_sdxl, pictures, tmp_path):
+def test_accelerate_launch_trains_previews_and_publishes(tiny_sdxl, images, tmp_path):
     out = tmp_path / "deep" / "er" / "icons"
-    argv = command(tiny_sdxl, pictures, out, validation_prompt="3d icon in the style of TOK, a cat", validation_steps=2,
+    argv = command(tiny_sdxl, images, out, validation_prompt="3d icon in the style of TOK, a cat", validation_steps=2,
                    num_validation_images=2, checkpointing_steps=1, report_to="all")
     done = launched(["accelerate", "launch", "--num_processes", "1", f"{TRAINER}.py", *argv])
     assert done.code == 0, done.output
@@ -94,15 +94,15 @@ def test_accelerate_launch_trains_previews_and_publishes(tiny_sdxl, pictures, tm
     assert list(out.glob("logs/**/events.out.tfevents.*")) and list(out.glob("**/wandb/offline-run-*"))
 
 
-def test_the_script_runs_under_plain_python(tiny_sdxl, pictures, tmp_path):
-    argv = command(tiny_sdxl, pictures, tmp_path / "out", report_to="tensorboard")
+def test_the_script_runs_under_plain_python(tiny_sdxl, images, tmp_path):
+    argv = command(tiny_sdxl, images, tmp_path / "out", report_to="tensorboard")
     done = launched([sys.executable, f"{TRAINER}.py", *argv])
     assert done.code == 0, done.output
     assert list((tmp_path / "out").glob("logs/**/events.out.tfevents.*"))
 
 
-def test_it_runs_from_another_folder_on_a_local_data_set(tiny_sdxl, pictures, tmp_path):
-    argv = command(tiny_sdxl, pictures, "relative-out", instance_data_dir=None, dataset_name=pictures,
+def test_it_runs_from_another_folder_on_a_local_data_set(tiny_sdxl, images, tmp_path):
+    argv = command(tiny_sdxl, images, "relative-out", instance_data_dir=None, dataset_name=images,
                    caption_column="text", image_column="image")
     done = launched(["env", "-C", str(tmp_path), sys.executable, str(ROOT / f"{TRAINER}.py"), *argv])
     assert done.code == 0, done.output

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.harness import Done, command, forked, make_pictures
+from tests.harness import Done, command, forked, make_images
 from tests.tiny import build_tiny_sdxl
 from trainkit import rng
 from trainkit.adapters import Adapters, add_adapters
@@ -46,7 +46,7 @@ class Rig:
     encoders: tuple[nn.Module, ...]  # the family itself has let go of them
 
     def batches(self, *, accumulation: int = 1, step: int = 1) -> list[Batch]:
-        """The micro-batches of one optimizer step; five pictures and a batch of eight, so step 1 begins mid-epoch."""
+        """The micro-batches of one optimizer step; five images and a batch of eight, so step 1 begins mid-epoch."""
         order = Order(self.images.rows, GLOBAL_BATCH, seed=SEED)
         shard = Shard(accumulation=accumulation)
         ((_, found),) = micro_batches(self.images, order, shard, start_step=step, stop_step=step + 1)
@@ -77,7 +77,7 @@ def rig(model: Path, data: Path, *, gamma: float | None = None, dtype: torch.dty
     images = ready_images(rows, options, family, {}, seed=SEED)
     lora = add_adapters(family.denoiser, LoraOptions(rank=2), targets=family.lora_targets, seed=SEED)
     family.denoiser.to(dtype)  # the adapters too
-    family.settle(keep_vae=images.live)
+    family.prepare_for_training(keep_vae=images.live)
     objective = ObjectiveOptions(snr_gamma=gamma)
     passes = Passes(always(make_objective(objective, family.schedule)))
     step = TrainStep(family, prompts, make_noise(objective), passes, nullcontext)
@@ -97,7 +97,7 @@ def unet_groups(lora: Adapters, options: OptimizerOptions) -> list[ParamGroup]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("data") / "pictures", n=5)
+    return make_images(tmp_path_factory.mktemp("data") / "images", n=5)
 
 
 @pytest.fixture(scope="module")
@@ -200,17 +200,17 @@ def test_polynomial_decay_ends_at_the_same_rate_in_every_group():
 
 
 def test_what_would_change_the_training_is_refused_on_resume_by_name(tiny_sdxl, tmp_path):
-    pictures = make_pictures(tmp_path / "data", n=3)
+    images = make_images(tmp_path / "data", n=3)
 
     def run(**changes: object) -> Done:
-        argv = command(tiny_sdxl, pictures, tmp_path / "out", max_train_steps=1, **changes)
+        argv = command(tiny_sdxl, images, tmp_path / "out", max_train_steps=1, **changes)
         return forked(argv, log=tmp_path / "log")
 
     assert run().code == 0
     for flag, value in {"rank": 4, "resolution": 64, "optimizer": "prodigy", "seed": 7}.items():
         refused(run(resume_from_checkpoint="latest", **{flag: value}), name=flag)
-    shutil.copy(pictures / "p1.png", pictures / "p0.png")
-    refused(run(resume_from_checkpoint="latest"), name="pictures")
+    shutil.copy(images / "p1.png", images / "p0.png")
+    refused(run(resume_from_checkpoint="latest"), name="images")
 
 
 def refused(done: Done, *, name: str) -> None:

@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.harness import TRAINER, command, launched, make_pictures, metrics, torchrun
+from tests.harness import TRAINER, command, launched, make_images, metrics, torchrun
 
 STEP = 1e-3  # the learning rate: Adam turns a gradient that is all rounding into a step of that size
 
 
 def test_two_processes_equal_one(tiny_sdxl, tmp_path):
-    pictures = make_pictures(tmp_path / "data", n=5)
-    one = command(tiny_sdxl, pictures, tmp_path / "one", train_batch_size=4, max_train_steps=3, checkpointing_steps=3)
-    two = command(tiny_sdxl, pictures, tmp_path / "two", train_batch_size=1, gradient_accumulation_steps=2,
+    images = make_images(tmp_path / "data", n=5)
+    one = command(tiny_sdxl, images, tmp_path / "one", train_batch_size=4, max_train_steps=3, checkpointing_steps=3)
+    two = command(tiny_sdxl, images, tmp_path / "two", train_batch_size=1, gradient_accumulation_steps=2,
                   max_train_steps=3, checkpointing_steps=3)
     for line in ([sys.executable, f"{TRAINER}.py", *one], [*torchrun(2), f"{TRAINER}.py", *two]):
         done = launched(line, env={"ACCELERATE_USE_CPU": "1"})
@@ -26,8 +26,8 @@ def test_two_processes_equal_one(tiny_sdxl, tmp_path):
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(tiny_sdxl, tmp_path):
-    """torchrun on a CPU without accelerate's word for it: two runs of one picture stream into one folder."""
-    argv = command(tiny_sdxl, make_pictures(tmp_path / "data", n=2), tmp_path / "out")
+    """torchrun on a CPU without accelerate's word for it: two runs of one image stream into one folder."""
+    argv = command(tiny_sdxl, make_images(tmp_path / "data", n=2), tmp_path / "out")
     done = launched([*torchrun(2), f"{TRAINER}.py", *argv])
     assert done.code != 0 and "ACCELERATE_USE_CPU=1" in done.output
     assert not (tmp_path / "out" / "metrics.jsonl").exists()

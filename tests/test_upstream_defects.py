@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.harness import ROOT, TRAINER, command, forked, launched, make_pictures, metrics, torchrun
+from tests.harness import ROOT, TRAINER, command, forked, launched, make_images, metrics, torchrun
 from tests.test_pivotal import load
 from tests.test_resume import same_checkpoint, same_tensors
 from tests.test_text import make
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.xdist_group("upstream defects")  # the runs below are s
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 NEW_TOKENS = PivotalOptions(train_text_encoder_ti=True)
 TI = dict(train_text_encoder_ti=True, optimizer="prodigy", learning_rate=1.0, text_encoder_lr=0.5,
-          checkpointing_steps=1, max_train_steps=None, num_train_epochs=1)  # 8 pictures by 2: 4 steps, pivot after 2
+          checkpointing_steps=1, max_train_steps=None, num_train_epochs=1)  # 8 images by 2: 4 steps, pivot after 2
 PRIOR = dict(with_prior_preservation=True, class_prompt="a drawing of a boat", num_class_images=3, prior_loss_weight=0)
 CUTS = {"before the pivot": 1, "at the pivot": 2, "after the pivot": 3}
 
@@ -52,12 +52,12 @@ class Runs:
 
     def __init__(self, model: Path, folder: Path):
         self.model, self.folder = model, folder
-        self.data = make_pictures(folder / "data", n=8)
-        self.bare = make_pictures(folder / "bare", n=4, captions=False)
-        self.classes = make_pictures(folder / "classes", n=3, captions=False)
+        self.data = make_images(folder / "data", n=8)
+        self.bare = make_images(folder / "bare", n=4, captions=False)
+        self.classes = make_images(folder / "classes", n=3, captions=False)
         for name in (".DS_Store", "notes.md", "Thumbs.db", "subfolder/p9.png"):
             (self.data / name).parent.mkdir(exist_ok=True)
-            (self.data / name).write_bytes(b"no picture")
+            (self.data / name).write_bytes(b"no image")
 
     def __call__(self, name: str, *, data: Path | None = None, **flags: object) -> Path:
         """-> the output folder; `name` may have folders in it."""
@@ -201,15 +201,15 @@ def test_d22_captions_of_frozen_encoders_are_encoded_once(watched):
 # Prior preservation and EDM
 
 
-def test_d03_instances_keep_their_prompt_beside_class_pictures(runs):
-    """There: prompts are tiled i,c,i,c against pictures i,i,c,c, so instances learn the class prompt (#12292)."""
+def test_d03_instances_keep_their_prompt_beside_class_images(runs):
+    """There: prompts are tiled i,c,i,c against images i,i,c,c, so instances learn the class prompt (#12292)."""
     alone = runs("no prior", data=runs.bare, max_train_steps=1)
     beside = runs("prior", data=runs.bare, max_train_steps=1, **PRIOR)
-    assert losses(beside) == pytest.approx(losses(alone), rel=1e-5), "at weight 0 class pictures count for nothing"
+    assert losses(beside) == pytest.approx(losses(alone), rel=1e-5), "at weight 0 class images count for nothing"
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_d05_instances_keep_their_own_edm_weights_beside_class_pictures(runs, batch):
+def test_d05_instances_keep_their_own_edm_weights_beside_class_images(runs, batch):
     """There: weights of the whole batch meet half of the errors: both count at batch 1, RuntimeError at 2 (#13743)."""
     edm, cut = dict(do_edm_style_training=True, max_train_steps=1, data=runs.bare), 2 // batch
     alone = runs("edm", **edm)
@@ -218,18 +218,18 @@ def test_d05_instances_keep_their_own_edm_weights_beside_class_pictures(runs, ba
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 
 
 def test_d04_cached_latents_keep_their_captions_and_sizes(runs):
-    """There: the cache follows a first shuffle's steps, so later latents meet other pictures' captions (cf. #13712)."""
+    """There: the cache follows a first shuffle's steps, so later latents meet other images' captions (cf. #13712)."""
     steps = dict(max_train_steps=6, train_batch_size=2, center_crop=True)
     live, cached = runs("live", **steps), runs("cached", cache_latents=True, **steps)
     assert losses(cached) == pytest.approx(losses(live), rel=1e-4) and len({*losses(live)}) == 6
 
 
-def test_d13_the_recorded_corner_is_the_one_that_was_cut_of_a_single_picture_too(tmp_path):
-    """There: a single picture's random crop is recorded as centred, except with --repeats, whose copies it counts."""
+def test_d13_the_recorded_corner_is_the_one_that_was_cut_of_a_single_image_too(tmp_path):
+    """There: a single image's random crop is recorded as centred, except with --repeats, whose copies it counts."""
     ramp = np.broadcast_to(np.arange(96, dtype=np.uint8)[None, :, None] * 2, (32, 96, 3))
     Image.fromarray(np.ascontiguousarray(ramp)).save(tmp_path / "ramp.png")
     for repeats in (1, 3):
@@ -241,10 +241,10 @@ def test_d13_the_recorded_corner_is_the_one_that_was_cut_of_a_single_picture_too
         assert len(set(recorded)) > 4, "crops are random"
 
 
-def test_d25_only_pictures_are_read_and_only_results_are_uploaded(runs):
-    """There: every entry of the folder is opened as a picture; the upload is public, with checkpoints (#8225)."""
+def test_d25_only_images_are_read_and_only_results_are_uploaded(runs):
+    """There: every entry of the folder is opened as an image; the upload is public, with checkpoints (#8225)."""
     out = runs.pivotal()
-    assert len(losses(out)) == 4 and metrics(out)[-1]["images"] == 8, "an epoch is the 8 pictures"
+    assert len(losses(out)) == 4 and metrics(out)[-1]["images"] == 8, "an epoch is the 8 images"
     weights = [out / name for name in (DIFFUSERS_FILE, "ti.safetensors", "ti_emb.safetensors")]
     names = {path.relative_to(out).as_posix() for path in publish.uploads(out, weights)}
     assert names == {DIFFUSERS_FILE, "ti.safetensors", "ti_emb.safetensors", "README.md", "report.html"}
@@ -307,8 +307,8 @@ def test_d08c_prodigys_step_size_for_the_tokens_is_theirs_alone():
     assert estimate(1.0) == estimate(1e3) > 1e-6, "it grew from its start and asks nobody else"
 
 
-def test_d10_final_pictures_show_the_learned_tokens(runs):
-    """There: the last pictures read <s0><s1> as plain text, since the embeddings are not loaded (lost in #8406)."""
+def test_d10_final_images_show_the_learned_tokens(runs):
+    """There: the last images read <s0><s1> as plain text, since the embeddings are not loaded (lost in #8406)."""
     out = runs("tokens alone", train_text_encoder_ti=True, train_text_encoder_ti_frac=1.0, train_unet_frac=0,
                text_encoder_lr=1.0, validation_prompt="TOK, TOK", num_validation_images=1)
     first, last = (np.asarray(Image.open(out / "samples" / f"step_{step:06d}_p01_s0.png"), np.int16) for step in (0, 2))
@@ -416,7 +416,7 @@ def test_d24_zero_is_zero_false_is_false_and_a_slip_is_an_error(runs, tiny_sdxl)
 
 def test_d20_every_rank_draws_its_own_noise_and_levels(tmp_path):
     """There: all ranks have one seed and so one noise and one timestep (huggingface/accelerate#236)."""
-    options = DataOptions(instance_data_dir=str(make_pictures(tmp_path / "data", n=4)), instance_prompt="TOK")
+    options = DataOptions(instance_data_dir=str(make_images(tmp_path / "data", n=4)), instance_prompt="TOK")
     order = Order(read_rows(options)[0], 4, seed=0)
     keys = [key for rank in range(2) for key, *_ in order.slots(0, Shard(rank, world=2))[0]]
     assert len(rng.uniform(keys, "timestep").unique()) == 4
@@ -433,8 +433,8 @@ def assert_close_but_for_rounding(theirs: dict[str, Tensor], ours: dict[str, Ten
 def test_d21_two_processes_train_tokens_and_prior_as_one_does(tiny_sdxl, tmp_path):
     """There: only the UNet's gradients are shared, rank 0 alone saves and logs its own loss (#2606, #6705)."""
     changes = dict(train_text_encoder_ti=True, train_text_encoder_ti_frac=1.0, text_encoder_lr=1e-3, **PRIOR) | {
-        "prior_loss_weight": 1.0, "class_data_dir": make_pictures(tmp_path / "class", n=3), "checkpointing_steps": 2}
-    data = make_pictures(tmp_path / "data", n=5)
+        "prior_loss_weight": 1.0, "class_data_dir": make_images(tmp_path / "class", n=3), "checkpointing_steps": 2}
+    data = make_images(tmp_path / "data", n=5)
     one, two = tmp_path / "one" / "lora", tmp_path / "two" / "lora"
     alone = forked(command(tiny_sdxl, data, one, train_batch_size=2, **changes), log=tmp_path / "log")
     assert alone.code == 0, alone.output

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from trainkit.families import Family
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-WORDS = """a an the of in on and with photo picture icon style red green blue dog cat house sun moon star tree fish bird
+WORDS = """a an the of in on and with photo image icon style red green blue dog cat house sun moon star tree fish bird
 apple flower car boat TOK 3d toy smooth shiny flat drawing white background""".lower().split()
 MAX_LENGTH = 77
 SD_TEXT_WIDTHS = {1: 24, 2: 32}  # by version; OpenCLIP's encoder is wider

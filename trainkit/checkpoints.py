@@ -62,7 +62,7 @@ class Checkpoints:
         extra: Callable[[Path], None] | None = None, **parts: Stateful,
     ):
         assert keep is None or keep >= 1, "keep at least one checkpoint"
-        self.shelf = checkpoint_folders.Shelf(Path(out_dir))
+        self.folders = checkpoint_folders.CheckpointFolders(Path(out_dir))
         self.keep, self.fingerprint, self.extra, self.parts = keep, fingerprint, extra, parts
         self.saved: int | None = None
 
@@ -73,7 +73,7 @@ class Checkpoints:
                them is the last good one
         Raises UserError(kind="disk") when the disk refuses; older checkpoints are intact then.
         """
-        final = self.shelf.place(step)
+        final = self.folders.place(step)
         if ranks.is_main() and self.saved != step:
             with files.disk_errors(final):
                 self._save(step, final, prune=prune)
@@ -109,20 +109,20 @@ class Checkpoints:
 
     def _save(self, step: int, final: Path, *, prune: bool) -> None:
         packed = {name: part.pack() for name, part in self.parts.items()}
-        self.shelf.dir.mkdir(parents=True, exist_ok=True)
-        files.require_space(self.shelf.dir, sum(files.tensor_bytes(tensors) for tensors, _ in packed.values()))
+        self.folders.dir.mkdir(parents=True, exist_ok=True)
+        files.require_space(self.folders.dir, sum(files.tensor_bytes(tensors) for tensors, _ in packed.values()))
         reached("preflight", step)
-        draft = self.shelf.draft(step)
+        draft = self.folders.draft(step)
         try:
             self._fill(draft, packed, step)
-            self.shelf.publish(draft, final)
+            self.folders.publish(draft, final)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
         reached("publish", step)
-        files.write_json(self.shelf.dir / "latest.json", {"checkpoint": final.name, "step": step})
+        files.write_json(self.folders.dir / "latest.json", {"checkpoint": final.name, "step": step})
         reached("point", step)
-        self.shelf.prune(final, self.keep if prune else None)
+        self.folders.prune(final, self.keep if prune else None)
         reached("prune", step)
 
     def _fill(self, draft: Path, packed: dict[str, Packed], step: int) -> None:
@@ -144,8 +144,8 @@ class Checkpoints:
 
     def _choose(self, which: str | None) -> tuple[Path, int] | None:
         """Rank 0: the checkpoint to load and its step, compared with this run."""
-        self.shelf.sweep()
-        found = None if which is None else self.shelf.latest() if which == "latest" else self.shelf.named(which)
+        self.folders.sweep()
+        found = None if which is None else self.folders.latest() if which == "latest" else self.folders.named(which)
         if found is None:
             return None
         folder, facts = found
@@ -154,14 +154,15 @@ class Checkpoints:
 
     def _clear_the_way(self, folder: Path | None, step: int) -> None:
         """Rank 0, when nothing can refuse any more: set aside what is not on the way from `folder`."""
-        here = folder is not None and folder.parent.resolve() == self.shelf.dir.resolve()
-        with files.disk_errors(self.shelf.dir):
-            later = [p for p in self.shelf.all() if (checkpoint_folders.step_of(p) or 0) > step]
-            self.shelf.set_aside(later if here else self.shelf.all())
+        here = folder is not None and folder.parent.resolve() == self.folders.dir.resolve()
+        with files.disk_errors(self.folders.dir):
+            later = [p for p in self.folders.all() if (checkpoint_folders.step_of(p) or 0) > step]
+            self.folders.set_aside(later if here else self.folders.all())
         self.saved = step if here else None
 
     def _refuse_differences(self, folder: Path, fingerprint: Json) -> None:
-        theirs, ours = flatten(fingerprint), flatten(dict(self.fingerprint))
+        ours = flatten(dict(self.fingerprint))
+        theirs = {key.replace("picture", "image"): value for key, value in flatten(fingerprint).items()}  # an old word
         keys = [k for k in sorted(theirs.keys() | ours.keys()) if theirs.get(k) != ours.get(k)]
         if keys:
             raise UserError(Problem(

@@ -1,4 +1,4 @@
-"""What a network is told besides the noised latents and their level."""
+"""What a network is given besides the noised latents and their level."""
 
 from __future__ import annotations
 

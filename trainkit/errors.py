@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["sibling", "usage", "data", "memory", "nonfinite", "disk", "preempted", "stopped"]
+Category = Literal["sibling", "usage", "data", "memory", "nonfinite", "disk", "preempted", "stopped"]
 
 LOG_LINE = "%(levelname)s %(message)s"  # how a log record reads in the terminal, before a run and in it
-EXIT_CODES: dict[Kind, int] = {  # a sibling's failure is told by that process
+EXIT_CODES: dict[Category, int] = {  # a sibling's failure is told by that process
     "sibling": 1, "usage": 2, "data": 3, "memory": 4, "nonfinite": 5, "disk": 74, "preempted": 75, "stopped": 130,
 }
 
@@ -25,7 +25,7 @@ class Problem:
     where: str
     why: str
     fix: str
-    kind: Kind = "usage"
+    kind: Category = "usage"
 
     def __str__(self) -> str:
         return f"{self.what}\n      where: {self.where}\n      why:   {self.why}\n      next:  {self.fix}"

@@ -1,9 +1,9 @@
-"""How far the style of one set of pictures is from another's: unbiased KID in one named layer of a CLIP vision tower.
+"""How far the style of one set of images is from another's: unbiased KID in one named layer of a CLIP vision tower.
 
-Compare the same nouns on both sides, at least 100 pictures of each; a set against its own other half gives about 0,
+Compare the same nouns on both sides, at least 100 images of each; a set against its own other half gives about 0,
 and, the estimate being unbiased, may fall a little below.
 
-`power_spectrum` tells how much of a set's pictures is fine detail, whatever the style.
+`power_spectrum` tells how much of a set's images is fine detail, whatever the style.
 """
 
 import json
@@ -33,20 +33,20 @@ def features(
     std: Channels = HALF,
     batch: int = 64,
 ) -> Tensor:
-    """Mean and deviation over tokens of what a named layer puts out, one row per picture.
+    """Mean and deviation over tokens of what a named layer puts out, one row per image.
 
     These two statistics of each channel are what carries a drawing style (Huang and Belongie 2017, arXiv:1703.06868).
-    Shapes: N pictures of any size -> float32 [N,2D]; a layer that puts out one vector per picture is taken as it is.
-    Errors: AttributeError for a layer the model does not have; ValueError for no pictures.
+    Shapes: N images of any size -> float32 [N,2D]; a layer that puts out one vector per image is taken as it is.
+    Errors: AttributeError for a layer the model does not have; ValueError for no images.
     """
     if not images:
-        raise ValueError("features: no pictures given")
-    seen: list[Tensor] = []
+        raise ValueError("features: no images given")
+    pooled: list[Tensor] = []
 
     def keep(module: object, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
         tokens = (output[0] if isinstance(output, tuple) else output).float()
         rows = torch.cat((tokens.mean(1), tokens.std(1)), dim=1) if tokens.dim() == 3 else tokens
-        seen.append(rows.cpu())  # [B,T,D] -> [B,2D]
+        pooled.append(rows.cpu())  # [B,T,D] -> [B,2D]
 
     side = model.config.vision_config.image_size
     hook = model.get_submodule(layer).register_forward_hook(keep)
@@ -57,11 +57,11 @@ def features(
                 model.get_image_features(pixels.to(model.device, model.dtype))
     finally:
         hook.remove()
-    return torch.cat(seen)
+    return torch.cat(pooled)
 
 
 def to_pixels(images: "Sequence[Image]", side: int, mean: Channels = HALF, std: Channels = HALF) -> Tensor:
-    """Pictures on white, resized to a square (bicubic) and normalised: [N,3,side,side]."""
+    """Images on white, resized to a square (bicubic) and normalised: [N,3,side,side]."""
     import numpy as np
     from PIL import Image
 
@@ -103,11 +103,11 @@ def off_diagonal_mean(square: Tensor) -> Tensor:
 
 
 def style_distance(
-    pictures: "Sequence[Image]", reference: "Sequence[Image]", clip_dir: str | Path, layer: str = STYLE_LAYER
+    images: "Sequence[Image]", reference: "Sequence[Image]", clip_dir: str | Path, layer: str = STYLE_LAYER
 ) -> float:
-    """KID between two sets of pictures in the style layer of the CLIP in `clip_dir`."""
+    """KID between two sets of images in the style layer of the CLIP in `clip_dir`."""
     model, mean, std = load_clip(clip_dir)
-    x, y = (features(images, model, layer, mean=mean, std=std) for images in (pictures, reference))
+    x, y = (features(group, model, layer, mean=mean, std=std) for group in (images, reference))
     return kid(x, y)
 
 
@@ -121,17 +121,17 @@ def load_clip(clip_dir: str | Path) -> "tuple[CLIPModel, Channels, Channels]":
 
 
 def power_spectrum(images: "Sequence[Image]", side: int) -> Tensor:
-    """Variance of the luminance by frequency: mean over pictures of Σ_ring |FFT₂(y)|² / side⁴, y in 0..1.
+    """Variance of the luminance by frequency: mean over images of Σ_ring |FFT₂(y)|² / side⁴, y in 0..1.
 
-    Ring k = 1 … side/2 holds the frequencies whose distance from 0, rounded, is k cycles a picture; the last is
+    Ring k = 1 … side/2 holds the frequencies whose distance from 0, rounded, is k cycles an image; the last is
     Nyquist's. Neither the mean (0) nor the corners beyond the last ring are in any. A wave of k cycles and amplitude a
-    counts a²/2 in ring k; white noise of variance σ² counts σ² by the share of the frequencies that a ring holds.
+    counts a²/2 in ring k; white noise of variance σ² counts σ² by the fraction of the frequencies that a ring holds.
 
-    Shapes: N pictures of any size, on white and resized to side × side -> float64 [side/2], the first for k = 1.
-    Errors: ValueError for no pictures, and for a side that is not even.
+    Shapes: N images of any size, on white and resized to side × side -> float64 [side/2], the first for k = 1.
+    Errors: ValueError for no images, and for a side that is not even.
     """
     if not images or side < 2 or side % 2:
-        raise ValueError(f"power_spectrum: needs pictures and an even side, got {len(images)} and {side}")
+        raise ValueError(f"power_spectrum: needs images and an even side, got {len(images)} and {side}")
     pixels = to_pixels(images, side, mean=(0, 0, 0), std=(1, 1, 1)).double()  # [N,3,side,side]
     luminance = torch.einsum("nchw,c->nhw", pixels, torch.tensor(LUMA, dtype=torch.float64))
     power = torch.fft.fft2(luminance).abs().square().mean(0) / side**4

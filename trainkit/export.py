@@ -36,7 +36,7 @@ LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude
 HADAMARD = {"B1": ".hada_w1_a", "A1": ".hada_w1_b", "B2": ".hada_w2_a", "A2": ".hada_w2_b"}  # our name -> the file's
 KRONECKER = {"C": ".lokr_w1", "B": ".lokr_w2_a", "A": ".lokr_w2_b", "D": ".lokr_w2"}
 TEXT_MODEL = "text_model."  # Transformers 5 dropped this level from CLIPTextModel; files keep it, loaders know both
-Layout = Literal["diffusers", "webui"]
+LoraFileFormat = Literal["diffusers", "webui"]
 Tensors = dict[str, Tensor]
 EXACT = torch.finfo(torch.float64).eps  # of the arithmetic in which files are compared
 
@@ -58,7 +58,7 @@ def network_metadata(networks: Sequence[Adapters]) -> dict[str, str]:
     first = networks[0]
     rank = max(file_rank(network) for network in networks)
     alpha = str(float(first.scale * rank))
-    lycoris = {"algo": first.kind} | ({"factor": str(first.factor)} if first.kind == "lokr" else {})
+    lycoris = {"algo": first.adapter_type} | ({"factor": str(first.factor)} if first.adapter_type == "lokr" else {})
     if any(network.decomposed for network in networks):
         lycoris |= {"dora_wd": "True", "wd_on_output": "True"}
     convolves = any(math.prod(network.shape(path)[2:]) > 1 for network in networks for path in network.layers)
@@ -73,7 +73,7 @@ def network_metadata(networks: Sequence[Adapters]) -> dict[str, str]:
 def file_rank(network: Adapters) -> int:
     """The rank that a WebUI file's factors have: PiSSA's and OLoRA's update is 2r wide."""
     first = next(iter(network.layers))
-    return len(network.update(first).low_rank().A) if network.kind == "lora" else network.rank
+    return len(network.update(first).low_rank().A) if network.adapter_type == "lora" else network.rank
 
 
 def hash_metadata(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
@@ -158,7 +158,7 @@ def write_kohya(networks: Sequence[Adapters], family: Family, path: Path, metada
 
 def webui_tensors(network: Adapters, module: str, dtype: torch.dtype) -> Tensors:
     """Factors in `dtype` where all of them are normal numbers there, else in fp32; alpha and magnitude in fp32."""
-    factors, alpha = FACTORS[network.kind](network, module)
+    factors, alpha = FACTORS[network.adapter_type](network, module)
     kept = dtype if all(is_normal(factor, dtype) for factor in factors.values()) else torch.float32
     tensors = {end: factor.to(kept) for end, factor in factors.items()} | {ALPHA: torch.tensor(float(alpha))}
     magnitude = network.magnitude(module)
@@ -207,8 +207,8 @@ def balanced(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 def is_normal(X: Tensor, dtype: torch.dtype) -> bool:
     """Whether the largest entry is a normal number of `dtype`, or zero: then rounding costs a relative u of it."""
-    largest, kind = float(X.abs().max()), torch.finfo(dtype)
-    return largest == 0 or kind.tiny <= largest <= kind.max
+    largest, limits = float(X.abs().max()), torch.finfo(dtype)
+    return largest == 0 or limits.tiny <= largest <= limits.max
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -263,8 +263,8 @@ def rounding(X: Tensor) -> Tensor:
 
     u is half of the dtype's eps, s its smallest subnormal.
     """
-    kind = torch.finfo(X.dtype)
-    return (X.double().abs() * kind.eps / 2).clamp(min=kind.tiny * kind.eps / 2)
+    limits = torch.finfo(X.dtype)
+    return (X.double().abs() * limits.eps / 2).clamp(min=limits.tiny * limits.eps / 2)
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ class Stated:
     magnitude: Tensor | None  # [out]
 
 
-def verify(path: Path, networks: Sequence[Adapters], family: Family, *, layout: Layout) -> float:
+def verify(path: Path, networks: Sequence[Adapters], family: Family, *, layout: LoraFileFormat) -> float:
     """Read a written file by its layout's rules and compare every ΔW with the trained one -> the largest error.
 
     An entry may be off by what rounding the file's own numbers can do (`Rounded`). The error that is returned counts
@@ -323,7 +323,7 @@ def compare(stated: Stated, network: Adapters, module: str) -> tuple[float, bool
     return largest / (size or 1.0), math.isfinite(largest) and bool((error <= found.error).all())
 
 
-def gathered(tensors: Tensors, layout: Layout) -> dict[str, Tensors]:
+def gathered(tensors: Tensors, layout: LoraFileFormat) -> dict[str, Tensors]:
     """The tensors of each module: stem -> {end of the name: tensor}."""
     stems: dict[str, Tensors] = {}
     for name, tensor in tensors.items():
@@ -332,7 +332,9 @@ def gathered(tensors: Tensors, layout: Layout) -> dict[str, Tensors]:
     return stems
 
 
-def place(stem: str, networks: Sequence[Adapters], family: Family, layout: Layout) -> tuple[Adapters, str] | None:
+def place(
+    stem: str, networks: Sequence[Adapters], family: Family, layout: LoraFileFormat,
+) -> tuple[Adapters, str] | None:
     """The network and the module that a name in a file means; in WebUI files the parts of a path are joined by "_"."""
     for network in networks:
         paths = {stripped(path): path for path in network.layers}
@@ -346,18 +348,18 @@ def place(stem: str, networks: Sequence[Adapters], family: Family, layout: Layou
     return None
 
 
-def parse(parts: Tensors, layout: Layout) -> Stated | None:
+def parse(parts: Tensors, layout: LoraFileFormat) -> Stated | None:
     """PEFT's rule with alpha = rank, or kohya's and LyCORIS's; None where tensors are missing or strange."""
     dora = {"diffusers": MAGNITUDE, "webui": DORA_SCALE}[layout]
     factors = {end: Rounded.read(t) for end, t in parts.items() if end not in (ALPHA, dora) and t.ndim > 1}
-    stray = parts.keys() - factors.keys() - {ALPHA, dora}
+    unknown = parts.keys() - factors.keys() - {ALPHA, dora}
     alpha = float(parts[ALPHA]) if ALPHA in parts else None
     update: Update | None = None
     if layout == "diffusers" and factors.keys() == {LORA_A, LORA_B}:
         update = LowRank(factors[LORA_A], factors[LORA_B])
     elif layout == "webui" and alpha is not None:
         update = webui_update(factors, alpha)
-    return None if stray or update is None else Stated(update, parts[dora].flatten() if dora in parts else None)
+    return None if unknown or update is None else Stated(update, parts[dora].flatten() if dora in parts else None)
 
 
 def webui_update(factors: Mapping[str, Rounded], alpha: float) -> Update | None:

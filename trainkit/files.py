@@ -139,5 +139,5 @@ def disk_error(error: OSError, target: Path, verb: str) -> UserError:
     return UserError(Problem(
         what=f"cannot {verb} {target.name}: {os.strerror(error.errno or 0)}", where=str(error.filename or target),
         why="files that were complete before are untouched", kind="disk",
-        fix="free some space or mend the permissions, then --resume_from_checkpoint latest",
+        fix="free some space or fix the permissions, then --resume_from_checkpoint latest",
     ))

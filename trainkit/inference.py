@@ -54,7 +54,7 @@ def base_problems(base: str, embeddings: Path | None, *, sized: bool = True) -> 
     if found := family_problems(repo):
         return found
     if sized and repo.glance("unet/config.json").get("sample_size") is None:
-        return [repo.problem("the model does not say how large its pictures are", "unet/config.json has no sample_size",
+        return [repo.problem("the model does not say how large its images are", "unet/config.json has no sample_size",
                              "add sample_size, pixels divided by 8, to unet/config.json", kind="data")]
     if embeddings and repo.json("text_encoder_2/config.json") is None:
         return [Problem("embeddings of two text encoders for a model with one", f"--embeddings {embeddings}",
@@ -195,7 +195,7 @@ def finite_images(pipe: Pipeline, **settings: object) -> list[Image]:
     """What the pipeline generates. UserError: values that are not finite, which a PNG would show as black."""
     pixels = pipe(**settings, output_type="pt").images  # [B,3,H,W] in 0..1
     if not pixels.isfinite().all():
-        refuse([Problem("pictures of NaN or infinity were drawn", f"--dtype {pipe.unet.dtype}".replace("torch.", ""),
+        refuse([Problem("images of NaN or infinity were drawn", f"--dtype {pipe.unet.dtype}".replace("torch.", ""),
                         "activations overflow the number format, or the weights of the model or the LoRA are damaged; "
                         "nothing was saved", "--dtype float32, a smaller strength, or another file", "nonfinite")])
     return pipe.numpy_to_pil(pipe.image_processor.pt_to_numpy(pixels))

@@ -69,8 +69,8 @@ class LowRankUpdate(torch.autograd.Function):
 
 def products(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, c: float) -> tuple[Tensor, Tensor, Tensor]:
     """-> y [n,out], the rows of x [n,in] and h = x Aᵀ [n,r], in the dtype that products run in."""
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    device_type = x.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     y = F.linear(rows, W.to(dtype), None if b is None else b.to(dtype))
     h = rows @ A.to(dtype).t()
@@ -142,7 +142,7 @@ class LeanLinear(Linear):
     def _short(self, x: Tensor) -> Tensor:
         W, b, c = self.base_layer.weight, self.base_layer.bias, self.scaling[self.lean_adapter]
         A, B = self.low_rank()
-        if worth_merging(x, W):
+        if should_merge(x, W):
             return F.linear(x, torch.addmm(W, B, A, alpha=c), b)
         return LowRankUpdate.apply(x, W, b, A, B, c)
 
@@ -163,7 +163,7 @@ class LeanDora(LeanLinear):
     def _short(self, x: Tensor) -> Tensor:
         W, b, c = self.base_layer.weight, self.base_layer.bias, self.scaling[self.lean_adapter]
         m, (A, B) = self.lora_magnitude_vector[self.lean_adapter].weight, self.low_rank()
-        if worth_merging(x, W):
+        if should_merge(x, W):
             V = torch.addmm(W, B, A, alpha=c)
             return F.linear(x, V * (m / torch.linalg.vector_norm(V.detach(), dim=1)).unsqueeze(1), b)
         with torch.no_grad():
@@ -237,7 +237,7 @@ class LeanLokr(LeanWhole, lokr.Linear):
 WHOLE = {loha.Linear: LeanLoha, lokr.Linear: LeanLokr}
 
 
-def worth_merging(x: Tensor, W: Tensor) -> bool:
+def should_merge(x: Tensor, W: Tensor) -> bool:
     """Never in half precision, where W + c · B A would round a young update away."""
     return (W.numel() <= MERGE_UP_TO and x.dtype == W.dtype == torch.float32
             and not torch.is_autocast_enabled(x.device.type))

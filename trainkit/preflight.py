@@ -15,23 +15,23 @@ if TYPE_CHECKING:
     from trainkit.errors import Problem
     from trainkit.options import (
         FourierOptions,
+        ImageOptions,
         LoraOptions,
         ModelOptions,
         ObjectiveOptions,
         OptimizerOptions,
-        PictureOptions,
         TextOptions,
     )
 
 
-class Options(Protocol):
+class ModelCheckOptions(Protocol):
     """What of a trainer's options is about the model."""
 
     @property
     def model(self) -> ModelOptions: ...
 
     @property
-    def data(self) -> PictureOptions: ...
+    def data(self) -> ImageOptions: ...
 
     @property
     def text(self) -> TextOptions: ...
@@ -59,7 +59,7 @@ class ModelCheck:
     text_width: int = 0
 
 
-def check_model(opt: Options, family: ModuleType) -> ModelCheck:
+def check_model(opt: ModelCheckOptions, family: ModuleType) -> ModelCheck:
     """Everything that keeps the model, a module of trainkit.families, from being trained as the options ask.
 
     Where the model can be read, the checks of adapters and losses follow, which need its modules and sizes.

@@ -1,4 +1,4 @@
-"""Pictures during training: the same prompts from the same noise at every step, so only the adapter changes."""
+"""Images during training: the same prompts from the same noise at every step, so only the adapter changes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from trainkit.families import Family
-    from trainkit.families.base import Encode
+    from trainkit.families.base import EncodePrompts
     from trainkit.options import ValidationOptions
 
 log = logging.getLogger(__name__)
@@ -36,8 +36,8 @@ STEPS = 25  # denoising steps of the Diffusers trainers' validation
 
 
 @dataclass(frozen=True)
-class Shot:
-    """One picture to draw at every step."""
+class PreviewImage:
+    """One image to draw at every step."""
 
     prompt: str
     number: int  # of the prompt, from 1
@@ -57,30 +57,30 @@ def grid_name(step: int) -> str:
 
 
 class Previews:
-    """Draws `num_validation_images` pictures of the validation prompt; without a prompt, none.
+    """Draws `num_validation_images` images of the validation prompt; without a prompt, none.
 
     The stock pipeline is put together from the training run's own network; text comes encoded, because the encoders
-    are gone. Starting noise depends on the picture's seed alone, so two steps differ by what was learned in between.
+    are gone. Starting noise depends on the image's seed alone, so two steps differ by what was learned in between.
     No global random state is read or advanced, and the UNet's modes are as before afterwards.
 
     averaged  context of the weights to look at, where they are not those that train (Optim.averaged)
     """
 
-    def __init__(self, family: Family, options: ValidationOptions, encode: Encode, output_dir: str | Path, *,
+    def __init__(self, family: Family, options: ValidationOptions, encode: EncodePrompts, output_dir: str | Path, *,
                  seed: int, resolution: int, every: int = 0,
                  averaged: Callable[[], AbstractContextManager[None]] = nullcontext):
         self.family, self.encode, self.resolution, self.every = family, encode, resolution, every
         self.averaged = averaged
         self.folder = Path(output_dir) / "samples"
         count = options.num_validation_images if options.validation_prompt else 0
-        self.shots = [Shot(options.validation_prompt or "", 1, seed + k) for k in range(count)]
+        self.shots = [PreviewImage(options.validation_prompt or "", 1, seed + k) for k in range(count)]
         if self.shots and 0 < every < OFTEN and options.validation_steps is None:
             log.warning("--validation_epochs %d draws previews every %s, which may take longer than the training does: "
                         "--validation_steps 100 draws fewer", options.validation_epochs,
                         "step" if every == 1 else f"{every} steps")
 
     def begin(self, start: int) -> None:
-        """Once a run, on rank 0, before its first picture: move pictures of another run to earlier/.
+        """Once a run, on rank 0, before its first image: move images of another run to earlier/.
 
         Those of later steps than `start`, or all when starting afresh; a run that draws none does so too.
         """
@@ -88,7 +88,7 @@ class Previews:
         put_away(others, self.folder.parent, "samples")
 
     def there(self, step: int) -> bool:
-        """Whether this prompt's pictures of `step` and their grid are in samples/: a resumed run keeps them."""
+        """Whether this prompt's images of `step` and their grid are in samples/: a resumed run keeps them."""
         files = [*((shot, shot.file_name(step)) for shot in self.shots),
                  *((shot, grid_name(step)) for shot in self.shots[:1])]
         return all(is_of(self.folder / name, shot.prompt) for shot, name in files)
@@ -102,26 +102,26 @@ class Previews:
         if not self.shots:
             return {}
         self.folder.mkdir(parents=True, exist_ok=True)
-        pictures = self._pictures()
-        drawn = {self.folder / shot.file_name(step): one for shot, one in zip(self.shots, pictures, strict=True)}
-        for shot, (path, picture) in zip(self.shots, drawn.items(), strict=True):
-            save_png(path, picture, self._parameters(shot, picture))
-        grid, page = self.folder / grid_name(step), self._grid(step, pictures)
-        save_png(grid, page, self._parameters(self.shots[0], pictures[0]))
+        images = self._images()
+        drawn = {self.folder / shot.file_name(step): one for shot, one in zip(self.shots, images, strict=True)}
+        for shot, (path, image) in zip(self.shots, drawn.items(), strict=True):
+            save_png(path, image, self._parameters(shot, image))
+        grid, page = self.folder / grid_name(step), self._grid(step, images)
+        save_png(grid, page, self._parameters(self.shots[0], images[0]))
         return drawn | {grid: page}
 
-    def _pictures(self) -> list[Image.Image]:
+    def _images(self) -> list[Image.Image]:
         family, dtype = self.family, self.family.weight_dtype
         precision = torch.autocast(family.device.type, dtype=dtype, enabled=dtype != torch.float32)
         pipe = family.pipeline(sampler(family))
         with self.averaged(), evaluating(family.denoiser), precision:
             latents = [self._latents(pipe, shot) for shot in self.shots]  # N × [1,C,h,w]
         with visiting(family.vae, family.device):
-            pictures = [picture for one in latents for picture in family.decode(one)]
+            images = [image for one in latents for image in family.decode(one)]
         empty_device_cache()
-        return pictures
+        return images
 
-    def _latents(self, pipe: DiffusionPipeline, shot: Shot) -> Tensor:
+    def _latents(self, pipe: DiffusionPipeline, shot: PreviewImage) -> Tensor:
         """One finished latent -> [1,C,h,w]; one at a time, so that a preview never needs more memory than training."""
         side = self.resolution // self.family.vae_factor
         noise = rng.normal((self.family.latent_channels, side, side), [(shot.seed, shot.number)], name="preview")
@@ -132,14 +132,14 @@ class Previews:
             generator=rng.generator("preview-step", shot.seed, shot.number), output_type="latent",
         ).images
 
-    def _grid(self, step: int, pictures: Sequence[Image.Image]) -> Image.Image:
+    def _grid(self, step: int, images: Sequence[Image.Image]) -> Image.Image:
         columns = [f"seed {shot.seed}" for shot in self.shots]
-        return sheet([pictures], columns=columns, names=[self.shots[0].prompt], title=f"step {step}")
+        return sheet([images], columns=columns, names=[self.shots[0].prompt], title=f"step {step}")
 
-    def _parameters(self, shot: Shot, picture: Image.Image) -> str:
+    def _parameters(self, shot: PreviewImage, image: Image.Image) -> str:
         return png_parameters(shot.prompt, {
             "Steps": STEPS, "Sampler": sampler_class(self.family), "CFG scale": self.family.guidance_scale,
-            "Seed": shot.seed, "Size": f"{picture.width}x{picture.height}",
+            "Seed": shot.seed, "Size": f"{image.width}x{image.height}",
         })
 
 
@@ -148,8 +148,8 @@ def sampler(family: Family) -> SchedulerMixin:
     import diffusers
 
     config = {k: v for k, v in family.scheduler_config.items() if k != "variance_type"}  # learned variance: not here
-    kind = getattr(diffusers, sampler_class(family))
-    return kind.from_config(config, prediction_type=family.schedule.prediction_type)
+    scheduler_class = getattr(diffusers, sampler_class(family))
+    return scheduler_class.from_config(config, prediction_type=family.schedule.prediction_type)
 
 
 def sampler_class(family: Family) -> str:

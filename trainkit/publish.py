@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from trainkit.errors import Problem, UserError
-from trainkit.export import Layout, verify, write_diffusers, write_kohya
+from trainkit.export import LoraFileFormat, verify, write_diffusers, write_kohya
 from trainkit.files import Json, atomic_write
 from trainkit.options import RunOptions
 from trainkit.options.trainers import known_flags
@@ -77,14 +77,14 @@ def hub_problems(options: RunOptions) -> Iterator[Problem]:
                       "give --hub_model_id owner/name")
 
 
-def publish(options: RunOptions, family: Family, adapters: Adapters, *, words: Text | None = None,
+def publish(options: RunOptions, family: Family, adapters: Adapters, *, text: Text | None = None,
             num_images: int | None = None, averaged: Callable[[], AbstractContextManager[None]] = nullcontext
             ) -> list[Path]:
     """Write the final files into --output_dir, verify them, and upload them when asked -> the files, weights first.
 
     Rank 0 does it and every other rank waits, returning no files.
-    words       the text of the run, which may have learned embeddings
-    num_images  pictures trained on, without repeats, for the file's header
+    text        the text of the run, which may have learned embeddings
+    num_images  images trained on, without repeats, for the file's header
     averaged    context of the weights to write, where they are not those that train (Optim.averaged)
     Raises UserError when a written file does not hold the trained weights, or when the upload fails; by then every
     file is complete on the disk.
@@ -93,16 +93,16 @@ def publish(options: RunOptions, family: Family, adapters: Adapters, *, words: T
         if not ranks.is_main():
             return []
         with averaged():
-            return publish_here(options, family, adapters, words=words, num_images=num_images)
+            return publish_here(options, family, adapters, text=text, num_images=num_images)
     finally:
         ranks.barrier()
 
 
-def publish_here(options: RunOptions, family: Family, adapters: Adapters, *, words: Text | None,
+def publish_here(options: RunOptions, family: Family, adapters: Adapters, *, text: Text | None,
                  num_images: int | None) -> list[Path]:
     folder = Path(options.output_dir)
-    embeddings = words.export(folder, RunFacts(folder).name) if words else []  # first: the other files speak of them
-    networks = [adapters, *(words.networks if words else ())]
+    embeddings = text.export(folder, RunFacts(folder).name) if text else []  # first: the other files speak of them
+    networks = [adapters, *(text.networks if text else ())]
     weights = [*write_weights(folder, family, networks, num_images=num_images), *embeddings]
     files = [*weights, write_card(folder), write_report(folder)]
     if options.push_to_hub:
@@ -125,7 +125,7 @@ def write_weights(folder: Path, family: Family, networks: Sequence[Adapters], *,
     metadata = header(run, num_images=num_images)
     write_diffusers(networks, ours, metadata)
     write_kohya(networks, family, others, metadata)
-    layouts: tuple[tuple[Path, Layout], ...] = ((ours, "diffusers"), (others, "webui"))
+    layouts: tuple[tuple[Path, LoraFileFormat], ...] = ((ours, "diffusers"), (others, "webui"))
     for path, layout in layouts:
         error = verify(path, networks, family, layout=layout)
         log.info("%s holds the trained weights (largest error %.1e of its largest entry)", path.name, error)
@@ -207,15 +207,15 @@ def parts(run: RunFacts) -> str:
 
 def front_matter(run: RunFacts, samples: Sequence[SampleStep], licence: str | None) -> dict[str, Json]:
     """The card's metadata. See huggingface.co/docs/hub/model-cards."""
-    pictures = samples[-1].pictures if samples else ()
+    images = samples[-1].images if samples else ()
     matter: dict[str, Json] = {
         "base_model": run.base_model, "library_name": "diffusers", "license": licence or "other",
         "pipeline_tag": "text-to-image", "tags": tags(run),
     }
     if run.trigger:
         matter["instance_prompt"] = run.trigger
-    if pictures and run.validation_prompt:
-        matter["widget"] = [{"text": run.prompted(run.validation_prompt), "output": {"url": p.file}} for p in pictures]
+    if images and run.validation_prompt:
+        matter["widget"] = [{"text": run.prompted(run.validation_prompt), "output": {"url": p.file}} for p in images]
     return matter
 
 
@@ -248,10 +248,10 @@ def hub_dataset(run: RunFacts) -> str | None:
 
 def settings(run: RunFacts) -> dict[str, str]:
     """The rows of the card's table: what had an effect. Which options it tells, their fields say."""
-    told = {card.label: run.setting(flag.name) for flag in known_flags().values() if (card := flag.facts.card)
+    card_values = {card.label: run.setting(flag.name) for flag in known_flags().values() if (card := flag.facts.card)
             if card.always or run.option(flag.name) != flag.default}
     rates = {f"Learning rate, {group}": number(rate) for group, rate in run.rates.items()}
-    values = {"Steps": run.step, "Optimizer": run.optimizer, **rates, **told}
+    values = {"Steps": run.step, "Optimizer": run.optimizer, **rates, **card_values}
     return {name: str(value) for name, value in values.items() if value is not None}
 
 

@@ -33,7 +33,7 @@ from trainkit.runtime import ranks, trackers
 from trainkit.runtime.checkpoint_folders import pointed
 from trainkit.runtime.lock import OutputLock
 from trainkit.runtime.progress import LineHandler, Progress
-from trainkit.runtime.record import Metrics, Record, redact_json
+from trainkit.runtime.record import Metrics, RunRecord, redact_json
 from trainkit.runtime.signals import Signals, Wish, end_with_launcher
 from trainkit.training.gradients import Gradients, Steppable
 
@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class Settings(Protocol):
+class RunSettings(Protocol):
     """What of a trainer's options is about the run; an OptionSet with these concerns."""
 
     @property
@@ -74,7 +74,7 @@ class Settings(Protocol):
     def notices(self) -> list[str]: ...
 
 
-def start_run(opts: Settings, project: str) -> Run:
+def start_run(opts: RunSettings, project: str) -> Run:
     """Everything a run needs before its first model is loaded.
 
     project  what trackers file the run under
@@ -124,7 +124,7 @@ def take_folder(out_dir: Path) -> OutputLock | None:
 class Run:
     """What lasts from the first to the last line of a training; a context manager that ends itself properly."""
 
-    def __init__(self, opts: Settings, *, lock: OutputLock | None, tracker_names: list[str]):
+    def __init__(self, opts: RunSettings, *, lock: OutputLock | None, tracker_names: list[str]):
         end_with_launcher()
         self.opts, self.out_dir, self.seed, self.lock = opts, Path(opts.run.output_dir), opts.run.seed, lock
         self.accelerator = make_accelerator(opts, tracker_names)
@@ -147,7 +147,7 @@ class Run:
         self._clock, self._seconds_before = time.monotonic(), 0.0
         self._options = redact_json(opts.flat(), self.secrets)
         if self.is_main:
-            self.record = Record(
+            self.record = RunRecord(
                 self.out_dir, seed=self.seed, world=self.world, device=describe_device(self.device),
                 precision=self.precision, options=with_origins(self._options, opts.origins),
             )
@@ -232,7 +232,7 @@ class Run:
         then  called with the number of finished steps when the weights were updated, not when the step was skipped
         Raises UserError(kind="nonfinite") after too many steps in a row whose loss or gradient was not finite.
         """
-        votes = [float(self.signals.wish == kind) for kind in ("stopped", "preempted")]
+        votes = [float(self.signals.wish == wish) for wish in ("stopped", "preempted")]
         done = self.gradients.update(
             optimizer, step=step, max_grad_norm=self.opts.optimizer.max_grad_norm, votes=votes,
         )
@@ -259,7 +259,7 @@ class Run:
         ranks.barrier()
 
     def log_images(self, step: int, images: Mapping[str, list[Image]]) -> None:
-        """Pictures of one size per name, to the trackers. Rank 0 only."""
+        """Images of one size per name, to the trackers. Rank 0 only."""
         if self.is_main:
             trackers.log_images(self.accelerator, images, step=step)
 
@@ -312,13 +312,13 @@ class Run:
         """
         if due(done, self.opts.run.checkpointing_steps, last=last) or self.stopping:
             self.require_finite(optimizer, done)
-            self.end_if_asked(done, saves.save(done, prune=self.healthy))
+            self.end_if_stopping(done, saves.save(done, prune=self.healthy))
         if previews.due(done, last=last):
             self.draw(done, previews)
         if last:
             self.require_progress()
 
-    def end_if_asked(self, step: int, saved: Path) -> None:
+    def end_if_stopping(self, step: int, saved: Path) -> None:
         """Raise the UserError that ends the run when a signal asked for it; `saved` is this step's checkpoint."""
         if self._agreed is not None:
             self.signals.wish = self._agreed  # on a rank that got no signal itself
@@ -336,7 +336,7 @@ class Run:
 
     @property
     def global_batch(self) -> int:
-        """Pictures in an optimizer step."""
+        """Images in an optimizer step."""
         return self.opts.run.global_batch(self.world)
 
     @property
@@ -384,20 +384,22 @@ class Run:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Record how the run ended; running out of memory or disk becomes a UserError that names what helps."""
         if error is None:
             self.finish()
             return
-        told = self._explained(error)
-        ending = (told.problems[0].kind, told.exit_code) if isinstance(told, UserError) else ("failed", 1)
+        explained = self._explained(error)
+        status, exit_code = "failed", 1
+        if isinstance(explained, UserError):
+            status, exit_code = explained.problems[0].kind, explained.exit_code
         try:
-            self.finish(ending[0], exit_code=ending[1])
+            self.finish(status, exit_code=exit_code)
         except (OSError, UserError) as late:  # the first error is the one to report
             log.warning("the run did not end properly: %s", str(late).partition("\n")[0])
-        if told is not error:
-            raise told from error
+        if explained is not error:
+            raise explained from error
 
     def _explained(self, error: BaseException) -> BaseException:
         """`error`, as a UserError where memory or disk ran out, or where a library hid the one a signal raised."""
@@ -415,7 +417,7 @@ def due(step: int, every: int | None, *, last: bool = False) -> bool:
     return last or (every is not None and every > 0 and step > 0 and step % every == 0)
 
 
-def make_accelerator(opts: Settings, tracker_names: list[str]) -> Accelerator:
+def make_accelerator(opts: RunSettings, tracker_names: list[str]) -> Accelerator:
     """Process group, device and precision, as launcher, environment and --mixed_precision say."""
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration

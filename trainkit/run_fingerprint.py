@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from trainkit.data.cache import content_key
 from trainkit.optim.table import decisive_arguments
-from trainkit.options.rules import shares
+from trainkit.options.rules import trained_fractions
 
 if TYPE_CHECKING:
     from trainkit.data.batch import Row
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 STEADY = ("constant", "constant_with_warmup", "piecewise_constant")  # schedules that do not know how long the run is
 
 
-class Options(Protocol):
+class FingerprintOptions(Protocol):
     """A trainer's options, an OptionSet with these concerns."""
 
     @property
@@ -48,7 +48,7 @@ class Options(Protocol):
     def concerns(self) -> dict[str, type[Concern]]: ...
 
 
-class Job(Protocol):
+class RunIdentity(Protocol):
     """What of the run decides bits."""
 
     world: int
@@ -58,31 +58,32 @@ class Job(Protocol):
     def global_batch(self) -> int: ...
 
 
-def fingerprint(opt: Options, rows: Sequence[Row], family: Family, job: Job, total: int, **more: object
-                ) -> dict[str, object]:
+def fingerprint(
+    opt: FingerprintOptions, rows: Sequence[Row], family: Family, run: RunIdentity, total: int, **more: object,
+) -> dict[str, object]:
     """All that decides the bits of a run of `total` optimizer steps; `more` is what a trainer adds.
 
     A run with other values of these cannot go on from a checkpoint. They are the options whose fields say that they are
     decisive (`resume` in trainkit/options/base.py), and what the options "in the data" lead to.
     """
     decisive = decisive_options(opt)
-    matched = decisive.get("distribution matching") == "on"  # a loss compares the pictures of a micro-batch
+    matched = decisive.get("distribution matching") == "on"  # a loss compares the images of a micro-batch
     return {
-        "base model": family.identity, "pictures": contents([row for row in rows if not row.is_class]),
-        "class pictures": contents([row for row in rows if row.is_class]),
-        "--prior_loss_weight": [row.share for row in rows if row.is_class][:1],
-        "pictures in a step": job.global_batch,
-        "pictures in a micro-batch": opt.run.train_batch_size if opt.lora.lora_dropout else None,  # it cuts the masks
-        "pictures matched with one another": opt.run.train_batch_size * job.world if matched else None,
+        "base model": family.identity, "images": contents([row for row in rows if not row.is_class]),
+        "class images": contents([row for row in rows if row.is_class]),
+        "--prior_loss_weight": [row.loss_weight for row in rows if row.is_class][:1],
+        "images in a step": run.global_batch,
+        "images in a micro-batch": opt.run.train_batch_size if opt.lora.lora_dropout else None,  # it cuts the masks
+        "images matched with one another": opt.run.train_batch_size * run.world if matched else None,
         "steps": total if depends_on_length(opt) else None,
         **decisive,
-        "--mixed_precision": job.precision,  # where it is left open, accelerate's configuration says it
+        "--mixed_precision": run.precision,  # where it is left open, accelerate's configuration says it
         "--optimizer_args": decisive_arguments(opt.optimizer),
         **more,
     }
 
 
-def decisive_options(opt: Options) -> dict[str, object]:
+def decisive_options(opt: FingerprintOptions) -> dict[str, object]:
     """What each concern says is decisive, by flag.
 
     A concern that is switched on by a flag of another concern is left out while it is off. A concern with its own
@@ -90,21 +91,20 @@ def decisive_options(opt: Options) -> dict[str, object]:
     """
     values = opt.flat()
     found: dict[str, object] = {}
-    for name, kind in opt.concerns().items():
-        needed = kind.prerequisite()
-        if needed is None or needed.flags & kind.model_fields.keys() or needed.holds(values):
+    for name, concern_class in opt.concerns().items():
+        needed = concern_class.prerequisite()
+        if needed is None or needed.flags & concern_class.model_fields.keys() or needed.holds(values):
             found |= getattr(opt, name).decisive()
     return found
 
 
 def contents(rows: Sequence[Row]) -> str | None:
-    """Digest of pictures and captions; None without any."""
+    """Digest of images and captions; None without any."""
     return content_key(*[(row.id, row.digest, *row.all_captions, row.repeat) for row in rows]) if rows else None
 
 
-def depends_on_length(opt: Options) -> bool:
-    """Whether a step means something else in a longer run: a rate or a weight moves, or a part stops at a share of it.
-    """
+def depends_on_length(opt: FingerprintOptions) -> bool:
+    """Whether a step means something else in a longer run: a rate or a weight moves, or a part stops before its end."""
     decays = opt.optimizer.lr_scheduler not in STEADY
     moves = opt.objective.loss_type == "fourier" and opt.fourier_loss.moves
-    return decays or moves or any(0 < share < 1 for share in shares(opt.flat()).values())
+    return decays or moves or any(0 < fraction < 1 for fraction in trained_fractions(opt.flat()).values())

@@ -16,18 +16,18 @@ SAMPLER_NAMES = {  # as WebUIs call them
     "DPMSolverMultistepScheduler": "DPM++ 2M", "EDMDPMSolverMultistepScheduler": "DPM++ 2M",
     "EDMEulerScheduler": "Euler",
 }
-TILE_PX = (192, 512)  # a sheet shows no picture smaller or larger than this
+TILE_PX = (192, 512)  # a sheet shows no image smaller or larger than this
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # PNG files
 
 
-def save_png(path: Path, picture: Image.Image, parameters: str) -> None:
+def save_png(path: Path, image: Image.Image, parameters: str) -> None:
     """A PNG with its prompt and seed in the text chunk `parameters`; readers never see half a file."""
     info, buffer = PngInfo(), io.BytesIO()
     info.add_text("parameters", parameters)
-    picture.save(buffer, format="PNG", pnginfo=info)
+    image.save(buffer, format="PNG", pnginfo=info)
     atomic_write(path, buffer.getvalue())
 
 
@@ -42,10 +42,10 @@ def png_parameters(prompt: str, settings: Mapping[str, str | int | float], *, ne
 
 
 def is_of(path: Path, prompt: str) -> bool:
-    """Whether `path` is a picture that `save_png` has written for this prompt."""
+    """Whether `path` is an image that `save_png` has written for this prompt."""
     try:
-        with Image.open(path) as picture:
-            return str(picture.info.get("parameters", "")).startswith(f"{prompt}\nSteps: ")
+        with Image.open(path) as image:
+            return str(image.info.get("parameters", "")).startswith(f"{prompt}\nSteps: ")
     except OSError:  # not there, or damaged
         return False
 
@@ -61,11 +61,11 @@ def sheet(rows: Sequence[Sequence[Image.Image]], *, columns: Sequence[str], name
           title: str) -> Image.Image:
     """A labelled contact sheet: `names` on the left of `rows`, `columns` above, `title` on top.
 
-    rows     pictures, one list per row, each as long as `columns`
-    Small pictures are enlarged and large ones reduced until a tile is within TILE_PX.
+    rows     images, one list per row, each as long as `columns`
+    Small images are enlarged and large ones reduced until a tile is within TILE_PX.
     """
     assert len(names) == len(rows) and all(len(row) == len(columns) for row in rows), "a label per row and column"
-    tile = tile_px(max(max(picture.size) for row in rows for picture in row))
+    tile = tile_px(max(max(image.size) for row in rows for image in row))
     labels = [textwrap.wrap(name, NAME_CHARS)[: tile // LINE] for name in names]
     left = MARGIN + (max(width_px(line) for label in labels for line in label) + 2 * GAP if any(labels) else 0)
     top = MARGIN + 3 * LINE + GAP
@@ -78,22 +78,22 @@ def sheet(rows: Sequence[Sequence[Image.Image]], *, columns: Sequence[str], name
     for r, (row, label) in enumerate(zip(rows, labels, strict=True)):
         y = top + r * (tile + GAP)
         draw.multiline_text((MARGIN, y + tile // 2), "\n".join(label), fill=INK, font=font(), anchor="lm")
-        for c, picture in enumerate(row):
-            paste(page, picture, (left + c * (tile + GAP), y), tile)
+        for c, image in enumerate(row):
+            paste(page, image, (left + c * (tile + GAP), y), tile)
     return page
 
 
 def tile_px(side: int) -> int:
-    """Side of a tile for pictures of `side` pixels: a whole multiple of a small side, a large side cut down."""
+    """Side of a tile for images of `side` pixels: a whole multiple of a small side, a large side cut down."""
     smallest, largest = TILE_PX
     return min(largest, side * -(-smallest // side))
 
 
-def paste(page: Image.Image, picture: Image.Image, corner: tuple[int, int], tile: int) -> None:
-    """The picture, scaled to fit and centred in its tile, with a hairline edge (pictures on white need one)."""
+def paste(page: Image.Image, image: Image.Image, corner: tuple[int, int], tile: int) -> None:
+    """The image, scaled to fit and centred in its tile, with a hairline edge (images on white need one)."""
     x, y = corner
-    scale = tile / max(picture.size)
-    fitted = picture.convert("RGB").resize([max(1, round(s * scale)) for s in picture.size], Image.Resampling.LANCZOS)
+    scale = tile / max(image.size)
+    fitted = image.convert("RGB").resize([max(1, round(s * scale)) for s in image.size], Image.Resampling.LANCZOS)
     page.paste(fitted, (x + (tile - fitted.width) // 2, y + (tile - fitted.height) // 2))
     ImageDraw.Draw(page).rectangle((x - 1, y - 1, x + tile, y + tile), outline=EDGE)
 

@@ -23,7 +23,7 @@ def move(pixels: Tensor, *, scale: tuple[float, float], shift: float, angle: flo
 
 
 def wobble(pixels: Tensor, strength: float, draw: Generator) -> Tensor:
-    """Bend pictures as an unsure hand draws: smooth random offsets from a 5 x 5 grid, up to `strength` of the side."""
+    """Bend images as an unsure hand draws: smooth random offsets from a 5 x 5 grid, up to `strength` of the side."""
     offsets = uniform(len(pixels), -2 * strength, 2 * strength, draw, 2, 5, 5)
     field = functional.interpolate(offsets, size=pixels.shape[-2:], mode="bicubic", align_corners=True)  # [B,2,H,W]
     still = torch.eye(2, 3).expand(len(pixels), 2, 3)
@@ -42,7 +42,7 @@ def tint(pixels: Tensor, strength: float, draw: Generator) -> Tensor:
 
 
 def shade(pixels: Tensor, draw: Generator) -> Tensor:
-    """Smooth random light, as glossy pictures have: a 3 x 3 field of gains, enlarged; pure white stays white."""
+    """Smooth random light, as glossy images have: a 3 x 3 field of gains, enlarged; pure white stays white."""
     field = functional.interpolate(
         uniform(len(pixels), 0.6, 1.3, draw, 1, 3, 3), size=pixels.shape[-2:], mode="bicubic"
     )

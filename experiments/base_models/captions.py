@@ -60,7 +60,7 @@ def caption(template: str, noun: str, style: str = "") -> str:
 
 
 def caption_texts(noun: str, style: str) -> list[str]:
-    """Every styled caption of a picture, in the order of TEMPLATES."""
+    """Every styled caption of an image, in the order of TEMPLATES."""
     return [caption(template, noun, style) for template in TEMPLATES]
 
 

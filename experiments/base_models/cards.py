@@ -101,7 +101,7 @@ def image_scores(kind: str, scores: dict) -> str:
     rows = [
         ("nearest real icon has the caption's noun", f"{mine['noun_top1']:.1%} (aim {aim:.0%}: {verdict})"),
         (
-            f"… for captions whose (noun, style) was withheld ({mine['withheld_pictures']} images)",
+            f"… for captions whose (noun, style) was withheld ({mine['withheld_images']} images)",
             f"{mine['noun_top1_withheld']:.1%}",
         ),
         ("nearest real icon has the caption's style", f"{mine['style_top1']:.1%}"),
@@ -110,7 +110,7 @@ def image_scores(kind: str, scores: dict) -> str:
     ]
     return f"""## Measured
 
-The test has {mine["pictures"]} images: 50 captions × 4 seeds, stock pipeline, {mine["steps"]} steps,
+The test has {mine["images"]} images: 50 captions × 4 seeds, stock pipeline, {mine["steps"]} steps,
 guidance {mine["guidance"]}.
 The score is top-1 retrieval accuracy: `assets/tiny-clip-icons`, a CLIP trained on the same icons, finds the nearest of
 the 903 real icons by cosine.

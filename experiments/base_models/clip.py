@@ -1,7 +1,7 @@
 """A small CLIP of the icons (Radford et al. 2021, arXiv:2103.00020): judge, feature space and frozen text encoders.
 
 One vision tower, two text towers: the 96-wide one is the CLIP's own and the first text encoder of both pipelines; the
-128-wide one, trained in the same run against its own projection of the same pictures, is SDXL's second.
+128-wide one, trained in the same run against its own projection of the same images, is SDXL's second.
 """
 
 import logging
@@ -41,7 +41,7 @@ def text_config(width: int, eos_token_id: int, vocabulary: int, **changes) -> di
 
 
 class TwoTextClip(nn.Module):
-    """The CLIP and the second text encoder with a projection of the picture of its own."""
+    """The CLIP and the second text encoder with a projection of the image of its own."""
 
     def __init__(self, vocabulary: int, attention: str = "sdpa") -> None:
         from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig
@@ -66,11 +66,11 @@ class TwoTextClip(nn.Module):
         self.scale_2 = nn.Parameter(torch.tensor(2.6592))
 
     def forward(self, pixels: Tensor, ids: Tensor, ids_2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Unit vectors: picture [B,96], text [B,96], picture for the second tower [B,128], second text [B,128]."""
-        seen = self.clip.vision_model(pixels).pooler_output  # [B,128]
+        """Unit vectors: image [B,96], text [B,96], image for the second tower [B,128], second text [B,128]."""
+        vision = self.clip.vision_model(pixels).pooler_output  # [B,128]
         first = self.clip.text_projection(self.clip.text_model(ids).pooler_output)
         second = self.text_2(ids_2).text_embeds
-        vectors = (self.clip.visual_projection(seen), first, self.visual_projection_2(seen), second)
+        vectors = (self.clip.visual_projection(vision), first, self.visual_projection_2(vision), second)
         return tuple(functional.normalize(vector, dim=-1) for vector in vectors)
 
 
@@ -114,7 +114,7 @@ class CaptionedIcons:
         return [tokenizer(texts, **options).input_ids for tokenizer in self.tokenizers]
 
     def batch(self, step: int) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-        """Pictures [B,3,64,64] normalised, ids of both tokenizers [B,L], caption match [B,B], noun match [B,B]."""
+        """Images [B,3,64,64] normalised, ids of both tokenizers [B,L], caption match [B,B], noun match [B,B]."""
         draw = generator(self.seed, step)
         rows = torch.randperm(len(self.icons), generator=draw)[:BATCH]
         written = [self.write(self.icons[row], random.Random(f"{self.seed} {step} {row}")) for row in rows.tolist()]
@@ -124,7 +124,7 @@ class CaptionedIcons:
         nouns = [self.icons[row].noun for row in rows.tolist()]
         styles = [self.icons[row].style for row in rows.tolist()]
         same_noun = torch.tensor([[a == b for b in nouns] for a in nouns])
-        said = torch.tensor([[not style or style == b for b in styles] for _, style in written])  # [text,picture]
+        said = torch.tensor([[not style or style == b for b in styles] for _, style in written])  # [text,image]
         return (
             (pixels - MEAN) / STD,
             self.tokens([text for text, _ in written]),
@@ -148,26 +148,26 @@ def train_clip(work_dir: Path, *, minutes: float, seed: int) -> None:
     def losses_at(step: int) -> dict[str, Tensor]:
         pixels, (ids, ids_2), match, same_noun = data.batch(step)
         inputs = (tensor.to(DEVICE) for tensor in (pixels, ids, ids_2))
-        seen, text, seen_2, text_2 = (vector.cpu() for vector in model(*inputs))
+        vision, text, vision_2, text_2 = (vector.cpu() for vector in model(*inputs))
         scale, scale_2 = model.clip.logit_scale.cpu(), model.scale_2.cpu()
         return {
-            "clip": contrast(seen, text, match, scale),
-            "clip_2": contrast(seen_2, text_2, match, scale_2),
-            "noun": 0.3 * noun_contrast(seen, same_noun, scale),
+            "clip": contrast(vision, text, match, scale),
+            "clip_2": contrast(vision_2, text_2, match, scale_2),
+            "noun": 0.3 * noun_contrast(vision, same_noun, scale),
         }
 
     training.run(losses_at)
     save_clip(training.average, work_dir)
 
 
-def noun_contrast(seen: Tensor, same_noun: Tensor, scale: Tensor) -> Tensor:
-    """Pictures of one noun in other styles belong together (Khosla et al. 2020, arXiv:2004.11362, L_out)."""
-    others = 1 - torch.eye(len(seen))
+def noun_contrast(vision: Tensor, same_noun: Tensor, scale: Tensor) -> Tensor:
+    """Images of one noun in other styles belong together (Khosla et al. 2020, arXiv:2004.11362, L_out)."""
+    others = 1 - torch.eye(len(vision))
     partners = same_noun * others  # [B,B]
-    logits = (scale.exp().clamp(max=100) * seen @ seen.T).masked_fill(others == 0, -1e4)
+    logits = (scale.exp().clamp(max=100) * vision @ vision.T).masked_fill(others == 0, -1e4)
     rows = partners.sum(1) > 0
-    share = partners[rows] / partners[rows].sum(1, keepdim=True)
-    return -(functional.log_softmax(logits[rows], 1) * share).sum(1).mean()
+    fraction = partners[rows] / partners[rows].sum(1, keepdim=True)
+    return -(functional.log_softmax(logits[rows], 1) * fraction).sum(1).mean()
 
 
 def save_clip(model: TwoTextClip, work_dir: Path) -> None:

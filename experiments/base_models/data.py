@@ -38,7 +38,7 @@ HELDOUT_CATEGORIES = ("Animals & Nature", "Food & Drink", "Activities", "Travel 
 
 @dataclass(frozen=True)
 class Icon:
-    """One picture of the base training set; `noun` is empty for icons outside the list of nouns."""
+    """One image of the base training set; `noun` is empty for icons outside the list of nouns."""
 
     key: str
     style: str
@@ -111,7 +111,7 @@ def code_points(entry: dict) -> list[str]:
 
 
 def read_emoji_table(tarballs: dict[str, Path]) -> list[dict]:
-    """The entries of emoji.json that are pictures of things: the nouns, and no flags, people or clock faces else."""
+    """The entries of emoji.json that are images of things: the nouns, and no flags, people or clock faces else."""
     nouns = read_nouns()
     entries = json.loads(read_members(tarballs["noto"], "", ["emoji.json"])["emoji.json"])
     return [
@@ -123,7 +123,7 @@ def read_emoji_table(tarballs: dict[str, Path]) -> list[dict]:
 
 
 class StyleSource:
-    """Pictures of one style by emoji entry."""
+    """Images of one style by emoji entry."""
 
     def __init__(self, style: str, tarball: Path) -> None:
         self.is_svg = PACKAGES[style][0].startswith("@iconify-json/")
@@ -138,7 +138,7 @@ class StyleSource:
             self.files = read_members(tarball, PACKAGES[style][2])
 
     def draw(self, entry: dict) -> Image.Image | None:
-        """RGBA picture at the source's own size, or None where the set has none."""
+        """RGBA image at the source's own size, or None where the set has none."""
         return self.draw_svg_icon(entry) if self.is_svg else self.read_file(entry)
 
     def draw_svg_icon(self, entry: dict) -> Image.Image | None:
@@ -167,9 +167,9 @@ def stable_fraction(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 
-def withheld_style(noun: str, share: float = 0.45) -> str | None:
+def withheld_style(noun: str, fraction: float = 0.45) -> str | None:
     """The style in which the UNet never sees this noun (45 % of nouns lose one of three styles: 15 % of pairs)."""
-    if stable_fraction(f"withhold {noun}") >= share:
+    if stable_fraction(f"withhold {noun}") >= fraction:
         return None
     return STYLES[int(stable_fraction(f"style {noun}") * len(STYLES))]
 

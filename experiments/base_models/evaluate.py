@@ -45,7 +45,7 @@ def probes(count: int = PROBES) -> list[Probe]:
 
 
 class Judge:
-    """Nearest real icon in the shipped CLIP's picture space."""
+    """Nearest real icon in the shipped CLIP's image space."""
 
     def __init__(self, work_dir: Path, clip_dir: Path) -> None:
         from transformers import CLIPModel
@@ -54,46 +54,47 @@ class Judge:
         icons, pixels = load_icons(work_dir)
         chosen = [index for index, icon in enumerate(icons) if icon.noun]
         self.icons = [icons[index] for index in chosen]
-        self.pictures = [Image.fromarray(pixels[index]) for index in chosen]
-        self.gallery = self.vectors(self.pictures)
+        self.images = [Image.fromarray(pixels[index]) for index in chosen]
+        self.gallery = self.vectors(self.images)
 
     @torch.no_grad()
-    def vectors(self, pictures: list[Image.Image]) -> Tensor:
-        """Unit picture vectors [N,96]."""
-        pixels = as_pixels(pictures)
+    def vectors(self, images: list[Image.Image]) -> Tensor:
+        """Unit image vectors [N,96]."""
+        pixels = as_pixels(images)
         found = [self.model.get_image_features(chunk).pooler_output for chunk in pixels.split(64)]
         return functional.normalize(torch.cat(found), dim=-1)
 
-    def nearest(self, pictures: list[Image.Image]) -> list[tuple[str, str]]:
-        """(noun, style) of the most similar real icon of each picture."""
-        best = (self.vectors(pictures) @ self.gallery.T).argmax(1)
+    def nearest(self, images: list[Image.Image]) -> list[tuple[str, str]]:
+        """(noun, style) of the most similar real icon of each image."""
+        best = (self.vectors(images) @ self.gallery.T).argmax(1)
         return [(self.icons[index].noun, self.icons[index].style) for index in best.tolist()]
 
     def other_style_top1(self) -> float:
         """Share of real icons whose nearest icon of another style is of their own noun."""
         cosines = self.gallery @ self.gallery.T
-        own_style = torch.tensor([[one.style == other.style for other in self.icons] for one in self.icons])
-        best = cosines.masked_fill(own_style, -1).argmax(1).tolist()
-        return share([self.icons[index].noun == icon.noun for icon, index in zip(self.icons, best, strict=True)])
+        same_style = torch.tensor([[one.style == other.style for other in self.icons] for one in self.icons])
+        best = cosines.masked_fill(same_style, -1).argmax(1).tolist()
+        hits = [self.icons[index].noun == icon.noun for icon, index in zip(self.icons, best, strict=True)]
+        return fraction_true(hits)
 
 
-def as_pixels(pictures: list[Image.Image]) -> Tensor:
+def as_pixels(images: list[Image.Image]) -> Tensor:
     """[N,3,64,64] in [-1,1], as the CLIP's image processor and the VAE both want."""
     import numpy as np
 
-    planes = [torch.from_numpy(np.array(picture.resize((SIZE, SIZE)))).permute(2, 0, 1) for picture in pictures]
+    planes = [torch.from_numpy(np.array(image.resize((SIZE, SIZE)))).permute(2, 0, 1) for image in images]
     return torch.stack(planes).float() / 127.5 - 1
 
 
-def as_pictures(pixels: Tensor) -> list[Image.Image]:
+def as_images(pixels: Tensor) -> list[Image.Image]:
     planes = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
     return [Image.fromarray(plane.numpy()) for plane in planes]
 
 
 def draw(pipeline, texts: list[str], seeds: list[int], guidance: float, steps: int = STEPS) -> list[Image.Image]:
-    """One picture per caption and seed; a picture depends on its caption and seed alone, not on its batch."""
+    """One image per caption and seed; an image depends on its caption and seed alone, not on its batch."""
     pipeline.set_progress_bar_config(disable=True)
-    pictures = []
+    images = []
     for start in range(0, len(texts), 20):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + 20]]
         answer = pipeline(
@@ -104,8 +105,8 @@ def draw(pipeline, texts: list[str], seeds: list[int], guidance: float, steps: i
             height=SIZE,
             width=SIZE,
         )
-        pictures += answer.images
-    return pictures
+        images += answer.images
+    return images
 
 
 def load_pipeline(folder: Path, family: str):
@@ -115,69 +116,70 @@ def load_pipeline(folder: Path, family: str):
     return kind.from_pretrained(folder, torch_dtype=torch.float32)
 
 
-def share(hits: list[bool]) -> float:
+def fraction_true(hits: list[bool]) -> float:
     return round(sum(hits) / max(1, len(hits)), 4)
 
 
 def judge_family(
     family: str, work_dir: Path, assets_dir: Path, judge: Judge, seed: int
 ) -> tuple[dict, list[Image.Image]]:
-    """Top-1 of noun (and style) over the probes and seeds; the pictures, probe by probe."""
-    asked = [probe for probe in probes() for _ in range(SEEDS)]
+    """Top-1 of noun (and style) over the probes and seeds; the images, probe by probe."""
+    wanted = [probe for probe in probes() for _ in range(SEEDS)]
     seeds = [seed + index for _ in probes() for index in range(SEEDS)]
     pipeline = load_pipeline(assets_dir / MODEL_FOLDERS[family], family)
-    pictures = draw(pipeline, [probe.text for probe in asked], seeds, GUIDANCE[family])
-    found = judge.nearest(pictures)
-    hits = [noun == probe.noun for probe, (noun, _) in zip(asked, found, strict=True)]
+    images = draw(pipeline, [probe.text for probe in wanted], seeds, GUIDANCE[family])
+    found = judge.nearest(images)
+    hits = [noun == probe.noun for probe, (noun, _) in zip(wanted, found, strict=True)]
     scores = {
-        "noun_top1": share(hits),
-        "style_top1": share([style == probe.style for probe, (_, style) in zip(asked, found, strict=True)]),
-        "noun_top1_withheld": share([hit for hit, probe in zip(hits, asked, strict=True) if probe.withheld]),
-        "pictures": len(hits),
-        "withheld_pictures": sum(probe.withheld for probe in asked),
-        "missed": sorted({f"{p.noun} -> {n}" for p, (n, _), hit in zip(asked, found, hits, strict=True) if not hit}),
+        "noun_top1": fraction_true(hits),
+        "style_top1": fraction_true([style == probe.style for probe, (_, style) in zip(wanted, found, strict=True)]),
+        "noun_top1_withheld": fraction_true([hit for hit, probe in zip(hits, wanted, strict=True) if probe.withheld]),
+        "images": len(hits),
+        "withheld_images": sum(probe.withheld for probe in wanted),
+        "missed": sorted({f"{p.noun} -> {n}" for p, (n, _), hit in zip(wanted, found, hits, strict=True) if not hit}),
         "guidance": GUIDANCE[family],
         "steps": STEPS,
     }
     LOG.info("%s %s", family, scores)
-    return scores, pictures
+    return scores, images
 
 
 @torch.no_grad()
 def ceiling(judge: Judge, vae) -> dict[str, float]:
     """The judge's score for real icons that only went through the autoencoder."""
     drawn = []
-    for chunk in as_pixels(judge.pictures).split(64):
-        drawn += as_pictures(vae.decode(vae.encode(chunk).latent_dist.mode()).sample)
+    for chunk in as_pixels(judge.images).split(64):
+        drawn += as_images(vae.decode(vae.encode(chunk).latent_dist.mode()).sample)
     found = judge.nearest(drawn)
     return {
-        "reconstructed_top1": share([noun == icon.noun for icon, (noun, _) in zip(judge.icons, found, strict=True)]),
+        "reconstructed_top1": fraction_true(
+            [noun == icon.noun for icon, (noun, _) in zip(judge.icons, found, strict=True)]),
         "other_style_top1": judge.other_style_top1(),
     }
 
 
-def contact_sheet(pictures: list[Image.Image], labels: list[str], columns: int, path: Path) -> None:
-    """Pictures row by row at 64 px, each row of `columns` starting with a label; a small PNG of 128 colours."""
-    rows, left = len(pictures) // columns, 150
+def contact_sheet(images: list[Image.Image], labels: list[str], columns: int, path: Path) -> None:
+    """Images row by row at 64 px, each row of `columns` starting with a label; a small PNG of 128 colours."""
+    rows, left = len(images) // columns, 150
     sheet = Image.new("RGB", (left + columns * SIZE, rows * SIZE), "white")
     pen = ImageDraw.Draw(sheet)
-    for index, picture in enumerate(pictures):
-        sheet.paste(picture, (left + index % columns * SIZE, index // columns * SIZE))
+    for index, image in enumerate(images):
+        sheet.paste(image, (left + index % columns * SIZE, index // columns * SIZE))
     for row, label in enumerate(labels):
         pen.text((4, row * SIZE + 26), label, fill="black")
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.quantize(128).save(path, optimize=True)
 
 
-def base_sheet(probes_asked: list[Probe], pictures: list[Image.Image], path: Path) -> None:
+def base_sheet(wanted_probes: list[Probe], images: list[Image.Image], path: Path) -> None:
     """The first 24 probes in two columns of four seeds each."""
     half = 12
     sides = []
     for first in (0, half):
-        part = pictures[first * SEEDS : (first + half) * SEEDS]
+        part = images[first * SEEDS : (first + half) * SEEDS]
         labels = [
             f"{probe.noun}\n{probe.style}{' (withheld)' if probe.withheld else ''}"
-            for probe in probes_asked[first : first + half]
+            for probe in wanted_probes[first : first + half]
         ]
         side = path.with_name(f".{path.stem}-{first}.png")
         contact_sheet(part, labels, SEEDS, side)
@@ -201,7 +203,7 @@ def evaluate_all(work_dir: Path, assets_dir: Path, *, seed: int) -> None:
     LOG.info("%s", scores)
     for family in ("sdxl", "sd"):
         if (assets_dir / MODEL_FOLDERS[family] / "model_index.json").exists():
-            scores[family], pictures = judge_family(family, work_dir, assets_dir, judge, seed)
-            base_sheet(probes(), pictures, assets_dir.parent / "docs" / "images" / f"base_{family}.png")
+            scores[family], images = judge_family(family, work_dir, assets_dir, judge, seed)
+            base_sheet(probes(), images, assets_dir.parent / "docs" / "images" / f"base_{family}.png")
     replace_text(work_dir / "evaluation.json", json.dumps(scores, indent=2))
     write_cards(work_dir, assets_dir)

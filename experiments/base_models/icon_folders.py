@@ -1,4 +1,4 @@
-"""The picture folders under assets/: 22 icons to learn, their style reference and class images, with captions."""
+"""The image folders under assets/: 22 icons to learn, their style reference and class images, with captions."""
 
 import json
 import logging
@@ -44,12 +44,12 @@ def save_folder(
     records = []
     for noun, side, text in rows:
         name = f"{noun.replace(' ', '-')}.png"
-        picture: Image.Image = on_white(source.draw(entries[noun]), side)
-        picture.save(folder / name, optimize=True)
+        image: Image.Image = on_white(source.draw(entries[noun]), side)
+        image.save(folder / name, optimize=True)
         records.append({"file_name": name, **({"noun": noun} if with_noun else {}), "text": text})
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (folder / "metadata.jsonl").write_text(lines, encoding="utf-8")
-    LOG.info("%s: %d pictures", folder, len(rows))
+    LOG.info("%s: %d images", folder, len(rows))
 
 
 def write_icon_folders(work_dir: Path, assets_dir: Path) -> None:

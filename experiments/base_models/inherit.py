@@ -52,7 +52,7 @@ def least_squares(given: Tensor, wanted: Tensor) -> Tensor:
 
 @torch.no_grad()
 def read_texts(work_dir: Path, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One caption per picture as SD reads it [N·77,96], as SDXL reads it [N·77,224], and SDXL's pooled text [N,128]."""
+    """One caption per image as SD reads it [N·77,96], as SDXL reads it [N·77,224], and SDXL's pooled text [N,128]."""
     data, encoders = CaptionedIcons(work_dir, seed), TextEncoders(work_dir)
     texts = [caption(TEMPLATES[i % len(TEMPLATES)], icon.noun, icon.style) for i, icon in enumerate(data.icons)]
     tokens = data.tokens(texts, 77)

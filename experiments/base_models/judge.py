@@ -1,8 +1,8 @@
-"""The CLIP's picture side, trained on with both text towers frozen: the judge of generated icons.
+"""The CLIP's image side, trained on with both text towers frozen: the judge of generated icons.
 
-The text towers are final before the UNets see them; the picture tower may go on. Batches hold the three styles of 48
-nouns, half of the pictures went through the autoencoder (some with noise on the latents), as the judged ones will have.
-Then the last layer alone learns to know bent and wobbly pictures; the layers below, which measure style, stay.
+The text towers are final before the UNets see them; the image tower may go on. Batches hold the three styles of 48
+nouns, half of the images went through the autoencoder (some with noise on the latents), as the judged ones will have.
+Then the last layer alone learns to know bent and wobbly images; the layers below, which measure style, stay.
 """
 
 import logging
@@ -51,7 +51,7 @@ def text_vectors(model: TwoTextClip, data: CaptionedIcons) -> tuple[Tensor, Tens
 
 
 class JudgeTask:
-    """Batches and losses of the picture tower."""
+    """Batches and losses of the image tower."""
 
     def __init__(self, work_dir: Path, model: TwoTextClip, seed: int, *, wobble_strength: float = 0.0) -> None:
         self.wobble_strength = wobble_strength
@@ -62,8 +62,8 @@ class JudgeTask:
         place = {(icon.noun, icon.style): index for index, icon in enumerate(self.data.icons)}
         self.rows = torch.tensor([[place[noun, style] for style in STYLES] for noun in nouns])  # [nouns,3]
 
-    def pictures(self, rows: Tensor, draw: torch.Generator) -> Tensor:
-        """Augmented pictures [B,3,64,64], half of them reconstructions."""
+    def images(self, rows: Tensor, draw: torch.Generator) -> Tensor:
+        """Augmented images [B,3,64,64], half of them reconstructions."""
         version = torch.randint(len(self.drawn), (len(rows),), generator=draw)
         through = (torch.rand(len(rows), generator=draw) < 0.5)[:, None, None, None]
         pixels = torch.where(through, self.drawn[version, rows], self.data.pixels[rows]).float() / 255
@@ -76,23 +76,23 @@ class JudgeTask:
         draw = generator(self.seed, step)
         rows = self.rows[torch.randperm(len(self.rows), generator=draw)[:NOUNS_PER_BATCH]].flatten()  # [B]
         weight = model.visual_projection_2.weight
-        seen = model.clip.vision_model(self.pictures(rows, draw).to(weight.device, weight.dtype)).pooler_output
-        seen, seen_2 = model.clip.visual_projection(seen), model.visual_projection_2(seen)
-        seen, seen_2 = (functional.normalize(vector.float().cpu(), dim=-1) for vector in (seen, seen_2))
+        vision = model.clip.vision_model(self.images(rows, draw).to(weight.device, weight.dtype)).pooler_output
+        vision, vision_2 = model.clip.visual_projection(vision), model.visual_projection_2(vision)
+        vision, vision_2 = (functional.normalize(vector.float().cpu(), dim=-1) for vector in (vision, vision_2))
         wording = torch.randint(len(TEMPLATES), (len(rows),), generator=draw)
         text, text_2 = (vectors[rows, wording] for vectors in self.texts)
         alone, noun = torch.eye(len(rows)), torch.arange(len(rows)) // len(STYLES)
         same_noun = (noun[:, None] == noun[None]).float()
         scale, scale_2 = model.clip.logit_scale.float().cpu(), model.scale_2.float().cpu()
         return {
-            "clip": contrast(seen, text, alone, scale),
-            "clip_2": 0.3 * contrast(seen_2, text_2, alone, scale_2),
-            "noun": noun_contrast(seen, same_noun, scale),
+            "clip": contrast(vision, text, alone, scale),
+            "clip_2": 0.3 * contrast(vision_2, text_2, alone, scale_2),
+            "noun": noun_contrast(vision, same_noun, scale),
         }
 
 
 def trained_parts(model: TwoTextClip, last_only: bool) -> list[nn.Module]:
-    """The picture tower and both projections, or of the tower the last layer and norm only."""
+    """The image tower and both projections, or of the tower the last layer and norm only."""
     vision = model.clip.vision_model
     tower = [vision.encoder.layers[-1], vision.post_layernorm] if last_only else [vision]
     return [*tower, model.clip.visual_projection, model.visual_projection_2]
@@ -113,6 +113,6 @@ def train_part(work_dir: Path, name: str, start: str, *, minutes: float, seed: i
 
 
 def train_judge(work_dir: Path, *, minutes: float, seed: int) -> None:
-    """60 % of the time for the whole picture tower, 40 % for its last layer."""
+    """60 % of the time for the whole image tower, 40 % for its last layer."""
     train_part(work_dir, "judge", "clip", minutes=0.6 * minutes, seed=seed)
     train_part(work_dir, "judge_last", "judge", minutes=0.4 * minutes, seed=seed)

@@ -29,7 +29,7 @@ LAYERS = (
 HALVINGS = 8
 
 
-def pictures_by_style(work_dir: Path) -> dict[str, list[Image.Image]]:
+def images_by_style(work_dir: Path) -> dict[str, list[Image.Image]]:
     """The same nouns in the same order, in every base style and in the style nobody trained on."""
     icons, pixels = load_icons(work_dir)
     nouns = read_nouns()
@@ -49,7 +49,7 @@ def halves_apart(rows: Tensor, seed: int) -> float:
 
 def measure_layer(model, layer: str, sets: dict[str, list[Image.Image]]) -> dict[str, float]:
     """KID between halves of one style (root mean square) and, in units of that, between every two styles."""
-    rows = {style: features(pictures, model, layer) for style, pictures in sets.items()}
+    rows = {style: features(images, model, layer) for style, images in sets.items()}
     halves = torch.tensor([halves_apart(rows[style], seed) for style in rows for seed in range(HALVINGS)])
     noise = halves.square().mean().sqrt().item()
     pairs = {f"{one}, {other}": kid(rows[one], rows[other]) / noise for one, other in combinations(rows, 2)}
@@ -57,5 +57,5 @@ def measure_layer(model, layer: str, sets: dict[str, list[Image.Image]]) -> dict
 
 
 def measure_layers(model, work_dir: Path) -> dict[str, dict[str, float]]:
-    sets = pictures_by_style(work_dir)
+    sets = images_by_style(work_dir)
     return {layer: measure_layer(model, layer, sets) for layer in LAYERS}

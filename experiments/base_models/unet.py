@@ -19,7 +19,7 @@ LOG = logging.getLogger("base_models")
 BATCH = 24
 LATENT = SIZE // 4
 LEVEL_BINS = 20
-EMPTY_SHARE = 0.10
+EMPTY_FRACTION = 0.10
 UNKNOWN_STYLES = 24  # captions with a meaningless style per noun
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 DEFAULT_SIZE = (SIZE, SIZE, 0, 0, SIZE, SIZE)
@@ -128,7 +128,7 @@ class Captions:
     def pick(self, noun: str, style: str, draw: Generator) -> int:
         """Index of a caption: 10 % empty, 60 % styled, 5 % plain, 25 % with a meaningless style."""
         kind, place = torch.rand(2, generator=draw).tolist()
-        if kind < EMPTY_SHARE:
+        if kind < EMPTY_FRACTION:
             return self.empty
         pool = self.styled[noun, style] if kind < 0.70 else self.plain[noun] if kind < 0.75 else self.unknown[noun]
         return pool[int(place * len(pool))]
@@ -149,34 +149,34 @@ CROPS, SMALL = 3, 2
 def encode_variants(pixels: Tensor, vae, draw: Generator) -> Variants:
     """`pixels` uint8 [N,3,64,64] -> scaled latent means of 1 + CROPS + SMALL variants."""
     pixels = pixels.float() / 127.5 - 1
-    pictures = [(pixels, torch.tensor(DEFAULT_SIZE).expand(len(pixels), 6))]
-    pictures += [crop_variant(pixels, draw) for _ in range(CROPS)]
-    pictures += [small_variant(pixels, draw) for _ in range(SMALL)]
+    images = [(pixels, torch.tensor(DEFAULT_SIZE).expand(len(pixels), 6))]
+    images += [crop_variant(pixels, draw) for _ in range(CROPS)]
+    images += [small_variant(pixels, draw) for _ in range(SMALL)]
     latents = [
-        torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in picture.split(64)]) * vae.config.scaling_factor
-        for picture, _ in pictures
+        torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in image.split(64)]) * vae.config.scaling_factor
+        for image, _ in images
     ]
-    return Variants(torch.stack(latents), torch.stack([sizes for _, sizes in pictures]))
+    return Variants(torch.stack(latents), torch.stack([sizes for _, sizes in images]))
 
 
 def crop_variant(pixels: Tensor, draw: Generator) -> tuple[Tensor, Tensor]:
-    """Each picture enlarged to 70-92 px and cropped back to 64 at a random place."""
+    """Each image enlarged to 70-92 px and cropped back to 64 at a random place."""
     crops, sizes = [], []
-    for picture in pixels:
+    for image in pixels:
         side = int(torch.randint(70, 93, (), generator=draw))
         top, left = torch.randint(0, side - SIZE + 1, (2,), generator=draw).tolist()
-        large = functional.interpolate(picture[None], size=(side, side), mode="bicubic").clamp(-1, 1)[0]
+        large = functional.interpolate(image[None], size=(side, side), mode="bicubic").clamp(-1, 1)[0]
         crops.append(large[:, top : top + SIZE, left : left + SIZE])
         sizes.append((SIZE, SIZE, top, left, SIZE, SIZE))
     return torch.stack(crops), torch.tensor(sizes)
 
 
 def small_variant(pixels: Tensor, draw: Generator) -> tuple[Tensor, Tensor]:
-    """Each picture as if its original had 24-48 px: blurred, and the size ids say so."""
+    """Each image as if its original had 24-48 px: blurred, and the size ids say so."""
     blurred, sizes = [], []
-    for picture in pixels:
+    for image in pixels:
         side = int(torch.randint(24, 49, (), generator=draw))
-        small = functional.interpolate(picture[None], size=(side, side), mode="area")
+        small = functional.interpolate(image[None], size=(side, side), mode="area")
         blurred.append(functional.interpolate(small, size=(SIZE, SIZE), mode="bilinear")[0])
         sizes.append((side, side, 0, 0, SIZE, SIZE))
     return torch.stack(blurred), torch.tensor(sizes)
@@ -209,7 +209,7 @@ class UNetTask:
         self.alphas = alphas_cumprod()
         self.level_errors = torch.full((LEVEL_BINS,), float("nan"))  # running mean of |ε - ε̂|² by noise level
         LOG.info(
-            "%s: %d pictures, %d captions, latent std %.3f",
+            "%s: %d images, %d captions, latent std %.3f",
             family,
             len(self.icons),
             len(self.captions.texts),

@@ -8,7 +8,7 @@ end in _peft have PEFT's own layers in the UNet, all others ours:
     plain, dora    the UNet with LoRA, with DoRA
     ti             plain, and both text encoders for one prompt, the gradient ending at the embeddings of its tokens
     te             plain, and both text encoders with LoRA for one prompt
-    prior          ti with as many class pictures again, whose prompt is not encoded
+    prior          ti with as many class images again, whose prompt is not encoded
 
 MODEL is SDXL's, or one of SD 1.x or 2.x with its one text encoder.
 """
@@ -48,7 +48,7 @@ Text = tuple[Tensor, Tensor]  # embeds [B,T,D], pooled [B,P]
 
 @dataclass(frozen=True)
 class Step:
-    """What one kind of step runs: the UNet on `batch` pictures for each of the prompts.
+    """What one kind of step runs: the UNet on `batch` images for each of the prompts.
 
     prompts  encode a prompt, with a gradient or as it is known from the start
     learns   whether the UNet has an adapter; else the latents ask for their gradient, so that there is one

@@ -158,8 +158,8 @@ def medians(
 def print_operators(side: int, rounds: int, clock: Callable[[], float]) -> None:
     found = medians({name: low_pass(operator, side) for name, operator in OPERATORS.items()}, rounds, clock)
     for name, ms in found.items():
-        own = found.get(name.removesuffix(", pytorch_wavelets"), ms)
-        ratio = "" if own == ms else f"   {ms / own:5.1f} x ours"
+        reference_ms = found.get(name.removesuffix(", pytorch_wavelets"), ms)
+        ratio = "" if reference_ms == ms else f"   {ms / reference_ms:5.1f} x ours"
         print(f"  {name:38}{ms:8.2f} ms{ratio}")
 
 
@@ -170,7 +170,7 @@ def print_matching(side: int, rounds: int, clock: Callable[[], float]) -> None:
 
 
 def print_fourier(rounds: int, clock: Callable[[], float]) -> None:
-    """Milliseconds by preset and shape, and for the step of one 1024-px picture the share, operations and memory."""
+    """Milliseconds by preset and shape, and for the step of one 1024-px image the share, operations and memory."""
     found = [medians({name: fourier(settings, *shape) for name, settings in SPECTRA.items()}, rounds, clock)
              for shape in SHAPES]
     flops, rates = 2 * unet_flops(), {str(d): product_rate(d, 5, clock) for d in (torch.float32, torch.bfloat16)}
@@ -185,30 +185,30 @@ def print_fourier(rounds: int, clock: Callable[[], float]) -> None:
         with Traffic() as traffic:
             once()
         times = "".join(f"{column[name]:10.2f} ms" for column in found)
-        share = 1e-3 * found[SHAPES.index((1, 128))][name] * rate / flops
-        print(f"  {name:20}{times}{share:20.4%}{traffic.operations:13}{traffic.bytes / 2**20:14.1f}")
+        fraction = 1e-3 * found[SHAPES.index((1, 128))][name] * rate / flops
+        print(f"  {name:20}{times}{fraction:20.4%}{traffic.operations:13}{traffic.bytes / 2**20:14.1f}")
 
 
 TABLES = ("bands", "matching", "fourier")
 
 
 def main() -> None:
-    args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    args.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="default: all of them")
-    args.add_argument("--rounds", type=int, default=40, help="counted passes of each way (default: 40)")
-    args.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu where the machine has other work too")
-    asked = args.parse_args()
-    rounds, clock = asked.rounds, CLOCKS[asked.clock]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="default: all of them")
+    parser.add_argument("--rounds", type=int, default=40, help="counted passes of each way (default: 40)")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu where the machine has other work too")
+    args = parser.parse_args()
+    rounds, clock = args.rounds, CLOCKS[args.clock]
     warnings.filterwarnings("ignore", message="pkg_resources")  # pytorch_wavelets imports it
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    for side in (64, 128) if "bands" in asked.tables else ():
+    for side in (64, 128) if "bands" in args.tables else ():
         print(f"low-pass, forward and backward, {BATCH}x{CHANNELS}x{side}x{side}")
         print_operators(side, rounds, clock)
-    for side in (16, 64) if "matching" in asked.tables else ():
+    for side in (16, 64) if "matching" in args.tables else ():
         print(f"distribution matching alone, {BATCH}x{CHANNELS}x{side}x{side}")
         print_matching(side, rounds, clock)
-    if "fourier" in asked.tables:
+    if "fourier" in args.tables:
         print("Fourier loss alone, forward and backward")
         print_fourier(rounds, clock)
 

@@ -70,10 +70,10 @@ def sizes() -> Iterator[tuple[int, int]]:
 
 def lora_tensors(device: torch.device) -> list[Tensor]:
     """A [r,in] and B [out,r] of each pair in turn, with gradients."""
-    made = []
+    tensors = []
     for (wide, tall), _ in zip(sizes(), range(PAIRS), strict=False):
-        made += [torch.randn(RANK, wide) / RANK, torch.randn(tall, RANK) / RANK]
-    params = [torch.nn.Parameter(x.to(device)) for x in made]
+        tensors += [torch.randn(RANK, wide) / RANK, torch.randn(tall, RANK) / RANK]
+    params = [torch.nn.Parameter(x.to(device)) for x in tensors]
     for p in params:
         p.grad = torch.randn_like(p)
     return params
@@ -120,15 +120,15 @@ def main() -> None:
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu where the machine has other work too")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--only", nargs="+", choices=KINDS, default=[], metavar="KIND", help="; ".join(KINDS))
-    asked = parser.parse_args()
+    args = parser.parse_args()
     logging.getLogger("trainkit").setLevel(logging.ERROR)  # settings that say the same twice are meant so here
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    params = lora_tensors(asked.device)
-    kinds = optimizers(params, asked.only)
+    params = lora_tensors(args.device)
+    kinds = optimizers(params, args.only)
     ways = {name: updates(optimizer) for name, optimizer in kinds.items()}
-    found = medians(ways, asked.rounds, clock_of(asked.device, asked.clock), warm_up=1)
-    print(f"{len(params)} tensors, {sum(p.numel() for p in params) / 1e6:.2f} M numbers, {asked.device}")
+    found = medians(ways, args.rounds, clock_of(args.device, args.clock), warm_up=1)
+    print(f"{len(params)} tensors, {sum(p.numel() for p in params) / 1e6:.2f} M numbers, {args.device}")
     for name, ms in found.items():
         ratio, kept = ms / found[BASELINE], bytes_per_number(kinds[name])
         print(f"  {name:40}{ms / UPDATES:8.2f} ms{ratio:8.2f} x{kept:8.2f} bytes")

@@ -40,8 +40,9 @@ PULL, MAX_NORM = 0.1, 1.0
 
 def encoders() -> list[PreTrainedModel]:
     kinds = ((CLIPTextModel, CLIP_L), (CLIPTextModelWithProjection, CLIP_G))
-    made = [kind(CLIPTextConfig(vocab_size=VOCABULARY, eos_token_id=VOCABULARY - 1, **sizes)) for kind, sizes in kinds]
-    return [encoder.requires_grad_(False) for encoder in made]
+    ids = dict(vocab_size=VOCABULARY, eos_token_id=VOCABULARY - 1)
+    towers = [kind(CLIPTextConfig(**ids, **sizes)) for kind, sizes in kinds]
+    return [encoder.requires_grad_(False) for encoder in towers]
 
 
 def prompt() -> Tensor:

@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments import ROOT
 
-FOLDER = ("--instance_data_dir={pictures}",)
+FOLDER = ("--instance_data_dir={images}",)
 TOKENS = ("--train_text_encoder_ti", "--token_abstraction=TOK", "--text_encoder_lr=1e-4")
 PRIOR = ("--with_prior_preservation", "--class_data_dir={others}", "--class_prompt=icon", "--num_class_images={number}")
 CACHED = "--cache_latents"  # of the text-to-image scripts only ours has it
@@ -59,7 +59,7 @@ class Case:
 
     flags: tuple[str, ...]
     floor: str = "plain"
-    own: tuple[str, ...] = ()
+    our_flags: tuple[str, ...] = ()
     passes: int = 1
     peer: bool = True
 
@@ -77,7 +77,7 @@ class Trainer:
 
 def matched(mode: str, *more: str, passes: int = 1) -> Case:
     """Distribution matching, which only ours has."""
-    return Case((), own=(*MATCHED, f"--dist_match_mode={mode}", *more), passes=passes, peer=False)
+    return Case((), our_flags=(*MATCHED, f"--dist_match_mode={mode}", *more), passes=passes, peer=False)
 
 
 DREAMBOOTH = {
@@ -93,7 +93,7 @@ DREAMBOOTH = {
     "prior": Case((*FOLDER, *PRIOR, *TOKENS, "--train_text_encoder_ti_frac=1"), "prior"),
 }
 TEXT_TO_IMAGE = {
-    "plain": Case((), own=(CACHED,)),
+    "plain": Case((), our_flags=(CACHED,)),
     "live": Case(()),
     "swap": matched("swap"),
     "reuse": matched("reuse"),
@@ -144,7 +144,7 @@ def flags(model: Path, *, steps: int, batch: int, resolution: int) -> list[str]:
 
 def timed(command: list[str], *, steps: int, cwd: Path, clock: str) -> Timing:
     """Run `command` on a pseudo-terminal and note when its progress bar shows each step."""
-    seen: dict[int, dict[str, float]] = {}
+    reached: dict[int, dict[str, float]] = {}
     pattern = re.compile(rf"(\d+)/{steps}\b")
     screen, its_end = pty.openpty()
     termios.tcsetwinsize(its_end, (50, 200))  # a terminal without a width shows no bar
@@ -156,14 +156,14 @@ def timed(command: list[str], *, steps: int, cwd: Path, clock: str) -> Timing:
     while chunk := _read(screen):
         text = (text + chunk)[-4000:]
         for match in pattern.finditer(text.decode(errors="replace")):
-            seen.setdefault(int(match[1]), {"wall": time.monotonic() - start, "cpu": cpu_seconds(run.pid)})
+            reached.setdefault(int(match[1]), {"wall": time.monotonic() - start, "cpu": cpu_seconds(run.pid)})
     _, status, usage = os.wait4(run.pid, 0)
-    if status or steps not in seen:
+    if status or steps not in reached:
         end = text.decode(errors="replace")
         raise SystemExit(f"benchmark: {' '.join(command[:3])} … failed (status {status}):\n{end}")
-    warm = min(s for s in seen if s >= min(WARM, steps - 1))
-    return Timing((seen[steps][clock] - seen[warm][clock]) / (steps - warm),
-                  seen[min(s for s in seen if s > 0)]["wall"], usage.ru_maxrss / 1024, time.monotonic() - start)
+    warm = min(s for s in reached if s >= min(WARM, steps - 1))
+    return Timing((reached[steps][clock] - reached[warm][clock]) / (steps - warm),
+                  reached[min(s for s in reached if s > 0)]["wall"], usage.ru_maxrss / 1024, time.monotonic() - start)
 
 
 def cpu_seconds(pid: int) -> float:
@@ -199,10 +199,10 @@ def floor(model: Path, *, batch: int, latent: int, clock: str, rounds: int = 3) 
 
 
 def plain_folder(source: Path, target: Path) -> Path:
-    """The pictures of `source` without its metadata: the peer opens every file of a folder as a picture."""
+    """The images of `source` without its metadata: the peer opens every file of a folder as an image."""
     target.mkdir()
-    for picture in sorted(source.glob("*.png")):
-        (target / picture.name).write_bytes(picture.read_bytes())
+    for image in sorted(source.glob("*.png")):
+        (target / image.name).write_bytes(image.read_bytes())
     return target
 
 
@@ -249,8 +249,8 @@ def compare(args: argparse.Namespace, trainer: Trainer, work: Path) -> tuple[Tim
     model = args.model.resolve()
     if args.vocabulary:
         model = with_vocabulary(model, args.vocabulary, work / "model")
-    pictures, others = (plain_folder(args.data, work / name) for name in ("pictures", "others"))
-    given = dict(captioned=args.data.resolve(), pictures=pictures, others=others, pivot=PIVOT / args.steps,
+    images, others = (plain_folder(args.data, work / name) for name in ("images", "others"))
+    given = dict(captioned=args.data.resolve(), images=images, others=others, pivot=PIVOT / args.steps,
                  number=len(list(others.iterdir())))
     scripts = {"ours": [ROOT / trainer.script]}
     if args.peer:
@@ -264,8 +264,8 @@ def compare(args: argparse.Namespace, trainer: Trainer, work: Path) -> tuple[Tim
             cwd = work / f"{name}-{who}-{turn}"  # the peer's new tokens need an --output_dir that is a bare name
             cwd.mkdir()
             case = trainer.cases[name]
-            asked = (*trainer.flags, *case.flags, *(case.own if who == "ours" else ()))
-            line = [sys.executable, *map(str, scripts[who]), *(flag.format(**given) for flag in asked),
+            case_flags = (*trainer.flags, *case.flags, *(case.our_flags if who == "ours" else ()))
+            line = [sys.executable, *map(str, scripts[who]), *(flag.format(**given) for flag in case_flags),
                     *flags(model, steps=args.steps, batch=args.batch, resolution=args.resolution),
                     *(f"--{flag}" for flag in args.extra)]
             timing = timed(line, steps=args.steps, cwd=cwd, clock=args.clock)
@@ -292,8 +292,8 @@ def report(found: Timings, floors: dict[str, float], cases: dict[str, Case]) -> 
     print("\n".join(f"{name}: {meaning}" for name, meaning in COLUMNS.items() if meaning))
     print(f"\n| case | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
     for name in found:
-        own = floors[cases[name].floor] * cases[name].passes
-        cells = [cell(*numbers) for numbers in row(name, middle["ours"], middle["peer"], own, floors["plain"])]
+        case_floor = floors[cases[name].floor] * cases[name].passes
+        cells = [cell(*numbers) for numbers in row(name, middle["ours"], middle["peer"], case_floor, floors["plain"])]
         print(f"| {name} | {' | '.join(cells)} |")
 
 
@@ -305,15 +305,15 @@ def cell(number: float | None, form: str) -> str:
     return "" if number is None else format(number, form)
 
 
-def row(case: str, ours: dict[str, Timing], peers: dict[str, Timing], own: float,
+def row(case: str, ours: dict[str, Timing], peers: dict[str, Timing], case_floor: float,
         plain_floor: float) -> Iterator[tuple[float | None, str]]:
-    """A number and its format for each of COLUMNS; own: the floor of the case's passes."""
+    """A number and its format for each of COLUMNS; case_floor: that of the case's passes."""
     mine, peer = ours[case], peers.get(case)
     plain, peer_plain = (timings["plain"].step_seconds if "plain" in timings else None for timings in (ours, peers))
     yield mine.step_seconds, ".4f"
     yield plain and mine.step_seconds / plain, ".2f"
-    yield plain and mine.step_seconds / (plain + own - plain_floor), ".3f"
-    yield own / mine.step_seconds, ".1%"
+    yield plain and mine.step_seconds / (plain + case_floor - plain_floor), ".3f"
+    yield case_floor / mine.step_seconds, ".1%"
     yield peer and peer.step_seconds, ".4f"
     yield peer and peer_plain and peer.step_seconds / peer_plain, ".2f"
     yield peer and peer.step_seconds / mine.step_seconds, ".2f"

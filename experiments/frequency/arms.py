@@ -22,10 +22,10 @@ SUM_FORM: Flags = {"dist_match_mode": "extra", "dist_match_method": "wavelet"}
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train. `pictures` go through the network in a step; "{gain}" in a flag is --gain."""
+    """One way to train. `images` go through the network in a step; "{gain}" in a flag is --gain."""
 
     says: str
-    pictures: int
+    images: int
     flags: Flags
 
 
@@ -58,13 +58,13 @@ CONTRASTS = (  # question, arm, control
     ("wavelet for DCT", "wavelet", "combo"),
 )
 SHOWN = ("base", "more-data", "sum-0.03", "combo", "swap")  # in the figure and the table by timestep
-STYLED = ("base", "more-data", "combo", "swap")  # arms of which pictures are drawn, too
+STYLED = ("base", "more-data", "combo", "swap")  # arms of which images are drawn, too
 
 
-def flags(own: Flags, gain: float) -> Flags:
+def flags(case_flags: Flags, gain: float) -> Flags:
     """The trainer's flags of an arm."""
     return COMMON | {name: value.format(gain=f"{gain:g}") if isinstance(value, str) else value
-                     for name, value in own.items()}
+                     for name, value in case_flags.items()}
 
 
 def pilot_cases() -> dict[str, Flags]:

@@ -13,7 +13,7 @@ from experiments.frequency.results import BANDS, TIMESTEPS, WINDOW, Result, Resu
 from experiments.seeds import standard_error
 
 
-def picture(results: Results, steps: int) -> Image.Image:
+def image(results: Results, steps: int) -> Image.Image:
     """Changes of error and U, and the slopes, by timestep: low band above, high band below."""
     shown = {name: results[name] for name in SHOWN if name in results}
     labels = {name: ARMS[name].says.replace("λ", "lambda") for name in shown}  # the font has no Greek

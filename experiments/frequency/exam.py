@@ -1,4 +1,4 @@
-"""What run.py measures of a run: what its network has wrong on pictures that were held out, and its steps."""
+"""What run.py measures of a run: what its network has wrong on images that were held out, and its steps."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from trainkit.evaluation import style_distance, to_pixels
 from trainkit.families import Family
 from trainkit.inference import lora_file
 from trainkit.options import ModelOptions
-from trainkit.tools.evaluate import Real, Settings, enough, generate, opened, read_reference
+from trainkit.tools.evaluate import GenerationSettings, Real, enough, generate, opened, read_reference
 
 REFERENCE, CLIP = ROOT / "assets/icons-3d-reference", ROOT / "assets/tiny-clip-icons"
-PILOT_EVERY = 4  # every fourth picture is the pilot's
-AT_ONCE = 30  # pictures in the network
+PILOT_EVERY = 4  # every fourth image is the pilot's
+AT_ONCE = 30  # images in the network
 DENOISING_STEPS = 10
 
 
 class Exam:
-    """The held-out pictures, and what a network has wrong on them."""
+    """The held-out images, and what a network has wrong on them."""
 
     def __init__(self, *, pilot: bool):
         self.pilot = pilot
@@ -49,9 +49,9 @@ class Exam:
             return [self.bin(timestep) for timestep in TIMESTEPS]
 
     def bin(self, timestep: int) -> Bin:
-        """Every held-out picture at one timestep, DRAWS times with other noise.
+        """Every held-out image at one timestep, DRAWS times with other noise.
 
-        U is of the pictures of one draw: two draws of a picture share what is the picture's own. Means over draws.
+        U is of the images of one draw: two draws of an image share what is the image's own. Means over draws.
         """
         meter = DistributionMatchingLoss(gain=1.0, band_norm="dof")  # in units of x0
         errors = []
@@ -64,7 +64,7 @@ class Exam:
             f"{kind}_{band}": found[f"dist_match/{kind}_{band}"] for kind in KINDS for band in BANDS}
 
     def answer(self, timestep: int, draw: int) -> tuple[float, Tensor, Tensor]:
-        """What the network says of every picture -> mean |out − n|², x̂0 [N,C,h,w], snr [N]."""
+        """What the network says of every image -> mean |out − n|², x̂0 [N,C,h,w], snr [N]."""
         schedule, prediction = self.family.schedule, self.family.schedule.prediction
         level = schedule.at(torch.full((len(self.x0),), timestep))
         keys = [("frequency", real.noun, timestep, draw) for real in self.reference]
@@ -75,7 +75,7 @@ class Exam:
         return float(error), prediction.to_x0(out, z, level), level.snr
 
     def network(self, z: Tensor, timestep: int) -> Tensor:
-        """The network's output for z [N,C,h,w], AT_ONCE pictures at a time."""
+        """The network's output for z [N,C,h,w], AT_ONCE images at a time."""
         outs = []
         for some in torch.arange(len(z)).split(AT_ONCE):
             level = self.family.schedule.at(torch.full((len(some),), timestep))
@@ -85,7 +85,7 @@ class Exam:
 
     @cached_property
     def reference(self) -> list[Real]:
-        """Held-out pictures; every PILOT_EVERYth is the pilot's."""
+        """Held-out images; every PILOT_EVERYth is the pilot's."""
         every = read_reference(REFERENCE)
         return [real for i, real in enumerate(every) if (i % PILOT_EVERY == 0) == self.pilot]
 
@@ -110,11 +110,11 @@ class Exam:
             return self.family.encode_prompts([real.caption for real in self.reference])
 
     def style_distance(self, folder: Path) -> float:
-        """Of pictures drawn with the LoRA to the real ones, as the learning experiment takes it."""
+        """Of images drawn with the LoRA to the real ones, as the learning experiment takes it."""
         every = read_reference(REFERENCE)
-        settings = Settings(str(ROOT / BASE), lora_file(folder), strengths=(1.0,), steps=DENOISING_STEPS)
-        _, pictures = next(generate(settings, enough(every, None)))
-        return style_distance(pictures, [opened(real.path) for real in every], CLIP)
+        settings = GenerationSettings(str(ROOT / BASE), lora_file(folder), strengths=(1.0,), steps=DENOISING_STEPS)
+        _, images = next(generate(settings, enough(every, None)))
+        return style_distance(images, [opened(real.path) for real in every], CLIP)
 
 
 @contextmanager

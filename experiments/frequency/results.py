@@ -84,7 +84,7 @@ def main_table(results: Results, control: str) -> Iterator[str]:
         distances = [r.style_distance for r in found if r.style_distance is not None]
         style = f"{statistics.mean(distances):.4f}" if distances else ""
         arm = ARMS.get(name)
-        yield (f"| {name}{f': {arm.says}' if arm else ''} | {arm.pictures if arm else ''} | {seconds:.3f} | "
+        yield (f"| {name}{f': {arm.says}' if arm else ''} | {arm.images if arm else ''} | {seconds:.3f} | "
                f"{' | '.join(cells)} | {style} |")
 
 

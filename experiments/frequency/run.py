@@ -2,16 +2,16 @@
 """Does distribution matching by frequency help? Train with and without it on the shipped model and look at the errors.
 
     python experiments/frequency/run.py              every arm; resumes: what is finished is not run again
-    python experiments/frequency/run.py --pilot      gains to choose --gain from, on a seed and pictures of their own
+    python experiments/frequency/run.py --pilot      gains to choose --gain from, on a seed and images of their own
     python experiments/frequency/run.py --arms base combo --seeds 0 --steps 50 --out runs/quick
 
 Each arm is the same short run on the 22 shipped 3-D icons but for its flags in arms.py; with one seed every arm sees
-the same pictures in the same order with the same noise. What counts is measured on 3-D icons of 90 nouns that no run
+the same images in the same order with the same noise. What counts is measured on 3-D icons of 90 nouns that no run
 has seen, at five timesteps, from noise that is the same for all arms (the pilot is measured on 30 others):
 
     error    mean of |out − n|², the network's own loss, over all timesteps and over those in the term's window
-    U        what the errors of different pictures have in common, |P_b E[x̂0 − x0]|²/D_b without bias, by band
-    z        U in units of its spread if pictures had nothing in common
+    U        what the errors of different images have in common, |P_b E[x̂0 − x0]|²/D_b without bias, by band
+    z        U in units of its spread if images had nothing in common
     slope γ  <P_b x0, P_b x̂0> / |P_b x̂0|²; 1 is right, below 1 the band is overdrawn, above 1 it is too faint
 
 Writes results.json, tables.md and frequency.png into --out, one folder a run beside them. Needs no network.
@@ -41,7 +41,7 @@ STEPS, PILOT_SEED = 300, 100
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     cases = pilot_cases() if args.pilot else {name: flags(ARMS[name].flags, args.gain) for name in args.arms}
-    plans = {(name, seed): asked(case | {"seed": seed, "max_train_steps": args.steps}, pilot=args.pilot)
+    plans = {(name, seed): plan_of(case | {"seed": seed, "max_train_steps": args.steps}, pilot=args.pilot)
              for seed in args.seeds for name, case in cases.items()}
     refuse(others(args.out, plans))
 
@@ -69,7 +69,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=STEPS, help="optimizer steps of a run")
     add("--gain", type=float, default=GAIN, help=f"of the unbiased form (default: {GAIN}, chosen by --pilot)")
     add("--pilot", action="store_true", help=f"gains {', '.join(GAINS)} in mode combo on seed {PILOT_SEED} instead, "
-        "measured on other pictures")
+        "measured on other images")
     add("--out", type=Path, default=ROOT / "runs/frequency", metavar="DIR", help="one folder a run")
     add("--debug", action="store_true", help="show a traceback for user errors")
     args = parser.parse_args(argv)
@@ -78,9 +78,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def asked(case: Flags, *, pilot: bool) -> dict[str, object]:
+def plan_of(case: Flags, *, pilot: bool) -> dict[str, object]:
     """All that decides a result."""
-    return {"flags": case, "pictures": "pilot" if pilot else "held out", "timesteps": list(TIMESTEPS), "draws": DRAWS}
+    return {"flags": case, "images": "pilot" if pilot else "held out", "timesteps": list(TIMESTEPS), "draws": DRAWS}
 
 
 def others(out: Path, plans: Mapping[tuple[str, int], dict[str, object]]) -> Iterator[Problem]:
@@ -120,9 +120,9 @@ def report(args: argparse.Namespace, results: Results) -> None:
     (args.out / "tables.md").write_text(text + "\n", "utf-8")
     print(text)
     if not args.pilot and "base" in results:
-        from experiments.frequency.chart import picture
+        from experiments.frequency.chart import image
 
-        picture(results, args.steps).save(args.out / "frequency.png")
+        image(results, args.steps).save(args.out / "frequency.png")
         print(f"\nfigure: {args.out / 'frequency.png'}")
 
 

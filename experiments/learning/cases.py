@@ -113,7 +113,7 @@ SPECTRA = Comparison(
 COMPARISONS = (
     Comparison("Pivotal tuning: two new tokens beside the LoRA, in the first half of the steps", ("lora", "ti")),
     Comparison("DoRA at rank 4, attention layers", ("lora4", "dora4")),
-    Comparison("Prior preservation with 48 real class pictures", ("lora", "prior")),
+    Comparison("Prior preservation with 48 real class images", ("lora", "prior")),
     Comparison("Prodigy for AdamW", ("lora", "prodigy")),
     Comparison("EDM noise levels and weights on this ε model", ("lora", "edm")),
     Comparison("Min-SNR, γ 5", ("lora", "snr")),

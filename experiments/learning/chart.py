@@ -1,4 +1,4 @@
-"""The figures of run.py: spectra against the real icons', and the same pictures drawn by each run."""
+"""The figures of run.py: spectra against the real icons', and the same images drawn by each run."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def draw_rings(pen: Pen, panel: Panel, *, x: float) -> None:
     rings, ticks = len(next(iter(panel.lines.values()))), panel.ticks
     axes = Axes(x, HEAD, rings, ticks[0], ticks[-1])
     places = [str(ring) if ring % TOGETHER == 0 else "" for ring in range(1, rings + 1)]
-    frame(pen, axes, panel, places=places, shaded=(rings // 2, rings - 1), below="cycles a picture")
+    frame(pen, axes, panel, places=places, shaded=(rings // 2, rings - 1), below="cycles an image")
     for name, points in panel.lines.items():
         pen.line([axes.at(ring, mean) for ring, (mean, _) in enumerate(points)], LINES[name], 2)
 
@@ -90,12 +90,12 @@ def draw_changes(pen: Pen, panel: Panel, *, x: float) -> None:
     count, ticks = len(next(iter(panel.lines.values()))), panel.ticks
     axes = Axes(x, HEAD, count, ticks[0], ticks[-1])
     places = [f"{TOGETHER * k + 1}-{TOGETHER * (k + 1)}" for k in range(count)]
-    frame(pen, axes, panel, places=places, shaded=(count // 2, count - 1), below="cycles a picture")
+    frame(pen, axes, panel, places=places, shaded=(count // 2, count - 1), below="cycles an image")
     for i, (name, points) in enumerate(panel.lines.items()):
         curve(pen, axes, points, LINES[name], shift=DODGE * (i - (len(panel.lines) - 1) / 2))
 
 
-def pictures(out: Path, cases: Sequence[str], *, nouns: Sequence[str]) -> Image.Image | None:
+def images(out: Path, cases: Sequence[str], *, nouns: Sequence[str]) -> Image.Image | None:
     """Untaught nouns as each run of seed 0 draws them, between the base's and real ones; None where none is kept."""
     kept = {"base": out / "base-row.png", **{case: out / f"{case}-seed0" / ROW for case in cases},
             "real": out / "real-row.png"}
@@ -108,7 +108,7 @@ def pictures(out: Path, cases: Sequence[str], *, nouns: Sequence[str]) -> Image.
 
 
 def cut(path: Path) -> list[Image.Image]:
-    """A row of pictures as `exam.row_of` puts them together."""
+    """A row of images as `exam.row_of` puts them together."""
     with Image.open(path) as page:
         row = page.convert("RGB")
     return [row.crop((left, 0, left + SIDE, SIDE)) for left in range(0, row.width, SIDE)]

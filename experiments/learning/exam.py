@@ -1,4 +1,4 @@
-"""What run.py measures of a run: its pictures beside real ones, its steps, its optimizer's state."""
+"""What run.py measures of a run: its images beside real ones, its steps, its optimizer's state."""
 
 from __future__ import annotations
 
@@ -22,49 +22,58 @@ from trainkit.evaluation import load_clip, power_spectrum, style_distance, to_pi
 from trainkit.files import load_tensors, read_json, tensor_bytes
 from trainkit.inference import lora_file
 from trainkit.sheets import sheet
-from trainkit.tools.evaluate import Real, Settings, Wanted, enough, generate, opened, pictures_in, read_reference
+from trainkit.tools.evaluate import (
+    GenerationSettings,
+    Real,
+    Wanted,
+    enough,
+    generate,
+    images_in,
+    opened,
+    read_reference,
+)
 
 CLIP, REFERENCE = ROOT / "assets/tiny-clip-icons", ROOT / "assets/icons-3d-reference"
-SIDE = 64  # of the pictures drawn
+SIDE = 64  # of the images drawn
 DRIFT_PROMPTS = 50
 SHOWN = 10  # untaught nouns, to be looked at
 ROW = "untaught-row.png"  # these side by side, without labels
-SETTLED = 1 / 6  # share of a run after which its steps are timed
+WARM_UP = 1 / 6  # share of a run after which its steps are timed
 
 
 class Exam:
-    """The pictures every run is judged by; those of the base are drawn once."""
+    """The images every run is judged by; those of the base are drawn once."""
 
     def __init__(self, steps: int, denoising_steps: int):
         self.steps, self.denoising_steps = steps, denoising_steps
 
     def result(self, folder: Path, seconds: float, flags: str) -> Result:
-        style = self.pictures(folder, self.style_prompts)
+        style = self.images(folder, self.style_prompts)
         found = self.beside_real(style)
         self.sheet(folder, style)
         return Result(
             gap_closed=(self.base_distance - found["style_distance"]) / (self.base_distance - self.floor),
-            prior_drift=drift(self.pictures(folder, self.prior_prompts), self.base_prior), seconds=seconds,
+            prior_drift=drift(self.images(folder, self.prior_prompts), self.base_prior), seconds=seconds,
             steps=self.steps, denoising_steps=self.denoising_steps, flags=flags, **found,
             step_seconds=step_seconds(folder), state_bytes=state_bytes(folder / f"checkpoint-{self.steps}"))
 
     def references(self, out: Path) -> dict[str, dict[str, object]]:
-        """What a run's style and spectrum are to be seen beside; rows of pictures for the figure go to `out`."""
+        """What a run's style and spectrum are to be seen beside; rows of images for the figure go to `out`."""
         row_of([self.base_style[i] for i in self.shown]).save(out / "base-row.png")
         row_of([self.real[i] for i in self.shown]).save(out / "real-row.png")
-        groups = {"base": self.base_style, "training pictures": self.training,
+        groups = {"base": self.base_style, "training images": self.training,
                   "real icons through the VAE": self.passed}
-        return {name: self.beside_real(pictures) for name, pictures in groups.items()}
+        return {name: self.beside_real(images) for name, images in groups.items()}
 
-    def beside_real(self, pictures: Sequence[Image.Image]) -> dict[str, object]:
-        """Style distance and spectrum of pictures of any nouns, fields of a Result."""
-        power = power_of(pictures)
+    def beside_real(self, images: Sequence[Image.Image]) -> dict[str, object]:
+        """Style distance and spectrum of images of any nouns, fields of a Result."""
+        power = power_of(images)
         passed = {f"{name}_vae": value for name, value in against(power, self.passed_power).items() if name != "ratios"}
-        return {"style_distance": self.distance(pictures)} | against(power, self.real_power) | passed
+        return {"style_distance": self.distance(images)} | against(power, self.real_power) | passed
 
-    def distance(self, pictures: Sequence[Image.Image]) -> float:
+    def distance(self, images: Sequence[Image.Image]) -> float:
         """Style distance to the real icons."""
-        return style_distance(pictures, self.real, CLIP)
+        return style_distance(images, self.real, CLIP)
 
     @cached_property
     def reference(self) -> list[Real]:
@@ -89,7 +98,7 @@ class Exam:
 
     @cached_property
     def training(self) -> list[Image.Image]:
-        return [opened(path) for path in pictures_in(ROOT / "assets/icons-3d")]
+        return [opened(path) for path in images_in(ROOT / "assets/icons-3d")]
 
     @cached_property
     def floor(self) -> float:
@@ -97,7 +106,7 @@ class Exam:
 
     @cached_property
     def base_style(self) -> list[Image.Image]:
-        return self.pictures(None, self.style_prompts)
+        return self.images(None, self.style_prompts)
 
     @cached_property
     def base_distance(self) -> float:
@@ -105,7 +114,7 @@ class Exam:
 
     @cached_property
     def base_prior(self) -> list[Image.Image]:
-        return self.pictures(None, self.prior_prompts)
+        return self.images(None, self.prior_prompts)
 
     @property
     def style_prompts(self) -> list[Wanted]:
@@ -123,15 +132,15 @@ class Exam:
         named = {real.noun: real.caption.partition(", ")[2] for real in others}  # "a cat"
         return [Wanted(noun, f"icon of {name} in the style of noto", 0) for noun, name in named.items()]
 
-    def pictures(self, folder: Path | None, wanted: list[Wanted]) -> list[Image.Image]:
+    def images(self, folder: Path | None, wanted: list[Wanted]) -> list[Image.Image]:
         """Drawn with the LoRA (and embeddings) in `folder`; None: by the base alone."""
-        settings = Settings(str(BASE), strengths=(0.0,), steps=self.denoising_steps)
+        settings = GenerationSettings(str(BASE), strengths=(0.0,), steps=self.denoising_steps)
         if folder:
             embeddings = folder / embeddings_file(folder.name)
             settings = replace(settings, lora=lora_file(folder), strengths=(1.0,),
                                embeddings=embeddings if embeddings.is_file() else None)
-        _, pictures = next(generate(settings, wanted))
-        return pictures
+        _, images = next(generate(settings, wanted))
+        return images
 
     def sheet(self, folder: Path, style: list[Image.Image]) -> None:
         """Ten untaught nouns, to be looked at."""
@@ -142,20 +151,20 @@ class Exam:
         row_of(some).save(folder / ROW)
 
 
-def row_of(pictures: Sequence[Image.Image]) -> Image.Image:
+def row_of(images: Sequence[Image.Image]) -> Image.Image:
     """Side by side, SIDE pixels each."""
-    page = Image.new("RGB", (SIDE * len(pictures), SIDE))
-    for i, picture in enumerate(pictures):
-        page.paste(picture.convert("RGB").resize((SIDE, SIDE)), (SIDE * i, 0))
+    page = Image.new("RGB", (SIDE * len(images), SIDE))
+    for i, image in enumerate(images):
+        page.paste(image.convert("RGB").resize((SIDE, SIDE)), (SIDE * i, 0))
     return page
 
 
-def drift(pictures: list[Image.Image], base: list[Image.Image]) -> float:
+def drift(images: list[Image.Image], base: list[Image.Image]) -> float:
     """Mean over pairs of 1 − cosine of their vectors in the shipped CLIP."""
     model, mean, std = load_clip(CLIP)
     side = model.config.vision_config.image_size
     with torch.no_grad():
-        a, b = (model.get_image_features(to_pixels(some, side, mean, std)) for some in (pictures, base))
+        a, b = (model.get_image_features(to_pixels(some, side, mean, std)) for some in (images, base))
     a, b = (getattr(x, "pooler_output", x) for x in (a, b))
     return float((1 - torch.nn.functional.cosine_similarity(a, b)).mean())
 
@@ -164,9 +173,9 @@ def drift(pictures: list[Image.Image], base: list[Image.Image]) -> float:
 # Spectra
 
 
-def power_of(pictures: Sequence[Image.Image]) -> Tensor:
+def power_of(images: Sequence[Image.Image]) -> Tensor:
     """Power of each ring of frequencies, [SIDE/2]."""
-    return power_spectrum(pictures, SIDE)
+    return power_spectrum(images, SIDE)
 
 
 def against(power: Tensor, real: Tensor) -> dict[str, object]:
@@ -176,14 +185,14 @@ def against(power: Tensor, real: Tensor) -> dict[str, object]:
             "spectrum": math.sqrt(statistics.mean(math.log(ratio) ** 2 for ratio in ratios))}
 
 
-def through_vae(pictures: Sequence[Image.Image]) -> list[Image.Image]:
+def through_vae(images: Sequence[Image.Image]) -> list[Image.Image]:
     """Encoded (the posterior's mean) and decoded."""
     from diffusers import AutoencoderKL
     from diffusers.image_processor import VaeImageProcessor
 
     vae = AutoencoderKL.from_pretrained(BASE, subfolder="vae", torch_dtype=torch.float32)
     with torch.no_grad():
-        pixels = vae.decode(vae.encode(to_pixels(pictures, SIDE)).latent_dist.mean).sample  # [N,3,H,W]
+        pixels = vae.decode(vae.encode(to_pixels(images, SIDE)).latent_dist.mean).sample  # [N,3,H,W]
     return VaeImageProcessor().postprocess(pixels, output_type="pil")
 
 
@@ -194,7 +203,7 @@ def through_vae(pictures: Sequence[Image.Image]) -> list[Image.Image]:
 def step_seconds(folder: Path) -> float | None:
     """Median time from one step to the next, after the first of the run; None without two such steps."""
     rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-    times = [row["seconds"] for row in rows[int(len(rows) * SETTLED):]]
+    times = [row["seconds"] for row in rows[int(len(rows) * WARM_UP):]]
     found = [after - before for before, after in zip(times, times[1:], strict=False)]
     return statistics.median(found) if found else None
 

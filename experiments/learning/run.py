@@ -5,18 +5,18 @@
     python experiments/learning/run.py --cases lora fourier_balanced --seeds 1 --steps 50 --out runs/quick
 
 Each case is the same short run on the 22 shipped 3-D icons but for its flags in cases.py; most have three seeds.
-Measured on pictures drawn at strength 1 from noise that is the same for all runs:
+Measured on images drawn at strength 1 from noise that is the same for all runs:
 
     gap closed   share of the style distance between the base and real icons that is gone, on nouns it was not taught
-    prior drift  mean of 1 − cos(picture with the LoRA, the base's own) in the shipped CLIP, over prompts for one of the
-                 base's own styles, which the LoRA should leave alone (nouns that no class picture shows)
-    high         power of the untaught nouns' pictures above half of Nyquist's frequency, against the real icons'
+    prior drift  mean of 1 − cos(image with the LoRA, the base's own) in the shipped CLIP, over prompts for one of the
+                 base's own styles, which the LoRA should leave alone (nouns that no class image shows)
+    high         power of the untaught nouns' images above half of Nyquist's frequency, against the real icons'
     spectrum     how far that power is from theirs over all frequencies: root mean square of ln(ratio); 0 is the same;
                  both also beside the real icons as the VAE passes them, which is all that a LoRA could come to
 
 and of the run itself the bytes of optimizer state a trained number, and the median time of a step.
 
-Prints the tables of docs/learning.md and writes tables.md into --out, with fourier.png and fourier-pictures.png where
+Prints the tables of docs/learning.md and writes tables.md into --out, with fourier.png and fourier-images.png where
 the Fourier loss was run; results lie there too, one folder a run. Needs no network.
 """
 
@@ -69,7 +69,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"default: all of {', '.join(CASES)}")
     add("--seeds", type=int, default=3, help="seeds 0, 1, … of every case at most; some have one")
     add("--steps", type=int, default=STEPS, help="optimizer steps of a run")
-    add("--denoising_steps", type=int, default=DENOISING_STEPS, help="of every picture drawn")
+    add("--denoising_steps", type=int, default=DENOISING_STEPS, help="of every image drawn")
     add("--out", type=Path, default=ROOT / "runs/learning", metavar="DIR", help="one folder a run")
     add("--debug", action="store_true", help="show a traceback for user errors")
     return parser.parse_args(argv)
@@ -125,7 +125,7 @@ def report(args: argparse.Namespace, exam: Exam) -> None:
 
 
 def references_of(args: argparse.Namespace, exam: Exam) -> dict[str, dict]:
-    """Base, training pictures and real ones through the VAE, measured once a folder and number of steps."""
+    """Base, training images and real ones through the VAE, measured once a folder and number of steps."""
     path = args.out / f"references-{args.denoising_steps}.json"
     if not path.is_file():
         save(path, exam.references(args.out))
@@ -136,14 +136,14 @@ def figures(args: argparse.Namespace, exam: Exam, results: Results, references: 
     from experiments.learning import chart
 
     seeds = f"{len(results['lora'])} seeds" if len(results["lora"]) > 1 else "one seed"
-    page = chart.spectra(results, references, title=f"Pictures of untaught nouns after {args.steps} steps: power by "
+    page = chart.spectra(results, references, title=f"Images of untaught nouns after {args.steps} steps: power by "
                          f"frequency, mean and standard error of {seeds}")
     page.save(args.out / "fourier.png")
     shown = [case for case in ("lora", *(f"fourier_{name}" for name in PRESETS)) if case in results]
-    page = chart.pictures(args.out, shown, nouns=[exam.style_prompts[i].noun for i in exam.shown])
+    page = chart.images(args.out, shown, nouns=[exam.style_prompts[i].noun for i in exam.shown])
     if page:
-        page.save(args.out / "fourier-pictures.png")
-    print(f"\nfigures: {args.out / 'fourier.png'}, fourier-pictures.png")
+        page.save(args.out / "fourier-images.png")
+    print(f"\nfigures: {args.out / 'fourier.png'}, fourier-images.png")
 
 
 if __name__ == "__main__":

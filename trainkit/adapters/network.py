@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainkit.adapters import starts, updates
-from trainkit.adapters import targets as room
+from trainkit.adapters import targets as layer_targets
 from trainkit.adapters.targets import Targets
 from trainkit.adapters.updates import Update
 from trainkit.errors import Problem, UserError, refuse
@@ -27,24 +27,25 @@ if TYPE_CHECKING:
 NAME = "default"  # PEFT's name of our adapter
 Prefix = Literal["unet", "text_encoder", "text_encoder_2"]
 UNET: Prefix = "unet"
-Kind = Literal["lora", "loha", "lokr"]
+AdapterType = Literal["lora", "loha", "lokr"]
 
 
 class Adapters:
     """The adapters of one network, in module order; without layers where nothing of it is trained.
 
     prefix    what Diffusers calls the network
-    kind      what ΔW is made of; see updates.py
+    adapter_type  what ΔW is made of; see updates.py
     scale     c
     b_ratio   how many times A's learning rate B learns with (LoRA+)
     factor    of LoKr
     """
 
-    def __init__(self, network: nn.Module, *, rank: int, alpha: float, prefix: Prefix = UNET, kind: Kind = "lora",
-                 scale: float | None = None, b_ratio: float = 1.0, factor: int | None = None):
+    def __init__(self, network: nn.Module, *, rank: int, alpha: float, prefix: Prefix = UNET,
+                 adapter_type: AdapterType = "lora", scale: float | None = None, b_ratio: float = 1.0,
+                 factor: int | None = None):
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        self.network, self.prefix, self.kind = network, prefix, kind
+        self.network, self.prefix, self.adapter_type = network, prefix, adapter_type
         self.rank, self.alpha, self.b_ratio, self.factor = rank, alpha, b_ratio, factor
         self.scale = alpha / rank if scale is None else scale
         self.layers: dict[str, BaseTunerLayer] = {
@@ -91,7 +92,7 @@ class Adapters:
 
     @property
     def identity(self) -> dict[str, float | str]:
-        return {"rank": self.rank, "alpha": self.alpha, "scale": self.scale, "kind": self.kind}
+        return {"rank": self.rank, "alpha": self.alpha, "scale": self.scale, "kind": self.adapter_type}
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, float | str]]:
         return self.state_dict(), self.identity
@@ -99,14 +100,14 @@ class Adapters:
     @torch.no_grad()
     def unpack(self, tensors: Mapping[str, Tensor], data: Mapping[str, float | str]) -> None:
         """Continue from `pack`'s answer. Raises UserError where it belongs to other adapters."""
-        own = self.state_dict()
-        shapes, other = ({n: tuple(t.shape) for n, t in d.items()} for d in (own, tensors))
+        expected = self.state_dict()
+        shapes, other = ({n: tuple(t.shape) for n, t in d.items()} for d in (expected, tensors))
         if shapes != other or data != self.identity:
             raise UserError(Problem(
                 "the checkpoint holds other adapters than this run", f"{len(other)} tensors, {dict(data)}",
                 f"this run has {len(shapes)} tensors, {self.identity}",
                 "resume with the rank, alpha, kind, layers and blocks of the first run, or name a new --output_dir"))
-        for name, tensor in own.items():
+        for name, tensor in expected.items():
             tensor.copy_(tensors[name])
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -122,7 +123,7 @@ class Adapters:
 
     def update(self, path: str) -> Update:
         """The factors of one module, fp64 on the CPU, a convolution's kernel laid out in a row."""
-        return update_of(self.layers[path], self.kind, self.scale).map(lambda t: t.detach().cpu().double())
+        return update_of(self.layers[path], self.adapter_type, self.scale).map(lambda t: t.detach().cpu().double())
 
     def magnitude(self, path: str) -> Tensor | None:
         """DoRA's m -> [out] fp32 on the CPU, None for the other kinds."""
@@ -135,14 +136,14 @@ class Adapters:
         return delta if magnitude is None else updates.decomposed(self.weight(path), delta, magnitude.double())
 
 
-def update_of(layer: BaseTunerLayer, kind: Kind, scale: float) -> Update:
+def update_of(layer: BaseTunerLayer, adapter_type: AdapterType, scale: float) -> Update:
     """PEFT's parameters as the factors of `updates`."""
-    if kind == "lora":
+    if adapter_type == "lora":
         A, B = layer.low_rank() if hasattr(layer, "low_rank") else (
             layer.lora_A[NAME].weight, layer.lora_B[NAME].weight)
         return updates.LowRank(A.flatten(1), B.flatten(1), scale)
     held = {name: p.flatten(1) for name, p in starts.own_parameters(layer, NAME).items()}
-    if kind == "loha":
+    if adapter_type == "loha":
         B1, A1, B2, A2 = (held[f"hada_{name}"] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
         return updates.Hadamard(B1, A1, B2, A2, scale)
     return updates.Kronecker(
@@ -161,13 +162,13 @@ def add_adapters(network: UNet2DConditionModel | PreTrainedModel, options: LoraO
 
     in_unet = prefix == UNET
     alpha = options.rank if options.lora_alpha is None else options.lora_alpha
-    collect = partial(Adapters, network, rank=options.rank, alpha=alpha, prefix=prefix, kind=options.lora_type,
+    collect = partial(Adapters, network, rank=options.rank, alpha=alpha, prefix=prefix, adapter_type=options.lora_type,
                       scale=alpha / (options.rank**0.5 if options.use_rslora else options.rank),
                       b_ratio=options.loraplus_lr_ratio, factor=options.lokr_factor)
     if in_unet and options.train_unet_frac == 0:
         return collect()
-    refuse(room.problems(network, options, targets=targets, in_blocks=in_unet))
-    modules = room.target_modules(network, options, targets=targets, in_blocks=in_unet)
+    refuse(layer_targets.problems(network, options, targets=targets, in_blocks=in_unet))
+    modules = layer_targets.target_modules(network, options, targets=targets, in_blocks=in_unet)
     network.add_adapter(peft_config(options, alpha, modules), adapter_name=NAME)
     adapters = collect()
     for path, layer in adapters.layers.items():

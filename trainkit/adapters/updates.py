@@ -39,8 +39,8 @@ class Update:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Update:
         """`change` applied to every factor."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "scale"}
-        return replace(self, **{name: change(factor) for name, factor in own.items() if factor is not None})
+        factors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "scale"}
+        return replace(self, **{name: change(factor) for name, factor in factors.items() if factor is not None})
 
 
 @dataclass(frozen=True)

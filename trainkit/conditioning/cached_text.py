@@ -67,7 +67,7 @@ class FrozenText:
                 self.store[self.keys[prompt]] = {name: tensor[place].clone() for name, tensor in tensors.items()}
 
     def __call__(self, prompts: Sequence[str], step: int | None = None) -> Condition:
-        """What the network is told of each prompt, on the device; the same at every step."""
+        """What the network is given for each prompt, on the device; the same at every step."""
         unknown = set(prompts) - self.keys.keys()
         assert not unknown, f"not encoded before training: {sorted(unknown)}"
         entries = [self.store[self.keys[prompt]] for prompt in prompts]

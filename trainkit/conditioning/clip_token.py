@@ -1,9 +1,9 @@
-"""The CLIP guidance token: a picture's own CLIP features stand where its caption's encoding has its last pad.
+"""The CLIP guidance token: an image's own CLIP features stand where its caption's encoding has its last pad.
 
-Training on pictures beside captions: Yuan et al. 2024, "Real-Fake: Effective Training Data Synthesis Through
+Training on images beside captions: Yuan et al. 2024, "Real-Fake: Effective Training Data Synthesis Through
 Distribution Matching", arXiv:2310.10402.
 
-B batch, T tokens, D width of the text and of the features, N pictures with features.
+B batch, T tokens, D width of the text and of the features, N images with features.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def with_token(embeds: Tensor, tokens: Tensor, where: Tensor) -> Tensor:
     return torch.cat([embeds[:, :-1], last[:, None]], dim=1)
 
 
-def has_room(tokenizers: Sequence[CLIPTokenizer], prompts: Sequence[str]) -> list[bool]:
+def has_free_place(tokenizers: Sequence[CLIPTokenizer], prompts: Sequence[str]) -> list[bool]:
     """Whether each prompt leaves the last position to padding, for every text encoder."""
     ids = [t(list(prompts), truncation=True, max_length=t.model_max_length).input_ids for t in tokenizers]
     limits = [t.model_max_length for t in tokenizers]
@@ -57,12 +57,12 @@ def has_room(tokenizers: Sequence[CLIPTokenizer], prompts: Sequence[str]) -> lis
 
 @dataclass(frozen=True)
 class ClipToken:
-    """The last pad of each caption's encoding becomes scale · features of the picture; nothing is changed in place.
+    """The last pad of each caption's encoding becomes scale · features of the image; nothing is changed in place.
 
     rows     [N,D] features
     places   [rows of the data set] -> row of features
     full     captions whose encoding has no pad: their end token stays
-    dropout  share of visits without the token, so that classifier-free guidance has a branch to start from
+    dropout  fraction of visits without the token, so that classifier-free guidance has a branch to start from
     """
 
     rows: Tensor
@@ -77,10 +77,10 @@ class ClipToken:
         return {"--guidance_features": tensors_digest({"features": self.rows[self.places.unique()]})}
 
     def __call__(self, condition: Condition, batch: Batch) -> Condition:
-        room = torch.tensor([prompt not in self.full for prompt in batch.prompts])
+        free_place = torch.tensor([prompt not in self.full for prompt in batch.prompts])
         kept = rng.uniform(batch.keys, "guidance dropout") >= self.dropout
         tokens = self.scale * self.rows[self.places[torch.tensor(batch.rows)]]
-        return Condition(condition, embeds=with_token(condition["embeds"], tokens, room & kept))
+        return Condition(condition, embeds=with_token(condition["embeds"], tokens, free_place & kept))
 
 
 def make_clip_token(options: GuidanceOptions, rows: Sequence[Row], family: Family) -> ClipToken | None:
@@ -90,9 +90,10 @@ def make_clip_token(options: GuidanceOptions, rows: Sequence[Row], family: Famil
     assert options.guidance_features is not None, "`problems` refuses a token without features"
     features = read_features(options.guidance_features)
     captions = sorted({caption for row in rows for caption in row.all_captions})
-    full = [caption for caption, room in zip(captions, has_room(family.tokenizers, captions), strict=True) if not room]
+    free = has_free_place(family.tokenizers, captions)
+    full = [caption for caption, is_free in zip(captions, free, strict=True) if not is_free]
     if full:
-        log.warning("%d captions fill the text encoder's whole context; their pictures are trained on without the "
+        log.warning("%d captions fill the text encoder's whole context; their images are trained on without the "
                     "guidance token: %s", len(full), listing(full))
     return ClipToken(features.rows, features.places([row.digest for row in rows]), frozenset(full),
                      options.guidance_token_scale, options.guidance_token_dropout)
@@ -115,11 +116,11 @@ def problems(options: GuidanceOptions, rows: Sequence[Row], width: int) -> Itera
     except UserError as error:
         yield from error.problems
         return
-    yield from (unfit := list(misfits(features.width, width, where)))
-    lacking = sorted({row.id for row in rows if row.digest not in features})
-    if lacking and not unfit:
+    yield from (incompatible := list(incompatible_features(features.width, width, where)))
+    missing = sorted({row.id for row in rows if row.digest not in features})
+    if missing and not incompatible:
         fix = f"{_extract(rows, features.clip, options.guidance_features)}; it adds what is missing"
-        yield Problem(f"{len(lacking)} pictures have no CLIP features", where, listing(lacking), fix, "data")
+        yield Problem(f"{len(missing)} images have no CLIP features", where, listing(missing), fix, "data")
 
 
 def _no_file(rows: Sequence[Row], width: int) -> Problem:
@@ -128,11 +129,11 @@ def _no_file(rows: Sequence[Row], width: int) -> Problem:
         return Problem(what, where, f"it takes CLIP features as wide as the model's text, {width}{TOO_WIDE}",
                        "leave out --guidance_token, or train an SD 1.x or 2.x model")
     clip = CLIPS.get(width, f"A_CLIP_PROJECTING_TO_{width}")
-    return Problem(what, where, "the token is made of the pictures' CLIP features, which are extracted once",
+    return Problem(what, where, "the token is made of the images' CLIP features, which are extracted once",
                    f"{_extract(rows, clip, FILE_NAME)}; then --guidance_features {FILE_NAME}")
 
 
-def misfits(have: int, width: int, where: str) -> Iterator[Problem]:
+def incompatible_features(have: int, width: int, where: str) -> Iterator[Problem]:
     """Features `have` wide for a UNet that takes text `width` wide."""
     if have == width:
         return
@@ -144,7 +145,7 @@ def misfits(have: int, width: int, where: str) -> Iterator[Problem]:
 
 
 def _extract(rows: Sequence[Row], clip: str, out: str) -> str:
-    """The command that writes the features of these pictures: of the folder they are in, or of their data set."""
+    """The command that writes the features of these images: of the folder they are in, or of their data set."""
     folders = [row.source.parent for row in rows if isinstance(row.source, Path)]
     source = f"--images {shlex.quote(os.path.commonpath(folders))}" if folders else "--dataset_name NAME"
     return f"{SCRIPT} {source} --clip {shlex.quote(clip)} --out {shlex.quote(out)}"

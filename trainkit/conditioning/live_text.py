@@ -84,14 +84,14 @@ class EncoderAdapters:
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Json]]:
         packed = {network.prefix: network.pack() for network in self.networks}
-        tensors = {f"{prefix}.{key}": t for prefix, (own, _) in packed.items() for key, t in own.items()}
+        tensors = {f"{prefix}.{key}": t for prefix, (part, _) in packed.items() for key, t in part.items()}
         return tensors, {prefix: data for prefix, (_, data) in packed.items()}
 
     def unpack(self, tensors: dict[str, Tensor], data: dict[str, Json]) -> None:
         for network in self.networks:
             start = f"{network.prefix}."
-            own = {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
-            network.unpack(own, data.get(network.prefix, {}))
+            part = {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
+            network.unpack(part, data.get(network.prefix, {}))
 
 
 class LiveText:
@@ -116,7 +116,7 @@ class LiveText:
         self.learned = learned, other_learned
         self._train_mode(False)
         self.table = FrozenText(family, plain, store, options.clip_skip, also=other_plain, state=self._precision)
-        self.settled: FrozenText | None = None
+        self.frozen_tokens: FrozenText | None = None
 
     @property
     def networks(self) -> Sequence[Adapters]:
@@ -131,15 +131,15 @@ class LiveText:
         return self.learner.rewrite(prompt)
 
     def __call__(self, prompts: Sequence[str], step: int | None = None) -> Condition:
-        """What the network is told of each prompt, on the device.
+        """What the network is given for each prompt, on the device.
 
         step  optimizer step (from 0) that asks, after `Optim.begin`; None asks for the weights as they are, without
               gradient, to look at
         """
         texts = [self.rewrite(prompt) for prompt in prompts]
         assert self.texts.issuperset(texts), f"not announced before training: {set(texts) - self.texts}"
-        if step is not None and step >= self.stop and self.settled is None:
-            self._settle()
+        if step is not None and step >= self.stop and self.frozen_tokens is None:
+            self._freeze_tokens()
         with torch.set_grad_enabled(step is not None):
             return self._rows(texts, training=step is not None)
 
@@ -150,7 +150,7 @@ class LiveText:
         return learned, [text for text in distinct if not self.learner.learns_from(text)]
 
     def _rows(self, texts: Sequence[str], *, training: bool) -> Condition:
-        """Each distinct text once: what is learned from by the encoders or as they settled, the rest by the table."""
+        """Each distinct text once: what is learned from by the encoders or as they froze, the rest by the table."""
         learned, plain = self._parted(texts)
         parts = [self._learned(learned, training=training)] if learned else []
         parts += [self.table(plain)] if plain else []
@@ -159,16 +159,16 @@ class LiveText:
         return Condition.cat(parts).take(rows)
 
     def _learned(self, texts: Sequence[str], *, training: bool) -> Condition:
-        if self.settled is not None:
-            return self.settled(texts)
+        if self.frozen_tokens is not None:
+            return self.frozen_tokens(texts)
         self._train_mode(training)
         return self.family.encode_prompts(texts, self.options.clip_skip)
 
-    def _settle(self) -> None:
+    def _freeze_tokens(self) -> None:
         """The pivot: encode what is left, all of it in one fixed order, and let the encoders go."""
         self._train_mode(False)
         texts, others = self.learned
-        self.settled = FrozenText(self.family, texts, None, self.options.clip_skip, also=others)
+        self.frozen_tokens = FrozenText(self.family, texts, None, self.options.clip_skip, also=others)
         for network in self.networks:
             network.network.to("cpu")  # adapters outlive the training: checkpoints and files are written from them
         self.family.free_text_encoders()
@@ -185,7 +185,7 @@ class LiveText:
                 encoder.train(on)
 
     def groups(self, optimizer: OptimizerOptions, global_batch: int) -> list[ParamGroup]:
-        """Parameter groups: "tokens", or one for each encoder's LoRA. global_batch: pictures in an optimizer step."""
+        """Parameter groups: "tokens", or one for each encoder's LoRA. global_batch: images in an optimizer step."""
         return self.learner.groups(
             lrs=self.options.lrs(optimizer, global_batch=global_batch),
             weight_decay=self.options.decay(optimizer.adam_weight_decay),
@@ -204,7 +204,7 @@ class LiveText:
         return self.learner.pack()
 
     def unpack(self, tensors: dict[str, Tensor], data: dict[str, Json]) -> None:
-        assert self.settled is None, "restore before the first step"
+        assert self.frozen_tokens is None, "restore before the first step"
         self.learner.unpack(tensors, data)
 
 

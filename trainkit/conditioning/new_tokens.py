@@ -50,7 +50,7 @@ TOKENS, BASE, SETS_EOS = "tokens", "base_model", "sets_eos_token_id"  # keys of 
 
 
 def problems(options: PivotalOptions, captions: Sequence[str]) -> Iterator[Problem]:
-    """What keeps the new tokens from being learned; `captions` are those of the pictures of the concept."""
+    """What keeps the new tokens from being learned; `captions` are those of the images of the concept."""
     if not options.train_text_encoder_ti:
         return
     words, flag = options.abstractions, f"--token_abstraction {options.token_abstraction}"
@@ -86,7 +86,7 @@ def warn(options: PivotalOptions, rows: Sequence[Row]) -> None:
                     len(without), len(captions), ", ".join(options.abstractions), without[0])
     both = [row.caption for row in rows if row.is_class and options.rewrite(row.caption) != row.caption]
     if both:
-        log.warning("%d captions of class pictures hold a word of --token_abstraction: the new tokens learn the class "
+        log.warning("%d captions of class images hold a word of --token_abstraction: the new tokens learn the class "
                     "from them (%r for one)", len(both), both[0])
 
 
@@ -174,14 +174,14 @@ class NewTokens:
     @torch.no_grad()
     def unpack(self, tensors: Mapping[str, Tensor], data: Mapping[str, object]) -> None:
         """Continue from `pack`'s answer. Raises UserError where it belongs to other tokens."""
-        own = self.embeddings
-        if data.get("tokens") != self.names or {k: v.shape for k, v in own.items()} != {
+        embeddings = self.embeddings
+        if data.get("tokens") != self.names or {k: v.shape for k, v in embeddings.items()} != {
                 k: v.shape for k, v in tensors.items()}:
             raise UserError(Problem(
                 "the checkpoint holds other new tokens than this run", "--token_abstraction",
                 f"the checkpoint's are {data.get('tokens')}, this run's {self.names}",
                 "resume with the words and the number of tokens of the first run, or name a new --output_dir"))
-        for (name, rows), last in zip(own.items(), self.last, strict=True):
+        for (name, rows), last in zip(embeddings.items(), self.last, strict=True):
             rows.copy_(tensors[name])
             last.copy_(tensors[name])
 

@@ -14,14 +14,14 @@ from trainkit.rng import Key
 
 
 class Source(Protocol):
-    """Where a picture's file content comes from; a Path is one."""
+    """Where an image's file content comes from; a Path is one."""
 
     def read_bytes(self) -> bytes: ...
 
 
 @dataclass(frozen=True)
 class Row:
-    """One picture that an epoch visits once; a repeat is a row of its own, with its own crops."""
+    """One image that an epoch visits once; a repeat is a row of its own, with its own crops."""
 
     id: str  # file name under the folder, or "row 17" of a data set, or "class/" + file name; the same on every machine
     source: Source
@@ -29,8 +29,8 @@ class Row:
     size: tuple[int, int]  # h, w, upright
     digest: str  # of the file's content
     repeat: int = 0  # 0 .. repeats - 1
-    share: float = 1.0  # weight of its loss: 1 for instances, prior_loss_weight for class pictures
-    is_class: bool = False  # a picture of the class, there to keep what the model knew of it
+    loss_weight: float = 1.0  # weight of its loss: 1 for instances, prior_loss_weight for class images
+    is_class: bool = False  # an image of the class, there to keep what the model knew of it
     others: tuple[str, ...] = ()  # further captions
 
     @property
@@ -41,7 +41,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Listed:
-    """A picture that is there by name; its content has not been read."""
+    """An image that is there by name; its content has not been read."""
 
     id: str
     source: Source
@@ -77,7 +77,7 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A micro-batch on one rank: samples of one shape, instances first, then as many class pictures if there are any.
+    """A micro-batch on one rank: samples of one shape, instances first, then as many class images if there are any.
 
     B counts both. Exactly one of `pixels` and `mean` is set.
     """
@@ -87,10 +87,10 @@ class Batch:
     rows: tuple[int, ...]  # B positions in the list of rows
     prompts: tuple[str, ...]  # B captions, one of each row's
     time_ids: Tensor  # [B,6]
-    share: Tensor  # [B]
+    loss_weight: Tensor  # [B]
     is_class: Tensor  # [B] bool
     num_instance: int  # instance rows in the whole optimizer step, all ranks and micro-batches: the loss divisor
-    pictures: tuple[str, ...] = ()  # B digests of files
+    images: tuple[str, ...] = ()  # B digests of files
     pixels: Tensor | None = None  # [B,3,H,W]
     mean: Tensor | None = None  # [B,C,h,w]
     logvar: Tensor | None = None  # [B,C,h,w]
@@ -115,7 +115,8 @@ def collate(items: Sequence[Sample | UserError]) -> Batch | UserError:
     tensors = {name: [getattr(s, name) for s in samples] for name in ("pixels", "mean", "logvar", "mask")}
     return Batch(
         step=keys[0][1], keys=keys, rows=places, prompts=tuple(s.prompt for s in samples), num_instance=num_instance,
-        time_ids=torch.tensor(sizes, dtype=torch.float32), share=torch.tensor([s.row.share for s in samples]),
-        is_class=torch.tensor([s.row.is_class for s in samples]), pictures=tuple(s.row.digest for s in samples),
+        time_ids=torch.tensor(sizes, dtype=torch.float32), images=tuple(s.row.digest for s in samples),
+        loss_weight=torch.tensor([s.row.loss_weight for s in samples]),
+        is_class=torch.tensor([s.row.is_class for s in samples]),
         **{name: torch.stack(values) for name, values in tensors.items() if values[0] is not None},
     )

@@ -1,6 +1,6 @@
-"""Latents encoded once: a VAE posterior (mean, log-variance) for every way a picture may be seen, keyed by content.
+"""Latents encoded once: a VAE posterior (mean, log-variance) for every way an image may be seen, keyed by content.
 
-The key covers all that the posterior depends on, so an entry is never stale: a changed picture, crop, resolution,
+The key covers all that the posterior depends on, so an entry is never stale: a changed image, crop, resolution,
 filter, VAE or number format simply has another key.
 """
 
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from trainkit.data.batch import Sample
 from trainkit.data.geometry import CropPolicy
-from trainkit.data.images import load_picture
+from trainkit.data.images import load_image
 from trainkit.errors import Problem, UserError
 from trainkit.files import Json, disk_errors, save_tensors
 from trainkit.rng import generator
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 VERSION = 1  # raise it when pixels or posteriors of the same key would come out differently
 STALE_SECONDS = 86_400  # unfinished files of a killed run are swept after a day: a live one is renamed within seconds
 DIGEST = "blake2b"  # name of the digest in a file's metadata
-VIEWS_AT_ONCE = 8  # of one picture in memory; at 1024 pixels a view takes 12 MiB
+VIEWS_AT_ONCE = 8  # of one image in memory; at 1024 pixels a view takes 12 MiB
 
-Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # pixels [B,3,H,W] -> mean, logvar [B,C,h,w]
+EncodeImages = Callable[[Tensor], tuple[Tensor, Tensor]]  # pixels [B,3,H,W] -> mean, logvar [B,C,h,w]
 Item = TypeVar("Item")
-_Wanted = tuple[str, Sample]  # a view of a picture, its key first
+_Wanted = tuple[str, Sample]  # a view of an image, its key first
 
 
-Entry = dict[str, Tensor]  # named tensors
+StoredTensors = dict[str, Tensor]  # named tensors
 
 
 class Store(Protocol):
@@ -50,9 +50,9 @@ class Store(Protocol):
 
     def __contains__(self, key: object) -> bool: ...
 
-    def __getitem__(self, key: str) -> Entry: ...
+    def __getitem__(self, key: str) -> StoredTensors: ...
 
-    def __setitem__(self, key: str, entry: Entry) -> None: ...
+    def __setitem__(self, key: str, entry: StoredTensors) -> None: ...
 
 
 class DiskStore:
@@ -78,7 +78,7 @@ class DiskStore:
             return False
         return True
 
-    def __getitem__(self, key: str) -> Entry:
+    def __getitem__(self, key: str) -> StoredTensors:
         path = self._path(key)
         try:
             return self._read(path)
@@ -86,13 +86,13 @@ class DiskStore:
             raise UserError(Problem("a cache entry is gone or damaged", f"{path}", f"{error}",
                                     "start the same command again: it is rebuilt", kind="disk")) from error
 
-    def __setitem__(self, key: str, entry: Entry) -> None:
+    def __setitem__(self, key: str, entry: StoredTensors) -> None:
         path = self._path(key)
         with disk_errors(path):
             path.parent.mkdir(exist_ok=True)
             save_tensors(path, entry, {DIGEST: tensors_digest(entry)})
 
-    def _read(self, path: Path) -> Entry:
+    def _read(self, path: Path) -> StoredTensors:
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -147,8 +147,8 @@ class Latents:
 
     def key(self, sample: Sample) -> str:
         crop = [*sample.resized, sample.top, sample.left, sample.flip]
-        seen = [sample.row.digest, crop, self.policy.resolution, self.policy.interpolation]
-        return content_key(VERSION, seen, self.identity, str(self.dtype))
+        content = [sample.row.digest, crop, self.policy.resolution, self.policy.interpolation]
+        return content_key(VERSION, content, self.identity, str(self.dtype))
 
     def __call__(self, sample: Sample) -> tuple[Tensor, Tensor]:
         """-> mean, logvar [C,h,w] fp32."""
@@ -161,7 +161,7 @@ class Latents:
 
 
 def cache_latents(
-    rows: Sequence[Row], policy: CropPolicy, encode: Encode, store: Store, *, seed: int, identity: Json,
+    rows: Sequence[Row], policy: CropPolicy, encode: EncodeImages, store: Store, *, seed: int, identity: Json,
     batch_size: int = 1, num_workers: int = 0, dtype: torch.dtype = torch.float32,
     progress: Callable[[int, int], None] | None = None,
 ) -> Latents:
@@ -169,7 +169,7 @@ def cache_latents(
 
     `identity` is plain data that changes when the VAE does. With batch_size 1 an entry does not depend, to the last
     bit, on which others were missing. Several processes with a disk store encode a part each, all wait for the last,
-    and each encodes what it still lacks: nothing where they share the disk. Raises UserError naming the picture when
+    and each encodes what it still lacks: nothing where they share the disk. Raises UserError naming the image when
     the VAE gives NaN or infinity.
     """
     latents = Latents(store, policy, identity=identity, dtype=dtype)
@@ -184,7 +184,7 @@ def cache_latents(
 
 
 def _own_part(wanted: Sequence[_Wanted]) -> list[_Wanted]:
-    """Every world-th picture, with all its views; counted over all pictures, since the ranks differ in what they find
+    """Every world-th image, with all its views; counted over all images, since the ranks differ in what they find
     missing while others are writing.
     """
     number = {digest: i for i, digest in enumerate(dict.fromkeys(sample.row.digest for _, sample in wanted))}
@@ -192,7 +192,7 @@ def _own_part(wanted: Sequence[_Wanted]) -> list[_Wanted]:
 
 
 def _encode_missing(
-    wanted: Sequence[_Wanted], *, latents: Latents, encode: Encode, batch_size: int, num_workers: int,
+    wanted: Sequence[_Wanted], *, latents: Latents, encode: EncodeImages, batch_size: int, num_workers: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     policy = latents.policy
@@ -217,17 +217,17 @@ class _View:
 
 
 class _Views(Dataset["list[_View] | UserError"]):
-    """The missing variants, one item a picture, so that each is decoded and resized once.
+    """The missing variants, one item an image, so that each is decoded and resized once.
 
     An error is an item, see `unguarded`.
     """
 
     def __init__(self, policy: CropPolicy, missing: Iterable[_Wanted]):
-        pictures: dict[str, list[_Wanted]] = {}
+        images: dict[str, list[_Wanted]] = {}
         for key, sample in missing:
-            pictures.setdefault(sample.row.digest, []).append((key, sample))
+            images.setdefault(sample.row.digest, []).append((key, sample))
         self.policy = policy
-        self.items = [some for every in pictures.values() for some in _chunks(iter(every), VIEWS_AT_ONCE)]
+        self.items = [some for every in images.values() for some in _chunks(iter(every), VIEWS_AT_ONCE)]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -235,7 +235,7 @@ class _Views(Dataset["list[_View] | UserError"]):
     def __getitem__(self, index: int) -> list[_View] | UserError:
         keys, samples = zip(*self.items[index], strict=True)
         try:
-            pixels = self.policy.views(load_picture(samples[0].row), samples)  # [V,3,H,W]
+            pixels = self.policy.views(load_image(samples[0].row), samples)  # [V,3,H,W]
         except UserError as error:
             return error
         return [_View(key, sample.row.id, view) for key, sample, view in zip(keys, samples, pixels, strict=True)]
@@ -244,7 +244,7 @@ class _Views(Dataset["list[_View] | UserError"]):
 def _refuse_nonfinite(name: str, mean: Tensor, logvar: Tensor) -> None:
     if not (mean.isfinite().all() and logvar.isfinite().all()):
         raise UserError(Problem(
-            f"the VAE turns picture {name} into NaN or infinity", "--cache_latents",
+            f"the VAE turns image {name} into NaN or infinity", "--cache_latents",
             "its weights are damaged, or its activations overflow the number format it runs in; nothing was cached",
             "--pretrained_vae_model_name_or_path ANOTHER_VAE", kind="nonfinite"))
 

@@ -30,8 +30,8 @@ SCRIPT = "python scripts/extract_clip_features.py"
 CLIPS = {  # width of the projection -> a CLIP that has it
     96: "assets/tiny-clip-icons", 768: "openai/clip-vit-large-patch14", 1024: "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
 }
-KINDS = {"clip": "CLIPModel", "clip_vision_model": "CLIPVisionModelWithProjection"}  # model_type -> its class
-TOO_WIDE = f"; no CLIP we know projects pictures to more than {max(CLIPS)}"
+CLIP_CLASSES = {"clip": "CLIPModel", "clip_vision_model": "CLIPVisionModelWithProjection"}  # model_type -> its class
+TOO_WIDE = f"; no CLIP we know projects images to more than {max(CLIPS)}"
 PREPROCESSING = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor",
                  "do_normalize", "image_mean", "image_std")
 
@@ -42,7 +42,7 @@ PREPROCESSING = ("do_resize", "size", "resample", "do_center_crop", "crop_size",
 
 @dataclass(frozen=True)
 class Features:
-    """CLIP features of pictures, found by the digest of a picture's content, whatever its name and place.
+    """CLIP features of images, found by the digest of an image's content, whatever its name and place.
 
     rows     [N,D] fp32
     digests  one a row (trainkit.data.images.content_digest), in ascending order
@@ -129,7 +129,7 @@ def _command(file: Path) -> str:
 
 @dataclass(frozen=True)
 class Clip:
-    """Pictures to image features after CLIP's projection, in fp32.
+    """Images to image features after CLIP's projection, in fp32.
 
     made_by  as in Features
     """
@@ -145,15 +145,15 @@ class Clip:
         """Of the projection."""
         return self.model.visual_projection.out_features
 
-    def pixels(self, picture: Image) -> Tensor:
-        """One RGB picture, preprocessed -> [3,H,W]."""
-        return self.processor([picture], return_tensors="pt").pixel_values[0]
+    def pixels(self, image: Image) -> Tensor:
+        """One RGB image, preprocessed -> [3,H,W]."""
+        return self.processor([image], return_tensors="pt").pixel_values[0]
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
         """pixels [B,3,H,W] -> features [B,D] fp32 on the CPU, as the projection puts them out (not normalised)."""
-        seen = self.model.vision_model(pixels.to(self.device)).pooler_output
-        return self.model.visual_projection(seen).float().cpu()
+        pooled = self.model.vision_model(pixels.to(self.device)).pooler_output
+        return self.model.visual_projection(pooled).float().cpu()
 
 
 def load_clip(name: str, flag: str = "--clip", device: torch.device | str = "cpu") -> Clip:
@@ -164,15 +164,15 @@ def load_clip(name: str, flag: str = "--clip", device: torch.device | str = "cpu
     repo = Repo(name, flag)
     refuse(repo.unreachable("config.json"))
     config = repo.json("config.json") or {}
-    if config.get("model_type") not in KINDS:
+    if config.get("model_type") not in CLIP_CLASSES:
         refuse([repo.problem("not a CLIP model", f"its config.json says model_type {config.get('model_type')}; known: "
-                             f"{', '.join(KINDS)}", f"{flag} {CLIPS[768]}")])
+                             f"{', '.join(CLIP_CLASSES)}", f"{flag} {CLIPS[768]}")])
     vision = config.get("vision_config", config)
     side = vision.get("image_size", 224)
     standard = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     processor = CLIPImageProcessorPil.from_dict(dict(repo.json("preprocessor_config.json") or standard))
     with quiet_loading():
-        model = load_part(repo, getattr(transformers, KINDS[config["model_type"]]), "", dtype=torch.float32,
+        model = load_part(repo, getattr(transformers, CLIP_CLASSES[config["model_type"]]), "", dtype=torch.float32,
                           use_safetensors=True)
     settings = {key: getattr(processor, key) for key in PREPROCESSING}
     made_by = json_digest(fingerprint(repo.folder(""), None), settings)

@@ -20,7 +20,7 @@ from trainkit.data.batch import Sample
 
 if TYPE_CHECKING:
     from trainkit.data.batch import Row
-    from trainkit.options import PictureOptions
+    from trainkit.options import ImageOptions
 
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST, "box": Image.Resampling.BOX, "bilinear": Image.Resampling.BILINEAR,
@@ -50,7 +50,7 @@ class CropPolicy:
     cached_crops: int = 0
 
     @classmethod
-    def from_options(cls, data: PictureOptions) -> CropPolicy:
+    def from_options(cls, data: ImageOptions) -> CropPolicy:
         return cls(resolution=data.resolution, center_crop=data.center_crop, random_flip=data.random_flip,
                    interpolation=data.image_interpolation_mode,
                    cached_crops=data.cached_crops if data.cache_latents else 0)

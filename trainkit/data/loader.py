@@ -15,20 +15,20 @@ from torch.utils.data import DataLoader, Dataset
 from trainkit.data.batch import Batch, Sample, Slot, collate
 from trainkit.data.cache import Latents, Store, cache_latents, unguarded
 from trainkit.data.geometry import CropPolicy
-from trainkit.data.images import load_picture
+from trainkit.data.images import load_image
 from trainkit.data.sampler import WHOLE, Order, Shard
 from trainkit.errors import UserError
 from trainkit.rng import generator, permutation
 
 if TYPE_CHECKING:
     from trainkit.data.batch import Row
-    from trainkit.options import PictureOptions
+    from trainkit.options import ImageOptions
 
 log = logging.getLogger(__name__)
 
 
 class Encoder(Protocol):
-    """What the data room asks of a model family."""
+    """What this package asks of a model family."""
 
     @property
     def identity(self) -> Mapping[str, str]: ...
@@ -60,7 +60,7 @@ class Images(Dataset["Sample | UserError"]):
         sample = replace(self.policy.sample(row, seed=self.seed, epoch=epoch), slot=slot, prompt=prompt)
         try:
             if self.latents is None:
-                return replace(sample, pixels=self.policy.views(load_picture(row), [sample])[0])
+                return replace(sample, pixels=self.policy.views(load_image(row), [sample])[0])
             mean, logvar = self.latents(sample)
             return replace(sample, mean=mean, logvar=logvar)
         except UserError as error:
@@ -73,7 +73,7 @@ class Images(Dataset["Sample | UserError"]):
 
 
 def ready_images(
-    rows: Sequence[Row], options: PictureOptions, family: Encoder, store: Store, *, seed: int, num_workers: int = 0,
+    rows: Sequence[Row], options: ImageOptions, family: Encoder, store: Store, *, seed: int, num_workers: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Images:
     """The rows as --cache_latents and its companions want them: encoded now into `store`, or at each visit.
@@ -98,7 +98,7 @@ def micro_batches(
     """(step, this rank's micro-batches of that step) from `start_step` up to, without, `stop_step`; None never ends.
 
     The batches do not depend on num_workers, and what a step holds does not depend on where the run started. Raises
-    UserError when a picture can no longer be read.
+    UserError when an image can no longer be read.
     """
     steps = partial(range, start_step, stop_step) if stop_step is not None else partial(count, start_step)
     slots = (micro for step in steps() for micro in order.slots(step, shard))

@@ -13,7 +13,7 @@ from trainkit.rng import permutation
 if TYPE_CHECKING:
     from trainkit.data.batch import Row, Slot
 
-STREAMS = ("order", "class order")  # names of the shuffles: of instances, of class pictures
+STREAMS = ("order", "class order")  # names of the shuffles: of instances, of class images
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Order:
 
         slot i of step s: place p = s · global_batch + i of the stream, epoch p // rows, row shuffle[epoch][p % rows]
 
-    Class pictures, where there are any, are a second stream of the same pace: slot global_batch + i of a step holds
+    Class images, where there are any, are a second stream of the same pace: slot global_batch + i of a step holds
     place p of theirs, so a step has as many of them as instances, whose slots stay what they are without.
     Nothing is remembered, so a resumed run and a run on more processes see the same rows in the same steps.
     """
@@ -60,7 +60,7 @@ class Order:
     def slots(self, step: int, shard: Shard = WHOLE) -> list[list[Slot]]:
         """The micro-batches of one rank in `step`; over all ranks they hold each slot of the global batch once.
 
-        A micro-batch is its instances and then the class pictures of the same offsets.
+        A micro-batch is its instances and then the class images of the same offsets.
         """
         size, rest = divmod(self.global_batch, shard.world * shard.accumulation)
         assert not rest, f"{self.global_batch} slots do not divide over {shard}"

@@ -13,16 +13,16 @@ a *level sampler* draws how noisy each sample is (u [B] -> Level), a *prediction
 `draw_noise` draws n. Training code composes them and asks no flag; docs/objectives.md has the maths on one page.
 
     level.py        Level: how noisy each sample of a batch is
-    predictions.py  ε, v and EDM: what the network outputs and what its error is worth
+    predictions.py  ε, v and EDM: what the network outputs and how its error is weighted
     schedules.py    the discrete levels of ε and v checkpoints, the σ range of EDM ones
-    sampling.py     laws of the noise levels
+    sampling.py     distributions of the noise levels
     noise.py        offset and multi-resolution noise, input perturbation
 """
 
 from trainkit.diffusion.level import Level, col
 from trainkit.diffusion.noise import Noise, draw_noise, make_noise
 from trainkit.diffusion.predictions import EDM, PREDICTIONS, Eps, Prediction, V
-from trainkit.diffusion.sampling import LAWS, LevelSampler, make_levels, range_problems
+from trainkit.diffusion.sampling import LEVEL_DISTRIBUTIONS, LevelSampler, make_levels, range_problems
 from trainkit.diffusion.schedules import (
     AS_SAVED,
     EDM_SCHEDULERS,
@@ -37,7 +37,7 @@ from trainkit.diffusion.schedules import (
 )
 
 __all__ = [
-    "AS_SAVED", "EDM", "EDM_SCHEDULERS", "LAWS", "PREDICTIONS", "EDMSchedule", "Eps", "Level", "LevelSampler", "Noise",
-    "NoiseSchedule", "Prediction", "Schedule", "ScheduleChange", "V", "col", "config_problems",
+    "AS_SAVED", "EDM", "EDM_SCHEDULERS", "LEVEL_DISTRIBUTIONS", "PREDICTIONS", "EDMSchedule", "Eps", "Level",
+    "LevelSampler", "Noise", "NoiseSchedule", "Prediction", "Schedule", "ScheduleChange", "V", "col", "config_problems",
     "draw_noise", "effective_config", "is_edm", "make_levels", "make_noise", "make_schedule", "range_problems",
 ]

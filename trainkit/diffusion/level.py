@@ -16,7 +16,7 @@ def col(v: Tensor, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """How noisy each sample of a batch is; `cond` is what the network is told about it."""
+    """How noisy each sample of a batch is; `cond` is what the network is given about it."""
 
     a: Tensor  # [B] fp32
     s: Tensor  # [B] fp32, > 0

@@ -1,4 +1,4 @@
-"""Parametrisations: what the network outputs, how to read x0 back from it, and what its error is worth."""
+"""Parametrisations: what the network outputs, how to read x0 back from it, and how its error is weighted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainkit.diffusion.level import Level, col
 
 
 class Prediction(ABC):
-    """What the network outputs, how to read x0 back from it, and what its error is worth.
+    """What the network outputs, how to read x0 back from it, and how its error is weighted.
 
     `x0_gain` changes an error on x0 into one on the network's own output:
 
@@ -43,9 +43,9 @@ class Prediction(ABC):
     def x0_gain(self, level: Level) -> Tensor:
         """How much a squared error on x0 is magnified in the output -> [B]."""
 
-    def loss_weight(self, level: Level, worth: Tensor) -> Tensor:
-        """Weight of |out − target|² that makes |x̂0 − x0|²/σ_data² worth `worth` -> [B]."""
-        return worth / (self.x0_gain(level) * level.sigma_data**2)
+    def loss_weight(self, level: Level, x0_weight: Tensor) -> Tensor:
+        """Weight of |out − target|² that gives |x̂0 − x0|²/σ_data² the weight `x0_weight` -> [B]."""
+        return x0_weight / (self.x0_gain(level) * level.sigma_data**2)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Laws of the noise levels: pure functions u [B] in [0,1) -> Level, each the inverse of a distribution function.
+"""Distributions of the noise levels: pure functions u [B] in [0,1) -> Level, each the inverse of a cumulative one.
 
-Two kinds. A *timestep law* gives a time in 0..1, stretched over the timesteps asked for (EDM checkpoints: over ln σ). A
-*σ law* gives σ between the ends of that range, and the level is the checkpoint's own nearest one (EDM: σ itself).
+There are two sorts. A *timestep distribution* gives a time in 0..1, stretched over the timesteps asked for (EDM
+checkpoints: over ln σ). A *σ distribution* gives σ between the ends of that range, and the level is the checkpoint's
+nearest one (EDM: σ itself).
 """
 
 from __future__ import annotations
@@ -26,22 +27,22 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LevelSampler = Callable[[Tensor], Level]  # u [B] in [0,1) -> Level
-SigmaLaw = Callable[[Tensor, float, float], Tensor]  # u [B], lo, hi -> σ [B] in lo..hi
+SigmaDistribution = Callable[[Tensor, float, float], Tensor]  # u [B], lo, hi -> σ [B] in lo..hi
 
 
-def by_time(u: Tensor, *, schedule: Schedule, law: Callable[[Tensor], Tensor], first: int, end: int) -> Level:
-    """Levels by a law of time, law(u) in 0..1: position = first + law(u)·(end − first), `end` exclusive."""
-    position = first + law(u.double()) * (end - first)  # in fp32, u·T may round up to T
+def by_time(u: Tensor, *, schedule: Schedule, distribution: Callable[[Tensor], Tensor], first: int, end: int) -> Level:
+    """Levels by their time, distribution(u) in 0..1: position = first + distribution(u)·(end − first), below `end`."""
+    position = first + distribution(u.double()) * (end - first)  # in fp32, u·T may round up to T
     return schedule.at(position.clamp(max=math.nextafter(end, 0)))
 
 
-def by_sigma(u: Tensor, *, schedule: Schedule, law: SigmaLaw, lo: float, hi: float) -> Level:
-    """Levels by a law of σ: law(u, lo, hi) gives σ in lo..hi."""
-    return schedule.nearest(law(u.double(), lo, hi).clamp(lo, hi))
+def by_sigma(u: Tensor, *, schedule: Schedule, distribution: SigmaDistribution, lo: float, hi: float) -> Level:
+    """Levels by their σ: distribution(u, lo, hi) gives σ in lo..hi."""
+    return schedule.nearest(distribution(u.double(), lo, hi).clamp(lo, hi))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Laws of time: u [B] fp64 -> time [B] in 0..1
+# Distributions of time: u [B] fp64 -> time [B] in 0..1
 
 
 def uniform(u: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ def cosmap(u: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Laws of σ: u [B] fp64 -> σ [B] in lo..hi
+# Distributions of σ: u [B] fp64 -> σ [B] in lo..hi
 
 
 def lognormal(u: Tensor, lo: float, hi: float, *, mean: float, std: float) -> Tensor:
@@ -77,42 +78,43 @@ def lognormal(u: Tensor, lo: float, hi: float, *, mean: float, std: float) -> Te
 def on_grid(u: Tensor, lo: float, hi: float, *, schedule: Schedule) -> Tensor:
     """The first T of the T+1 points, from σ_max down, of the checkpoint's own grid, as the Diffusers trainers draw."""
     assert isinstance(schedule, EDMSchedule), "a schedule of timesteps has no grid of σ"
-    point = (u * schedule.steps).floor()
-    return GRIDS[schedule.grid](1 - point / schedule.steps, lo, hi, schedule.rho)
+    point = (u * schedule.num_train_timesteps).floor()
+    return GRIDS[schedule.grid](1 - point / schedule.num_train_timesteps, lo, hi, schedule.rho)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The table, and what the options ask for of it
 
-TIME_LAWS: dict[str, Callable[[ObjectiveOptions], Callable[[Tensor], Tensor]]] = {
+TIMESTEP_DISTRIBUTIONS: dict[str, Callable[[ObjectiveOptions], Callable[[Tensor], Tensor]]] = {
     "uniform": lambda o: uniform,
     "logit_normal": lambda o: partial(logit_normal, mean=o.logit_mean, std=o.logit_std),
     "mode": lambda o: partial(mode, scale=o.mode_scale),
     "cosmap": lambda o: cosmap,
 }
-SIGMA_LAWS: dict[str, Callable[[Schedule, ObjectiveOptions], SigmaLaw]] = {
+SIGMA_DISTRIBUTIONS: dict[str, Callable[[Schedule, ObjectiveOptions], SigmaDistribution]] = {
     "lognormal": lambda schedule, o: partial(lognormal, mean=o.edm_p_mean, std=o.edm_p_std),
     "karras": lambda schedule, o: partial(karras, rho=schedule.rho),
     "diffusers_grid": lambda schedule, o: partial(on_grid, schedule=schedule),
 }
-LAWS = (*TIME_LAWS, *SIGMA_LAWS)
+LEVEL_DISTRIBUTIONS = (*TIMESTEP_DISTRIBUTIONS, *SIGMA_DISTRIBUTIONS)
 
 
 def make_levels(
     o: ObjectiveOptions, schedule: Schedule, compat: Literal["diffusers"] | None = None
 ) -> LevelSampler:
-    """The law of the noise levels that the options ask for; raises UserError for timesteps the schedule lacks."""
-    name = o.edm_sigmas or o.timestep_sampling or default_law(o, schedule, compat)
-    first, end = o.min_timestep, o.max_timestep or schedule.steps
+    """The distribution of noise levels that the options ask for. UserError for timesteps that the schedule lacks."""
+    name = o.edm_sigmas or o.timestep_sampling or default_distribution(o, schedule, compat)
+    first, end = o.min_timestep, o.max_timestep or schedule.num_train_timesteps
     lo, hi = schedule.sigma_range(first, end)
     say_unread(o, name)
-    refuse(range_problems(first, end, schedule.steps, needs_sigma=name in SIGMA_LAWS and lo > hi))
-    if name in SIGMA_LAWS:
-        return partial(by_sigma, schedule=schedule, law=SIGMA_LAWS[name](schedule, o), lo=lo, hi=hi)
-    return partial(by_time, schedule=schedule, law=TIME_LAWS[name](o), first=first, end=end)
+    by_sigmas = name in SIGMA_DISTRIBUTIONS
+    refuse(range_problems(first, end, schedule.num_train_timesteps, needs_sigma=by_sigmas and lo > hi))
+    if by_sigmas:
+        return partial(by_sigma, schedule=schedule, distribution=SIGMA_DISTRIBUTIONS[name](schedule, o), lo=lo, hi=hi)
+    return partial(by_time, schedule=schedule, distribution=TIMESTEP_DISTRIBUTIONS[name](o), first=first, end=end)
 
 
-def default_law(o: ObjectiveOptions, schedule: Schedule, compat: Literal["diffusers"] | None) -> str:
+def default_distribution(o: ObjectiveOptions, schedule: Schedule, compat: Literal["diffusers"] | None) -> str:
     """Uniform, but log-normal σ for EDM; Diffusers' trainers draw from the grid or uniformly there."""
     on_edm = isinstance(schedule.prediction, EDM)
     if compat == "diffusers":
@@ -121,17 +123,17 @@ def default_law(o: ObjectiveOptions, schedule: Schedule, compat: Literal["diffus
 
 
 def say_unread(o: ObjectiveOptions, name: str) -> None:
-    """Flags of the log-normal law under another one; only now, because the model has its say in which it is."""
+    """Flags of the log-normal distribution under another one; said here because the model has a say in which it is."""
     for flag in ("edm_p_mean", "edm_p_std"):
         if name != "lognormal" and getattr(o, flag) != type(o).model_fields[flag].default:
-            log.warning("--%s has no effect: the noise levels follow the law %s, not lognormal", flag, name)
+            log.warning("--%s has no effect: the noise levels follow the distribution %s, not lognormal", flag, name)
 
 
-def range_problems(first: int, end: int, steps: int, *, needs_sigma: bool = False) -> Iterator[Problem]:
-    """Timesteps that a schedule of `steps` lacks, or among which a law of σ finds none."""
-    where, fix = "--min_timestep, --max_timestep", f"stay within 0 and {steps}, or leave them out"
-    if not first < end <= steps:
-        yield Problem(f"no timesteps from {first} to below {end}", where, f"the model has {steps}", fix)
+def range_problems(first: int, end: int, num_train_timesteps: int, *, needs_sigma: bool = False) -> Iterator[Problem]:
+    """Timesteps that a schedule of `num_train_timesteps` lacks, or among which a distribution of σ finds none."""
+    where, fix = "--min_timestep, --max_timestep", f"stay within 0 and {num_train_timesteps}, or leave them out"
+    if not first < end <= num_train_timesteps:
+        yield Problem(f"no timesteps from {first} to below {end}", where, f"the model has {num_train_timesteps}", fix)
     elif needs_sigma:
         yield Problem(f"no finite σ from timestep {first} to below {end}", where,
                       "at SNR 0 the noise is infinitely larger than the signal", fix)

@@ -17,7 +17,7 @@ from trainkit.errors import Problem, refuse
 if TYPE_CHECKING:
     from trainkit.options import ObjectiveOptions
 
-Config = Mapping[str, Any]  # scheduler/scheduler_config.json of a checkpoint
+SchedulerConfig = Mapping[str, Any]  # scheduler/scheduler_config.json of a checkpoint
 
 EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 RHO = 7.0  # Karras et al. 2022, table 1: how far σ grids crowd towards small σ
@@ -59,7 +59,7 @@ class NoiseSchedule:
         assert bool(((ac >= 0) & (ac < 1)).all()), "alphas_cumprod must lie in [0,1): every level has some noise"
         self.prediction_type = prediction_type
         self.a, self.s = ac.sqrt(), (1 - ac).sqrt()  # [T] each, on the CPU where timesteps are drawn
-        self.steps = len(ac)  # T, the number of timesteps
+        self.num_train_timesteps = len(ac)  # T, the number of timesteps
         refuse(problems(prediction_type, ends_at_zero_snr=self.ends_at_zero_snr))
 
     @property
@@ -79,7 +79,7 @@ class NoiseSchedule:
     def at(self, position: Tensor) -> Level:
         """The level of positions [B] in [0,T): timestep ⌊position⌋, on the CPU; move it with `Level.to`."""
         t = position.long()
-        return Level(self.a[t], self.s[t], cond=t, time=t / self.steps)
+        return Level(self.a[t], self.s[t], cond=t, time=t / self.num_train_timesteps)
 
     def nearest(self, sigma: Tensor) -> Level:
         """The level whose ln σ is nearest that of sigma [B] (fp64, finite): the network knows no other levels."""
@@ -96,7 +96,7 @@ class NoiseSchedule:
 class EDMSchedule:
     """The σ range of a checkpoint trained as in Karras et al. 2022, such as Playground v2.5: a = 1, s = σ.
 
-    A position runs from 0 (σ_min) to T = `steps` (σ_max), evenly in ln σ, which is what the network is told.
+    A position runs from 0 (σ_min) to T = `num_train_timesteps` (σ_max), evenly in ln σ, which the network is given.
     grid  the spacing of the checkpoint's own σ grid, one of GRIDS; only `--compat diffusers` draws from it.
     """
 
@@ -105,7 +105,7 @@ class EDMSchedule:
     sigma_data: float = 0.5
     rho: float = RHO
     prediction_type: str = "epsilon"
-    steps: int = 1000
+    num_train_timesteps: int = 1000
     grid: str = "karras"
 
     @property
@@ -115,7 +115,7 @@ class EDMSchedule:
 
     def at(self, position: Tensor) -> Level:
         """The level of positions [B] in [0,T)."""
-        return self.nearest(exponential(position / self.steps, self.sigma_min, self.sigma_max))
+        return self.nearest(exponential(position / self.num_train_timesteps, self.sigma_min, self.sigma_max))
 
     def nearest(self, sigma: Tensor) -> Level:
         """The level of sigma [B] itself: the network takes any."""
@@ -126,7 +126,7 @@ class EDMSchedule:
 
     def sigma_range(self, first: int, end: int) -> tuple[float, float]:
         """σ at positions `first` and `end`."""
-        at = torch.tensor([first, end], dtype=torch.float64) / self.steps
+        at = torch.tensor([first, end], dtype=torch.float64) / self.num_train_timesteps
         lo, hi = exponential(at, self.sigma_min, self.sigma_max).tolist()
         return lo, hi
 
@@ -138,7 +138,7 @@ Schedule = NoiseSchedule | EDMSchedule
 # From a checkpoint's scheduler config
 
 
-def is_edm(config: Config) -> bool:
+def is_edm(config: SchedulerConfig) -> bool:
     """Whether the scheduler config is that of an EDM checkpoint."""
     return str(config.get("_class_name")).startswith("EDM")
 
@@ -158,7 +158,7 @@ class ScheduleChange:
 AS_SAVED = ScheduleChange()
 
 
-def effective_config(config: Config, change: ScheduleChange = AS_SAVED) -> dict[str, Any]:
+def effective_config(config: SchedulerConfig, change: ScheduleChange = AS_SAVED) -> dict[str, Any]:
     """The scheduler config as the flags change it: what is trained, drawn in previews, and keyed in checkpoints.
 
     A schedule that ends at SNR 0 must be sampled from its last timestep, hence the trailing spacing (Lin et al. 2024,
@@ -172,7 +172,7 @@ def effective_config(config: Config, change: ScheduleChange = AS_SAVED) -> dict[
     return changed
 
 
-def config_problems(config: Config) -> Iterator[Problem]:
+def config_problems(config: SchedulerConfig) -> Iterator[Problem]:
     """What in an effective scheduler config cannot be trained."""
     zero_snr = bool(config.get("rescale_betas_zero_snr"))
     yield from problems(str(config.get("prediction_type", "epsilon")), ends_at_zero_snr=zero_snr and not is_edm(config))
@@ -190,11 +190,11 @@ def problems(prediction_type: str, *, ends_at_zero_snr: bool) -> Iterator[Proble
     if prediction_type == "epsilon" and ends_at_zero_snr:
         yield Problem(
             "epsilon prediction on a noise schedule that ends at SNR 0", WHERE,
-            "at SNR 0 the input is pure noise, so predicting the noise says nothing about the picture",
+            "at SNR 0 the input is pure noise, so predicting the noise says nothing about the image",
             "add --prediction_type v_prediction (or train without rescale_betas_zero_snr)")
 
 
-def make_schedule(config: Config) -> Schedule:
+def make_schedule(config: SchedulerConfig) -> Schedule:
     """The schedule of an effective scheduler config; raises UserError as `config_problems` says.
 
     The betas are rescaled to end at SNR 0 (Lin et al. 2024, algorithm 1), where the config says so, before anything is
@@ -207,6 +207,6 @@ def make_schedule(config: Config) -> Schedule:
     if not is_edm(config):
         return NoiseSchedule(DDPMScheduler.from_config(dict(config)).alphas_cumprod, prediction_type)
     names = {"sigma_min": "sigma_min", "sigma_max": "sigma_max", "sigma_data": "sigma_data", "rho": "rho",
-             "num_train_timesteps": "steps", "sigma_schedule": "grid"}
+             "num_train_timesteps": "num_train_timesteps", "sigma_schedule": "grid"}
     known = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
     return EDMSchedule(prediction_type=prediction_type, **known)

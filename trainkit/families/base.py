@@ -47,17 +47,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-Encode = Callable[[Sequence[str]], Condition]  # prompts to what the network is told of them
+EncodePrompts = Callable[[Sequence[str]], Condition]  # prompts to what the network is given for them
 
 
 @dataclass(frozen=True)
-class Layout:
+class ModelLayout:
     """What a family's model folder holds besides VAE and scheduler."""
 
     denoiser: Prefix  # folder of the network that is trained, and its name in LoRA files
     tokenizers: tuple[str, ...]  # folders
     text_encoders: tuple[Prefix, ...]  # folders, and the networks' names in LoRA files
-    misfits: Callable[[Repo, Config, Config], Iterator[Problem]]  # repo, model_index, denoiser config
+    incompatible_parts: Callable[[Repo, Config, Config], Iterator[Problem]]  # repo, model_index, denoiser config
 
 
 class Encodable(Protocol):
@@ -97,11 +97,11 @@ class Family(ABC):
 
     The denoiser, a UNet here, is in the weight dtype. The VAE is in fp32, because it overflows in fp16. Text encoders
     are in fp32, because they run once and their rounding would stay in every step; what they return is cast to the
-    weight dtype. Each part moves to the device when it is first asked, the denoiser in `settle`, so that no part waits
-    there for its turn.
+    weight dtype. Each part moves to the device when it is first asked, the denoiser in `prepare_for_training`, so that
+    no part waits there for its turn.
     """
 
-    layout: ClassVar[Layout]
+    layout: ClassVar[ModelLayout]
     guidance_scale: ClassVar[float]  # the stock pipeline's default
     lora_targets, text_lora_targets = LORA_TARGETS, TEXT_LORA_TARGETS
 
@@ -142,7 +142,7 @@ class Family(ABC):
         """The stock pipeline around the denoiser in training: no text encoders, no VAE."""
 
     @abstractmethod
-    def pipeline_text(self, pipe: DiffusionPipeline, prompts: list[str], encode: Encode) -> dict[str, Tensor]:
+    def pipeline_text(self, pipe: DiffusionPipeline, prompts: list[str], encode: EncodePrompts) -> dict[str, Tensor]:
         """Encoded prompts, and the unconditional text as the base was trained, as arguments of `pipe`."""
 
     @abstractmethod
@@ -199,13 +199,13 @@ class Family(ABC):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """x0 [B,C,h,w] -> pictures."""
+        """x0 [B,C,h,w] -> images."""
         vae = self.vae.to(self.device)
         latents = latents.to(self.device, vae.dtype)
         mean, std = self.latent_mean.to(latents), self.latent_std.to(latents)
         pixels = vae.decode(latents * std / vae.config.scaling_factor + mean).sample  # [B,3,H,W]
         levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)  # [B,H,W,3]
-        return [Image.fromarray(picture) for picture in levels.cpu().numpy()]
+        return [Image.fromarray(image) for image in levels.cpu().numpy()]
 
     def _ready_encoders(self) -> tuple[PreTrainedModel, ...]:
         """The text encoders, on the device."""
@@ -221,7 +221,7 @@ class Family(ABC):
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def settle(self, *, keep_vae: bool, gradient_checkpointing: bool = False) -> None:
+    def prepare_for_training(self, *, keep_vae: bool, gradient_checkpointing: bool = False) -> None:
         """Make room on the device, then move the denoiser there; text encoders that do not train are freed by then."""
         if gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
@@ -236,12 +236,12 @@ class Family(ABC):
         empty_device_cache()
 
     def free_vae(self) -> None:
-        """Move the VAE to host memory: the latents are cached, and only pictures to look at need it again."""
+        """Move the VAE to host memory: the latents are cached, and only images to look at need it again."""
         self.vae.to("cpu")
         empty_device_cache()
 
 
-Kind = TypeVar("Kind", bound=Family)
+AnyFamily = TypeVar("AnyFamily", bound=Family)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ class Parts:
     weights: dict[str, str]
 
 
-def load_parts(options: ModelOptions, layout: Layout, encoders: Sequence[type[PreTrainedModel]], *,
+def load_parts(options: ModelOptions, layout: ModelLayout, encoders: Sequence[type[PreTrainedModel]], *,
                weight_dtype: torch.dtype) -> Parts:
     """Every part, from safetensors only. Revision and variant are the base model's, not another VAE's.
 
@@ -277,8 +277,8 @@ def load_parts(options: ModelOptions, layout: Layout, encoders: Sequence[type[Pr
         denoiser = load_part(model, UNet2DConditionModel, layout.denoiser, torch_dtype=weight_dtype, **files)
         vae = load_part(vae_repo, AutoencoderKL, vae_folder, torch_dtype=full, variant=vae_variant,
                         use_safetensors=True)
-        texts = tuple(load_part(model, kind, folder, dtype=full, **files)
-                      for kind, folder in zip(encoders, layout.text_encoders, strict=True))
+        texts = tuple(load_part(model, encoder_class, folder, dtype=full, **files)
+                      for encoder_class, folder in zip(encoders, layout.text_encoders, strict=True))
         tokenizers = tuple(load_part(model, CLIPTokenizer, folder) for folder in layout.tokenizers)
     weights: dict[str, str] = {
         name: fingerprint(model.folder(name), variant) for name in (layout.denoiser, *layout.text_encoders)}
@@ -286,19 +286,19 @@ def load_parts(options: ModelOptions, layout: Layout, encoders: Sequence[type[Pr
     return Parts(model, denoiser, vae, tokenizers, texts, weights)
 
 
-def assemble(kind: type[Kind], parts: Parts, *, device: torch.device, schedule: ScheduleChange, text_detail: object,
-             **more: Any) -> Kind:
+def assemble(family: type[AnyFamily], parts: Parts, *, device: torch.device, schedule: ScheduleChange,
+             text_detail: object, **more: Any) -> AnyFamily:
     """The family of loaded parts, frozen.
 
     schedule     what the flags change of the scheduler's config
     text_detail  what decides the text besides weights and tokenizers
-    more         what this kind is told besides
+    more         what this family takes besides
     """
     config = scheduler_config(parts.model, schedule)
-    return kind(path=parts.model.path, revision=parts.model.revision, denoiser=parts.denoiser, vae=parts.vae,
+    return family(path=parts.model.path, revision=parts.model.revision, denoiser=parts.denoiser, vae=parts.vae,
                 tokenizers=parts.tokenizers, text_encoders=parts.text_encoders,
                 schedule=diffusion.make_schedule(config), scheduler_config=config,
-                identity=identity(parts, kind.layout, scheduler_config=config, text_detail=text_detail),
+                identity=identity(parts, family.layout, scheduler_config=config, text_detail=text_detail),
                 device=torch.device(device), **more)
 
 
@@ -314,7 +314,7 @@ def scheduler_config(model: Repo, schedule: ScheduleChange) -> dict[str, Any]:
     return config
 
 
-def identity(parts: Parts, layout: Layout, *, scheduler_config: Config, text_detail: object) -> dict[str, str]:
+def identity(parts: Parts, layout: ModelLayout, *, scheduler_config: Config, text_detail: object) -> dict[str, str]:
     """Digests of the parts: cache keys name the part they depend on, checkpoints name them all."""
     text = [*(parts.weights[name] for name in layout.text_encoders), *map(tokenizer_digest, parts.tokenizers)]
     return {

@@ -10,7 +10,7 @@ import torch
 from trainkit import diffusion
 from trainkit.diffusion import AS_SAVED, ScheduleChange
 from trainkit.errors import Problem, UserError, refuse
-from trainkit.families.base import Layout, halvings
+from trainkit.families.base import ModelLayout, halvings
 from trainkit.families.pretrained import MODEL_FLAG, VAE_FLAG, Config, Repo, vae_place
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ TIMESTEPS = 1000  # where a scheduler's does not
 UNET_NEEDS, VAE_NEEDS = ("in_channels", "block_out_channels"), ("latent_channels", "block_out_channels")  # of a config
 
 
-def problems(layout: Layout, path: str, *, resolution: int, vae_path: str | None = None, revision: str | None = None,
-             variant: str | None = None, clip_skip: int | None = None, schedule: ScheduleChange = AS_SAVED,
-             timesteps: tuple[int, int | None] = (0, None)) -> list[Problem]:
+def problems(layout: ModelLayout, path: str, *, resolution: int, vae_path: str | None = None,
+             revision: str | None = None, variant: str | None = None, clip_skip: int | None = None,
+             schedule: ScheduleChange = AS_SAVED, timesteps: tuple[int, int | None] = (0, None)) -> list[Problem]:
     """Everything that stops training from this model folder or Hub id, read from its small JSON files.
 
     timesteps  --min_timestep and --max_timestep
@@ -38,7 +38,8 @@ def problems(layout: Layout, path: str, *, resolution: int, vae_path: str | None
             return found
         vae_config, unet_config = vae.json(vae_file), model.json("unet/config.json")
         found = [*folder_problems(layout, model), *no_vae(model, vae, vae_config)] or [
-            *lacks(model, "unet/config.json", unet_config, UNET_NEEDS), *lacks(vae, vae_file, vae_config, VAE_NEEDS)]
+            *missing_values(model, "unet/config.json", unet_config, UNET_NEEDS),
+            *missing_values(vae, vae_file, vae_config, VAE_NEEDS)]
         if found or unet_config is None or vae_config is None:
             return found
         found = [*fit_problems(model, unet_config, vae_config),
@@ -50,7 +51,7 @@ def problems(layout: Layout, path: str, *, resolution: int, vae_path: str | None
     return found + [*vae.weight_problems((vae_folder,), None if vae_path else variant)]
 
 
-def folder_problems(layout: Layout, model: Repo) -> Iterator[Problem]:
+def folder_problems(layout: ModelLayout, model: Repo) -> Iterator[Problem]:
     """Is this a base model of the family in the Diffusers layout?"""
     index, unet = model.json("model_index.json"), model.json("unet/config.json")
     if index is None:
@@ -67,7 +68,7 @@ def folder_problems(layout: Layout, model: Repo) -> Iterator[Problem]:
         yield model.problem(f"a {unet['_class_name']} cannot be trained here", f"only a {NETWORK} can",
                             "name a Stable Diffusion 1.x, 2.x or SDXL model")
     else:
-        yield from layout.misfits(model, index, unet)
+        yield from layout.incompatible_parts(model, index, unet)
 
 
 def no_vae(model: Repo, vae: Repo, config: Config | None) -> Iterator[Problem]:
@@ -77,7 +78,7 @@ def no_vae(model: Repo, vae: Repo, config: Config | None) -> Iterator[Problem]:
         yield vae.problem("no VAE there", f"{missing} is missing", f"name a folder that holds a VAE in {VAE_FLAG}")
 
 
-def lacks(repo: Repo, file: str, config: Config | None, names: Sequence[str]) -> Iterator[Problem]:
+def missing_values(repo: Repo, file: str, config: Config | None, names: Sequence[str]) -> Iterator[Problem]:
     """Values that a network's config must have and does not."""
     missing = ", ".join(name for name in names if (config or {}).get(name) is None)
     if missing:
@@ -111,7 +112,7 @@ def schedule_problems(model: Repo, change: ScheduleChange, timesteps: tuple[int,
         yield from diffusion.range_problems(first, end or steps, steps)
 
 
-def text_problems(layout: Layout, model: Repo, clip_skip: int | None) -> Iterator[Problem]:
+def text_problems(layout: ModelLayout, model: Repo, clip_skip: int | None) -> Iterator[Problem]:
     """Are tokenizers and encoders there, the encoders with layers enough for --clip_skip?"""
     for folder in layout.tokenizers:
         words = any(model.has(f"{folder}/{name}") for name in ("vocab.json", "tokenizer.json"))
@@ -142,7 +143,7 @@ def resolution_problems(resolution: int, unet: Config, vae: Config) -> Iterator[
 
 def latents(path: str, resolution: int, *, vae_path: str | None = None, revision: str | None = None
             ) -> tuple[int, int, int]:
-    """Shape (C,h,w) of the latents of square pictures, for a model that `problems` has nothing against."""
+    """Shape (C,h,w) of the latents of square images, for a model that `problems` has nothing against."""
     vae, folder = vae_place(Repo(str(path), MODEL_FLAG, revision), vae_path)
     config = vae.json(f"{folder}/config.json".lstrip("/")) or {}
     side = resolution // halvings(config)
@@ -157,8 +158,8 @@ def native_resolution(path: str, revision: str | None = None) -> int:
     model = Repo(str(path), MODEL_FLAG, revision)
     refuse(model.unreachable("unet/config.json"))
     unet, vae = model.json("unet/config.json") or {}, model.json("vae/config.json") or {}
-    refuse([*lacks(model, "unet/config.json", unet, ("sample_size",)),
-            *lacks(model, "vae/config.json", vae, ("block_out_channels",))])
+    refuse([*missing_values(model, "unet/config.json", unet, ("sample_size",)),
+            *missing_values(model, "vae/config.json", vae, ("block_out_channels",))])
     size = unet["sample_size"]  # [h,w] where a model is not of squares
     return halvings(vae) * (max(size) if isinstance(size, list) else size)
 

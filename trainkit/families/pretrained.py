@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trainkit.errors import Kind, Problem, UserError
+from trainkit.errors import Category, Problem, UserError
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -64,7 +64,7 @@ class Repo:
         return [self.problem("the model folder does not exist", "no folder of this name, and not a Hub id (owner/name)",
                              f"correct {self.flag}")]
 
-    def problem(self, what: str, why: str, fix: str, *, kind: Kind = "usage") -> Problem:
+    def problem(self, what: str, why: str, fix: str, *, kind: Category = "usage") -> Problem:
         return Problem(what, f"{self.flag} {self.path}", why, fix, kind)
 
     def json(self, name: str) -> Config | None:
@@ -185,15 +185,15 @@ def tokenizer_digest(tokenizer: CLIPTokenizer) -> str:
     return json_digest(tokenizer.backend_tokenizer.to_str(), tokenizer.model_max_length, tokenizer.pad_token_id)
 
 
-def load_part(repo: Repo, kind: Any, folder: str, **settings: object) -> Any:
-    """`kind.from_pretrained` on one folder of a model, "" for the model's own; UserError for a damaged file in it."""
+def load_part(repo: Repo, part_class: Any, folder: str, **settings: object) -> Any:
+    """`part_class.from_pretrained` on one folder of a model, "" for the model's own; UserError for a damaged file."""
     from safetensors import SafetensorError
 
     place = {"subfolder": folder} if folder else {}
     try:
-        return kind.from_pretrained(repo.path, revision=repo.revision, **place, **settings)
+        return part_class.from_pretrained(repo.path, revision=repo.revision, **place, **settings)
     except (OSError, ValueError, SafetensorError) as error:
-        name = folder or kind.__name__
+        name = folder or part_class.__name__
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(repo.problem(f"{name} cannot be loaded", why, f"copy the files of {name} there again, or name "
                                      "another model", kind="data")) from error
@@ -205,14 +205,14 @@ def quiet_loading() -> Iterator[None]:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    noisy = [room for room in (diffusers_logging, transformers_logging) if room.is_progress_bar_enabled()]
-    for room in noisy:
-        room.disable_progress_bar()
+    noisy = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    for library in noisy:
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        for room in noisy:
-            room.enable_progress_bar()
+        for library in noisy:
+            library.enable_progress_bar()
 
 
 def freeze(module: nn.Module) -> nn.Module:

@@ -19,7 +19,7 @@ from trainkit.condition import Condition
 from trainkit.diffusion import AS_SAVED, Level, ScheduleChange
 from trainkit.errors import Problem
 from trainkit.families import base, checks
-from trainkit.families.base import Encode, Family, Layout
+from trainkit.families.base import EncodePrompts, Family, ModelLayout
 from trainkit.families.checks import latents, native_resolution, skeleton
 from trainkit.families.pretrained import Config, Repo
 from trainkit.families.tokenize import tokens
@@ -38,19 +38,20 @@ OTHER_INPUTS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type
 WEBUI_HEADS = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
 
 
-def misfits(model: Repo, index: Config, unet: Config) -> Iterator[Problem]:
+def incompatible_parts(model: Repo, index: Config, unet: Config) -> Iterator[Problem]:
     """What makes it another model than Stable Diffusion's base."""
     fix = "name a Stable Diffusion 1.x or 2.x base model, stable-diffusion-v1-5/stable-diffusion-v1-5 for example"
     inputs = [f"{name} is {unet[name]!r}" for name in OTHER_INPUTS if unet.get(name)]
-    kind = (index.get("text_encoder") or (None, None))[1]
+    encoder_class = (index.get("text_encoder") or (None, None))[1]
     if inputs:
         yield model.problem("a UNet that asks for more than text cannot be trained here",
                             f"unet/config.json: {', '.join(inputs)} ({index.get('_class_name')})", fix)
-    elif kind not in (None, TEXT_ENCODER):
-        yield model.problem("not a Stable Diffusion model", f"its text encoder is a {kind}, not a {TEXT_ENCODER}", fix)
+    elif encoder_class not in (None, TEXT_ENCODER):
+        yield model.problem("not a Stable Diffusion model",
+                            f"its text encoder is a {encoder_class}, not a {TEXT_ENCODER}", fix)
 
 
-LAYOUT = Layout("unet", ("tokenizer",), ("text_encoder",), misfits)
+LAYOUT = ModelLayout("unet", ("tokenizer",), ("text_encoder",), incompatible_parts)
 problems = partial(checks.problems, LAYOUT)
 
 
@@ -96,7 +97,7 @@ class SD(Family):
         return Condition({"embeds": embeds.to(self.weight_dtype)})
 
     def denoise(self, z: Tensor, level: Level, condition: Condition) -> Tensor:
-        """The network's output for noised latents z [B,C,h,w] -> [B,C,h,w]; it is told the prompts alone."""
+        """The network's output for noised latents z [B,C,h,w] -> [B,C,h,w]; it is given the prompts alone."""
         return self.denoiser(z.to(self.weight_dtype), level.cond.to(z.device),
                              encoder_hidden_states=condition["embeds"], return_dict=False)[0]
 
@@ -108,7 +109,9 @@ class SD(Family):
             vae=None, text_encoder=None, tokenizer=None, unet=self.denoiser, scheduler=scheduler, safety_checker=None,
             feature_extractor=None, requires_safety_checker=False))
 
-    def pipeline_text(self, pipe: StableDiffusionPipeline, prompts: list[str], encode: Encode) -> dict[str, Tensor]:
+    def pipeline_text(
+        self, pipe: StableDiffusionPipeline, prompts: list[str], encode: EncodePrompts,
+    ) -> dict[str, Tensor]:
         """Encoded prompts as arguments of `pipe`; unconditional is the encoded empty prompt."""
         empty = encode([""] * len(prompts))
         return {"prompt_embeds": encode(prompts)["embeds"], "negative_prompt_embeds": empty["embeds"]}

@@ -17,7 +17,7 @@ from trainkit.condition import Condition
 from trainkit.diffusion import AS_SAVED, Level, ScheduleChange
 from trainkit.errors import Problem
 from trainkit.families import base, checks
-from trainkit.families.base import Encode, Family, Layout
+from trainkit.families.base import EncodePrompts, Family, ModelLayout
 from trainkit.families.checks import latents, native_resolution, skeleton
 from trainkit.families.pretrained import Config, Repo
 from trainkit.families.sgm import read_name, text_name, webui_name
@@ -35,7 +35,7 @@ __all__ = ["LAYOUT", "LORA_TARGETS", "SDXL", "TEXT_LORA_TARGETS", "latents", "lo
 PENULTIMATE = 2  # SDXL conditions on the last-but-one hidden state of both encoders
 
 
-def misfits(model: Repo, index: Config, unet: Config) -> Iterator[Problem]:
+def incompatible_parts(model: Repo, index: Config, unet: Config) -> Iterator[Problem]:
     """What makes it another model than SDXL's base."""
     if unet.get("addition_embed_type") != "text_time":
         yield model.problem("not an SDXL model", f"its UNet has no size conditioning ({index.get('_class_name')})",
@@ -45,7 +45,7 @@ def misfits(model: Repo, index: Config, unet: Config) -> Iterator[Problem]:
                             "name the base model, stabilityai/stable-diffusion-xl-base-1.0 for example")
 
 
-LAYOUT = Layout("unet", ("tokenizer", "tokenizer_2"), ("text_encoder", "text_encoder_2"), misfits)
+LAYOUT = ModelLayout("unet", ("tokenizer", "tokenizer_2"), ("text_encoder", "text_encoder_2"), incompatible_parts)
 problems = partial(checks.problems, LAYOUT)
 
 
@@ -99,7 +99,7 @@ class SDXL(Family):
             add_watermarker=False,
         ))
 
-    def pipeline_text(self, pipe: StableDiffusionXLPipeline, prompts: list[str], encode: Encode
+    def pipeline_text(self, pipe: StableDiffusionXLPipeline, prompts: list[str], encode: EncodePrompts
                       ) -> dict[str, Tensor]:
         """Encoded prompts as arguments of `pipe`; unconditional are zeros or encoded empty prompts, as configured."""
         given = encode(prompts)

@@ -46,12 +46,12 @@ def block_names(config: Config) -> dict[str, str]:
             names[f"down_blocks.{level}.resnets.{j}"] = f"input_blocks.{first + j}.0"
             names[f"down_blocks.{level}.attentions.{j}"] = f"input_blocks.{first + j}.1"
         names[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{first + layers}.0.op"
-    for level, kind in enumerate(config["up_block_types"]):
+    for level, block_type in enumerate(config["up_block_types"]):
         first = level * (layers + 1)
         for j in range(layers + 1):
             names[f"up_blocks.{level}.resnets.{j}"] = f"output_blocks.{first + j}.0"
             names[f"up_blocks.{level}.attentions.{j}"] = f"output_blocks.{first + j}.1"
-        upsampler = 2 if "CrossAttn" in kind else 1
+        upsampler = 2 if "CrossAttn" in block_type else 1
         names[f"up_blocks.{level}.upsamplers.0"] = f"output_blocks.{first + layers}.{upsampler}"
     return names
 

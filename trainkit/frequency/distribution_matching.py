@@ -50,7 +50,7 @@ KERNELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "none": lambda features, active: features.new_ones(len(features), len(features)),
     "class": same_class, "text": rbf, "latent": partial(rbf, widths=(0.5, 1.0, 2.0)),
 }
-# w_i w_j k_ij [G,G], which pairs are of one picture (the diagonal too) bool [G,G] -> what each pair counts
+# w_i w_j k_ij [G,G], which pairs are of one image (the diagonal too) bool [G,G] -> what each pair counts
 STATISTICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum": lambda pairs, same: pairs,
     "diagonal": lambda pairs, same: pairs.diagonal().diag(),
@@ -89,7 +89,7 @@ class SampleErrors:
     energy: Tensor  # [G,n+1]  |P_b e|²/D_b of each band, then |e|²/D
     slope: Tensor  # [G,2,n]  <P_b x0, P_b x̂0> and |P_b x̂0|²
     alike: Tensor  # [G,F]  what the kernel compares
-    picture: Tensor  # [G,4]  the digits of a picture's number; [G,0]: every sample is another picture
+    image: Tensor  # [G,4]  the digits of an image's number; [G,0]: every sample is another image
 
     @property
     def active(self) -> Tensor:
@@ -97,9 +97,9 @@ class SampleErrors:
 
     @property
     def same(self) -> Tensor:
-        """Which pairs are of one picture, so that their errors are not independent -> bool [G,G]."""
+        """Which pairs are of one image, so that their errors are not independent -> bool [G,G]."""
         itself = torch.eye(len(self.weight), dtype=torch.bool, device=self.weight.device)
-        return itself | same_class(self.picture, self.active).bool() if self.picture.shape[1] else itself
+        return itself | same_class(self.image, self.active).bool() if self.image.shape[1] else itself
 
     def gathered(self, gather: Gather) -> tuple[SampleErrors, int]:
         """-> the samples of all processes with latents of this shape, index of my first. It calls `gather` once.
@@ -346,7 +346,7 @@ class DistributionMatchingLoss:
             self.bank.counts = {tuple(key): count for key, count in data["bank"]}
             self.bank.sums = {key: tensors[f"bank.{i}"].clone() for i, key in enumerate(self.bank.counts)}
 
-    def _samples(self, error: Tensor, x0: Tensor, snr: Tensor, weight: Tensor, alike: Tensor, picture: Tensor | None
+    def _samples(self, error: Tensor, x0: Tensor, snr: Tensor, weight: Tensor, alike: Tensor, image: Tensor | None
                  ) -> SampleErrors:
         """What the other processes need to know of my samples; error [B,n,C,h,w]."""
         weight, snr = weight.detach().to(error), snr.detach().to(error)
@@ -358,8 +358,8 @@ class DistributionMatchingLoss:
         whole = error.sum(1).flatten(1).square().mean(1, keepdim=True)  # bands add up, but may not be orthogonal
         energy = torch.cat([inner(error, error) / degrees, whole], 1)
         slope = torch.stack([inner(clean, recovered), inner(recovered, recovered)], 1)
-        pictures = error.new_zeros(len(error), 0) if picture is None else digits(picture).to(error)
-        return SampleErrors(error, weight, torch.where(active, snr, 1), energy, slope, alike, pictures)
+        images = error.new_zeros(len(error), 0) if image is None else digits(image).to(error)
+        return SampleErrors(error, weight, torch.where(active, snr, 1), energy, slope, alike, images)
 
     def _features(self, alike: Tensor | None, like: Tensor) -> Tensor:
         """What the kernel compares -> [B,F]."""

@@ -26,7 +26,7 @@ T = TypeVar("T")
 ScaleTerm = tuple[float, int, float]  # a term's weight, its scale, its high-frequency weight before it is clipped
 
 
-class Settings(Protocol):
+class ModeSettings(Protocol):
     """What a mode reads of a `FourierLoss`."""
 
     @property
@@ -41,26 +41,26 @@ class Settings(Protocol):
     def curve(self, progress: float) -> float: ...
 
 
-def even(loss: Settings, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
-    return [(share, scale, 1.0) for share, scale, _ in terms]
+def even(loss: ModeSettings, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
+    return [(weight, scale, 1.0) for weight, scale, _ in terms]
 
 
-def weighted(loss: Settings, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
-    return [(share, scale, filled(loss.high_freq_weight)) for share, scale, _ in terms]
+def weighted(loss: ModeSettings, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
+    return [(weight, scale, filled(loss.high_freq_weight)) for weight, scale, _ in terms]
 
 
-def adaptive(loss: Settings, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
-    return [(share, scale, loss.curve(progress)) for share, scale, _ in terms]
+def adaptive(loss: ModeSettings, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
+    return [(weight, scale, loss.curve(progress)) for weight, scale, _ in terms]
 
 
-def unified(loss: Settings, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
+def unified(loss: ModeSettings, progress: float, terms: Sequence[ScaleTerm]) -> list[ScaleTerm]:
     """α of all scales and β of the full size; adaptive_scaling moves weight from the first to the second."""
     alpha, beta = filled(loss.mix)
     if loss.adaptive_scaling:
         alpha, beta = alpha * (1.5 - 0.5 * progress), beta * (1 + 0.5 * progress)
         alpha, beta = alpha / (alpha + beta), beta / (alpha + beta)
     a, full = loss.curve(progress), filled(loss.high_freq_weight)
-    return [*((alpha * share, scale, a * high) for share, scale, high in terms), (beta, 1, a * full)]
+    return [*((alpha * weight, scale, a * high) for weight, scale, high in terms), (beta, 1, a * full)]
 
 
 def filled(setting: T | None) -> T:
@@ -90,7 +90,7 @@ class ModeFields(TypedDict, total=False):
 class Mode(NamedTuple):
     """How a mode makes its terms of those that its scales give, and the fields that it reads, with their defaults."""
 
-    terms: Callable[[Settings, float, Sequence[ScaleTerm]], list[ScaleTerm]]
+    terms: Callable[[ModeSettings, float, Sequence[ScaleTerm]], list[ScaleTerm]]
     fields: ModeFields
     decay: float = 0.5  # the weight of a scale is scale^−decay
 

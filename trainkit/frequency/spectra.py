@@ -206,13 +206,13 @@ FOURIER_TYPES: dict[str, tuple[type, Callable[[Any], object], str]] = {  # by a 
 
 def typed(field: Field, value: object) -> object:
     """A setting that is no list, as its field's type (bands may be a list). Raises ValueError for another type."""
-    kind, optional, _ = str(field.type).partition(" | None")
-    if kind not in FOURIER_TYPES or optional and value is None:
+    type_name, optional, _ = str(field.type).partition(" | None")
+    if type_name not in FOURIER_TYPES or optional and value is None:
         return value
     if field.name == "bands" and isinstance(value, (list, tuple)):
         return ",".join(map(str, value))
-    wanted, make, what = FOURIER_TYPES[kind]
-    if not isinstance(value, wanted) or isinstance(value, bool) and kind != "bool":
+    wanted, make, what = FOURIER_TYPES[type_name]
+    if not isinstance(value, wanted) or isinstance(value, bool) and type_name != "bool":
         example = "None, for what the mode says" if optional else f"the default {field.default!r}"
         raise ValueError(f"fourier_{field.name} {value!r} is not {what}: give {what}, or {example}")
     try:
@@ -221,18 +221,19 @@ def typed(field: Field, value: object) -> object:
         return math.inf
 
 
-def listed(name: str, value: object, kind: type) -> tuple | None:
+def listed(name: str, value: object, number_type: type) -> tuple | None:
     """"1,2,4" or a sequence -> a tuple of that kind. Raises ValueError for anything else."""
     if value is None:
         return None
     parts = value if isinstance(value, (list, tuple)) else str(value).split(",")
     try:
-        numbers = tuple(kind(part) for part in parts)
+        numbers = tuple(number_type(part) for part in parts)
         if numbers and all(isinstance(part, str) or part == n for n, part in zip(numbers, parts, strict=True)):
             return numbers
     except (TypeError, ValueError, OverflowError):
         pass
-    raise ValueError(f"fourier_{name} {value!r} is no list of {'whole ' * (kind is int)}numbers: write it as 1,2,4")
+    numbers_of = "whole numbers" if number_type is int else "numbers"
+    raise ValueError(f"fourier_{name} {value!r} is no list of {numbers_of}: write it as 1,2,4")
 
 
 def shown(value: object) -> str:
@@ -284,13 +285,13 @@ def refuse_pairs(loss: FourierLoss) -> None:
 
 def mode_defaults(loss: FourierLoss) -> dict[str, object]:
     """Values in place of None, for the settings that the mode reads."""
-    _, own, decay = MODES[loss.mode]
-    values = {**own, "normalize": "target" if loss.metric == "magnitude" else "none"}
-    if "scales" in own:
-        scales = loss.scales or own["scales"]
+    _, defaults, decay = MODES[loss.mode]
+    values = {**defaults, "normalize": "target" if loss.metric == "magnitude" else "none"}
+    if "scales" in defaults:
+        scales = loss.scales or defaults["scales"]
         values["scale_weights"] = tuple(scale**-decay for scale in scales)
-    if "mix" in own and (loss.scales or loss.high_freq_weight or "scale_high_freq_weights" not in own):
-        values["scale_high_freq_weights"] = (loss.high_freq_weight or own["high_freq_weight"],) * len(scales)
+    if "mix" in defaults and (loss.scales or loss.high_freq_weight or "scale_high_freq_weights" not in defaults):
+        values["scale_high_freq_weights"] = (loss.high_freq_weight or defaults["high_freq_weight"],) * len(scales)
     return {name: value for name, value in values.items() if getattr(loss, name) is None}
 
 
@@ -401,7 +402,7 @@ class FourierLoss:
     def __post_init__(self) -> None:
         fill = vars(self).update  # the only place that may write to this frozen class
         fill({field.name: typed(field, getattr(self, field.name)) for field in fields(self)})
-        fill({name: listed(name, getattr(self, name), kind) for name, kind in FOURIER_LISTS.items()})
+        fill({name: listed(name, getattr(self, name), type_name) for name, type_name in FOURIER_LISTS.items()})
         refuse_values(self)
         fill({"bands": written_bands(parsed_bands(self.bands))})
         fill(mode_defaults(self))
@@ -501,9 +502,9 @@ class FourierLoss:
     @property
     def only_rescales(self) -> bool:
         """Whether L_F is the mean squared error, so that adding it to one changes nothing but the learning rate."""
-        kind = (self.norm, self.metric, self.normalize, self.timestep_gate, self.space)
+        form = (self.norm, self.metric, self.normalize, self.timestep_gate, self.space)
         plans = [self._plan(math.inf, math.inf, end) for end in (0.0, 1.0)]  # the curves are monotonic
-        return (kind == ("l2", "complex", "none", "none", "prediction")
+        return (form == ("l2", "complex", "none", "none", "prediction")
                 and all(scale == 1 and B == 0 for plan in plans for scale, (_, B) in plan.items())
                 and all(value == 1 for _, _, value in parsed_bands(self.bands)))
 

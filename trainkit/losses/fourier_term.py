@@ -1,4 +1,4 @@
-"""The Fourier loss in training: on which pair it looks, what of it the log shows, and the gain that holds its share.
+"""The Fourier loss in training: on which pair it looks, what of it the log shows, and the gain that holds its fraction.
 
 The loss itself is `freq_loss.FourierLoss`; docs/fourier.md has its formulas and what it did, measured.
 """
@@ -56,13 +56,13 @@ class Gain:
 class FourierTerm:
     """The Fourier loss as a term of an objective, over all ranks.
 
-    total_steps   optimizer steps of the run, over which adaptive modes move
-    target_share  share of the loss that the term shall be (None: as its weight makes it)
+    total_steps      optimizer steps of the run, over which adaptive modes move
+    target_fraction  of the loss that the term shall be (None: as its weight makes it)
     """
 
-    def __init__(self, loss: FourierLoss, *, total_steps: int, target_share: float | None = None):
-        self.loss, self.total_steps, self.gain = loss, total_steps, Gain(target_share)
-        self.seen: Tensor | None = None  # sums of this step, on the device
+    def __init__(self, loss: FourierLoss, *, total_steps: int, target_fraction: float | None = None):
+        self.loss, self.total_steps, self.gain = loss, total_steps, Gain(target_fraction)
+        self.sums: Tensor | None = None  # sums of this step, on the device
         self.rate = 0.0  # what this step's term was multiplied by, ramp and gain
         self.bounded = False  # whether it was said that the gain stands at a bound
 
@@ -97,9 +97,9 @@ class FourierTerm:
 
         While warming up there is the first alone.
         """
-        if self.seen is None:
+        if self.sums is None:
             return {"fourier_component": 0.0}
-        sums, self.seen = ranks.sum_over_ranks(self.seen).tolist(), None
+        sums, self.sums = ranks.sum_over_ranks(self.sums).tolist(), None
         component, base, raw, weight, weighted, plain, count = sums
         self.gain.update(base, component / self.rate if self.rate else 0.0)
         self._warn_of_bound()
@@ -114,19 +114,19 @@ class FourierTerm:
         self.gain.base, self.gain.unit, self.gain.value = data["base"], data["unit"], data["gain"]
 
     def _warn_of_bound(self) -> None:
-        """Say once that the share cannot be held."""
+        """Say once that the fraction cannot be held."""
         if self.bounded or self.gain.value not in GAINS:
             return
         self.bounded, high = True, self.gain.value == GAINS[1]
         log.warning("--fourier_target_share %g cannot be held: its factor on the weight stands at its bound of %g, and "
-                    "the term is a %s share; %s --fourier_weight %g", self.gain.target, self.gain.value,
+                    "the term is a %s fraction; %s --fourier_weight %g", self.gain.target, self.gain.value,
                     *(("smaller", "raise") if high else ("larger", "lower")), self.loss.weight)
 
     def _note(self, part: FourierPart, base: Tensor, factor: Tensor, num_instance: int) -> None:
         added = part.added.detach()
         row = torch.stack([added.sum() / num_instance, base.sum() / num_instance, part.raw.sum(), part.weight.sum(),
                            (factor * part.raw).sum(), base.sum(), torch.ones_like(base).sum()])
-        self.seen = row if self.seen is None else self.seen + row
+        self.sums = row if self.sums is None else self.sums + row
 
 
 def problems(o: FourierOptions, loss_type: str, latents: tuple[int, int, int]) -> Iterator[Problem]:
@@ -163,7 +163,7 @@ def make_fourier(o: FourierOptions, loss_type: str, *, total_steps: int, note: C
     note(fourier_loss={**loss.config(), "fourier_base_loss": o.fourier_base_loss,
                        "fourier_target_share": o.fourier_target_share})
     _warn(loss, o.fourier_base_loss, total_steps)
-    return {"fourier": FourierTerm(loss, total_steps=total_steps, target_share=o.fourier_target_share)}
+    return {"fourier": FourierTerm(loss, total_steps=total_steps, target_fraction=o.fourier_target_share)}
 
 
 def _warn(loss: FourierLoss, base_loss: str, total_steps: int) -> None:

@@ -5,8 +5,8 @@
     swap   no second pass: with probability p the step itself is at one level for all
     reuse  no second pass: the term takes the ordinary samples whose levels lie in the window
 
-The levels of all four come from the run's own law of noise levels, cut to a window of SNR, [0.1925, 3.07] by default:
-timesteps 200 to 599 of Stable Diffusion's schedule. The term itself is `freq_loss.DistributionMatchingLoss`.
+The levels of all four come from the run's own distribution of noise levels, cut to a window of SNR, [0.1925, 3.07] by
+default: timesteps 200 to 599 of Stable Diffusion's schedule. The term is `freq_loss.DistributionMatchingLoss`.
 Source: Yuan et al. 2024, "Real-Fake: Effective Training Data Synthesis Through Distribution Matching" (the statistic);
 docs/frequency.md has the modes side by side, measured.
 """
@@ -36,7 +36,7 @@ EXTRA = "matching"  # sets the noise of the second pass apart
 
 
 class Matcher(Memory, Protocol):
-    """What this room asks of the loss; see freq_loss.DistributionMatchingLoss."""
+    """What this module asks of the loss; see freq_loss.DistributionMatchingLoss."""
 
     def __call__(self, x0_hat: Tensor, x0: Tensor, *, snr: Tensor, weight: Tensor, alike: Tensor | None,
                  picture: Tensor, observe: bool) -> Tensor: ...
@@ -52,34 +52,34 @@ class Matcher(Memory, Protocol):
 
 @dataclass(frozen=True)
 class Window:
-    """The part of a law of noise levels whose SNR lies within bounds: u in [first, end) of its [0,1)."""
+    """The part of a distribution of noise levels whose SNR lies within bounds: u in [first, end) of its [0,1)."""
 
     levels: LevelSampler
     first: float
     end: float
 
     @property
-    def share(self) -> float:
-        """Probability of the window under the law itself."""
+    def probability(self) -> float:
+        """Of the window under the distribution itself."""
         return self.end - self.first
 
     def __call__(self, u: Tensor) -> Level:
-        return self.levels(self.first + u.double() * self.share)
+        return self.levels(self.first + u.double() * self.probability)
 
 
 def window_of(levels: LevelSampler, min_snr: float, max_snr: float) -> Window:
-    """The window in which SNR is between the bounds. Raises UserError where the law has no such level."""
+    """The window in which SNR is between the bounds. Raises UserError where the distribution has no such level."""
     low_noise, high_noise = sorted([crossing(levels, max_snr), crossing(levels, min_snr)])
     if high_noise - low_noise <= 0:
         raise UserError(Problem(
             f"no noise level with an SNR from {min_snr:g} to {max_snr:g}", "--dist_match_min_snr, --dist_match_max_snr",
-            "the run's own law of noise levels (--min_timestep, --max_timestep, --timestep_sampling) draws none there",
+            "the run's own noise levels (--min_timestep, --max_timestep, --timestep_sampling) have none there",
             "widen the window, or the range of timesteps"))
     return Window(levels, low_noise, high_noise)
 
 
 def crossing(levels: LevelSampler, snr: float) -> float:
-    """The u at which the SNR of a law, monotone in u, passes `snr`; 0 or 1 where it never does."""
+    """The u at which the SNR of a distribution, monotone in u, passes `snr`; 0 or 1 where it never does."""
     ends = levels(torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)).snr
     falls = bool(ends[0] >= ends[1])
     lo, hi = 0.0, 1.0
@@ -101,13 +101,13 @@ def numbered(names: Sequence[str], like: Tensor) -> Tensor:
 
 def text_features(forward: Forward) -> Tensor:
     """The mean text embedding -> [B,D]."""
-    assert forward.condition is not None, "the pass was not told its text"
+    assert forward.condition is not None, "the pass was given no text"
     return forward.condition["embeds"].float().mean(1)
 
 
 ALIKE: dict[str, Callable[[Forward, Matcher], Tensor | None]] = {
     "none": lambda forward, matcher: None,
-    "class": lambda forward, matcher: numbered(forward.batch.prompts, forward.x0),  # pictures with the same caption
+    "class": lambda forward, matcher: numbered(forward.batch.prompts, forward.x0),  # images with the same caption
     "text": lambda forward, matcher: text_features(forward),
     "latent": lambda forward, matcher: matcher.low(forward.z).flatten(1),
 }
@@ -127,14 +127,14 @@ class MatchingTerm:
     bounds: tuple[float, float] | None = None
 
     def __call__(self, forward: Forward, *, observe: bool) -> Tensor:
-        snr, weight = forward.level.snr, forward.batch.share.float()
+        snr, weight = forward.level.snr, forward.batch.loss_weight.float()
         if self.snr_gamma:
             weight = weight * (self.snr_gamma / snr).clamp(max=1)
         if self.bounds:
             weight = weight * ((snr >= self.bounds[0]) & (snr <= self.bounds[1]))
         return self.matcher(forward.x0_hat, forward.x0, snr=snr, weight=weight,
                             alike=ALIKE[self.kernel](forward, self.matcher),
-                            picture=numbered(forward.batch.pictures, forward.x0), observe=observe)
+                            picture=numbered(forward.batch.images, forward.x0), observe=observe)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -156,16 +156,16 @@ def combo(plain: Objective, term: MatchingTerm, window: Window, o: MatchingOptio
 def swap(plain: Objective, term: MatchingTerm, window: Window, o: MatchingOptions, seed: int) -> Choice:
     """No second pass: with probability p a step, on every rank, is at one level for all and carries the term.
 
-    The law of the levels becomes (1−p)·base + p·window, and the ordinary loss is weighed by base over that, 1/(1−p)
-    outside of the window and 1/(1−p + p/q) in it, so that its expectation stays; q is the window's probability under
-    the base law.
+    The distribution of the levels becomes (1−p)·base + p·window, and the ordinary loss is weighed by base over that,
+    1/(1−p) outside of the window and 1/(1−p + p/q) in it, so that its expectation stays; q is the window's probability
+    under the base distribution.
     """
     p = o.dist_match_swap
     low, high = sorted(window(torch.tensor([0.0, 1 - 2**-40], dtype=torch.float64)).snr.tolist())
 
     def ratio(level: Level) -> Tensor:
         inside = (level.snr >= low) & (level.snr <= high)
-        return torch.where(inside, 1 / (1 - p + p / window.share), 1 / (1 - p))
+        return torch.where(inside, 1 / (1 - p + p / window.probability), 1 / (1 - p))
 
     ordinary = plain.scaled(ratio)
     swapped = replace(ordinary.plus(term), levels=window, shared=True)
@@ -198,7 +198,7 @@ def problems(
 ) -> Iterator[Problem]:
     """What keeps the options from being trained with, in the words of the loss that `matcher` makes.
 
-    captions  of the pictures, by what tells these apart
+    captions  of the images, by what tells these apart
     latents   shape (C,h,w) of one sample
     """
     if not o.active:
@@ -210,11 +210,11 @@ def problems(
         yield Problem("distribution matching cannot be computed like this", "--dist_match_...", why or fix,
                       fix if why else "see the --dist_match flags in --help")
     if len(captions) == 1 and o.statistic == "u":
-        yield Problem("distribution matching of one picture", "--dist_match_gain",
-                      "it is about what different pictures have wrong in common", "add pictures, or leave it out")
+        yield Problem("distribution matching of one image", "--dist_match_gain",
+                      "it is about what different images have wrong in common", "add images, or leave it out")
     elif o.dist_match_kernel == "class" and captions and len(set(captions.values())) == len(captions):
-        yield Problem("no two pictures are of one class", "--dist_match_kernel class",
-                      "a class is made of the pictures with the same caption, and every caption here is another",
+        yield Problem("no two images are of one class", "--dist_match_kernel class",
+                      "a class is made of the images with the same caption, and every caption here is another",
                       "--dist_match_kernel text compares by likeness of the captions, none all with all")
 
 
@@ -228,14 +228,14 @@ def make_passes(
     together   samples of a micro-batch over all ranks
     memories   what other terms of the ordinary loss remember
     Without --dist_match and --dist_match_gain nothing of this is built, so such a run is the plain one bit for bit.
-    Raises UserError where the run's law of noise levels has none in the window, or no sample has another beside it.
+    Raises UserError where the run draws no noise level in the window, or no sample has another beside it.
     """
     if not o.active:
         return Passes(always(plain), memories)
     if together == 1 and o.statistic != "diagonal" and not o.dist_match_bank:
         raise UserError(Problem(
-            "distribution matching with one picture a micro-batch", "--train_batch_size 1",
-            "it is about what several pictures have wrong in common, and there is one",
+            "distribution matching with one image a micro-batch", "--train_batch_size 1",
+            "it is about what several images have wrong in common, and there is one",
             "--train_batch_size 2 or more"))
     window = window_of(plain.levels, o.dist_match_min_snr, o.dist_match_max_snr)
     loss = matcher(o)

@@ -1,4 +1,4 @@
-"""The training loss: one number per sample, weighted by what an error on x0 is worth. Letters as in diffusion.
+"""The training loss: one number per sample, weighted as an error on x0. Letters as in diffusion.
 
 Nothing here averages over the batch. The trainer sums the [B] losses and divides by the number of instance samples in
 the whole optimizer step, so micro-batches and processes of any size give the same gradient.
@@ -36,7 +36,7 @@ def per_sample(x: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Weights: (level, prediction, options) -> [B], the worth of |x̂0 − x0|²/σ_data². One line in WEIGHTS adds one
+# x0 loss weights: (level, prediction, options) -> [B], factor on |x̂0 − x0|²/σ_data². One line in WEIGHTS adds one
 
 
 def min_snr(level: Level, pred: Prediction, o: ObjectiveOptions) -> Tensor:
@@ -51,7 +51,7 @@ def min_snr(level: Level, pred: Prediction, o: ObjectiveOptions) -> Tensor:
 def min_snr_diffusers(level: Level, pred: Prediction, o: ObjectiveOptions) -> Tensor:
     """Min-SNR as the Diffusers DreamBooth scripts weigh it: min(snr,γ)/snr on ε, min(snr,γ)/snr + 1 on v.
 
-    The v weight runs from 1 to 2 and rises with the noise, where Min-SNR falls towards 0: a known slip, mended in
+    The v weight runs from 1 to 2 and rises with the noise, where Min-SNR falls towards 0: a known slip, fixed in
     other scripts (huggingface/diffusers #5654) and kept here only for `--compat diffusers`. Finite at SNR 0.
     """
     weight = (gamma_of(o) / level.snr).clamp(max=1) + isinstance(pred, V)  # on the output
@@ -170,7 +170,7 @@ class Samples(Protocol):
     """What a loss asks of a micro-batch (trainkit.data.batch.Batch)."""
 
     @property
-    def share(self) -> Tensor:
+    def loss_weight(self) -> Tensor:
         """[B], 1 for instances and prior_loss_weight for class images."""
 
     @property
@@ -186,7 +186,7 @@ class Samples(Protocol):
         """B of them."""
 
     @property
-    def pictures(self) -> Sequence[str]:
+    def images(self) -> Sequence[str]:
         """B digests of files."""
 
     @property
@@ -209,7 +209,7 @@ class Forward:
     n: Tensor  # [B,C,h,w]
     level: Level
     batch: Samples
-    condition: Condition | None  # what the network was told
+    condition: Condition | None  # what the network was given
     pred: Prediction
     target: Tensor  # [B,C,h,w], what the output should have been
     losses: Tensor  # [B], the ordinary loss as it enters the sum
@@ -235,7 +235,7 @@ class Term(Protocol):
 class Objective:
     """What one forward pass is for: at which noise levels, and the weighted error of the output, plus terms.
 
-        loss_b = share_b · w_b · mean error(out − target)  +  Σ_k term_k(pass)_b
+        loss_b = loss_weight_b · w_b · mean error(out − target)  +  Σ_k term_k(pass)_b
 
     Class images are weighed by their noise level like any other sample unless there is a `prior_weight`.
     name    sets the pass's noise apart from another pass of the same step; "" is the ordinary one
@@ -264,7 +264,7 @@ class Objective:
         factor = self.weight(level)
         if self.prior_weight is not None:
             factor = torch.where(batch.is_class, self.prior_weight(level), factor)
-        factor = factor * batch.share
+        factor = factor * batch.loss_weight
         losses = error * factor
         if not self.terms:
             return losses
@@ -272,7 +272,7 @@ class Objective:
         return sum((term(forward, observe=observe) for term in self.terms), start=losses)
 
     def scaled(self, factor: Callable[[Level], Tensor]) -> Objective:
-        """The same with every sample's weight times factor(level) [B], which terms are told too."""
+        """The same with every sample's weight times factor(level) [B], which terms see too."""
         def times(weight: Callable[[Level], Tensor]) -> Callable[[Level], Tensor]:
             return lambda level: weight(level) * factor(level)
 
@@ -296,10 +296,10 @@ def make_objective(
     base_loss  the error where --loss_type names a term beside it
     """
     prediction = schedule.prediction
-    name = o.loss_weighting or ("min_snr" if o.snr_gamma else unasked_weight(o, prediction, compat))
+    name = o.loss_weighting or ("min_snr" if o.snr_gamma else default_weight(o, prediction, compat))
     prior_weight = None
     if compat == "diffusers":  # its prior loss is never weighed by SNR
-        prior_weight = on_output(unasked_weight(o, prediction, compat), prediction, o)
+        prior_weight = on_output(default_weight(o, prediction, compat), prediction, o)
         if name == "min_snr" and not isinstance(prediction, EDM):  # with EDM it refuses Min-SNR: nothing to be like
             name = "min_snr_diffusers"
     error = ERRORS[base_loss if o.loss_type == "fourier" else o.loss_type](o)
@@ -307,7 +307,7 @@ def make_objective(
                      prior_weight=prior_weight, error=error)
 
 
-def unasked_weight(o: ObjectiveOptions, prediction: Prediction, compat: Literal["diffusers"] | None) -> str:
+def default_weight(o: ObjectiveOptions, prediction: Prediction, compat: Literal["diffusers"] | None) -> str:
     """The weight when neither --loss_weighting nor --snr_gamma asks for one.
 
     Diffusers' trainers weigh the x0 error by σ⁻², which is snr, under the EDM flag, and not at all on EDM checkpoints.

@@ -44,7 +44,7 @@ class Passes:
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Json]]:
         packed = {name: memory.pack() for name, memory in self.memories.items()}
-        tensors = {f"{name}/{key}": tensor for name, (own, _) in packed.items() for key, tensor in own.items()}
+        tensors = {f"{name}/{key}": tensor for name, (part, _) in packed.items() for key, tensor in part.items()}
         return tensors, {name: data for name, (_, data) in packed.items()}
 
     def unpack(self, tensors: dict[str, Tensor], data: dict[str, Json]) -> None:
@@ -54,8 +54,8 @@ class Passes:
                 f"checkpoint: {', '.join(data) or 'none'}; now: {', '.join(self.memories) or 'none'}",
                 "repeat the settings of the checkpoint, or give a new --output_dir"))
         for name, memory in self.memories.items():
-            own = {key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")}
-            memory.unpack(own, data[name])
+            part = {key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")}
+            memory.unpack(part, data[name])
 
 
 def always(*objectives: Objective) -> Callable[[int], Sequence[Objective]]:

@@ -45,7 +45,7 @@ class Member:
     ):
         self.name, self.base_lr, self.stop = group["name"], group["lr"], group.get("stop")
         self.inner, self.schedule, self.ema = inner, schedule, ema
-        self.made = group_values(inner)  # to tell state from hyper-parameters, see state.py
+        self.initial_values = group_values(inner)  # to tell state from hyper-parameters, see state.py
         self.trains = True
 
     @property
@@ -84,12 +84,12 @@ class Member:
         if self.ema is None and not averages(self.inner):
             yield
             return
-        own, mode = [p.detach().clone() for p in self.params], self.values.get("train_mode")
+        weights, mode = [p.detach().clone() for p in self.params], self.values.get("train_mode")
         try:
             self._show_average()
             yield
         finally:
-            torch._foreach_copy_([p.data for p in self.params], own)
+            torch._foreach_copy_([p.data for p in self.params], weights)
             if mode is not None:
                 self.values["train_mode"] = mode
 
@@ -100,7 +100,7 @@ class Member:
             self.inner.eval()
 
     def pack(self) -> tuple[dict[str, Tensor], dict]:
-        tensors, data = pack_state(self.inner, self.made)
+        tensors, data = pack_state(self.inner, self.initial_values)
         if self.ema is not None:
             tensors |= {f"ema.{i}": t.to("cpu", copy=True) for i, t in enumerate(self.ema.shadow_params)}
         return tensors, data | {"ema_steps": None if self.ema is None else self.ema.optimization_step}

@@ -13,8 +13,8 @@ from torch import Tensor
 from trainkit.errors import Problem, UserError, refuse
 from trainkit.optim import table
 from trainkit.optim.groups import Member, ParamGroup
-from trainkit.optim.schedules import POLYNOMIAL_END_LR, SCHEDULES, Plan, parse_rules
-from trainkit.optim.state import misfit
+from trainkit.optim.schedules import POLYNOMIAL_END_LR, SCHEDULES, SchedulePlan, parse_rules
+from trainkit.optim.state import incompatible_state
 
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
@@ -82,7 +82,7 @@ class Optim:
 
     def pack(self) -> tuple[dict[str, Tensor], dict]:
         packed = {m.name: m.pack() for m in self.members}
-        tensors = {f"{name}/{key}": t for name, (own, _) in packed.items() for key, t in own.items()}
+        tensors = {f"{name}/{key}": t for name, (part, _) in packed.items() for key, t in part.items()}
         return tensors, {"optimizer": self.name, "groups": {name: data for name, (_, data) in packed.items()}}
 
     def unpack(self, tensors: dict[str, Tensor], data: dict) -> None:
@@ -94,7 +94,7 @@ class Optim:
                 f"resume with --optimizer {data['optimizer']}, or start afresh in a new --output_dir"))
         groups, ours = data["groups"], [m.name for m in self.members]
         if groups.keys() != set(ours):
-            raise misfit(f"it holds the groups {', '.join(groups)}, this run trains {', '.join(ours)}")
+            raise incompatible_state(f"it holds the groups {', '.join(groups)}, this run trains {', '.join(ours)}")
         for m in self.members:
             m.unpack({k.removeprefix(f"{m.name}/"): t for k, t in tensors.items() if k.startswith(f"{m.name}/")},
                      groups[m.name])
@@ -148,7 +148,7 @@ def make_optimizer(groups: Sequence[ParamGroup], o: OptimizerOptions, total_step
     trained = next(g["lr"] for g in groups if g["lr"])
     members = [_member(g, o, total_steps, instead_of_0=trained) for g in groups]
     for member in members:
-        _tell(member, o.algorithm)
+        _log_settings(member, o.algorithm)
     return Optim(o.algorithm, members, estimates_step=o.estimates_step)
 
 
@@ -169,8 +169,8 @@ def _member(group: ParamGroup, o: OptimizerOptions, total_steps: int, *, instead
     return Member(group, inner, _schedule(o, total_steps, base_lr=group["lr"]), ema)
 
 
-def _tell(member: Member, name: str) -> None:
-    """In the log, what is on in a group that trains and where it acts, if its optimizer can tell."""
+def _log_settings(member: Member, name: str) -> None:
+    """In the log, what is on in a group that trains and where it acts, if its optimizer knows."""
     describe = getattr(member.inner, "get_optimization_info", None)
     if describe is None or member.stop == 0:
         return
@@ -186,7 +186,7 @@ def _ema(params: Sequence[Tensor], o: OptimizerOptions) -> EMAModel:
 
 def _schedule(o: OptimizerOptions, total_steps: int, *, base_lr: float) -> Callable[[int], float]:
     schedule = SCHEDULES[o.lr_scheduler]
-    plan = Plan(o.lr_warmup_steps, total_steps, cycles=o.lr_num_cycles, power=o.lr_power, base_lr=base_lr,
+    plan = SchedulePlan(o.lr_warmup_steps, total_steps, cycles=o.lr_num_cycles, power=o.lr_power, base_lr=base_lr,
                 rules=o.lr_step_rules or "")
     return lambda step: schedule(step, plan)
 

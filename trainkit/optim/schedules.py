@@ -18,7 +18,7 @@ POLYNOMIAL_END_LR = 1e-7  # where polynomial decay stops, absolute: the default 
 
 
 @dataclass(frozen=True)
-class Plan:
+class SchedulePlan:
     """What a schedule knows: its length in optimizer steps, its shape, and the base rate of the group it scales."""
 
     warmup: int  # steps of linear rise from 0
@@ -33,39 +33,39 @@ class Plan:
         return (step - self.warmup) / max(1, self.total - self.warmup)
 
 
-def constant(step: int, plan: Plan) -> float:
+def constant(step: int, plan: SchedulePlan) -> float:
     """1, always: this one ignores the warmup."""
     return 1.0
 
 
-def after_warmup(decay: Callable[[float, Plan], float]) -> Callable[[int, Plan], float]:
+def after_warmup(decay: Callable[[float, SchedulePlan], float]) -> Callable[[int, SchedulePlan], float]:
     """A schedule that rises from 0 and then follows decay(progress, plan) -> multiplier."""
 
-    def schedule(step: int, plan: Plan) -> float:
+    def schedule(step: int, plan: SchedulePlan) -> float:
         return step / plan.warmup if step < plan.warmup else decay(plan.progress(step), plan)
 
     return schedule
 
 
-def linear(progress: float, plan: Plan) -> float:
+def linear(progress: float, plan: SchedulePlan) -> float:
     return max(0.0, 1 - progress)
 
 
-def cosine(progress: float, plan: Plan) -> float:
+def cosine(progress: float, plan: SchedulePlan) -> float:
     """Half a cosine down to 0; Loshchilov & Hutter 2017, "SGDR", eq. 5."""
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def cosine_with_restarts(progress: float, plan: Plan) -> float:
+def cosine_with_restarts(progress: float, plan: SchedulePlan) -> float:
     return 0.0 if progress >= 1 else 0.5 * (1 + math.cos(math.pi * (plan.cycles * progress % 1.0)))
 
 
-def polynomial(progress: float, plan: Plan) -> float:
+def polynomial(progress: float, plan: SchedulePlan) -> float:
     floor = POLYNOMIAL_END_LR / max(plan.base_lr, POLYNOMIAL_END_LR)  # rates up to the end's own stay as they are
     return floor if progress > 1 else (1 - floor) * (1 - progress) ** plan.power + floor
 
 
-def piecewise_constant(step: int, plan: Plan) -> float:
+def piecewise_constant(step: int, plan: SchedulePlan) -> float:
     """The value of the first rule whose step lies ahead; the last value has no step."""
     bounds, last = parse_rules(plan.rules)
     return next((value for until, value in bounds if step < until), last)
@@ -83,7 +83,7 @@ def parse_rules(text: str) -> tuple[list[tuple[int, float]], float]:
     return sorted((int(until), float(value)) for value, until in pairs), float(last)
 
 
-SCHEDULES: dict[str, Callable[[int, Plan], float]] = {
+SCHEDULES: dict[str, Callable[[int, SchedulePlan], float]] = {
     "linear": after_warmup(linear),
     "cosine": after_warmup(cosine),
     "cosine_with_restarts": after_warmup(cosine_with_restarts),

@@ -27,8 +27,8 @@ def group_values(inner: torch.optim.Optimizer) -> dict[str, object]:
     return {k: v.clone() if isinstance(v, Tensor) else v for k, v in values.items()}
 
 
-def pack_state(inner: torch.optim.Optimizer, made: Mapping[str, object]) -> tuple[dict[str, Tensor], dict]:
-    """Copy the state out of an optimizer whose `group_values` were `made` at construction -> (tensors, data).
+def pack_state(inner: torch.optim.Optimizer, initial_values: Mapping[str, object]) -> tuple[dict[str, Tensor], dict]:
+    """Copy the state out of an optimizer whose `group_values` were `initial_values` at construction -> (tensors, data).
 
     Raises TypeError for state that has no exact form in tensors and JSON.
     """
@@ -38,19 +38,20 @@ def pack_state(inner: torch.optim.Optimizer, made: Mapping[str, object]) -> tupl
     tensors: dict[str, Tensor] = {}
     params = []
     for i, p in enumerate(inner.param_groups[0]["params"]):
-        own, values = _split(inner.state.get(p, {}))
-        tensors |= {f"state.{i}.{k}": t for k, t in own.items()}
-        params.append({"shape": list(p.shape), "tensors": sorted(own), "values": values})
+        state_tensors, values = _split(inner.state.get(p, {}))
+        tensors |= {f"state.{i}.{k}": t for k, t in state_tensors.items()}
+        params.append({"shape": list(p.shape), "tensors": sorted(state_tensors), "values": values})
     always = getattr(inner, "GROUP_STATE", ())
-    own, values = _split({
-        k: v for k, v in group_values(inner).items() if k in always or k not in made or _differs(v, made[k])})
-    tensors |= {f"group.{k}": t for k, t in own.items()}
+    state_tensors, values = _split({
+        k: v for k, v in group_values(inner).items()
+        if k in always or k not in initial_values or _differs(v, initial_values[k])})
+    tensors |= {f"group.{k}": t for k, t in state_tensors.items()}
     return tensors, {"params": params, "group": values}
 
 
 def unpack_state(inner: torch.optim.Optimizer, tensors: Mapping[str, Tensor], data: dict) -> None:
     """Put packed state into a freshly made optimizer; UserError when it was packed from other parameters."""
-    _refuse_misfit(inner, tensors, data)
+    _refuse_incompatible_state(inner, tensors, data)
     whole = inner.state_dict()
     device = inner.param_groups[0]["params"][0].device
     moved = {k.removeprefix("group."): t.to(device, copy=True) for k, t in tensors.items() if k.startswith("group.")}
@@ -78,18 +79,18 @@ def _differs(now: object, then: object) -> bool:
     return not torch.equal(now, then) if isinstance(now, Tensor) and isinstance(then, Tensor) else now != then
 
 
-def _refuse_misfit(inner: torch.optim.Optimizer, tensors: Mapping[str, Tensor], data: dict) -> None:
+def _refuse_incompatible_state(inner: torch.optim.Optimizer, tensors: Mapping[str, Tensor], data: dict) -> None:
     saved, present = ([tuple(p["shape"]) for p in data["params"]],
                       [tuple(p.shape) for p in inner.param_groups[0]["params"]])
     expected = {f"state.{i}.{k}" for i, p in enumerate(data["params"]) for k in p["tensors"]}
     found = {k for k in tensors if not k.startswith("group.")}
     if saved != present:
-        raise misfit(_difference(saved, present))
+        raise incompatible_state(_difference(saved, present))
     if expected != found:
-        raise misfit(f"tensors missing or unknown: {', '.join(sorted(expected ^ found)[:3])}")
+        raise incompatible_state(f"tensors missing or unknown: {', '.join(sorted(expected ^ found)[:3])}")
 
 
-def misfit(why: str) -> UserError:
+def incompatible_state(why: str) -> UserError:
     """A checkpoint of other parameters."""
     return UserError(Problem(
         "the checkpoint's optimizer state does not fit this run", "--resume_from_checkpoint", why,

@@ -65,7 +65,7 @@ def adafactor(o: OptimizerOptions, group: ParamGroup) -> Arguments:
 
 
 @dataclass(frozen=True)
-class Row:
+class OptimizerEntry:
     """The class and what the flags give its constructor beside rate and decay; its own defaults hold for the rest."""
 
     path: str
@@ -79,34 +79,34 @@ class Row:
 
 OPTIMIZERS = {
     # Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization", arXiv:1711.05101
-    "adamw": Row("torch.optim.AdamW", fused_adam),
+    "adamw": OptimizerEntry("torch.optim.AdamW", fused_adam),
     # Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", arXiv:2110.02861; small tensors keep 32 bits
-    "adamw8bit": Row("bitsandbytes.optim.AdamW8bit", adam),
+    "adamw8bit": OptimizerEntry("bitsandbytes.optim.AdamW8bit", adam),
     # its state may leave the GPU for main memory: Dettmers et al. 2023, "QLoRA", arXiv:2305.14314, section 3
-    "paged_adamw": Row("bitsandbytes.optim.PagedAdamW", adam),
-    "paged_adamw8bit": Row("bitsandbytes.optim.PagedAdamW8bit", adam),
+    "paged_adamw": OptimizerEntry("bitsandbytes.optim.PagedAdamW", adam),
+    "paged_adamw8bit": OptimizerEntry("bitsandbytes.optim.PagedAdamW8bit", adam),
     # Mishchenko & Defazio 2024, "Prodigy", arXiv:2306.06101, algorithm 4
-    "prodigy": Row("prodigyopt.Prodigy", prodigy),
+    "prodigy": OptimizerEntry("prodigyopt.Prodigy", prodigy),
     # Shazeer & Stern 2018, "Adafactor", arXiv:1804.04235
-    "adafactor": Row("pytorch_optimizer.AdaFactor", adafactor),
+    "adafactor": OptimizerEntry("pytorch_optimizer.AdaFactor", adafactor),
     # Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", arXiv:2302.06675
-    "lion": Row("pytorch_optimizer.Lion"),
+    "lion": OptimizerEntry("pytorch_optimizer.Lion"),
     # Luo et al. 2023, "CAME: Confidence-guided Adaptive Memory Efficient Optimization", arXiv:2307.02047
-    "came": Row("pytorch_optimizer.CAME"),
+    "came": OptimizerEntry("pytorch_optimizer.CAME"),
     # Defazio et al. 2024, "The Road Less Scheduled", arXiv:2405.15682
-    "schedule_free_adamw": Row("pytorch_optimizer.ScheduleFreeAdamW", adam),
+    "schedule_free_adamw": OptimizerEntry("pytorch_optimizer.ScheduleFreeAdamW", adam),
     # AdamW and what --optimizer_args switches on beside it; sources in trainkit/optim/hina
-    "hina_adaptive": Row("trainkit.optim.HinaAdaptive", fused_adam),
+    "hina_adaptive": OptimizerEntry("trainkit.optim.HinaAdaptive", fused_adam),
 }
 
 
-def row_of(o: OptimizerOptions) -> Row:
-    return Row(o.algorithm) if o.is_class else OPTIMIZERS[o.algorithm]
+def entry_of(o: OptimizerOptions) -> OptimizerEntry:
+    return OptimizerEntry(o.algorithm) if o.is_class else OPTIMIZERS[o.algorithm]
 
 
 def library(o: OptimizerOptions) -> str:
     """The package the optimizer comes from."""
-    return row_of(o).package
+    return entry_of(o).package
 
 
 def make_inner(group: ParamGroup, o: OptimizerOptions) -> torch.optim.Optimizer:
@@ -114,17 +114,18 @@ def make_inner(group: ParamGroup, o: OptimizerOptions) -> torch.optim.Optimizer:
 
     Raises UserError for a class that is not there or is no optimizer, and for arguments it does not take.
     """
-    kind = find_class(o)
-    accepted = parameters_of(kind)  # name -> default
-    asked = read_arguments(o.optimizer_args or "")
-    refuse(_argument_problems(kind, accepted, asked))
+    optimizer_class = find_class(o)
+    accepted = parameters_of(optimizer_class)  # name -> default
+    given = read_arguments(o.optimizer_args or "")
+    refuse(_argument_problems(optimizer_class, accepted, given))
     common = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
-    arguments: Arguments = {k: v for k, v in common.items() if k in accepted} | row_of(o).arguments(o, group) | asked
-    if asked.get("foreach") and "fused" not in asked:
+    arguments: Arguments = {k: v for k, v in common.items() if k in accepted} | entry_of(o).arguments(o, group) | given
+    if given.get("foreach") and "fused" not in given:
         arguments.pop("fused", None)  # our choice of a kernel, and the user has made another
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # some constructors print, into our progress line
-            inner = kind([{"name": group["name"], "params": parameters_for(kind, group)}], **arguments)
+            params = parameters_for(optimizer_class, group)
+            inner = optimizer_class([{"name": group["name"], "params": params}], **arguments)
     except (TypeError, ValueError, IndexError, ArithmeticError, AssertionError, RuntimeError) as error:
         flag = RATE_FLAGS.get(group["name"], "--text_encoder_lr")
         raise UserError(Problem(
@@ -136,15 +137,15 @@ def make_inner(group: ParamGroup, o: OptimizerOptions) -> torch.optim.Optimizer:
     return inner
 
 
-def parameters_for(kind: type, group: ParamGroup) -> list[Tensor] | list[tuple[str, Tensor]]:
+def parameters_for(optimizer_class: type, group: ParamGroup) -> list[Tensor] | list[tuple[str, Tensor]]:
     """With names for a class that has WANTS_NAMES; others may take a tensor for nothing but a tensor."""
-    named = getattr(kind, "WANTS_NAMES", False) and "names" in group
+    named = getattr(optimizer_class, "WANTS_NAMES", False) and "names" in group
     return list(zip(group["names"], group["params"], strict=True)) if named else group["params"]
 
 
 def find_class(o: OptimizerOptions) -> type[torch.optim.Optimizer]:
     """The class the options mean. Raises UserError naming the pip command, or the nearest class."""
-    path, package, flag = row_of(o).path, row_of(o).package, f"--optimizer {o.algorithm}"
+    path, package, flag = entry_of(o).path, entry_of(o).package, f"--optimizer {o.algorithm}"
     module_path, _, name = path.rpartition(".")
     try:
         importlib.import_module(package)
@@ -152,15 +153,15 @@ def find_class(o: OptimizerOptions) -> type[torch.optim.Optimizer]:
         ours = any(package == row.package for row in OPTIMIZERS.values())
         raise UserError(Problem(
             f"{flag} needs the package {package}", flag, f"it cannot be imported here ({error})",
-            f"pip install {package}" if ours else "mend the path, or install what provides it")) from error
+            f"pip install {package}" if ours else "fix the path, or install what provides it")) from error
     try:
-        kind = getattr(importlib.import_module(module_path), name)
+        optimizer_class = getattr(importlib.import_module(module_path), name)
     except (ImportError, AttributeError) as error:
         raise UserError(Problem(f"there is no {path}", flag, str(error), _nearest_class(package, name))) from error
-    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
         raise UserError(Problem(f"{path} is no optimizer", flag, "it is not a subclass of torch.optim.Optimizer",
                                 _nearest_class(package, name)))
-    return kind
+    return optimizer_class
 
 
 def _nearest_class(package: str, name: str) -> str:
@@ -172,10 +173,10 @@ def _nearest_class(package: str, name: str) -> str:
         "give the full path of an optimizer class, such as torch.optim.NAdam")
 
 
-def parameters_of(kind: type) -> dict[str, object]:
+def parameters_of(optimizer_class: type) -> dict[str, object]:
     """The arguments that a class's constructor declares, with their defaults; what is in **kwargs does not count."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {name: p.default for name, p in inspect.signature(kind).parameters.items() if p.kind in named}
+    return {name: p.default for name, p in inspect.signature(optimizer_class).parameters.items() if p.kind in named}
 
 
 def read_arguments(text: str) -> Arguments:
@@ -212,11 +213,11 @@ def decisive_arguments(o: OptimizerOptions) -> str | None:
     Presets are spelled out and numbers compared as numbers. Left out is what changes no bit of a run and what the class
     has by default, unless another flag has a say in it.
     """
-    kind = find_class(o)
-    defaults, free = parameters_of(kind), getattr(kind, "CHANGE_NO_BIT", ())
-    flags = {"weight_decay", *row_of(o).arguments(o, _ANY_GROUP)}
-    asked = getattr(kind, "spelled_out", dict)(read_arguments(o.optimizer_args or ""))
-    counts = {name: _number(value) for name, value in sorted(asked.items()) if name not in free and (
+    optimizer_class = find_class(o)
+    defaults, free = parameters_of(optimizer_class), getattr(optimizer_class, "CHANGE_NO_BIT", ())
+    flags = {"weight_decay", *entry_of(o).arguments(o, _ANY_GROUP)}
+    given = getattr(optimizer_class, "spelled_out", dict)(read_arguments(o.optimizer_args or ""))
+    counts = {name: _number(value) for name, value in sorted(given.items()) if name not in free and (
         name in flags or name not in defaults or _number(value) != _number(defaults[name]))}
     return " ".join(f"{name}={value}" for name, value in counts.items()) or None
 
@@ -231,25 +232,28 @@ def _number(value: object) -> object:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53 else value
 
 
-def _argument_problems(kind: type, accepted: Mapping[str, object], asked: Mapping[str, object]) -> Iterator[Problem]:
+def _argument_problems(
+    optimizer_class: type, accepted: Mapping[str, object], given: Mapping[str, object],
+) -> Iterator[Problem]:
+    class_name = optimizer_class.__name__
     if "lr" not in accepted:
-        yield Problem(f"{kind.__name__} takes no learning rate", "--optimizer",
+        yield Problem(f"{class_name} takes no learning rate", "--optimizer",
                       "the rate follows --lr_scheduler, so its constructor must take lr", "choose another class")
     open_ones = [name for name in accepted if name not in OURS]
-    unknown = [name for name in asked if name not in open_ones]
+    unknown = [name for name in given if name not in open_ones]
     if unknown:
-        yield Problem(f"{kind.__name__} takes no {', '.join(unknown)} from --optimizer_args", "--optimizer_args",
-                      _why_unknown(kind, set(unknown) - accepted.keys()) or f"it takes {', '.join(open_ones)}",
-                      "mend or remove it; --learning_rate gives lr")
-    for name, value in asked.items():
+        why = _why_unknown(optimizer_class, set(unknown) - accepted.keys()) or f"it takes {', '.join(open_ones)}"
+        yield Problem(f"{class_name} takes no {', '.join(unknown)} from --optimizer_args", "--optimizer_args", why,
+                      "fix or remove it; --learning_rate gives lr")
+    for name, value in given.items():
         default = accepted.get(name, "")
         if isinstance(value, Word) and not isinstance(default, str):
             wanted = "True or False" if isinstance(default, bool) else f"{default}, for example"
-            yield Problem(f"{kind.__name__} takes no word as {name}", f"--optimizer_args {name}={value}",
+            yield Problem(f"{class_name} takes no word as {name}", f"--optimizer_args {name}={value}",
                           f"its default is {default}", f"--optimizer_args {name}={wanted}")
 
 
-def _why_unknown(kind: type, names: Collection[str]) -> str:
+def _why_unknown(optimizer_class: type, names: Collection[str]) -> str:
     """What the class itself says to names that it does not take, if it says anything."""
-    explain = getattr(kind, "why_unknown", lambda name: "")
+    explain = getattr(optimizer_class, "why_unknown", lambda name: "")
     return "; ".join(f"{name}: {why}" for name in sorted(names) if (why := explain(name)))

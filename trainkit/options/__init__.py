@@ -1,6 +1,6 @@
 """Options: one frozen model a concern, from which the command line, config files and docs/flags.md are made.
 
-Importing this room imports neither torch nor any model library, so that `--help` answers at once.
+Importing this package imports neither torch nor any model library, so that `--help` answers at once.
 """
 
 from trainkit.options.base import REDACTED, Concern, Flag
@@ -14,7 +14,7 @@ from trainkit.options.captioned import (
 )
 from trainkit.options.fourier import FourierOptions
 from trainkit.options.guidance import GuidanceOptions
-from trainkit.options.inputs import DataOptions, ModelOptions, PictureOptions
+from trainkit.options.inputs import DataOptions, ImageOptions, ModelOptions
 from trainkit.options.lora import LoraOptions
 from trainkit.options.matching import MatchingOptions
 from trainkit.options.objective import ObjectiveOptions
@@ -30,6 +30,6 @@ __all__ = [
     "CONCERNS", "PRESETS", "REDACTED", "TEXT_TO_IMAGE", "TRAINERS", "CaptionedDataOptions", "CaptionedOptimizerOptions",
     "CaptionedPrecisionOptions", "CaptionedRunOptions", "CaptionedTextOptions", "CaptionedValidationOptions", "Concern",
     "DataOptions", "Flag", "FourierOptions", "GuidanceOptions", "LoraOptions", "MatchingOptions", "ModelOptions",
-    "ObjectiveOptions", "OptimizerOptions", "OptionSet", "PictureOptions", "PivotalOptions", "PrecisionOptions",
+    "ObjectiveOptions", "OptimizerOptions", "OptionSet", "ImageOptions", "PivotalOptions", "PrecisionOptions",
     "PriorOptions", "RunOptions", "TextOptions", "ValidationOptions", "parse",
 ]

@@ -89,10 +89,10 @@ def required(help: str, **settings: Any) -> Any:
 
 
 def changed(
-    kind: type[Concern], name: str, default: object, *, help: str | None = None, differs: str | None = None,
+    concern_class: type[Concern], name: str, default: object, *, help: str | None = None, differs: str | None = None,
 ) -> Any:
-    """A field of `kind` for a subclass: this default, other words where given, and its own facts, limits and place."""
-    flag = kind.flag(name)
+    """A field of `concern_class` for a subclass: this default, other texts where given, its facts, limits and place."""
+    flag = concern_class.flag(name)
     bounds = {bound: getattr(limit, bound) for limit in flag.field.metadata for bound in (*SIGNS, "min_length")
               if hasattr(limit, bound)}
     facts = flag.facts if differs is None else replace(flag.facts, differs=differs)
@@ -204,12 +204,12 @@ class Flag:
         return ", ".join(f"{sign} {bound}" for sign, bound in bounds)
 
 
-def steps_of_share(share: float, total: int) -> int:
-    """Optimizer steps in `share` of `total`, rounded up, so that a share above 0 is one step at least.
+def steps_of_fraction(fraction: float, total: int) -> int:
+    """Optimizer steps in `fraction` of `total`, rounded up, so that a fraction above 0 is one step at least.
 
-    The share counts as it is written: 0.07 of 100 steps are 7, though the float is a little more than 0.07.
+    The fraction counts as it is written: 0.07 of 100 steps are 7, though the float is a little more than 0.07.
     """
-    return math.ceil(Fraction(str(share)) * total)
+    return math.ceil(Fraction(str(fraction)) * total)
 
 
 class Concern(BaseModel):
@@ -235,8 +235,8 @@ class Concern(BaseModel):
     @classmethod
     def of(cls, values: Mapping[str, object]) -> Self:
         """The concern that has its part of these values, by flag, which are taken as they are."""
-        own: dict[str, Any] = {name: values[name] for name in cls.model_fields if name in values}
-        built: Any = cls.model_construct(**own)
+        known: dict[str, Any] = {name: values[name] for name in cls.model_fields if name in values}
+        built: Any = cls.model_construct(**known)
         return built
 
     @classmethod

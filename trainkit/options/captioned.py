@@ -1,50 +1,50 @@
-"""What the text-to-image trainer is told otherwise than the DreamBooth one: captioned pictures, its own defaults."""
+"""What the text-to-image trainer takes otherwise than the DreamBooth one: captioned images, its own defaults."""
 
 from __future__ import annotations
 
 from trainkit.options.base import Concern, changed, opt
-from trainkit.options.inputs import PictureOptions
+from trainkit.options.inputs import ImageOptions
 from trainkit.options.optimizer import OptimizerOptions
 from trainkit.options.running import OWN_ATTENTION, PrecisionOptions, RunOptions, ValidationOptions
 from trainkit.options.text_encoders import TextOptions
 
 
 class TrainFolderOptions(Concern):
-    """Where captioned pictures are. A concern's own fields come after its bases': this one puts its flags first."""
+    """Where captioned images are. A concern's own fields come after its bases': this one puts its flags first."""
 
     train_data_dir: str | None = opt(
-        None, "folder of pictures and its subfolders, in the layout that the datasets library calls imagefolder: "
-        "captions are in metadata.jsonl, .csv or .parquet files there, or in .txt files beside the pictures. Of train/ "
+        None, "folder of images and its subfolders, in the layout that the datasets library calls imagefolder: "
+        "captions are in metadata.jsonl, .csv or .parquet files there, or in .txt files beside the images. Of train/ "
         "and test/ in it only train/ is read. One of this and --dataset_name", path=True, resume="in the data",
         read_with="no dataset_name", min_length=1,
         differs="not read with --dataset_name, as the help says there; .txt files are read too; test/ is left out")
     max_train_samples: int | None = opt(
-        None, "train on so many of the pictures only, chosen by --seed; without it all", unit="pictures",
+        None, "train on so many of the images only, chosen by --seed; without it all", unit="images",
         resume="in the data", ge=1,
         differs="more than there are is all of them, not an error")
 
 
-class CaptionedDataOptions(PictureOptions, TrainFolderOptions):
-    """Pictures and captions"""
+class CaptionedDataOptions(ImageOptions, TrainFolderOptions):
+    """Images and captions"""
 
     folder_flag = "train_data_dir"
     captioned = True
 
     caption_column: str = changed(
-        PictureOptions, "caption_column", "text",
-        help="column with a caption a picture, or a list of captions, one of which is drawn at every visit. The "
+        ImageOptions, "caption_column", "text",
+        help="column with a caption an image, or a list of captions, one of which is drawn at every visit. The "
         "columns caption and prompt are found without it where there is no text",
-        differs="a picture may lack a caption, if not all do")
+        differs="an image may lack a caption, if not all do")
     resolution: int = changed(
-        PictureOptions, "resolution", 512, differs="512 for SDXL too, whose own script has 1024")
-    center_crop: bool = changed(PictureOptions, "center_crop", False, differs="")
+        ImageOptions, "resolution", 512, differs="512 for SDXL too, whose own script has 1024")
+    center_crop: bool = changed(ImageOptions, "center_crop", False, differs="")
 
     @property
     def wanted_column(self) -> str | None:
         return self.caption_column if "caption_column" in self.model_fields_set else None
 
     @property
-    def max_pictures(self) -> int | None:
+    def max_images(self) -> int | None:
         return self.max_train_samples
 
 
@@ -98,8 +98,8 @@ class CaptionedRunOptions(RunOptions):
     train_batch_size: int = changed(RunOptions, "train_batch_size", 16)
     num_train_epochs: int = changed(RunOptions, "num_train_epochs", 100)
     debug_loss: bool = opt(
-        False, "accepted; metrics.jsonl has the loss of every step, and no loss of a single picture",
+        False, "accepted; metrics.jsonl has the loss of every step, and no loss of a single image",
         resume="may change",
-        notice="no loss is logged by picture: at one random noise level it says little of the picture; metrics.jsonl "
+        notice="no loss is logged by image: at one random noise level it says little of the image; metrics.jsonl "
         "has the loss of every step",
         differs="a notice: there the mean over a micro-batch is logged under the name of every file in it")

@@ -107,13 +107,13 @@ def _underscore(word: str) -> str:
 def split_leftovers(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Names of unknown flags, and words that belong to no flag; a word right after an unknown flag is its value."""
     unknown: list[str] = []
-    strays: list[str] = []
+    unassigned: list[str] = []
     after_unknown = False
     for word in words:
         is_flag = word.startswith("-") and " " not in word
         if is_flag:
             unknown.append(word.lstrip("-").partition("=")[0])
         elif not after_unknown:
-            strays.append(word)
+            unassigned.append(word)
         after_unknown = is_flag and "=" not in word
-    return unknown, strays
+    return unknown, unassigned

@@ -42,20 +42,20 @@ def markdown(trainers: Mapping[str, Concerns], presets: Mapping[str, Mapping[str
     """docs/flags.md: every flag once, with what a trainer has otherwise; `trainers` is by name."""
     parts = [INTRODUCTION, _preset_text(presets)]
     for concern in reduce(merged, map(list, trainers.values())):
-        kinds = {trainer: kinds[concern] for trainer, kinds in trainers.items() if concern in kinds}
-        only = "" if len(kinds) == len(trainers) else f", {' and '.join(kinds)} only"
-        title = next(iter(kinds.values())).title()
-        parts.append(f"## {title} (`[{concern}]`{only})\n\n{_table(concern, kinds)}")
+        concern_classes = {trainer: concerns[concern] for trainer, concerns in trainers.items() if concern in concerns}
+        only = "" if len(concern_classes) == len(trainers) else f", {' and '.join(concern_classes)} only"
+        title = next(iter(concern_classes.values())).title()
+        parts.append(f"## {title} (`[{concern}]`{only})\n\n{_table(concern, concern_classes)}")
     return "\n\n".join(parts) + "\n"
 
 
-def _table(concern: str, kinds: Mapping[str, type[Concern]]) -> str:
+def _table(concern: str, concern_classes: Mapping[str, type[Concern]]) -> str:
     """A concern's flags, as its trainers have them."""
     lines = ["| flag | value | default | meaning |", "|---|---|---|---|"]
-    for name in reduce(merged, (list(kind.model_fields) for kind in kinds.values())):
-        flags = {trainer: kind.flag(name, concern) for trainer, kind in kinds.items()
-                 if name in kind.model_fields}
-        only = "" if len(flags) == len(kinds) else f" ({' and '.join(flags)} only)"
+    for name in reduce(merged, (list(concern_class.model_fields) for concern_class in concern_classes.values())):
+        flags = {trainer: concern_class.flag(name, concern) for trainer, concern_class in concern_classes.items()
+                 if name in concern_class.model_fields}
+        only = "" if len(flags) == len(concern_classes) else f" ({' and '.join(flags)} only)"
         cells = [f"`--{name}`{only}", _agreed(flags, _value), _agreed(flags, _default), _meaning(flags)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

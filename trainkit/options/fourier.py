@@ -75,7 +75,7 @@ class FourierOptions(Concern):
         "magnitude", "what of a frequency is compared: its magnitude, which no shift and no sign changes, or all of it",
         card="Fourier metric")
     fourier_space: Literal["prediction", "x0"] = opt(
-        "prediction", "whose spectra: those of the network's output, or of the picture that it implies",
+        "prediction", "whose spectra: those of the network's output, or of the image that it implies",
         card="Fourier space")
     fourier_normalize: Literal["target", "none", "separate"] | None = opt(
         None, "divide by the spread of the target, by nothing, or each spectrum by its own; without it target for "
@@ -84,7 +84,7 @@ class FourierOptions(Concern):
         "cap", "lower the weight, to a tenth at most, where the term is more than 10 times the error it is added to")
     fourier_timestep_gate: Literal["none", "snr", "linear", "wiener"] = opt(
         "none", "at which noise levels it counts: all, above --fourier_gate_min_snr, rising from there to "
-        "--fourier_gate_max_snr, or frequency by frequency where the picture outweighs the noise")
+        "--fourier_gate_max_snr, or frequency by frequency where the image outweighs the noise")
     fourier_gate_min_snr: float = opt(0.1, "signal-to-noise ratio below which snr and linear leave it out", unit="SNR",
                                       read_with="fourier_timestep_gate=snr|linear", gt=0)
     fourier_gate_max_snr: float = opt(10.0, "signal-to-noise ratio from which it fully counts in linear", unit="SNR",

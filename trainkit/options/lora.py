@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from trainkit.options.base import Concern, always, opt, steps_of_share
+from trainkit.options.base import Concern, always, opt, steps_of_fraction
 
 ADAPTS = "train_unet_frac>0 or train_text_encoder"  # whether any network gets adapters
 ADAPTS_UNET = "train_unet_frac>0"
@@ -52,4 +52,4 @@ class LoraOptions(Concern):
 
     def stop(self, total: int) -> int:
         """Finished steps of `total` after which the UNet's adapters no longer change."""
-        return steps_of_share(self.train_unet_frac, total)
+        return steps_of_fraction(self.train_unet_frac, total)

@@ -15,7 +15,7 @@ WAVELETS = needs(  # the method that `MatchingOptions.loss` comes to
 
 
 class MatchingOptions(Concern):
-    """Frequency-aware distribution matching: what all pictures of a batch have wrong in common"""
+    """Frequency-aware distribution matching: what all images of a batch have wrong in common"""
 
     read_with: ClassVar[Prerequisite] = needs(
         "dist_match>0 or dist_match_gain>0", "--dist_match or --dist_match_gain above 0")
@@ -27,8 +27,8 @@ class MatchingOptions(Concern):
         0.0, "strength of the unbiased form beside the ordinary loss, the same at every batch size; 0: off",
         unit="gain", card="Distribution matching, gain", ge=0)
     dist_match_statistic: Literal["sum", "diagonal", "u"] | None = opt(
-        None, "what is measured: the squared sum of the errors, its part that each picture has alone (a control), or "
-        "its part that two pictures share (U statistic). Without it sum with --dist_match, u with --dist_match_gain",
+        None, "what is measured: the squared sum of the errors, its part that each image has alone (a control), or "
+        "its part that two images share (U statistic). Without it sum with --dist_match, u with --dist_match_gain",
         card="Matching, statistic")
     dist_match_method: Literal["dct", "wavelet", "fft"] | None = opt(
         None, "how coarse and fine are told apart: orthogonally at every size (dct), by wavelets, or by a disc of "
@@ -50,10 +50,10 @@ class MatchingOptions(Concern):
         None, "what a band's error is divided by: the size of the latent, the band's own share of it, or this and the "
         "band's usual error at the noise level. Without it whiten for the statistic u, else grid")
     dist_match_timestep_weight: Literal["x0", "eps", "whiten"] | None = opt(
-        None, "what an error counts at each noise level: as it is in the picture, as it is in the noise, or in units "
+        None, "what an error counts at each noise level: as it is in the image, as it is in the noise, or in units "
         "of the usual error there. Without it x0, but eps for --dist_match_mode reuse without whitened bands")
     dist_match_kernel: Literal["none", "class", "text", "latent"] = opt(
-        "none", "which pictures are compared: all alike, those with the same caption, or the more, the closer their "
+        "none", "which images are compared: all alike, those with the same caption, or the more, the closer their "
         "captions (text) or their coarse noisy latents (latent) are", card="Matching, kernel")
     dist_match_mode: Literal["extra", "combo", "swap", "reuse"] | None = opt(
         None, "where the batch at one noise level comes from: a second forward pass a step for this term alone "
@@ -70,7 +70,7 @@ class MatchingOptions(Concern):
         read_with="dist_match_mode=swap", gt=0, lt=1)
     dist_match_bank: float = opt(
         0.0, "decay of a running mean of the errors of past batches, which counts as decay / (1 - decay) of them; for "
-        "sets of hundreds of pictures, since it holds each picture's own errors too; 0: none", unit="0..1",
+        "sets of hundreds of images, since it holds each image's own errors too; 0: none", unit="0..1",
         card="Matching, bank", ge=0, lt=1)
 
     @field_validator("dist_match_weights")

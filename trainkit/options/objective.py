@@ -68,7 +68,7 @@ class ObjectiveOptions(Concern):
     prediction_type: Literal["epsilon", "v_prediction"] | None = opt(
         None, "what the UNet predicts; without it the model's own scheduler config says so", card="Prediction")
     rescale_betas_zero_snr: bool = opt(
-        False, "rescale the noise schedule to end in pure noise (Lin et al. 2024), for v-prediction; pictures must be "
+        False, "rescale the noise schedule to end in pure noise (Lin et al. 2024), for v-prediction; images must be "
         "drawn with the same setting and trailing timesteps", card="Schedule ends at SNR 0")
 
     @property

@@ -35,7 +35,7 @@ class OptimizerOptions(Concern):
     learning_rate: float = opt(1e-4, "learning rate of the UNet's adapters; 1 is right for Prodigy", unit="rate",
                                resume="may change", ge=0)
     scale_lr: bool = opt(
-        False, "multiply the learning rate by the pictures in an optimizer step", resume="may change")
+        False, "multiply the learning rate by the images in an optimizer step", resume="may change")
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
         "piecewise_constant"] = opt("constant", "course of the learning rate", card=always("Schedule"))
@@ -99,7 +99,7 @@ class OptimizerOptions(Concern):
         return estimates_step(self.optimizer)
 
     def base_lr(self, *, global_batch: int) -> float:
-        """--learning_rate, with --scale_lr times the pictures in an optimizer step over all processes."""
+        """--learning_rate, with --scale_lr times the images in an optimizer step over all processes."""
         return self.learning_rate * (global_batch if self.scale_lr else 1)
 
     def text_lr(self, lr: float, *, given: bool, global_batch: int) -> float:

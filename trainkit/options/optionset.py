@@ -26,7 +26,7 @@ class OptionSet(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        names = [name for kind in cls.concerns().values() for name in kind.model_fields]
+        names = [name for concern_class in cls.concerns().values() for name in concern_class.model_fields]
         assert len(set(names)) == len(names), f"{cls.__name__}: two concerns share a flag"
 
     @classmethod
@@ -36,7 +36,8 @@ class OptionSet(BaseModel):
     @classmethod
     def flags(cls) -> dict[str, Flag]:
         """Every flag by name, in the order of --help."""
-        return {flag.name: flag for concern, kind in cls.concerns().items() for flag in kind.flags(concern)}
+        return {flag.name: flag for concern, concern_class in cls.concerns().items()
+                for flag in concern_class.flags(concern)}
 
     @property
     def origins(self) -> dict[str, str]:
@@ -60,13 +61,13 @@ class OptionSet(BaseModel):
         return list(rules.notices(values, flags, chosen, given))
 
 
-Options = TypeVar("Options", bound=OptionSet)
+AnyOptions = TypeVar("AnyOptions", bound=OptionSet)
 
 
-def parse(cls: type[Options], argv: Sequence[str] | None = None, *, description: str) -> Options:
+def parse(cls: type[AnyOptions], argv: Sequence[str] | None = None, *, description: str) -> AnyOptions:
     """Options from the command line (sys.argv when None), environment, --config, --preset and defaults.
 
-    Raises one UserError for everything that keeps a value from being read: unknown flags and keys, missing and unfit
+    Raises one UserError for everything that keeps a value from being read: unknown flags and keys, missing and invalid
     values. Contradictions between readable values are left to `OptionSet.problems`, so that a trainer can report them
     together with those of its model and data. Exits 0 after --help and --print_config.
     """
@@ -76,11 +77,11 @@ def parse(cls: type[Options], argv: Sequence[str] | None = None, *, description:
     sources = {name: layer for layer in reversed(layers) for name in layer.values}
     origins = {name: layer.origin for name, layer in sources.items()}
     built: dict[str, Concern] = {}
-    for concern, kind in cls.concerns().items():
-        values = {name: sources[name].values[name] for name in kind.model_fields if name in sources}
-        part, errors = _build(kind, values)
+    for concern, concern_class in cls.concerns().items():
+        values = {name: sources[name].values[name] for name in concern_class.model_fields if name in sources}
+        part, errors = _build(concern_class, values)
         built |= {concern: part} if part else {}
-        problems += [_unfit(flags[str(error["loc"][0])], error, sources) for error in errors]
+        problems += [_invalid_value(flags[str(error["loc"][0])], error, sources) for error in errors]
     if problems:
         refuse([*problems, *rules.problems(_flat(built))])
     options = cls(**built)
@@ -88,16 +89,16 @@ def parse(cls: type[Options], argv: Sequence[str] | None = None, *, description:
     return _print_config(options) if options.flat().get("print_config") else options
 
 
-def _build(kind: type[Concern], values: Mapping[str, object]) -> tuple[Concern | None, list[ErrorDetails]]:
+def _build(concern_class: type[Concern], values: Mapping[str, object]) -> tuple[Concern | None, list[ErrorDetails]]:
     """The concern and what was wrong with its values; defaults stand in for those, None when one is required."""
     try:
-        return kind(**values), []
+        return concern_class(**values), []
     except ValidationError as error:
         errors = error.errors(include_url=False)
-    unfit = {error["loc"][0] for error in errors}
-    if any(kind.model_fields[str(name)].is_required() for name in unfit):
+    invalid = {error["loc"][0] for error in errors}
+    if any(concern_class.model_fields[str(name)].is_required() for name in invalid):
         return None, errors
-    return kind(**{name: value for name, value in values.items() if name not in unfit}), errors
+    return concern_class(**{name: value for name, value in values.items() if name not in invalid}), errors
 
 
 def _flat(concerns: Mapping[str, Concern]) -> dict[str, Value]:
@@ -110,7 +111,7 @@ def _print_config(options: OptionSet) -> NoReturn:
     raise SystemExit(0)
 
 
-def _unfit(flag: Flag, error: ErrorDetails, sources: Mapping[str, Layer]) -> Problem:
+def _invalid_value(flag: Flag, error: ErrorDetails, sources: Mapping[str, Layer]) -> Problem:
     """A value its field refuses, in the user's words."""
     if error["type"] == "missing":
         return Problem(f"--{flag.name} is missing", "command line, environment and config", flag.help,

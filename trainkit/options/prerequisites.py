@@ -19,7 +19,7 @@ TERM = re.compile(r"(?P<flag>\w+)(?:(?P<above>>0)|(?P<sign>!?=)(?P<choices>\w+(?
 
 
 @dataclass(frozen=True)
-class Term:
+class FlagTerm:
     """A question about one flag."""
 
     flag: str
@@ -46,11 +46,11 @@ class Term:
 class Prerequisite:
     """It holds if all terms of one of the alternatives do."""
 
-    alternatives: tuple[tuple[Term, ...], ...]
+    alternatives: tuple[tuple[FlagTerm, ...], ...]
     said: str = ""  # instead of the words made from the terms
 
     @property
-    def terms(self) -> tuple[Term, ...]:
+    def terms(self) -> tuple[FlagTerm, ...]:
         return tuple(term for terms in self.alternatives for term in terms)
 
     @property
@@ -73,10 +73,10 @@ def needs(condition: str, said: str = "") -> Prerequisite:
     return Prerequisite(alternatives, said)
 
 
-def _term(text: str) -> Term:
+def _term(text: str) -> FlagTerm:
     found = TERM.fullmatch(text)
     assert found, f"{text!r} is no condition"
     if found["unset"]:
-        return Term(found["unset"], "no")
+        return FlagTerm(found["unset"], "no")
     choices = tuple(found["choices"].split("|")) if found["choices"] else ()
-    return Term(found["flag"], found["above"] or found["sign"] or "set", choices)
+    return FlagTerm(found["flag"], found["above"] or found["sign"] or "set", choices)

@@ -44,17 +44,17 @@ def _unclear_objective(values: Values) -> Iterator[Problem]:
                       "its gamma says from which SNR on samples count less", "add --snr_gamma 5, the paper's value")
     if values.get("edm_sigmas") and values.get("timestep_sampling"):
         yield Problem("--edm_sigmas with --timestep_sampling", "--edm_sigmas, --timestep_sampling",
-                      "each is a law of the noise levels", "leave out one of the two")
+                      "each is a distribution of the noise levels", "leave out one of the two")
     if isinstance(first, int) and isinstance(end, int) and first >= end:
         yield Problem(f"no timestep from --min_timestep {first} to below --max_timestep {end}", "--max_timestep",
                       "the last timestep is not drawn itself", f"--max_timestep {first + 1} or more")
 
 
 def _idle_fourier(values: Values) -> Iterator[Problem]:
-    """A share to be held by a weight of 0."""
+    """A fraction to be held by a weight of 0."""
     if values.get("fourier_target_share") and _weighs_nothing(values):
         yield Problem("--fourier_target_share with --fourier_weight 0", "--fourier_weight 0",
-                      "the share is held by a factor on the weight", "leave out --fourier_weight, or the share")
+                      "it is held by a factor on the weight", "leave out one of the two")
 
 
 def _perturbed(values: Values) -> Iterator[Problem]:
@@ -113,15 +113,15 @@ _STARTED = {  # with --init_lora_weights pissa and olora
 
 def _other_adapter(values: Values) -> Iterator[Problem]:
     """What the chosen kind of adapter, its start or its blocks cannot be combined with."""
-    kind, start = values.get("lora_type", "lora"), values.get("init_lora_weights", "gaussian")
-    asked = dict(values) | {"loraplus_lr_ratio": values.get("loraplus_lr_ratio", 1.0) != 1.0}
-    clashes = {("lora_type", kind): _LYCORIS if kind != "lora" else {},
+    adapter_type, start = values.get("lora_type", "lora"), values.get("init_lora_weights", "gaussian")
+    switched_on = dict(values) | {"loraplus_lr_ratio": values.get("loraplus_lr_ratio", 1.0) != 1.0}
+    clashes = {("lora_type", adapter_type): _LYCORIS if adapter_type != "lora" else {},
                ("init_lora_weights", start): _STARTED if start != "gaussian" else {}}
     for (flag, value), reasons in clashes.items():
         yield from (Problem(f"--{flag} {value} with --{other}", f"--{other}", why, "leave out one of the two")
-                    for other, why in reasons.items() if asked.get(other))
-    if start != "gaussian" and kind != "lora":
-        yield Problem(f"--init_lora_weights {start} with --lora_type {kind}", "--init_lora_weights",
+                    for other, why in reasons.items() if switched_on.get(other))
+    if start != "gaussian" and adapter_type != "lora":
+        yield Problem(f"--init_lora_weights {start} with --lora_type {adapter_type}", "--init_lora_weights",
                       "PiSSA and OLoRA are starts of A and B", "leave out one of the two")
     if start != "gaussian" and str(values.get("lora_layers")).endswith("+conv"):
         yield Problem(f"--init_lora_weights {start} with convolutions", f"--lora_layers {values['lora_layers']}",
@@ -138,24 +138,24 @@ def _untrained_text(values: Values) -> Iterator[Problem]:
     for part, what in {"train_text_encoder": "adapters", "train_text_encoder_ti": "embeddings"}.items():
         if values.get(part) and values.get(f"{part}_frac") == 0:
             yield Problem(f"--{part} with --{part}_frac 0", f"--{part}_frac 0", f"the {what} would never be trained",
-                          f"a share above 0, or leave out --{part}")
+                          f"a fraction above 0, or leave out --{part}")
 
 
-def shares(values: Values) -> dict[str, float]:
-    """The share of the steps in which each part trains, by the flag that says so: the UNet, and text where it does."""
+def trained_fractions(values: Values) -> dict[str, float]:
+    """The fraction of the steps in which each part trains, by its flag: the UNet, and text where it is trained."""
     parts = [part for part in ("train_text_encoder", "train_text_encoder_ti") if values.get(part)]
     flags = ["train_unet_frac", *(f"{part}_frac" for part in parts)]
     return {flag: float(values.get(flag, 1.0) or 0) for flag in flags}
 
 
 def _idle_steps(values: Values) -> Iterator[Problem]:
-    """Shares of the run that together leave its last steps with nothing to train."""
-    parts = shares(values)
+    """Fractions of the run that together leave its last steps with nothing to train."""
+    parts = trained_fractions(values)
     longest = max(parts, key=lambda flag: parts[flag])
     if parts[longest] < 1:
         yield Problem(f"nothing would be trained after {parts[longest]:.0%} of the steps",
-                      ", ".join(f"--{flag} {share:g}" for flag, share in parts.items()),
-                      "each is the share of the steps in which that part is trained", f"--{longest} 1")
+                      ", ".join(f"--{flag} {fraction:g}" for flag, fraction in parts.items()),
+                      "each is the fraction of the steps in which that part is trained", f"--{longest} 1")
 
 
 def _without_class(values: Values) -> Iterator[Problem]:
@@ -164,7 +164,7 @@ def _without_class(values: Values) -> Iterator[Problem]:
     for flag, example in needed.items():
         if values.get("with_prior_preservation") and not str(values.get(flag) or "").strip():
             yield Problem(f"--with_prior_preservation without --{flag}", "--with_prior_preservation",
-                          "pictures of the class are read from a folder and, where missing, generated from the prompt",
+                          "images of the class are read from a folder and, where missing, generated from the prompt",
                           f"add --{flag} {example}")
 
 
@@ -200,9 +200,9 @@ def unread(values: Values, flags: Mapping[str, Flag]) -> Iterator[tuple[str, str
     """
     complete = {name: flag.default for name, flag in flags.items()} | dict(values)
     for name, flag in flags.items():
-        lacking = next((needed for needed in flag.prerequisites if not needed.holds(complete)), None)
-        if lacking:
-            yield name, lacking.words(complete)
+        missing = next((needed for needed in flag.prerequisites if not needed.holds(complete)), None)
+        if missing:
+            yield name, missing.words(complete)
 
 
 def notices(values: Values, flags: Mapping[str, Flag], chosen: Container[str], given: Container[str]) -> Iterator[str]:
@@ -232,8 +232,8 @@ def notices(values: Values, flags: Mapping[str, Flag], chosen: Container[str], g
 def _shrinking_base(values: Values) -> Iterator[str]:
     """Weight decay that reaches what holds a part of the base: DoRA's m, and A and B that start at its directions."""
     start = values.get("init_lora_weights", "gaussian")
-    kind = "--use_dora" if values.get("use_dora") else f"--init_lora_weights {start}" if start != "gaussian" else ""
+    flag = "--use_dora" if values.get("use_dora") else f"--init_lora_weights {start}" if start != "gaussian" else ""
     decay = float(values.get("adam_weight_decay") or 0)
-    if kind and decay > _HARMLESS_DECAY:
-        yield (f"--adam_weight_decay {decay:g} with {kind} decays the base model's own part of the weights, too: "
+    if flag and decay > _HARMLESS_DECAY:
+        yield (f"--adam_weight_decay {decay:g} with {flag} decays the base model's own part of the weights, too: "
                f"--adam_weight_decay 0 leaves it alone")

@@ -33,8 +33,8 @@ class ValidationOptions(Concern):
     read_with: ClassVar[str] = "validation_prompt"
 
     validation_prompt: str | None = opt(
-        None, "prompt of the preview pictures; without it there are none", resume="may change")
-    num_validation_images: int = opt(4, "pictures a preview", unit="pictures", resume="may change", ge=1)
+        None, "prompt of the preview images; without it there are none", resume="may change")
+    num_validation_images: int = opt(4, "images a preview", unit="images", resume="may change", ge=1)
     validation_epochs: int = opt(50, "a preview every so many epochs", unit="epochs", resume="may change",
                                  read_with="no validation_steps", ge=1)
     validation_steps: int | None = opt(
@@ -55,7 +55,7 @@ class RunOptions(Concern):
     seed: int = opt(
         0, "noise, crops, order and initial weights follow from it", unit="number", card=always("Seed"), ge=0,
         le=MAX_SEED, differs="0, not unset: a run that was not seeded can be repeated and resumed exactly too")
-    train_batch_size: int = opt(4, "pictures in a micro-batch on one device", unit="pictures", resume="in the data",
+    train_batch_size: int = opt(4, "images in a micro-batch on one device", unit="images", resume="in the data",
                                 card=always("Batch size"), ge=1)
     gradient_accumulation_steps: int = opt(1, "micro-batches in an optimizer step", unit="micro-batches",
                                            resume="in the data", card=always("Accumulation"), ge=1)
@@ -78,7 +78,7 @@ class RunOptions(Concern):
     max_skipped_steps: int = opt(
         10, "optimizer steps in a row that may be skipped for a gradient that is not finite", unit="steps",
         resume="may change", ge=0)
-    dataloader_num_workers: int = opt(0, "processes that prepare pictures; 0 does it in the main one",
+    dataloader_num_workers: int = opt(0, "processes that prepare images; 0 does it in the main one",
                                       unit="processes", resume="may change", ge=0)
     logging_dir: str = opt(
         "logs", "folder of the trackers' logs under --output_dir", path=True, resume="may change", min_length=1)
@@ -108,7 +108,7 @@ class RunOptions(Concern):
     debug: bool = opt(False, "show a traceback with an error message", resume="may change")
 
     def global_batch(self, world: int) -> int:
-        """Pictures in an optimizer step over all processes and micro-batches."""
+        """Images in an optimizer step over all processes and micro-batches."""
         return self.train_batch_size * self.gradient_accumulation_steps * world
 
     def ends(self, rows: int, world: int) -> tuple[int, int]:

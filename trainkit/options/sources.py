@@ -20,7 +20,7 @@ from trainkit.options.trainers import only_script_with
 ENV_PREFIX = "LORA_"
 
 PRESETS: dict[str, dict[str, str | int | float | bool]] = {
-    # A style from about twenty pictures: a small rank and Prodigy finding the rate; larger ranks learn the pictures.
+    # A style from about twenty images: a small rank and Prodigy finding the rate; larger ranks learn the images.
     "style": {
         "rank": 8, "optimizer": "prodigy", "learning_rate": 1.0, "lr_scheduler": "constant", "lr_warmup_steps": 0,
         "snr_gamma": 5.0, "train_batch_size": 3, "max_train_steps": 1000,
@@ -49,7 +49,7 @@ def read_layers(
     argv: Sequence[str], flags: Mapping[str, Flag], *, concerns: Mapping[str, type[Concern]], description: str
 ) -> tuple[list[Layer], list[Problem]]:
     """Every source that says something, strongest first, and what could not be read."""
-    titles = {name: kind.title() for name, kind in concerns.items()}
+    titles = {name: concern_class.title() for name, concern_class in concerns.items()}
     command, problems = _command_line(argv, flags, make_parser(flags.values(), description, titles))
     environment, more = _environment(flags)
     problems += more
@@ -63,7 +63,7 @@ def read_layers(
             layers.append(Layer(f"preset {name}", {k: v for k, v in PRESETS[str(name)].items() if k in flags}))
         else:
             problems.append(_unknown_preset(str(name), layers))
-    shorthands = [kind.shorthand(partial(first_value, layers)) for kind in concerns.values()]
+    shorthands = [concern_class.shorthand(partial(first_value, layers)) for concern_class in concerns.values()]
     layers += [Layer(f"preset {name}", values) for name, values in filter(None, shorthands)]
     return layers, problems
 
@@ -86,10 +86,10 @@ def _command_line(
     values = {name: " ".join(value) or MISSING if isinstance(value, list) else value
               for name, value in vars(found).items()}
     problems = [_without_value(flags[name]) for name, value in values.items() if value is MISSING]
-    unknown, strays = split_leftovers(leftovers)
+    unknown, unassigned = split_leftovers(leftovers)
     known = list(flags) + [f"no_{name}" for name, flag in flags.items() if flag.is_switch]
     problems += [_unknown(f"--{word}", nearest(word, known), "command line", "flag") for word in unknown]
-    problems += [_stray(strays)] if strays else []
+    problems += [_unassigned_words(unassigned)] if unassigned else []
     return {name: value for name, value in values.items() if value is not MISSING}, problems
 
 
@@ -221,14 +221,14 @@ def _file_in_file(where: str, flags: Container[str]) -> Problem:
                    f"remove it{preset}")
 
 
-def _stray(words: Sequence[str]) -> Problem:
+def _unassigned_words(words: Sequence[str]) -> Problem:
     return Problem(f"belonging to no flag: {' '.join(words)}", "command line", "a value with blanks needs quotes",
                    'quote the whole value: --flag "a value with blanks"')
 
 
 def _unreadable_config(path: Path, error: Exception) -> Problem:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return Problem(f"cannot read the config file {path}", "--config", reason, "mend the file or give another path")
+    return Problem(f"cannot read the config file {path}", "--config", reason, "fix the file or give another path")
 
 
 def _wrong_table(name: str, concern: str, where: str) -> Problem:

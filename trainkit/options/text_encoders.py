@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from trainkit.options.base import Concern, always, opt, steps_of_share
+from trainkit.options.base import Concern, always, opt, steps_of_fraction
 
 if TYPE_CHECKING:
     from trainkit.options.optimizer import OptimizerOptions
@@ -48,7 +48,7 @@ class TextOptions(Concern):
 
     def stop(self, total: int) -> int:
         """Finished steps of `total` after which the text encoders' LoRA no longer changes."""
-        return steps_of_share(self.train_text_encoder_frac, total)
+        return steps_of_fraction(self.train_text_encoder_frac, total)
 
 
 class PivotalOptions(Concern):
@@ -98,7 +98,7 @@ class PivotalOptions(Concern):
 
     def stop(self, total: int) -> int:
         """Finished steps of `total` after which the embeddings no longer change: the pivot."""
-        return steps_of_share(self.train_text_encoder_ti_frac, total)
+        return steps_of_fraction(self.train_text_encoder_ti_frac, total)
 
 
 def replace_words(prompt: str, table: Mapping[str, str]) -> str:

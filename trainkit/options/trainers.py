@@ -43,7 +43,7 @@ SCRIPTS = {"DreamBooth": "train_dreambooth_lora_sdxl_advanced.py", "text-to-imag
 def only_script_with(name: str) -> str | None:
     """The one trainer that has a flag of this name; None where each has it, or none."""
     having = [trainer for trainer, concerns in TRAINERS.items()
-              if any(name in kind.model_fields for kind in concerns.values())]
+              if any(name in concern_class.model_fields for concern_class in concerns.values())]
     return SCRIPTS[having[0]] if len(having) == 1 else None
 
 
@@ -51,9 +51,10 @@ def known_flags() -> dict[str, Flag]:
     """Every flag of any trainer by name, in the order of docs/flags.md; one of several is the first trainer's."""
     found = {}
     for concern in reduce(merged, map(list, TRAINERS.values())):
-        kinds = [concerns[concern] for concerns in TRAINERS.values() if concern in concerns]
-        for name in reduce(merged, (list(kind.model_fields) for kind in kinds)):
-            found[name] = next(kind.flag(name, concern) for kind in kinds if name in kind.model_fields)
+        concern_classes = [concerns[concern] for concerns in TRAINERS.values() if concern in concerns]
+        for name in reduce(merged, (list(concern_class.model_fields) for concern_class in concern_classes)):
+            found[name] = next(concern_class.flag(name, concern) for concern_class in concern_classes
+                               if name in concern_class.model_fields)
     return found
 
 

@@ -1,7 +1,7 @@
 """report.html: one offline page that tells how a run went, from its run.json, metrics.jsonl and samples/.
 
 `facts` reads and cleans what a run left behind, `charts` draws lines, `matched` tells of distribution matching, this
-file puts the page together. The page makes no request: styles, script and pictures are inside, and its content
+file puts the page together. The page makes no request: styles, script and images are inside, and its content
 security policy allows nothing else.
 """
 
@@ -27,7 +27,7 @@ from trainkit.report.usage import usage
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
 MAX_SAMPLE_STEPS = 24  # steps on the slider: the first, the last and others spread between
-EMBED_PX, EMBED_BYTES = 512, 96 * 1024  # larger pictures go in as thumbnails; the full ones stay beside the page
+EMBED_PX, EMBED_BYTES = 512, 96 * 1024  # larger images go in as thumbnails; the full ones stay beside the page
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Picture:
+class SampleImage:
     file: str  # relative to the page
     caption: str
     size: str
@@ -48,7 +48,7 @@ class Picture:
 @dataclass(frozen=True)
 class SampleStep:
     step: int
-    pictures: tuple[Picture, ...]
+    images: tuple[SampleImage, ...]
 
 
 def write_report(folder: str | Path) -> Path:
@@ -75,7 +75,7 @@ def environment(*, autoescape: bool) -> Environment:
 
 
 def policy(css: str, js: str) -> str:
-    """Content security policy: this style, this script, embedded pictures, nothing else."""
+    """Content security policy: this style, this script, embedded images, nothing else."""
     style, script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (css, js))
     return (f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; img-src data:; "
             "base-uri 'none'; form-action 'none'")
@@ -107,7 +107,7 @@ def progress_tiles(run: RunFacts) -> Iterator[Tile]:
 def resource_tiles(run: RunFacts) -> Iterator[Tile]:
     last = run.metrics[-1] if run.metrics else {}
     if "images" in last:
-        yield Tile("Pictures seen", f"{last['images']:,.0f}", f"{last['images'] / max(1, run.step):.3g} a step")
+        yield Tile("Images seen", f"{last['images']:,.0f}", f"{last['images'] / max(1, run.step):.3g} a step")
     if last.get("skipped"):
         yield Tile("Skipped steps", f"{last['skipped']:.0f}", "loss or gradient not finite")
 
@@ -118,8 +118,8 @@ def charts(run: RunFacts) -> list[Chart]:
     found = []
     if loss:
         smooth = smoothed(loss)
-        told = f"The faint line is the loss itself, the strong one its running mean. {loss_note(run)}".rstrip()
-        found.append(line_chart(loss_name(run), smooth, raw=loss, wide=True, explanation=told,
+        explanation = f"The faint line is the loss itself, the strong one its running mean. {loss_note(run)}".rstrip()
+        found.append(line_chart(loss_name(run), smooth, raw=loss, wide=True, explanation=explanation,
                                 summary=f"{number(smooth[-1][1])} at the end"))
     for name in run.rates:
         rate = effective_rate(run, name)
@@ -135,12 +135,13 @@ def charts(run: RunFacts) -> list[Chart]:
 
 def fourier_charts(run: RunFacts) -> list[Chart]:
     """What part of the loss the Fourier term was; none without one, or where it never counted."""
-    share = [(row["step"], 100 * row["fourier_component"] / row["loss"]) for row in run.metrics
+    percent = [(row["step"], 100 * row["fourier_component"] / row["loss"]) for row in run.metrics
              if row.get("fourier_component") is not None and row.get("loss")]
-    if not any(value for _, value in share):
+    if not any(value for _, value in percent):
         return []
-    smooth = smoothed(share)
-    return [line_chart("Fourier term, % of the loss", smooth, raw=share, summary=f"{number(smooth[-1][1])} at the end")]
+    smooth = smoothed(percent)
+    summary = f"{number(smooth[-1][1])} at the end"
+    return [line_chart("Fourier term, % of the loss", smooth, raw=percent, summary=summary)]
 
 
 def effective_rate(run: RunFacts, name: str) -> list[tuple[float, float]]:
@@ -169,17 +170,17 @@ def duration(seconds: float) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 
 
 def sample_steps(folder: Path, *, last: int) -> list[SampleStep]:
-    """The single pictures in samples/ up to step `last`, by step; at most MAX_SAMPLE_STEPS steps."""
+    """The single images in samples/ up to step `last`, by step; at most MAX_SAMPLE_STEPS steps."""
     by_step: dict[int, list[Path]] = {}
     for path, step in sample_files(folder).items():
         named = SAMPLE.fullmatch(path.name)
         if step <= last and named and named[2]:  # no grids
             by_step.setdefault(step, []).append(path)
-    return [SampleStep(step, tuple(picture(path) for path in by_step[step])) for step in spread(sorted(by_step))]
+    return [SampleStep(step, tuple(sample_image(path) for path in by_step[step])) for step in spread(sorted(by_step))]
 
 
 def spread(steps: list[int]) -> list[int]:
@@ -188,7 +189,7 @@ def spread(steps: list[int]) -> list[int]:
     return [steps[round(k * (len(steps) - 1) / (MAX_SAMPLE_STEPS - 1))] for k in range(MAX_SAMPLE_STEPS)]
 
 
-def picture(path: Path) -> Picture:
+def sample_image(path: Path) -> SampleImage:
     named = SAMPLE.fullmatch(path.name)
     assert named, f"{path.name} is a sample"
     _, number_, seed = named.groups()
@@ -197,7 +198,7 @@ def picture(path: Path) -> Picture:
         small = max(image.size) <= EMBED_PX and path.stat().st_size <= EMBED_BYTES
         data = data_uri("png", path.read_bytes()) if small else data_uri("webp", thumbnail(image))
     caption = f"seed {seed}" if int(number_) == 1 else f"prompt {int(number_)}, seed {seed}"
-    return Picture(f"samples/{path.name}", caption, size, data)
+    return SampleImage(f"samples/{path.name}", caption, size, data)
 
 
 def thumbnail(image: Image.Image) -> bytes:
@@ -207,5 +208,5 @@ def thumbnail(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def data_uri(kind: str, data: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+def data_uri(image_type: str, data: bytes) -> str:
+    return f"data:image/{image_type};base64,{base64.b64encode(data).decode()}"

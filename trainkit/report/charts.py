@@ -119,11 +119,11 @@ def smoothed(points: Points) -> Points:
     return out
 
 
-def percentile(values: list[float], share: float) -> float:
+def percentile(values: list[float], fraction: float) -> float:
     """nan-free and empty-safe; for no values a number that never wins min or max."""
     if not values:
-        return -math.inf if share > 0.5 else math.inf
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+        return -math.inf if fraction > 0.5 else math.inf
+    return sorted(values)[min(len(values) - 1, int(fraction * len(values)))]
 
 
 def labels(ticks: Sequence[float]) -> list[str]:

@@ -20,7 +20,7 @@ from trainkit.options.text_encoders import replace_words
 from trainkit.options.trainers import known_flags
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-SAMPLE = re.compile(r"step_(\d+)(?:_p(\d+)_s(\d+))?\.png")  # a single picture, or without p and s a step's grid
+SAMPLE = re.compile(r"step_(\d+)(?:_p(\d+)_s(\d+))?\.png")  # a single image, or without p and s a step's grid
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -72,8 +72,8 @@ class RunFacts:
     @property
     def matching_mode(self) -> str | None:
         """The mode of distribution matching that was used, where it was left open too; None without matching."""
-        asked = MatchingOptions.of(self._values)
-        return asked.mode if asked.active else None
+        matching = MatchingOptions.of(self._values)
+        return matching.mode if matching.active else None
 
     @property
     def rates(self) -> dict[str, float]:
@@ -230,7 +230,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def sample_files(folder: Path) -> dict[Path, int]:
-    """The previews in samples/, pictures and grids, with the step each shows; links and other files are left out."""
+    """The previews in samples/, images and grids, with the step each shows; links and other files are left out."""
     found = {path: SAMPLE.fullmatch(path.name) for path in sorted((folder / "samples").glob("step_*.png"))}
     return {path: int(match[1]) for path, match in found.items() if match and not path.is_symlink()}
 
@@ -264,8 +264,8 @@ def shown(value: Json) -> str:
 
 def origin_shown(origin: Json) -> str:
     """`config FILE` may name a folder."""
-    kind, _, rest = str(origin).partition(" ")
-    return f"{kind} {public('config', rest)}" if kind == "config" else str(origin)
+    source, _, rest = str(origin).partition(" ")
+    return f"{source} {public('config', rest)}" if source == "config" else str(origin)
 
 
 def sha256(path: Path) -> str:

@@ -20,7 +20,7 @@ CURVES = {"u": 0.0, "slope": 1.0}  # drawn over the run, and the value where not
 TWO_PASSES = ("extra", "combo")  # modes whose step has a second forward pass, with a loss of its own
 NONE = "–"  # in place of a mean of no value
 
-Row = dict[str, float]
+MetricsRow = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def band_charts(run: RunFacts) -> list[Chart]:
 
 
 def band_chart(run: RunFacts, key: str, name: str) -> list[Chart]:
-    """The chart of a measure of one band; none where it was never had, as U without a pair of pictures."""
+    """The chart of a measure of one band; none where it was never had, as U without a pair of images."""
     column = f"{PREFIX}{key}_{name}"
     points = [(row["step"], row[column]) for row in run.metrics if column in row]
     if not points:
@@ -73,20 +73,20 @@ def band_chart(run: RunFacts, key: str, name: str) -> list[Chart]:
 def band_tables(run: RunFacts) -> list[BandTable]:
     """Means of each band by noise level, a bin of log SNR, over the last half of the run."""
     late = [row for row in run.metrics if f"{PREFIX}bin" in row and row["step"] > run.step / 2]
-    by_bin: dict[int, list[Row]] = {}
+    by_bin: dict[int, list[MetricsRow]] = {}
     for row in late:  # of samples at several levels the bin is a mean
         by_bin.setdefault(round(row[f"{PREFIX}bin"]), []).append(row)
     levels = [by_bin[place] for place in sorted(by_bin)]
     return [BandTable(shown(name), band_lines(levels, name)) for name in band_names(run) if levels]
 
 
-def band_lines(levels: Sequence[Sequence[Row]], name: str) -> tuple[tuple[str, ...], ...]:
+def band_lines(levels: Sequence[Sequence[MetricsRow]], name: str) -> tuple[tuple[str, ...], ...]:
     return tuple(
         (number(fmean(row[f"{PREFIX}snr"] for row in rows)), str(len(rows)),
          *(mean(rows, f"{PREFIX}{key}_{name}", form) for key, (_, form) in MEASURES.items())) for rows in levels)
 
 
-def mean(rows: Sequence[Row], column: str, form: str) -> str:
+def mean(rows: Sequence[MetricsRow], column: str, form: str) -> str:
     """The mean of a column, as written; NONE where no row has it."""
     values = [row[column] for row in rows if column in row]
     return format(fmean(values), form) if values else NONE

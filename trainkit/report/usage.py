@@ -11,7 +11,7 @@ from trainkit.diffusion import ScheduleChange, effective_config
 from trainkit.report.facts import DIFFUSERS_FILE, RunFacts
 
 PIPELINES = {"stable-diffusion": "StableDiffusionPipeline", "stable-diffusion-xl": "StableDiffusionXLPipeline"}
-OWN_WORDS = "your prompt"  # where the run was told none
+YOUR_PROMPT = "your prompt"  # where the run was told none
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ def usage(run: RunFacts) -> Usage:
 
 
 def diffusers_snippet(run: RunFacts) -> str:
-    """Python that loads the files and draws a picture; user text goes in as string literals."""
-    prompt = run.prompted(run.validation_prompt) or run.trigger or OWN_WORDS
+    """Python that loads the files and draws an image; user text goes in as string literals."""
+    prompt = run.prompted(run.validation_prompt) or run.trigger or YOUR_PROMPT
     return "\n".join([
         *imports(run),
         "",
@@ -46,7 +46,7 @@ def diffusers_snippet(run: RunFacts) -> str:
         *lora_lines(run),
         *token_lines(run),
         f"image = pipe({quoted(prompt)}).images[0]",
-        'image.save("picture.png")',
+        'image.save("image.png")',
         "",
     ])
 
@@ -131,7 +131,7 @@ def webui(run: RunFacts) -> Iterator[str]:
 
 def wording(run: RunFacts, name: str) -> str:
     """The instance prompt, else the validation prompt, with `name` for new tokens; else the name alone, or anything."""
-    return run.spelled(name) or (name if run.embeddings else OWN_WORDS)
+    return run.spelled(name) or (name if run.embeddings else YOUR_PROMPT)
 
 
 def all_rows_at_once(run: RunFacts) -> Iterator[str]:

@@ -50,7 +50,7 @@ def is_whole(folder: Path) -> bool:
     return True
 
 
-class Shelf:
+class CheckpointFolders:
     """`checkpoint-<step>/` folders in `out_dir`, and the hidden names a save passes through on its way."""
 
     def __init__(self, out_dir: Path):

@@ -23,11 +23,12 @@ WRAPPERS = {  # what `accelerate launch` sets for its children, and what it stan
 
 def refuse_wrappers(environ: Mapping[str, str]) -> None:
     """Raises UserError when the launcher was told to use what we do not: models here are whole on every process."""
-    asked = [name for flag, name in WRAPPERS.items() if environ.get(flag, "").lower() in ("1", "true", "yes", "on")]
+    wrappers = [name for flag, name in WRAPPERS.items() if environ.get(flag, "").lower() in ("1", "true", "yes", "on")]
     refuse([Problem(
-        what=f"{' and '.join(asked)}: not yet", where="the accelerate config", why="it would be silently left unused",
+        what=f"{' and '.join(wrappers)}: not yet", where="the accelerate config",
+        why="it would be silently left unused",
         fix="accelerate launch --multi_gpu for several GPUs, or answer no to it in accelerate config",
-    )] if asked else [])
+    )] if wrappers else [])
 
 
 def world() -> int:

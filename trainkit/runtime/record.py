@@ -76,7 +76,7 @@ def redacted_command(argv: list[str]) -> list[str]:
     return [redact(word) for word in shown]
 
 
-class Record:
+class RunRecord:
     """run.json: written when the run starts, completed when it ends however it ends.
 
     Where an earlier run left one, that one stays until `begin`: a command that is refused before its first step takes

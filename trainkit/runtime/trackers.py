@@ -82,12 +82,12 @@ def log_values(accelerator: Accelerator, values: Mapping[str, float], *, step: i
 
 
 def log_images(accelerator: Accelerator, images: Mapping[str, list[Image]], *, step: int) -> None:
-    """Pictures of one size per name, to every tracker that shows pictures."""
+    """Images of one size per name, to every tracker that shows images."""
     import numpy as np
 
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
-            stacks = {k: np.stack([np.asarray(picture.convert("RGB")) for picture in v]) for k, v in images.items()}
+            stacks = {k: np.stack([np.asarray(image.convert("RGB")) for image in v]) for k, v in images.items()}
             tracker.log_images(stacks, step=step, dataformats="NHWC")  # [N,H,W,3]
         elif tracker.name == "wandb":
             tracker.log_images(images, step=step)
@@ -101,7 +101,7 @@ def quiet_libraries() -> None:
     from transformers.utils import logging as transformers_log
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses optional kernels we do not use
-    for room in (diffusers_log, transformers_log):
-        room.set_verbosity_error()
-        room.disable_progress_bar()
+    for library_logging in (diffusers_log, transformers_log):
+        library_logging.set_verbosity_error()
+        library_logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)

@@ -1,6 +1,6 @@
 "use strict";
 
-// Samples: a slider over steps; holding a picture shows the first step for comparison.
+// Samples: a slider over steps; holding an image shows the first step for comparison.
 for (const gallery of document.querySelectorAll("[data-gallery]")) {
   const steps = [...gallery.querySelectorAll("[data-step]")];
   const slider = gallery.querySelector("input"), label = gallery.querySelector("output");

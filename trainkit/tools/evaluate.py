@@ -4,12 +4,12 @@
         --out out/my-lora/evaluation
 
 The same prompts are drawn from the same noise at every LoRA strength. The style distance (unbiased KID in a layer of a
-small CLIP) to real pictures of the same nouns is taken at each; its floor is the distance of the training pictures
+small CLIP) to real images of the same nouns is taken at each; its floor is the distance of the training images
 themselves, so
 
     share of the gap closed = (base - lora) / (base - floor)            0 = nothing learned, 1 = as good as real
 
-Writes grid.png (rows: nouns; columns: base, strengths, a real picture) and evaluation.json. Needs no network.
+Writes grid.png (rows: nouns; columns: base, strengths, a real image) and evaluation.json. Needs no network.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ if TYPE_CHECKING:
 
     from trainkit.inference import Pipeline
 
-MIN_PICTURES = 100  # below this the distance is too noisy to compare two LoRAs
-FEWEST = 2  # pictures a side of an unbiased distance
+MIN_IMAGES = 100  # below this the distance is too noisy to compare two LoRAs
+FEWEST = 2  # images a side of an unbiased distance
 GRID_ROWS = 10
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 @dataclass(frozen=True)
 class Real:
-    """A real picture of the style."""
+    """A real image of the style."""
 
     noun: str
     path: Path
@@ -60,7 +60,7 @@ class Real:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A picture to draw; `copy` tells pictures of one noun apart."""
+    """An image to draw; `copy` tells images of one noun apart."""
 
     noun: str
     prompt: str
@@ -68,7 +68,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Settings:
+class GenerationSettings:
     """What the images are generated with; the defaults are those of the command line."""
 
     base: str
@@ -108,27 +108,29 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--embeddings", type=Path, metavar="FILE", help="the run's NAME_emb.safetensors, if it learned new tokens, "
         "which then stand for their words in prompts; the base is given the words")
     add("--reference", type=Path, default=ASSETS / "icons-3d-reference", metavar="DIR",
-        help="real pictures of the style that were not trained on, with metadata.jsonl (file_name, noun, text)")
-    add("--training", type=Path, default=ASSETS / "icons-3d", metavar="DIR", help="the pictures trained on")
+        help="real images of the style that were not trained on, with metadata.jsonl (file_name, noun, text)")
+    add("--training", type=Path, default=ASSETS / "icons-3d", metavar="DIR", help="the images trained on")
     add("--clip", type=Path, default=ASSETS / "tiny-clip-icons", metavar="DIR", help="CLIP model that judges")
-    add("--prompt", help='such as "3d icon in the style of TOK, a {noun}"; default: the caption of each real picture')
-    add("--strengths", type=numbers, default=Settings.strengths, metavar="A,B,..", help="LoRA strengths (0: the base)")
+    add("--prompt", help='such as "3d icon in the style of TOK, a {noun}"; default: the caption of each real image')
+    add("--strengths", type=numbers, default=GenerationSettings.strengths, metavar="A,B,..",
+        help="LoRA strengths (0: the base)")
     add("--nouns", type=words, default=None, metavar="A,B,..", help="default: every noun of the reference")
-    add("--seed", type=int, default=Settings.seed, help="starting noise depends on this, the noun and nothing else")
-    add("--steps", type=int, default=Settings.steps, help="denoising steps")
-    add("--guidance_scale", type=float, default=Settings.guidance_scale, help="classifier-free guidance")
-    add("--batch_size", type=int, default=Settings.batch_size, help="prompts drawn at once")
-    add("--dtype", choices=DTYPES, default=Settings.dtype, help="precision of the pipeline")
+    add("--seed", type=int, default=GenerationSettings.seed,
+        help="starting noise depends on this, the noun and nothing else")
+    add("--steps", type=int, default=GenerationSettings.steps, help="denoising steps")
+    add("--guidance_scale", type=float, default=GenerationSettings.guidance_scale, help="classifier-free guidance")
+    add("--batch_size", type=int, default=GenerationSettings.batch_size, help="prompts drawn at once")
+    add("--dtype", choices=DTYPES, default=GenerationSettings.dtype, help="precision of the pipeline")
     add("--out", required=True, type=Path, metavar="DIR", help="folder for grid.png and evaluation.json")
     add("--debug", action="store_true", help="show a traceback for user errors")
     args = parser.parse_args(argv)
-    asked = args.strengths if args.lora else (1.0,)
-    args.strengths = tuple(sorted({0.0, *asked}, key=abs))  # the share needs the base, untouched: first
+    strengths = args.strengths if args.lora else (1.0,)
+    args.strengths = tuple(sorted({0.0, *strengths}, key=abs))  # the gap closed needs the base, untouched: first
     return args
 
 
-def settings(args: argparse.Namespace) -> Settings:
-    return Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+def settings(args: argparse.Namespace) -> GenerationSettings:
+    return GenerationSettings(**{field.name: getattr(args, field.name) for field in fields(GenerationSettings)})
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -160,7 +162,7 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
             yield Problem(f"no folder {getattr(args, flag)}", f"--{flag}", "the style distance needs it",
                           f"give an existing folder, or leave --{flag} out to use the shipped one", kind="data")
     if args.prompt and "{noun}" not in args.prompt:
-        yield Problem(f"no {{noun}} in {args.prompt!r}", "--prompt", "each picture is drawn for one noun",
+        yield Problem(f"no {{noun}} in {args.prompt!r}", "--prompt", "each image is drawn for one noun",
                       'write for instance --prompt "icon of a {noun}"')
     yield from number_problems(args, counts=("steps", "batch_size"), reals=("strengths", "guidance_scale"))
     if args.training.is_dir():
@@ -171,19 +173,19 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
 
 
 def training_problems(folder: Path) -> Iterator[Problem]:
-    files = pictures_in(folder)
+    files = images_in(folder)
     if len(files) < FEWEST:
-        yield Problem(f"{len(files)} pictures in {folder}" if files else f"no picture in {folder}", "--training",
+        yield Problem(f"{len(files)} images in {folder}" if files else f"no image in {folder}", "--training",
                       f"they give the floor of the style distance, and it takes {FEWEST}",
-                      f"put {', '.join(sorted(PICTURE_SUFFIXES))} files there", kind="data")
+                      f"put {', '.join(sorted(IMAGE_SUFFIXES))} files there", kind="data")
     yield from unreadable("--training", files)
 
 
 def reference_problems(args: argparse.Namespace) -> Iterator[Problem]:
     index = args.reference / "metadata.jsonl"
     if not index.is_file():
-        yield Problem(f"no {index}", "--reference", "it says which noun each picture shows",
-                      'write one line a picture: {"file_name": "cat.png", "noun": "cat", "text": "a cat"}', kind="data")
+        yield Problem(f"no {index}", "--reference", "it says which noun each image shows",
+                      'write one line an image: {"file_name": "cat.png", "noun": "cat", "text": "a cat"}', kind="data")
         return
     try:
         every = read_reference(args.reference)
@@ -194,39 +196,39 @@ def reference_problems(args: argparse.Namespace) -> Iterator[Problem]:
     missing = sorted(set(args.nouns or ()) - known)
     chosen = of_nouns(every, args.nouns)
     if missing:
-        yield Problem(f"no real picture of {', '.join(missing)}", "--nouns", "both sides must show the same nouns",
+        yield Problem(f"no real image of {', '.join(missing)}", "--nouns", "both sides must show the same nouns",
                       f"choose among the {len(known)} nouns in {index}")
     elif len(chosen) < FEWEST and args.nouns is not None:
-        yield Problem(f"{len(chosen)} real pictures of the nouns", "--nouns", f"the style distance takes {FEWEST}",
+        yield Problem(f"{len(chosen)} real images of the nouns", "--nouns", f"the style distance takes {FEWEST}",
                       f"give more of the {len(known)} nouns in {index}, or leave --nouns out")
     elif len(chosen) < FEWEST:
-        yield Problem(f"{len(chosen)} pictures in {index}", "--reference", f"the style distance takes {FEWEST}",
-                      "add a line for each real picture", kind="data")
+        yield Problem(f"{len(chosen)} images in {index}", "--reference", f"the style distance takes {FEWEST}",
+                      "add a line for each real image", kind="data")
     yield from unreadable("--reference", [real.path for real in chosen])
 
 
 def unreadable(flag: str, files: Sequence[Path]) -> Iterator[Problem]:
-    """One problem for all the pictures that cannot be read."""
-    from trainkit.data.images import UnreadablePicture, decode
+    """One problem for all the images that cannot be read."""
+    from trainkit.data.images import UnreadableImage, decode
 
     faults = []
     for file in files:
         try:
             decode(file.read_bytes())
-        except (OSError, UnreadablePicture) as error:
+        except (OSError, UnreadableImage) as error:
             faults.append(f"{file.name}: {error}")
     if faults:
-        yield Problem(f"{len(faults)} pictures cannot be read", flag, faults[0], "put whole pictures there", "data")
+        yield Problem(f"{len(faults)} images cannot be read", flag, faults[0], "put whole images there", "data")
 
 
 def read_reference(folder: Path) -> list[Real]:
-    """The real pictures that metadata.jsonl lists. UserError: a line of it is damaged."""
+    """The real images that metadata.jsonl lists. UserError: a line of it is damaged."""
     index = folder / "metadata.jsonl"
     try:
         lines = enumerate(index.read_text("utf-8").splitlines(), 1)
         return [real_of(folder, number, line) for number, line in lines if line.strip()]
     except ValueError as error:  # of UTF-8, of JSON, or of a row
-        raise UserError(Problem(f"{index} is damaged", "--reference", f"{error}", "write one line a picture: "
+        raise UserError(Problem(f"{index} is damaged", "--reference", f"{error}", "write one line an image: "
                                 '{"file_name": "cat.png", "noun": "cat", "text": "a cat"}', kind="data")) from error
 
 
@@ -250,30 +252,30 @@ def of_nouns(reference: list[Real], nouns: Sequence[str] | None) -> list[Real]:
 
 
 def enough(reference: list[Real], template: str | None) -> list[Wanted]:
-    """Each noun as often as it takes to reach MIN_PICTURES."""
+    """Each noun as often as it takes to reach MIN_IMAGES."""
     prompts = {real.noun: template.replace("{noun}", real.noun) if template else real.caption for real in reference}
-    copies = -(-MIN_PICTURES // len(prompts))
+    copies = -(-MIN_IMAGES // len(prompts))
     return [Wanted(noun, prompt, copy) for copy in range(copies) for noun, prompt in prompts.items()]
 
 
-def pictures_in(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
+def images_in(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def opened(path: Path) -> Image:
-    """The picture on white: an alpha channel must not let hidden colours through."""
+    """The image on white: an alpha channel must not let hidden colours through."""
     from PIL import Image
 
-    picture = Image.open(path).convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    image = Image.open(path).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Generating
 
 
-def generate(settings: Settings, wanted: list[Wanted]) -> Iterator[tuple[float, list[Image]]]:
-    """Every noun at every strength, from the same noise -> (strength, pictures)."""
+def generate(settings: GenerationSettings, wanted: list[Wanted]) -> Iterator[tuple[float, list[Image]]]:
+    """Every noun at every strength, from the same noise -> (strength, images)."""
     pipe = load_pipeline(settings.base, settings.dtype)
     if 0 in settings.strengths:  # before the pipeline learns new tokens
         yield 0.0, images_of(pipe, settings, wanted)
@@ -285,7 +287,7 @@ def generate(settings: Settings, wanted: list[Wanted]) -> Iterator[tuple[float, 
             yield strength, images_of(pipe, settings, wanted)
 
 
-def images_of(pipe: Pipeline, settings: Settings, wanted: list[Wanted]) -> list[Image]:
+def images_of(pipe: Pipeline, settings: GenerationSettings, wanted: list[Wanted]) -> list[Image]:
     from trainkit import rng
 
     noise = [rng.generator("evaluate", settings.seed, w.noun, w.copy) for w in wanted]
@@ -298,13 +300,13 @@ def images_of(pipe: Pipeline, settings: Settings, wanted: list[Wanted]) -> list[
 
 
 def measure(args: argparse.Namespace, drawn: dict[float, list[Image]], reference: list[Real]) -> dict[str, object]:
-    """Distances at each strength, the floor, and the share of the gap between them that each strength closes."""
+    """Distances at each strength, the floor, and the fraction of the gap that each strength closes."""
     from trainkit.evaluation import style_distance
 
     real = [opened(r.path) for r in reference]
-    training = [opened(path) for path in pictures_in(args.training)]
+    training = [opened(path) for path in images_in(args.training)]
     floor = style_distance(training, real, args.clip)
-    distance = {strength: style_distance(pictures, real, args.clip) for strength, pictures in drawn.items()}
+    distance = {strength: style_distance(images, real, args.clip) for strength, images in drawn.items()}
     gap = distance[0.0] - floor
     return {
         "base": Path(args.base).name if Path(args.base).is_dir() else args.base,
@@ -318,30 +320,30 @@ def measure(args: argparse.Namespace, drawn: dict[float, list[Image]], reference
     }
 
 
-def described(kind: str, file: Path | None) -> dict[str, str]:
-    return {kind: file.name, f"{kind}_sha256": hashlib.sha256(file.read_bytes()).hexdigest()} if file else {}
+def described(role: str, file: Path | None) -> dict[str, str]:
+    return {role: file.name, f"{role}_sha256": hashlib.sha256(file.read_bytes()).hexdigest()} if file else {}
 
 
 def grid(drawn: dict[float, list[Image]], wanted: list[Wanted], reference: list[Real]) -> Image:
-    """Ten nouns spread over the list; the last column is a real picture of the noun, for comparison only."""
+    """Ten nouns spread over the list; the last column is a real image of the noun, for comparison only."""
     from trainkit.sheets import sheet
 
     real = {r.noun: r.path for r in reference}
     first = [i for i, w in enumerate(wanted) if w.copy == 0]
     shown = first[:: max(1, len(first) // GRID_ROWS)][:GRID_ROWS]
-    rows = [[*(pictures[i] for pictures in drawn.values()), opened(real[wanted[i].noun])] for i in shown]
+    rows = [[*(images[i] for images in drawn.values()), opened(real[wanted[i].noun])] for i in shown]
     columns = ["base" if s == 0 else f"LoRA {s:g}" for s in drawn]
     shared = os.path.commonprefix([wanted[i].prompt for i in shown])
     return sheet(rows, columns=[*columns, "real"], names=[wanted[i].noun for i in shown], title=f"{shared.strip()} …")
 
 
 def table(result: dict, out: Path) -> str:
-    lines = [f"style distance to {result['reference_pictures']} real pictures, {result['pictures']} drawn a strength",
+    lines = [f"style distance to {result['reference_pictures']} real images, {result['pictures']} drawn a strength",
              f"{'':<14}{'distance':>10}{'gap closed':>12}"]
     for row in result["strengths"]:
         name = "base" if row["strength"] == 0 else f"LoRA {row['strength']:g}"
-        share = row["share_of_gap_closed"]
-        closed = "" if row["strength"] == 0 or share is None else f"{share:>11.0%}"
+        gap_closed = row["share_of_gap_closed"]
+        closed = "" if row["strength"] == 0 or gap_closed is None else f"{gap_closed:>11.0%}"
         lines.append(f"{name:<14}{row['style_distance']:>10.4f} {closed}")
-    lines.append(f"{'floor':<14}{result['floor']:>10.4f}   the training pictures themselves")
+    lines.append(f"{'floor':<14}{result['floor']:>10.4f}   the training images themselves")
     return "\n".join([*lines, f"drawn in {result['seconds']:.0f} s; see {out / 'grid.png'}"])

@@ -1,14 +1,14 @@
-"""CLIP image features of training pictures, for --guidance_token of train_text_to_image_lora.py.
+"""CLIP image features of training images, for --guidance_token of train_text_to_image_lora.py.
 
     python scripts/extract_clip_features.py --images assets/icons-3d --clip assets/tiny-clip-icons \\
         --out features.safetensors
 
-The features are those after CLIP's projection, fp32, one row a picture, found by the content of its file: pictures may
-be renamed, moved and captioned anew. Kill it at any time and run it again: only pictures that the file lacks are
-computed, and new pictures are added. Several processes may write into one file.
+The features are those after CLIP's projection, fp32, one row an image, found by the content of its file: images may
+be renamed, moved and captioned anew. Kill it at any time and run it again: only images that the file lacks are
+computed, and new images are added. Several processes may write into one file.
 
-    --legacy FOLDER   takes features that other programs saved with torch.save, one tensor a picture, from FOLDER: the
-                      file that `img_features` of the pictures' metadata.jsonl names, else cat.pt or cat.png.pt for
+    --legacy FOLDER   takes features that other programs saved with torch.save, one tensor an image, from FOLDER: the
+                      file that `img_features` of the images' metadata.jsonl names, else cat.pt or cat.png.pt for
                       cat.png. Only tensors are read from a .pt file (weights_only), and only from below FOLDER.
 """
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from trainkit.data.clip_features import Clip, Features
 
 SAVE_SECONDS = 30  # between two rewrites of the file: what a killed process may lose
-SAVE_SHARE = 20  # times what the last rewrite took, at least: rewriting a large file stays below 5 % of the time
+SAVE_FACTOR = 20  # times what the last rewrite took, at least: rewriting a large file stays below 5 % of the time
 DECODERS = 4  # threads; Pillow decodes without the interpreter lock
 LEGACY = "legacy .pt files"
 METADATA, COLUMN = "metadata.jsonl", "img_features"
@@ -46,65 +46,65 @@ def main(argv: Sequence[str] | None = None) -> None:
     from trainkit.runtime.trackers import quiet_libraries
 
     quiet_libraries()
-    pictures = list_folder(args.images) if args.images else list_table(args)
-    features = convert(args, pictures) if args.legacy else extract(args, pictures)
-    print(f"{len(features.digests)} pictures, features {features.width} wide, of {features.clip}: {args.out}")
+    images = list_folder(args.images) if args.images else list_table(args)
+    features = convert(args, images) if args.legacy else extract(args, images)
+    print(f"{len(features.digests)} images, features {features.width} wide, of {features.clip}: {args.out}")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     described = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=described, allow_abbrev=False)
     add = parser.add_argument
-    add("--images", type=Path, metavar="FOLDER", help="pictures, also in folders below it: the --train_data_dir")
+    add("--images", type=Path, metavar="FOLDER", help="images, also in folders below it: the --train_data_dir")
     add("--dataset_name", metavar="NAME", help="instead: a Hub data set or a local one; its train split")
     add("--dataset_config_name", metavar="NAME", help="subset of the data set")
-    add("--image_column", default="image", metavar="NAME", help="its column of pictures")
+    add("--image_column", default="image", metavar="NAME", help="its column of images")
     add("--clip", default=str(ASSETS / "tiny-clip-icons"), metavar="MODEL", help="folder or Hub id of a CLIPModel "
         "or CLIPVisionModelWithProjection whose projection is as wide as the text of the model to train: "
         "openai/clip-vit-large-patch14 for SD 1.x; default: the shipped one")
     add("--legacy", type=Path, metavar="FOLDER", help=".pt files to take the features from, instead of a CLIP")
     add("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write or complete")
-    add("--batch_size", type=int, default=32, help="pictures in CLIP at once")
+    add("--batch_size", type=int, default=32, help="images in CLIP at once")
     add("--debug", action="store_true", help="show a traceback for user errors")
     return parser.parse_args(argv)
 
 
 def problems(args: argparse.Namespace) -> Iterator[Problem]:
     if bool(args.images) == bool(args.dataset_name):
-        yield Problem("two sources of pictures" if args.images else "no pictures", "--images, --dataset_name",
-                      "features are extracted from one of the two", "--images FOLDER_OF_PICTURES")
-    for flag, what in (("images", "pictures"), ("legacy", ".pt files")):
+        yield Problem("two sources of images" if args.images else "no images", "--images, --dataset_name",
+                      "features are extracted from one of the two", "--images FOLDER_OF_IMAGES")
+    for flag, what in (("images", "images"), ("legacy", ".pt files")):
         if (folder := getattr(args, flag)) and not folder.is_dir():
             yield Problem(f"no folder {folder}", f"--{flag}", f"the {what} are read from it", "give an existing folder",
                           "data")
     if args.legacy and args.dataset_name:
-        yield Problem("--legacy with --dataset_name", "--legacy", ".pt files are found by the names of pictures",
-                      "name the folder of the pictures with --images")
+        yield Problem("--legacy with --dataset_name", "--legacy", ".pt files are found by the names of images",
+                      "name the folder of the images with --images")
     if args.out.suffix != ".safetensors":
         yield Problem(f"{args.out} is no name of a safetensors file", "--out", "its kind is told by its name",
                       f"--out {args.out.with_suffix('.safetensors')}")
     if args.batch_size < 1:
-        yield Problem(f"--batch_size {args.batch_size}", "--batch_size", "it counts pictures", "--batch_size 1 or more")
+        yield Problem(f"--batch_size {args.batch_size}", "--batch_size", "it counts images", "--batch_size 1 or more")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 
 
 def list_folder(folder: Path) -> dict[str, Source]:
-    """Every picture that --train_data_dir would read there, by its name; captions may be wrong or missing still."""
+    """Every image that --train_data_dir would read there, by its name; captions may be wrong or missing still."""
     from trainkit.data.sources.folder import Folder
     from trainkit.data.sources.folder import list_folder as as_in_training
 
-    listed, wrong = as_in_training(Folder(folder, "--images", None, captioned=True), tell=False)
+    listed, wrong = as_in_training(Folder(folder, "--images", None, captioned=True), verbose=False)
     if not listed:
-        refuse(wrong or [Problem("no pictures", f"--images {folder}", "there are none in it, nor in folders below",
-                                 "--images FOLDER_OF_PICTURES", "data")])
+        refuse(wrong or [Problem("no images", f"--images {folder}", "there are none in it, nor in folders below",
+                                 "--images FOLDER_OF_IMAGES", "data")])
     return {found.id: found.source for found in listed}
 
 
 def list_table(args: argparse.Namespace) -> dict[str, Source]:
-    """Every picture of a `datasets` table."""
+    """Every image of a `datasets` table."""
     from datasets import Image, load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -119,7 +119,7 @@ def list_table(args: argparse.Namespace) -> dict[str, Source]:
     try:
         cells = table.select_columns([column]).cast_column(column, Image(decode=False))
     except (ValueError, TypeError, NotImplementedError) as error:  # no such column, or one of something else
-        refuse([Problem(f"no column {column!r} with pictures", f"--image_column {column}, {where}",
+        refuse([Problem(f"no column {column!r} with images", f"--image_column {column}, {where}",
                         f"columns there: {', '.join(table.features)} ({error})", "--image_column ANOTHER")])
     return {f"row {i}": TableCell(cells, i, column) for i in range(len(cells))}
 
@@ -151,7 +151,7 @@ class Growing:
         return digest in self.held or digest in self.new
 
     def add(self, digest: str, row: Tensor) -> None:
-        """One picture's features [D]; written to the disk now and then."""
+        """One image's features [D]; written to the disk now and then."""
         self.new[digest] = row
         if time.monotonic() >= self.due:
             self.save()
@@ -168,7 +168,7 @@ class Growing:
                 write_features(self.path, self.held)
         self.new.clear()
         now = time.monotonic()
-        self.due = now + max(SAVE_SECONDS, SAVE_SHARE * (now - begun))
+        self.due = now + max(SAVE_SECONDS, SAVE_FACTOR * (now - begun))
         return self.held
 
     def _read(self) -> Features:
@@ -195,16 +195,16 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(Problem(f"cannot write {path.name}: {error.strerror}", f"--out {path}",
                                 "what was in the file before is untouched",
-                                "free some space or mend the permissions, then run the same command again",
+                                "free some space or fix the permissions, then run the same command again",
                                 "disk")) from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# From pictures
+# From images
 
 
-def extract(args: argparse.Namespace, pictures: dict[str, Source]) -> Features:
-    """Compute what the file lacks; pictures that cannot be read are named at the end."""
+def extract(args: argparse.Namespace, images: dict[str, Source]) -> Features:
+    """Compute what the file lacks; images that cannot be read are named at the end."""
     import torch
 
     from trainkit.data.clip_features import load_clip
@@ -212,34 +212,34 @@ def extract(args: argparse.Namespace, pictures: dict[str, Source]) -> Features:
 
     clip = load_clip(args.clip, device="cuda" if torch.cuda.is_available() else "cpu")
     growing = Growing(args.out, clip=clip.name, made_by=clip.made_by, width=clip.width)
-    progress, todo, bad = Progress(), list(pictures), []
+    progress, todo, bad = Progress(), list(images), []
     with ThreadPoolExecutor(DECODERS) as pool:
         for start in range(0, len(todo), args.batch_size):
             names = todo[start : start + args.batch_size]
-            seen = list(pool.map(lambda name: look(pictures[name], clip, growing), names))
-            bad += [f"{name}: {one}" for name, one in zip(names, seen, strict=True) if isinstance(one, str)]
-            embed(dict(one for one in seen if isinstance(one, tuple)), clip, growing)
+            outcomes = list(pool.map(lambda name: look(images[name], clip, growing), names))
+            bad += [f"{name}: {one}" for name, one in zip(names, outcomes, strict=True) if isinstance(one, str)]
+            embed(dict(one for one in outcomes if isinstance(one, tuple)), clip, growing)
             progress.task("CLIP features", start + len(names), len(todo))
     progress.close()
     features = growing.save()
-    refuse_unreadable(bad, len(pictures), features, args)
+    refuse_unreadable(bad, len(images), features, args)
     return features
 
 
 def look(source: Source, clip: Clip, growing: Growing) -> tuple[str, Tensor] | str | None:
-    """(digest, pixels [3,H,W]) of a picture; None where the file has it; else why it cannot be read."""
-    from trainkit.data.images import UnreadablePicture, content_digest, decode
+    """(digest, pixels [3,H,W]) of an image; None where the file has it; else why it cannot be read."""
+    from trainkit.data.images import UnreadableImage, content_digest, decode
 
     try:
         data = source.read_bytes()
         digest = content_digest(data)
         return None if digest in growing else (digest, clip.pixels(decode(data)))
-    except (OSError, UnreadablePicture) as error:
+    except (OSError, UnreadableImage) as error:
         return f"{error}"
 
 
 def embed(pixels: dict[str, Tensor], clip: Clip, growing: Growing) -> None:
-    """Digest -> pixels [3,H,W] of some pictures: their features into the file."""
+    """Digest -> pixels [3,H,W] of some images: their features into the file."""
     import torch
 
     if not pixels:
@@ -256,22 +256,22 @@ def refuse_unreadable(bad: list[str], total: int, features: Features, args: argp
     from trainkit.data.sources.captions import listing
 
     if bad:
-        refuse([Problem(f"{len(bad)} of {total} pictures cannot be read", f"{args.images or args.dataset_name}",
+        refuse([Problem(f"{len(bad)} of {total} images cannot be read", f"{args.images or args.dataset_name}",
                         listing(bad), f"the features of {len(features.digests)} others are in "
-                        f"{args.out}; mend these or take them out, then run the same command again", "data")])
+                        f"{args.out}; fix these or take them out, then run the same command again", "data")])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # From .pt files
 
 
-def convert(args: argparse.Namespace, pictures: dict[str, Source]) -> Features:
-    """Features saved one file a picture -> our file; all that is wrong in one message, and then nothing is written."""
+def convert(args: argparse.Namespace, images: dict[str, Source]) -> Features:
+    """Features saved one file an image -> our file; all that is wrong in one message, and then nothing is written."""
     from trainkit.data.images import content_digest
     from trainkit.data.sources.captions import listing
 
     named, bad, rows = in_metadata(args.images), [], {}
-    for name, path in pictures.items():
+    for name, path in images.items():
         assert isinstance(path, Path), "--legacy reads a folder"
         found = legacy_row(args.legacy, legacy_names(path.relative_to(args.images), named))
         if isinstance(found, str):
@@ -282,8 +282,8 @@ def convert(args: argparse.Namespace, pictures: dict[str, Source]) -> Features:
     if len(widths) > 1:
         bad.append(f"tensors of several widths: {', '.join(map(str, widths))}")
     if bad:
-        refuse([Problem(f"{args.legacy} does not give every picture its features", f"--legacy {args.legacy}",
-                        listing(bad), "mend these files, or leave --legacy out to compute the features",
+        refuse([Problem(f"{args.legacy} does not give every image its features", f"--legacy {args.legacy}",
+                        listing(bad), "fix these files, or leave --legacy out to compute the features",
                         "data")])
     growing = Growing(args.out, clip=LEGACY, made_by=LEGACY, width=widths[0])
     for digest, row in rows.items():
@@ -292,7 +292,7 @@ def convert(args: argparse.Namespace, pictures: dict[str, Source]) -> Features:
 
 
 def in_metadata(images: Path) -> dict[str, str]:
-    """file_name -> img_features of the pictures' metadata.jsonl, where both are there."""
+    """file_name -> img_features of the images' metadata.jsonl, where both are there."""
     file = images / METADATA
     lines = file.read_text("utf-8").splitlines() if file.is_file() else []
     try:
@@ -303,10 +303,10 @@ def in_metadata(images: Path) -> dict[str, str]:
                                 "write one JSON object a line", "data")) from error
 
 
-def legacy_names(picture: Path, named: dict[str, str]) -> list[str]:
-    """Where a picture's features may lie below the legacy folder."""
-    told = named.get(picture.as_posix())
-    return [told] if told else [f"{picture.with_suffix('.pt')}", f"{picture}.pt"]
+def legacy_names(image: Path, named: dict[str, str]) -> list[str]:
+    """Where an image's features may lie below the legacy folder."""
+    listed_source = named.get(image.as_posix())
+    return [listed_source] if listed_source else [f"{image.with_suffix('.pt')}", f"{image}.pt"]
 
 
 def legacy_row(folder: Path, names: Sequence[str]) -> Tensor | str:

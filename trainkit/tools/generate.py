@@ -1,13 +1,13 @@
-"""Draw pictures with a base model and the LoRAs trained on it, in the stock Diffusers pipeline.
+"""Draw images with a base model and the LoRAs trained on it, in the stock Diffusers pipeline.
 
     python scripts/generate.py --base assets/tiny-sd-icons --lora runs/mine --prompt "a fox, 3d icon" --seeds 0,1,2 \\
-        --out runs/mine/pictures
+        --out runs/mine/images
 
-A LoRA trained with --guidance_token can be shown a picture beside the prompt; its CLIP features stand where they stood
+A LoRA trained with --guidance_token can be shown an image beside the prompt; its CLIP features stand where they stood
 in training, in place of the last padding of the text:
 
     python scripts/generate.py --base assets/tiny-sd-icons --lora runs/mine --prompt "3d icon" \\
-        --guidance_image assets/icons-3d/fox.png --out runs/mine/pictures
+        --guidance_image assets/icons-3d/fox.png --out runs/mine/images
 
 Writes p01_s0.png and so on, by prompt and seed, with their settings in the PNG text that WebUIs read, and sheet.png
 (rows: prompts; columns: seeds, then the guidance image). A seed is that of torch.manual_seed; one seed is the same
@@ -53,14 +53,14 @@ EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "ne
 
 @dataclass(frozen=True)
 class Shot:
-    """One picture to draw.
+    """One image to draw.
 
-    asked     the prompt as the user wrote it, `prompt` with the names of learned tokens
-    features  [D] of its guidance image, scaled, if it has one
+    typed_prompt  the prompt as the user wrote it, `prompt` with the names of learned tokens
+    features      [D] of its guidance image, scaled, if it has one
     """
 
     number: int  # of the prompt, from 1
-    asked: str
+    typed_prompt: str
     prompt: str
     seed: int
     image: Path | None = None
@@ -84,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         renamed = add_new_tokens(pipe, args.embeddings)
         shots = [replace(shot, prompt=renamed(shot.prompt)) for shot in shots]
     warn_of_full(pipe, shots)
-    pictures = [one for some in chunks(shots, args.batch_size) for one in draw(pipe, args, some)]
-    write(pipe, args, shots, pictures)
+    images = [one for some in chunks(shots, args.batch_size) for one in draw(pipe, args, some)]
+    write(pipe, args, shots, images)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -101,12 +101,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "which then stand for their words in prompts")
     add("--prompt", action="append", required=True, metavar="TEXT", help="give it again for more")
     add("--negative_prompt", metavar="TEXT", help="what to keep away from, for every prompt")
-    add("--seeds", type=whole_numbers, default=(0,), metavar="A,B,..", help="a picture of every prompt from each")
+    add("--seeds", type=whole_numbers, default=(0,), metavar="A,B,..", help="an image of every prompt from each")
     add("--steps", type=int, default=25, help="denoising steps")
     add("--guidance_scale", type=float, help="classifier-free guidance; default: the pipeline's own")
     add("--width", type=int, metavar="PIXELS", help="default: the model's")
     add("--height", type=int, metavar="PIXELS", help="default: the model's")
-    add("--guidance_image", type=Path, action="append", default=[], metavar="FILE", help="picture whose CLIP features "
+    add("--guidance_image", type=Path, action="append", default=[], metavar="FILE", help="image whose CLIP features "
         "go beside the prompt: one for all prompts, or one for each in their order")
     add("--clip", default=str(ASSETS / "tiny-clip-icons"), metavar="MODEL", help="the CLIP whose features the "
         "LoRA was trained with; default: the shipped one")
@@ -114,9 +114,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "file of scripts/extract_clip_features.py instead of computing them")
     add("--guidance_token_scale", type=float, default=1.0, metavar="X", help="factor of the features, as in training")
     add("--guidance_both_branches", action="store_true", help="put the features beside the negative prompt, too")
-    add("--batch_size", type=int, default=4, help="pictures drawn at once")
+    add("--batch_size", type=int, default=4, help="images drawn at once")
     add("--dtype", choices=DTYPES, default="float32", help="precision of the pipeline")
-    add("--out", required=True, type=Path, metavar="DIR", help="folder for the pictures and sheet.png")
+    add("--out", required=True, type=Path, metavar="DIR", help="folder for the images and sheet.png")
     add("--debug", action="store_true", help="show a traceback for user errors")
     args = parser.parse_args(argv)
     args.lora = [lora_file(path) for path in args.lora]
@@ -152,7 +152,7 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
                       "it is one for all, or one for each", "give --guidance_image once, or as often as --prompt")
     for flag in ("guidance_features", "guidance_both_branches"):
         if getattr(args, flag) and not args.guidance_image:
-            yield Problem(f"--{flag} without --guidance_image", f"--{flag}", "there is no picture to show to the model",
+            yield Problem(f"--{flag} without --guidance_image", f"--{flag}", "there is no image to show to the model",
                           f"add --guidance_image FILE, or leave --{flag} out")
     for flag in ("width", "height"):
         side = getattr(args, flag)
@@ -177,13 +177,13 @@ def plan(args: argparse.Namespace) -> list[Shot]:
 
 def guidance_features(args: argparse.Namespace) -> dict[Path, Tensor]:
     """Guidance image -> features [D], scaled. UserError: unreadable, not in the file, not as wide as the text."""
-    from trainkit.conditioning.clip_token import misfits
+    from trainkit.conditioning.clip_token import incompatible_features
     from trainkit.families.pretrained import Repo
 
     known = from_file(args) if args.guidance_features else computed(args)
     where = f"--guidance_features {args.guidance_features}" if args.guidance_features else f"--clip {args.clip}"
     width = Repo(args.base, "--base").glance("unet/config.json").get("cross_attention_dim", 0)
-    refuse(misfits(len(next(iter(known.values()))), width, where))
+    refuse(incompatible_features(len(next(iter(known.values()))), width, where))
     return {image: args.guidance_token_scale * row for image, row in known.items()}
 
 
@@ -194,7 +194,7 @@ def from_file(args: argparse.Namespace) -> dict[Path, Tensor]:
     features = read_features(args.guidance_features)
     digests = {image: content_digest(image.read_bytes()) for image in args.guidance_image}
     refuse(Problem(f"no features of {image}", f"--guidance_features {args.guidance_features}",
-                   "pictures are found by the content of their files, and this one is not there",
+                   "images are found by the content of their files, and this one is not there",
                    "leave --guidance_features out and name the CLIP with --clip", "data")
            for image, digest in digests.items() if digest not in features)
     return {image: features[digest] for image, digest in digests.items()}
@@ -202,14 +202,14 @@ def from_file(args: argparse.Namespace) -> dict[Path, Tensor]:
 
 def computed(args: argparse.Namespace) -> dict[Path, Tensor]:
     from trainkit.data.clip_features import load_clip
-    from trainkit.data.images import UnreadablePicture, decode
+    from trainkit.data.images import UnreadableImage, decode
 
     clip, known = load_clip(args.clip), {}
     for image in args.guidance_image:
         try:
             known[image] = clip(clip.pixels(decode(image.read_bytes()))[None])[0]
-        except (OSError, UnreadablePicture) as error:
-            refuse([Problem(f"{image} cannot be read", "--guidance_image", f"{error}", "give another picture", "data")])
+        except (OSError, UnreadableImage) as error:
+            refuse([Problem(f"{image} cannot be read", "--guidance_image", f"{error}", "give another image", "data")])
     return known
 
 
@@ -227,11 +227,11 @@ def tokenizers(pipe: Pipeline) -> list:
 
 def warn_of_full(pipe: Pipeline, shots: Sequence[Shot]) -> None:
     """Say which prompts leave no place for the features."""
-    from trainkit.conditioning.clip_token import has_room
+    from trainkit.conditioning.clip_token import has_free_place
 
     prompts = list(dict.fromkeys(shot.prompt for shot in shots if shot.features is not None))
-    rooms = has_room(tokenizers(pipe), prompts) if prompts else []
-    for prompt in (prompt for prompt, room in zip(prompts, rooms, strict=True) if not room):
+    free_places = has_free_place(tokenizers(pipe), prompts) if prompts else []
+    for prompt in (prompt for prompt, free_place in zip(prompts, free_places, strict=True) if not free_place):
         log.warning("this prompt fills the text encoder's whole context and is drawn without its guidance image: %s",
                     prompt)
 
@@ -240,7 +240,7 @@ def encode(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) -> d
     """The text of each shot as the stock pipeline takes it, with its guidance image where it has one."""
     import torch
 
-    from trainkit.conditioning.clip_token import has_room, with_token
+    from trainkit.conditioning.clip_token import has_free_place, with_token
 
     negative = None if args.negative_prompt is None else [args.negative_prompt] * len(shots)
     text = dict(zip(EMBEDS, pipe.encode_prompt(
@@ -248,11 +248,11 @@ def encode(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) -> d
         do_classifier_free_guidance=True, negative_prompt=negative), strict=False))  # SD has the first two
     if shots[0].features is None:
         return text
-    tokens = torch.stack([shot.features for shot in shots if shot.features is not None])  # [B,D], row i for picture i
+    tokens = torch.stack([shot.features for shot in shots if shot.features is not None])  # [B,D], row i for image i
     branches = {"prompt_embeds": [shot.prompt for shot in shots]}
     if args.guidance_both_branches:
         branches["negative_prompt_embeds"] = negative or [""] * len(shots)
-    guided = {name: with_token(text[name], tokens, torch.tensor(has_room(tokenizers(pipe), prompts)))
+    guided = {name: with_token(text[name], tokens, torch.tensor(has_free_place(tokenizers(pipe), prompts)))
               for name, prompts in branches.items()}
     return text | guided
 
@@ -270,38 +270,38 @@ def draw(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) -> lis
 
 def size(pipe: Pipeline, args: argparse.Namespace) -> tuple[int, int]:
     """Width and height in pixels; the stock pipelines would overlook one that is asked for alone."""
-    own = pipe.unet.config.sample_size
-    high, wide = own if isinstance(own, (list, tuple)) else (own, own)
+    default = pipe.unet.config.sample_size
+    high, wide = default if isinstance(default, (list, tuple)) else (default, default)
     return args.width or wide * pipe.vae_scale_factor, args.height or high * pipe.vae_scale_factor
 
 
 def scale(pipe: Pipeline, args: argparse.Namespace) -> float:
-    own = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
-    return own if args.guidance_scale is None else args.guidance_scale
+    default = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
+    return default if args.guidance_scale is None else args.guidance_scale
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
 
 
-def write(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot], pictures: Sequence[Image]) -> None:
+def write(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot], images: Sequence[Image]) -> None:
     from trainkit.sheets import save_png
 
-    page = contact_sheet(args, shots, pictures)
+    page = contact_sheet(args, shots, images)
     with writing_to(args.out):
-        for shot, picture in zip(shots, pictures, strict=True):
-            save_png(args.out / shot.file_name, picture, parameters(pipe, args, shot, picture))
-        save_png(args.out / "sheet.png", page, parameters(pipe, args, shots[0], pictures[0]))
-    print(f"{len(pictures)} pictures and sheet.png in {args.out}")
+        for shot, image in zip(shots, images, strict=True):
+            save_png(args.out / shot.file_name, image, parameters(pipe, args, shot, image))
+        save_png(args.out / "sheet.png", page, parameters(pipe, args, shots[0], images[0]))
+    print(f"{len(images)} images and sheet.png in {args.out}")
 
 
-def contact_sheet(args: argparse.Namespace, shots: Sequence[Shot], pictures: Sequence[Image]) -> Image:
+def contact_sheet(args: argparse.Namespace, shots: Sequence[Shot], images: Sequence[Image]) -> Image:
     """Rows: prompts, columns: seeds, and the guidance image last where there is one."""
     from trainkit.data.images import decode
     from trainkit.sheets import sheet
 
     across = len(args.seeds)
-    rows = [list(pictures[start : start + across]) for start in range(0, len(pictures), across)]
+    rows = [list(images[start : start + across]) for start in range(0, len(images), across)]
     columns = [f"seed {seed}" for seed in args.seeds]
     if args.guidance_image:
         columns.append("guidance image")
@@ -311,13 +311,13 @@ def contact_sheet(args: argparse.Namespace, shots: Sequence[Shot], pictures: Seq
     return sheet(rows, columns=columns, names=args.prompt, title=Path(args.base).name)
 
 
-def parameters(pipe: Pipeline, args: argparse.Namespace, shot: Shot, picture: Image) -> str:
+def parameters(pipe: Pipeline, args: argparse.Namespace, shot: Shot, image: Image) -> str:
     """The text of the PNG file."""
     from trainkit.sheets import png_parameters
 
-    return png_parameters(shot.asked, {
+    return png_parameters(shot.typed_prompt, {
         "Steps": args.steps, "Sampler": type(pipe.scheduler).__name__, "CFG scale": scale(pipe, args),
-        "Seed": shot.seed, "Size": f"{picture.width}x{picture.height}", "Model": Path(args.base).name,
+        "Seed": shot.seed, "Size": f"{image.width}x{image.height}", "Model": Path(args.base).name,
         "LoRA": " ".join(f"{file.parent.name}/{file.name}:{strength:g}" for file, strength in loras(args)),
         "Guidance image": shot.image.name if shot.image else "",
     }, negative=args.negative_prompt)

@@ -42,7 +42,7 @@ class Steppable(Protocol):
 
 
 @dataclass(frozen=True)
-class Update:
+class StepOutcome:
     """What one optimizer step did."""
 
     loss: float  # of the whole step: all ranks, all micro-batches
@@ -73,7 +73,7 @@ class Gradients:
         self.in_a_row = 0
 
     def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's share of the step's loss (a scalar) to the gradients.
+        """Add a micro-batch's part of the step's loss (a scalar) to the gradients.
 
         A loss that depends on nothing that trains adds none: new tokens alone, in captions that hold none of them.
         """
@@ -84,7 +84,7 @@ class Gradients:
 
     def update(
         self, optimizer: Steppable, *, step: int, max_grad_norm: float | None, votes: Sequence[float] = (),
-    ) -> Update:
+    ) -> StepOutcome:
         """Apply optimizer step `step` (from 0), or skip it on every rank when loss or gradient are not finite.
 
         Summed and clipped are the groups that train in this step, all of them as one vector; `Optim.begin` has chosen
@@ -108,7 +108,7 @@ class Gradients:
         self._count(step, loss, norm, finite=finite)
         if self.in_a_row > self.max_skipped:
             raise self._diverged(step, optimizer.params)
-        return Update(loss, norm, skipped=not finite, votes=tuple(summed))
+        return StepOutcome(loss, norm, skipped=not finite, votes=tuple(summed))
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Json]]:
         scaler = None if self.scaler is None else self.scaler.state_dict()
@@ -148,7 +148,7 @@ class Gradients:
         log.warning("step %d skipped: loss %g, gradient norm %g; weights are unchanged", step + 1, loss, norm)
 
     def _diverged(self, step: int, params: Sequence[Tensor]) -> UserError:
-        """The end of a run at optimizer step `step`: whether the weights are still worth something, and what to do."""
+        """The end of a run at optimizer step `step`: whether the weights are still usable, and what to do."""
         first = step + 2 - self.in_a_row  # of the steps in a row, counted from 1
         whole = all(p.isfinite().all().item() for p in params)
         precision = ", or use --mixed_precision bf16 or no" if whole else ""

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from trainkit.losses.passes import Passes
 
 
-class Text(Protocol):
-    """Prompts to what the network is told of them: cached, or from encoders in training (trainkit.conditioning)."""
+class PromptConditioner(Protocol):
+    """Prompts to what the network is given for them: cached, or from encoders in training (trainkit.conditioning)."""
 
     def __call__(self, prompts: Sequence[str], step: int | None = None) -> Condition: ...
 
@@ -35,7 +35,7 @@ class TrainStep:
     """
 
     family: Family
-    text: Text
+    text: PromptConditioner
     noise: Noise
     passes: Passes
     autocast: Callable[[], AbstractContextManager[object]]
@@ -67,7 +67,7 @@ class TrainStep:
         n, added = (noise.to(device) for noise in self.noise(x0.shape[1:], keys))  # [B,C,h,w]
         z = pred.add_noise(x0, added, level)
 
-        # What the network is told: the prompts, the sizes, and what images add.
+        # What the network is given: the prompts, the sizes, and what images add.
         condition = Condition(self.text(batch.prompts, batch.step), time_ids=batch.time_ids)
         for add in self.adds:
             condition = add(condition, batch)

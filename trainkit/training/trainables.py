@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from trainkit.options import LoraOptions, OptimizerOptions, PrecisionOptions
 
 
-class Options(Protocol):
+class TrainableOptions(Protocol):
     """What of a trainer's options is about the weights that train."""
 
     @property
@@ -27,7 +27,8 @@ class Options(Protocol):
 
 
 def make_trainables(
-    opt: Options, family: Family, text: Text, *, keep_vae: bool, global_batch: int, total_steps: int, seed: int,
+    opt: TrainableOptions, family: Family, text: Text, *, keep_vae: bool, global_batch: int, total_steps: int,
+    seed: int,
 ) -> tuple[Adapters, Optim]:
     """The adapters on the family's network, which is on the device from now on, and the optimizer.
 
@@ -36,7 +37,7 @@ def make_trainables(
     total_steps   optimizer steps of the run: groups have rates, decays and last steps of their own
     """
     lora = add_adapters(family.denoiser, opt.lora, targets=family.lora_targets, seed=seed)
-    family.settle(keep_vae=keep_vae, gradient_checkpointing=opt.precision.gradient_checkpointing)
+    family.prepare_for_training(keep_vae=keep_vae, gradient_checkpointing=opt.precision.gradient_checkpointing)
     network = lora.groups(lr=opt.optimizer.base_lr(global_batch=global_batch),
                           weight_decay=opt.optimizer.adam_weight_decay, stop=opt.lora.stop(total_steps))
     groups = [*network, *text.groups(opt.optimizer, global_batch)]

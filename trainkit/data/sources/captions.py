@@ -1,4 +1,4 @@
-"""Captions that lie beside pictures: `<picture>.txt` sidecars, and metadata.jsonl, metadata.csv or metadata.parquet.
+"""Captions that lie beside images: `<image>.txt` sidecars, and metadata.jsonl, metadata.csv or metadata.parquet.
 
 A data set is somebody else's text: it never names a file outside its folder, and it becomes one plain line.
 """
@@ -35,7 +35,7 @@ class BadEntry(Exception):
 
 @dataclass(frozen=True)
 class Entry:
-    """One picture that the metadata names."""
+    """One image that the metadata names."""
 
     name: str  # path under the folder, forward slashes
     captions: tuple[str, ...]  # none of them blank
@@ -85,23 +85,23 @@ def inside(path: Path, folder: Path) -> bool:
 # ---------------------------------------------------------------------------------------------------------- sidecars
 
 
-def read_sidecars(folder: Path, pictures: Iterable[Path]) -> tuple[dict[Path, str], list[Problem]]:
-    """({picture: caption}, problems). Encodings other than UTF-8 are understood and reported."""
+def read_sidecars(folder: Path, images: Iterable[Path]) -> tuple[dict[Path, str], list[Problem]]:
+    """({image: caption}, problems). Encodings other than UTF-8 are understood and reported."""
     texts = {(p.stem, p.suffix.lower()): p for p in folder.iterdir() if p.suffix.lower() in SIDECARS and p.is_file()}
     captions, bad, odd = {}, [], []
-    for picture in pictures:
-        path = next((texts[picture.stem, s] for s in SIDECARS if (picture.stem, s) in texts), None)
+    for image in images:
+        path = next((texts[image.stem, s] for s in SIDECARS if (image.stem, s) in texts), None)
         if path is None:
             continue
         try:
-            captions[picture], encoding = _read_sidecar(path, folder)
+            captions[image], encoding = _read_sidecar(path, folder)
         except (OSError, BadEntry) as error:
             bad.append(f"{printable(path.name)}: {error}")
         else:
             odd += [f"{printable(path.name)} ({encoding})"] if not encoding.startswith("utf-8") else []
     if odd:
         log.warning("%d captions are not UTF-8 and were read as guessed: %s", len(odd), listing(odd))
-    return captions, _problem(bad, "caption files", folder, "mend or delete these files")
+    return captions, _problem(bad, "caption files", folder, "fix or delete these files")
 
 
 def _read_sidecar(path: Path, folder: Path) -> tuple[str, str]:
@@ -125,8 +125,8 @@ def read_metadata(
 ) -> tuple[list[Entry], list[Problem]]:
     """Every line of the folder's metadata file, captions from `column`; no file and no column is fine.
 
-    image_column  the picture's file is named in `file_name`, or in `<image_column>_file_name`
-    several       whether a picture may have a list of captions
+    image_column  the image's file is named in `file_name`, or in `<image_column>_file_name`
+    several       whether an image may have a list of captions
 
     Every bad line is reported with its number, all in one problem.
     """
@@ -150,7 +150,7 @@ def read_metadata(
             entries[entry.name] = entry
         except BadEntry as error:
             bad.append(f"{error}")
-    return list(entries.values()), problems + _problem(bad, f"lines of {path.name}", path, "mend or delete these lines")
+    return list(entries.values()), problems + _problem(bad, f"lines of {path.name}", path, "fix or delete these lines")
 
 
 def _two_files(folder: Path, files: list[Path]) -> Problem:
@@ -159,7 +159,7 @@ def _two_files(folder: Path, files: list[Path]) -> Problem:
 
 
 def _name_column(columns: list[str], image_column: str) -> str | None:
-    """The column that names the pictures' files: that of the wanted pictures, else the only one there is."""
+    """The column that names the images' files: that of the wanted images, else the only one there is."""
     others = [column for column in columns if column.endswith("_file_name")]
     wanted = (f"{image_column}_file_name", "file_name", *(others if len(others) == 1 else []))
     return next((column for column in wanted if column in columns), None)
@@ -170,7 +170,7 @@ def _column_problems(path: Path, columns: list[str], named_in: str | None, chose
     others = sorted((c for c in columns if c != named_in), key=lambda c: c not in CAPTION_COLUMNS)  # usual ones first
     if named_in is None:
         yield Problem("the metadata has no column 'file_name'", f"{path}", f"columns there: {there}",
-                      "name each picture in a column file_name", kind="data")
+                      "name each image in a column file_name", kind="data")
     if chosen is None:
         log.warning("%s has columns %s: none is named %s, so none is read as captions (--caption_column names one)",
                     path, there, " or ".join(CAPTION_COLUMNS))
@@ -179,10 +179,10 @@ def _column_problems(path: Path, columns: list[str], named_in: str | None, chose
                       f"--caption_column {shlex.quote(printable(others[0]))}" if others else "drop --caption_column")
 
 
-Record = dict[str, object]
+JsonRecord = dict[str, object]
 
 
-def _records(path: Path) -> tuple[list[tuple[int, Record]], list[str]]:
+def _records(path: Path) -> tuple[list[tuple[int, JsonRecord]], list[str]]:
     """([(line number, record)], complaints about lines that are none)."""
     parse = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[path.suffix]
     records, bad = [], []
@@ -194,7 +194,7 @@ def _records(path: Path) -> tuple[list[tuple[int, Record]], list[str]]:
     return records, bad
 
 
-def _jsonl(data: bytes) -> Iterator[tuple[int, Record | str]]:
+def _jsonl(data: bytes) -> Iterator[tuple[int, JsonRecord | str]]:
     for line, content in enumerate(decode_text(data)[0].split("\n"), 1):
         if len(content) > MAX_LINE:
             yield line, f"longer than {MAX_LINE} characters"
@@ -202,7 +202,7 @@ def _jsonl(data: bytes) -> Iterator[tuple[int, Record | str]]:
             yield line, _json_object(content)
 
 
-def _json_object(content: str) -> Record | str:
+def _json_object(content: str) -> JsonRecord | str:
     try:
         item = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -210,7 +210,7 @@ def _json_object(content: str) -> Record | str:
     return item if isinstance(item, dict) else "not a JSON object"
 
 
-def _csv(data: bytes) -> Iterator[tuple[int, Record | str]]:
+def _csv(data: bytes) -> Iterator[tuple[int, JsonRecord | str]]:
     reader = csv.DictReader(io.StringIO(decode_text(data)[0], newline=""))
     try:
         for record in reader:
@@ -219,7 +219,7 @@ def _csv(data: bytes) -> Iterator[tuple[int, Record | str]]:
         yield reader.line_num, f"not CSV ({error})"
 
 
-def _parquet(data: bytes) -> Iterator[tuple[int, Record | str]]:
+def _parquet(data: bytes) -> Iterator[tuple[int, JsonRecord | str]]:
     """Rows count from 1."""
     from pyarrow import ArrowException, parquet
 
@@ -230,7 +230,7 @@ def _parquet(data: bytes) -> Iterator[tuple[int, Record | str]]:
 
 
 def _entry(
-    path: Path, line: int, record: Record, *, named_in: str | None, column: str | None, several: bool
+    path: Path, line: int, record: JsonRecord, *, named_in: str | None, column: str | None, several: bool
 ) -> Entry:
     """One record, checked. Raises BadEntry naming file and line."""
     where = f"{path.name}:{line}"

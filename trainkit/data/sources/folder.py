@@ -24,7 +24,7 @@ from trainkit.data.sources.captions import (
 from trainkit.errors import Problem
 
 if TYPE_CHECKING:
-    from trainkit.options import PictureOptions
+    from trainkit.options import ImageOptions
 
 log = logging.getLogger(__name__)
 
@@ -32,33 +32,33 @@ log = logging.getLogger(__name__)
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif"}
 COMPANIONS = {*SIDECARS, ".json", ".jsonl", ".csv", ".parquet", ".md", ".npz", ".safetensors", ".ini", ".db", ""}
 HELD_OUT = {"test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"}  # folders beside train/
-PICTURES = "FOLDER_OF_PICTURES"  # in the fix of a message
+IMAGES = "FOLDER_OF_IMAGES"  # in the fix of a message
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder of pictures and what its user calls it."""
+    """A folder of images and what its user calls it."""
 
     path: Path
     flag: str  # "--instance_data_dir"
-    prompt_flag: str | None  # gives the caption of a picture without one: "--instance_prompt"
+    prompt_flag: str | None  # gives the caption of an image without one: "--instance_prompt"
     caption_column: str | None = None  # of its metadata; None: the first of CAPTION_COLUMNS that is there
     image_column: str = "image"
-    captioned: bool = False  # in the imagefolder layout: subfolders count, and a picture may have several captions
+    captioned: bool = False  # in the imagefolder layout: subfolders count, and an image may have several captions
 
 
-def list_image_folder(data: PictureOptions) -> tuple[list[Listed], list[Problem]]:
+def list_image_folder(data: ImageOptions) -> tuple[list[Listed], list[Problem]]:
     """(images of the folder the options name, problems)."""
     where = Folder(Path(f"{data.folder}"), f"--{data.folder_flag}", data.prompt_flag and f"--{data.prompt_flag}",
                    data.wanted_column, data.image_column, data.captioned)
     found, problems = list_folder(where)
-    return found, problems or ([] if found else [_no_pictures(where)])
+    return found, problems or ([] if found else [_no_images(where)])
 
 
-def list_folder(where: Folder, *, tell: bool = True) -> tuple[list[Listed], list[Problem]]:
-    """(pictures in the order of their names with the captions beside them, problems).
+def list_folder(where: Folder, *, verbose: bool = True) -> tuple[list[Listed], list[Problem]]:
+    """(images in the order of their names with the captions beside them, problems).
 
-    tell  log what looks meant for training but is not; False where the same folder is read once more
+    verbose  log what looks meant for training but is not; False where the same folder is read once more
     """
     folder = where.path
     try:
@@ -67,12 +67,12 @@ def list_folder(where: Folder, *, tell: bool = True) -> tuple[list[Listed], list
                  for below in _folders(where, held_out)}
     except OSError as error:
         return [], [_unreadable_folder(where, error)]
-    pictures = [path for paths in files.values() for path in paths if _is_picture(path)]
+    images = [path for paths in files.values() for path in paths if _is_image(path)]
     named, beside, problems = _read_captions(where, files)
-    if tell:
+    if verbose:
         _report_ignored([path for paths in files.values() for path in paths], held_out)
-        _report_captions(pictures, named, beside, prompt_flag=where.prompt_flag)
-    everything = {path for path in (*pictures, *named) if path.relative_to(folder).parts[0] not in held_out}
+        _report_captions(images, named, beside, prompt_flag=where.prompt_flag)
+    everything = {path for path in (*images, *named) if path.relative_to(folder).parts[0] not in held_out}
     found = []
     for path in sorted(everything, key=lambda path: path.relative_to(folder).as_posix()):
         caption, *others = named.get(path) or ([beside[path]] if path in beside else [""])
@@ -80,7 +80,7 @@ def list_folder(where: Folder, *, tell: bool = True) -> tuple[list[Listed], list
     return found, problems
 
 
-def _is_picture(path: Path) -> bool:
+def _is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
@@ -108,7 +108,7 @@ def _raise(error: OSError) -> None:
 def _read_captions(
     where: Folder, files: Mapping[Path, list[Path]]
 ) -> tuple[dict[Path, tuple[str, ...]], dict[Path, str], list[Problem]]:
-    """({picture: captions} of all metadata, of two the nearer one's; {picture: caption} of sidecars; problems)."""
+    """({image: captions} of all metadata, of two the nearer one's; {image: caption} of sidecars; problems)."""
     named: dict[Path, tuple[str, ...]] = {}
     beside: dict[Path, str] = {}
     problems: list[Problem] = []
@@ -119,11 +119,11 @@ def _read_captions(
         nearer = {folder / entry.name: entry.captions for entry in entries}
         twice += [printable(path.name) for path in nearer if named.get(path, nearer[path]) != nearer[path]]
         named |= nearer
-        texts, unfit = read_sidecars(folder, filter(_is_picture, paths))
+        texts, caption_problems = read_sidecars(folder, filter(_is_image, paths))
         beside |= texts
-        problems += bad + unfit
+        problems += bad + caption_problems
     if twice:
-        log.warning("%d pictures are named by the metadata of two folders; the nearer one's is used: %s", len(twice),
+        log.warning("%d images are named by the metadata of two folders; the nearer one's is used: %s", len(twice),
                     listing(twice))
     if where.caption_column and not any(map(metadata_files, files)):
         problems.append(_nowhere(where))
@@ -139,16 +139,16 @@ def _nowhere(where: Folder) -> Problem:
 
 def _unreadable_folder(where: Folder, error: OSError) -> Problem:
     why = {FileNotFoundError: "there is no such folder", NotADirectoryError: "it is a file, not a folder"}
-    return Problem("the picture folder cannot be read", f"{where.flag} {error.filename or where.path}",
-                   why.get(type(error), f"{error.strerror}"), f"{where.flag} {PICTURES}", kind="data")
+    return Problem("the image folder cannot be read", f"{where.flag} {error.filename or where.path}",
+                   why.get(type(error), f"{error.strerror}"), f"{where.flag} {IMAGES}", kind="data")
 
 
-def _no_pictures(where: Folder) -> Problem:
+def _no_images(where: Folder) -> Problem:
     below = [] if where.captioned else sorted(path.name for path in where.path.iterdir() if path.is_dir())
     why = f"subfolders are not searched; there are: {listing(map(printable, below))}" if below else \
         f"it holds no file named {', '.join(sorted(SUFFIXES))}"
-    target = shlex.quote(printable(str(where.path / below[0]))) if below else PICTURES
-    return Problem("no pictures", f"{where.flag} {where.path}", why, f"{where.flag} {target}", kind="data")
+    target = shlex.quote(printable(str(where.path / below[0]))) if below else IMAGES
+    return Problem("no images", f"{where.flag} {where.path}", why, f"{where.flag} {target}", kind="data")
 
 
 def _report_ignored(files: list[Path], held_out: Collection[str]) -> None:
@@ -162,18 +162,18 @@ def _report_ignored(files: list[Path], held_out: Collection[str]) -> None:
 
 
 def _report_captions(
-    pictures: list[Path], named: Mapping[Path, tuple[str, ...]], beside: Mapping[Path, str], *, prompt_flag: str | None
+    images: list[Path], named: Mapping[Path, tuple[str, ...]], beside: Mapping[Path, str], *, prompt_flag: str | None
 ) -> None:
-    """Say where captions compete and which pictures the metadata forgot."""
+    """Say where captions compete and which images the metadata forgot."""
     both = [printable(p.name) for p in beside if named.get(p) and named[p] != (beside[p],)]
     if both:
-        log.warning("%d pictures have two captions; the metadata's is used: %s", len(both), listing(both))
-    forgotten = [printable(p.name) for p in pictures if named and p not in named and p not in beside]
+        log.warning("%d images have two captions; the metadata's is used: %s", len(both), listing(both))
+    forgotten = [printable(p.name) for p in images if named and p not in named and p not in beside]
     if forgotten and prompt_flag:
-        log.warning("%d pictures are not in the metadata and get %s: %s", len(forgotten), prompt_flag,
+        log.warning("%d images are not in the metadata and get %s: %s", len(forgotten), prompt_flag,
                     listing(forgotten))
     stems = Counter(path.with_suffix("") for path in beside)
     shared = sorted(printable(path.name) for path in beside if stems[path.with_suffix("")] > 1)
     if shared:
-        log.warning("%d pictures share a caption file with another of the same name: %s", len(shared), listing(shared))
+        log.warning("%d images share a caption file with another of the same name: %s", len(shared), listing(shared))
 

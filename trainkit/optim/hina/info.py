@@ -65,9 +65,9 @@ def reasons_against(group: Group, flag: str) -> Iterator[str]:
     paired = {b for _, b in lora_pairs(group)} if products else set()
     alone = "only the B of a LoRA pair changes" if paired else NO_PAIR
     for p, name in zip(group["params"], names_of(group), strict=True):
-        unfit = rule.unfit(p.shape) if rule else ""
-        unfit = unfit or (no_factor(name) if flag == "lora_rank_penalty" else "")
-        yield whole or unfit or (alone if products and p not in paired else "")
+        reason = rule.inapplicable(p.shape) if rule else ""
+        reason = reason or (no_factor(name) if flag == "lora_rank_penalty" else "")
+        yield whole or reason or (alone if products and p not in paired else "")
 
 
 def how(groups: Sequence[Group], flag: str) -> str:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainkit.optim.hina.placing import REDUCED, can_offload, offloaded, settle
+from trainkit.optim.hina.placing import REDUCED, can_offload, offloaded, place_state
 from trainkit.optim.hina.storage import scratch_limit, scratch_of
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def get_memory_stats(optimizer: torch.optim.Optimizer) -> dict[str, object]:
             "current_memory_mb": scratch.now / MB,
             "peak_memory_mb": scratch.peak / MB,
             "max_memory_mb": None if scratch_limit(group) is None else group["max_buffer_memory_mb"],
-            "total_buffer_types": len(scratch.kinds),
+            "total_buffer_types": len(scratch.shapes),
         },
         "state_bytes": state_bytes(optimizer),
         "states": state_kinds(optimizer),
@@ -100,12 +100,12 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> dict[str, object]:
 
     "device" is where the parameters are, be it the CPU. torch keeps "step" on the CPU, in pageable memory.
     """
-    places, by_name, seen = Counter[str](), Counter[str](), set()
+    places, by_name, counted = Counter[str](), Counter[str](), set()
     for s in state_tensors(optimizer):
         by_name[s.name] += s.tensor.numel() * s.tensor.element_size()
         storage = s.tensor.untyped_storage()
-        if storage.nbytes() and (storage.device, storage.data_ptr()) not in seen:
-            seen.add((storage.device, storage.data_ptr()))
+        if storage.nbytes() and (storage.device, storage.data_ptr()) not in counted:
+            counted.add((storage.device, storage.data_ptr()))
             places[s.residency] += storage.nbytes()
     numel = sum(p.numel() for p in optimizer.state)
     total = sum(places.values())
@@ -119,7 +119,7 @@ def state_kinds(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, list[st
     for s in state_tensors(optimizer):
         found[s.name]["residency"].add(s.residency)
         found[s.name]["dtype"].add(str(s.tensor.dtype).removeprefix("torch."))
-    return {name: {k: sorted(v) for k, v in kinds.items()} for name, kinds in found.items()}
+    return {name: {k: sorted(v) for k, v in shapes.items()} for name, shapes in found.items()}
 
 
 class Action(NamedTuple):
@@ -180,7 +180,7 @@ def restore_states(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     before = allocated_bytes(device_of(optimizer))
     for group in optimizer.param_groups:
         group.pop("offloaded", None)
-    settle(optimizer)
+    place_state(optimizer)
     return {"before": before, "after": allocated_bytes(device_of(optimizer))}
 
 
@@ -237,6 +237,6 @@ def _offload(optimizer: torch.optim.Optimizer, *, name: str) -> Iterator[Action]
 def _move(optimizer: torch.optim.Optimizer, what: str) -> Iterator[Action]:
     device = device_of(optimizer)
     before = allocated_bytes(device)
-    settle(optimizer)
+    place_state(optimizer)
     if allocated_bytes(device) < before:
         yield Action(what, before - allocated_bytes(device))

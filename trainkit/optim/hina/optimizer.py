@@ -14,15 +14,16 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import StateDict
 
 from trainkit.optim.hina import info, memory, rules
+from trainkit.optim.hina.chunk_state import Buffers, ChunkState, GroupContext
 from trainkit.optim.hina.placing import MASTER, REDUCED, arrived, is_offloaded, restore
 from trainkit.optim.hina.rank import lora_pairs
-from trainkit.optim.hina.regularize import is_kernel, share_out
+from trainkit.optim.hina.regularize import distribute_learning_rate, is_kernel
 from trainkit.optim.hina.roles import Role, roles
 from trainkit.optim.hina.settings import (
     CHANGE_NO_BIT,
     DEFAULTS,
     Group,
-    Value,
+    SettingValue,
     check,
     is_adamw,
     plain_value,
@@ -30,13 +31,12 @@ from trainkit.optim.hina.settings import (
     spelled_out,
     why_unknown,
 )
-from trainkit.optim.hina.storage import Chunk, gradients, lend, scratch_limit, scratch_of, stream
-from trainkit.optim.hina.work import Facts, Pad, Work
+from trainkit.optim.hina.storage import Chunk, gradients, scratch_limit, scratch_of, states_on_device, stream
 
 log = logging.getLogger(__name__)
 
 SCHEMA = 1  # of the groups and states in a state dict
-TEMPORARIES = 3  # tensors of a chunk's size that the rules keep, see work.py
+TEMPORARIES = 3  # tensors of a chunk's size that the rules keep, see chunk_state.py
 KERNEL_TEMPORARIES = 4  # more of them for spatial and edge on kernels
 RANK_TEMPORARIES = 6  # more for the rank penalty, two for each tensor in fp64
 
@@ -46,7 +46,7 @@ class HinaAdaptive(torch.optim.Optimizer):
 
     params      tensors, or parameter groups, or named tensors; any setting may be given for each group
     preset      "adamw": every rule off, which is torch.optim.AdamW bit for bit; "fork": what hinablue/sd-scripts has on
-    settings    see `settings.Settings` for all of them and their defaults
+    settings    see `settings.HinaSettings` for all of them and their defaults
 
     rules.py has the order and the sources of the rules. Everything that moves a number is in `state` and the groups.
     A step waits for the device only where the rank penalty is due. Raises TypeError for a setting that is none, and
@@ -62,7 +62,7 @@ class HinaAdaptive(torch.optim.Optimizer):
 
     def __init__(
         self, params: Iterable[Tensor] | Iterable[Group] | Iterable[tuple[str, Tensor]], lr: float = 1e-3, *,
-        preset: str = "adamw", **settings: Value,
+        preset: str = "adamw", **settings: SettingValue,
     ):
         super().__init__(params, resolve({"lr": lr, **settings}, preset))
 
@@ -157,10 +157,10 @@ class HinaAdaptive(torch.optim.Optimizer):
 def signature() -> inspect.Signature:
     """The constructor's, with every setting by its name."""
     keyword = inspect.Parameter.KEYWORD_ONLY
-    own = inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    params = inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     lr = inspect.Parameter("lr", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=DEFAULTS["lr"])
     rest = {name: value for name, value in DEFAULTS.items() if name != "lr"} | {"preset": "adamw"}
-    return inspect.Signature([own, lr, *(inspect.Parameter(n, keyword, default=v) for n, v in rest.items())])
+    return inspect.Signature([params, lr, *(inspect.Parameter(n, keyword, default=v) for n, v in rest.items())])
 
 
 HinaAdaptive.__signature__ = signature()
@@ -224,8 +224,8 @@ def plain_step(opt: HinaAdaptive, group: Group, params: Sequence[Tensor]) -> Non
                 opt.state[p][name] = torch.zeros_like(p, memory_format=torch.preserve_format)
     kernel(group, here, counts, {name: [opt.state[p][name] for p in here] for name in names})
     for bucket in like(away, lambda p: (p.shape, p.dtype, p.device)):
-        for some, states in lend(opt.state, group, bucket, names=names, step=group["clock"],
-                                 scratch_bytes=scratch_limit(group), scratch=scratch_of(opt)):
+        for some, states in states_on_device(opt.state, group, bucket, names=names, step=group["clock"],
+                                             scratch_bytes=scratch_limit(group), scratch=scratch_of(opt)):
             kernel(group, some, counts, states)
 
 
@@ -238,22 +238,22 @@ def kernel(group: Group, params: list[Tensor], counts: Mapping[Tensor, Tensor], 
 
 
 def rule_step(opt: HinaAdaptive, group: Group, params: Sequence[Tensor]) -> None:
-    """All buckets through the rules, then what tensors have to settle among themselves."""
+    """All buckets through the rules, then what takes all tensors together."""
     params = [p for p in params if p.numel()]
     if not params:
         return
     pairs = lora_pairs(group) if group["use_dynamic_adaptation"] or group["lora_rank_penalty"] else []
-    facts = Facts({b: a for a, b in pairs}, shrink=shrink_due(group), refresh=refresh_due(group))
+    context = GroupContext({b: a for a, b in pairs}, shrink=shrink_due(group), refresh=refresh_due(group))
     counts = steps_of(opt, params, on_device=False)
     torch._foreach_add_(counts, torch.tensor(1.0))  # a number would be made a tensor for each
     at = dict(zip(params, map(int, torch.stack(counts).tolist()), strict=True))
-    pad, role = Pad(), roles(group)
+    buffers, role = Buffers(), roles(group)
     for bucket in like(params, lambda p: (p.shape, p.dtype, p.device, at[p], role[p])):
         acting = rules.active(group, bucket[0].shape, role[bucket[0]])
         for chunk in chunks_of(opt, group, bucket, at[bucket[0]], role[bucket[0]]):
-            rules.run(Work(chunk, facts, pad), acting)
-    if facts.refresh:
-        share_out(params, opt.state, group, pairs)
+            rules.run(ChunkState(chunk, context, buffers), acting)
+    if context.refresh:
+        distribute_learning_rate(params, opt.state, group, pairs)
 
 
 def chunks_of(opt: HinaAdaptive, group: Group, bucket: Sequence[Tensor], step: int, role: Role) -> Iterator[Chunk]:

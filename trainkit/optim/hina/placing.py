@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import StateDict
 
-from trainkit.optim.hina.ferry import adjacent
+from trainkit.optim.hina.offload_stream import adjacent
 from trainkit.optim.hina.rounding import Rounder
 from trainkit.optim.hina.settings import Group
 
@@ -152,16 +152,16 @@ def arrived(optimizer: torch.optim.Optimizer) -> None:
             wait(device)
 
 
-def settle(optimizer: torch.optim.Optimizer) -> None:
+def place_state(optimizer: torch.optim.Optimizer) -> None:
     """Bring every state into arenas of the dtype, device and memory that its group says; no-op where it is so."""
     for group in optimizer.param_groups:
         for (name, *_), params in buckets(optimizer.state, group).items():
-            if not _settled(group, params[0], name, [optimizer.state[p][name] for p in params]):
+            if not _is_placed(group, params[0], name, [optimizer.state[p][name] for p in params]):
                 step = int(optimizer.state[params[0]].get("step", 0))
                 rehome(optimizer.state, group, params, name, step=step)
 
 
-def _settled(group: Group, p: Tensor, name: str, rows: Sequence[Tensor]) -> bool:
+def _is_placed(group: Group, p: Tensor, name: str, rows: Sequence[Tensor]) -> bool:
     dtype, device = kept_as(group, p, name)
     if any(t.dtype != dtype or t.device != device for t in rows) or (p.numel() and adjacent(rows) is None):
         return False
@@ -191,4 +191,4 @@ def restore(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> None:
             if isinstance(value, Tensor):
                 value = optimizer.state[p]["step"] if name == "step" else value
                 optimizer.state[p][name] = value.detach().clone()
-    settle(optimizer)
+    place_state(optimizer)

@@ -13,26 +13,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from trainkit.optim.hina.chunk_state import ChunkState
 from trainkit.optim.hina.settings import Group
-from trainkit.optim.hina.work import Work
 
-LEAST = 1e-6  # singular values below this share of the largest shrink as those at it
+LEAST = 1e-6  # singular values below this fraction of the largest shrink as those at it
 NAMES = (("lora_A", "lora_B"), ("lora_down", "lora_up"))  # the factor next to the input, the one next to the output
 
 
-def proximal(work: Work) -> None:
+def proximal(chunk: ChunkState) -> None:
     """Every `rank_penalty_interval` steps, with the learning rates of all of them: each factor, or B of each pair.
 
     The eigenproblem makes the host wait for the device in these steps, and in no others.
     """
-    lr, group = work.facts.shrink, work.group
+    lr, group = chunk.context.shrink, chunk.group
     if lr is None:
         return
     amount = lr * group["rank_penalty_strength"], group["low_rank_emphasis"]
     if group["rank_penalty_target"] == "product":
-        shrink_products(work, amount)
+        shrink_products(chunk, amount)
     else:
-        shrink_factors(work.w.view(-1, work.shape[0], work.numel // work.shape[0]), amount)
+        shrink_factors(chunk.w.view(-1, chunk.shape[0], chunk.numel // chunk.shape[0]), amount)
 
 
 def kept(sigma: Tensor, amount: float, emphasis: float) -> Tensor:
@@ -42,9 +42,9 @@ def kept(sigma: Tensor, amount: float, emphasis: float) -> Tensor:
     amount · (sigma/sigma_1)^(-emphasis) grows as sigma falls, so the stable rank falls. Tensors of zeros stay.
     """
     largest = sigma.amax(-1, keepdim=True)
-    share = torch.where(largest > 0, sigma / largest, 1.0)
-    left = (share - amount * share.clamp(min=LEAST) ** (1 - emphasis)).clamp_(min=0)
-    return torch.where(share > 0, left / share, 0.0)
+    ratio = torch.where(largest > 0, sigma / largest, 1.0)
+    left = (ratio - amount * ratio.clamp(min=LEAST) ** (1 - emphasis)).clamp_(min=0)
+    return torch.where(ratio > 0, left / ratio, 0.0)
 
 
 def shrink_factors(w: Tensor, amount: tuple[float, float]) -> None:
@@ -61,23 +61,23 @@ def shrink_factors(w: Tensor, amount: tuple[float, float]) -> None:
     w.sub_(removed @ exact if wide else exact @ removed)
 
 
-def shrink_products(work: Work, amount: tuple[float, float]) -> None:
+def shrink_products(chunk: ChunkState, amount: tuple[float, float]) -> None:
     """For the B's among the weights: singular values of B A shrink by a change of B alone, which leaves A as it is.
 
     B = Q_B R_B, A^T = Q_A R_A, R_B R_A^T = U diag(sigma) V^T:  B <- B - U_B diag(1 - sigma'/sigma) U_B^T B with
     U_B = Q_B U.
     """
-    rows = [i for i, p in enumerate(work.chunk.params) if p in work.facts.downs]
+    rows = [i for i, p in enumerate(chunk.params) if p in chunk.context.downs]
     if not rows:
         return
-    b = torch.stack([work.whole(work.w)[i].flatten(1) for i in rows]).double()
+    b = torch.stack([chunk.whole(chunk.w)[i].flatten(1) for i in rows]).double()
     basis, left = torch.linalg.qr(finite(b))
-    core = left @ triangles([work.facts.downs[work.chunk.params[i]] for i in rows]).mT
+    core = left @ triangles([chunk.context.downs[chunk.params[i]] for i in rows]).mT
     u, sigma, _ = torch.linalg.svd(core)
     ub, loss = basis @ u, 1 - kept(sigma, *amount)
     change = (ub * loss[:, None]) @ (ub.mT @ b)
     for i, part in zip(rows, change, strict=True):
-        work.w[i].sub_(part.view_as(work.w[i]))
+        chunk.w[i].sub_(part.view_as(chunk.w[i]))
 
 
 def triangles(downs: Sequence[Tensor]) -> Tensor:

@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from trainkit.optim.hina.chunk_state import TINY, ChunkState, norm, total
 from trainkit.optim.hina.settings import Group
-from trainkit.optim.hina.work import TINY, Work, norm, total
 
 BACKGROUND = 0.5  # beta of the background's gain
-SCALES = (0.1, 3.0)  # range of a tensor's share in the dynamic adaptation, before the mean is taken out
+SCALES = (0.1, 3.0)  # range of a tensor's factor in the dynamic adaptation, before the mean is taken out
 LEAST_SIGNAL = 1e-12
 
 
@@ -34,15 +34,15 @@ def is_kernel(shape: torch.Size) -> bool:
     return len(shape) >= 4 and min(shape[-2:]) >= 2
 
 
-def background(work: Work) -> None:
+def background(chunk: ChunkState) -> None:
     """u <- u · min(1, (1+b) q/(q + b mu)),  q = sqrt(v), mu = rms(q), b = 1/2: an eps relative to the tensor.
 
     Damps coordinates with little activity, where Adam makes full steps out of noise; at q = mu the gain is 1.
     """
-    mean = norm(work.q).mul_(BACKGROUND * work.numel**-0.5)
-    torch.add(work.q, mean.clamp_(min=TINY), out=work.a)
-    work.u = torch.mul(work.u, work.q.div_(work.a).clamp_(max=1 / (1 + BACKGROUND)), out=work.out)
-    work.scale = work.scale * (1 + BACKGROUND)
+    mean = norm(chunk.q).mul_(BACKGROUND * chunk.numel**-0.5)
+    torch.add(chunk.q, mean.clamp_(min=TINY), out=chunk.a)
+    chunk.u = torch.mul(chunk.u, chunk.q.div_(chunk.a).clamp_(max=1 / (1 + BACKGROUND)), out=chunk.out)
+    chunk.scale = chunk.scale * (1 + BACKGROUND)
 
 
 def second_difference(x: Tensor, axis: int) -> Tensor:
@@ -54,20 +54,20 @@ def second_difference(x: Tensor, axis: int) -> Tensor:
     return bent
 
 
-def spatial(work: Work) -> None:
+def spatial(chunk: ChunkState) -> None:
     """u <- u - frequency_penalty · gate · H u on each plane of a kernel, H = 1 - S, S = [1,2,1]/4 along both axes.
 
-    gate = clip((share - detail_preservation)/(1 - detail_preservation), 0, 1) of the plane, its share of roughness
+    gate = clip((roughness - detail_preservation)/(1 - detail_preservation), 0, 1) of the plane. Its roughness is
     ||H u||²/||u||² divided by what the roughest plane of that size has: what varies from element to element is smoothed
     only where it is most of the plane. H is symmetric and 0 <= H <= 1, so ||u|| never grows.
     """
-    work.u = work.out.copy_(work.u) if work.u is not work.out else work.u
-    u, keep = work.whole(work.u), work.group["detail_preservation"]
+    chunk.u = chunk.out.copy_(chunk.u) if chunk.u is not chunk.out else chunk.u
+    u, keep = chunk.whole(chunk.u), chunk.group["detail_preservation"]
     half = u + second_difference(u, -1) / 4
     rough = u - (half + second_difference(half, -2) / 4)
-    share = energy(rough) / energy(u).clamp_(min=TINY) / roughest(*work.shape[-2:])
-    gate = ((share - keep) / (1 - keep)).clamp_(0, 1)
-    u.addcmul_(rough, gate, value=-work.group["frequency_penalty"])
+    roughness = energy(rough) / energy(u).clamp_(min=TINY) / roughest(*chunk.shape[-2:])
+    gate = ((roughness - keep) / (1 - keep)).clamp_(0, 1)
+    u.addcmul_(rough, gate, value=-chunk.group["frequency_penalty"])
 
 
 def roughest(height: int, width: int) -> float:
@@ -81,50 +81,50 @@ def energy(x: Tensor) -> Tensor:
     return x.square().sum((-2, -1), keepdim=True)
 
 
-def edge(work: Work) -> None:
+def edge(chunk: ChunkState) -> None:
     """u <- u / (1 + edge_penalty (e - kappa)_+), kappa = 1/(1 - edge_threshold): outliers of the update shrink.
 
     e = |x|/rms(x): of a matrix x = u, which any renumbering of features leaves alone; of a kernel x = its Laplacian
     over the plane. 1 + p (|x|/rms - kappa)_+ = max(1, 1 - p kappa + |x| p/rms).
     """
-    penalty, kappa = work.group["edge_penalty"], 1 / (1 - work.group["edge_threshold"])
-    x = work.u
-    if is_kernel(work.shape):
-        plane = work.whole(x)
+    penalty, kappa = chunk.group["edge_penalty"], 1 / (1 - chunk.group["edge_threshold"])
+    x = chunk.u
+    if is_kernel(chunk.shape):
+        plane = chunk.whole(x)
         x = (second_difference(plane, -1) + second_difference(plane, -2)).view_as(x)
-    slope = norm(x).clamp_(min=TINY).reciprocal_().mul_(penalty * work.numel**0.5)
-    size = torch.abs(x, out=work.a)
-    work.u = torch.div(work.u, size.mul_(slope).add_(1 - penalty * kappa).clamp_(min=1), out=work.out)
+    slope = norm(x).clamp_(min=TINY).reciprocal_().mul_(penalty * chunk.numel**0.5)
+    size = torch.abs(x, out=chunk.a)
+    chunk.u = torch.div(chunk.u, size.mul_(slope).add_(1 - penalty * kappa).clamp_(min=1), out=chunk.out)
 
 
-# --- shares of the learning rate ------------------------------------------------------------------------------------
+# --- factors of the learning rate -----------------------------------------------------------------------------------
 
 
-def measure(work: Work) -> None:
+def measure(chunk: ChunkState) -> None:
     """Every `relationship_discovery_interval` steps: how steady a tensor's gradients are, smoothed.
 
     rho = ||m^||²/||v^||_1 in [0,1]: 1 for a constant gradient, (1-b1)/(1+b1) for noise. ADOPT's gradients have unit
     variance. A tensor that has had no gradient but 0 says nothing.
     """
-    if not work.facts.refresh:
+    if not chunk.context.refresh:
         return
-    (b1, b2), signal = work.group["betas"], work.state["signal"]
-    power, energy_ = norm(work.state["exp_avg"]).square_(), total(work.state["exp_avg_sq"])
-    if work.group["use_adopt_stability"]:
-        rho = power / work.numel
+    (b1, b2), signal = chunk.group["betas"], chunk.state["signal"]
+    power, energy_ = norm(chunk.state["exp_avg"]).square_(), total(chunk.state["exp_avg_sq"])
+    if chunk.group["use_adopt_stability"]:
+        rho = power / chunk.numel
     else:
-        rho = power * ((1 - b2**work.step) / (1 - b1**work.step) ** 2) / energy_.clamp(min=TINY)
+        rho = power * ((1 - b2**chunk.step) / (1 - b1**chunk.step) ** 2) / energy_.clamp(min=TINY)
     rho = rho.clamp_(LEAST_SIGNAL, 1)
-    smooth = torch.where(signal > 0, torch.lerp(rho, signal, work.group["importance_decay"]), rho)
+    smooth = torch.where(signal > 0, torch.lerp(rho, signal, chunk.group["importance_decay"]), rho)
     signal.copy_(torch.where(energy_ > 0, smooth, signal))
 
 
-def adapt(work: Work) -> None:
-    """u <- s u with the tensor's share s of the learning rate, of the last `share_out`."""
-    work.scale = work.state["adapt_scale"] * work.scale
+def adapt(chunk: ChunkState) -> None:
+    """u <- s u with the tensor's factor s of the learning rate, of the last `distribute_learning_rate`."""
+    chunk.scale = chunk.state["adapt_scale"] * chunk.scale
 
 
-def share_out(
+def distribute_learning_rate(
     params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Tensor]], group: Group,
     pairs: Sequence[tuple[Tensor, Tensor]],
 ) -> None:

@@ -40,7 +40,7 @@ class Rounder:
         keys = make_keys(indices, [words(seed, step, name) for name in names])
         self.keys = dict(zip(names, _upload(keys, device).unbind(), strict=True))  # name -> k [N]
         self.table = scramble(torch.arange(numel, dtype=torch.int32, device=device)) | 1  # T [numel]
-        self.paper = self.table[:0, None]  # [n,numel] int32, the largest noise so far
+        self.buffers = self.table[:0, None]  # [n,numel] int32, the largest noise so far
 
     def round_(self, target: Tensor, x: Tensor, name: str, lo: int = 0) -> None:
         """target <- sr(x), for the parameters from the `lo`-th of the bucket on.
@@ -58,9 +58,9 @@ class Rounder:
 
     def noise(self, name: str, lo: int, hi: int) -> Tensor:
         """Uniform in [0, 2^16): [hi - lo,numel] int32, on memory that the next call takes again."""
-        if len(self.paper) < hi - lo:
-            self.paper = self.table.new_empty(hi - lo, len(self.table))
-        return high16(torch.mul(self.table, self.keys[name][lo:hi, None], out=self.paper[:hi - lo]))
+        if len(self.buffers) < hi - lo:
+            self.buffers = self.table.new_empty(hi - lo, len(self.table))
+        return high16(torch.mul(self.table, self.keys[name][lo:hi, None], out=self.buffers[:hi - lo]))
 
 
 def make_keys(indices: Sequence[int], seeds: Sequence[tuple[int, int]]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What HinaAdaptive can be told: names, defaults, presets, and what no value may be.
+"""What can be set of HinaAdaptive: names, defaults, presets, and what no value may be.
 
 Every setting that moves a number lives in the parameter groups, so each group can differ and a state dict carries it.
 """
@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, fields
 from numbers import Real
 from typing import Any
 
-Value = bool | int | float | str | tuple[float, float] | None
+SettingValue = bool | int | float | str | tuple[float, float] | None
 Group = dict[str, Any]  # as torch types it: the settings of a group by name, its parameters, and what moves
 
 
 @dataclass(frozen=True)
-class Settings:
+class HinaSettings:
     """Defaults of the constructor. With every flag off the optimizer is torch's AdamW, bit for bit."""
 
     lr: float = 1e-3
@@ -85,16 +85,16 @@ class Settings:
     rank_penalty_target: str = "factors"
 
 
-DEFAULTS: dict[str, Value] = asdict(Settings())
-KINDS = {f.name: str(f.type) for f in fields(Settings)}
+DEFAULTS: dict[str, SettingValue] = asdict(HinaSettings())
+SETTING_TYPES = {f.name: str(f.type) for f in fields(HinaSettings)}
 
 # What hinablue/sd-scripts, where the guide comes from, has on without being asked (`HinaAdaptive.__init__` there).
 # Its Grams did nothing, and stays off here because it would replace the cautious rule.
-FORK: dict[str, Value] = dict.fromkeys((
+FORK: dict[str, SettingValue] = dict.fromkeys((
     "use_spd", "use_cautious", "use_adopt_stability", "use_agr", "use_tam", "use_dynamic_adaptation", "use_lr_mask",
     "dynamic_weight_decay", "memory_efficient", "cpu_offload_states", "reduce_precision", "adaptive_features",
     "emergency_simplify"), True)
-PRESETS: dict[str, dict[str, Value]] = {"adamw": {}, "fork": FORK}
+PRESETS: dict[str, dict[str, SettingValue]] = {"adamw": {}, "fork": FORK}
 
 RULE_FLAGS = (  # each leaves torch's AdamW when on; in the order in which they act
     "use_agr", "use_orthogonal_grad", "use_tam", "use_adopt_stability", "background_regularization",
@@ -118,7 +118,7 @@ KNOBS = {  # what is read under its switch alone
 }
 CHANGE_NO_BIT = ("memory_efficient", "vram_budget_gb", "cpu_offload_states", "max_buffer_memory_mb")  # of a result
 
-LOSS = "an optimizer sees no picture: use --loss_type fourier (freq_loss.FourierLoss)"
+LOSS = "an optimizer sees no image: use --loss_type fourier (freq_loss.FourierLoss)"
 EIGHT_BITS = ("it belongs to bitsandbytes' optimizers: reduce_precision=True keeps the states in 16 bits, "
               "--optimizer adamw8bit in 8")
 GONE = {
@@ -130,7 +130,7 @@ GONE = {
 } | dict.fromkeys(("optim_bits", "min_8bit_size", "percentile_clipping", "block_wise", "is_paged"), EIGHT_BITS)
 
 
-def resolve(given: Mapping[str, object], preset: str = "adamw") -> dict[str, Value]:
+def resolve(given: Mapping[str, object], preset: str = "adamw") -> dict[str, SettingValue]:
     """All settings: the defaults, over them the preset, over both what is given.
 
     Raises TypeError for a name that is none, ValueError for a value or a preset that cannot be.
@@ -176,7 +176,7 @@ def check(values: Group) -> None:
 
 def _problems(v: Group) -> Iterator[str]:
     """Kinds first, because ranges compare numbers."""
-    yield from (p for name in DEFAULTS for p in _kind_problem(name, v[name]))
+    yield from (p for name in DEFAULTS for p in _type_problem(name, v[name]))
     if not (isinstance(v["betas"], tuple | list) and len(v["betas"]) == 2
             and all(is_number(b) and 0 <= b < 1 for b in v["betas"])):
         yield f"betas {v['betas']!r} are no two rates of decay: give two numbers in [0, 1)"
@@ -208,15 +208,15 @@ def is_adamw(v: Group) -> bool:
     return not v["reduce_precision"] and not any(v[flag] for flag in RULE_FLAGS)
 
 
-def _kind_problem(name: str, value: object) -> Iterator[str]:
-    kind = KINDS[name]
+def _type_problem(name: str, value: object) -> Iterator[str]:
+    type_name = SETTING_TYPES[name]
     fits = {"bool": isinstance(value, bool), "bool | None": value is None or isinstance(value, bool),
             "int": isinstance(value, int) and not isinstance(value, bool), "float": is_number(value),
-            "str": isinstance(value, str)}.get(kind, True)
+            "str": isinstance(value, str)}.get(type_name, True)
     if not fits:
-        words = {"bool": "True or False", "bool | None": "True, False or None", "int": "a whole number",
-                 "float": "a finite number", "str": "a text"}
-        yield f"{name} {value!r} is of the wrong kind: give {words[kind]}"
+        expected = {"bool": "True or False", "bool | None": "True, False or None", "int": "a whole number",
+                    "float": "a finite number", "str": "a text"}
+        yield f"{name} {value!r} is of the wrong kind: give {expected[type_name]}"
 
 
 def is_number(value: object) -> bool:

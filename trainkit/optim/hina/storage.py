@@ -7,8 +7,8 @@ chunks, stacked in fp32, and writes back what the rules made of them:
         chunk.state["exp_avg"].lerp_(chunk.g, 0.1)      # in place
         chunk.w.sub_(chunk.state["exp_avg"], alpha=lr)  # in place
 
-Dtypes and devices are settled here and nowhere else: placing.py says what a state is kept as, ferry.py brings states
-from host memory, rounding.py writes bf16.
+Dtypes and devices are handled here and nowhere else: placing.py says what a state is kept as, offload_stream.py brings
+states from host memory, rounding.py writes bf16.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainkit.optim.hina.ferry import Ferry, Span, adjacent
+from trainkit.optim.hina.offload_stream import OffloadStream, Span, adjacent
 from trainkit.optim.hina.placing import (
     MASTER,
     Initial,
@@ -38,7 +38,7 @@ from trainkit.optim.hina.settings import Group
 
 log = logging.getLogger(__name__)
 
-FERRIED = 4  # chunks of a bucket whose states come from host memory, at least
+OFFLOADED_CHUNKS = 4  # chunks of a bucket whose states come from host memory, at least
 PARAM = "param"  # what the noise of the weights themselves is called
 CACHE_ELEMENTS = 1 << 17  # of a chunk on the CPU: smaller ones are mostly calls, larger ones leave the cache
 
@@ -68,7 +68,7 @@ class Scratch:
     now: int = 0
     peak: int = 0
     floor: int = 0  # what the largest single tensor takes, below which no limit brings it
-    kinds: set[tuple[int, ...]] = field(default_factory=set)  # shapes of chunks so far
+    shapes: set[tuple[int, ...]] = field(default_factory=set)  # shapes of chunks so far
     said: set[str] = field(default_factory=set)  # warnings given
 
     @contextmanager
@@ -76,7 +76,7 @@ class Scratch:
         """While chunks of that shape are laid out: `row` bytes for each of its tensors, and `fixed` ones."""
         self.now, self.floor = shape[0] * row + fixed, max(self.floor, row + fixed)
         self.peak = max(self.peak, self.now)
-        self.kinds.add(shape)
+        self.shapes.add(shape)
         try:
             yield
         finally:
@@ -88,7 +88,7 @@ class Scratch:
             log.warning(sentence)
 
 
-class Lent(NamedTuple):
+class StoredStates(NamedTuple):
     """Rows lo..hi of a bucket and their states on the device, in the dtype they are kept in: name -> [n,*shape]."""
 
     span: Span
@@ -106,21 +106,21 @@ def scratch_limit(group: Group) -> int | None:
     return int(group["max_buffer_memory_mb"] * 2**20) if limited else None
 
 
-def lend(
+def states_on_device(
     optimizer_state: State, group: Group, params: Sequence[Tensor], *, names: Sequence[str], step: int,
     scratch_bytes: int | None = None, scratch: Scratch | None = None,
 ) -> Iterator[tuple[list[Tensor], dict[str, list[Tensor]]]]:
     """A bucket's states on its device as they are kept, for a kernel that takes lists of tensors: (parameters, states).
 
-    What lies in host memory comes and goes chunk by chunk; what lies on the device is lent itself.
+    What lies in host memory comes and goes chunk by chunk; what lies on the device is handed out itself.
     """
     place(optimizer_state, group, params, names=names, step=step)
-    desk = Desk(optimizer_state, group, params, names=tuple(names), step=step)
-    rows = desk.rows(scratch_bytes, desk.slot_bytes()) if desk.slot_bytes() else len(params)
-    with (scratch or Scratch()).taking(desk.slot_bytes(), (rows, *desk.shape)):
-        for lent in rows_of(optimizer_state, params, names=names, spans=cut(len(params), rows)):
-            lo, hi = lent.span
-            yield list(params[lo:hi]), {name: list(t.unbind()) for name, t in lent.rows.items()}
+    layout = BucketLayout(optimizer_state, group, params, names=tuple(names), step=step)
+    rows = layout.rows(scratch_bytes, layout.slot_bytes()) if layout.slot_bytes() else len(params)
+    with (scratch or Scratch()).taking(layout.slot_bytes(), (rows, *layout.shape)):
+        for stored in stored_states(optimizer_state, params, names=names, spans=cut(len(params), rows)):
+            lo, hi = stored.span
+            yield list(params[lo:hi]), {name: list(t.unbind()) for name, t in stored.rows.items()}
 
 
 def stream(
@@ -143,40 +143,40 @@ def stream(
         scratch.warn_once("cpu_offload_states has nothing to do: parameters and optimizer states are in main memory")
     names = (*names, MASTER) if has_master(group, params[0]) else tuple(names)
     place(optimizer_state, group, params, names=names, scalars=scalars, step=step, initial=initial)
-    desk = Desk(optimizer_state, group, params, names=(*names, *scalars), step=step)
-    row_bytes = desk.row_bytes(temporaries)
-    rows = desk.rows(scratch_bytes, row_bytes)
-    with scratch.taking(row_bytes, (rows, *desk.shape), fixed=desk.table_bytes()):
+    layout = BucketLayout(optimizer_state, group, params, names=(*names, *scalars), step=step)
+    row_bytes = layout.row_bytes(temporaries)
+    rows = layout.rows(scratch_bytes, row_bytes)
+    with scratch.taking(row_bytes, (rows, *layout.shape), fixed=layout.table_bytes()):
         spans = cut(len(params), rows)
-        for lent in rows_of(optimizer_state, params, names=desk.kept, spans=spans, read_only=read_only):
-            chunk = desk.lay_out(lent)
+        for stored in stored_states(optimizer_state, params, names=layout.kept, spans=spans, read_only=read_only):
+            chunk = layout.lay_out(stored)
             given = dict(chunk.state)
             yield chunk
             assert all(chunk.state[n] is t for n, t in given.items()), "a rule replaced a state: update it in place"
-            desk.clear(lent, chunk, read_only)
+            layout.write_back(stored, chunk, read_only)
 
 
-def rows_of(state: State, params: Sequence[Tensor], *, names: Collection[str], spans: Sequence[Span],
-            read_only: Collection[str] = ()) -> Iterator[Lent]:
+def stored_states(state: State, params: Sequence[Tensor], *, names: Collection[str], spans: Sequence[Span],
+                  read_only: Collection[str] = ()) -> Iterator[StoredStates]:
     """States chunk by chunk, to be changed in place: views where that can be, else copies, which are taken back."""
     device = params[0].device
     columns = {name: [state[p][name] for p in params] for name in names}
     here = {name: column for name, column in columns.items() if column[0].device == device}
     away = {name: column for name, column in columns.items() if name not in here}
-    ferry = Ferry(away, spans, device, read_only=read_only) if away else None
+    offload = OffloadStream(away, spans, device, read_only=read_only) if away else None
     arenas = {name: adjacent(column) for name, column in here.items()}
     try:
         for c, (lo, hi) in enumerate(spans):
             views = {n: adjacent(here[n][lo:hi]) if arena is None else arena[lo:hi] for n, arena in arenas.items()}
             rows = {name: torch.stack(here[name][lo:hi]) if v is None else v for name, v in views.items()}
-            yield Lent((lo, hi), rows | (ferry.take(c) if ferry else {}))
+            yield StoredStates((lo, hi), rows | (offload.take(c) if offload else {}))
             for name in (n for n, v in views.items() if v is None and n not in read_only):
                 torch._foreach_copy_(here[name][lo:hi], list(rows[name].unbind()))
-            if ferry:
-                ferry.give(c)
+            if offload:
+                offload.give(c)
     finally:
-        if ferry:
-            ferry.close()
+        if offload:
+            offload.close()
 
 
 def cut(count: int, rows: int) -> list[Span]:
@@ -192,7 +192,7 @@ def has_master(group: Group, p: Tensor) -> bool:
     return p.dtype == torch.bfloat16 and bool(group.get("master_weights"))
 
 
-class Desk:
+class BucketLayout:
     """Where the chunks of one bucket are laid out in fp32, on memory that all of them share."""
 
     def __init__(self, state: State, group: Group, params: Sequence[Tensor], *, names: Sequence[str], step: int):
@@ -205,10 +205,10 @@ class Desk:
         self.rounder: Rounder | None = None
         if self.rounds:
             self.rounder = rounder_of(group, params, names=self.rounds, device=self.device, step=step)
-        self.paper: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
 
     def slot_bytes(self) -> int:
-        """What the ferry's two slots take for one tensor of the bucket."""
+        """What the offload stream's two slots take for one tensor of the bucket."""
         return sum(2 * t.numel() * t.element_size() for t in self.kept.values() if t.device != self.device)
 
     def row_bytes(self, temporaries: int) -> int:
@@ -218,14 +218,14 @@ class Desk:
         """
         numel = self.params[0].numel()
         copies = sum(t.numel() for t in self.kept.values() if t.dtype != self.dtype)
-        work = max(temporaries, 5 if self.rounds or self.master else 0)
+        temporary = max(temporaries, 5 if self.rounds or self.master else 0)
         noise = 4 * numel if self.rounds else 0
-        return self.dtype.itemsize * ((2 + work) * numel + copies) + noise + self.slot_bytes()
+        return self.dtype.itemsize * ((2 + temporary) * numel + copies) + noise + self.slot_bytes()
 
     def rows(self, scratch_bytes: int | None, row_bytes: int) -> int:
         """As many tensors at once as the limit allows, on the CPU no more than its cache likes; one at least.
 
-        A bucket with states to fetch is cut in FERRIED, so that copies can run beside the rules.
+        A bucket with states to fetch is cut in OFFLOADED_CHUNKS, so that copies can run beside the rules.
         """
         count = rows = len(self.params)
         if scratch_bytes is not None:
@@ -233,30 +233,30 @@ class Desk:
         if self.device.type == "cpu":
             rows = min(rows, CACHE_ELEMENTS // max(1, self.params[0].numel()))
         if self.slot_bytes():
-            rows = min(rows, -(-count // FERRIED))
+            rows = min(rows, -(-count // OFFLOADED_CHUNKS))
         return max(1, rows)
 
     def table_bytes(self) -> int:
         """What the rounding keeps for the whole bucket."""
         return 4 * self.params[0].numel() if self.rounds else 0
 
-    def lay_out(self, lent: Lent) -> Chunk:
-        lo, hi = lent.span
+    def lay_out(self, stored: StoredStates) -> Chunk:
+        lo, hi = stored.span
         part = list(self.params[lo:hi])
-        state = {n: t if t.dtype == self.dtype else self._copy(n, t) for n, t in lent.rows.items() if n != MASTER}
-        w = join(torch.stack(part), lent.rows[MASTER]) if self.master else self._stack("w", part)
+        state = {n: t if t.dtype == self.dtype else self._copy(n, t) for n, t in stored.rows.items() if n != MASTER}
+        w = join(torch.stack(part), stored.rows[MASTER]) if self.master else self._stack("w", part)
         return Chunk(part, self.group, self.step, w, self._stack("g", gradients(part)), state)
 
-    def clear(self, lent: Lent, chunk: Chunk, read_only: Collection[str]) -> None:
-        """Write the chunk back into what was lent, and into the parameters."""
-        lo, _ = lent.span
+    def write_back(self, stored: StoredStates, chunk: Chunk, read_only: Collection[str]) -> None:
+        """Write the chunk back into the stored states and into the parameters."""
+        lo, _ = stored.span
         for name, rows in chunk.state.items():
-            if rows is not lent.rows[name] and name not in read_only:
-                self._round(lent.rows[name], rows, name, lo)
+            if rows is not stored.rows[name] and name not in read_only:
+                self._round(stored.rows[name], rows, name, lo)
         w = chunk.w
         if self.master:
             w, rest = split(w)
-            lent.rows[MASTER].copy_(rest)
+            stored.rows[MASTER].copy_(rest)
         elif self.params[0].dtype == torch.bfloat16:
             w = torch.empty_like(w, dtype=torch.bfloat16)
             self._round(w, chunk.w, PARAM, lo)
@@ -269,13 +269,13 @@ class Desk:
     def _stack(self, name: str, tensors: list[Tensor]) -> Tensor:
         if tensors[0].dtype != self.dtype:
             return self._copy(name, torch.stack(tensors))
-        return torch.stack(tensors, out=self._sheet(name, (len(tensors), *self.shape)))
+        return torch.stack(tensors, out=self._buffer(name, (len(tensors), *self.shape)))
 
     def _copy(self, name: str, rows: Tensor) -> Tensor:
-        return self._sheet(name, rows.shape).copy_(rows)
+        return self._buffer(name, rows.shape).copy_(rows)
 
-    def _sheet(self, name: str, shape: Sequence[int]) -> Tensor:
+    def _buffer(self, name: str, shape: Sequence[int]) -> Tensor:
         """Memory of that shape: the first chunk's, which is the largest, serves all that follow."""
-        if name not in self.paper:
-            self.paper[name] = torch.empty(shape, dtype=self.dtype, device=self.device)
-        return self.paper[name][:shape[0]]
+        if name not in self.buffers:
+            self.buffers[name] = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return self.buffers[name][:shape[0]]

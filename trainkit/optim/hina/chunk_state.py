@@ -13,21 +13,21 @@ from trainkit.optim.hina.storage import Chunk
 TINY = 1e-30  # below every number that counts, and its square root is none too small for fp32
 
 
-class Pad:
+class Buffers:
     """Scratch that chunks share, so that it is in the cache already: flat tensors by name, as large as asked for."""
 
     def __init__(self) -> None:
-        self.sheets: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self.tensors: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def like(self, name: str, x: Tensor) -> Tensor:
         key = (name, x.dtype, x.device)
-        if key not in self.sheets or self.sheets[key].numel() < x.numel():
-            self.sheets[key] = torch.empty(x.numel(), dtype=x.dtype, device=x.device)
-        return self.sheets[key][:x.numel()].view(x.shape)
+        if key not in self.tensors or self.tensors[key].numel() < x.numel():
+            self.tensors[key] = torch.empty(x.numel(), dtype=x.dtype, device=x.device)
+        return self.tensors[key][:x.numel()].view(x.shape)
 
 
 @dataclass
-class Facts:
+class GroupContext:
     """What the whole group gives each of its chunks.
 
     downs    B -> A for the LoRA pairs of the group
@@ -40,14 +40,15 @@ class Facts:
     shrink: float | None = None
 
 
-class Work:
+class ChunkState:
     """What the rules read and change.
 
     Tensors of the chunk are cut into lines, [n,lines,rest], whatever their shape is; a "row" [n,1,1] is one number for
     each of them. The update is scale · u, so that a factor for a whole tensor costs no pass over its elements:
     W <- W - lr·scale·u.
 
-    chunk, facts  what this is a view of
+    params        the parameters whose copies the chunk has
+    context       what the whole group gives each of its chunks
     shape         of each tensor, without n
     w, g, state   weights, gradient, states of the chunk, in lines or as rows
     u, scale      the update; u may be the first moment itself, so a rule writes to `out`, which may be u as well
@@ -59,15 +60,15 @@ class Work:
     done          no further rule acts
     """
 
-    def __init__(self, chunk: Chunk, facts: Facts, pad: Pad):
-        self.chunk, self.facts, self.group, self.step = chunk, facts, chunk.group, chunk.step
+    def __init__(self, chunk: Chunk, context: GroupContext, buffers: Buffers):
+        self.params, self.context, self.group, self.step = chunk.params, context, chunk.group, chunk.step
         self.shape = chunk.w.shape[1:]
         self.numel = self.shape.numel()
         self.lines = (len(chunk.params), math.gcd(self.numel, 64), -1)
         self.w, self.g = chunk.w.view(self.lines), chunk.g.view(self.lines)
         self.state = {name: x.view(self.lines if x.numel() == chunk.w.numel() else (-1, 1, 1))
                       for name, x in chunk.state.items()}
-        self.out, self.a, self.q = (pad.like(name, self.w) for name in ("out", "a", "q"))
+        self.out, self.a, self.q = (buffers.like(name, self.w) for name in ("out", "a", "q"))
         self.u = self.out
         self.scale: Tensor | float = 1.0
         self.alive: Tensor | None = None

@@ -1,4 +1,4 @@
-"""Class pictures: read with their captions, generated where missing, the same after a kill and on any ranks."""
+"""Class images: read with their captions, generated where missing, the same after a kill and on any ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.pictures import data_options, marked, marked_folder
+from tests.images import data_options, marked, marked_folder
 from tests.tiny import build_tiny_edm
 from trainkit.data import class_images
 from trainkit.data.batch import Row
@@ -43,10 +43,10 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The batches of numbers a painter was asked for; it draws a colour for each seed and number, and its batch."""
     batches: list[list[int]] = []
 
-    def paint(opt: SimpleNamespace, job: SimpleNamespace) -> Callable[[Sequence[int]], list[Image.Image]]:
+    def paint(opt: SimpleNamespace, run: SimpleNamespace) -> Callable[[Sequence[int]], list[Image.Image]]:
         def draw(numbers: Sequence[int]) -> list[Image.Image]:
             batches.append([*numbers])
-            return [Image.new("RGB", (8, 8), (job.seed, number, sum(numbers))) for number in numbers]
+            return [Image.new("RGB", (8, 8), (run.seed, number, sum(numbers))) for number in numbers]
         return draw
 
     monkeypatch.setattr(class_images.Painter, "load", paint)
@@ -69,7 +69,7 @@ def test_without_the_flag_there_are_no_class_rows_and_no_problems(tmp_path: Path
     assert class_rows(opt, JOB) == [] and problems(opt) == []
 
 
-def test_real_pictures_keep_their_sizes_and_captions_and_junk_counts_for_nothing(tmp_path: Path, drawn: list) -> None:
+def test_real_images_keep_their_sizes_and_captions_and_junk_counts_for_nothing(tmp_path: Path, drawn: list) -> None:
     folder = marked_folder(tmp_path / "Ünïcode 猫", 3)
     (folder / "001.txt").unlink()
     for junk in (".DS_Store", "._000.png", "notes.md", "Thumbs.db", ".generated-00000000-00000.png.7-ab.tmp"):
@@ -79,12 +79,12 @@ def test_real_pictures_keep_their_sizes_and_captions_and_junk_counts_for_nothing
     assert problems(opt) == []
     rows = class_rows(opt, JOB)
     assert names(rows) == ["class/000.png", "class/001.png", "class/002.png"] and not drawn
-    assert [row.caption for row in rows] == ["picture 0", "a photo of a cat", "picture 2"]
+    assert [row.caption for row in rows] == ["image 0", "a photo of a cat", "image 2"]
     assert [row.size for row in rows] == [(33, 32), (32, 34), (35, 32)]
-    assert all(row.is_class and row.share == 0.25 and row.repeat == 0 for row in rows)
+    assert all(row.is_class and row.loss_weight == 0.25 and row.repeat == 0 for row in rows)
 
 
-def test_a_folder_with_more_pictures_than_wanted_gives_the_first(tmp_path: Path, drawn: list) -> None:
+def test_a_folder_with_more_images_than_wanted_gives_the_first(tmp_path: Path, drawn: list) -> None:
     folder = marked_folder(tmp_path / "d", 5)
     (folder / "004.png").write_text("not looked at")
     opt = options(folder, num_class_images=2)
@@ -96,7 +96,7 @@ def test_a_folder_with_more_pictures_than_wanted_gives_the_first(tmp_path: Path,
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_missing_pictures_are_generated_once(tmp_path: Path, drawn: list, there: bool) -> None:
+def test_missing_images_are_generated_once(tmp_path: Path, drawn: list, there: bool) -> None:
     folder = tmp_path / "not" / "there"
     if there:
         folder.mkdir(parents=True)
@@ -109,7 +109,7 @@ def test_missing_pictures_are_generated_once(tmp_path: Path, drawn: list, there:
     assert class_rows(opt, JOB) == rows and len(drawn) == 3, "the second run finds them"
 
 
-def test_the_users_pictures_count_are_kept_and_come_first(tmp_path: Path, drawn: list) -> None:
+def test_the_users_images_count_are_kept_and_come_first(tmp_path: Path, drawn: list) -> None:
     folder = marked_folder(tmp_path / "d", 3)
     marked(9, 40, 40).save(folder / "zebra.png")
     before = contents(folder)
@@ -119,14 +119,14 @@ def test_the_users_pictures_count_are_kept_and_come_first(tmp_path: Path, drawn:
     assert before.items() <= contents(folder).items()
 
 
-def test_a_caption_beside_a_generated_picture_is_used(tmp_path: Path, drawn: list) -> None:
+def test_a_caption_beside_a_generated_image_is_used(tmp_path: Path, drawn: list) -> None:
     opt = options(tmp_path / "d", num_class_images=2)
     class_rows(opt, JOB)
     (tmp_path / "d" / f"generated-{recipe(opt)}-00001.txt").write_text("a sleeping cat")
     assert [row.caption for row in class_rows(opt, JOB)] == ["a photo of a cat", "a sleeping cat"]
 
 
-def test_pictures_of_another_prompt_size_or_model_are_left_alone_but_another_seed_shares_them(
+def test_images_of_another_prompt_size_or_model_are_left_alone_but_another_seed_shares_them(
     tmp_path: Path, drawn: list, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -137,7 +137,7 @@ def test_pictures_of_another_prompt_size_or_model_are_left_alone_but_another_see
         rows = class_rows(options(folder, **change), JOB)
         assert len(rows) == 6 and not set(names(rows)) & set(names(cats))
         assert len(list(folder.iterdir())) == 6 * (k + 1)
-    assert "6 class pictures generated for another prompt, size or model" in caplog.text
+    assert "6 class images generated for another prompt, size or model" in caplog.text
     drawn.clear()
     assert class_rows(options(folder), SimpleNamespace(**vars(JOB) | {"seed": 4})) == cats and not drawn
 
@@ -165,7 +165,7 @@ def test_a_recipe_tells_models_of_one_folder_name_apart(tiny_sdxl: Path, tmp_pat
     assert len(made_by("tuned")) == len(made_by("nowhere")) == 8
 
 
-def test_a_pictures_bytes_do_not_depend_on_how_many_are_asked_for(tmp_path: Path, drawn: list) -> None:
+def test_a_images_bytes_do_not_depend_on_how_many_are_asked_for(tmp_path: Path, drawn: list) -> None:
     """Matrix products round differently in batches of other sizes, so a batch is drawn whole."""
     for count in (3, 4):
         class_rows(options(tmp_path / str(count), num_class_images=count), JOB)
@@ -175,7 +175,7 @@ def test_a_pictures_bytes_do_not_depend_on_how_many_are_asked_for(tmp_path: Path
 
 
 def test_only_what_is_wanted_is_written(tmp_path: Path, drawn: list) -> None:
-    """One picture of four was sorted out and its neighbours too: one is wanted, one is written."""
+    """One image of four was sorted out and its neighbours too: one is wanted, one is written."""
     opt = options(tmp_path / "d", num_class_images=8, sample_batch_size=4)
     class_rows(opt, JOB)
     for number in (1, 2, 3):
@@ -199,7 +199,7 @@ def test_an_interrupted_generation_ends_with_the_same_bytes_and_rows(
     assert [(row.id, row.digest) for row in rows] == [(row.id, row.digest) for row in wanted]
 
 
-def test_more_pictures_wanted_later_keep_those_that_are_there(tmp_path: Path, drawn: list) -> None:
+def test_more_images_wanted_later_keep_those_that_are_there(tmp_path: Path, drawn: list) -> None:
     opt = options(tmp_path / "d", num_class_images=4)
     class_rows(opt, JOB)
     before = contents(tmp_path / "d")
@@ -237,7 +237,7 @@ def test_two_ranks_share_the_work_and_make_what_one_makes_d20(
 ) -> None:
     alone = class_rows(options(tmp_path / "one", num_class_images=7), JOB)
     assert drawn == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert len({row.digest for row in alone}) == 7, "every picture has a seed of its own"
+    assert len({row.digest for row in alone}) == 7, "every image has a seed of its own"
     drawn.clear()
     opt = options(tmp_path / "two", num_class_images=7)
     first, second = as_two_ranks(monkeypatch, lambda rank: class_rows(opt, JOB))
@@ -245,7 +245,7 @@ def test_two_ranks_share_the_work_and_make_what_one_makes_d20(
     assert first == second and contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
-def test_ranks_on_different_disks_make_every_picture_on_each(
+def test_ranks_on_different_disks_make_every_image_on_each(
     tmp_path: Path, drawn: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders = tmp_path / "a", tmp_path / "b"
@@ -253,7 +253,7 @@ def test_ranks_on_different_disks_make_every_picture_on_each(
     assert contents(folders[0]) == contents(folders[1]) and len(contents(folders[0])) == 6
 
 
-def test_a_picture_another_run_wrote_meanwhile_is_not_replaced(tmp_path: Path, drawn: list) -> None:
+def test_a_image_another_run_wrote_meanwhile_is_not_replaced(tmp_path: Path, drawn: list) -> None:
     path = tmp_path / "generated.png"
     path.write_bytes(b"theirs")
     class_images.write(path, Image.new("RGB", (8, 8)))
@@ -263,7 +263,7 @@ def test_a_picture_another_run_wrote_meanwhile_is_not_replaced(tmp_path: Path, d
 # ------------------------------------------------------------------------------------------------------ with a model
 
 
-def test_each_picture_is_the_stock_pipelines_for_its_own_seed(tiny_sdxl: Path, tmp_path: Path) -> None:
+def test_each_image_is_the_stock_pipelines_for_its_own_seed(tiny_sdxl: Path, tmp_path: Path) -> None:
     from diffusers import StableDiffusionXLPipeline
 
     rows = class_rows(options(tmp_path / "d", tiny_sdxl, num_class_images=2), JOB)
@@ -320,12 +320,12 @@ def test_half_precision_keeps_the_vae_whole(tiny_sdxl: Path) -> None:
     assert painter([0])[0].size == (32, 32)
 
 
-def test_pictures_of_nan_are_an_error_not_black_squares(tiny_sdxl: Path, tmp_path: Path,
+def test_images_of_nan_are_an_error_not_black_squares(tiny_sdxl: Path, tmp_path: Path,
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     load = Painter.load
 
-    def damaged(opt: SimpleNamespace, job: SimpleNamespace) -> Painter:
-        painter = load(opt, job)
+    def damaged(opt: SimpleNamespace, run: SimpleNamespace) -> Painter:
+        painter = load(opt, run)
         painter.pipe.unet.conv_out.bias.data.fill_(torch.nan)
         return painter
 
@@ -338,7 +338,7 @@ def test_pictures_of_nan_are_an_error_not_black_squares(tiny_sdxl: Path, tmp_pat
 # ---------------------------------------------------------------------------------------------------------- problems
 
 
-def test_class_and_instance_pictures_may_not_share_a_folder(tmp_path: Path) -> None:
+def test_class_and_instance_images_may_not_share_a_folder(tmp_path: Path) -> None:
     folder = marked_folder(tmp_path / "d", 2)
     (tmp_path / "link").symlink_to(folder)
     problem, = problems(options(tmp_path / "link", instances=folder))
@@ -346,17 +346,17 @@ def test_class_and_instance_pictures_may_not_share_a_folder(tmp_path: Path) -> N
     assert problems(options(tmp_path / "other", instances=folder)) == []
 
 
-def test_unreadable_class_pictures_are_one_problem(tmp_path: Path) -> None:
+def test_unreadable_class_images_are_one_problem(tmp_path: Path) -> None:
     folder = marked_folder(tmp_path / "d", 4)
     for name in ("000.png", "002.png"):
         (folder / name).write_bytes(b"\x89PNG")
     problem, = problems(options(folder, num_class_images=4))
-    assert problem.what == "2 of 4 pictures cannot be read" and problem.kind == "data"
+    assert problem.what == "2 of 4 images cannot be read" and problem.kind == "data"
     with pytest.raises(UserError, match="2 of 4"):
         class_rows(options(folder, num_class_images=4), JOB)
 
 
-def test_a_folder_that_cannot_take_pictures_is_told_before_the_run(tmp_path: Path,
+def test_a_folder_that_cannot_take_images_is_told_before_the_run(tmp_path: Path,
                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     problem, = problems(options(tmp_path / "file"))
@@ -370,7 +370,7 @@ def test_a_folder_that_cannot_take_pictures_is_told_before_the_run(tmp_path: Pat
     assert problems(options(folder, num_class_images=2)) == [], "nothing has to be written"
 
 
-def test_pictures_the_metadata_forgot_are_said_once_to_get_the_class_prompt(
+def test_images_the_metadata_forgot_are_said_once_to_get_the_class_prompt(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = marked_folder(tmp_path / "d", 2)

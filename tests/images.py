@@ -1,4 +1,4 @@
-"""Small pictures whose pixels say where they come from, and the options and rows that go with them."""
+"""Small images whose pixels say where they come from, and the options and rows that go with them."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def data_options(**changes: object) -> DataOptions:
 
 
 def marked(number: int, h: int, w: int) -> Image.Image:
-    """Red = `number`, green = column, blue = line: every pixel knows its picture and its place."""
+    """Red = `number`, green = column, blue = line: every pixel knows its image and its place."""
     y, x = np.mgrid[:h, :w]
     return Image.fromarray(np.stack([np.full((h, w), number), x, y], axis=-1).astype(np.uint8))
 
 
 def marked_folder(folder: Path, n: int) -> Path:
-    """`n` marked pictures of different shapes with sidecar captions 'picture <number>'."""
+    """`n` marked images of different shapes with sidecar captions 'image <number>'."""
     folder.mkdir()
     for i in range(n):
         h, w = (32, 33 + i) if i % 2 else (33 + i, 32)
         marked(i, h, w).save(folder / f"{i:03}.png")
-        (folder / f"{i:03}.txt").write_text(f"picture {i}\n")
+        (folder / f"{i:03}.txt").write_text(f"image {i}\n")
     return folder
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 Span = tuple[int, int]
 
 
-class Ferry:
+class OffloadStream:
     """The host states of one bucket.
 
     host       name -> a tensor for each parameter
