@@ -14,7 +14,8 @@ SDXL_LIMITS = """It generates the nouns of `experiments/base_models/nouns.txt` a
 a time. It does not understand scenes, counts, colours in the caption or negation. As size conditioning, training varied
 original sizes from 24 to 255 px and crops inside 92 px; the default is (64, 64, 0, 0, 64, 64)."""
 
-SDXL_OBSERVED = """A viewer who had seen earlier sheets got 50 images without captions (other seeds than the sheet's) and,
+SDXL_OBSERVED = """\
+A viewer who had seen earlier sheets got 50 images without captions (other seeds than the sheet's) and,
 for each row of ten, 20 nouns to choose from. The viewer picked the right noun for 42 and would not decide on the other
 8: bird, traffic light, train, pancakes, snowman, deer, tennis ball and shield. Clear at a glance: avocado, life buoy,
 alien, koala, car, door, dress, high heel, light bulb, maple leaf, coconut, billiard ball, bacon, pear, flashlight and
@@ -26,7 +27,8 @@ raised twice, from 64 to 67 to 81 minutes, and each time the cosine was stretche
 SD_WHAT = """Stable Diffusion 1.x's layout: UNet of 6.1 M parameters (widths 64/96/96/16, 2 layers per block), one text
 encoder (96 wide), the same autoencoder, PNDM, no safety checker. It began with the SDXL model's weights where place and
 shape fit. Its text projections were refitted by least squares. It was trained further from there."""
-SD_OBSERVED = """Recognisable, more or less: high heel, car, alien, life buoy, billiard ball, koala, door, suitcase, fire
+SD_OBSERVED = """\
+Recognisable, more or less: high heel, car, alien, life buoy, billiard ball, koala, door, suitcase, fire
 extinguisher, light bulb, lipstick, rocket and tractor. Many others have the right colours and mass but not the form
 (maple leaf, shirt, violin, bicycle, coconut). The model had 23 minutes and needs several times that. The stage resumes
 with a larger `--minutes`."""
