@@ -16,6 +16,7 @@ from experiments import charts, seeds
 from experiments.frequency import arms, chart, exam, results, run
 from experiments.frequency.exam import Exam
 from tests.harness import ROOT, launched
+from trainkit.condition import Condition
 from trainkit.errors import UserError
 
 ARMS = ("base", "more-data", "combo")
@@ -220,14 +221,14 @@ def exam_of(x0: torch.Tensor, x0_hat: torch.Tensor) -> Exam:
 
     schedule = NoiseSchedule(torch.linspace(0.999, 0.001, 1000), "epsilon")
 
-    def denoise(z, level, *, text, time_ids):
-        rows = text[0][:, 0, 0].long()  # which images these are
+    def denoise(z, level, condition):
+        rows = condition["embeds"][:, 0, 0].long()  # which images these are
         a, s = (v.view(-1, 1, 1, 1) for v in (level.a, level.s))
         return (z - a * x0_hat[rows]) / s
 
     exam = Exam(pilot=False)
     exam.family = SimpleNamespace(schedule=schedule, denoise=denoise)
-    exam.x0, exam.text = x0, (torch.arange(len(x0)).view(-1, 1, 1).float(), torch.zeros(len(x0), 0))
+    exam.x0, exam.text = x0, Condition(embeds=torch.arange(len(x0)).view(-1, 1, 1).float())
     exam.reference = [SimpleNamespace(noun=f"noun {i}") for i in range(len(x0))]
     return exam
 
