@@ -154,7 +154,7 @@ def test_a_killed_extraction_goes_on_where_it_was(images, tiny_clip, tmp_path, a
 
     with monkeypatch.context() as patch:
         patch.setattr(script, "SAVE_SECONDS", 0)
-        patch.setattr(script, "SAVE_SHARE", 0)
+        patch.setattr(script, "SAVE_FACTOR", 0)
         patch.setattr(Clip, "__call__", slowly)
         done = forked([f"--images={images}", f"--clip={tiny_clip}", f"--out={out}", "--batch_size=1"],
                       trainer="trainkit.tools.extract_clip_features", log=tmp_path / "log", kill_when=three_there)
@@ -170,7 +170,7 @@ def test_a_killed_extraction_goes_on_where_it_was(images, tiny_clip, tmp_path, a
 
 def test_processes_at_once_add_to_one_file(images, tiny_clip, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(script, "SAVE_SHARE", 0)
+    monkeypatch.setattr(script, "SAVE_FACTOR", 0)
     for seed in range(20):
         image(images / "other" / f"{seed}.png", 1000 + seed)
     out, children = tmp_path / "f.safetensors", []
