@@ -1,1 +1,1 @@
-"""The parts of the trainer suite; the map and the import rule stand in README.md. Nothing is re-exported here."""
+"""The parts of the trainer suite. CONTRIBUTING.md has the source tree and the import order. Nothing is re-exported."""
