@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.images import data_options, marked, marked_folder
-from tests.tiny import build_tiny_edm
+from tests.support.images import data_options, marked, marked_folder
+from tests.support.tiny_models import build_tiny_edm
 from trainkit.data import class_images
 from trainkit.data.batch import Row
 from trainkit.data.class_images import Painter, class_rows, problems, recipe

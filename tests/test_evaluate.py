@@ -12,13 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from trainkit import rng
-from trainkit.adapters import add_adapters
+from tests.support.loras import random_lora
 from trainkit.errors import UserError
-from trainkit.export import write_diffusers
-from trainkit.families import sdxl
 from trainkit.inference import load_pipeline
-from trainkit.options import LoraOptions
 from trainkit.tools import evaluate
 
 NOUNS = ("dog", "cat", "fish", "bird")
@@ -27,20 +23,6 @@ NOUNS = ("dog", "cat", "fish", "bird")
 @pytest.fixture(scope="module")
 def lora(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_lora(tiny_sdxl, tmp_path_factory.mktemp("lora") / "lora.safetensors")
-
-
-def random_lora(base: Path, file: Path) -> Path:
-    """A LoRA that changes the images a lot."""
-    from diffusers import UNet2DConditionModel
-
-    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
-    adapters = add_adapters(unet.requires_grad_(False), LoraOptions(rank=2), targets=sdxl.LORA_TARGETS, seed=0)
-    with torch.no_grad():
-        for path in adapters.layers:
-            B = adapters.factors(path)[1]
-            B.copy_(torch.randn(B.shape, generator=rng.generator("test", path)))
-    write_diffusers([adapters], file, {})
-    return file
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ from safetensors import safe_open
 
 import freq_loss
 from freq_loss import FourierLoss, get_fourier_loss_config
-from tests.harness import command, forked, launched, make_images, metrics, torchrun
-from tests.made_up_pass import KEYS, forward_of, judged, losses_of
-from tests.test_matching import SD_BETAS, passes, plain, sd
-from tests.test_options import read, read_captioned
-from tests.test_resume import same_checkpoint
+from tests.support.command_lines import read, read_captioned
+from tests.support.compare import same_checkpoint
+from tests.support.made_up_pass import KEYS, forward_of, judged, losses_of
+from tests.support.matching import SD_BETAS, passes, plain, sd
+from tests.support.trainers import command, forked, launched, make_images, metrics, torchrun
 from trainkit.diffusion import EDMSchedule, NoiseSchedule
 from trainkit.errors import UserError
 from trainkit.losses.fourier_term import FourierTerm, Gain, make_fourier, problems

@@ -15,7 +15,8 @@ import torch
 from experiments import charts, seeds
 from experiments.frequency import arms, chart, exam, results, run
 from experiments.frequency.exam import Exam
-from tests.harness import ROOT, launched
+from tests.support import ROOT
+from tests.support.trainers import launched
 from trainkit.condition import Condition
 from trainkit.errors import UserError
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.test_evaluate import random_lora
-from tests.test_guidance import build_tiny_clip, image
+from tests.support.images import noise_image
+from tests.support.loras import random_lora
+from tests.support.tiny_models import build_tiny_clip
 from trainkit.data.clip_features import load_clip
 from trainkit.errors import Problem, UserError
 from trainkit.report.facts import DIFFUSERS_FILE
@@ -114,7 +115,7 @@ def test_learned_words_are_drawn(tiny_sdxl, tiny_sd, tmp_path):
 
 @pytest.fixture
 def shown(tmp_path: Path, clip: Path) -> list[Path]:
-    return [image(tmp_path / "shown" / name, seed) for seed, name in enumerate(("狐.png", "b.png", "c.png"))]
+    return [noise_image(tmp_path / "shown" / name, seed) for seed, name in enumerate(("狐.png", "b.png", "c.png"))]
 
 
 def test_the_token_changes_the_image_in_one_branch_or_both(tiny_sd, clip, shown, tmp_path):
@@ -175,7 +176,7 @@ def test_extracted_features_serve_as_well(tiny_sd, clip, shown, tmp_path):
     computed, read = (drawn(tiny_sd, tmp_path / flag[2:6], image, flag)[0]
                       for flag in (f"--clip={clip}", f"--guidance_features={file}"))
     assert near(computed, read)
-    unknown = image(tmp_path / "unknown.png", 99)
+    unknown = noise_image(tmp_path / "unknown.png", 99)
     problem, = refused(tiny_sd, tmp_path / "out", f"--guidance_image={unknown}", f"--guidance_features={file}")
     assert "unknown.png" in problem.what
 

@@ -18,7 +18,8 @@ from PIL import Image
 from experiments import seeds
 from experiments.learning import cases, chart, exam, results, run
 from experiments.learning.exam import Exam
-from tests.harness import ROOT, command, forked, launched, metrics
+from tests.support import ROOT
+from tests.support.trainers import command, forked, launched, metrics
 from trainkit.errors import UserError
 
 STEPS = 150  # the quick start takes 400

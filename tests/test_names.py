@@ -12,9 +12,9 @@ import pytest
 
 import train_dreambooth_lora_sdxl_advanced as dreambooth
 import train_text_to_image_lora as text_to_image
+from tests.support import ROOT
 from trainkit.options import parse
 
-ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for folder in ("trainkit", "experiments", "scripts")
                                         for path in ROOT.glob(f"{folder}/**/*.py"))])
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]

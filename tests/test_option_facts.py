@@ -10,7 +10,7 @@ from typing import Annotated, get_args
 import pytest
 from pydantic import TypeAdapter, ValidationError, create_model
 
-from tests.made_up_run import make_run
+from tests.support.made_up_run import make_run
 from trainkit.errors import UserError
 from trainkit.options import CONCERNS, PRESETS, TRAINERS, Concern, Flag, LoraOptions, OptionSet, RunOptions, parse
 from trainkit.options.base import Resume, always, opt

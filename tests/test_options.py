@@ -12,12 +12,13 @@ import shlex
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from pydantic import ValidationError, create_model
+from pydantic import ValidationError
 
-from tests.harness import make_images
+from tests.support import ROOT
+from tests.support.command_lines import REQUIRED, Captioned, Options, read, read_captioned
+from tests.support.trainers import make_images
 from trainkit.errors import Problem, UserError, refuse
 from trainkit.families import sd
 from trainkit.options import (
@@ -27,47 +28,18 @@ from trainkit.options import (
     TRAINERS,
     CaptionedOptimizerOptions,
     CaptionedTextOptions,
-    DataOptions,
-    FourierOptions,
     LoraOptions,
     MatchingOptions,
     ModelOptions,
-    ObjectiveOptions,
     OptimizerOptions,
     OptionSet,
-    PivotalOptions,
-    PrecisionOptions,
-    PriorOptions,
     RunOptions,
-    TextOptions,
-    ValidationOptions,
     parse,
 )
 from trainkit.options.config_text import markdown
 from trainkit.options.rules import trained_fractions, unread
 from trainkit.options.sources import nearest
 from trainkit.options.trainers import SCRIPTS as TRAINER_SCRIPTS
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-class Options(OptionSet):
-    model: ModelOptions
-    data: DataOptions
-    prior: PriorOptions
-    text: TextOptions
-    pivotal: PivotalOptions
-    lora: LoraOptions
-    objective: ObjectiveOptions
-    fourier_loss: FourierOptions
-    optimizer: OptimizerOptions
-    precision: PrecisionOptions
-    validation: ValidationOptions
-    run: RunOptions
-
-
-Captioned = create_model("Captioned", __base__=OptionSet, **{name: (kind, ...) for name, kind in TEXT_TO_IMAGE.items()})
-REQUIRED = ["--pretrained_model_name_or_path=base", "--instance_prompt=a photo of TOK"]
 
 # The flags of train_dreambooth_lora_sdxl_advanced.py (huggingface/diffusers): name -> (a value as typed, what it means,
 # the default there). `...` marks a flag that must be given.
@@ -191,14 +163,6 @@ OTHER_DEFAULTS = {"seed": 0}  # where upstream's default is a defect; docs/flags
 def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for flag in Options.flags() | Captioned.flags():
         monkeypatch.delenv(f"LORA_{flag.upper()}", raising=False)
-
-
-def read(*argv: str) -> Options:
-    return parse(Options, [*REQUIRED, *argv], description="")
-
-
-def read_captioned(*argv: str) -> OptionSet:
-    return parse(Captioned, ["--pretrained_model_name_or_path=base", "--train_data_dir=pics", *argv], description="")
 
 
 def read_by(trainer: str, *argv: str) -> OptionSet:

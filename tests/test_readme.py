@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import ROOT, launched
+from tests.support import ROOT
+from tests.support.trainers import launched
 from trainkit.options import TRAINERS, parse
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support import ROOT
+from tests.support.sources import module_imports
+
 FOLDERS = ("trainkit", "scripts", "experiments")
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/**/*.py"))])
 BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.AsyncFor, ast.AsyncWith)
@@ -78,19 +80,6 @@ def room(path: Path) -> str:
     return path.relative_to(ROOT / "trainkit").parts[0].removesuffix(".py")
 
 
-def module_imports(path: Path, *, everywhere: bool) -> set[str]:
-    """Dotted names a file imports; at module level only unless `everywhere`. TYPE_CHECKING blocks do not count."""
-    tree = ast.parse(path.read_text("utf-8"))
-    nodes = ast.walk(tree) if everywhere else tree.body
-    names: set[str] = set()
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
-
-
 def test_functions_fit_on_a_screen():
     """A trainer's main may be longer: it is a story that reads in order."""
     stories = {f"{path.name} main" for path in ROOT.glob("train_*.py")}
@@ -121,6 +110,14 @@ def test_imports_go_one_way(path):
     assert not any(n.startswith("freq_loss") for n in names), "import trainkit.frequency instead"
     tools = {n.removeprefix("trainkit.tools.").partition(".")[0] for n in names if n.startswith("trainkit.tools.")}
     assert room(path) != "tools" or not tools & TOOLS, "no tool imports another one"
+
+
+def test_no_test_module_imports_another():
+    """What two of them need stands in tests/support, so that each can be run, moved and read alone."""
+    imports = {path.name: [name for name in module_imports(path, everywhere=True) if re.match(r"(tests\.)?test_", name)]
+               for path in ROOT.glob("tests/**/*.py")}
+    found = {name: names for name, names in imports.items() if names}
+    assert not found, f"move what is shared to tests/support: {found}"
 
 
 def file_imports() -> dict[str, set[str]]:

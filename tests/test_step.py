@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.made_up_pass import SHAPE, Network, batch_of, step_of, told
-from tests.test_matching import Recorder, passes, plain, sd
+from tests.support.made_up_pass import SHAPE, Network, batch_of, step_of, told
+from tests.support.matching import Recorder, passes, plain, sd
 from trainkit import rng
 from trainkit.condition import Condition
 from trainkit.data.batch import Batch

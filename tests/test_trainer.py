@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.harness import Done, command, forked, make_images
-from tests.tiny import build_tiny_sdxl
+from tests.support.tiny_models import build_tiny_sdxl
+from tests.support.trainers import Done, command, forked, make_images
 from trainkit import rng
 from trainkit.adapters import Adapters, add_adapters
 from trainkit.conditioning.cached_text import FrozenText

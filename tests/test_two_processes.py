@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.harness import TRAINER, command, launched, make_images, metrics, torchrun
+from tests.support.trainers import TRAINER, command, launched, make_images, metrics, torchrun
 
 STEP = 1e-3  # the learning rate: Adam turns a gradient that is all rounding into a step of that size
 

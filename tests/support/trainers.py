@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support import ROOT
+
 TRAINER = "train_dreambooth_lora_sdxl_advanced"
 
 
