@@ -13,7 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import ROOT, trainers
+
+
+@pytest.hookimpl(tryfirst=True)  # before the test's fixtures, which may start trainers too
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    trainers.may_start = item.get_closest_marker("trains") is not None
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,8 @@ import pytest
 
 from tests.support.trainers import TRAINER, Done, command, forked, launched, make_images
 
+pytestmark = pytest.mark.trains
+
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:

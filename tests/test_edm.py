@@ -237,6 +237,7 @@ def test_a_rescaled_schedule_is_trained_and_drawn_alike(tmp_path, monkeypatch):
 # The command ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("flags", [
     {}, {"snr_gamma": 5, "edm_p_mean": -0.8, "multires_noise_iterations": 4, "input_perturbation": 0.1},
     {"loss_weighting": "debiased", "edm_sigmas": "karras", "loss_type": "huber", "compat": "diffusers"}], ids=str)

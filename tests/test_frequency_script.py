@@ -182,6 +182,7 @@ def test_every_arm_is_a_command_that_the_trainer_takes():
                                                     ("extra", "combo"))) == settings.images
 
 
+@pytest.mark.trains
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_an_arm_is_trained_and_measured_once(tmp_path):

@@ -120,6 +120,7 @@ def test_images_are_found_by_content_whatever_their_names(images, tiny_clip, tmp
     assert list(after.digests) == sorted(after.digests)
 
 
+@pytest.mark.trains
 def test_a_killed_extraction_goes_on_where_it_was(images, tiny_clip, tmp_path, asked, monkeypatch):
     whole = extract(images, tiny_clip, tmp_path / "whole.safetensors", "--batch_size=1")
     asked.clear()

@@ -53,6 +53,7 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("page", PAGES_TO_RUN, ids=named)
 def test_every_block_runs_in_order_and_leaves_what_the_page_says(page, checkout):
     for language, code in blocks(page, "bash", "python"):

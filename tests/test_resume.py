@@ -14,6 +14,8 @@ from tests.support import ROOT
 from tests.support.compare import same_checkpoint, same_tensors
 from tests.support.trainers import TRAINER, command, forked, make_images, metrics
 
+pytestmark = pytest.mark.trains
+
 MODES = {
     "mid-epoch with accumulation": dict(train_batch_size=2, gradient_accumulation_steps=2),
     "dropout and live crops": dict(lora_dropout=0.2, random_flip=True),

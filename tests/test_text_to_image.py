@@ -18,6 +18,8 @@ from tests.support.trainers import Done, command, forked, launched, make_images,
 from trainkit.data.clip_features import Features, write_features
 from trainkit.data.images import content_digest
 
+pytestmark = pytest.mark.trains
+
 TRAINER = "train_text_to_image_lora"
 STEPS = 4
 SEED_FORM = {"dist_match": 0.003}

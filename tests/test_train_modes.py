@@ -17,6 +17,8 @@ from tests.support.compare import same_checkpoint, same_tensors
 from tests.support.pairs import every_value_first, pairwise
 from tests.support.trainers import command, forked, make_images, metrics
 
+pytestmark = pytest.mark.trains
+
 STEPS = 4
 FEATURES = {
     "adapter": [{}, {"use_dora": True}, {"lora_type": "loha"}, {"lora_type": "lokr", "lokr_factor": 4},

@@ -13,6 +13,8 @@ from tests.support import ROOT
 from tests.support.pairs import pairwise
 from tests.support.trainers import TRAINER, command, forked, launched, make_images, metrics
 
+pytestmark = pytest.mark.trains
+
 # Each row switches some features; together every pair of values of two features meets at least once (tested below).
 FEATURES = {
     "caching": [{}, {"cache_latents": True}, {"cache_latents": True, "latent_cache_dir": "CACHE"}],

@@ -37,7 +37,7 @@ from trainkit.optim import make_optimizer
 from trainkit.options import DataOptions, OptimizerOptions, PivotalOptions, RunOptions, TextOptions, parse
 from trainkit.training.gradients import Gradients
 
-pytestmark = pytest.mark.xdist_group("upstream defects")  # the runs below are shared
+pytestmark = [pytest.mark.trains, pytest.mark.xdist_group("upstream defects")]  # the runs below are shared
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 NEW_TOKENS = PivotalOptions(train_text_encoder_ti=True)
