@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install into .venv if needed, lint, check types, then run the whole suite (marked `slow` excepted) and close with pytest's summary.
-# `fast` first leaves out the tests that start a trainer (marked `trains`): bash scripts/test.sh fast
+# `fast` leaves out what trains or draws for seconds, the tests marked `trains`: bash scripts/test.sh fast
 # Other arguments go to pytest: bash scripts/test.sh tests/test_objective.py -k snr
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -27,6 +27,8 @@ from trainkit.rng import generator
 from trainkit.runtime import ranks
 from trainkit.runtime.progress import Progress
 
+pytestmark = pytest.mark.trains  # every test draws with a whole pipeline
+
 JOB = SimpleNamespace(seed=3, device=torch.device("cpu"), show_task=Progress().task)
 
 

@@ -170,6 +170,7 @@ def told_nothing(prompts: Sequence[str], step: int | None = None) -> Condition:
     return Condition(embeds=torch.zeros(len(prompts), 77, 56), pooled=torch.zeros(len(prompts), 32))
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("flags", [{}, {"snr_gamma": 5.0}, {"loss_weighting": "debiased"}], ids=str)
 def test_an_edm_model_learns_under_every_weight(tiny_edm, flags):
     family = load(tiny_edm)

@@ -55,6 +55,7 @@ def refused(base: Path, out: Path, *more: str, **settings: Sequence[str]) -> lis
     return list(caught.value.problems)
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("model", ["tiny_sd", "tiny_sd2", "tiny_sdxl"])
 def test_the_images_are_the_stock_pipelines(model, request, tmp_path):
     from diffusers import AutoPipelineForText2Image
@@ -79,6 +80,7 @@ def test_sizes_are_asked_for_or_the_models(tiny_sd, tmp_path):
     assert drawn(tiny_sd, tmp_path / "wide", "--width=96")[0].shape == (64, 96, 3), "the other side is the model's"
 
 
+@pytest.mark.trains
 def test_loras_are_drawn_at_their_strengths(tiny_sd, lora, tmp_path):
     base, full, none, half, halves = (drawn(tiny_sd, tmp_path / f"{i}", *flags)[0] for i, flags in enumerate((
         (), (f"--lora={lora}",), (f"--lora={lora}", "--strength=0"),
@@ -128,6 +130,7 @@ def test_the_token_changes_the_image_in_one_branch_or_both(tiny_sd, clip, shown,
     assert "Guidance image: 狐.png" in settings and str(tmp_path) not in settings
 
 
+@pytest.mark.trains
 def test_each_image_is_drawn_with_its_own_features(tiny_sd, clip, shown, tmp_path):
     prompts = ("a red dog", "a cat", "the moon")
     images = [f"--guidance_image={path}" for path in shown]

@@ -156,6 +156,7 @@ def same(a: tuple[list[Tensor], list], b: tuple[list[Tensor], list]) -> bool:
     return len(tensors) == len(more) and all(map(torch.equal, tensors, more)) and others == reports
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("case", CASES)
 def test_looking_at_other_images_moves_no_bit_of_a_run(case):
     """Losses, gradients, what is logged and what a checkpoint has are those of the run nobody looked into."""

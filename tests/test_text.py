@@ -235,6 +235,7 @@ def test_at_the_pivot_the_encoders_leave_the_device(tiny_sdxl, mode):
     assert all(p.device.type == "cpu" for network in words.networks for p in network.network.parameters())
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize(("cut", "store"), [(1, dict), (2, dict), (2, DiskStore), (3, dict)])
 @pytest.mark.parametrize("mode", MODES)
 def test_d6_a_run_resumed_on_either_side_of_the_pivot_is_the_uninterrupted_one(tiny_sdxl, tmp_path, mode, cut, store):
