@@ -13,7 +13,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support import ROOT, trainers
+
+
+@pytest.hookimpl(tryfirst=True)  # before the test's fixtures, which may start trainers too
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    trainers.may_start = item.get_closest_marker("trains") is not None
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +29,7 @@ def assets() -> Path:
 @pytest.fixture(scope="session")
 def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random SDXL-layout folder, ε-prediction; built once a session."""
-    from tests.tiny import build_tiny_sdxl
+    from tests.support.tiny_models import build_tiny_sdxl
 
     return build_tiny_sdxl(tmp_path_factory.mktemp("tiny") / "sdxl")
 
@@ -32,7 +37,7 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random folder in SD 1.x's layout, ε-prediction; built once a session."""
-    from tests.tiny import build_tiny_sd
+    from tests.support.tiny_models import build_tiny_sd
 
     return build_tiny_sd(tmp_path_factory.mktemp("tiny") / "sd")
 
@@ -40,6 +45,6 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_sd2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same in SD 2.x's layout, v-prediction."""
-    from tests.tiny import build_tiny_sd
+    from tests.support.tiny_models import build_tiny_sd
 
     return build_tiny_sd(tmp_path_factory.mktemp("tiny") / "sd2", version=2)

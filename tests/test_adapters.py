@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.tiny import TEXT_WIDTHS, tiny_unet
+from tests.support.tiny_models import TEXT_WIDTHS, tiny_unet
 from trainkit import lean_lora
 from trainkit.adapters import BLORA_BLOCKS, NAME, Adapters, add_adapters, problems
 from trainkit.errors import UserError

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import TRAINER, Done, command, forked, launched, make_images
+from tests.support.trainers import TRAINER, Done, command, forked, launched, make_images
+
+pytestmark = pytest.mark.trains
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from tests.images import marked, marked_folder, open_files, row_of
+from tests.support.images import marked, marked_folder, open_files, row_of
 from trainkit.data import cache
 from trainkit.data.batch import Row
 from trainkit.data.cache import DiskStore, Latents, Store, cache_latents, content_key

@@ -16,7 +16,7 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Pillow
 from pyarrow import parquet
 
-from tests.images import data_options, marked, marked_folder
+from tests.support.images import data_options, marked, marked_folder
 from trainkit.data.batch import Row
 from trainkit.data.geometry import CropPolicy
 from trainkit.data.images import load_image

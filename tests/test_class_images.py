@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.images import data_options, marked, marked_folder
-from tests.tiny import build_tiny_edm
+from tests.support.images import data_options, marked, marked_folder
+from tests.support.tiny_models import build_tiny_edm
 from trainkit.data import class_images
 from trainkit.data.batch import Row
 from trainkit.data.class_images import Painter, class_rows, problems, recipe
@@ -26,6 +26,8 @@ from trainkit.options import ModelOptions, PriorOptions
 from trainkit.rng import generator
 from trainkit.runtime import ranks
 from trainkit.runtime.progress import Progress
+
+pytestmark = pytest.mark.trains  # every test draws with a whole pipeline
 
 JOB = SimpleNamespace(seed=3, device=torch.device("cpu"), show_task=Progress().task)
 

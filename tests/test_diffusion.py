@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.support.schedules import alphas, latents, schedules
 from trainkit.diffusion import (
     LEVEL_DISTRIBUTIONS,
     PREDICTIONS,
@@ -32,31 +33,8 @@ ALMOST_ONE = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))
 ENDS = torch.stack([torch.tensor(0.0), ALMOST_ONE])
 
 
-def alphas(*, zero_terminal_snr=False):
-    """SDXL's ᾱ (scaled_linear betas); rescaled as in Lin et al. 2024, algorithm 1, on request -> [1000]."""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    a = (1 - betas).cumprod(0).sqrt()
-    if zero_terminal_snr:
-        a = (a - a[-1]) * a[0] / (a[0] - a[-1])
-    return (a**2).float()
-
-
-def schedules():
-    """Every kind of schedule, by name."""
-    return {
-        "epsilon": NoiseSchedule(alphas(), "epsilon"), "v_prediction": NoiseSchedule(alphas(), "v_prediction"),
-        "zero-SNR v": NoiseSchedule(alphas(zero_terminal_snr=True), "v_prediction"), "EDM": EDMSchedule(),
-        "EDM v": EDMSchedule(sigma_data=1.0, prediction_type="v_prediction"),
-    }
-
-
 def options(**flags):
     return ObjectiveOptions(**flags)
-
-
-def latents(batch, *, seed=0):
-    """x0, n [B,4,8,8]."""
-    return torch.randn(2, batch, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
 def spread(schedule, points=9):

@@ -14,17 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.harness import command, forked, make_images, metrics
-from tests.made_up_pass import KEYS, batch_of
-from tests.test_diffusion import alphas, latents, options, schedules
-from tests.tiny import build_tiny_edm, build_tiny_sdxl, latents_of
+from tests.support.made_up_pass import KEYS, batch_of
+from tests.support.schedules import alphas, latents, schedules
+from tests.support.tiny_models import build_tiny_edm, build_tiny_sdxl, latents_of
+from tests.support.trainers import command, forked, make_images, metrics
 from trainkit import preview, rng
 from trainkit.condition import Condition
 from trainkit.diffusion import PREDICTIONS, EDMSchedule, NoiseSchedule, ScheduleChange, make_levels, make_noise
 from trainkit.families import sdxl
 from trainkit.losses.objective import make_objective, per_sample
 from trainkit.losses.passes import Passes, always
-from trainkit.options import ModelOptions, ValidationOptions
+from trainkit.options import ModelOptions, ObjectiveOptions, ValidationOptions
 from trainkit.preview import Previews
 from trainkit.training.step import TrainStep
 
@@ -71,7 +71,7 @@ def test_under_compat_the_first_1000_of_the_1001_grid_points_are_drawn_uniformly
 
     grid = EDMEulerScheduler(sigma_schedule=spacing).sigmas[:1000]
     u = (torch.arange(2000) + 0.5) / 2000
-    drawn = make_levels(options(), EDMSchedule(grid=spacing), "diffusers")(u).s
+    drawn = make_levels(ObjectiveOptions(), EDMSchedule(grid=spacing), "diffusers")(u).s
     torch.testing.assert_close(drawn, grid.repeat_interleave(2), rtol=1e-5, atol=0)
 
 
@@ -92,7 +92,7 @@ def upstream_edm_loss(x0: Tensor, n: Tensor, out: Tensor, alphas_cumprod: Tensor
 @pytest.mark.parametrize("name", PREDICTIONS)
 def test_the_edm_flag_under_compat_is_upstreams_algebra_and_that_is_plain_training(name):
     schedule, (x0, n), out = NoiseSchedule(alphas().double(), name), latents(5), latents(5, seed=1)[0]
-    o, level = options(do_edm_style_training=True), schedule.at(T)
+    o, level = ObjectiveOptions(do_edm_style_training=True), schedule.at(T)
     objective = make_objective(o, schedule, "diffusers")
     seen, wanted = upstream_edm_loss(x0.double(), n.double(), out.double(), alphas().double()[T], name)
     z = objective.pred.add_noise(x0, n, level)
@@ -103,7 +103,7 @@ def test_the_edm_flag_under_compat_is_upstreams_algebra_and_that_is_plain_traini
     factor = torch.ones(5) if name == "epsilon" else alphas()[T]
     torch.testing.assert_close(found, plain * factor, rtol=1e-4, atol=1e-7)
     u = torch.rand(200, generator=torch.Generator().manual_seed(0))
-    uniform = make_levels(options(), schedule)(u).cond
+    uniform = make_levels(ObjectiveOptions(), schedule)(u).cond
     assert torch.equal(make_levels(o, schedule, "diffusers")(u).cond, uniform)
     assert not torch.equal(make_levels(o, schedule)(u).cond, uniform)
 
@@ -113,7 +113,7 @@ def test_an_edm_model_under_compat_has_the_unweighted_error_on_x0(prediction_typ
     theirs = scheduler_of("EDMEulerScheduler", prediction_type=prediction_type)
     schedule = EDMSchedule(prediction_type=prediction_type)
     sigma, (x0, n), out = torch.tensor([0.3, 1.0, 40.0]), latents(3), latents(3, seed=1)[0]
-    objective = make_objective(options(), schedule, "diffusers")
+    objective = make_objective(ObjectiveOptions(), schedule, "diffusers")
     z = x0 + sigma.view(-1, 1, 1, 1) * n
     wanted = ((theirs.precondition_outputs(z, out, sigma.view(-1, 1, 1, 1)) - x0) ** 2).flatten(1).mean(1)
     level = schedule.nearest(sigma.double())
@@ -126,7 +126,7 @@ def test_an_edm_model_under_compat_has_the_unweighted_error_on_x0(prediction_typ
 @pytest.mark.parametrize("name", schedules())
 def test_d5_instances_and_class_images_of_one_batch_keep_their_own_edm_weights(name, compat):
     schedule = schedules()[name]
-    o = options(do_edm_style_training=True)
+    o = ObjectiveOptions(do_edm_style_training=True)
     level = make_levels(o, schedule, compat)(torch.tensor([0.2, 0.9, 0.5, 0.7]))
     (x0, n), out = latents(4), latents(4, seed=1)[0]
     objective, loss_weight = make_objective(o, schedule, compat), torch.tensor([1.0, 1.0, 0.3, 0.3])
@@ -160,7 +160,7 @@ def test_an_edm_model_is_recognised_without_a_flag_and_said_once(tiny_edm, caplo
 
 def edm_losses(family: sdxl.SDXL, x0: Tensor, keys: list[rng.Key], **flags: object) -> Tensor:
     """One training forward as the trainer makes it -> losses [B]."""
-    o = options(**flags)
+    o = ObjectiveOptions(**flags)
     objective = make_objective(o, family.schedule)
     step = TrainStep(family, told_nothing, make_noise(o), Passes(always(objective)), nullcontext)
     return step.losses(objective, batch_of(keys, time_ids=torch.full((len(x0), 6), 32.0)), x0)
@@ -170,6 +170,7 @@ def told_nothing(prompts: Sequence[str], step: int | None = None) -> Condition:
     return Condition(embeds=torch.zeros(len(prompts), 77, 56), pooled=torch.zeros(len(prompts), 32))
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("flags", [{}, {"snr_gamma": 5.0}, {"loss_weighting": "debiased"}], ids=str)
 def test_an_edm_model_learns_under_every_weight(tiny_edm, flags):
     family = load(tiny_edm)
@@ -237,6 +238,7 @@ def test_a_rescaled_schedule_is_trained_and_drawn_alike(tmp_path, monkeypatch):
 # The command ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("flags", [
     {}, {"snr_gamma": 5, "edm_p_mean": -0.8, "multires_noise_iterations": 4, "input_perturbation": 0.1},
     {"loss_weighting": "debiased", "edm_sigmas": "karras", "loss_type": "huber", "compat": "diffusers"}], ids=str)

@@ -12,13 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from trainkit import rng
-from trainkit.adapters import add_adapters
+from tests.support.loras import random_lora
 from trainkit.errors import UserError
-from trainkit.export import write_diffusers
-from trainkit.families import sdxl
 from trainkit.inference import load_pipeline
-from trainkit.options import LoraOptions
 from trainkit.tools import evaluate
 
 NOUNS = ("dog", "cat", "fish", "bird")
@@ -27,20 +23,6 @@ NOUNS = ("dog", "cat", "fish", "bird")
 @pytest.fixture(scope="module")
 def lora(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_lora(tiny_sdxl, tmp_path_factory.mktemp("lora") / "lora.safetensors")
-
-
-def random_lora(base: Path, file: Path) -> Path:
-    """A LoRA that changes the images a lot."""
-    from diffusers import UNet2DConditionModel
-
-    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
-    adapters = add_adapters(unet.requires_grad_(False), LoraOptions(rank=2), targets=sdxl.LORA_TARGETS, seed=0)
-    with torch.no_grad():
-        for path in adapters.layers:
-            B = adapters.factors(path)[1]
-            B.copy_(torch.randn(B.shape, generator=rng.generator("test", path)))
-    write_diffusers([adapters], file, {})
-    return file
 
 
 @pytest.fixture
@@ -74,6 +56,7 @@ def arguments(tiny_sdxl: Path, lora: Path, icons: Path, out: Path, *more: str) -
             "--steps=2", f"--out={out}", *more]
 
 
+@pytest.mark.trains
 def test_every_strength_is_drawn_from_the_same_noise_and_measured(tiny_sdxl, lora, icons, judged, tmp_path, capsys):
     evaluate.main(arguments(tiny_sdxl, lora, icons, tmp_path / "out", "--strengths=1,1e-6,0.5", "--batch_size=3"))
     training, base, nothing, half, full = judged
@@ -144,6 +127,7 @@ def test_a_damaged_reference_is_one_problem_of_the_data(line, said, tiny_sdxl, l
     assert len(found.problems) == 1 and said in str(found) and found.exit_code == 3
 
 
+@pytest.mark.trains
 def test_learned_tokens_stand_for_their_words_but_for_the_base(tiny_sdxl, lora, icons, judged, tmp_path):
     from safetensors.torch import save_file
 
@@ -166,6 +150,7 @@ def test_learned_tokens_stand_for_their_words_but_for_the_base(tiny_sdxl, lora, 
 # Models with one text encoder
 
 
+@pytest.mark.trains
 def test_an_sd_model_and_its_lora_are_measured_too(tiny_sd, icons, judged, tmp_path):
     file = random_lora(tiny_sd, tmp_path / "lora.safetensors")
     evaluate.main(arguments(tiny_sd, file, icons, tmp_path / "out", "--strengths=1e-6,1"))

@@ -75,6 +75,7 @@ def output(unet: torch.nn.Module) -> Tensor:
     return unet(z, torch.tensor([500]), encoder_hidden_states=text, added_cond_kwargs=added).sample
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("options", [
     {}, {"lora_layers": "all-linear"}, {"lora_alpha": 4}, {"rank": 1, "lora_alpha": 3},
     {"lora_unet_blocks": "up_blocks.0.attentions.1,mid_block", "lora_layers": "attention+ff"}], ids=str)

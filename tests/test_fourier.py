@@ -13,11 +13,11 @@ from safetensors import safe_open
 
 import freq_loss
 from freq_loss import FourierLoss, get_fourier_loss_config
-from tests.harness import command, forked, launched, make_images, metrics, torchrun
-from tests.made_up_pass import KEYS, forward_of, judged, losses_of
-from tests.test_matching import SD_BETAS, passes, plain, sd
-from tests.test_options import read, read_captioned
-from tests.test_resume import same_checkpoint
+from tests.support.command_lines import read, read_captioned
+from tests.support.compare import same_checkpoint
+from tests.support.made_up_pass import KEYS, forward_of, judged, losses_of
+from tests.support.matching import SD_BETAS, passes, plain, sd
+from tests.support.trainers import command, forked, launched, make_images, metrics, torchrun
 from trainkit.diffusion import EDMSchedule, NoiseSchedule
 from trainkit.errors import UserError
 from trainkit.losses.fourier_term import FourierTerm, Gain, make_fourier, problems
@@ -419,6 +419,7 @@ def test_the_warning_of_a_term_that_only_rescales_is_for_the_squared_error_alone
         assert ("only rescales" in caplog.text) == told
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_run_logs_the_term_records_its_settings_and_resumes_to_the_bit(trainer, tiny_sdxl, images, tmp_path):
     outs = [tmp_path / name / "lora" for name in ("whole", "resumed")]
@@ -443,6 +444,7 @@ def test_a_run_logs_the_term_records_its_settings_and_resumes_to_the_bit(trainer
             assert file.metadata()["ss_loss_type"] == "fourier"
 
 
+@pytest.mark.trains
 def test_the_term_begins_at_the_same_optimizer_step_whatever_the_accumulation(tiny_sd, images, tmp_path):
     """Five images: an epoch ends within the run, and a micro-batch is not a step."""
     begins = []
@@ -455,6 +457,7 @@ def test_the_term_begins_at_the_same_optimizer_step_whatever_the_accumulation(ti
     assert begins == [[4, 5], [4, 5]]
 
 
+@pytest.mark.trains
 def test_another_mode_is_another_run_and_a_preset_written_out_is_the_same(tiny_sd, images, tmp_path):
     out = tmp_path / "lora"
     first = line(TRAINERS[1], tiny_sd, images, out, **FOURIER, checkpointing_steps=2)
@@ -468,6 +471,7 @@ def test_another_mode_is_another_run_and_a_preset_written_out_is_the_same(tiny_s
     assert done.code == 2 and "--fourier_mode" in done.output
 
 
+@pytest.mark.trains
 @pytest.mark.slow
 def test_two_processes_log_the_component_of_one(tiny_sd, images, tmp_path):
     outs = [tmp_path / "one", tmp_path / "two"]

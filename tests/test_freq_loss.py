@@ -28,7 +28,8 @@ from torch import Tensor
 import freq_loss
 import trainkit.frequency
 from freq_loss import DB3, KERNELS, STATISTICS, Bands, DistributionMatchingLoss, LowPass, frequency_decomposition, taps
-from tests.test_shape import ROOT, module_imports
+from tests.support import ROOT
+from tests.support.sources import module_imports
 from trainkit.runtime import ranks
 
 F64 = torch.float64

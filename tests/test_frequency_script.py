@@ -15,7 +15,8 @@ import torch
 from experiments import charts, seeds
 from experiments.frequency import arms, chart, exam, results, run
 from experiments.frequency.exam import Exam
-from tests.harness import ROOT, launched
+from tests.support import ROOT
+from tests.support.trainers import launched
 from trainkit.condition import Condition
 from trainkit.errors import UserError
 
@@ -181,6 +182,7 @@ def test_every_arm_is_a_command_that_the_trainer_takes():
                                                     ("extra", "combo"))) == settings.images
 
 
+@pytest.mark.trains
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_an_arm_is_trained_and_measured_once(tmp_path):

@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.test_evaluate import random_lora
-from tests.test_guidance import build_tiny_clip, image
+from tests.support.images import noise_image
+from tests.support.loras import random_lora
+from tests.support.tiny_models import build_tiny_clip
 from trainkit.data.clip_features import load_clip
 from trainkit.errors import Problem, UserError
 from trainkit.report.facts import DIFFUSERS_FILE
@@ -54,6 +55,7 @@ def refused(base: Path, out: Path, *more: str, **settings: Sequence[str]) -> lis
     return list(caught.value.problems)
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("model", ["tiny_sd", "tiny_sd2", "tiny_sdxl"])
 def test_the_images_are_the_stock_pipelines(model, request, tmp_path):
     from diffusers import AutoPipelineForText2Image
@@ -78,6 +80,7 @@ def test_sizes_are_asked_for_or_the_models(tiny_sd, tmp_path):
     assert drawn(tiny_sd, tmp_path / "wide", "--width=96")[0].shape == (64, 96, 3), "the other side is the model's"
 
 
+@pytest.mark.trains
 def test_loras_are_drawn_at_their_strengths(tiny_sd, lora, tmp_path):
     base, full, none, half, halves = (drawn(tiny_sd, tmp_path / f"{i}", *flags)[0] for i, flags in enumerate((
         (), (f"--lora={lora}",), (f"--lora={lora}", "--strength=0"),
@@ -114,7 +117,7 @@ def test_learned_words_are_drawn(tiny_sdxl, tiny_sd, tmp_path):
 
 @pytest.fixture
 def shown(tmp_path: Path, clip: Path) -> list[Path]:
-    return [image(tmp_path / "shown" / name, seed) for seed, name in enumerate(("狐.png", "b.png", "c.png"))]
+    return [noise_image(tmp_path / "shown" / name, seed) for seed, name in enumerate(("狐.png", "b.png", "c.png"))]
 
 
 def test_the_token_changes_the_image_in_one_branch_or_both(tiny_sd, clip, shown, tmp_path):
@@ -127,6 +130,7 @@ def test_the_token_changes_the_image_in_one_branch_or_both(tiny_sd, clip, shown,
     assert "Guidance image: 狐.png" in settings and str(tmp_path) not in settings
 
 
+@pytest.mark.trains
 def test_each_image_is_drawn_with_its_own_features(tiny_sd, clip, shown, tmp_path):
     prompts = ("a red dog", "a cat", "the moon")
     images = [f"--guidance_image={path}" for path in shown]
@@ -175,7 +179,7 @@ def test_extracted_features_serve_as_well(tiny_sd, clip, shown, tmp_path):
     computed, read = (drawn(tiny_sd, tmp_path / flag[2:6], image, flag)[0]
                       for flag in (f"--clip={clip}", f"--guidance_features={file}"))
     assert near(computed, read)
-    unknown = image(tmp_path / "unknown.png", 99)
+    unknown = noise_image(tmp_path / "unknown.png", 99)
     problem, = refused(tiny_sd, tmp_path / "out", f"--guidance_image={unknown}", f"--guidance_features={file}")
     assert "unknown.png" in problem.what
 

@@ -13,13 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
-from tests.harness import forked
+from tests.support.images import noise_image
+from tests.support.tiny_models import CLIP_WIDTH, build_tiny_clip
+from tests.support.trainers import forked
 from trainkit.condition import Condition
 from trainkit.conditioning import clip_token
 from trainkit.conditioning.clip_token import ClipToken, has_free_place, make_clip_token, with_token
@@ -35,38 +36,17 @@ from trainkit.rng import uniform
 from trainkit.tools import extract_clip_features as script
 from trainkit.training.step import TrainStep
 
-WIDTH = 24  # of the tiny CLIP's projection and of the tiny SD 1.x model's text
-
 
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_clip(tmp_path_factory.mktemp("tiny") / "clip")
 
 
-def build_tiny_clip(folder: Path) -> Path:
-    """A random vision tower, 32 px, without a config of its preprocessing -> its folder."""
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        CLIPVisionModelWithProjection(CLIPVisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32,
-            patch_size=8, projection_dim=WIDTH)).save_pretrained(folder)
-    return folder
-
-
-def image(path: Path, seed: int) -> Path:
-    """A small image of its own, taller than wide."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (48, 40, 3), np.uint8)).save(path)
-    return path
-
-
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     """Six images, some in a folder below, with names that are not ASCII."""
     for seed, name in enumerate(("a.png", "b.png", "müde 狐.png", "below/a.png", "below/ß.webp", "below/z z.bmp")):
-        image(tmp_path / "images" / name, seed)
+        noise_image(tmp_path / "images" / name, seed)
     return tmp_path / "images"
 
 
@@ -132,7 +112,7 @@ def test_images_are_found_by_content_whatever_their_names(images, tiny_clip, tmp
     before = extract(images, tiny_clip, out := tmp_path / "f.safetensors")
     (images / "a.png").rename(images / "below" / "renamed ☃.png")
     (images / "copy.png").write_bytes((images / "b.png").read_bytes())
-    new = image(images / "new.png", 99)
+    new = noise_image(images / "new.png", 99)
     after = extract(images, tiny_clip, out)
     assert sum(asked) == 6 + 1, "a moved image, and a copy of one, have their features already"
     assert digest(new) in after and len(after.digests) == 7
@@ -140,6 +120,7 @@ def test_images_are_found_by_content_whatever_their_names(images, tiny_clip, tmp
     assert list(after.digests) == sorted(after.digests)
 
 
+@pytest.mark.trains
 def test_a_killed_extraction_goes_on_where_it_was(images, tiny_clip, tmp_path, asked, monkeypatch):
     whole = extract(images, tiny_clip, tmp_path / "whole.safetensors", "--batch_size=1")
     asked.clear()
@@ -172,7 +153,7 @@ def test_processes_at_once_add_to_one_file(images, tiny_clip, tmp_path, monkeypa
     monkeypatch.setattr(script, "SAVE_SECONDS", 0)
     monkeypatch.setattr(script, "SAVE_FACTOR", 0)
     for seed in range(20):
-        image(images / "other" / f"{seed}.png", 1000 + seed)
+        noise_image(images / "other" / f"{seed}.png", 1000 + seed)
     out, children = tmp_path / "f.safetensors", []
     for folder in (images / "other", images / "below", images):
         children.append(os.fork())
@@ -211,7 +192,7 @@ def test_images_that_cannot_be_read_are_named_after_the_others_are_done(images, 
 
 
 def test_damaged_weights_leave_no_features(images, tiny_clip, tmp_path, monkeypatch):
-    monkeypatch.setattr(Clip, "__call__", lambda clip, pixels: torch.full((len(pixels), WIDTH), torch.nan))
+    monkeypatch.setattr(Clip, "__call__", lambda clip, pixels: torch.full((len(pixels), CLIP_WIDTH), torch.nan))
     problem, = refused(lambda: extract(images, tiny_clip, tmp_path / "f.safetensors"))
     assert problem.kind == "nonfinite" and not (tmp_path / "f.safetensors").exists()
 
@@ -317,7 +298,7 @@ def test_hostile_files_and_paths_are_refused_with_one_message(images, tmp_path):
 ], ids=["several widths", "a batch", "not a number", "no tensor", "no vector"])
 def test_a_pickle_must_hold_one_vector(tmp_path, content):
     for seed, one in enumerate(content):
-        image(tmp_path / "images" / f"{seed}.png", seed)
+        noise_image(tmp_path / "images" / f"{seed}.png", seed)
         (tmp_path / "pt").mkdir(exist_ok=True)
         torch.save(one, tmp_path / "pt" / f"{seed}.pt")
     refused(lambda: script.main([f"--images={tmp_path / 'images'}", f"--legacy={tmp_path / 'pt'}",
@@ -336,7 +317,7 @@ def rows_of(captions: Sequence[str] = CAPTIONS) -> list[SimpleNamespace]:
                             all_captions=(caption,)) for i, caption in enumerate(captions)]
 
 
-def written(folder: Path, rows: Sequence[SimpleNamespace], width: int = WIDTH) -> Path:
+def written(folder: Path, rows: Sequence[SimpleNamespace], width: int = CLIP_WIDTH) -> Path:
     """A file of features in which image i has rows of i + 1; in another order than the rows."""
     own = {row.digest: torch.full((width,), i + 1.0) for i, row in reversed([*enumerate(rows)])}
     none = Features(torch.zeros(0, width), [], "assets/a clip", "made")
@@ -365,13 +346,13 @@ def batch_of(rows: Sequence[int], step: int = 0) -> SimpleNamespace:
 
 def text_of(n: int) -> Condition:
     g = torch.Generator().manual_seed(0)
-    return Condition(embeds=torch.randn(n, 77, WIDTH, generator=g), pooled=torch.randn(n, 8, generator=g))
+    return Condition(embeds=torch.randn(n, 77, CLIP_WIDTH, generator=g), pooled=torch.randn(n, 8, generator=g))
 
 
 def test_image_i_is_fed_its_own_features_at_the_last_position_only(tmp_path, tokenizer):
     token, text = token_of(tmp_path, tokenizer, guidance_token_scale=0.5), text_of(3)
     fed = token(text, batch_of([2, 0, 2]))
-    assert fed["embeds"][:, -1].tolist() == [[1.5] * WIDTH, [0.5] * WIDTH, [1.5] * WIDTH]
+    assert fed["embeds"][:, -1].tolist() == [[1.5] * CLIP_WIDTH, [0.5] * CLIP_WIDTH, [1.5] * CLIP_WIDTH]
     assert torch.equal(fed["embeds"][:, :-1], text["embeds"][:, :-1]) and fed["pooled"] is text["pooled"]
     assert fed.keys() == text.keys()
 
@@ -406,7 +387,7 @@ def test_cached_text_stays_as_it_is_and_the_rest_learns(tmp_path, tokenizer):
 
 def test_a_share_of_the_visits_is_without_the_token(tmp_path, tokenizer):
     token = token_of(tmp_path, tokenizer, guidance_token_dropout=0.3)
-    text = Condition(embeds=torch.zeros(2000, 77, WIDTH))
+    text = Condition(embeds=torch.zeros(2000, 77, CLIP_WIDTH))
 
     def fed(step: int) -> Tensor:
         return token(text, batch_of([0, 2] * 1000, step))["embeds"][:, -1, 0] > 0
@@ -422,7 +403,7 @@ def test_half_precision_text_stays_half(tmp_path, tokenizer):
     embeds = text_of(1)["embeds"]
     fed = token_of(tmp_path, tokenizer)(Condition(embeds=embeds.bfloat16()), batch_of([0]))
     assert fed["embeds"].dtype == torch.bfloat16
-    assert with_token(embeds, torch.ones(1, WIDTH), torch.tensor([False])) is not embeds
+    assert with_token(embeds, torch.ones(1, CLIP_WIDTH), torch.tensor([False])) is not embeds
 
 
 def test_without_the_flag_the_text_passes_through(tokenizer):
@@ -489,7 +470,7 @@ def test_nothing_is_asked_without_the_flag_and_nothing_is_wrong_with_all_there(t
     rows = rows_of()
     assert told(GuidanceOptions(), rows, 2048) == []
     there = GuidanceOptions(guidance_token=1.0, guidance_features=str(written(tmp_path, rows)))
-    assert told(there, rows, WIDTH) == []
+    assert told(there, rows, CLIP_WIDTH) == []
 
 
 def test_without_features_the_command_that_extracts_them_is_named():
@@ -507,7 +488,7 @@ def test_without_features_the_command_that_extracts_them_is_named():
 
 def test_images_without_features_are_named(tmp_path):
     file = written(tmp_path, rows_of()[1:2])
-    problem, = told(GuidanceOptions(guidance_token=1.0, guidance_features=str(file)), rows_of(), WIDTH)
+    problem, = told(GuidanceOptions(guidance_token=1.0, guidance_features=str(file)), rows_of(), CLIP_WIDTH)
     assert "2 images" in problem.what and "p0.png" in problem.why and "p1.png" not in problem.why
     assert f"--images /data --clip 'assets/a clip' --out {file}" in problem.fix and problem.kind == "data"
 
@@ -519,9 +500,9 @@ def test_features_of_another_width_are_refused_with_both_numbers(tmp_path, width
     file = written(tmp_path, rows_of())
     more = [*rows_of(), *rows_of(["new"] * 4)]  # adding their features to this file would not help
     problem, = told(GuidanceOptions(guidance_token=1.0, guidance_features=str(file)), more, width)
-    assert f"{WIDTH} wide" in problem.what and f"{width} wide" in problem.what and fix in problem.fix
+    assert f"{CLIP_WIDTH} wide" in problem.what and f"{width} wide" in problem.what and fix in problem.fix
 
 
 def test_a_missing_file_is_one_problem(tmp_path):
-    problem, = told(GuidanceOptions(guidance_token=1.0, guidance_features=str(tmp_path / "no")), rows_of(), WIDTH)
+    problem, = told(GuidanceOptions(guidance_token=1.0, guidance_features=str(tmp_path / "no")), rows_of(), CLIP_WIDTH)
     assert problem.where == f"--guidance_features {tmp_path / 'no'}"

@@ -161,6 +161,7 @@ FEATURES = {flag: {flag: True} for flag in RULE_FLAGS} | {
 }
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("settings", [ALL, FEATURES["all reduced"]], ids=["all", "all reduced"])
 def test_a_thousand_steps_keep_no_more_tensors_than_ten(settings):
     """H27: no leak with every rule on, in the states or beside them."""

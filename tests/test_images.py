@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from tests.images import data_options, marked, row_of
+from tests.support.images import data_options, marked, row_of
 from trainkit.data.batch import Row, Sample, collate
 from trainkit.data.geometry import INTERPOLATIONS, CropPolicy, resized_size
 from trainkit.data.images import UnreadableImage, decode, is_animated, load_image

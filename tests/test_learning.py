@@ -18,7 +18,8 @@ from PIL import Image
 from experiments import seeds
 from experiments.learning import cases, chart, exam, results, run
 from experiments.learning.exam import Exam
-from tests.harness import ROOT, command, forked, launched, metrics
+from tests.support import ROOT
+from tests.support.trainers import command, forked, launched, metrics
 from trainkit.errors import UserError
 
 STEPS = 150  # the quick start takes 400
@@ -302,11 +303,13 @@ def evaluated(assets: Path, out: Path, *more: str) -> dict[str, float]:
     return lora
 
 
+@pytest.mark.trains
 @pytest.mark.timeout(900)
 def test_a_short_run_closes_part_of_the_style_gap_on_untaught_nouns(assets: Path, tmp_path: Path):
     assert evaluated(assets, trained(assets, tmp_path / "icons"))["share_of_gap_closed"] >= 0.10
 
 
+@pytest.mark.trains
 @pytest.mark.timeout(900)
 def test_new_tokens_hold_part_of_the_style(assets: Path, tmp_path: Path):
     """The LoRA alone, asked for by the word, closes less of the gap than with the tokens it was trained with."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.images import data_options, marked, marked_folder, open_files, row_of
+from tests.support.images import data_options, marked, marked_folder, open_files, row_of
 from trainkit.data.batch import Batch, Row, Sample, Slot, collate
 from trainkit.data.cache import DiskStore, cache_latents
 from trainkit.data.geometry import CropPolicy

@@ -8,61 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.made_up_pass import KEYS, Network, batch_of, forward_of, losses_of, step_of
-from trainkit.diffusion import EDMSchedule, NoiseSchedule, draw_noise
+from tests.support.made_up_pass import KEYS, Network, batch_of, forward_of, losses_of, step_of
+from tests.support.matching import Recorder, passes, plain, sd
+from trainkit.diffusion import EDMSchedule, draw_noise
 from trainkit.errors import UserError
 from trainkit.losses.matching_term import ALIKE, MODES, MatchingTerm, make_passes, problems, window_of
-from trainkit.losses.objective import Objective, make_objective
-from trainkit.options import MatchingOptions, ObjectiveOptions
+from trainkit.losses.objective import Objective
+from trainkit.options import MatchingOptions
 
-SD_BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 BOUNDS = (0.1925, 3.07)
-
-
-class Recorder:
-    """Stands for the loss: remembers what it was asked, and answers with one number a sample."""
-
-    def __init__(self, answer: float = 2.0):
-        self.answer, self.asked = answer, []
-
-    def __call__(self, x0_hat, x0, *, snr, weight, alike, picture, observe):
-        self.asked.append(
-            dict(x0_hat=x0_hat, x0=x0, snr=snr, weight=weight, alike=alike, picture=picture, observe=observe))
-        return torch.full_like(weight, self.answer)
-
-    def low(self, x):
-        return x.mean((2, 3), keepdim=True).expand_as(x)
-
-    def require(self, latents):
-        if latents[1] < 2:
-            raise ValueError("too small to split: train larger")
-
-    def describe(self):
-        return {"dist_match/loss": self.answer}
-
-    def pack(self):
-        return {"mean": torch.tensor([1.0])}, {"count": 3}
-
-    def unpack(self, tensors, data):
-        self.restored = tensors, data
 
 
 def recording(o: MatchingOptions) -> Recorder:
     return Recorder()
-
-
-def sd() -> NoiseSchedule:
-    return NoiseSchedule((1 - SD_BETAS).cumprod(0), "epsilon")
-
-
-def plain(schedule=None, **flags) -> Objective:
-    return make_objective(ObjectiveOptions(**flags), schedule or sd())
-
-
-def passes(mode: str, recorder: Recorder | None = None, base: Objective | None = None, together: int = 4, **flags):
-    o = MatchingOptions(**{"dist_match_gain": 1.0, "dist_match_mode": mode, **flags})
-    return make_passes(o, base or plain(), seed=7, snr_gamma=5.0, together=together, memories={},
-                       matcher=lambda o: recorder or Recorder())
 
 
 def drawn(objective: Objective, keys=KEYS) -> tuple[Tensor, list]:

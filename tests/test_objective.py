@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from tests.made_up_pass import batch_of
-from tests.test_diffusion import alphas, latents, schedules
+from tests.support.made_up_pass import batch_of
+from tests.support.schedules import alphas, latents, schedules
 from trainkit.diffusion import PREDICTIONS, EDMSchedule, Eps, NoiseSchedule, V
 from trainkit.losses.objective import ERRORS, HUBER_SCHEDULES, WEIGHTS, Objective, make_objective, on_output, per_sample
 from trainkit.options import ObjectiveOptions

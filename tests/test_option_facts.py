@@ -10,7 +10,7 @@ from typing import Annotated, get_args
 import pytest
 from pydantic import TypeAdapter, ValidationError, create_model
 
-from tests.made_up_run import make_run
+from tests.support.made_up_run import make_run
 from trainkit.errors import UserError
 from trainkit.options import CONCERNS, PRESETS, TRAINERS, Concern, Flag, LoraOptions, OptionSet, RunOptions, parse
 from trainkit.options.base import Resume, always, opt
@@ -32,8 +32,6 @@ def option_set(kinds: Kinds) -> type[OptionSet]:
 def flags_of(trainer: str) -> dict[str, Flag]:
     return option_set(TRAINERS[trainer]).flags()
 
-
-ALL_FLAGS = [(trainer, name) for trainer in TRAINERS for name in flags_of(trainer)]
 
 # A new flag is one field and one use ---------------------------------------------------------------------------------
 
@@ -155,15 +153,18 @@ def test_the_card_tells_every_setting_by_a_name_of_its_own_and_no_place():
     assert always("Rank").always and known_flags()["rank"].facts.card == always("Rank")
 
 
-@pytest.mark.parametrize(("trainer", "name"), ALL_FLAGS)
-def test_the_facts_of_a_flag_hold_together(trainer, name):
-    flag = flags_of(trainer)[name]
-    facts = flag.facts
-    assert facts.resume in get_args(Resume)
-    assert flag.value_type is str or not facts.path, "a place is a text"
-    assert facts.path or facts.unit not in ("path", "path or name"), "say path=, not unit="
-    assert facts.resume != "decisive" or not flag.secret, "fingerprints are written to the disk"
-    assert not facts.notice or (flag.is_switch and flag.default is False and facts.resume == "may change")
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_the_facts_of_a_flag_hold_together(trainer):
+    for name, flag in flags_of(trainer).items():
+        facts = flag.facts
+        assert facts.resume in get_args(Resume), f"--{name}: a resumed run would not know what to do with it"
+        assert flag.value_type is str or not facts.path, f"--{name}: a place is a text"
+        assert facts.path or facts.unit not in ("path", "path or name"), (
+            f"--{name}: report and card would show the user's folders; say path=, not unit=")
+        assert facts.resume != "decisive" or not flag.secret, (
+            f"--{name}: the secret would be written to the disk with the fingerprint")
+        assert not facts.notice or (flag.is_switch and flag.default is False and facts.resume == "may change"), (
+            f"--{name}: the notice that it does nothing would stand where it does something")
 
 
 TEXTS = {  # values of flags that do not take every text
@@ -207,19 +208,22 @@ def surroundings(flags: dict[str, Flag], name: str) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize(("trainer", "name"), ALL_FLAGS)
-def test_a_flag_moves_the_fingerprint_if_and_only_if_it_is_decisive(trainer, name):
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_flag_moves_the_fingerprint_if_and_only_if_it_is_decisive(trainer):
     kinds, flags = TRAINERS[trainer], flags_of(trainer)
+    options = option_set(kinds)
 
     def decisive(values: dict[str, object]) -> dict[str, object]:
         given = REQUIRED | values
         parts = {concern: kind(**{n: given[n] for n in kind.model_fields if n in given})
                  for concern, kind in kinds.items()}
-        return decisive_options(option_set(kinds)(**parts))
+        return decisive_options(options(**parts))
 
-    beside = surroundings(flags, name)
-    moved = decisive(beside) != decisive(beside | {name: another(flags[name])})
-    assert moved == (flags[name].facts.resume == "decisive"), beside
+    for name, flag in flags.items():
+        beside = surroundings(flags, name)
+        moved = decisive(beside) != decisive(beside | {name: another(flag)})
+        what = "would be refused, though it may change" if moved else "would go on as another training"
+        assert moved == (flag.facts.resume == "decisive"), f"resumed with another --{name}, a run {what}: {beside}"
 
 
 # What a flag is read with --------------------------------------------------------------------------------------------

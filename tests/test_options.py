@@ -12,12 +12,13 @@ import shlex
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from pydantic import ValidationError, create_model
+from pydantic import ValidationError
 
-from tests.harness import make_images
+from tests.support import ROOT
+from tests.support.command_lines import REQUIRED, Captioned, Options, read, read_captioned
+from tests.support.trainers import make_images
 from trainkit.errors import Problem, UserError, refuse
 from trainkit.families import sd
 from trainkit.options import (
@@ -27,47 +28,18 @@ from trainkit.options import (
     TRAINERS,
     CaptionedOptimizerOptions,
     CaptionedTextOptions,
-    DataOptions,
-    FourierOptions,
     LoraOptions,
     MatchingOptions,
     ModelOptions,
-    ObjectiveOptions,
     OptimizerOptions,
     OptionSet,
-    PivotalOptions,
-    PrecisionOptions,
-    PriorOptions,
     RunOptions,
-    TextOptions,
-    ValidationOptions,
     parse,
 )
 from trainkit.options.config_text import markdown
 from trainkit.options.rules import trained_fractions, unread
 from trainkit.options.sources import nearest
 from trainkit.options.trainers import SCRIPTS as TRAINER_SCRIPTS
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-class Options(OptionSet):
-    model: ModelOptions
-    data: DataOptions
-    prior: PriorOptions
-    text: TextOptions
-    pivotal: PivotalOptions
-    lora: LoraOptions
-    objective: ObjectiveOptions
-    fourier_loss: FourierOptions
-    optimizer: OptimizerOptions
-    precision: PrecisionOptions
-    validation: ValidationOptions
-    run: RunOptions
-
-
-Captioned = create_model("Captioned", __base__=OptionSet, **{name: (kind, ...) for name, kind in TEXT_TO_IMAGE.items()})
-REQUIRED = ["--pretrained_model_name_or_path=base", "--instance_prompt=a photo of TOK"]
 
 # The flags of train_dreambooth_lora_sdxl_advanced.py (huggingface/diffusers): name -> (a value as typed, what it means,
 # the default there). `...` marks a flag that must be given.
@@ -183,7 +155,6 @@ SDXL_UPSTREAM = {
     "debug_loss": ("true", True, False),
 }
 SCRIPTS = {"DreamBooth": (Options, UPSTREAM), "text-to-image": (Captioned, TEXT_TO_IMAGE_UPSTREAM | SDXL_UPSTREAM)}
-FLAGS = [(trainer, name) for trainer, (_, upstream) in SCRIPTS.items() for name in upstream]
 OTHER_DEFAULTS = {"seed": 0}  # where upstream's default is a defect; docs/flags.md says why
 
 
@@ -191,14 +162,6 @@ OTHER_DEFAULTS = {"seed": 0}  # where upstream's default is a defect; docs/flags
 def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for flag in Options.flags() | Captioned.flags():
         monkeypatch.delenv(f"LORA_{flag.upper()}", raising=False)
-
-
-def read(*argv: str) -> Options:
-    return parse(Options, [*REQUIRED, *argv], description="")
-
-
-def read_captioned(*argv: str) -> OptionSet:
-    return parse(Captioned, ["--pretrained_model_name_or_path=base", "--train_data_dir=pics", *argv], description="")
 
 
 def read_by(trainer: str, *argv: str) -> OptionSet:
@@ -231,39 +194,40 @@ def test_a_trainer_is_told_what_the_page_of_flags_says(trainer, script):
     assert TRAINER_SCRIPTS[trainer] == f"{script}.py"
 
 
-@pytest.mark.parametrize(("trainer", "name"), FLAGS)
-def test_default_is_upstreams(trainer, name):
+@pytest.mark.parametrize("trainer", SCRIPTS)
+def test_default_is_upstreams(trainer):
     kind, upstream = SCRIPTS[trainer]
-    default = OTHER_DEFAULTS.get(name, upstream[name][2])
-    flag = kind.flags()[name]
-    if default is ...:
-        assert flag.required
-    else:
-        ours = flag.default
-        assert (ours.lower(), type(ours)) == (default.lower(), str) if isinstance(default, str) else ours == default
+    for name, (_, _, default) in upstream.items():
+        flag, default = kind.flags()[name], OTHER_DEFAULTS.get(name, default)
+        if default is ...:
+            assert flag.required, f"a command without --{name} is refused there and would run here"
+            continue
+        same = flag.default == default
+        if isinstance(default, str):
+            same = isinstance(flag.default, str) and flag.default.lower() == default.lower()
+        assert same, f"a command without --{name} would train with {flag.default!r} here and with {default!r} there"
 
 
-@pytest.mark.parametrize(("trainer", "name"), FLAGS)
-def test_value_round_trips(trainer, name):
-    typed, meant, _ = SCRIPTS[trainer][1][name]
-    dashed = name.replace("_", "-")
-    for argv in ([f"--{name}", typed], [f"--{name}={typed}"], [f"--{dashed}", typed], [f"--{dashed}={typed}"]):
-        value = read_by(trainer, *argv).flat()[name]
-        assert value == meant and type(value) is type(meant)
+@pytest.mark.parametrize("trainer", SCRIPTS)
+def test_value_round_trips(trainer):
+    for name, (typed, meant, _) in SCRIPTS[trainer][1].items():
+        dashed = name.replace("_", "-")
+        for argv in ([f"--{name}", typed], [f"--{name}={typed}"], [f"--{dashed}", typed], [f"--{dashed}={typed}"]):
+            value = read_by(trainer, *argv).flat()[name]
+            assert value == meant and type(value) is type(meant), (
+                f"{' '.join(argv)} would be read as {value!r}, and the Diffusers script reads {meant!r}")
 
 
-@pytest.mark.parametrize(("trainer", "name"), [
-    (trainer, name) for trainer, name in FLAGS if SCRIPTS[trainer][1][name][0] in ("true", "False")])
-def test_every_switch_works_bare_negated_and_with_a_value(trainer, name):
-    def value(*argv: str) -> object:
-        return read_by(trainer, *argv).flat()[name]
-
-    assert value(f"--{name}") is True
-    assert value(f"--no_{name}") is False
-    assert value(f"--no-{name.replace('_', '-')}") is False
-    for typed, meant in {"True": True, "False": False, "true": True, "0": False}.items():
-        assert value(f"--{name}={typed}") is meant
-        assert value(f"--{name}", typed) is meant
+@pytest.mark.parametrize("trainer", SCRIPTS)
+def test_every_switch_works_bare_negated_and_with_a_value(trainer):
+    switches = [name for name, (typed, _, _) in SCRIPTS[trainer][1].items() if typed in ("true", "False")]
+    assert switches
+    for name in switches:
+        written = {(f"--{name}",): True, (f"--no_{name}",): False, (f"--no-{name.replace('_', '-')}",): False}
+        for typed, meant in {"True": True, "False": False, "true": True, "0": False}.items():
+            written |= {(f"--{name}={typed}",): meant, (f"--{name}", typed): meant}
+        for argv, meant in written.items():
+            assert read_by(trainer, *argv).flat()[name] is meant, f"{' '.join(argv)} would not mean {meant}"
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)

@@ -6,14 +6,14 @@ import copy
 import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from tests.tiny import build_tiny_sdxl
+from tests.support.text import load_sdxl, stock_pipeline
+from tests.support.tiny_models import build_tiny_sdxl
 from trainkit.condition import Condition
 from trainkit.conditioning import new_tokens
 from trainkit.conditioning.new_tokens import NewTokens, TokenRows
@@ -21,9 +21,8 @@ from trainkit.errors import UserError
 from trainkit.families import sdxl
 from trainkit.files import load_tensors
 from trainkit.optim import HinaAdaptive
-from trainkit.options import ModelOptions, PivotalOptions
+from trainkit.options import PivotalOptions
 
-CPU = torch.device("cpu")
 PROMPTS = ["a photo of a TOK dog", "TOK", "in the style of TOK, TOK's house"]
 
 
@@ -31,27 +30,8 @@ def options(**changes: object) -> PivotalOptions:
     return PivotalOptions(train_text_encoder_ti=True, **changes)
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32, **changes: object) -> sdxl.SDXL:
-    model = ModelOptions(pretrained_model_name_or_path=str(folder))
-    return sdxl.load(model, device=CPU, weight_dtype=dtype, **changes)
-
-
 def encode(family: sdxl.SDXL, tokens: NewTokens, prompts: list[str]) -> Condition:
     return family.encode_prompts([tokens.rewrite(p) for p in prompts])
-
-
-def stock(folder: Path, file: Path):
-    """The stock pipeline after the two documented calls."""
-    from diffusers import StableDiffusionXLPipeline
-
-    pipe = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
-    pipe.set_progress_bar_config(disable=True)
-    state, names = load_tensors(file), [n for ns in new_tokens.read_header(file).tokens.values() for n in ns]
-    pipe.load_textual_inversion(
-        state["clip_l"], token=names, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer)
-    pipe.load_textual_inversion(
-        state["clip_g"], token=names, text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2)
-    return pipe
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -142,10 +122,10 @@ def test_both_are_said_of_one_run_and_neither_without_new_tokens(caplog):
 
 def test_random_rows_have_the_vocabularys_std_and_follow_from_seed_and_name(tiny_sdxl):
     def rows(seed: int, n: int) -> dict[str, torch.Tensor]:
-        return NewTokens(load(tiny_sdxl), options(num_new_tokens_per_abstraction=n), seed=seed).embeddings
+        return NewTokens(load_sdxl(tiny_sdxl), options(num_new_tokens_per_abstraction=n), seed=seed).embeddings
 
     many, few, other = rows(0, 60), rows(0, 2), rows(1, 2)
-    family = load(tiny_sdxl)
+    family = load_sdxl(tiny_sdxl)
     for name, encoder in zip(new_tokens.ENCODERS, family.text_encoders, strict=True):
         table = encoder.get_input_embeddings().weight
         assert many[name].std().item() == pytest.approx(float(table.std()), rel=0.1)
@@ -155,7 +135,7 @@ def test_random_rows_have_the_vocabularys_std_and_follow_from_seed_and_name(tiny
 
 
 def test_a_concept_gives_the_first_rows(tiny_sdxl):
-    family = load(tiny_sdxl)
+    family = load_sdxl(tiny_sdxl)
     tokenizer, table = family.tokenizers[0], family.text_encoders[0].get_input_embeddings().weight
     dog, cat, toy = (table[tokenizer(word, add_special_tokens=False).input_ids[0]] for word in ("dog", "cat", "toy"))
     rows = lambda concept, n: torch.stack(new_tokens.rows_of(concept, tokenizer, table, n=n))  # noqa: E731
@@ -184,11 +164,11 @@ def test_rows_look_up_and_learn_as_those_of_a_longer_table(dtype):
 def test_encoders_with_new_rows_agree_with_pefts_trainable_tokens(tiny_sdxl):
     from peft import TrainableTokensConfig, get_peft_model
 
-    family = load(tiny_sdxl)
+    family = load_sdxl(tiny_sdxl)
     tokens = NewTokens(family, options(), seed=0)
     for k, name in enumerate(new_tokens.ENCODERS):
         tokenizer, overlay = family.tokenizers[k], family.text_encoders[k].get_input_embeddings()
-        other = copy.deepcopy(load(tiny_sdxl).text_encoders[k])
+        other = copy.deepcopy(load_sdxl(tiny_sdxl).text_encoders[k])
         other.resize_token_embeddings(len(tokenizer))
         other.get_input_embeddings().weight.data[overlay.first :] = tokens.embeddings[name]
         new = tokenizer.convert_tokens_to_ids(tokens.names)
@@ -204,7 +184,7 @@ def test_encoders_with_new_rows_agree_with_pefts_trainable_tokens(tiny_sdxl):
 
 
 def test_d12_the_vocabulary_has_no_gradient_and_keeps_every_bit(tiny_sdxl):
-    family = load(tiny_sdxl)
+    family = load_sdxl(tiny_sdxl)
     before = [encoder.get_input_embeddings().weight.clone() for encoder in family.text_encoders]
     tokens = NewTokens(family, options(), seed=0)
     rows = tokens.rows
@@ -224,7 +204,7 @@ def test_d12_the_vocabulary_has_no_gradient_and_keeps_every_bit(tiny_sdxl):
 
 
 def test_an_optimizer_that_asks_for_names_knows_new_tokens_by_them(tiny_sdxl):
-    tokens = NewTokens(load(tiny_sdxl), options(), seed=0)
+    tokens = NewTokens(load_sdxl(tiny_sdxl), options(), seed=0)
     group, = tokens.groups(lrs=(1e-4, 1e-4), weight_decay=0.0, stop=None)
     named = list(zip(group["names"], group["params"], strict=True))
     active = HinaAdaptive(named, use_spd=True, lora_rank_penalty=True).get_optimization_info()["active_on"]
@@ -234,7 +214,7 @@ def test_an_optimizer_that_asks_for_names_knows_new_tokens_by_them(tiny_sdxl):
 
 @pytest.mark.parametrize("power", [0.1, 0.0, 1.0])
 def test_the_pull_is_upstreams_power_of_the_ratio_of_stds(tiny_sdxl, power):
-    tokens = NewTokens(load(tiny_sdxl), options(token_std_pull=power), seed=0)
+    tokens = NewTokens(load_sdxl(tiny_sdxl), options(token_std_pull=power), seed=0)
     for rows in tokens.rows:
         rows.data.mul_(3)
     before = {name: rows.clone() for name, rows in tokens.embeddings.items()}
@@ -249,7 +229,7 @@ def test_the_pull_is_upstreams_power_of_the_ratio_of_stds(tiny_sdxl, power):
 
 
 def test_a_model_that_has_such_tokens_already_is_refused(tiny_sdxl):
-    family = load(tiny_sdxl)
+    family = load_sdxl(tiny_sdxl)
     family.tokenizers[1].add_tokens(["<s1>"])
     with pytest.raises(UserError, match="has the tokens <s1> already"):
         NewTokens(family, options(), seed=0)
@@ -260,7 +240,7 @@ def test_a_model_that_has_such_tokens_already_is_refused(tiny_sdxl):
 
 
 def test_d7_the_file_goes_into_any_folder_and_says_what_its_rows_are(tiny_sdxl, tmp_path):
-    tokens = NewTokens(load(tiny_sdxl), options(token_abstraction="TOK,ZED"), seed=0)
+    tokens = NewTokens(load_sdxl(tiny_sdxl), options(token_abstraction="TOK,ZED"), seed=0)
     folder = tmp_path / "deep" / "run"
     folder.mkdir(parents=True)
     path, = tokens.export(folder, "icons")
@@ -276,7 +256,7 @@ def test_d7_the_file_goes_into_any_folder_and_says_what_its_rows_are(tiny_sdxl, 
 
 
 def test_a_file_that_differs_from_the_rows_is_found_out(tiny_sdxl, tmp_path, monkeypatch):
-    tokens = NewTokens(load(tiny_sdxl), options(), seed=0)
+    tokens = NewTokens(load_sdxl(tiny_sdxl), options(), seed=0)
     monkeypatch.setattr(new_tokens, "load_tensors", lambda path: {k: v + 1e-6 for k, v in tokens.embeddings.items()})
     with pytest.raises(UserError, match="does not hold the trained embeddings") as caught:
         tokens.export(tmp_path, "icons")
@@ -291,13 +271,13 @@ def test_another_programs_file_has_tokens_by_their_number(tmp_path):
 
 
 def test_d6_rows_outlive_a_restart_and_other_tokens_are_refused(tiny_sdxl):
-    tokens = NewTokens(load(tiny_sdxl), options(), seed=0)
+    tokens = NewTokens(load_sdxl(tiny_sdxl), options(), seed=0)
     tensors, data = tokens.pack()
-    again = NewTokens(load(tiny_sdxl), options(), seed=1)
+    again = NewTokens(load_sdxl(tiny_sdxl), options(), seed=1)
     again.unpack(tensors, json.loads(json.dumps(data)))
     assert all(torch.equal(a, b) for a, b in zip(tensors.values(), again.embeddings.values(), strict=True))
     with pytest.raises(UserError, match="other new tokens"):
-        NewTokens(load(tiny_sdxl), options(num_new_tokens_per_abstraction=3), seed=0).unpack(tensors, data)
+        NewTokens(load_sdxl(tiny_sdxl), options(num_new_tokens_per_abstraction=3), seed=0).unpack(tensors, data)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -306,24 +286,24 @@ def test_d6_rows_outlive_a_restart_and_other_tokens_are_refused(tiny_sdxl):
 
 @pytest.mark.parametrize("words", ["TOK", "TOK,style"])
 def test_the_stock_pipeline_encodes_prompts_bit_for_bit_after_two_calls(tiny_sdxl, tmp_path, words):
-    family = load(tiny_sdxl)
+    family = load_sdxl(tiny_sdxl)
     tokens = NewTokens(family, options(token_abstraction=words), seed=0)
     path, = tokens.export(tmp_path, "icons")
     assert not new_tokens.read_header(path).sets_eos
     with torch.no_grad():
         ours = encode(family, tokens, PROMPTS)
-        pipe = stock(tiny_sdxl, path)
+        pipe = stock_pipeline(tiny_sdxl, path)
         theirs = pipe.encode_prompt([tokens.rewrite(p) for p in PROMPTS], do_classifier_free_guidance=False)
     assert torch.equal(ours["embeds"], theirs[0]) and torch.equal(ours["pooled"], theirs[2])
 
 
 def test_d11_with_eos_2_in_the_config_the_cards_line_makes_the_stock_pipeline_agree(tmp_path):
     folder = build_tiny_sdxl(tmp_path / "old", eos_in_config=False)
-    family = load(folder)
+    family = load_sdxl(folder)
     tokens = NewTokens(family, options(), seed=0)
     path, = tokens.export(tmp_path, "icons")
     assert new_tokens.read_header(path).sets_eos
-    pipe, prompts = stock(folder, path), [tokens.rewrite(p) for p in PROMPTS]
+    pipe, prompts = stock_pipeline(folder, path), [tokens.rewrite(p) for p in PROMPTS]
     with torch.no_grad():
         ours = encode(family, tokens, PROMPTS)
         before = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
@@ -331,7 +311,7 @@ def test_d11_with_eos_2_in_the_config_the_cards_line_makes_the_stock_pipeline_ag
         after = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
     assert torch.equal(ours["embeds"], after[0]) and torch.equal(ours["pooled"], after[2])
     assert not torch.equal(ours["pooled"], before[2]), "the pooled vector was that of a new token"
-    compat = load(folder, compat="diffusers")
+    compat = load_sdxl(folder, compat="diffusers")
     assert not compat.sets_eos
     other = NewTokens(compat, options(), seed=0)
     with torch.no_grad():

@@ -16,8 +16,7 @@ import yaml
 from PIL import Image
 from pydantic import SecretStr
 
-from tests.made_up_run import make_run
-from tests.test_report import HOSTILE
+from tests.support.made_up_run import HOSTILE, make_run
 from trainkit import publish as room
 from trainkit import rng
 from trainkit.adapters import Adapters, add_adapters

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import ROOT, launched
+from tests.support import ROOT
+from tests.support.trainers import launched
 from trainkit.options import TRAINERS, parse
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -52,6 +53,7 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("page", PAGES_TO_RUN, ids=named)
 def test_every_block_runs_in_order_and_leaves_what_the_page_says(page, checkout):
     for language, code in blocks(page, "bash", "python"):
@@ -97,12 +99,17 @@ def shown_commands(page: Path) -> Iterator[tuple[str, list[str]]]:
 # -- names -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", TEXTS, ids=named)
-def test_every_relative_link_leads_to_a_file(page):
+def test_every_relative_link_leads_to_a_file():
+    dead = [f"{named(page)}: {file}" for page in TEXTS for file in linked(page) if not (page.parent / file).exists()]
+    assert not dead, f"a reader would follow a link to nothing: {dead}"
+
+
+def linked(page: Path) -> Iterator[str]:
+    """The files that the page's relative links and images lead to."""
     prose = FENCE.sub("", page.read_text("utf-8"))
     targets = re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", prose)
     files = [target.partition("#")[0] for pair in targets for target in pair if "://" not in target]
-    assert [file for file in files if file and not (page.parent / file).exists()] == []
+    yield from filter(None, files)
 
 
 def test_every_path_in_the_tree_of_contributing_exists():
@@ -126,20 +133,29 @@ def tree_entries(tree: str) -> Iterator[tuple[Path, ...]]:
             yield (inner / name, folder / name)
 
 
-@pytest.mark.parametrize("page", TEXTS, ids=named)
-def test_every_flag_exists(page):
+def test_every_flag_exists():
+    known = known_flags()
+    for page in TEXTS:
+        words = re.findall(r"(?<![\w-])--([a-z][\w-]*)", page.read_text("utf-8"))
+        written = {name.replace("-", "_") for name in words}
+        stems = {name for name in written if name.endswith("_")}  # `--no_…`
+        unknown = sorted(written - stems - known)
+        assert not unknown, f"a command copied from {named(page)} would be refused for {unknown}"
+
+
+def known_flags() -> set[str]:
+    """Flags of the trainers, of our tools and experiments, and of the programs that our pages name."""
     flags = [flag for kinds in TRAINERS.values() for name, kind in kinds.items() for flag in kind.flags(name)]
     known = OTHER_TOOLS | {"help", *(flag.name for flag in flags)}
     known |= {f"no_{flag.name}" for flag in flags if flag.is_switch}
     for program in [*(ROOT / "trainkit" / "tools").glob("*.py"), *(ROOT / "experiments").glob("**/*.py")]:
         known |= set(re.findall(r"\badd(?:_argument)?\(\s*\"--(\w+)\"", program.read_text("utf-8")))
-    written = {name.replace("-", "_") for name in re.findall(r"(?<![\w-])--([a-z][\w-]*)", page.read_text("utf-8"))}
-    stems = {name for name in written if name.endswith("_")}  # `--no_…`
-    assert sorted(written - stems - known) == []
+    return known
 
 
-@pytest.mark.parametrize("page", TEXTS, ids=named)
-def test_every_test_that_a_page_names_exists(page):
-    cited = re.findall(r"\b(test_\w+)\.py::(\w+)", page.read_text("utf-8"))
-    sources = {file: (ROOT / "tests" / f"{file}.py").read_text("utf-8") for file, _ in cited}
-    assert [f"{file}.py::{name}" for file, name in cited if f"def {name}(" not in sources[file]] == []
+def test_every_test_that_a_page_names_exists():
+    cited = [(page, file, name) for page in TEXTS
+             for file, name in re.findall(r"\b(test_\w+)\.py::(\w+)", page.read_text("utf-8"))]
+    sources = {file: (ROOT / "tests" / f"{file}.py").read_text("utf-8") for _, file, _ in cited}
+    lost = [f"{named(page)}: {file}.py::{name}" for page, file, name in cited if f"def {name}(" not in sources[file]]
+    assert not lost, f"a reader would look for the proof of a claim in vain: {lost}"

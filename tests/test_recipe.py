@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import ROOT, Done, launched
-from tests.test_sd import edit
+from tests.support import ROOT
+from tests.support.files import edit_json
+from tests.support.trainers import Done, launched
 
 LADYBUG = "3d icon in the style of TOK, a ladybug"
 FAKES = {
@@ -53,7 +54,7 @@ def test_previews_are_of_the_shipped_icons_or_of_the_users_prompt(recipe, variab
 
 def test_the_resolution_is_the_models_own_unless_given(recipe, tiny_sdxl, tmp_path):
     other = Path(shutil.copytree(tiny_sdxl, tmp_path / "another model"))
-    edit(other / "unet/config.json", sample_size=24)
+    edit_json(other / "unet/config.json", sample_size=24)
     assert [recipe(**given)[1]["resolution"] for given in ({}, {"MODEL": str(other)})] == ["64", "96"]
 
 

@@ -12,14 +12,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.made_up_run import STEPS, make_run
+from tests.support.made_up_run import HOSTILE, STEPS, make_run
 from trainkit.report import EMBED_PX, charts, effective_rate, sample_steps, spread, tiles, write_report
 from trainkit.report.charts import LEFT, MAX_POINTS, Chart, labels, line_chart, nice_ticks, number, smoothed, thinned
 from trainkit.report.facts import RunFacts, public, read_metrics
 from trainkit.report.matched import band_charts, band_tables
 from trainkit.report.usage import usage
-
-HOSTILE = """</script><script>alert(1)</script> "quoted" 'single' {{ 7*7 }} <img src=x onerror=alert(2)> \\ ` & \n---"""
 
 
 def page(folder: Path) -> str:

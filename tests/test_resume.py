@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from tests.harness import ROOT, TRAINER, command, forked, make_images, metrics
+from tests.support import ROOT
+from tests.support.compare import same_checkpoint, same_tensors
+from tests.support.trainers import TRAINER, command, forked, make_images, metrics
+
+pytestmark = pytest.mark.trains
 
 MODES = {
     "mid-epoch with accumulation": dict(train_batch_size=2, gradient_accumulation_steps=2),
@@ -25,20 +27,6 @@ MODES = {
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_images(tmp_path_factory.mktemp("data"), n=5)
-
-
-def same_tensors(a: Path, b: Path) -> None:
-    one, two = load_file(a), load_file(b)
-    assert one.keys() == two.keys()
-    unequal = [k for k in one if not torch.equal(one[k], two[k])]
-    assert not unequal, f"{len(unequal)} of {len(one)} tensors differ, {unequal[0]} among them"
-
-
-def same_checkpoint(a: Path, b: Path) -> None:
-    files = sorted(p.name for p in a.glob("*.safetensors"))
-    assert files == sorted(p.name for p in b.glob("*.safetensors")) and files
-    for name in files:
-        same_tensors(a / name, b / name)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.images import data_options, marked, marked_folder, open_files
+from tests.support.images import data_options, marked, marked_folder, open_files
 from trainkit.data.batch import Row
 from trainkit.data.images import load_image
 from trainkit.data.rows import read_rows

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.harness import free_port
+from tests.support.trainers import free_port
 from trainkit import files, run
 from trainkit.checkpoints import Checkpoints
 from trainkit.errors import Problem, UserError, exit_with_message

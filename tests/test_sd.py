@@ -15,9 +15,11 @@ import torch
 import yaml
 from torch import nn
 
-from tests.made_up_run import make_run
-from tests.test_text import same, train
-from tests.tiny import build_tiny_edm, build_tiny_sd, latents_of
+from tests.support.compare import same_bits
+from tests.support.files import edit_json
+from tests.support.made_up_run import make_run
+from tests.support.text import train_text
+from tests.support.tiny_models import build_tiny_edm, build_tiny_sd, latents_of
 from trainkit import export, families, preview, rng
 from trainkit.adapters import Adapters, add_adapters
 from trainkit.adapters import problems as adapter_problems
@@ -72,10 +74,6 @@ def text_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CLIPTextModel, "text_model", property(lambda self: self), raising=False)
 
 
-def edit(file: Path, **changes: object) -> None:
-    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **changes}), "utf-8")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Which family
 
@@ -97,14 +95,14 @@ def without(file: Path, *names: str) -> None:
 
 
 def refiner(model: Path) -> None:
-    edit(model / "model_index.json", text_encoder=[None, None], text_encoder_2=["transformers", "CLIPTextModel"])
-    edit(model / "unet/config.json", addition_embed_type="text_time")
+    edit_json(model / "model_index.json", text_encoder=[None, None], text_encoder_2=["transformers", "CLIPTextModel"])
+    edit_json(model / "unet/config.json", addition_embed_type="text_time")
 
 
 def flux(model: Path) -> None:
     (model / "unet").rename(model / "transformer")
-    edit(model / "model_index.json", _class_name="FluxPipeline", transformer=["diffusers", "FluxTransformer2DModel"],
-         unet=[None, None], text_encoder_2=["transformers", "T5EncoderModel"])
+    edit_json(model / "model_index.json", _class_name="FluxPipeline", unet=[None, None],
+              transformer=["diffusers", "FluxTransformer2DModel"], text_encoder_2=["transformers", "T5EncoderModel"])
 
 
 def emptied(model: Path) -> None:
@@ -122,11 +120,12 @@ STRANGE = {  # what the user is told: what is done to a good folder
     "a model folder is needed, not a file": one_file, "the model folder does not exist": shutil.rmtree,
     "model_index.json is damaged": lambda m: (m / "model_index.json").write_text("{"),
     "unet/config.json is damaged": lambda m: (m / "unet/config.json").write_text("[]"),
-    "not an SDXL model": lambda m: edit(m / "model_index.json", text_encoder_2=["transformers", "CLIPTextModel"]),
-    "a UNet that asks for more than text": lambda m: edit(m / "unet/config.json", class_embed_type="projection"),
-    "a UNet3DConditionModel cannot": lambda m: edit(m / "unet/config.json", _class_name="UNet3DConditionModel"),
-    "not a Stable Diffusion model": lambda m: edit(m / "model_index.json", text_encoder=["transformers", "T5Encoder"]),
-    "UNet and VAE do not fit": lambda m: edit(m / "unet/config.json", in_channels=9),  # inpainting
+    "not an SDXL model": lambda m: edit_json(m / "model_index.json", text_encoder_2=["transformers", "CLIPTextModel"]),
+    "a UNet that asks for more than text": lambda m: edit_json(m / "unet/config.json", class_embed_type="projection"),
+    "a UNet3DConditionModel cannot": lambda m: edit_json(m / "unet/config.json", _class_name="UNet3DConditionModel"),
+    "not a Stable Diffusion model": lambda m: edit_json(
+        m / "model_index.json", text_encoder=["transformers", "T5Encoder"]),
+    "UNet and VAE do not fit": lambda m: edit_json(m / "unet/config.json", in_channels=9),  # inpainting
     "the model folder has no UNet": lambda m: shutil.rmtree(m / "unet"),
     "no VAE there": lambda m: shutil.rmtree(m / "vae"),
     "the model folder has no scheduler": lambda m: shutil.rmtree(m / "scheduler"),
@@ -158,7 +157,7 @@ def test_a_config_without_its_sizes_is_one_problem_of_the_data(clone, folders, f
 
 def test_the_shape_of_latents_is_known_before_a_weight_is_loaded(models, folders, tiny_sdxl, assets, tmp_path):
     other = Path(shutil.copytree(assets / "tiny-sd-icons/vae", tmp_path / "vae"))
-    edit(other / "config.json", latent_channels=16, block_out_channels=[8, 8, 8, 8])
+    edit_json(other / "config.json", latent_channels=16, block_out_channels=[8, 8, 8, 8])
     for version, kind in ((1, sd), (2, sdxl)):  # the two offer the same function
         mean, _ = models[version].encode_pixels(torch.zeros(1, 3, 48, 48))
         assert kind.latents(str(folders[version]), 48) == mean.shape[1:]
@@ -169,7 +168,7 @@ def test_the_shape_of_latents_is_known_before_a_weight_is_loaded(models, folders
 def test_the_native_resolution_is_what_the_unet_was_made_for(clone, tiny_sdxl, assets):
     assert sd.native_resolution(str(assets / "tiny-sd-icons")) == 64
     assert sdxl.native_resolution(str(tiny_sdxl)) == 16 * 4
-    edit(clone / "unet/config.json", sample_size=[24, 40])
+    edit_json(clone / "unet/config.json", sample_size=[24, 40])
     assert sd.native_resolution(str(clone)) == 40 * 4
     without(clone / "unet/config.json", "sample_size")
     without(clone / "vae/config.json", "block_out_channels")
@@ -215,7 +214,7 @@ def test_prompts_encode_bit_for_bit_as_in_the_stock_pipeline(models, folders, ve
     with torch.no_grad():
         condition = models[version].encode_prompts(PROMPTS, clip_skip)
         wanted, _ = stock(folders[version]).encode_prompt(PROMPTS, CPU, 1, False, clip_skip=clip_skip)
-    assert same(condition, {"embeds": wanted}), "and nothing pooled"
+    assert same_bits(condition, {"embeds": wanted}), "and nothing pooled"
 
 
 def test_the_shipped_model_loads_and_encodes_as_the_stock_pipeline(assets):
@@ -235,7 +234,7 @@ def test_each_skipped_layer_is_another_text(models):
 
 def test_padding_is_masked_where_the_config_says_so_and_that_is_another_identity(clone):
     plain = load(clone)
-    edit(clone / "text_encoder/config.json", use_attention_mask=True)
+    edit_json(clone / "text_encoder/config.json", use_attention_mask=True)
     masked = load(clone)
     with torch.no_grad():
         wanted, _ = stock(clone).encode_prompt(PROMPTS, CPU, 1, False)
@@ -249,7 +248,7 @@ def test_frozen_text_without_a_pooled_vector_comes_back_from_the_disk(tiny_sd, t
     first = FrozenText(family, PROMPTS, store)(PROMPTS)
     family.free_text_encoders()
     again = FrozenText(family, PROMPTS, store)(PROMPTS)
-    assert same(first, again) and again.keys() == {"embeds"}
+    assert same_bits(first, again) and again.keys() == {"embeds"}
 
 
 def live(family: sd.SD, **changes: object) -> LiveText:
@@ -263,10 +262,10 @@ def test_the_one_text_encoder_learns_at_its_rate_until_its_last_step(tiny_sd, ca
     groups = words.groups(OptimizerOptions(), 4)
     assert [(g["name"], g["lr"], g["stop"]) for g in groups] == [("text_encoder", 1e-2, 2)]
     before = [p.detach().clone() for p in groups[0]["params"]]
-    train(words, range(2), prompts=PROMPTS)
+    train_text(words, range(2), prompts=PROMPTS)
     learned = [p.detach().clone() for p in groups[0]["params"]]
     assert not any(torch.equal(a, b) for a, b in zip(before, learned, strict=True))
-    train(words, range(2, 4), prompts=PROMPTS)
+    train_text(words, range(2, 4), prompts=PROMPTS)
     assert all(torch.equal(a, b) for a, b in zip(learned, groups[0]["params"], strict=True))
     other = live(load(tiny_sd))
     other.unpack(*words.pack())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import weakref
 from pathlib import Path
@@ -11,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.tiny import build_tiny_sdxl, latents_of, tiny_vae
+from tests.support.compare import same_bits
+from tests.support.files import edit_json
+from tests.support.tiny_models import build_tiny_sdxl, latents_of, tiny_vae
 from trainkit.condition import Condition
 from trainkit.conditioning.cached_text import FrozenText
 from trainkit.data.cache import DiskStore
@@ -48,15 +49,6 @@ def pipeline(tiny_sdxl: Path):
 @pytest.fixture
 def copy(tiny_sdxl: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_sdxl, tmp_path / "model"))
-
-
-def edit(file: Path, **changes: object) -> None:
-    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **changes}), "utf-8")
-
-
-def same(a: Condition, b: Condition) -> bool:
-    """Whether they have the same names and bits."""
-    return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -124,7 +116,7 @@ def test_frozen_text_reads_the_same_bits_from_the_disk_in_a_second_run(tiny_sdxl
     assert not torch.equal(first["embeds"], skipped["embeds"]), "clip skip belongs in the key"
     family.free_text_encoders()
     again = FrozenText(family, PROMPTS, store)(PROMPTS)
-    assert same(first, again)
+    assert same_bits(first, again)
 
 
 def test_a_half_cached_group_is_encoded_whole_and_what_was_there_stays(family, tmp_path):
@@ -133,7 +125,7 @@ def test_a_half_cached_group_is_encoded_whole_and_what_was_there_stays(family, t
     theirs = {"embeds": torch.zeros(77, 56), "pooled": torch.zeros(32)}  # in truth the same but for its last bits
     store[whole.keys["2 dog"]] = theirs
     restarted, new = FrozenText(family, prompts, store), [p for p in prompts if p != "2 dog"]
-    assert same(whole(new), restarted(new))
+    assert same_bits(whole(new), restarted(new))
     assert torch.equal(restarted(["2 dog"])["embeds"][0], theirs["embeds"]), "another run may be reading this entry"
 
 
@@ -165,7 +157,7 @@ def test_latents_scale_and_decode_as_the_vae_config_says(family, pipeline):
 
 def test_latent_statistics_of_a_config_are_removed_and_put_back(copy):
     mean, std = [0.5, -1.0, 0.0, 2.0], [1.0, 2.0, 4.0, 0.5]
-    edit(copy / "vae/config.json", latents_mean=mean, latents_std=std)
+    edit_json(copy / "vae/config.json", latents_mean=mean, latents_std=std)
     family = load(copy)
     sample = torch.randn(2, 4, 8, 8)
     x0 = latents_of(family, sample)
@@ -304,10 +296,10 @@ def test_a_good_model_has_no_problems(tiny_sdxl):
 
 
 BROKEN = {
-    "not an SDXL model": lambda m: edit(m / "unet/config.json", addition_embed_type=None),
-    "refiner": lambda m: edit(m / "model_index.json", text_encoder=[None, None]),
-    "do not fit": lambda m: edit(m / "unet/config.json", in_channels=9),
-    "EDM scheduler": lambda m: edit(m / "scheduler/scheduler_config.json", _class_name="EDMHeunScheduler"),
+    "not an SDXL model": lambda m: edit_json(m / "unet/config.json", addition_embed_type=None),
+    "refiner": lambda m: edit_json(m / "model_index.json", text_encoder=[None, None]),
+    "do not fit": lambda m: edit_json(m / "unet/config.json", in_channels=9),
+    "EDM scheduler": lambda m: edit_json(m / "scheduler/scheduler_config.json", _class_name="EDMHeunScheduler"),
     "no UNet": lambda m: shutil.rmtree(m / "unet"),
     "no scheduler": lambda m: shutil.rmtree(m / "scheduler"),
     "no VAE": lambda m: shutil.rmtree(m / "vae"),
@@ -318,8 +310,8 @@ BROKEN = {
     "text_encoder/config.json is damaged": lambda m: (m / "text_encoder/config.json").write_text("[]"),
     "no text_encoder_2": lambda m: (m / "text_encoder_2/config.json").unlink(),
     "no tokenizer_2": lambda m: shutil.rmtree(m / "tokenizer_2"),
-    "ends at SNR 0": lambda m: edit(m / "scheduler/scheduler_config.json", rescale_betas_zero_snr=True),
-    "prediction type 'sample'": lambda m: edit(m / "scheduler/scheduler_config.json", prediction_type="sample"),
+    "ends at SNR 0": lambda m: edit_json(m / "scheduler/scheduler_config.json", rescale_betas_zero_snr=True),
+    "prediction type 'sample'": lambda m: edit_json(m / "scheduler/scheduler_config.json", prediction_type="sample"),
 }
 
 

@@ -11,9 +11,13 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support import ROOT
+from tests.support.sources import module_imports
+
 FOLDERS = ("trainkit", "scripts", "experiments")
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/**/*.py"))])
+PACKAGE = sorted(ROOT.glob("trainkit/**/*.py"))
+PROGRAMS = {"trainers": sorted(ROOT.glob("train_*.py")), "faces": sorted(ROOT.glob("scripts/*.py"))}
 BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.AsyncFor, ast.AsyncWith)
 
 # The layers of CONTRIBUTING's list, lowest first. A room imports rooms of its own layer or below.
@@ -35,7 +39,7 @@ LIGHT = {  # third-party packages a room may import at module level, where the r
     "frequency": {"torch"}, "diffusion": {"torch"},
     "losses": {"torch"}, "optim": {"torch"},
 }
-TOOLS = {path.stem for path in ROOT.glob("scripts/*.py")}  # in trainkit/tools, each with a face in scripts/
+TOOLS = {path.stem for path in PROGRAMS["faces"]}  # in trainkit/tools, each with a face in scripts/
 
 
 @dataclass(frozen=True)
@@ -78,19 +82,6 @@ def room(path: Path) -> str:
     return path.relative_to(ROOT / "trainkit").parts[0].removesuffix(".py")
 
 
-def module_imports(path: Path, *, everywhere: bool) -> set[str]:
-    """Dotted names a file imports; at module level only unless `everywhere`. TYPE_CHECKING blocks do not count."""
-    tree = ast.parse(path.read_text("utf-8"))
-    nodes = ast.walk(tree) if everywhere else tree.body
-    names: set[str] = set()
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
-
-
 def test_functions_fit_on_a_screen():
     """A trainer's main may be longer: it is a story that reads in order."""
     stories = {f"{path.name} main" for path in ROOT.glob("train_*.py")}
@@ -100,7 +91,7 @@ def test_functions_fit_on_a_screen():
 
 
 def test_every_room_has_a_layer():
-    rooms = {room(p) for p in ROOT.glob("trainkit/**/*.py")} - {"__init__"}
+    rooms = {room(path) for path in PACKAGE} - {"__init__"}
     assert rooms <= set().union(*LAYERS), f"give a layer to {rooms - set().union(*LAYERS)}"
 
 
@@ -110,23 +101,33 @@ def test_contributing_lists_the_layers():
     assert [set(re.findall(r"`(\w+)`", part)) for part in sentence.split("←")] == [*LAYERS, set()]
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("trainkit/**/*.py")), ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_go_one_way(path):
+def test_imports_go_one_way():
+    """So that each file can be read, and changed, with only those below it in mind."""
     level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-    imported = {n.split(".")[1] for n in module_imports(path, everywhere=True) if n.startswith("trainkit.")}
-    upward = {n for n in imported if n in level and level[n] > level.get(room(path), 0)}
-    assert not upward, f"{path.name} imports upward: {upward}"
-    names = module_imports(path, everywhere=True)
-    assert not any(n.startswith(("train_", "scripts", "experiments")) for n in names), "nothing imports a trainer"
-    assert not any(n.startswith("freq_loss") for n in names), "import trainkit.frequency instead"
-    tools = {n.removeprefix("trainkit.tools.").partition(".")[0] for n in names if n.startswith("trainkit.tools.")}
-    assert room(path) != "tools" or not tools & TOOLS, "no tool imports another one"
+    for path in PACKAGE:
+        where, names = path.relative_to(ROOT), module_imports(path, everywhere=True)
+        imported = {n.split(".")[1] for n in names if n.startswith("trainkit.")}
+        upward = {n for n in imported if n in level and level[n] > level.get(room(path), 0)}
+        assert not upward, f"{where} imports upward: {upward}"
+        outside = [n for n in names if n.startswith(("train_", "scripts", "experiments"))]
+        assert not outside, f"{where} imports {outside}: nothing imports a trainer"
+        assert not any(n.startswith("freq_loss") for n in names), f"{where}: import trainkit.frequency instead"
+        tools = {n.removeprefix("trainkit.tools.").partition(".")[0] for n in names if n.startswith("trainkit.tools.")}
+        assert room(path) != "tools" or not tools & TOOLS, f"{where} imports another tool: {tools & TOOLS}"
+
+
+def test_no_test_module_imports_another():
+    """What two of them need stands in tests/support, so that each can be run, moved and read alone."""
+    imports = {path.name: [name for name in module_imports(path, everywhere=True) if re.match(r"(tests\.)?test_", name)]
+               for path in ROOT.glob("tests/**/*.py")}
+    found = {name: names for name, names in imports.items() if names}
+    assert not found, f"move what is shared to tests/support: {found}"
 
 
 def file_imports() -> dict[str, set[str]]:
     """Module of trainkit -> the modules of trainkit it imports anywhere, for its annotations too."""
     paths = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p
-             for p in ROOT.glob("trainkit/**/*.py")}
+             for p in PACKAGE}
     return {module: (module_imports(path, everywhere=True) & paths.keys()) - {module} for module, path in paths.items()}
 
 
@@ -151,30 +152,32 @@ def test_no_two_files_import_each_other():
         walk(module, ())
 
 
-@pytest.mark.parametrize("name", sorted(LIGHT))
-def test_light_rooms_stay_light(name):
-    for path in [p for p in ROOT.glob("trainkit/**/*.py") if room(p) == name]:
+def test_light_rooms_stay_light():
+    assert LIGHT.keys() <= {room(path) for path in PACKAGE}
+    for path in [path for path in PACKAGE if room(path) in LIGHT]:
         roots = {n.split(".")[0] for n in module_imports(path, everywhere=False)}
-        heavy = roots - set(sys.stdlib_module_names) - LIGHT[name] - {"trainkit"}
-        assert not heavy, f"{path.name} imports {heavy} at module level"
+        heavy = roots - set(sys.stdlib_module_names) - LIGHT[room(path)] - {"trainkit"}
+        assert not heavy, f"{path.relative_to(ROOT)} imports {heavy} at module level: who needs little waits for them"
 
 
-@pytest.mark.parametrize("trainer", sorted(ROOT.glob("train_*.py")), ids=lambda p: p.name)
-def test_trainers_import_only_options_and_errors_at_module_level(trainer):
+def test_trainers_import_only_options_and_errors_at_module_level():
     ours = ("trainkit.options", "trainkit.errors")
-    others = {n.split(".")[0] for n in module_imports(trainer, everywhere=False) if not n.startswith(ours)}
-    assert others <= set(sys.stdlib_module_names)
+    for trainer in PROGRAMS["trainers"]:
+        others = {n.split(".")[0] for n in module_imports(trainer, everywhere=False) if not n.startswith(ours)}
+        slow = others - set(sys.stdlib_module_names)
+        assert not slow, f"{trainer.name} --help, and every refused command, would wait for {slow}"
 
 
-@pytest.mark.parametrize("face", sorted(ROOT.glob("scripts/*.py")), ids=lambda p: p.name)
-def test_a_face_is_the_tool_of_its_name_and_no_more(face):
-    assert {n for n in module_imports(face, everywhere=True) if n.startswith("trainkit.tools.")} == {
-        f"trainkit.tools.{face.stem}", f"trainkit.tools.{face.stem}.main"}
-    assert not [node for node in ast.walk(ast.parse(face.read_text("utf-8"))) if isinstance(node, ast.FunctionDef)]
+def test_a_face_is_the_tool_of_its_name_and_no_more():
+    for face in PROGRAMS["faces"]:
+        tools = {n for n in module_imports(face, everywhere=True) if n.startswith("trainkit.tools.")}
+        assert tools == {f"trainkit.tools.{face.stem}", f"trainkit.tools.{face.stem}.main"}, (
+            f"scripts/{face.name} would not be trainkit/tools/{face.name}")
+        functions = [node for node in ast.walk(ast.parse(face.read_text("utf-8"))) if isinstance(node, ast.FunctionDef)]
+        assert not functions, f"scripts/{face.name} would do more than the tool, where no test of it looks"
 
 
-@pytest.mark.parametrize("program", sorted([*ROOT.glob("train_*.py"), *ROOT.glob("scripts/*.py")]),
-                         ids=lambda p: p.name)
+@pytest.mark.parametrize("program", [*PROGRAMS["trainers"], *PROGRAMS["faces"]], ids=lambda p: p.name)
 def test_help_imports_no_torch(program):
     code = (
         "import runpy, sys; sys.argv = [sys.argv[1], '--help']\n"
@@ -183,6 +186,6 @@ def test_help_imports_no_torch(program):
         "sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(program)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, f"{program.name} --help would take seconds, or fail: {done.stderr}"
     flag = "--pretrained_model_name_or_path" if program.parent == ROOT else "--out"
     assert flag in done.stdout

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.made_up_pass import SHAPE, Network, batch_of, step_of, told
-from tests.test_matching import Recorder, passes, plain, sd
+from tests.support.made_up_pass import SHAPE, Network, batch_of, step_of, told
+from tests.support.matching import Recorder, passes, plain, sd
 from trainkit import rng
 from trainkit.condition import Condition
 from trainkit.data.batch import Batch
@@ -156,6 +156,7 @@ def same(a: tuple[list[Tensor], list], b: tuple[list[Tensor], list]) -> bool:
     return len(tensors) == len(more) and all(map(torch.equal, tensors, more)) and others == reports
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("case", CASES)
 def test_looking_at_other_images_moves_no_bit_of_a_run(case):
     """Losses, gradients, what is logged and what a checkpoint has are those of the run nobody looked into."""

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.made_up_run import make_run
-from tests.test_pivotal import load, stock
-from tests.tiny import build_tiny_sdxl
+from tests.support.compare import same_bits
+from tests.support.made_up_run import make_run
+from tests.support.text import GROUP, PROMPTS, load_sdxl, loss_of, stock_pipeline, text_of, train_text
+from tests.support.tiny_models import build_tiny_sdxl
 from trainkit import rng
 from trainkit.adapters import add_adapters
 from trainkit.condition import Condition
-from trainkit.conditioning.live_text import LiveText, Text, make_text
+from trainkit.conditioning.live_text import LiveText, Text
 from trainkit.conditioning.new_tokens import EOS_LINE
-from trainkit.data.cache import DiskStore, Store
+from trainkit.data.cache import DiskStore
 from trainkit.errors import UserError
 from trainkit.export import write_diffusers
 from trainkit.families import sdxl
@@ -31,54 +32,13 @@ from trainkit.report import write_report
 from trainkit.report.facts import DIFFUSERS_FILE, RunFacts
 from trainkit.report.usage import usage
 
-PROMPTS = ["a TOK dog", "a TOK cat", "a photo of a dog", ""]
 TI = {"pivotal": PivotalOptions(train_text_encoder_ti=True)}
 LORA = {"text": TextOptions(train_text_encoder=True, train_text_encoder_frac=0.5, text_encoder_lr=1e-2)}
 MODES = {"new tokens": TI, "LoRA": LORA}
-FAST = TextOptions(text_encoder_lr=1e-2)
-GROUP = 4  # images in an optimizer step
-
-
-def make(family: sdxl.SDXL, prompts: Sequence[str] = PROMPTS, store: Store | None = None, *, total: int = 4,
-         **changes: object) -> Text:
-    concerns = {"text": FAST, "pivotal": PivotalOptions(), "lora": LoraOptions(rank=2)} | changes
-    return make_text(family, prompts, store, total=total, seed=0, **concerns)
-
-
-def loss_of(condition: Condition) -> torch.Tensor:
-    """Of everything the network is told."""
-    return sum(tensor.float().square().mean() for tensor in condition.values())
-
-
-def train(words: Text, steps: Sequence[int], *, prompts: Sequence[str] = PROMPTS, state: tuple | None = None,
-          **flags: object):
-    """Optimizer steps with a loss on what the encoders say -> the optimizer's state."""
-    options = OptimizerOptions(**{"lr_scheduler": "constant", "learning_rate": 1e-2} | flags)
-    idle = torch.nn.Parameter(torch.ones(2, 2))  # the UNet's adapters, which train to the end
-    unet = {"name": "unet", "params": [idle], "lr": 1e-2, "weight_decay": 0.0, "stop": None}
-    optim = make_optimizer([unet, *words.groups(options, GROUP)], options, 4)
-    if state:
-        optim.unpack(*state)
-    for step in steps:
-        optim.begin(step)
-        torch.manual_seed(step)
-        (loss_of(words(prompts, step)) + idle.square().sum()).backward()
-        for inner in optim.active:
-            for p in inner.param_groups[0]["params"]:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        optim.step()
-        optim.zero_grad()
-        words.after_update(step + 1)
-    return optim.pack()
 
 
 def state(words: Text) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in words.pack()[0].items()}
-
-
-def same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
-    """Whether they have the same names and bits."""
-    return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
 @pytest.fixture
@@ -99,15 +59,16 @@ def asked(monkeypatch) -> list[tuple[str, bool]]:
 
 
 def test_frozen_text_trains_nothing_and_lets_the_encoders_go(tiny_sdxl):
-    family = load(tiny_sdxl)
-    words = make(family)
+    family = load_sdxl(tiny_sdxl)
+    words = text_of(family)
     assert family.text_encoders == () and not words.groups(OptimizerOptions(), GROUP)
-    assert same(words(PROMPTS, 0), words(PROMPTS)) and words.pack() == ({}, {}) and words.rewrite("a TOK") == "a TOK"
+    assert same_bits(words(PROMPTS, 0), words(PROMPTS))
+    assert words.pack() == ({}, {}) and words.rewrite("a TOK") == "a TOK"
     assert not words.networks and not words.embeddings
 
 
 def test_a_distinct_prompt_is_encoded_once_a_step_and_one_without_new_tokens_once_a_run(tiny_sdxl, asked):
-    words = make(load(tiny_sdxl), **TI)
+    words = text_of(load_sdxl(tiny_sdxl), **TI)
     assert sorted(asked) == [("", False), ("a photo of a dog", False)]
     asked.clear()
     batch = ["a TOK dog", "a photo of a dog", "a TOK dog", "", "a TOK cat"]
@@ -125,7 +86,7 @@ def test_a_distinct_prompt_is_encoded_once_a_step_and_one_without_new_tokens_onc
 
 
 def test_a_prompt_repeated_in_a_batch_counts_as_often_in_the_gradient(tiny_sdxl):
-    words, weights = make(load(tiny_sdxl), **TI), torch.randn(3, 77, 56, generator=rng.generator("weights"))
+    words, weights = text_of(load_sdxl(tiny_sdxl), **TI), torch.randn(3, 77, 56, generator=rng.generator("weights"))
 
     def gradient(embeds: torch.Tensor) -> torch.Tensor:
         (embeds * weights).sum().backward()
@@ -142,9 +103,9 @@ def test_a_prompt_repeated_in_a_batch_counts_as_often_in_the_gradient(tiny_sdxl)
 
 @pytest.mark.parametrize("mode", MODES)
 def test_previews_see_the_weights_as_they_are_without_a_graph(tiny_sdxl, mode, asked):
-    words = make(load(tiny_sdxl), **MODES[mode])
+    words = text_of(load_sdxl(tiny_sdxl), **MODES[mode])
     before = words(["a TOK dog"])
-    train(words, [0])
+    train_text(words, [0])
     after = words(["a TOK dog"])
     assert not torch.equal(before["embeds"], after["embeds"]) and not after["embeds"].requires_grad
     assert asked[-1] == (words.rewrite("a TOK dog"), False)
@@ -153,7 +114,7 @@ def test_previews_see_the_weights_as_they_are_without_a_graph(tiny_sdxl, mode, a
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mode", MODES)
 def test_in_half_precision_what_trains_is_fp32(tiny_sdxl, mode, dtype):
-    words = make(load(tiny_sdxl, dtype), **MODES[mode])
+    words = text_of(load_sdxl(tiny_sdxl, dtype), **MODES[mode])
     condition = words(PROMPTS, 0)
     assert {name: tensor.dtype for name, tensor in condition.items()} == {"embeds": dtype, "pooled": dtype}
     sum(tensor.float().mean() for tensor in condition.values()).backward()
@@ -168,7 +129,7 @@ def test_in_half_precision_what_trains_is_fp32(tiny_sdxl, mode, dtype):
 @pytest.mark.parametrize("mode", MODES)
 def test_gradient_checkpointing_gives_the_same_gradient(tiny_sdxl, mode):
     def gradients(**changes: bool) -> list[torch.Tensor]:
-        words = make(load(tiny_sdxl), **MODES[mode], **changes)
+        words = text_of(load_sdxl(tiny_sdxl), **MODES[mode], **changes)
         loss_of(words(PROMPTS, 0)).backward()
         checkpointed = [m for e in words.family.text_encoders for m in e.modules()
                         if getattr(m, "gradient_checkpointing", False)]
@@ -180,7 +141,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(tiny_sdxl, mode):
 
 
 def test_d23_text_encoder_lora_leaves_tables_without_gradients(tiny_sdxl):
-    words = make(load(tiny_sdxl), **LORA)
+    words = text_of(load_sdxl(tiny_sdxl), **LORA)
     loss_of(words(PROMPTS, 0)).backward()
     trained = {id(p) for group in words.groups(OptimizerOptions(), GROUP) for p in group["params"]}
     for encoder in words.family.text_encoders:
@@ -189,8 +150,8 @@ def test_d23_text_encoder_lora_leaves_tables_without_gradients(tiny_sdxl):
 
 
 def test_dropout_of_text_adapters_is_on_in_training_only(tiny_sdxl):
-    words = make(load(tiny_sdxl), lora=LoraOptions(rank=2, lora_dropout=0.5), **LORA)
-    train(words, [0])
+    words = text_of(load_sdxl(tiny_sdxl), lora=LoraOptions(rank=2, lora_dropout=0.5), **LORA)
+    train_text(words, [0])
     draws = [words(["a TOK dog"], 1)["embeds"] for _ in range(2)]
     assert not torch.equal(*draws)
     looks = [words(["a TOK dog"])["embeds"] for _ in range(2)]
@@ -205,7 +166,7 @@ def test_dropout_of_text_adapters_is_on_in_training_only(tiny_sdxl):
 def test_groups_have_their_own_rates_decay_and_end(tiny_sdxl, mode, names):
     text = TextOptions(train_text_encoder=mode == "LoRA", text_encoder_lr=3e-4, text_encoder_2_lr=0.0,
                        adam_weight_decay_text_encoder=0.0, train_text_encoder_frac=0.25)
-    words = make(load(tiny_sdxl), **(MODES[mode] | {"text": text}), total=8)
+    words = text_of(load_sdxl(tiny_sdxl), **(MODES[mode] | {"text": text}), total=8)
     groups = words.groups(OptimizerOptions(adam_weight_decay=0.5), GROUP)
     assert [g["name"] for g in groups] == names
     assert [g["lr"] for g in groups] == [3e-4, 0.0][: len(names)], "0 is 0"
@@ -224,17 +185,18 @@ def test_without_values_of_their_own_groups_take_the_unets_decay_and_prodigys_ra
 
 
 def test_what_trains_to_the_end_stops_there(tiny_sdxl):
-    words = make(load(tiny_sdxl), pivotal=PivotalOptions(train_text_encoder_ti=True, train_text_encoder_ti_frac=1))
+    to_the_end = PivotalOptions(train_text_encoder_ti=True, train_text_encoder_ti_frac=1)
+    words = text_of(load_sdxl(tiny_sdxl), pivotal=to_the_end)
     assert [g["stop"] for g in words.groups(OptimizerOptions(), GROUP)] == [4] and LoraOptions().stop(4) == 4
 
 
 @pytest.mark.parametrize("schedule", [{"rate": 0.0}, {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 4}])
 def test_at_a_rate_of_0_embeddings_do_not_move_by_one_bit(tiny_sdxl, schedule):
     rate = schedule.pop("rate", 1e-2)
-    words = make(load(tiny_sdxl), text=TextOptions(text_encoder_lr=rate), **TI)
+    words = text_of(load_sdxl(tiny_sdxl), text=TextOptions(text_encoder_lr=rate), **TI)
     before = state(words)
-    train(words, [0], **schedule)
-    assert same(before, state(words))
+    train_text(words, [0], **schedule)
+    assert same_bits(before, state(words))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -244,27 +206,27 @@ def test_at_a_rate_of_0_embeddings_do_not_move_by_one_bit(tiny_sdxl, schedule):
 @pytest.mark.parametrize("optimizer", ["adamw", "prodigy"])
 @pytest.mark.parametrize("mode", MODES)
 def test_d8_from_the_pivot_on_nothing_moves_by_one_bit(tiny_sdxl, mode, optimizer, asked):
-    words = make(load(tiny_sdxl), **MODES[mode])
+    words = text_of(load_sdxl(tiny_sdxl), **MODES[mode])
     first = state(words)
-    packed = train(words, [0, 1], optimizer=optimizer)
+    packed = train_text(words, [0, 1], optimizer=optimizer)
     trained = state(words)
-    assert not same(first, trained)
+    assert not same_bits(first, trained)
     asked.clear()
-    train(words, [2], optimizer=optimizer, state=packed)
+    train_text(words, [2], optimizer=optimizer, state=packed)
     assert all(not graph for _, graph in asked) and len(asked) == len(set(asked))
     asked.clear()
-    train(words, [3], optimizer=optimizer, state=packed)
+    train_text(words, [3], optimizer=optimizer, state=packed)
     assert not asked, "every prompt was encoded once, at the pivot"
-    assert same(trained, state(words))
+    assert same_bits(trained, state(words))
     assert not any(tensor.requires_grad for tensor in words(PROMPTS, 3).values())
-    assert same(words(PROMPTS, 3), words(PROMPTS))
+    assert same_bits(words(PROMPTS, 3), words(PROMPTS))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_at_the_pivot_the_encoders_leave_the_device(tiny_sdxl, mode):
-    family = load(tiny_sdxl)
-    words = make(family, **MODES[mode])
-    train(words, [0, 1])
+    family = load_sdxl(tiny_sdxl)
+    words = text_of(family, **MODES[mode])
+    train_text(words, [0, 1])
     assert len(family.text_encoders) == 2
     embedded = [weakref.ref(next(encoder.get_input_embeddings().parameters())) for encoder in family.text_encoders]
     words(PROMPTS, 2)
@@ -273,45 +235,46 @@ def test_at_the_pivot_the_encoders_leave_the_device(tiny_sdxl, mode):
     assert all(p.device.type == "cpu" for network in words.networks for p in network.network.parameters())
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize(("cut", "store"), [(1, dict), (2, dict), (2, DiskStore), (3, dict)])
 @pytest.mark.parametrize("mode", MODES)
 def test_d6_a_run_resumed_on_either_side_of_the_pivot_is_the_uninterrupted_one(tiny_sdxl, tmp_path, mode, cut, store):
     kept = DiskStore(tmp_path) if store is DiskStore else None  # None: one in memory for each
 
     def fresh() -> Text:
-        return make(load(tiny_sdxl), [f"{p} {k}" for k in range(5) for p in PROMPTS], kept, **MODES[mode])
+        return text_of(load_sdxl(tiny_sdxl), [f"{p} {k}" for k in range(5) for p in PROMPTS], kept, **MODES[mode])
 
     prompts = [f"{p} {k}" for k in (0, 4) for p in PROMPTS]
     whole, first, second = fresh(), fresh(), fresh()
-    train(whole, range(4), prompts=prompts)
-    optimizer = train(first, range(cut), prompts=prompts)
+    train_text(whole, range(4), prompts=prompts)
+    optimizer = train_text(first, range(cut), prompts=prompts)
     tensors, data = first.pack()
     saved = {k: t.clone() for k, t in tensors.items()}, json.loads(json.dumps(data))
     second.unpack(*saved)
-    train(second, range(cut, 4), prompts=prompts, state=optimizer)
-    assert same(state(whole), state(second))
-    assert same(whole(prompts, 3), second(prompts, 3))
+    train_text(second, range(cut, 4), prompts=prompts, state=optimizer)
+    assert same_bits(state(whole), state(second))
+    assert same_bits(whole(prompts, 3), second(prompts, 3))
 
 
 def test_the_pull_ends_with_the_training(tiny_sdxl):
-    words = make(load(tiny_sdxl), **TI)
+    words = text_of(load_sdxl(tiny_sdxl), **TI)
     for done, pulled in ((2, True), (3, False)):
         for rows in words.learner.rows:
             rows.data.mul_(2)
         before = state(words)
         words.after_update(done)
-        assert same(before, state(words)) != pulled
+        assert same_bits(before, state(words)) != pulled
 
 
 def test_what_trained_weights_say_is_not_for_a_shared_store(tiny_sdxl, tmp_path):
     store = DiskStore(tmp_path)
-    one, other = (make(load(tiny_sdxl), store=store, **TI) for _ in range(2))
-    train(one, [0, 1])
+    one, other = (text_of(load_sdxl(tiny_sdxl), store=store, **TI) for _ in range(2))
+    train_text(one, [0, 1])
     kept = sorted(tmp_path.rglob("*"))
     one(PROMPTS, 2)
     assert sorted(tmp_path.rglob("*")) == kept and len([path for path in kept if path.is_file()]) == 2
     assert not torch.equal(one(["a TOK dog"], 2)["embeds"], other(["a TOK dog"], 2)["embeds"])
-    assert same(one(["a photo of a dog"], 2), other(["a photo of a dog"], 2))
+    assert same_bits(one(["a photo of a dog"], 2), other(["a photo of a dog"], 2))
 
 
 @pytest.mark.parametrize("mode", [{}, *MODES.values()], ids=["frozen", *MODES])
@@ -325,7 +288,7 @@ def test_prompts_of_previews_change_no_bit_of_a_caption(tiny_sdxl, mode, monkeyp
 
     def settled(also: Sequence[str]) -> tuple[Condition, set[tuple[str, ...]]]:
         batches.clear()
-        words = make(load(tiny_sdxl), captions, also=also, **mode)
+        words = text_of(load_sdxl(tiny_sdxl), captions, also=also, **mode)
         out = words(captions, 2)
         shown = words(also or captions[:1])
         assert len(shown["embeds"]) == len(also or captions[:1])
@@ -333,18 +296,19 @@ def test_prompts_of_previews_change_no_bit_of_a_caption(tiny_sdxl, mode, monkeyp
 
     monkeypatch.setattr(sdxl.SDXL, "encode_prompts", spy)
     (alone, own), (beside, all_) = settled([]), settled(["", "a TOK apple", "a cat", captions[0]])
-    assert same(alone, beside) and own < all_
+    assert same_bits(alone, beside) and own < all_
 
 
 def test_a_prompt_nobody_announced_is_a_bug(tiny_sdxl):
     with pytest.raises(AssertionError, match="not announced"):
-        make(load(tiny_sdxl), **TI)(["a TOK fish"], 0)
+        text_of(load_sdxl(tiny_sdxl), **TI)(["a TOK fish"], 0)
 
 
 def test_live_text_writes_its_file_and_lora_text_none(tiny_sdxl, tmp_path):
-    words = make(load(tiny_sdxl), **TI)
+    words = text_of(load_sdxl(tiny_sdxl), **TI)
     assert isinstance(words, LiveText) and words.export(tmp_path, "icons") == [tmp_path / "icons_emb.safetensors"]
-    assert make(load(tiny_sdxl), **LORA).export(tmp_path, "x") == [] == make(load(tiny_sdxl)).export(Path(), "x")
+    assert text_of(load_sdxl(tiny_sdxl), **LORA).export(tmp_path, "x") == []
+    assert text_of(load_sdxl(tiny_sdxl)).export(Path(), "x") == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -360,7 +324,7 @@ def published(folder: Path, words: Text, **options: object) -> str:
 
 
 def test_the_card_says_how_to_write_the_new_tokens_everywhere(tiny_sdxl, tmp_path):
-    card = published(tmp_path / "icons", make(load(tiny_sdxl), **TI))
+    card = published(tmp_path / "icons", text_of(load_sdxl(tiny_sdxl), **TI))
     assert "`<s0><s1>` are new tokens, `TOK` in the captions" in card
     assert "Write `3d icon in the style of <s0><s1>` in the prompt" in card
     assert "Write `3d icon in the style of embedding:icons_emb` in the positive prompt" in card
@@ -372,18 +336,19 @@ def test_the_card_says_how_to_write_the_new_tokens_everywhere(tiny_sdxl, tmp_pat
 
 
 def test_the_card_of_pure_textual_inversion_speaks_of_no_lora(tiny_sdxl, tmp_path):
-    card = published(tmp_path / "icons", make(load(tiny_sdxl), **TI), train_unet_frac=0.0)
+    card = published(tmp_path / "icons", text_of(load_sdxl(tiny_sdxl), **TI), train_unet_frac=0.0)
     assert "New tokens for" in card and "load_lora_weights" not in card and "Load LoRA" not in card
 
 
 def test_a_model_with_eos_2_gets_the_line_that_mends_it(tmp_path):
-    card = published(tmp_path / "icons", make(load(build_tiny_sdxl(tmp_path / "old", eos_in_config=False)), **TI))
+    old = build_tiny_sdxl(tmp_path / "old", eos_in_config=False)
+    card = published(tmp_path / "icons", text_of(load_sdxl(old), **TI))
     assert f"\n{EOS_LINE}\n" in card
 
 
 def test_d10_the_cards_snippet_draws_with_the_learned_tokens(tiny_sdxl, tmp_path, monkeypatch):
     """Without a LoRA, so that the embeddings alone make the difference."""
-    words = make(load(tiny_sdxl), **TI)
+    words = text_of(load_sdxl(tiny_sdxl), **TI)
     published(folder := tmp_path / "icons", words, train_unet_frac=0.0, pretrained_model_name_or_path=str(tiny_sdxl),
               validation_prompt="a TOK dog")
     (folder / tiny_sdxl.name).symlink_to(tiny_sdxl)
@@ -392,7 +357,7 @@ def test_d10_the_cards_snippet_draws_with_the_learned_tokens(tiny_sdxl, tmp_path
     scope: dict = {}
     exec(code, scope)
     embeds, _, pooled, _ = scope["pipe"].encode_prompt("a <s0><s1> dog", do_classifier_free_guidance=False)
-    assert same({"embeds": embeds, "pooled": pooled}, words(["a TOK dog"])) and 'pipe("a <s0><s1> dog"' in code
+    assert same_bits({"embeds": embeds, "pooled": pooled}, words(["a TOK dog"])) and 'pipe("a <s0><s1> dog"' in code
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -401,8 +366,8 @@ def test_d10_the_cards_snippet_draws_with_the_learned_tokens(tiny_sdxl, tmp_path
 
 def trained_icons(assets: Path, folder: Path) -> tuple[sdxl.SDXL, Text]:
     """Two steps of embeddings and LoRA on the shipped model, and what a run leaves: LoRA file and embeddings."""
-    family = load(assets / "tiny-sdxl-icons")
-    words = make(family, ["3d icon in the style of TOK, a fox", ""], **TI)
+    family = load_sdxl(assets / "tiny-sdxl-icons")
+    words = text_of(family, ["3d icon in the style of TOK, a fox", ""], **TI)
     lora = add_adapters(family.denoiser, LoraOptions(rank=4), targets=family.lora_targets, seed=0)
     family.prepare_for_training(keep_vae=False)
     options = OptimizerOptions(lr_scheduler="constant")
@@ -433,7 +398,7 @@ def test_d10_stock_diffusers_draws_our_preview_after_the_two_documented_calls(as
     settled = words([prompt], 2)
     after, _ = previews.draw(3).values()
 
-    pipe = stock(assets / "tiny-sdxl-icons", tmp_path / "icons_emb.safetensors")
+    pipe = stock_pipeline(assets / "tiny-sdxl-icons", tmp_path / "icons_emb.safetensors")
     pipe.scheduler = sampler(family)
 
     def draw(text: str) -> np.ndarray:
@@ -444,7 +409,7 @@ def test_d10_stock_diffusers_draws_our_preview_after_the_two_documented_calls(as
     untrained = draw(words.rewrite(prompt))
     pipe.load_lora_weights(tmp_path, weight_name=DIFFUSERS_FILE)
     theirs = pipe.encode_prompt(words.rewrite(prompt), do_classifier_free_guidance=False)
-    assert same({"embeds": theirs[0], "pooled": theirs[2]}, condition)
+    assert same_bits({"embeds": theirs[0], "pooled": theirs[2]}, condition)
     torch.testing.assert_close(dict(settled), dict(condition), rtol=1e-5, atol=1e-5)
     image = draw(words.rewrite(prompt))
     for ours in (before, after):
@@ -454,9 +419,9 @@ def test_d10_stock_diffusers_draws_our_preview_after_the_two_documented_calls(as
 
 @pytest.mark.parametrize(("prompt", "tokens", "lost"), [("word " * 30 + "TOK", 2, "<s0>, <s1>"), ("TOK", 80, "<s75>")])
 def test_new_tokens_that_every_caption_is_cut_before_are_refused(tiny_sdxl, prompt, tokens, lost):
-    family = load(tiny_sdxl)
+    family = load_sdxl(tiny_sdxl)
     asked = PivotalOptions(train_text_encoder_ti=True, num_new_tokens_per_abstraction=tokens)
     with pytest.raises(UserError, match="cut off in every caption") as refused:
-        make(family, [prompt, "a house"], pivotal=asked)
+        text_of(family, [prompt, "a house"], pivotal=asked)
     assert lost in refused.value.problems[0].what and refused.value.exit_code == 3
-    make(load(tiny_sdxl), [prompt, "a TOK"], pivotal=PivotalOptions(train_text_encoder_ti=True))
+    text_of(load_sdxl(tiny_sdxl), [prompt, "a TOK"], pivotal=PivotalOptions(train_text_encoder_ti=True))

@@ -11,12 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.harness import ROOT, Done, command, forked, launched, make_images, metrics, torchrun
-from tests.test_resume import same_checkpoint, same_tensors
-from tests.test_train_modes import every_value_first
-from tests.test_train_smoke import pairwise
+from tests.support import ROOT
+from tests.support.compare import same_checkpoint, same_tensors
+from tests.support.pairs import every_value_first, pairwise
+from tests.support.trainers import Done, command, forked, launched, make_images, metrics, torchrun
 from trainkit.data.clip_features import Features, write_features
 from trainkit.data.images import content_digest
+
+pytestmark = pytest.mark.trains
 
 TRAINER = "train_text_to_image_lora"
 STEPS = 4

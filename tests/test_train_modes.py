@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.harness import command, forked, make_images, metrics
-from tests.test_resume import same_checkpoint, same_tensors
-from tests.test_train_smoke import pairwise
+from tests.support.compare import same_checkpoint, same_tensors
+from tests.support.pairs import every_value_first, pairwise
+from tests.support.trainers import command, forked, make_images, metrics
+
+pytestmark = pytest.mark.trains
 
 STEPS = 4
 FEATURES = {
@@ -30,19 +32,6 @@ FEATURES = {
     "caching": [{}, {"cache_latents": True}],
     "precision": [{}, {"mixed_precision": "bf16"}],
 }
-
-
-def every_value_first(rows: list[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """-> (few rows in which each value of each feature is met, the others)."""
-    unmet = {(k, value) for row in rows for k, value in enumerate(row)}
-    first = []
-    while unmet:
-        best = max(rows, key=lambda row: len(unmet.intersection(enumerate(row))))
-        unmet -= set(enumerate(best))
-        first.append(best)
-    return first, [row for row in rows if row not in first]
-
-
 FIRST, OTHERS = every_value_first(pairwise(FEATURES))
 
 

@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import ROOT, TRAINER, command, forked, launched, make_images, metrics
+from tests.support import ROOT
+from tests.support.pairs import pairwise
+from tests.support.trainers import TRAINER, command, forked, launched, make_images, metrics
+
+pytestmark = pytest.mark.trains
 
 # Each row switches some features; together every pair of values of two features meets at least once (tested below).
 FEATURES = {
@@ -23,31 +27,6 @@ FEATURES = {
     "batch": [{}, {"train_batch_size": 1, "gradient_accumulation_steps": 3}, {"train_batch_size": 3, "repeats": 2}],
     "schedule": [{}, {"lr_scheduler": "cosine", "lr_warmup_steps": 1}, {"lr_scheduler": "polynomial"}],
 }
-
-
-def pairwise(features: dict[str, list[dict]]) -> list[tuple[int, ...]]:
-    """Rows of choice indices that cover every pair of choices of every two features, greedily few."""
-    sizes = [len(v) for v in features.values()]
-    columns = list(itertools.combinations(range(len(sizes)), 2))
-    missing = {(i, a, j, b) for i, j in columns for a in range(sizes[i]) for b in range(sizes[j])}
-    rows = []
-    while missing:
-        i, a, j, b = min(missing)
-        row: list[int | None] = [None] * len(sizes)
-        row[i], row[j] = a, b
-        for k in [k for k in range(len(sizes)) if row[k] is None]:
-            row[k] = max(range(sizes[k]), key=lambda c, k=k, row=row: _gain(row, k, c, missing))
-        missing -= {(i, row[i], j, row[j]) for i, j in columns}
-        rows.append(tuple(row))
-    return rows
-
-
-def _gain(row: list[int | None], k: int, choice: int, missing: set) -> int:
-    """How many missing pairs are met by giving feature k this choice, beside the choices already made."""
-    others = [(o, c) for o, c in enumerate(row) if c is not None]
-    return sum(((o, c, k, choice) if o < k else (k, choice, o, c)) in missing for o, c in others)
-
-
 ROWS = pairwise(FEATURES)
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.harness import Done, command, forked, make_images
-from tests.tiny import build_tiny_sdxl
+from tests.support.tiny_models import build_tiny_sdxl
+from tests.support.trainers import Done, command, forked, make_images
 from trainkit import rng
 from trainkit.adapters import Adapters, add_adapters
 from trainkit.conditioning.cached_text import FrozenText
@@ -199,6 +199,7 @@ def test_polynomial_decay_ends_at_the_same_rate_in_every_group():
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.trains
 def test_what_would_change_the_training_is_refused_on_resume_by_name(tiny_sdxl, tmp_path):
     images = make_images(tmp_path / "data", n=3)
 
@@ -239,6 +240,7 @@ def no_second_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator
     yield loaded
 
 
+@pytest.mark.trains
 def test_a_run_loads_the_model_once_and_previews_and_ends_with_it(tiny_sdxl, data, no_second_model, tmp_path):
     argv = command(tiny_sdxl, data, tmp_path / "out", max_train_steps=1, validation_prompt="a TOK cat",
                    num_validation_images=1)
@@ -249,6 +251,7 @@ def test_a_run_loads_the_model_once_and_previews_and_ends_with_it(tiny_sdxl, dat
     assert {"step_000000.png", "step_000001.png"} <= samples, "drawn before the first step and after the last"
 
 
+@pytest.mark.trains
 def test_flags_without_effect_are_said_in_the_log(tiny_sdxl, data, tmp_path):
     argv = command(tiny_sdxl, data, tmp_path / "out", max_train_steps=1, class_prompt="a toy",
                    enable_xformers_memory_efficient_attention=True)

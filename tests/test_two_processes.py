@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.harness import TRAINER, command, launched, make_images, metrics, torchrun
+from tests.support.trainers import TRAINER, command, launched, make_images, metrics, torchrun
+
+pytestmark = pytest.mark.trains
 
 STEP = 1e-3  # the learning rate: Adam turns a gradient that is all rounding into a step of that size
 

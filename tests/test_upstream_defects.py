@@ -18,11 +18,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.harness import ROOT, TRAINER, command, forked, launched, make_images, metrics, torchrun
-from tests.test_pivotal import load
-from tests.test_resume import same_checkpoint, same_tensors
-from tests.test_text import make
-from tests.tiny import build_tiny_sdxl
+from tests.support import ROOT
+from tests.support.compare import same_checkpoint, same_tensors
+from tests.support.text import load_sdxl, text_of
+from tests.support.tiny_models import build_tiny_sdxl
+from tests.support.trainers import TRAINER, command, forked, launched, make_images, metrics, torchrun
 from train_dreambooth_lora_sdxl_advanced import Options
 from trainkit import publish, rng
 from trainkit.data.batch import collate
@@ -37,7 +37,7 @@ from trainkit.optim import make_optimizer
 from trainkit.options import DataOptions, OptimizerOptions, PivotalOptions, RunOptions, TextOptions, parse
 from trainkit.training.gradients import Gradients
 
-pytestmark = pytest.mark.xdist_group("upstream defects")  # the runs below are shared
+pytestmark = [pytest.mark.trains, pytest.mark.xdist_group("upstream defects")]  # the runs below are shared
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 NEW_TOKENS = PivotalOptions(train_text_encoder_ti=True)
@@ -156,14 +156,14 @@ def test_d02_every_kind_of_text_is_tokenised_as_at_inference(tiny_sdxl):
     with torch.no_grad():
         embeds, _, pooled, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
     for concern in ({}, {"pivotal": NEW_TOKENS}, {"text": TextOptions(train_text_encoder=True)}):
-        ours = make(load(tiny_sdxl), [*prompts, "a TOK"], **concern)(prompts, 0)
+        ours = text_of(load_sdxl(tiny_sdxl), [*prompts, "a TOK"], **concern)(prompts, 0)
         torch.testing.assert_close(dict(ours), {"embeds": embeds, "pooled": pooled}, rtol=0, atol=1e-6)
 
 
 def test_d11_the_pooled_vector_is_the_end_tokens_beside_new_tokens(tmp_path):
     """There: with eos_token_id 2 it is taken at the largest id, a new token, which sees no word behind (#10754)."""
-    old, new = (make(load(build_tiny_sdxl(tmp_path / str(eos), eos_in_config=eos)), ["a TOK dog", "a TOK cat"],
-                     pivotal=NEW_TOKENS) for eos in (False, True))
+    old, new = (text_of(load_sdxl(build_tiny_sdxl(tmp_path / str(eos), eos_in_config=eos)), ["a TOK dog", "a TOK cat"],
+                        pivotal=NEW_TOKENS) for eos in (False, True))
     dog, cat = old(["a TOK dog", "a TOK cat"])["pooled"]
     assert not torch.allclose(dog, cat, atol=1e-3), "what stands behind the tokens counts"
     assert torch.equal(torch.stack([dog, cat]), new(["a TOK dog", "a TOK cat"])["pooled"])
@@ -180,9 +180,9 @@ def test_d16_words_are_replaced_whole_and_must_be_there(runs):
 
 def test_d17_frozen_encoders_are_let_go_and_never_loaded_again(watched, tiny_sdxl):
     """There: they stay on the device, each validation loads them again (#9358) and draws with dropout on."""
-    family = load(tiny_sdxl)
+    family = load_sdxl(tiny_sdxl)
     encoders = [weakref.ref(encoder) for encoder in family.text_encoders]
-    words = make(family)
+    words = text_of(family)
     gc.collect()
     assert words and [encoder() for encoder in encoders] == [None, None]
     notes = watched[1]
@@ -319,10 +319,10 @@ def test_d10_final_images_show_the_learned_tokens(runs):
 
 def test_d12_the_new_rows_are_all_that_is_trained_clipped_and_remembered(runs, tiny_sdxl):
     """There: the whole vocabulary is optimized, counts in the clipped norm, and is restored at every micro-step."""
-    family = load(tiny_sdxl)
+    family = load_sdxl(tiny_sdxl)
     tables = [encoder.get_input_embeddings().weight for encoder in family.text_encoders]
     before = [table.clone() for table in tables]
-    words = make(family, pivotal=NEW_TOKENS)
+    words = text_of(family, pivotal=NEW_TOKENS)
     options = OptimizerOptions(lr_scheduler="constant")
     optimizer, gradients = make_optimizer(words.groups(options, 1), options, 4), Gradients(torch.device("cpu"))
     optimizer.begin(0)
@@ -339,8 +339,8 @@ def test_d12_the_new_rows_are_all_that_is_trained_clipped_and_remembered(runs, t
 def test_d15_the_pivot_is_a_share_of_steps_and_ends_the_encoders_work(runs, tiny_sdxl):
     """There: it falls on whole epochs, so one epoch trains no tokens; after it the text's graph is still built."""
     assert ["lr/tokens" in row for row in metrics(runs.pivotal())] == [True, True, False, False], "one epoch"
-    family = load(tiny_sdxl)
-    words = make(family, pivotal=NEW_TOKENS)
+    family = load_sdxl(tiny_sdxl)
+    words = text_of(family, pivotal=NEW_TOKENS)
     asked = ["a TOK dog", "a TOK cat"]
     assert all(part.requires_grad for part in words(asked, 1).values())
     assert not any(part.requires_grad for part in words(asked, 2).values()) and not family.text_encoders
@@ -374,8 +374,8 @@ def test_d09_the_webui_file_of_dora_and_text_encoders_has_the_names_uis_read(dor
 
 def test_d23_embedding_tables_beside_text_encoder_lora_get_no_gradient(dora, tiny_sdxl):
     """There: whole tables require gradients for the sake of checkpointing, and nobody clears them."""
-    family = load(tiny_sdxl)
-    words = make(family, text=TextOptions(train_text_encoder=True), gradient_checkpointing=True)
+    family = load_sdxl(tiny_sdxl)
+    words = text_of(family, text=TextOptions(train_text_encoder=True), gradient_checkpointing=True)
     sum(part.sum() for part in words(["a TOK dog"], 0).values()).backward()
     tables = [encoder.get_input_embeddings().weight for encoder in family.text_encoders]
     assert all(table.grad is None and not table.requires_grad for table in tables)
@@ -402,7 +402,7 @@ def test_d24_zero_is_zero_false_is_false_and_a_slip_is_an_error(runs, tiny_sdxl)
                train_text_encoder_ti_frac=1.0)
     assert equal(rows_after(out, 1), rows_after(out, 2)) and "lr/tokens" not in metrics(out)[0], "out of every update"
     text = TextOptions(train_text_encoder=True, adam_weight_decay_text_encoder=0)
-    groups = make(load(tiny_sdxl), text=text).groups(OptimizerOptions(adam_weight_decay=0.1), 1)
+    groups = text_of(load_sdxl(tiny_sdxl), text=text).groups(OptimizerOptions(adam_weight_decay=0.1), 1)
     assert len(groups) == 2 and all(group["weight_decay"] == 0 for group in groups)
     argv = command(runs.model, runs.bare, out)
     assert parse(Options, [*argv, "--prodigy_decouple=False"], description="").optimizer.prodigy_decouple is False

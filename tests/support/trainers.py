@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,8 +18,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support import ROOT
+
 TRAINER = "train_dreambooth_lora_sdxl_advanced"
+may_start = True  # whether the test that runs is marked `trains`; conftest.py says so before each
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ def command(model: Path, data: Path, out: Path, **changes: object) -> list[str]:
 def forked(argv: list[str], *, trainer: str = TRAINER, log: Path,
            kill_when: Callable[[], bool] | None = None) -> Done:
     """Run the trainer's main in a forked child: the real code path without nine seconds of imports."""
+    require_mark()
     module = preloaded(trainer)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -68,6 +72,10 @@ def forked(argv: list[str], *, trainer: str = TRAINER, log: Path,
     _, status = os.waitpid(pid, 0)
     code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
     return Done(code, log.read_text("utf-8", errors="replace"))
+
+
+def require_mark() -> None:
+    assert may_start, "mark this test `trains`: `scripts/test.sh fast` must start no trainer"
 
 
 def preloaded(trainer: str):
@@ -115,6 +123,8 @@ def _kill_when(pid: int, ready: Callable[[], bool], *, timeout: float = 120) -> 
 
 def launched(command_line: list[str], *, env: dict[str, str] | None = None, timeout: float = 300) -> Done:
     """Run a command in the project's folder with the venv's tools first on PATH."""
+    if any(re.search(r"train_\w+\.py", word) for word in command_line):
+        require_mark()
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     full = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"} | (env or {})
     done = subprocess.run(

@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 STEPS = 30
+HOSTILE = """</script><script>alert(1)</script> "quoted" 'single' {{ 7*7 }} <img src=x onerror=alert(2)> \\ ` & \n---"""
 DEFAULTS = {
     "rank": 4, "lora_alpha": None, "lora_layers": "attention", "lora_unet_blocks": None, "learning_rate": 1e-4,
     "optimizer": "adamw", "lr_scheduler": "constant", "lr_warmup_steps": 500, "train_batch_size": 4, "repeats": 1,

@@ -26,6 +26,7 @@ MAX_LENGTH = 77
 SD_TEXT_WIDTHS = {1: 24, 2: 32}  # by version; OpenCLIP's encoder is wider
 TEXT_WIDTHS = (24, 32)  # CLIP-L's and CLIP-G's part; their sum is the UNet's cross-attention width
 LATENT_CHANNELS = 4
+CLIP_WIDTH = 24  # of the CLIP's projection, and of SD 1.x's text
 FIRST_SEED = 20261121
 
 
@@ -180,3 +181,15 @@ def latents_of(family: Family, mean: Tensor) -> Tensor:
     batch = SimpleNamespace(keys=[(place,) for place in range(len(mean))], pixels=None, mean=mean,
                             logvar=torch.full_like(mean, -torch.inf))
     return family.sample_latents(batch)
+
+
+def build_tiny_clip(folder: Path) -> Path:
+    """A random vision tower, 32 px, without a config of its preprocessing -> its folder."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        CLIPVisionModelWithProjection(CLIPVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32,
+            patch_size=8, projection_dim=CLIP_WIDTH)).save_pretrained(folder)
+    return folder
