@@ -34,7 +34,8 @@ def _assignment(flag: Flag, value: Value, origin: str) -> str:
         return f"# {flag.name} is set, not shown"
     if value is None:
         return f"# {flag.name} is not set"
-    text = f"{flag.name} = {json.dumps(value, ensure_ascii=False)}"  # JSON's scalars are TOML's
+    scalar = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's are TOML's, but for DEL
+    text = f"{flag.name} = {scalar}"
     return f"# {text}" if flag.name in SOURCES or origin == "default" else text
 
 
