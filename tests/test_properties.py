@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import train_dreambooth_lora_sdxl_advanced as dreambooth
 import train_text_to_image_lora as text_to_image
-from tests.made_up_pass import SHAPE, Network, step_of
+from tests.support.made_up_pass import SHAPE, Network, step_of
 from trainkit import export, rng
 from trainkit.adapters import Adapters, add_adapters
 from trainkit.adapters.updates import Update
