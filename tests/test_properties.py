@@ -324,9 +324,8 @@ class Names:
     """Of a family, what the export asks: the names in WebUI files are Stable Diffusion's."""
 
     layout, webui_name, read_webui_name = sd.LAYOUT, sd.SD.webui_name, sd.SD.read_webui_name
-    architecture, base_metadata, vae_factor = "stable-diffusion-v1", {"ss_v2": "False"}, 8
+    architecture, base_metadata, native_size = "stable-diffusion-v1", {"ss_v2": "False"}, (512, 512)
     schedule = SimpleNamespace(prediction_type="epsilon")
-    denoiser = SimpleNamespace(config=SimpleNamespace(sample_size=64))
 
 
 def trained(network: Tree, rank: int, alpha: float, kind: Mapping[str, object], seed: int) -> Adapters:
