@@ -23,6 +23,7 @@ from trainkit.condition import Condition
 from trainkit.diffusion import ScheduleChange, draw_noise
 from trainkit.errors import UserError
 from trainkit.families import Family
+from trainkit.families.pretrained import MODEL_FLAG, Repo, load_part
 from trainkit.losses.objective import make_objective
 from trainkit.losses.passes import Passes, always
 from trainkit.options import OptionSet, parse
@@ -31,8 +32,6 @@ from trainkit.training.step import TrainStep
 SIDE = 32
 UNET, VAE, SCHEDULER = "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"
 Change = Callable[[Path], object]
-
-pytestmark = pytest.mark.xdist_group("wild models")
 
 
 # -- what is done to a good folder ------------------------------------------------------------------------------------
@@ -253,3 +252,14 @@ def test_the_exported_file_says_width_and_height_that_the_model_was_made_for(mod
     export.write_kohya([adapters], family, tmp_path / "lora.safetensors", {})
     with safe_open(tmp_path / "lora.safetensors", framework="pt") as file:
         assert file.metadata()["modelspec.resolution"] == sides[type(family).__name__.lower()]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), RuntimeError("can't allocate memory")], ids=repr)
+def test_running_out_of_memory_while_loading_is_not_taken_for_a_damaged_file(error):
+    class Part(torch.nn.Module):
+        @classmethod
+        def from_pretrained(cls, *_: object, **__: object) -> None:
+            raise error
+
+    with pytest.raises(type(error)):
+        load_part(Repo("model", MODEL_FLAG), Part, "unet")
