@@ -158,9 +158,12 @@ def key_of(view: Mapping[str, Any]) -> str:
     return Latents({}, policy, identity=view["identity"], dtype=view["dtype"]).key(sample)
 
 
-@many
-@given(view=VIEWS, other=VIEWS, changed=st.sets(st.sampled_from(
-    ["digest", "resized", "top", "left", "flip", "resolution", "interpolation", "identity", "dtype"])))
+PARTS = st.sampled_from(
+    ["digest", "resized", "top", "left", "flip", "resolution", "interpolation", "identity", "dtype"])
+
+
+@settings(max_examples=300, **ALIKE)
+@given(view=VIEWS, other=VIEWS, changed=st.one_of(PARTS.map(lambda part: {part}), st.sets(PARTS)))
 def test_two_views_have_one_cache_key_only_where_they_are_one_view(view, other, changed):
     mixed = view | {name: other[name] for name in changed}
     assert (key_of(view) == key_of(mixed)) == (view == mixed)
@@ -324,9 +327,8 @@ class Names:
     """Of a family, what the export asks: the names in WebUI files are Stable Diffusion's."""
 
     layout, webui_name, read_webui_name = sd.LAYOUT, sd.SD.webui_name, sd.SD.read_webui_name
-    architecture, base_metadata, vae_factor = "stable-diffusion-v1", {"ss_v2": "False"}, 8
+    architecture, base_metadata, native_size = "stable-diffusion-v1", {"ss_v2": "False"}, (512, 512)
     schedule = SimpleNamespace(prediction_type="epsilon")
-    denoiser = SimpleNamespace(config=SimpleNamespace(sample_size=64))
 
 
 def trained(network: Tree, rank: int, alpha: float, kind: Mapping[str, object], seed: int) -> Adapters:

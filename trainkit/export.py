@@ -44,11 +44,11 @@ EXACT = torch.finfo(torch.float64).eps  # of the arithmetic in which files are c
 def architecture_metadata(networks: Sequence[Adapters], family: Family) -> dict[str, str]:
     """What a reader needs to know about any LoRA: kohya's minimum and ModelSpec's obligatory keys."""
     v_prediction = family.schedule.prediction_type == "v_prediction"
-    side = family.denoiser.config.sample_size * family.vae_factor
+    h, w = family.native_size
     return {
         **family.base_metadata, **network_metadata(networks),
         "modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": f"{family.architecture}/lora",
-        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.resolution": f"{w}x{h}",
         "modelspec.prediction_type": "v" if v_prediction else "epsilon",
     }
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from trainkit import adapters, optim
 from trainkit.diffusion import ScheduleChange
+from trainkit.errors import UserError
 from trainkit.losses import fourier_term
 from trainkit.runtime.startup import leave_out
 
@@ -71,7 +72,10 @@ def check_model(opt: ModelCheckOptions, family: ModuleType) -> ModelCheck:
                             timesteps=(opt.objective.min_timestep, opt.objective.max_timestep))
     if found:
         return ModelCheck(found)
-    network = family.skeleton(path, revision=o.revision)
+    try:
+        network = family.skeleton(path, revision=o.revision)
+    except UserError as error:
+        return ModelCheck([*error.problems])
     latents = family.latents(path, opt.data.resolution, vae_path=vae_path, revision=o.revision)
     found = [*adapters.problems(network, opt.lora, targets=family.LORA_TARGETS),
              *fourier_term.problems(opt.fourier_loss, opt.objective.loss_type, latents)]

@@ -147,7 +147,8 @@ def sampler(family: Family) -> SchedulerMixin:
     """DPM-Solver++ on the levels the run trains on, as upstream validates; an EDM model's own scheduler."""
     import diffusers
 
-    config = {k: v for k, v in family.scheduler_config.items() if k != "variance_type"}  # learned variance: not here
+    config = {k: v for k, v in family.scheduler_config.items()
+              if v is not None and k != "variance_type"}  # null is not given; learned variance: not here
     scheduler_class = getattr(diffusers, sampler_class(family))
     return scheduler_class.from_config(config, prediction_type=family.schedule.prediction_type)
 

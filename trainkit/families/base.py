@@ -129,6 +129,11 @@ class Family(ABC):
     def base_metadata(self) -> dict[str, str]:
         """What the header of a LoRA file says about the base model, besides its architecture."""
 
+    @property
+    @abstractmethod
+    def released_side(self) -> int:
+        """Pixels a side of the images that the released models of this architecture were made for."""
+
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str], clip_skip: int | None = None) -> Condition:
         """Conditioning as the stock pipeline makes it -> embeds [B,T,D] and what else there is, in the weight dtype."""
@@ -171,6 +176,15 @@ class Family(ABC):
     def vae_factor(self) -> int:
         """Pixels a side per latent."""
         return halvings(self.vae.config)
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """(h, w) in pixels that the base model was made for; as released where its UNet's config does not say."""
+        size = self.denoiser.config.sample_size  # of latents: a number, or [h,w]
+        if size is None:
+            return self.released_side, self.released_side
+        h, w = size if isinstance(size, (list, tuple)) else (size, size)
+        return h * self.vae_factor, w * self.vae_factor
 
     @property
     def text_identity(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,13 +12,14 @@ from trainkit import diffusion
 from trainkit.diffusion import AS_SAVED, ScheduleChange
 from trainkit.errors import Problem, UserError, refuse
 from trainkit.families.base import ModelLayout, halvings
-from trainkit.families.pretrained import MODEL_FLAG, VAE_FLAG, Config, Repo, vae_place
+from trainkit.families.pretrained import BAD_CONFIG, MODEL_FLAG, VAE_FLAG, Config, Repo, first_line, vae_place
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
 NETWORK = "UNet2DConditionModel"  # what is trained
 CLIP_LAYERS = 12  # where a text encoder's config does not say
+CLIP_TOKENS = 77  # likewise
 TIMESTEPS = 1000  # where a scheduler's does not
 UNET_NEEDS, VAE_NEEDS = ("in_channels", "block_out_channels"), ("latent_channels", "block_out_channels")  # of a config
 
@@ -39,7 +41,7 @@ def problems(layout: ModelLayout, path: str, *, resolution: int, vae_path: str |
         vae_config, unet_config = vae.json(vae_file), model.json("unet/config.json")
         found = [*folder_problems(layout, model), *no_vae(model, vae, vae_config)] or [
             *missing_values(model, "unet/config.json", unet_config, UNET_NEEDS),
-            *missing_values(vae, vae_file, vae_config, VAE_NEEDS)]
+            *missing_values(vae, vae_file, vae_config, VAE_NEEDS), *scale_problems(vae, vae_file, vae_config)]
         if found or unet_config is None or vae_config is None:
             return found
         found = [*fit_problems(model, unet_config, vae_config),
@@ -86,6 +88,14 @@ def missing_values(repo: Repo, file: str, config: Config | None, names: Sequence
                            f"copy {file} of the model there again", kind="data")
 
 
+def scale_problems(vae: Repo, file: str, config: Config | None) -> Iterator[Problem]:
+    """A scaling_factor that is no number; a VAE without one has the default of Diffusers."""
+    factor = (config or {}).get("scaling_factor", 1.0)
+    if not isinstance(factor, (int, float)):
+        yield vae.problem(f"{file} has no number as scaling_factor", f"it is {json.dumps(factor)}, and latents are "
+                          "multiplied by it", f"copy {file} of the model there again", kind="data")
+
+
 def fit_problems(model: Repo, unet: Config, vae: Config) -> Iterator[Problem]:
     """Do the parts fit one another and the objectives we have?"""
     if unet["in_channels"] != vae["latent_channels"]:
@@ -102,7 +112,8 @@ def schedule_problems(model: Repo, change: ScheduleChange, timesteps: tuple[int,
                             "copy the scheduler folder of the model there", kind="data")
         return
     config = diffusion.effective_config(scheduler, change)
-    yield from diffusion.config_problems(config)
+    found = [*diffusion.config_problems(config)]
+    yield from found or unreadable_schedule(model, config)
     if diffusion.is_edm(config) and config["_class_name"] not in diffusion.EDM_SCHEDULERS:
         known = ", ".join(diffusion.EDM_SCHEDULERS)
         yield model.problem(f"an EDM scheduler we do not know: {config['_class_name']}",
@@ -112,21 +123,45 @@ def schedule_problems(model: Repo, change: ScheduleChange, timesteps: tuple[int,
         yield from diffusion.range_problems(first, end or steps, steps)
 
 
+def unreadable_schedule(model: Repo, config: Config) -> Iterator[Problem]:
+    """Values that no noise levels can be made of, such as null or a beta_schedule that Diffusers does not know."""
+    try:
+        diffusion.make_schedule(config)
+    except BAD_CONFIG as error:
+        file = "scheduler/scheduler_config.json"
+        yield model.problem("the noise schedule cannot be made", f"{file}: {first_line(error)}",
+                            f"copy {file} of the model there again", kind="data")
+
+
 def text_problems(layout: ModelLayout, model: Repo, clip_skip: int | None) -> Iterator[Problem]:
     """Are tokenizers and encoders there, the encoders with layers enough for --clip_skip?"""
-    for folder in layout.tokenizers:
+    for folder, encoder in zip(layout.tokenizers, layout.text_encoders, strict=True):
         words = any(model.has(f"{folder}/{name}") for name in ("vocab.json", "tokenizer.json"))
-        if not words or model.json(f"{folder}/tokenizer_config.json") is None:
+        config = model.json(f"{folder}/tokenizer_config.json")
+        if not words or config is None:
             yield model.problem(f"the model folder has no {folder}", f"{folder}/tokenizer_config.json or vocab.json is "
                                 "missing", f"copy the {folder} folder of the model there", kind="data")
+        else:
+            yield from length_problems(model, f"{folder}/tokenizer_config.json", config, encoder)
     for folder in layout.text_encoders:
         config = model.json(f"{folder}/config.json")
         if config is None:
             yield model.problem(f"the model folder has no {folder}", f"{folder}/config.json is missing",
                                 f"copy the {folder} folder of the model there", kind="data")
-        elif (clip_skip or 0) >= (layers := config.get("num_hidden_layers", CLIP_LAYERS)):
+        elif (clip_skip or 0) >= (layers := config.get("num_hidden_layers") or CLIP_LAYERS):
             yield Problem(f"{folder} has no layer to take with --clip_skip {clip_skip}", f"--clip_skip {clip_skip}",
                           f"it has {layers} layers", f"--clip_skip {layers - 1} at most, or leave it out")
+
+
+def length_problems(model: Repo, file: str, tokenizer: Config, encoder: str) -> Iterator[Problem]:
+    """Does the tokenizer say to how many tokens prompts are padded, no more than its encoder has places for?"""
+    length = tokenizer.get("model_max_length")
+    places = (model.json(f"{encoder}/config.json") or {}).get("max_position_embeddings") or CLIP_TOKENS
+    if not isinstance(length, int) or not 0 < length <= places:
+        given = "is missing" if length is None else f"is {length}"
+        yield model.problem(f"{file} does not say how long a prompt may be",
+                            f"model_max_length {given}, and the {encoder} takes {places} tokens",
+                            f'write "model_max_length": {places} into {file}', kind="data")
 
 
 def resolution_problems(resolution: int, unet: Config, vae: Config) -> Iterator[Problem]:
@@ -165,9 +200,14 @@ def native_resolution(path: str, revision: str | None = None) -> int:
 
 
 def skeleton(path: str, *, revision: str | None = None) -> UNet2DConditionModel:
-    """The UNet without its weights, to look up module paths in."""
+    """The UNet without its weights, to look up module paths in. Raises UserError: its config makes no UNet."""
     from diffusers import UNet2DConditionModel
 
-    with torch.device("meta"):
-        return UNet2DConditionModel.from_config(
-            UNet2DConditionModel.load_config(path, subfolder="unet", revision=revision))
+    config = UNet2DConditionModel.load_config(path, subfolder="unet", revision=revision)
+    try:
+        with torch.device("meta"):
+            return UNet2DConditionModel.from_config(config)
+    except BAD_CONFIG as error:
+        raise UserError(Repo(str(path), MODEL_FLAG, revision).problem(
+            "the UNet cannot be built", f"unet/config.json: {first_line(error)}",
+            "copy unet/config.json of the model there again", kind="data")) from error

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trainkit.errors import Category, Problem, UserError
+from trainkit.errors import Category, Problem, UserError, refuse
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -23,6 +23,9 @@ Config = Mapping[str, Any]  # a JSON file of a model folder
 
 MODEL_FLAG, VAE_FLAG = "--pretrained_model_name_or_path", "--pretrained_vae_model_name_or_path"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# What libraries raise for values that a config cannot have
+BAD_CONFIG = (AttributeError, KeyError, TypeError, ValueError, NotImplementedError)
+MISMATCHED = "ignore_mismatched_sizes"  # in what Transformers raises, a RuntimeError, where shapes differ
 FINGERPRINT_VALUES = 256  # of each tensor at least, if it has as many
 
 
@@ -186,17 +189,41 @@ def tokenizer_digest(tokenizer: CLIPTokenizer) -> str:
 
 
 def load_part(repo: Repo, part_class: Any, folder: str, **settings: object) -> Any:
-    """`part_class.from_pretrained` on one folder of a model, "" for the model's own; UserError for a damaged file."""
+    """`part_class.from_pretrained` on one folder of a model, "" for the model's own.
+
+    Raises UserError: a file is damaged, or config and weights are not of one network.
+    """
+    from huggingface_hub.errors import StrictDataclassError  # of Transformers' configs: a value of another type
     from safetensors import SafetensorError
 
-    place = {"subfolder": folder} if folder else {}
+    place, is_network = {"subfolder": folder} if folder else {}, issubclass(part_class, nn.Module)
+    if is_network:
+        settings["output_loading_info"] = True
     try:
-        return part_class.from_pretrained(repo.path, revision=repo.revision, **place, **settings)
-    except (OSError, ValueError, SafetensorError) as error:
-        name = folder or part_class.__name__
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(repo.problem(f"{name} cannot be loaded", why, f"copy the files of {name} there again, or name "
-                                     "another model", kind="data")) from error
+        part = part_class.from_pretrained(repo.path, revision=repo.revision, **place, **settings)
+    except (OSError, RuntimeError, *BAD_CONFIG, SafetensorError, StrictDataclassError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, BAD_CONFIG) and MISMATCHED not in f"{error}":
+            raise  # out of memory, for one
+        raise UserError(unloadable(repo, folder or part_class.__name__, first_line(error))) from error
+    if not is_network:
+        return part
+    network, found = part
+    missing = sorted(found["missing_keys"])
+    if missing:  # the libraries would leave random or no values there
+        refuse([unloadable(repo, folder or part_class.__name__, f"its config asks for {len(missing)} tensors that its "
+                           f"files lack, such as {missing[0]}")])
+    return network
+
+
+def unloadable(repo: Repo, name: str, why: str) -> Problem:
+    return repo.problem(f"{name} cannot be loaded", why, f"copy the files of {name} there again, or name another model",
+                        kind="data")
+
+
+def first_line(error: Exception) -> str:
+    """What a library says in short: its first line, and the next one where the first only announces it."""
+    lines = [line.strip() for line in f"{error}".strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[: 1 + lines[0].endswith(":")])
 
 
 @contextmanager

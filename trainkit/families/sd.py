@@ -72,6 +72,10 @@ class SD(Family):
         return "stable-diffusion-v2-768-v" if self._predicts_v else "stable-diffusion-v2-512"
 
     @property
+    def released_side(self) -> int:
+        return 768 if self.is_v2 and self._predicts_v else 512
+
+    @property
     def base_metadata(self) -> dict[str, str]:
         """See Family; names of kohya-ss/sd-scripts, library/model_util.py and library/sai_model_spec.py."""
         version = f"sd_v{1 + self.is_v2}" + ("_v" if self._predicts_v else "")

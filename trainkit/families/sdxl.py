@@ -57,6 +57,7 @@ class SDXL(Family):
     """
 
     layout, guidance_scale = LAYOUT, 5.0
+    released_side = 1024
     architecture = "stable-diffusion-xl-v1-base"
     base_metadata = {
         "ss_v2": "False", "ss_base_model_version": "sdxl_base_v1-0",
