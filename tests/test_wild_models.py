@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import train_text_to_image_lora as trainer
-from tests.made_up_pass import batch_of
+from tests.support.made_up_pass import batch_of
 from trainkit import export, families, preflight, preview, rng
 from trainkit.adapters import add_adapters
 from trainkit.condition import Condition
