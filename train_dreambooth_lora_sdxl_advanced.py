@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     opt = parse(Options, argv, description=__doc__)  # frozen; --help and --print_config end here
 
     from trainkit import checkpoints, preview, publish, run_fingerprint
-    from trainkit.conditioning import live_text, new_tokens
+    from trainkit.conditioning import caption_length, live_text, new_tokens
     from trainkit.data import cache, class_images, loader, sampler
     from trainkit.diffusion import ScheduleChange, make_noise
     from trainkit.families import sdxl
@@ -87,6 +87,7 @@ def main(argv: list[str] | None = None) -> None:
             family, [row.caption for row in rows], store, also=preview.preview_prompts(opt.validation), text=opt.text,
             pivotal=opt.pivotal, lora=opt.lora, total=total, seed=run.seed,
             gradient_checkpointing=opt.precision.gradient_checkpointing)
+        caption_length.warn_cut(rows, text.rewrite, family.tokenizers)
         images = loader.ready_images(rows, opt.data, family, store, seed=run.seed, progress=run.show_task,
                                      num_workers=opt.run.dataloader_num_workers)
 
@@ -130,7 +131,8 @@ def preflight(opt: Options) -> list[Row]:
     rows, data_problems = read_rows(opt.data)
     option_problems = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run)]
     token_problems = new_tokens.problems(opt.pivotal, [row.caption for row in rows])
-    refuse([*option_problems, *model.problems, *data_problems, *class_images.problems(opt), *token_problems])
+    refuse([*option_problems, *model.problems, *data_problems, *class_images.problems(opt), *token_problems,
+            *preflight.output_problems(opt)])
     return rows
 
 

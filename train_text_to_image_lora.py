@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     opt = parse(Options, argv, description=__doc__)  # frozen; --help and --print_config end here
 
     from trainkit import checkpoints, families, preview, publish, run_fingerprint
-    from trainkit.conditioning import clip_token, live_text
+    from trainkit.conditioning import caption_length, clip_token, live_text
     from trainkit.data import cache, loader, sampler
     from trainkit.diffusion import ScheduleChange, make_noise
     from trainkit.losses.matching_term import make_passes
@@ -83,6 +83,7 @@ def main(argv: list[str] | None = None) -> None:
             family, [caption for row in rows for caption in row.all_captions], store,
             also=preview.preview_prompts(opt.validation), text=opt.text, pivotal=None, lora=opt.lora, total=total,
             seed=run.seed, gradient_checkpointing=opt.precision.gradient_checkpointing)
+        caption_length.warn_cut(rows, text.rewrite, family.tokenizers)
         images = loader.ready_images(rows, opt.data, family, store, seed=run.seed, progress=run.show_task,
                                      num_workers=opt.run.dataloader_num_workers)
 
@@ -129,7 +130,7 @@ def preflight(opt: Options, family_module: ModuleType) -> list[Row]:
         *clip_token.problems(opt.guidance, rows, model.text_width),
         *matching_term.problems(opt.matching, {row.digest: row.caption for row in rows}, model.latents)]
     option_problems = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run)]
-    refuse([*option_problems, *model.problems, *input_problems, *data_problems])
+    refuse([*option_problems, *model.problems, *input_problems, *data_problems, *preflight.output_problems(opt)])
     return rows
 
 

@@ -24,13 +24,19 @@ warnings.filterwarnings("ignore", module=r"PIL\.")  # `rows.check` tells them on
 Note = Callable[[str], object]  # takes a remark about an image that can be used all the same
 
 FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF"]  # what photographs come in; 36 other openers stay shut
-try:
-    from pillow_heif import register_heif_opener
-except ImportError:
-    pass
-else:
+
+
+def heif_formats() -> list[str]:
+    """The name of one more format where the package that reads iPhone photos is installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return []
     register_heif_opener()
-    FORMATS.append("HEIF")
+    return ["HEIF"]
+
+
+FORMATS += heif_formats()
 MAX_PIXELS = 89_478_485  # Pillow's own decompression-bomb threshold: a quarter of a GiB at 3 bytes a pixel
 MAX_ASPECT = 50  # a longer strip, resized by its short side, would need gigabytes
 
