@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from trainkit.errors import listing, printable
@@ -39,13 +39,17 @@ def cut_off(prompts: Sequence[str], tokenizers: Sequence[CLIPTokenizer]) -> list
     lost = [""] * len(prompts)
     for tokenizer in tokenizers:
         room = tokenizer.model_max_length - 2  # without BOS and EOS
-        for start in range(0, len(prompts), AT_ONCE):
-            some = list(prompts[start : start + AT_ONCE])
-            tokens = tokenizer(some, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            for i, (prompt, spans) in enumerate(zip(some, tokens.offset_mapping, strict=True), start):
-                if len(spans) > room:
-                    lost[i] = max(lost[i], prompt[spans[room][0] :].strip(), key=len)
+        for i, spans in enumerate(_spans(prompts, tokenizer)):
+            if len(spans) > room:
+                lost[i] = max(lost[i], prompts[i][spans[room][0] :].strip(), key=len)
     return lost
+
+
+def _spans(prompts: Sequence[str], tokenizer: CLIPTokenizer) -> Iterator[list[tuple[int, int]]]:
+    """Where each token of a prompt begins and ends in it."""
+    for start in range(0, len(prompts), AT_ONCE):
+        some = list(prompts[start : start + AT_ONCE])
+        yield from tokenizer(some, add_special_tokens=False, return_offsets_mapping=True, verbose=False).offset_mapping
 
 
 def _shortened(words: str) -> str:
