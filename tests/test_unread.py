@@ -191,9 +191,11 @@ def test_another_data_set_beside_this_one_is_left_alone(tmp_path: Path) -> None:
 
 # ----------------------------------------------------------------------------------------------------------- sidecars
 
-SIDECARS = ["fox.png.txt", "FOX.txt", "fox.cap", "fox.tags", "fox.captions", "fox.prompt", "fox.caption.txt",
-            "fox_caption.txt", "fox.txt.txt", "fox.wd14", "Fox.TXT", "fox .txt", "captions/fox.txt", "labels/fox.txt",
-            "../captions/fox.txt", "../txt/fox.txt"]
+SIDECARS = [
+    "fox.blip", "fox.png.txt", "FOX.txt", "fox.cap", "fox.tags", "fox.captions", "fox.prompt", "fox.caption.txt",
+    "fox_caption.txt", "fox.txt.txt", "fox.wd14", "Fox.TXT", "fox .txt", "captions/fox.txt", "labels/fox.txt",
+    "../captions/fox.txt", "../txt/fox.txt",
+]
 
 
 @both
@@ -230,6 +232,71 @@ def test_a_spare_caption_file_and_a_stray_one_are_told(tmp_path: Path, caplog: p
     assert not problems and captions(rows) == {"fox.png": "fox.txt"}
     assert {one.name for one in rows.account.left_out} == {"fox.caption", "fox.tags", "zebra.txt"}
     assert all(name in caplog.text for name in ("fox.caption", "fox.tags", "zebra.txt"))
+
+
+@pytest.mark.parametrize("names", [("fox.json",), ("fox.png.json",), tuple(f"{i:02}.json" for i in range(30))])
+def test_json_captions_of_one_image_each_are_refused_and_the_command_writes_them_anew(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    stems = [name.removesuffix(".json").removesuffix(".png") for name in names]
+    folder = images(tmp_path / "it's mine", tuple(f"{stem}.png" for stem in stems))
+    for name in names:
+        (folder / name).write_text(json.dumps({"score": 1, "caption": f"says {name[:2]}"}))
+    problem, = read(folder)[1]
+    assert "JSON files hold captions" in problem.what
+    subprocess.run(problem.fix, shell=True, check=True)
+    rows, problems = read(folder)
+    assert not problems and [row.caption for row in rows] == [f"says {name[:2]}" for name in names]
+
+
+@both
+def test_boxes_of_a_detector_are_no_captions(
+    tmp_path: Path, captioned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = images(tmp_path / "images", ("fox.png", "owl.png"))
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "fox.txt").write_text("0 0.5 0.5 0.1 0.1\n")
+    (folder / "fox.cap").write_text("0 0.5 0.5 0.1 0.1\n")
+    (folder / "owl.txt").write_text("0 0.5 0.5 0.1 0.1\n")
+    assert not read(folder, captioned=captioned)[1]
+    assert "1 captions have no word in them, only numbers and signs: owl.txt" in caplog.text.replace(".png", ".txt")
+
+
+def test_images_under_names_that_are_not_read_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = images(tmp_path / "d", ("fox.png",))
+    content = (folder / "fox.png").read_bytes()
+    for name in ("no suffix", "large.jpg_large", "half.png.part", "photo.HEIC"):
+        (folder / name).write_bytes(content)
+    rows, problems = read(folder)
+    assert not problems and len(rows) == 1
+    told = {one.name: one.why for one in rows.account.left_out}
+    assert "by its content" in told["no suffix"] and "by its content" in told["large.jpg_large"]
+    assert "pillow-heif" in told["photo.HEIC"] and len(told) == 4
+
+
+def test_a_folder_of_iphone_photos_or_of_an_archive_says_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "IMG_1.HEIC").write_bytes(b"x")
+    assert "pillow-heif" in read(tmp_path)[1][0].fix
+    (tmp_path / "IMG_1.HEIC").rename(tmp_path / "images.zip")
+    assert "images.zip" in read(tmp_path)[1][0].why
+
+
+def test_a_name_in_the_metadata_that_is_nearly_right_is_told(tmp_path: Path) -> None:
+    folder = images(tmp_path / "d", ("fox.png",))
+    for name in ("Fox.PNG", "fox.jpg"):
+        (folder / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "x"}))
+        assert "but fox.png is" in read(folder)[1][0].why
+
+
+@pytest.mark.parametrize("name", ["captions.csv", "Metadata.jsonl", "captions/fox.txt", "fox.png.txt"])
+def test_a_local_data_set_is_looked_through_too(tmp_path: Path, name: str) -> None:
+    folder = images(tmp_path / "d", ("fox.png", "owl.png"))
+    (folder / name).parent.mkdir(exist_ok=True)
+    line = json.dumps({"file_name": "fox.png", "text": "a fox"})
+    text = line if name.endswith("jsonl") else "file_name,text\nfox.png,a fox\n"
+    (folder / name).write_text(text)
+    problem, = read_rows(data_options(dataset_name=folder, cache_dir=tmp_path / "hf"))[1]
+    assert name in f"{problem.what} {problem.why}"
 
 
 def test_json_of_one_image_is_told_and_not_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

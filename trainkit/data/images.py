@@ -50,7 +50,8 @@ HEIC = "pip install pillow-heif, then start again; or convert it: heif-convert -
 CONVERT = "convert it to PNG or JPEG in the program that shows it"
 OTHERS: dict[bytes, tuple[str, str]] = {  # first bytes -> (what the file is, what to do); "?" stands for any byte
     b"????ftyphe": ("HEIC, as iPhones save photos", HEIC), b"????ftypmif1": ("HEIC, as iPhones save photos", HEIC),
-    b"????ftypmsf1": ("HEIC, as iPhones save photos", HEIC), b"????ftyp": ("a video", "take stills from it"),
+    b"????ftypmsf1": ("HEIC, as iPhones save photos", HEIC), b"????ftypavif": ("damaged AVIF", ""),
+    b"????ftyp": ("a video", "take stills from it"),
     b"\xff\x0a": ("JPEG XL", CONVERT), b"\0\0\0\x0cJXL ": ("JPEG XL", CONVERT),
     b"\0\0\0\x0cjP  ": ("JPEG 2000", CONVERT),
     b"8BPS": ("a Photoshop file", CONVERT), b"%PDF": ("a PDF", CONVERT), b"<svg": ("an SVG drawing", CONVERT),
@@ -107,7 +108,8 @@ def decode(data: bytes, note: Note | None = None) -> Image.Image:
 
 def _unidentified(data: bytes) -> UnreadableImage:
     for start, (kind, fix) in OTHERS.items():
-        if len(data) >= len(start) and all(b in (c, ord("?")) for b, c in zip(start, data, strict=False)):
+        known = fix != HEIC or "HEIF" not in FORMATS  # where HEIC is read, this one is damaged
+        if known and len(data) >= len(start) and all(b in (c, ord("?")) for b, c in zip(start, data, strict=False)):
             return UnreadableImage(f"it is {kind}, which is not read", fix)
     return UnreadableImage(f"no image of a known format ({', '.join(FORMATS)})" if data else "the file is empty")
 

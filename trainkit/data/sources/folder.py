@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from trainkit.data.batch import Listed
 from trainkit.data.sources.account import Account, Found, LeftOut
 from trainkit.data.sources.captions import METADATA, metadata_files, read_metadata, read_sidecars
-from trainkit.data.sources.glimpse import SUFFIXES
+from trainkit.data.sources.glimpse import HEIC, SUFFIXES
 from trainkit.data.sources.kohya import kohya_problems, number_notice
 from trainkit.data.sources.tree import HELD_OUT, Tree, walk
 from trainkit.data.sources.unread import find_unread, not_followed
@@ -117,6 +117,8 @@ class Captions:
         blank = [path.name for path in sorted({*self.named, *self.beside}) if not self.of(path)[0]]
         forgotten = [p.name for p in images if self.named and p not in self.named and p not in self.beside]
         instead = f"get {prompt_flag}" if prompt_flag else "are trained on with an empty one"
+        _tell("%d captions have no word in them, only numbers and signs: %s",
+              [path.name for path, text in self.beside.items() if text and not any(map(str.isalpha, text))])
         _tell("%d images are named by the metadata of two folders; the nearer one's is used: %s", self.twice)
         _tell("%d images have two captions; the metadata's is used: %s", both)
         _tell("%d images share a caption file with another of the same name: %s", shared)
@@ -197,8 +199,12 @@ def _no_images(where: Folder, tree: Tree) -> Problem:
     tables = [path.name for contents in (*tree.read.values(), *tree.below.values()) for path in contents.others
               if path.suffix in (".parquet", ".arrow")]
     special = [f"{printable(path.name)} is {why}" for path, why in top.special.items()]
-    why = listing(special) if special else f"it holds no file named {', '.join(sorted(SUFFIXES))}"
-    fix = f"--dataset_name {shell_word(where.path)}" if tables else f"{where.flag} {IMAGES}"
+    others = [*special, *(printable(path.name) for path in top.others)]
+    there = f"; there are: {listing(others)}" if others else ""
+    why = f"it holds no file named {', '.join(sorted(SUFFIXES))}{there}"
+    photos = any(path.suffix.lower() in HEIC for path in top.others)
+    fix = "pip install pillow-heif, which reads HEIC" if photos else f"{where.flag} {IMAGES}"
+    fix = f"--dataset_name {shell_word(where.path)}" if tables else fix
     why = f"its images are in tables ({printable(tables[0])})" if tables else why
     return Problem("no images", f"{where.flag} {where.path}", why, fix, kind="data")
 

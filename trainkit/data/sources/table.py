@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 from trainkit.data.batch import Listed
 from trainkit.data.images import UnreadableImage
 from trainkit.data.sources.account import Account, Found
-from trainkit.data.sources.captions import BadEntry, read_captions
+from trainkit.data.sources.captions import METADATA, BadEntry, read_captions
 from trainkit.data.sources.records import CAPTION_COLUMNS
 from trainkit.data.sources.text import one_line
 from trainkit.data.sources.tree import walk
+from trainkit.data.sources.unread import find_unread
 from trainkit.errors import Problem, listing, printable, shell_word
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from trainkit.options import ImageOptions
 
 FILES = {".parquet": "parquet", ".arrow": "arrow"}  # tables that are a data set by themselves
-METADATA_SUFFIXES = (".jsonl", ".csv")  # of the imagefolder layout
 SAVED = ("state.json", "dataset_dict.json")  # what Dataset.save_to_disk leaves
 
 
@@ -113,7 +113,7 @@ def homes_of(name: str, cache_dir: str | None) -> tuple[Path, ...]:
 
 
 def _folder_of_images(data: ImageOptions) -> Problem | None:
-    """That a local folder's captions are in files which the datasets library passes over, or reads as a text."""
+    """That a local folder's captions are in files which the datasets library passes over."""
     folder = Path(data.dataset_name or "")
     if not folder.is_dir():
         return None
@@ -121,13 +121,19 @@ def _folder_of_images(data: ImageOptions) -> Problem | None:
         tree = walk(folder, subfolders=True)
     except OSError:
         return None
-    tables = any(path.suffix in (*FILES, *METADATA_SUFFIXES) for c in tree.read.values() for path in c.others)
-    stems = {path.with_suffix("") for path in tree.images}
-    captions = [path for c in tree.read.values() for path in c.texts if path.with_suffix("") in stems]
-    if tables or not captions:
+    texts = [path for contents in tree.read.values() for path in contents.texts]
+    others = [path for contents in tree.read.values() for path in contents.others]
+    if not tree.images or any(path.suffix in FILES for path in others):
         return None
+    stems = {path.with_suffix("") for path in tree.images}
+    captions = {path: None for path in texts if path.with_suffix("") in stems}
+    described = any(path.name in METADATA for path in others)  # what the library reads
+    if described or not captions:
+        strange = [path for path in texts if path not in captions]
+        unread = find_unread(folder, tree, bare=[] if described else tree.images, strange=strange)
+        return next(iter(unread.problems), None)
     why = f"{len(captions)} images have captions in files beside them, which the datasets library does not read: " \
-          f"{printable(captions[0].name)} is one"
+          f"{printable(next(iter(captions)).name)} is one"
     return Problem("a folder of images with caption files is no data set", f"--dataset_name {folder}", why,
                    f"--{data.folder_flag} {shell_word(folder)}", kind="data")
 

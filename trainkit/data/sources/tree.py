@@ -17,7 +17,7 @@ TEXTS = {  # what tools write captions into beside an image; SIDECARS of these a
     ".label", ".labels", ".wd14",
 }
 HELD_OUT = {"test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"}  # folders beside train/
-JUNK = {"__MACOSX", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN", "@eaDir"}
+JUNK = {"__MACOSX", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN", "@eaDir", "Icon\r"}
 MOST_BELOW = 20_000  # entries looked at in folders that are not read
 
 

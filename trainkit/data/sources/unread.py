@@ -10,13 +10,13 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from trainkit.data.sources.account import LeftOut
-from trainkit.data.sources.captions import METADATA
+from trainkit.data.sources.captions import MAX_CAPTION, METADATA
 from trainkit.data.sources.glimpse import HEIC, MAX_BYTES, Images, Mentions, key, mentions
 from trainkit.data.sources.records import CAPTION_COLUMNS, DELIMITERS, NAME_COLUMN, header_of
 from trainkit.data.sources.text import MARKS, UnclearText, decode_text
@@ -26,6 +26,7 @@ from trainkit.errors import SHOWN, Problem, listing, printable, shell_word
 TABLES = {
     ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".tab", ".parquet", ".arrow", ".feather", ".xlsx", ".xls", ".ods",
 }
+NOT_WORDS = {".xmp", ".xml", ".yaml", ".yml", ".aae", ".thm", ".toml"}  # of one image, and no caption of it
 QUIET = {".md", ".html", ".npz", ".safetensors", ".ini", ".db", ".py", ".sh", ".lock", ".log", ".url", ".lnk"}
 CAPTION_FOLDERS = {"captions", "caption", "txt", "text", "texts", "labels", "label", "tags", "prompts", "annotations"}
 ENDINGS = re.compile(r"[ _.-](?:captions?|caps?|tags?|te?xt|prompts?|desc(?:ription)?|labels?)$")
@@ -48,10 +49,13 @@ def find_unread(folder: Path, tree: Tree, *, bare: Sequence[Path], strange: Sequ
     strange  files that hold captions by their suffix and are not named as an image beside them is
     """
     images = Images(bare)
-    lost, idle = _lost_texts(folder, tree, images, strange)
-    problems = [_misnamed(folder, lost)] if lost else []
-    saved = set(lost.values())
     tables = [path for contents in _all(tree) for path in contents.others if not _is_companion(path, tree)]
+    odd = [path for path in tables if _is_odd_text(path, images)]
+    lost, idle = _lost_texts(folder, tree, images, [*strange, *odd])
+    told = _json_captions(path for path in tables if path.suffix.lower() == ".json" and meant_by(path, images))
+    problems = [*([_misnamed(folder, lost)] if lost else []), *([_json_files(folder, told)] if told else [])]
+    saved = {*lost.values(), *(image for path in told if (image := meant_by(path, images)))}
+    tables = [path for path in tables if path not in odd and path not in told]
     remaining = Images(path for path in bare if path not in saved)
     left = []
     for number, path in enumerate([*tables, *idle]):
@@ -86,7 +90,7 @@ def _lost_texts(
     idle = []
     for path in texts:
         meant = meant_by(path, images)
-        if meant and meant not in lost.values():
+        if meant and meant not in lost.values() and has_words(path):
             lost[path] = meant
         else:
             idle.append(path)
@@ -113,6 +117,50 @@ def _stems(path: Path) -> Iterator[str]:
         if ENDINGS.search(stem):
             yield key(ENDINGS.sub("", stem))
         stem = stem.rpartition(".")[0]
+
+
+def has_words(path: Path) -> bool:
+    """Whether a file says anything: boxes of a detector's training are numbers alone."""
+    try:
+        with path.open("rb") as opened:
+            return any(byte >= 128 or chr(byte).isalpha() for byte in opened.read(4096))
+    except OSError:
+        return False
+
+
+def _is_odd_text(path: Path, images: Images) -> bool:
+    """Whether a small text has the name of an image beside it and a suffix that nobody reads: fox.blip."""
+    beside = any(image.parent == path.parent for image in images.by_stem.get(key(path.stem), ()))
+    if not beside or path.suffix.lower() in (*TABLES, *NOT_WORDS, *HEIC):
+        return False
+    try:
+        return path.stat().st_size <= MAX_CAPTION and not _is_binary(path)
+    except OSError:
+        return False
+
+
+def _json_captions(paths: Iterable[Path]) -> list[Path]:
+    """The files of one image each that hold a caption."""
+    return [path for path in paths if any(map(str.isalpha, _json_caption(path)))]
+
+
+def _json_caption(path: Path) -> str:
+    try:
+        item = json.loads(decode_text(path.read_bytes()[:MAX_CAPTION])[0])
+    except (OSError, ValueError, RecursionError, UnclearText):
+        return ""
+    texts = [item.get(name) for name in CAPTION_COLUMNS] if isinstance(item, dict) else []
+    return next((text for text in texts if isinstance(text, str)), "")
+
+
+def _json_files(folder: Path, files: Sequence[Path]) -> Problem:
+    paths = f"map(pathlib.Path, {[str(path) for path in files]})" if len(files) <= SHOWN else \
+        f'pathlib.Path({str(folder)!r}).rglob("*.json")'
+    text = f'next(filter(None, map(json.loads(p.read_text("utf-8")).get, {CAPTION_COLUMNS})))'
+    loop = f'[p.with_name(p.name[:-5]).with_suffix(".txt").write_text({text}, "utf-8") for p in {paths}]'
+    return Problem(f"{len(files)} JSON files hold captions and are not read", f"{folder}",
+                   listing(_name(path, folder) for path in files),
+                   f"python3 -c {shell_word(f'import json, pathlib; {loop}')}", kind="data")
 
 
 def _misnamed(folder: Path, lost: Mapping[Path, Path]) -> Problem:
@@ -151,7 +199,9 @@ def _table(folder: Path, path: Path, images: Images) -> tuple[Problem | None, st
     """(the problem that a file's captions would be lost, else why it is left out)."""
     if path.suffix.lower() in HEIC:
         return None, "pip install pillow-heif reads it"
-    if path.suffix.lower() == ".json" and images.by_stem.get(key(path.stem)) or images.by_name.get(key(path.stem)):
+    if _is_an_image(path):
+        return None, "an image by its content; give it the suffix of its kind, such as .jpg or .png"
+    if path.suffix.lower() == ".json" and (key(path.stem) in images.by_stem or key(path.stem) in images.by_name):
         return None, "JSON of one image is not read; write its caption into a .txt file"
     about = _look(path, images) if images.paths else Mentions()
     if about.captions:
@@ -177,6 +227,16 @@ def _is_binary(path: Path) -> bool:
     with path.open("rb") as opened:
         head = opened.read(4096)
     return b"\0" in head and not head.startswith((b"PK", *(mark for mark, _ in MARKS)))
+
+
+def _is_an_image(path: Path) -> bool:
+    """By the first bytes, whatever the file is called."""
+    try:
+        with path.open("rb") as opened:
+            head = opened.read(12)
+    except OSError:
+        return False
+    return head.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8")) or head[:4] == b"RIFF" and head[8:] == b"WEBP"
 
 
 def misplaced(folder: Path, path: Path, images: Images, about: Mentions) -> Problem:
@@ -263,7 +323,7 @@ def _around(folder: Path, images: Images) -> list[Problem]:
     lost: dict[Path, Path] = {}
     for path in (path for other in beside if other != folder.absolute() for path in _texts(other)):
         found = images.by_stem.get(key(path.stem), [])
-        lost |= {path: found[0]} if len(found) == 1 else {}
+        lost |= {path: found[0]} if len(found) == 1 and has_words(path) else {}
     problems = [_misnamed(folder, lost)] if lost else []
     for path in files[:MOST_TABLES]:
         about = _about_below(_look(path, images), folder, above)
