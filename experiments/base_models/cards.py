@@ -1,4 +1,4 @@
-"""Model cards and the assets' README: the numbers come from the measurements and the training records."""
+"""Model cards: the numbers come from the measurements and the training records."""
 
 import json
 from pathlib import Path
