@@ -88,8 +88,8 @@ over about 100 steps.
 
 {OBSERVED[kind].get("build", "")}
 
-`python experiments/build_base_models.py --stage all` builds the model again. `--evaluate` measures it again and writes
-this card.
+`.venv/bin/python experiments/build_base_models.py --stage all` builds the model again. `--evaluate` measures it again
+and writes this card.
 """
 
 
