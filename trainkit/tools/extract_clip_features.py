@@ -108,12 +108,12 @@ def list_table(args: argparse.Namespace) -> dict[str, Source]:
     from datasets import Image, load_dataset
     from datasets.exceptions import DatasetsError
 
-    from trainkit.data.sources.table import TableCell
+    from trainkit.data.sources.table import TableCell, homes_of
 
     where, column = f"--dataset_name {args.dataset_name}", args.image_column
     try:
         table = load_dataset(args.dataset_name, args.dataset_config_name, split="train")
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         refuse([Problem("the data set cannot be loaded", where, f"{error}", "check the name (a local folder needs its "
                         "path) and the network, or use --images", "data")])
     try:
@@ -121,7 +121,8 @@ def list_table(args: argparse.Namespace) -> dict[str, Source]:
     except (ValueError, TypeError, NotImplementedError) as error:  # no such column, or one of something else
         refuse([Problem(f"no column {column!r} with images", f"--image_column {column}, {where}",
                         f"columns there: {', '.join(table.features)} ({error})", "--image_column ANOTHER")])
-    return {f"row {i}": TableCell(cells, i, column) for i in range(len(cells))}
+    homes = homes_of(args.dataset_name, None)
+    return {f"row {i}": TableCell(cells, i, column, homes) for i in range(len(cells))}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -253,7 +254,7 @@ def embed(pixels: dict[str, Tensor], clip: Clip, growing: Growing) -> None:
 
 
 def refuse_unreadable(bad: list[str], total: int, features: Features, args: argparse.Namespace) -> None:
-    from trainkit.data.sources.captions import listing
+    from trainkit.errors import listing
 
     if bad:
         refuse([Problem(f"{len(bad)} of {total} images cannot be read", f"{args.images or args.dataset_name}",
@@ -268,7 +269,7 @@ def refuse_unreadable(bad: list[str], total: int, features: Features, args: argp
 def convert(args: argparse.Namespace, images: dict[str, Source]) -> Features:
     """Features saved one file an image -> our file; all that is wrong in one message, and then nothing is written."""
     from trainkit.data.images import content_digest
-    from trainkit.data.sources.captions import listing
+    from trainkit.errors import listing
 
     named, bad, rows = in_metadata(args.images), [], {}
     for name, path in images.items():
