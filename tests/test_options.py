@@ -909,6 +909,15 @@ def test_every_number_has_a_unit_and_every_flag_help():
         assert flag.facts.unit or flag.value_type not in (int, float), flag.name
 
 
+def test_help_is_in_whole_sentences():
+    """A help text is whole sentences; what differs completes the page's "Unlike in the Diffusers script, …"."""
+    for flag in [*Options.flags().values(), *Captioned.flags().values()]:
+        assert re.fullmatch(r"[A-Zk].*\.", flag.help), f"--{flag.name}: {flag.help}"
+        assert not re.search(r"^[A-Z]|[.;:]$", flag.facts.differs), f"--{flag.name}: {flag.facts.differs}"
+        words = set(re.findall(r"[a-z]+", flag.help))
+        assert not words & {"beside", "share", "law", "visit", "visits"}, f"--{flag.name}: {flag.help}"
+
+
 def test_help_names_no_flag_that_the_trainer_lacks():
     for kind in (Options, Captioned):
         for flag in kind.flags().values():
@@ -946,4 +955,4 @@ def test_the_flags_page_has_every_flag_once_and_says_whose_it_is():
     assert lines["--train_data_dir"].startswith("| `--train_data_dir` (text-to-image only) |")
     assert "| DreamBooth: `4`; text-to-image: `16` |" in lines["--train_batch_size"]
     assert "(`[pivotal]`, DreamBooth only)" in page and "(`[matching]`, text-to-image only)" in page
-    assert "only" not in lines["--rank"] and "Unlike the Diffusers DreamBooth script" in lines["--center_crop"]
+    assert "only" not in lines["--rank"] and "Unlike in the Diffusers DreamBooth script" in lines["--center_crop"]

@@ -76,7 +76,7 @@ def without_overruled(layers: Sequence[Layer], flags: Mapping[str, Flag]) -> lis
     overruled: set[str] = set()
     found = []
     for layer in layers:
-        found.append(Layer(layer.origin, {flag: value for flag, value in layer.values.items() if flag not in overruled}))
+        found.append(Layer(layer.origin, {k: value for k, value in layer.values.items() if k not in overruled}))
         overruled |= {other for flag in layer.values for other in flags[flag].overrules} - layer.values.keys()
     return found
 
