@@ -70,7 +70,7 @@ class RunOptions(Concern):
         4, "The batch size, which is the number of images in one forward pass on one device.", unit="images",
         resume="in the data", card=always("Batch size"), ge=1)
     gradient_accumulation_steps: int = opt(
-        1, "How many such batches make one optimizer step.", unit="micro-batches", resume="in the data",
+        1, "How many such batches make one optimizer step.", unit="batches", resume="in the data",
         card=always("Accumulation"), ge=1)
     num_train_epochs: int = opt(
         1,
