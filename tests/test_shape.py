@@ -22,7 +22,7 @@ BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.AsyncFor, ast.Async
 
 # The layers of CONTRIBUTING's list, lowest first. A room imports rooms of its own layer or below.
 LAYERS = (
-    {"errors", "files", "rng", "condition", "frequency"},
+    {"redact", "reading", "errors", "files", "rng", "condition", "frequency"},
     {"options", "diffusion"},
     {"optim", "runtime", "losses", "adapters", "lean_lora", "evaluation", "sheets"},
     {"families"},
@@ -35,8 +35,8 @@ LAYERS = (
     {"tools"},
 )
 LIGHT = {  # third-party packages a room may import at module level, where the rule is stricter than its layer
-    "errors": set(), "options": {"pydantic", "yaml", "tomllib"}, "rng": {"torch"}, "condition": {"torch"},
-    "frequency": {"torch"}, "diffusion": {"torch"},
+    "redact": set(), "reading": {"yaml"}, "errors": set(), "options": {"pydantic", "yaml", "tomllib"}, "rng": {"torch"},
+    "condition": {"torch"}, "frequency": {"torch"}, "diffusion": {"torch"},
     "losses": {"torch"}, "optim": {"torch"},
 }
 TOOLS = {path.stem for path in PROGRAMS["faces"]}  # in trainkit/tools, each with a face in scripts/

@@ -19,12 +19,13 @@ from trainkit.export import LoraFileFormat, verify, write_diffusers, write_kohya
 from trainkit.files import Json, atomic_write
 from trainkit.options import RunOptions
 from trainkit.options.trainers import known_flags
+from trainkit.reading import parse_yaml, read_text
+from trainkit.redact import redact
 from trainkit.report import SampleStep, environment, sample_steps, write_report
 from trainkit.report.charts import number
 from trainkit.report.facts import DIFFUSERS_FILE, RunFacts, sample_files, weight_names
 from trainkit.report.usage import usage
 from trainkit.runtime import ranks
-from trainkit.runtime.record import redact
 
 if TYPE_CHECKING:
     from trainkit.adapters import Adapters
@@ -231,9 +232,9 @@ def licence_of(run: RunFacts) -> str | None:
     if not card.is_file():
         return LICENCES.get(run.base_model)
     try:
-        match = FRONT_MATTER.match(card.read_text("utf-8"))
-        matter = yaml.safe_load(match[1]) if match else None
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date that is none
+        match = FRONT_MATTER.match(read_text(card))
+        matter = parse_yaml(match[1]) if match else None
+    except (OSError, ValueError) as error:
         log.warning("cannot read the licence in %s: %s", card, " ".join(str(error).split()))
         return None
     found = matter.get("license") if isinstance(matter, dict) else None

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
 import os
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 
 from trainkit.data.sampler import Shard
-from trainkit.errors import Problem, UserError
+from trainkit.errors import Problem, UserError, is_out_of_memory, out_of_memory
 from trainkit.files import DISK_ERRORS, Json, disk_error, disk_errors
 from trainkit.runtime import ranks, trackers
 from trainkit.runtime.checkpoint_folders import pointed
@@ -51,6 +50,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SAVES_MEMORY = (
+    "add --gradient_checkpointing, --cache_latents and --mixed_precision bf16, then halve --train_batch_size and "
+    "double --gradient_accumulation_steps (the same gradient); --resume_from_checkpoint latest keeps what is saved")
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -141,7 +143,7 @@ class Run:
             last_checkpoint=lambda: pointed(self.out_dir),
         )
         self.progress, self.signals, self.metrics = Progress(), Signals(), Metrics(self.out_dir)
-        self._handler = LineHandler(self.progress)
+        self._handler = LineHandler(self.progress, self.secrets)
         self._agreed: Wish | None = None
         self._step, self._total, self._over = 0, 0, False
         self._clock, self._seconds_before = time.monotonic(), 0.0
@@ -406,7 +408,7 @@ class Run:
         if self.signals.wish is not None and not self.signals.patient and not isinstance(error, UserError):
             return self.signals.error(where="before the first step", why="there was nothing to save yet")
         if is_out_of_memory(error):
-            return out_of_memory(error, self.device)
+            return out_of_memory(error, describe_device(self.device), SAVES_MEMORY)
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             return disk_error(error, Path(error.filename or self.out_dir), "read or write")
         return error
@@ -447,22 +449,3 @@ def describe_device(device: torch.device) -> str:
         facts = torch.cuda.get_device_properties(device)
         return f"{facts.name} ({facts.total_memory / 2**30:.0f} GB)"
     return f"{device.type.upper()} {platform.machine()}, {os.cpu_count()} cores"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """PyTorch has a class of its own for accelerators' memory only; a CPU's allocator raises a RuntimeError."""
-    return (
-        isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        or isinstance(error, OSError) and error.errno == errno.ENOMEM
-        or isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
-    )
-
-
-def out_of_memory(error: BaseException, device: torch.device) -> UserError:
-    return UserError(Problem(
-        what="out of memory", where=describe_device(device), kind="memory",
-        why=str(error).partition("\n")[0] or type(error).__name__,
-        fix="add --gradient_checkpointing, --cache_latents and --mixed_precision bf16, then halve --train_batch_size "
-            "and double --gradient_accumulation_steps (the same gradient); "
-            "--resume_from_checkpoint latest keeps what is saved",
-    ))

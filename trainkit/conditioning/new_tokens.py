@@ -28,6 +28,7 @@ from trainkit import rng
 from trainkit.errors import Problem, UserError, refuse
 from trainkit.families.tokenize import token_ids
 from trainkit.files import disk_errors, load_tensors, save_tensors
+from trainkit.reading import parse_json
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer, PreTrainedModel
@@ -293,5 +294,5 @@ def read_header(path: Path) -> EmbeddingsHeader:
     with safe_open(path, framework="pt") as file:
         header = file.metadata() or {}
         count = file.get_slice(ENCODERS[0]).get_shape()[0]
-    tokens = json.loads(header[TOKENS]) if TOKENS in header else {"": [f"<s{k}>" for k in range(count)]}
+    tokens = parse_json(header[TOKENS]) if TOKENS in header else {"": [f"<s{k}>" for k in range(count)]}
     return EmbeddingsHeader(tokens, header.get(SETS_EOS) == "True")

@@ -5,7 +5,6 @@ D width of the features, N images with features.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trainkit.data.cache import DIGEST, tensors_digest
-from trainkit.errors import Problem, UserError, refuse
+from trainkit.errors import Problem, UserError, refuse, shell_word
 from trainkit.families.pretrained import Repo, fingerprint, freeze, json_digest, load_part, quiet_loading
 from trainkit.files import load_tensors, save_tensors
 
@@ -120,7 +119,7 @@ def _damaged(file: Path, flag: str, why: str) -> Problem:
 
 
 def _command(file: Path) -> str:
-    return f"{SCRIPT} --images FOLDER --clip MODEL --out {shlex.quote(str(file))}"
+    return f"{SCRIPT} --images FOLDER --clip MODEL --out {shell_word(file)}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,7 +20,7 @@ from trainkit.data.sources.captions import (
 )
 from trainkit.data.sources.folder import IMAGES, list_image_folder
 from trainkit.data.sources.table import list_table
-from trainkit.errors import Problem
+from trainkit.errors import Problem, shell_word
 from trainkit.rng import permutation
 
 if TYPE_CHECKING:
@@ -112,7 +111,7 @@ def _examine(found: Listed) -> tuple[Row | str, bool]:
 
 
 def _unreadable(bad: list[tuple[Listed, str]], total: int, where: str) -> Problem:
-    names = [shlex.quote(f"{found.source}") for found, _ in bad[:SHOWN] if isinstance(found.source, Path)]
+    names = [shell_word(found.source) for found, _ in bad[:SHOWN] if isinstance(found.source, Path)]
     fix = f'for f in {" ".join(names)}; do mv -- "$f" "$f.unreadable"; done' if names else \
         "leave these rows out of the data set"
     return Problem(f"{len(bad)} of {total} images cannot be read", where,

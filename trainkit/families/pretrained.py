@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trainkit.errors import Category, Problem, UserError, refuse
+from trainkit.errors import Category, Problem, UserError, is_out_of_memory, refuse
+from trainkit.reading import parse_json, read_text
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -76,8 +77,8 @@ class Repo:
         if file is None:
             return None
         try:
-            content = json.loads(file.read_text("utf-8"))
-        except ValueError as error:  # of JSON, or of UTF-8
+            content = parse_json(read_text(file))
+        except (OSError, ValueError) as error:
             raise UserError(self.problem(f"{name} is damaged", f"{error}", f"copy {name} of the model there again",
                                          kind="data")) from error
         if not isinstance(content, dict):
@@ -201,9 +202,12 @@ def load_part(repo: Repo, part_class: Any, folder: str, **settings: object) -> A
         settings["output_loading_info"] = True
     try:
         part = part_class.from_pretrained(repo.path, revision=repo.revision, **place, **settings)
-    except (OSError, RuntimeError, *BAD_CONFIG, SafetensorError, StrictDataclassError) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, BAD_CONFIG) and MISMATCHED not in f"{error}":
-            raise  # out of memory, for one
+    except Exception as error:
+        expected = (OSError, *BAD_CONFIG, RecursionError, SafetensorError, StrictDataclassError)
+        # The tokenizers library raises bare Exceptions; what is left is no file's fault
+        known = isinstance(error, expected) or type(error) is Exception or MISMATCHED in f"{error}"
+        if not known or is_out_of_memory(error):
+            raise
         raise UserError(unloadable(repo, folder or part_class.__name__, first_line(error))) from error
     if not is_network:
         return part

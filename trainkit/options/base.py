@@ -16,9 +16,10 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
+from trainkit.errors import unwritable
 from trainkit.options.prerequisites import Prerequisite, needs
+from trainkit.redact import REDACTED
 
-REDACTED = "***"
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}  # of pydantic's limits
 
 Value = str | int | float | bool | None
@@ -263,6 +264,8 @@ class Concern(BaseModel):
         """Spellings that mean one value: any case in a choice, "none" for no value; and no number out of true."""
         assert info.field_name
         flag = cls.flag(info.field_name)
+        if isinstance(value, str) and (why := unwritable(value)):
+            raise ValueError(why)
         if flag.choices:
             return _read_choice(value, flag)
         if isinstance(value, bool) and flag.value_type in (int, float):

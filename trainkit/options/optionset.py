@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, SecretStr, ValidationError
 
-from trainkit.errors import Problem, refuse
+from trainkit.errors import IN_UTF8, Problem, refuse, unwritable
 from trainkit.options import rules
-from trainkit.options.base import REDACTED, Concern, Flag, Value
-from trainkit.options.config_text import config_text
+from trainkit.options.base import Concern, Flag, Value
+from trainkit.options.config_text import config_text, readable_anywhere
 from trainkit.options.sources import Layer, nearest, read_layers
+from trainkit.redact import REDACTED
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -107,7 +108,7 @@ def _flat(concerns: Mapping[str, Concern]) -> dict[str, Value]:
 
 
 def _print_config(options: OptionSet) -> NoReturn:
-    sys.stdout.write(config_text(options.flags(), options.flat(), options.origins))
+    sys.stdout.write(readable_anywhere(config_text(options.flags(), options.flat(), options.origins)))
     raise SystemExit(0)
 
 
@@ -123,6 +124,8 @@ def _invalid_value(flag: Flag, error: ErrorDetails, sources: Mapping[str, Layer]
 
 
 def _better(flag: Flag, written: str) -> str:
+    if unwritable(written):
+        return IN_UTF8
     if flag.choices:
         match = nearest(written.lower(), flag.choices)
         return f"choose {flag.takes}" + (f"; did you mean --{flag.name} {match}?" if match else "")

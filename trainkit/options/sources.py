@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
-import tomllib
 from argparse import ArgumentParser
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +14,10 @@ from trainkit.errors import Problem
 from trainkit.options.base import Concern, Flag
 from trainkit.options.cli import MISSING, make_parser, split_leftovers, underscored
 from trainkit.options.trainers import only_script_with
+from trainkit.reading import parse_json, parse_toml, parse_yaml, read_text
 
 ENV_PREFIX = "LORA_"
+CONFIGS = {".toml": parse_toml, ".json": parse_json, ".yaml": parse_yaml, ".yml": parse_yaml}
 
 PRESETS: dict[str, dict[str, str | int | float | bool]] = {
     # A style from about twenty images: a small rank and Prodigy finding the rate; larger ranks learn the images.
@@ -176,29 +176,13 @@ def _nearest_key(name: str, flags: Mapping[str, Flag], table: str | None, prefix
 
 def _load(path: Path) -> dict[str, object]:
     """The table in a config file; ValueError when it is not one."""
-    text = path.read_text(encoding="utf-8")
-    data: object
-    match path.suffix.lower():
-        case ".toml":
-            data = tomllib.loads(text)
-        case ".json":
-            data = json.loads(text)
-        case ".yaml" | ".yml":
-            data = _load_yaml(text)
-        case suffix:
-            raise ValueError(f"{suffix or 'no ending'} is not one of .toml, .yaml, .yml, .json")
+    parse = CONFIGS.get(path.suffix.lower())
+    if parse is None:
+        raise ValueError(f"{path.suffix or 'no ending'} is not one of .toml, .yaml, .yml, .json")
+    data = parse(read_text(path).removeprefix("\ufeff"))  # a mark that Windows' editors write
     if not isinstance(data, dict):
         raise ValueError("it holds no table of flags")
     return data
-
-
-def _load_yaml(text: str) -> object:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
 
 
 def _without_value(flag: Flag) -> Problem:

@@ -18,6 +18,7 @@ from trainkit.options import MatchingOptions, OptimizerOptions
 from trainkit.options.rules import unread
 from trainkit.options.text_encoders import replace_words
 from trainkit.options.trainers import known_flags
+from trainkit.reading import parse_json
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 SAMPLE = re.compile(r"step_(\d+)(?:_p(\d+)_s(\d+))?\.png")  # a single image, or without p and s a step's grid
@@ -241,7 +242,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, float]]:
         return
     for line in path.read_text("utf-8").splitlines():
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
         if isinstance(row, dict) and "step" in row:

@@ -36,7 +36,7 @@ from trainkit.inference import (
     lora_problems,
 )
 from trainkit.tools import ASSETS
-from trainkit.tools.checks import make_out, number_problems, out_problems, writing_to
+from trainkit.tools.checks import make_out, number_problems, out_problems, text_problems, writing_to
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -73,6 +73,7 @@ class Shot:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    refuse(text_problems(args))
     refuse(problems(args))
     refuse(make_out(args.out))
     shots = plan(args)

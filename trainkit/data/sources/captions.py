@@ -11,13 +11,12 @@ import io
 import json
 import logging
 import re
-import shlex
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from trainkit.errors import Problem
+from trainkit.errors import Problem, printable, shell_word
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +46,6 @@ def listing(items: Iterable[str]) -> str:
     items = list(items)
     more = [f"... and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
     return "\n             ".join(items[:SHOWN] + more)
-
-
-def printable(name: str) -> str:
-    """A file name that every log, key and terminal can hold: undecodable bytes and control characters are escaped."""
-    escaped = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in escaped)
 
 
 def one_line(text: str) -> str:
@@ -137,7 +130,7 @@ def read_metadata(
     try:
         records, bad = _records(path)
     except OSError as error:
-        return [], _problem([f"{error}"], "metadata files", path, f"chmod u+r {shlex.quote(str(path))}")
+        return [], _problem([f"{error}"], "metadata files", path, f"chmod u+r {shell_word(path)}")
     columns = list(dict.fromkeys(key for _, record in records for key in record))
     named_in = _name_column(columns, image_column)
     chosen = column or next((c for c in CAPTION_COLUMNS if c in columns), None)
@@ -155,7 +148,7 @@ def read_metadata(
 
 def _two_files(folder: Path, files: list[Path]) -> Problem:
     return Problem("two metadata files", f"{folder}", "they may disagree about a caption",
-                   f"keep one of them: rm {' '.join(shlex.quote(str(path)) for path in files[1:])}", kind="data")
+                   f"keep one of them: rm {' '.join(shell_word(path) for path in files[1:])}", kind="data")
 
 
 def _name_column(columns: list[str], image_column: str) -> str | None:
@@ -176,7 +169,7 @@ def _column_problems(path: Path, columns: list[str], named_in: str | None, chose
                     path, there, " or ".join(CAPTION_COLUMNS))
     elif chosen not in columns:
         yield Problem(f"there is no column {chosen!r}", f"--caption_column {chosen}, {path}", f"columns there: {there}",
-                      f"--caption_column {shlex.quote(printable(others[0]))}" if others else "drop --caption_column")
+                      f"--caption_column {shell_word(others[0])}" if others else "drop --caption_column")
 
 
 JsonRecord = dict[str, object]

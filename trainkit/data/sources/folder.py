@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 from collections import Counter
 from collections.abc import Collection, Container, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,11 +16,10 @@ from trainkit.data.sources.captions import (
     SIDECARS,
     listing,
     metadata_files,
-    printable,
     read_metadata,
     read_sidecars,
 )
-from trainkit.errors import Problem
+from trainkit.errors import Problem, printable, shell_word
 
 if TYPE_CHECKING:
     from trainkit.options import ImageOptions
@@ -147,7 +145,7 @@ def _no_images(where: Folder) -> Problem:
     below = [] if where.captioned else sorted(path.name for path in where.path.iterdir() if path.is_dir())
     why = f"subfolders are not searched; there are: {listing(map(printable, below))}" if below else \
         f"it holds no file named {', '.join(sorted(SUFFIXES))}"
-    target = shlex.quote(printable(str(where.path / below[0]))) if below else IMAGES
+    target = shell_word(where.path / below[0]) if below else IMAGES
     return Problem("no images", f"{where.flag} {where.path}", why, f"{where.flag} {target}", kind="data")
 
 
