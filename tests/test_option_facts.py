@@ -100,7 +100,7 @@ def test_a_new_flag_is_in_the_fingerprint_unless_it_says_otherwise(options):
     run = SimpleNamespace(global_batch=4, precision="no", world=1)
     row = SimpleNamespace(id="a", digest="b", all_captions=("c",), repeat=0, is_class=False)
     one, other = (fingerprint(read(options, f"--lora_dummy={value}", f"--dummy_dir={value}"), [row],
-                              SimpleNamespace(identity={}), run, 10) for value in (2, 3))
+                              SimpleNamespace(identity={}, sampled_identity={}), run, 10) for value in (2, 3))
     assert (one["--lora_dummy"], other["--lora_dummy"]) == (2.0, 3.0)
     assert {name for name in one if one[name] != other[name]} == {"--lora_dummy"}
 

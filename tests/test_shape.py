@@ -22,7 +22,7 @@ BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.AsyncFor, ast.Async
 
 # The layers of CONTRIBUTING's list, lowest first. A room imports rooms of its own layer or below.
 LAYERS = (
-    {"redact", "reading", "errors", "files", "rng", "condition", "frequency"},
+    {"redact", "reading", "digests", "errors", "files", "rng", "condition", "frequency"},
     {"options", "diffusion"},
     {"optim", "runtime", "losses", "adapters", "lean_lora", "evaluation", "sheets"},
     {"families"},
