@@ -350,7 +350,7 @@ class Run:
         every, total = self.opts.run.checkpointing_steps, self.progress.pace.total
         notes = [f"{self.gradients.skipped} skipped"] if self.gradients.skipped else []
         if step < total:
-            notes.append(f"next save {min(total, (step // every + 1) * every)}")
+            notes.append(f"next save {min(total, (step // every + 1) * every) if every else total}")
         return " · ".join(notes)
 
     # -- across restarts ------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ class TrainFolderOptions(Concern):
     max_train_samples: int | None = opt(
         None, "train on so many of the images only, chosen by --seed; without it all", unit="images",
         resume="in the data", ge=1,
-        differs="more than there are is all of them, not an error")
+        differs="more than there are is all of them, not an error", off=None)
 
 
 class CaptionedDataOptions(ImageOptions, TrainFolderOptions):
@@ -72,7 +72,7 @@ class CaptionedOptimizerOptions(OptimizerOptions):
         OptimizerOptions, "lr_warmup_steps", 500,
         differs="not stretched by --gradient_accumulation_steps, as those of the SDXL script are")
     adam_weight_decay: float = changed(OptimizerOptions, "adam_weight_decay", 1e-2)
-    max_grad_norm: float = changed(
+    max_grad_norm: float | None = changed(
         OptimizerOptions, "max_grad_norm", 1.0, differs="it is; the script for SD 1.x scales nothing down")
 
 

@@ -122,4 +122,5 @@ examples/text_to_image with what its SDXL script adds); where we differ from a s
 - `--print_config` prints every value with its origin and stops. That is a config file, too, with defaults as comments.
 - Dashes work for underscores (`--instance-data-dir`). Every switch has a twin `--no_…` and takes `=True` or `=False`.
 - Choices are read in any case. `none` unsets a number or a choice that a preset or a config has set.
+- 0, `none` and `off` switch a number off that can be off, such as `--max_grad_norm 0` or `--num_validation_images 0`.
 - All mistakes in a command are reported at once, each with the nearest flag or value; the exit code is 2."""

@@ -68,8 +68,8 @@ class FourierOptions(Concern):
     fourier_adaptive_scaling: bool | None = opt(
         None, "let that move over the run, from several resolutions towards the full one; without it on",
         read_with=UNIFIED)
-    fourier_warmup_steps: int = opt(300, "optimizer steps before the term counts", unit="steps", ge=0)
-    fourier_ramp_steps: int = opt(0, "steps after those in which its weight rises from 0", unit="steps", ge=0)
+    fourier_warmup_steps: int = opt(300, "optimizer steps before the term counts", unit="steps", ge=0, off=0)
+    fourier_ramp_steps: int = opt(0, "steps after those in which its weight rises from 0", unit="steps", ge=0, off=0)
     fourier_eps: float = opt(1e-8, "keeps the slope of a magnitude finite at 0", unit="number", gt=0)
     fourier_metric: Literal["magnitude", "complex"] = opt(
         "magnitude", "what of a frequency is compared: its magnitude, which no shift and no sign changes, or all of it",
@@ -94,7 +94,7 @@ class FourierOptions(Concern):
         unit="range:weight")
     fourier_target_share: float | None = opt(
         None, "hold the term at this share of error and term together, 0.05 to 0.2 are usual; the weight is then "
-        "where it starts", unit="share", gt=0, le=0.9)
+        "where it starts", unit="share", gt=0, le=0.9, off=None)
 
     @field_validator("fourier_scales", "fourier_scale_weights", "fourier_scale_high_freq_weights", "fourier_mix",
                      "fourier_bands", mode="before")

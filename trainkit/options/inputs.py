@@ -81,7 +81,7 @@ class ImageOptions(Concern):
         differs="latents are kept by image, so that captions and sizes stay with them")
     cached_crops: int = opt(
         4, "random crops cached an image with --cache_latents; 0 encodes at every visit", unit="crops",
-        read_with="cache_latents", ge=0)
+        read_with="cache_latents", ge=0, off=0)
     latent_cache_dir: str | None = opt(
         None, "keep encoded captions, and latents with --cache_latents, on disk here, shared by runs; without it they "
         "are kept in memory", path=True, resume="may change", min_length=1)

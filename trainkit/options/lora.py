@@ -20,13 +20,13 @@ class LoraOptions(Concern):
         4, "r of the update (lora_alpha / r) B A", unit="rank", read_with=ADAPTS, card=always("Rank"), ge=1, le=4096)
     lora_alpha: float | None = opt(
         None, "scale of the update; without it r, which makes the scale 1", unit="scale", read_with=ADAPTS,
-        card=always("Alpha"), gt=0)
+        card=always("Alpha"), gt=0, off=None)
     use_rslora: bool = opt(
         False, "scale by lora_alpha / √r, which suits high ranks (rsLoRA)", read_with=ADAPTS, card="rsLoRA")
     lokr_factor: int = opt(8, "side of LoKr's small matrix, the largest divisor up to it; -1 is near the square root",
                            unit="entries", read_with="lora_type=lokr", ge=-1)
     lora_dropout: float = opt(
-        0.0, "share of the adapters' inputs dropped in training", unit="0..1", read_with=ADAPTS, ge=0, lt=1)
+        0.0, "share of the adapters' inputs dropped in training", unit="0..1", read_with=ADAPTS, ge=0, lt=1, off=0.0)
     lora_layers: Literal["attention", "attention+ff", "all-linear", "attention+conv", "attention+ff+conv",
                          "all-linear+conv"] = opt(
         "attention", "layers of the UNet that get adapters: the attention projections, these and the feed-forward "
@@ -46,7 +46,7 @@ class LoraOptions(Concern):
         "OLoRA); training starts at the base model with each", read_with=ADAPTS, card="Start")
     loraplus_lr_ratio: float = opt(
         1.0, "how many times A's learning rate B learns with (LoRA+)", unit="times", read_with=ADAPTS,
-        card="LoRA+ ratio", gt=0)
+        card="LoRA+ ratio", gt=0, off=1.0)
     train_unet_frac: float = opt(1.0, "share of the steps in which the UNet's adapters are trained; 0 makes none",
                                  unit="0..1", card="Share of the steps, UNet", ge=0, le=1)
 

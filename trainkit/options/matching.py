@@ -22,10 +22,10 @@ class MatchingOptions(Concern):
 
     dist_match: float = opt(
         0.0, "strength of the sum form (Real-Fake, Yuan et al. 2024, whose script has 0.003), which grows with the "
-        "batch; 0: off", unit="lambda", card="Distribution matching, lambda", ge=0)
+        "batch; 0: off", unit="lambda", card="Distribution matching, lambda", ge=0, off=0.0)
     dist_match_gain: float = opt(
         0.0, "strength of the unbiased form beside the ordinary loss, the same at every batch size; 0: off",
-        unit="gain", card="Distribution matching, gain", ge=0)
+        unit="gain", card="Distribution matching, gain", ge=0, off=0.0)
     dist_match_statistic: Literal["sum", "diagonal", "u"] | None = opt(
         None, "what is measured: the squared sum of the errors, its part that each image has alone (a control), or "
         "its part that two images share (U statistic). Without it sum with --dist_match, u with --dist_match_gain",
@@ -71,7 +71,7 @@ class MatchingOptions(Concern):
     dist_match_bank: float = opt(
         0.0, "decay of a running mean of the errors of past batches, which counts as decay / (1 - decay) of them; for "
         "sets of hundreds of images, since it holds each image's own errors too; 0: none", unit="0..1",
-        card="Matching, bank", ge=0, lt=1)
+        card="Matching, bank", ge=0, lt=1, off=0.0)
 
     @field_validator("dist_match_weights")
     @classmethod

@@ -22,7 +22,7 @@ class ObjectiveOptions(Concern):
     snr_gamma: float | None = opt(
         None, "gamma of Min-SNR weighting (Hang et al. 2023), 5 in the paper", unit="gamma",
         read_with=needs(f"no loss_weighting or loss_weighting={'|'.join(SNR_CAPPED)}",
-                        f"--loss_weighting {' or '.join(SNR_CAPPED)}"), card=always("Min-SNR gamma"), gt=0)
+                        f"--loss_weighting {' or '.join(SNR_CAPPED)}"), card=always("Min-SNR gamma"), gt=0, off=None)
     p2_k: float = opt(1.0, "k of P2 weighting (Choi et al. 2022)", unit="SNR", read_with="loss_weighting=p2", gt=0)
     p2_gamma: float = opt(
         1.0, "gamma of P2 weighting, 0.5 or 1 in the paper", unit="gamma", read_with="loss_weighting=p2", ge=0)
@@ -35,16 +35,17 @@ class ObjectiveOptions(Concern):
         "snr", "how that place moves with the noise level: not at all, or from 1 without noise down to --huber_c "
         "(Khrapov et al. 2024)", read_with=HUBER)
     noise_offset: float = opt(
-        0.0, "noise added to each channel's mean, 0.05 to 0.1 are usual", unit="std", card="Noise offset", ge=0)
+        0.0, "noise added to each channel's mean, 0.05 to 0.1 are usual", unit="std", card="Noise offset", ge=0,
+        off=0.0)
     multires_noise_iterations: int = opt(
         0, "resolutions that noise is summed over (Whitaker 2023), 6 to 10 are usual; 0: white noise", unit="grids",
-        ge=0)
+        ge=0, off=0)
     multires_noise_discount: float = opt(
         0.3, "strength of each coarser resolution relative to the one before", unit="factor",
         read_with="multires_noise_iterations", gt=0, le=1)
     input_perturbation: float = opt(
         0.0, "extra noise in the input that the target does not know (Ning et al. 2023), 0.1 in the paper", unit="std",
-        ge=0)
+        ge=0, off=0.0)
     timestep_sampling: Literal["uniform", "logit_normal", "mode", "cosmap"] | None = opt(
         None, "law of the timesteps (Esser et al. 2024); without it uniform, and for EDM training --edm_sigmas")
     logit_mean: float = opt(0.0, "mean of the logit-normal law: below 0 favours little noise", unit="logit",
@@ -55,7 +56,8 @@ class ObjectiveOptions(Concern):
         1.29, "strength of the mode law: above 0 favours the middle, below 0 the ends", unit="scale",
         read_with="timestep_sampling=mode", ge=-1, le=1.75)
     min_timestep: int = opt(0, "first timestep that is drawn", unit="timestep", ge=0)
-    max_timestep: int | None = opt(None, "timestep below which all are drawn; without it all", unit="timestep", ge=1)
+    max_timestep: int | None = opt(
+        None, "timestep below which all are drawn; without it all", unit="timestep", ge=1, off=None)
     do_edm_style_training: bool = opt(
         False, "noise levels and weights of Karras et al. 2022 on an epsilon or v model; EDM models always have them",
         card="EDM training", differs="log-normal noise levels and EDM weights, where it was plain training by algebra; "

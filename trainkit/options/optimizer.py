@@ -43,7 +43,7 @@ class OptimizerOptions(Concern):
         500, "optimizer steps in which the rate rises from 0; not read by constant", unit="steps",
         resume="may change", card=always("Warm-up, steps"),
         read_with=needs("no lr_warmup_steps or lr_scheduler!=constant|piecewise_constant",
-                        "an --lr_scheduler that warms up, such as constant_with_warmup"), ge=0)
+                        "an --lr_scheduler that warms up, such as constant_with_warmup"), ge=0, off=0)
     lr_num_cycles: int = opt(1, "restarts of cosine_with_restarts", unit="cycles", resume="may change",
                              read_with="lr_scheduler=cosine_with_restarts", ge=1)
     lr_step_rules: str | None = opt(
@@ -56,7 +56,7 @@ class OptimizerOptions(Concern):
     adam_beta2: float = opt(
         0.999, "decay of the second moment, of Prodigy too", unit="0..1", read_with=READS_ADAM, ge=0, lt=1)
     adam_weight_decay: float = opt(
-        1e-4, "weight decay of the adapters, of Prodigy too", unit="decay", resume="may change", ge=0)
+        1e-4, "weight decay of the adapters, of Prodigy too", unit="decay", resume="may change", ge=0, off=0.0)
     adam_epsilon: float = opt(
         1e-8, "added to the denominator, of Prodigy too", unit="number", read_with=READS_ADAM, gt=0)
     prodigy_beta3: float | None = opt(
@@ -68,8 +68,8 @@ class OptimizerOptions(Concern):
         True, "Adam's bias correction in Prodigy", read_with="optimizer=prodigy", differs="False is False")
     prodigy_safeguard_warmup: bool = opt(
         True, "keep a warm-up from raising Prodigy's estimate", read_with="optimizer=prodigy", differs="False is False")
-    max_grad_norm: float = opt(
-        1.0, "the gradient is scaled down to this norm", unit="norm", resume="may change", gt=0)
+    max_grad_norm: float | None = opt(
+        1.0, "the gradient is scaled down to this norm", unit="norm", resume="may change", gt=0, off=None)
     use_ema: bool = opt(False, "average the UNet's adapters over the steps; previews and files show the average",
                         read_with=ADAPTS_UNET)
     ema_decay: float = opt(

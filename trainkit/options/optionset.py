@@ -132,4 +132,16 @@ def _better(flag: Flag, written: str) -> str:
     if flag.is_switch:
         return f"--{flag.name} or --no_{flag.name}"
     example = f", for example the default {flag.default}" if flag.default is not None else ""
-    return f"give --{flag.name} {flag.takes}{example}"
+    return f"give --{flag.name} {flag.takes}{example}{_how_off(flag)}"
+
+
+def _how_off(flag: Flag) -> str:
+    """How a number is switched off: by a value of its own, or with what it is read with."""
+    if flag.value_type not in (int, float):
+        return ""
+    if flag.facts.can_be_off:
+        return f"; --{flag.name} 0 switches it off"
+    needed = next(flag.prerequisites, None)
+    words = needed and (needed.said or " or ".join(sorted(f"--{name}" for name in needed.flags)))
+    return f"; it has no effect without {words}" if words else ""
+

@@ -34,12 +34,12 @@ class ValidationOptions(Concern):
 
     validation_prompt: str | None = opt(
         None, "prompt of the preview images; without it there are none", resume="may change")
-    num_validation_images: int = opt(4, "images a preview", unit="images", resume="may change", ge=1)
+    num_validation_images: int = opt(4, "images a preview", unit="images", resume="may change", ge=0, off=0)
     validation_epochs: int = opt(50, "a preview every so many epochs", unit="epochs", resume="may change",
-                                 read_with="no validation_steps", ge=1)
+                                 read_with="no validation_steps", ge=0, off=0)
     validation_steps: int | None = opt(
         None, "a preview every so many optimizer steps, instead of --validation_epochs", unit="steps",
-        resume="may change", ge=1)
+        resume="may change", ge=1, off=None)
 
     def every(self, steps_per_epoch: int) -> int:
         """Optimizer steps between previews."""
@@ -58,28 +58,28 @@ class RunOptions(Concern):
     train_batch_size: int = opt(4, "images in a micro-batch on one device", unit="images", resume="in the data",
                                 card=always("Batch size"), ge=1)
     gradient_accumulation_steps: int = opt(1, "micro-batches in an optimizer step", unit="micro-batches",
-                                           resume="in the data", card=always("Accumulation"), ge=1)
+                                           resume="in the data", card=always("Accumulation"), ge=1, off=1)
     num_train_epochs: int = opt(
         1, "visits to the whole data set", unit="epochs", resume="in the data", read_with="no max_train_steps", ge=1)
     max_train_steps: int | None = opt(
-        None, "optimizer steps, instead of --num_train_epochs", unit="steps", resume="in the data", ge=1)
+        None, "optimizer steps, instead of --num_train_epochs", unit="steps", resume="in the data", ge=1, off=None)
     stop_after_steps: int | None = opt(
         None, "save and stop after so many finished steps of a longer run; resuming goes on", unit="steps",
-        resume="may change", ge=1)
+        resume="may change", ge=1, off=None)
     checkpointing_steps: int = opt(
-        500, "a checkpoint every so many optimizer steps", unit="steps", resume="may change", ge=1)
+        500, "a checkpoint every so many optimizer steps", unit="steps", resume="may change", ge=0, off=0)
     checkpoints_total_limit: int | None = opt(
         None, "newest checkpoints to keep; without it all", unit="checkpoints", resume="may change", ge=1,
-        differs="old ones go only after the new one is safe")
+        differs="old ones go only after the new one is safe", off=None)
     resume_from_checkpoint: str | None = opt(
         None, "'latest', a name such as checkpoint-500, or a path", unit="path or name", path=True,
         resume="may change", min_length=1,
         differs="a path is taken as it is; the run goes on bit for bit")
     max_skipped_steps: int = opt(
         10, "optimizer steps in a row that may be skipped for a gradient that is not finite", unit="steps",
-        resume="may change", ge=0)
+        resume="may change", ge=0, off=0)
     dataloader_num_workers: int = opt(0, "processes that prepare images; 0 does it in the main one",
-                                      unit="processes", resume="may change", ge=0)
+                                      unit="processes", resume="may change", ge=0, off=0)
     logging_dir: str = opt(
         "logs", "folder of the trackers' logs under --output_dir", path=True, resume="may change", min_length=1)
     report_to: Literal["tensorboard", "wandb", "all", "none"] = opt(

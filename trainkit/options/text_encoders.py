@@ -70,7 +70,7 @@ class PivotalOptions(Concern):
         "by commas; an empty entry, or none at all: random, as large as the vocabulary's", unit="words", min_length=1)
     token_std_pull: float = opt(
         0.1, "power by which every step pulls the new embeddings' standard deviation towards the vocabulary's; 0: off",
-        unit="power", ge=0, le=1, differs="stops with the training of the embeddings")
+        unit="power", ge=0, le=1, differs="stops with the training of the embeddings", off=0.0)
 
     @property
     def abstractions(self) -> list[str]:
