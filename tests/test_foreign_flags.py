@@ -122,3 +122,18 @@ def test_a_refused_number_says_how_it_is_switched_off(argv, what):
 def test_no_limit_is_no_limit():
     assert read("--max_grad_norm=inf").optimizer.max_grad_norm is None
     assert "cannot be" in next(iter(refused(["--num_validation_images=inf"])))
+
+
+# -- shares of a run --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["lr_warmup_steps", "checkpointing_steps", "validation_steps", "stop_after_steps"])
+@pytest.mark.parametrize("share, steps", [("0.05", 2), ("5%", 2), (".5", 20), ("0.001", 1)])
+def test_a_share_of_the_run_is_told_in_steps(flag, share, steps):
+    fix = next(iter(refused([f"--{flag}={share}", "--max_train_steps=40"]).values()))
+    assert fix.startswith(f"--{flag} {steps}:") and "of 40 steps" in fix
+
+
+def test_without_a_number_of_steps_it_says_what_to_count():
+    assert "0.05 times" in next(iter(refused(["--lr_warmup_steps=0.05"]).values()))
+    assert "times" not in next(iter(refused(["--rank=0.05"]).values()))

@@ -29,7 +29,7 @@ LAYERS = (
     {"data"},
     {"conditioning", "training"},
     {"checkpoints", "export", "run_fingerprint"},
-    {"inference", "report"},
+    {"lora_headers", "inference", "report"},
     {"preview", "publish"},
     {"run", "preflight"},
     {"tools"},

@@ -23,7 +23,7 @@ from trainkit.reading import parse_yaml, read_text
 from trainkit.redact import redact
 from trainkit.report import SampleStep, environment, sample_steps, write_report
 from trainkit.report.charts import number
-from trainkit.report.facts import DIFFUSERS_FILE, RunFacts, sample_files, weight_names
+from trainkit.report.facts import DIFFUSERS_FILE, RunFacts, public, sample_files, weight_names
 from trainkit.report.usage import usage
 from trainkit.runtime import ranks
 
@@ -176,7 +176,8 @@ def write_card(folder: Path) -> Path:
     card = env.get_template("card.md").render(
         run=run, samples=samples, samples_grid=f"samples/step_{samples[-1].step:06d}.png" if samples else "",
         usage=usage(run), files=run.files, purposes=purposes(run), settings=settings(run), dataset=hub_dataset(run),
-        licence=licence, base_is_local=Path(run.base_path).is_dir(), front_matter=matter, title=title(run),
+        licence=licence, base_is_local=Path(run.base_path).is_dir(),
+        vae_is_local=bool(run.vae) and Path(str(run.option("pretrained_vae_model_name_or_path"))).is_dir(), front_matter=matter, title=title(run),
         parts=parts(run), tokens=run.embeddings.tokens if run.embeddings else {},
     )
     path = folder / "README.md"
@@ -249,7 +250,7 @@ def hub_dataset(run: RunFacts) -> str | None:
 
 def settings(run: RunFacts) -> dict[str, str]:
     """The rows of the card's table: what had an effect. Which options it tells, their fields say."""
-    card_values = {card.label: run.setting(flag.name) for flag in known_flags().values() if (card := flag.facts.card)
+    card_values = {card.label: public(flag.name, run.setting(flag.name)) for flag in known_flags().values() if (card := flag.facts.card)
             if card.always or run.option(flag.name) != flag.default}
     rates = {f"Learning rate, {group}": number(rate) for group, rate in run.rates.items()}
     values = {"Steps": run.step, "Optimizer": run.optimizer, **rates, **card_values}

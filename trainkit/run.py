@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from trainkit.data.sampler import Shard
-from trainkit.errors import Problem, UserError, is_out_of_memory, out_of_memory
+from trainkit.errors import Problem, UserError, is_out_of_memory, out_of_memory, refuse
 from trainkit.files import DISK_ERRORS, Json, disk_error, disk_errors
 from trainkit.runtime import ranks, trackers
 from trainkit.runtime.checkpoint_folders import pointed
@@ -88,6 +88,7 @@ def start_run(opts: RunSettings, project: str) -> Run:
     # inherit the setting when they are made, so it comes before the first parallel operation.
     torch.set_flush_denormal(True)
     ranks.refuse_wrappers(os.environ)
+    refuse(ranks.precision_problems(os.environ, opts.precision.mixed_precision))
     names = trackers.chosen_trackers(opts.run.report_to)
     lock = take_folder(Path(opts.run.output_dir))
     with ExitStack() as on_failure:
@@ -162,7 +163,7 @@ class Run:
         torch.manual_seed(self.seed)  # for libraries that draw by themselves; ours draw from trainkit.rng
         if self.opts.precision.allow_tf32:
             torch.set_float32_matmul_precision("high")
-        for notice in self.opts.notices():
+        for notice in [*self.opts.notices(), *ranks.unused_settings(os.environ)]:
             log.warning("%s", notice)
         if self.is_main:
             self.record.write()
@@ -286,11 +287,7 @@ class Run:
         the last one: then the weights are those the losses went wrong with.
         """
         if self.gradients.skipped >= self._step > 0:
-            raise UserError(Problem(
-                what=f"nothing was learned: all {self._step} steps were skipped", where=str(self.metrics.path),
-                why="no loss or gradient was finite, so no update reached the weights", kind="nonfinite",
-                fix="lower --learning_rate, or use --mixed_precision bf16 or no, and start anew",
-            ))
+            raise self.gradients.never_finite(self._step, str(self.metrics.path))
         if not self.healthy:
             raise UserError(Problem(
                 what=f"the run was diverging when it ended: the last {self.gradients.in_a_row} steps were skipped",

@@ -16,7 +16,7 @@ class ModelOptions(Concern):
         "base model: a folder in the Diffusers layout or a Hub name", path="or Hub name", resume="in the data",
         min_length=1)
     pretrained_vae_model_name_or_path: str | None = opt(
-        None, "another VAE to train with, for instance one that is stable in fp16", path="or Hub name",
+        None, "another VAE to train with, for instance one that is stable in fp16", path="or Hub name", card="VAE",
         resume="in the data", min_length=1)
     revision: str | None = opt(
         None, "branch, tag or commit of the base model on the Hub", unit="name", resume="in the data", min_length=1)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, SecretStr, ValidationEr
 
 from trainkit.errors import IN_UTF8, Problem, refuse, unwritable
 from trainkit.options import rules
-from trainkit.options.base import Concern, Flag, Value
+from trainkit.options.base import Concern, Flag, Value, steps_of_fraction
 from trainkit.options.config_text import config_text, readable_anywhere
 from trainkit.options.sources import Layer, nearest, read_layers
 from trainkit.redact import REDACTED
@@ -119,8 +119,23 @@ def _invalid_value(flag: Flag, error: ErrorDetails, sources: Mapping[str, Layer]
                        f"add --{flag.name} {flag.metavar}")
     written = REDACTED if flag.secret else repr(error["input"])
     why = error["msg"].removeprefix("Value error, ").replace("Input should", "it should").partition(", unable")[0]
-    return Problem(f"--{flag.name} cannot be {written}", sources[flag.name].spelling(flag.name), why,
-                   _better(flag, str(error["input"])))
+    fix = _steps_of_share(flag, str(error["input"]), sources) or _better(flag, str(error["input"]))
+    return Problem(f"--{flag.name} cannot be {written}", sources[flag.name].spelling(flag.name), why, fix)
+
+
+def _steps_of_share(flag: Flag, written: str, sources: Mapping[str, Layer]) -> str:
+    """What a share of the run, as other trainers take it, is in steps; "" for other values and flags."""
+    try:
+        share = float(written.removesuffix("%")) / (100 if written.endswith("%") else 1)
+    except ValueError:
+        return ""
+    if flag.facts.unit != "steps" or flag.value_type is not int or not 0 < share < 1:
+        return ""
+    try:
+        total = int(str(sources["max_train_steps"].values["max_train_steps"]))
+    except (KeyError, ValueError):
+        return f"--{flag.name} counts steps: write {share:g} times those of the run (epochs x images / batch)"
+    return f"--{flag.name} {steps_of_fraction(share, total)}: {share:g} would be that many of {total} steps"
 
 
 def _better(flag: Flag, written: str) -> str:

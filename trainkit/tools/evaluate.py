@@ -158,7 +158,7 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
         yield Problem(f"no file of embeddings {args.embeddings}", "--embeddings", "the run's new tokens are in it",
                       "give the path of the NAME_emb.safetensors that the run wrote, or leave the flag out")
     yield from base_problems(args.base, args.embeddings)
-    yield from lora_problems([args.lora] if args.lora else [])
+    yield from lora_problems([args.lora] if args.lora else [], args.base)
     for flag in ("training", "clip", "reference"):
         if not getattr(args, flag).is_dir():
             yield Problem(f"no folder {getattr(args, flag)}", f"--{flag}", "the style distance needs it",

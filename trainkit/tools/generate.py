@@ -144,7 +144,7 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
     named += [("--embeddings", args.embeddings)] if args.embeddings else []
     yield from (Problem(f"no file {file}", flag, "it is read before drawing", "name a file that is there", "data")
                 for flag, file in named if not file.is_file())
-    yield from lora_problems(args.lora)
+    yield from lora_problems(args.lora, args.base)
     if args.strength and (not args.lora or len(args.strength) not in {1, len(args.lora)}):
         yield Problem(f"{len(args.strength)} strengths for {len(args.lora)} LoRAs", "--strength",
                       "it is one for all, or one for each", "give --strength once, or as often as --lora")
