@@ -112,6 +112,16 @@ def _in_ascii(error: UnicodeError) -> tuple[str, int]:
 # Problems
 
 
+SHOWN = 20  # entries of a list in a message
+
+
+def listing(items: Iterable[str]) -> str:
+    """At most SHOWN items, one a line, and how many more there are."""
+    items = list(items)
+    more = [f"... and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
+    return "\n             ".join(items[:SHOWN] + more)
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing that stands in the way. `fix` is a command or an edit the user can make now."""

@@ -13,7 +13,8 @@ from typing import Any
 
 from trainkit.errors import Problem, shell_word
 
-A_NAME = re.compile(r"(.+?)\.(?:lora_A(?:\.\w+)?|lora_down|lora\.down|lora_linear_layer\.down|[\w.]*_lora\.down)\.weight")
+A_NAME = re.compile(  # of a LoRA's matrix A, or down
+    r"(.+?)\.(?:lora_A(?:\.\w+)?|lora_down|lora\.down|lora_linear_layer\.down|[\w.]*_lora\.down)\.weight")
 UNREAD = {  # ends of names that Diffusers drops or stumbles over -> what the file is
     r"\.dora_scale$": "a DoRA for WebUIs, whose magnitudes (dora_scale) Diffusers drops",
     r"\.hada_": "a LoHa in the layout of WebUIs, which Diffusers does not read",

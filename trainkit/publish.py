@@ -177,8 +177,8 @@ def write_card(folder: Path) -> Path:
         run=run, samples=samples, samples_grid=f"samples/step_{samples[-1].step:06d}.png" if samples else "",
         usage=usage(run), files=run.files, purposes=purposes(run), settings=settings(run), dataset=hub_dataset(run),
         licence=licence, base_is_local=Path(run.base_path).is_dir(),
-        vae_is_local=bool(run.vae) and Path(str(run.option("pretrained_vae_model_name_or_path"))).is_dir(), front_matter=matter, title=title(run),
-        parts=parts(run), tokens=run.embeddings.tokens if run.embeddings else {},
+        vae_is_local=bool(run.vae) and Path(str(run.option("pretrained_vae_model_name_or_path"))).is_dir(),
+        front_matter=matter, title=title(run), parts=parts(run), tokens=run.embeddings.tokens if run.embeddings else {},
     )
     path = folder / "README.md"
     atomic_write(path, card.encode("utf-8"))
@@ -250,8 +250,8 @@ def hub_dataset(run: RunFacts) -> str | None:
 
 def settings(run: RunFacts) -> dict[str, str]:
     """The rows of the card's table: what had an effect. Which options it tells, their fields say."""
-    card_values = {card.label: public(flag.name, run.setting(flag.name)) for flag in known_flags().values() if (card := flag.facts.card)
-            if card.always or run.option(flag.name) != flag.default}
+    card_values = {card.label: public(flag.name, run.setting(flag.name)) for flag in known_flags().values()
+                   if (card := flag.facts.card) if card.always or run.option(flag.name) != flag.default}
     rates = {f"Learning rate, {group}": number(rate) for group, rate in run.rates.items()}
     values = {"Steps": run.step, "Optimizer": run.optimizer, **rates, **card_values}
     return {name: str(value) for name, value in values.items() if value is not None}

@@ -52,8 +52,9 @@ def start_trackers(accelerator: Accelerator, project: str, options: Mapping[str,
     except Exception as error:  # what W&B raises is not always its own class
         if "wandb" not in map(str, accelerator.log_with) or is_out_of_memory(error):
             raise
+        said = f"{error}".strip().partition("\n")[0] or type(error).__name__
         raise UserError(Problem(
-            what=f"Weights & Biases would not start: {f'{error}'.strip().partition(chr(10))[0]}", where="--report_to wandb",
+            what=f"Weights & Biases would not start: {said}", where="--report_to wandb",
             why="it needs a login, or to be told to stay offline",
             fix="wandb login, or WANDB_MODE=offline in the environment, or --report_to tensorboard",
         )) from error
