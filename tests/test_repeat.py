@@ -1,4 +1,4 @@
-"""What a report and a card say can be done: the command repeats the run, names load, numbers compare with their like."""
+"""What a report and a card say can be done: the command repeats the run, names load, numbers compare with like."""
 
 from __future__ import annotations
 

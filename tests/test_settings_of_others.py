@@ -47,10 +47,11 @@ def test_wandb_that_does_not_start_is_our_message(tmp_path, error):
     def fail(*args: object) -> None:
         raise error
 
-    accelerator = SimpleNamespace(log_with=["wandb"], init_trackers=fail)
+    accelerator = SimpleNamespace(log_with=["wandb"], init_trackers=fail, trackers=[object()])
     with pytest.raises(UserError, match="Weights & Biases would not start") as refused:
         trackers.start_trackers(accelerator, "x", {}, out_dir=tmp_path)
     assert "wandb login" in refused.value.problems[0].fix and "more" not in f"{refused.value}"
+    assert not accelerator.trackers, "which accelerate would fail to end"
 
 
 def test_an_error_of_another_tracker_is_not_called_wandbs(tmp_path):

@@ -52,6 +52,7 @@ def start_trackers(accelerator: Accelerator, project: str, options: Mapping[str,
     except Exception as error:  # what W&B raises is not always its own class
         if "wandb" not in map(str, accelerator.log_with) or is_out_of_memory(error):
             raise
+        accelerator.trackers = []  # half started: ending them would raise once more
         said = f"{error}".strip().partition("\n")[0] or type(error).__name__
         raise UserError(Problem(
             what=f"Weights & Biases would not start: {said}", where="--report_to wandb",
