@@ -115,6 +115,7 @@ def test_so_in_a_config(tmp_path, line):
 @pytest.mark.parametrize("argv, what", [
     (["--max_grad_norm=-1"], "--max_grad_norm 0 switches it off"), (["--max_grad_norm=x"], "--max_grad_norm 0"),
     (["--num_class_images=0"], "without --with_prior_preservation"), (["--num_validation_images=-1"], "0 switches"),
+    (["--max_train_steps=0"], "--max_train_steps none"),
     (["--noise_offset=-1"], "--noise_offset 0"), (["--checkpointing_steps=-1"], "--checkpointing_steps 0")])
 def test_a_refused_number_says_how_it_is_switched_off(argv, what):
     assert what in next(iter(refused(argv).values()))

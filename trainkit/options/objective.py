@@ -73,7 +73,7 @@ class ObjectiveOptions(Concern):
         0, "The smallest timestep that is trained on.", unit="timestep", ge=0)
     max_timestep: int | None = opt(
         None, "All timesteps that are trained on are below this number. Without this flag, there is no such limit.",
-        unit="timestep", ge=1, off=None)
+        unit="timestep", ge=1)
     do_edm_style_training: bool = opt(
         False,
         "Use the noise levels and weights of Karras et al. 2022 on a model that predicts epsilon or v. EDM models "

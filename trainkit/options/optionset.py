@@ -156,6 +156,8 @@ def _how_off(flag: Flag) -> str:
         return ""
     if flag.facts.can_be_off:
         return f"; --{flag.name} 0 switches it off"
+    if flag.optional:
+        return f"; --{flag.name} none leaves it open"
     needed = next(flag.prerequisites, None)
     words = needed and (needed.said or " or ".join(sorted(f"--{name}" for name in needed.flags)))
     return f"; it has no effect without {words}" if words else ""

@@ -79,7 +79,7 @@ class RunOptions(Concern):
         unit="epochs", resume="in the data", read_with="no max_train_steps", ge=1)
     max_train_steps: int | None = opt(
         None, "The length of the run in optimizer steps. This flag replaces --num_train_epochs.", unit="steps",
-        resume="in the data", ge=1, off=None)
+        resume="in the data", ge=1)
     stop_after_steps: int | None = opt(
         None,
         "Save and stop when this many steps of a longer run are finished. --resume_from_checkpoint continues the run "
