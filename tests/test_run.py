@@ -25,12 +25,13 @@ from tests.support.trainers import free_port
 from trainkit import files, run
 from trainkit.checkpoints import Checkpoints
 from trainkit.errors import Problem, UserError, exit_with_message
+from trainkit.redact import redact
 from trainkit.run import Run, due
 from trainkit.runtime import progress as line_room
 from trainkit.runtime import ranks
 from trainkit.runtime.lock import OutputLock
 from trainkit.runtime.progress import Pace, Progress
-from trainkit.runtime.record import Metrics, redact, redacted_command
+from trainkit.runtime.record import Metrics, redacted_command
 from trainkit.runtime.signals import Signals
 from trainkit.runtime.trackers import chosen_trackers
 from trainkit.training.gradients import Gradients, clip, total_norm

@@ -22,21 +22,21 @@ BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.AsyncFor, ast.Async
 
 # The layers of CONTRIBUTING's list, lowest first. A room imports rooms of its own layer or below.
 LAYERS = (
-    {"errors", "files", "rng", "condition", "frequency"},
+    {"redact", "reading", "digests", "errors", "files", "rng", "condition", "frequency"},
     {"options", "diffusion"},
     {"optim", "runtime", "losses", "adapters", "lean_lora", "evaluation", "sheets"},
     {"families"},
     {"data"},
     {"conditioning", "training"},
     {"checkpoints", "export", "run_fingerprint"},
-    {"inference", "report"},
+    {"lora_headers", "inference", "report"},
     {"preview", "publish"},
     {"run", "preflight"},
     {"tools"},
 )
 LIGHT = {  # third-party packages a room may import at module level, where the rule is stricter than its layer
-    "errors": set(), "options": {"pydantic", "yaml", "tomllib"}, "rng": {"torch"}, "condition": {"torch"},
-    "frequency": {"torch"}, "diffusion": {"torch"},
+    "redact": set(), "reading": {"yaml"}, "errors": set(), "options": {"pydantic", "yaml", "tomllib"}, "rng": {"torch"},
+    "condition": {"torch"}, "frequency": {"torch"}, "diffusion": {"torch"},
     "losses": {"torch"}, "optim": {"torch"},
 }
 TOOLS = {path.stem for path in PROGRAMS["faces"]}  # in trainkit/tools, each with a face in scripts/

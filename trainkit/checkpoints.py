@@ -30,6 +30,7 @@ from trainkit.runtime.record import timestamp, versions
 
 log = logging.getLogger(__name__)
 
+UNKNOWN_BEFORE = "base model contents"  # in the fingerprint: what older checkpoints lack, and resume without
 Stage = Literal["preflight", "reserve", "write", "flush", "manifest", "publish", "point", "prune"]
 Packed = tuple[dict[str, Tensor], dict[str, Json]]
 
@@ -163,6 +164,7 @@ class Checkpoints:
     def _refuse_differences(self, folder: Path, fingerprint: Json) -> None:
         ours = flatten(dict(self.fingerprint))
         theirs = {key.replace("picture", "image"): value for key, value in flatten(fingerprint).items()}  # an old word
+        ours = {key: value for key, value in ours.items() if key in theirs or not key.startswith(UNKNOWN_BEFORE)}
         keys = [k for k in sorted(theirs.keys() | ours.keys()) if theirs.get(k) != ours.get(k)]
         if keys:
             raise UserError(Problem(

@@ -111,14 +111,18 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
+def bytes_shown(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{max(1, round(size / 2**10))} KiB"
+
+
 def require_space(folder: Path, size: int) -> None:
     """Refuse to start writing `size` bytes where they would not fit."""
     needed, free = int(size * SPACE_MARGIN) + SPACE_RESERVE, shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(Problem(
-            what=f"no room for a checkpoint: {needed / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free",
+            what=f"no room for a checkpoint: {bytes_shown(needed)} needed, {bytes_shown(free)} free",
             where=str(folder), kind="disk",
-            why=f"a checkpoint of {size / 2**20:.0f} MiB must be complete before an older one may be deleted",
+            why=f"a checkpoint of {bytes_shown(size)} must be complete before an older one may be deleted",
             fix="free some space, or give --output_dir on a larger disk; then --resume_from_checkpoint latest",
         ))
 

@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainkit.errors import Problem, refuse
+from trainkit import lora_headers
+from trainkit.errors import Problem, is_out_of_memory, refuse
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -94,15 +95,13 @@ def embeddings_problems(repo: Repo, file: Path) -> list[Problem]:
                 f"{wanted} are asked for", "name the base model they were trained on with --base", "data")]
 
 
-def lora_problems(files: Sequence[Path]) -> Iterator[Problem]:
-    """Files, of those that are there, whose header cannot be read or whose end is missing."""
-    from safetensors import SafetensorError, safe_open
+def lora_problems(files: Sequence[Path], base: str) -> Iterator[Problem]:
+    """What the headers of those files that are there say against drawing with them on the base model."""
+    from trainkit.families.pretrained import Repo
 
+    unet = Repo(base, "--base").glance("unet/config.json")
     for file in (file for file in files if file.is_file() and file.suffix == ".safetensors"):
-        try:
-            safe_open(file, framework="pt")
-        except (OSError, SafetensorError) as error:
-            yield Problem("the LoRA file is damaged", f"--lora {file}", f"{error}", "copy or export it again", "data")
+        yield from lora_headers.problems(file, unet)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -135,20 +134,30 @@ def networks(pipe: Pipeline) -> list[str]:
 
 def fuse_lora(pipe: Pipeline, file: Path, strength: float) -> None:
     """Make a LoRA part of the weights. UserError: the file is damaged, or of another kind of model."""
-    from safetensors import SafetensorError
-
     logging.disable(logging.ERROR)  # Diffusers logs every shape that does not fit, and then raises
     try:
         pipe.load_lora_weights(str(file.parent), weight_name=file.name)
-        why = "" if pipe.get_list_adapters() else "it has no layer of this model"
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        why = f"{error}".strip().partition("\n")[0]
+        why = left_out(pipe, file)
+    except Exception as error:  # unknown names make the libraries stumble in many ways
+        if is_out_of_memory(error):
+            raise
+        why = f"Diffusers cannot read it ({type(error).__name__}: {f'{error}'.strip().partition(chr(10))[0]})"
     finally:
         logging.disable(logging.NOTSET)
     if why:
         refuse([Problem("the LoRA does not fit the base model", f"--lora {file}", why,
                         "name the base model it was trained on with --base", "data")])
     pipe.fuse_lora(components=networks(pipe), lora_scale=strength)
+
+
+def left_out(pipe: Pipeline, file: Path) -> str:
+    """Whether the libraries passed over a part of the LoRA, in words; they only log it."""
+    taken = sum(bool(getattr(module, "lora_A", None)) for name in networks(pipe)
+                for module in getattr(pipe, name).modules())
+    if not taken:
+        return "it has no layer of this model"
+    there = len(lora_headers.layers(file)) if file.suffix == ".safetensors" else taken
+    return f"this model has {taken} of its {there} layers" if taken < there else ""
 
 
 @contextmanager

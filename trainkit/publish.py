@@ -19,12 +19,13 @@ from trainkit.export import LoraFileFormat, verify, write_diffusers, write_kohya
 from trainkit.files import Json, atomic_write
 from trainkit.options import RunOptions
 from trainkit.options.trainers import known_flags
+from trainkit.reading import parse_yaml, read_text
+from trainkit.redact import redact
 from trainkit.report import SampleStep, environment, sample_steps, write_report
 from trainkit.report.charts import number
-from trainkit.report.facts import DIFFUSERS_FILE, RunFacts, sample_files, weight_names
+from trainkit.report.facts import DIFFUSERS_FILE, RunFacts, public, sample_files, weight_names
 from trainkit.report.usage import usage
 from trainkit.runtime import ranks
-from trainkit.runtime.record import redact
 
 if TYPE_CHECKING:
     from trainkit.adapters import Adapters
@@ -175,8 +176,9 @@ def write_card(folder: Path) -> Path:
     card = env.get_template("card.md").render(
         run=run, samples=samples, samples_grid=f"samples/step_{samples[-1].step:06d}.png" if samples else "",
         usage=usage(run), files=run.files, purposes=purposes(run), settings=settings(run), dataset=hub_dataset(run),
-        licence=licence, base_is_local=Path(run.base_path).is_dir(), front_matter=matter, title=title(run),
-        parts=parts(run), tokens=run.embeddings.tokens if run.embeddings else {},
+        licence=licence, base_is_local=Path(run.base_path).is_dir(),
+        vae_is_local=bool(run.vae) and Path(str(run.option("pretrained_vae_model_name_or_path"))).is_dir(),
+        front_matter=matter, title=title(run), parts=parts(run), tokens=run.embeddings.tokens if run.embeddings else {},
     )
     path = folder / "README.md"
     atomic_write(path, card.encode("utf-8"))
@@ -231,9 +233,9 @@ def licence_of(run: RunFacts) -> str | None:
     if not card.is_file():
         return LICENCES.get(run.base_model)
     try:
-        match = FRONT_MATTER.match(card.read_text("utf-8"))
-        matter = yaml.safe_load(match[1]) if match else None
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date that is none
+        match = FRONT_MATTER.match(read_text(card))
+        matter = parse_yaml(match[1]) if match else None
+    except (OSError, ValueError) as error:
         log.warning("cannot read the licence in %s: %s", card, " ".join(str(error).split()))
         return None
     found = matter.get("license") if isinstance(matter, dict) else None
@@ -248,8 +250,8 @@ def hub_dataset(run: RunFacts) -> str | None:
 
 def settings(run: RunFacts) -> dict[str, str]:
     """The rows of the card's table: what had an effect. Which options it tells, their fields say."""
-    card_values = {card.label: run.setting(flag.name) for flag in known_flags().values() if (card := flag.facts.card)
-            if card.always or run.option(flag.name) != flag.default}
+    card_values = {card.label: public(flag.name, run.setting(flag.name)) for flag in known_flags().values()
+                   if (card := flag.facts.card) if card.always or run.option(flag.name) != flag.default}
     rates = {f"Learning rate, {group}": number(rate) for group, rate in run.rates.items()}
     values = {"Steps": run.step, "Optimizer": run.optimizer, **rates, **card_values}
     return {name: str(value) for name, value in values.items() if value is not None}

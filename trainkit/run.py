@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
 import os
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 
 from trainkit.data.sampler import Shard
-from trainkit.errors import Problem, UserError
+from trainkit.errors import Problem, UserError, is_out_of_memory, out_of_memory, refuse
 from trainkit.files import DISK_ERRORS, Json, disk_error, disk_errors
 from trainkit.runtime import ranks, trackers
 from trainkit.runtime.checkpoint_folders import pointed
@@ -51,6 +50,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SAVES_MEMORY = (
+    "add --gradient_checkpointing, --cache_latents and --mixed_precision bf16, then halve --train_batch_size and "
+    "double --gradient_accumulation_steps (the same gradient); --resume_from_checkpoint latest keeps what is saved")
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -86,6 +88,7 @@ def start_run(opts: RunSettings, project: str) -> Run:
     # inherit the setting when they are made, so it comes before the first parallel operation.
     torch.set_flush_denormal(True)
     ranks.refuse_wrappers(os.environ)
+    refuse(ranks.precision_problems(os.environ, opts.precision.mixed_precision))
     names = trackers.chosen_trackers(opts.run.report_to)
     lock = take_folder(Path(opts.run.output_dir))
     with ExitStack() as on_failure:
@@ -141,7 +144,7 @@ class Run:
             last_checkpoint=lambda: pointed(self.out_dir),
         )
         self.progress, self.signals, self.metrics = Progress(), Signals(), Metrics(self.out_dir)
-        self._handler = LineHandler(self.progress)
+        self._handler = LineHandler(self.progress, self.secrets)
         self._agreed: Wish | None = None
         self._step, self._total, self._over = 0, 0, False
         self._clock, self._seconds_before = time.monotonic(), 0.0
@@ -160,7 +163,7 @@ class Run:
         torch.manual_seed(self.seed)  # for libraries that draw by themselves; ours draw from trainkit.rng
         if self.opts.precision.allow_tf32:
             torch.set_float32_matmul_precision("high")
-        for notice in self.opts.notices():
+        for notice in [*self.opts.notices(), *ranks.unused_settings(os.environ)]:
             log.warning("%s", notice)
         if self.is_main:
             self.record.write()
@@ -284,11 +287,7 @@ class Run:
         the last one: then the weights are those the losses went wrong with.
         """
         if self.gradients.skipped >= self._step > 0:
-            raise UserError(Problem(
-                what=f"nothing was learned: all {self._step} steps were skipped", where=str(self.metrics.path),
-                why="no loss or gradient was finite, so no update reached the weights", kind="nonfinite",
-                fix="lower --learning_rate, or use --mixed_precision bf16 or no, and start anew",
-            ))
+            raise self.gradients.never_finite(self._step, str(self.metrics.path))
         if not self.healthy:
             raise UserError(Problem(
                 what=f"the run was diverging when it ended: the last {self.gradients.in_a_row} steps were skipped",
@@ -348,7 +347,7 @@ class Run:
         every, total = self.opts.run.checkpointing_steps, self.progress.pace.total
         notes = [f"{self.gradients.skipped} skipped"] if self.gradients.skipped else []
         if step < total:
-            notes.append(f"next save {min(total, (step // every + 1) * every)}")
+            notes.append(f"next save {min(total, (step // every + 1) * every) if every else total}")
         return " · ".join(notes)
 
     # -- across restarts ------------------------------------------------------------------------------------------
@@ -406,7 +405,7 @@ class Run:
         if self.signals.wish is not None and not self.signals.patient and not isinstance(error, UserError):
             return self.signals.error(where="before the first step", why="there was nothing to save yet")
         if is_out_of_memory(error):
-            return out_of_memory(error, self.device)
+            return out_of_memory(error, describe_device(self.device), SAVES_MEMORY)
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             return disk_error(error, Path(error.filename or self.out_dir), "read or write")
         return error
@@ -447,22 +446,3 @@ def describe_device(device: torch.device) -> str:
         facts = torch.cuda.get_device_properties(device)
         return f"{facts.name} ({facts.total_memory / 2**30:.0f} GB)"
     return f"{device.type.upper()} {platform.machine()}, {os.cpu_count()} cores"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """PyTorch has a class of its own for accelerators' memory only; a CPU's allocator raises a RuntimeError."""
-    return (
-        isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        or isinstance(error, OSError) and error.errno == errno.ENOMEM
-        or isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
-    )
-
-
-def out_of_memory(error: BaseException, device: torch.device) -> UserError:
-    return UserError(Problem(
-        what="out of memory", where=describe_device(device), kind="memory",
-        why=str(error).partition("\n")[0] or type(error).__name__,
-        fix="add --gradient_checkpointing, --cache_latents and --mixed_precision bf16, then halve --train_batch_size "
-            "and double --gradient_accumulation_steps (the same gradient); "
-            "--resume_from_checkpoint latest keeps what is saved",
-    ))

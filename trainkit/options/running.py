@@ -41,14 +41,14 @@ class ValidationOptions(Concern):
     validation_prompt: str | None = opt(
         None, "The prompt of the preview images. Without this flag, there are no previews.", resume="may change")
     num_validation_images: int = opt(
-        4, "How many images one preview has.", unit="images", resume="may change", ge=1)
+        4, "How many images one preview has.", unit="images", resume="may change", ge=0, off=0)
     validation_epochs: int = opt(
         50, "A preview is generated every time this many epochs are over.", unit="epochs", resume="may change",
-        read_with="no validation_steps", ge=1)
+        read_with="no validation_steps", ge=0, off=0)
     validation_steps: int | None = opt(
         None,
         "A preview is generated every time this many optimizer steps are over. This flag replaces "
-        "--validation_epochs.", unit="steps", resume="may change", ge=1)
+        "--validation_epochs.", unit="steps", resume="may change", ge=1, off=None)
 
     def every(self, steps_per_epoch: int) -> int:
         """Optimizer steps between previews."""
@@ -71,7 +71,7 @@ class RunOptions(Concern):
         resume="in the data", card=always("Batch size"), ge=1)
     gradient_accumulation_steps: int = opt(
         1, "How many such batches make one optimizer step.", unit="batches", resume="in the data",
-        card=always("Accumulation"), ge=1)
+        card=always("Accumulation"), ge=1, off=1)
     num_train_epochs: int = opt(
         1,
         "How many times the run goes through all images. --max_train_steps is stronger if both come from the same "
@@ -83,15 +83,15 @@ class RunOptions(Concern):
     stop_after_steps: int | None = opt(
         None,
         "Save and stop when this many steps of a longer run are finished. --resume_from_checkpoint continues the run "
-        "later.", unit="steps", resume="may change", ge=1)
+        "later.", unit="steps", resume="may change", ge=1, off=None)
     checkpointing_steps: int = opt(
         500, "A checkpoint is saved every time this many optimizer steps are over.", unit="steps", resume="may change",
-        ge=1)
+        ge=0, off=0)
     checkpoints_total_limit: int | None = opt(
         None,
         "How many checkpoints are kept. When there are more, the oldest ones are deleted. Without this flag, all are "
         "kept.", unit="checkpoints", resume="may change", ge=1,
-        differs="an old checkpoint is deleted only after the new one is complete")
+        differs="an old checkpoint is deleted only after the new one is complete", off=None)
     resume_from_checkpoint: str | None = opt(
         None,
         "The checkpoint from which the run continues. It is the word latest, a name such as checkpoint-500, or a "
@@ -101,10 +101,10 @@ class RunOptions(Concern):
     max_skipped_steps: int = opt(
         10,
         "A step whose loss or gradient is not finite is skipped. The run ends with an error after more than this "
-        "many such steps in a row.", unit="steps", resume="may change", ge=0)
+        "many such steps in a row.", unit="steps", resume="may change", ge=0, off=0)
     dataloader_num_workers: int = opt(
         0, "The number of processes that prepare images. With 0, the main process prepares them.", unit="processes",
-        resume="may change", ge=0)
+        resume="may change", ge=0, off=0)
     logging_dir: str = opt(
         "logs", "The folder for the logs of TensorBoard and other trackers. It is inside --output_dir.", path=True,
         resume="may change", min_length=1)

@@ -13,14 +13,16 @@ from functools import cached_property
 from pathlib import Path
 
 from trainkit.conditioning.new_tokens import EmbeddingsHeader, embeddings_file, read_header
-from trainkit.files import Json, read_json
+from trainkit.files import Json, bytes_shown, read_json
 from trainkit.options import MatchingOptions, OptimizerOptions
 from trainkit.options.rules import unread
 from trainkit.options.text_encoders import replace_words
 from trainkit.options.trainers import known_flags
+from trainkit.reading import parse_json
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 SAMPLE = re.compile(r"step_(\d+)(?:_p(\d+)_s(\d+))?\.png")  # a single image, or without p and s a step's grid
+NOT_REPEATED = {"config", "preset", "print_config", "resume_from_checkpoint", "local_rank", "debug"}
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -97,6 +99,12 @@ class RunFacts:
     @property
     def base_model(self) -> str:
         return public("pretrained_model_name_or_path", self.base_path)
+
+    @property
+    def vae(self) -> str | None:
+        """Another VAE than the base model's, where one was trained with."""
+        path = self.option("pretrained_vae_model_name_or_path")
+        return str(public("pretrained_vae_model_name_or_path", str(path))) if path else None
 
     @cached_property
     def base_series(self) -> str | None:
@@ -190,9 +198,30 @@ class RunFacts:
 
     @property
     def command(self) -> str:
-        """A command line that repeats the run, private folders reduced to their names."""
-        script = re.split(r"[\\/]", str(self.record["command"][0]))[-1]
-        return " ".join(["python", script, *(f"--{c.flag}={shlex.quote(c.value)}" for c in self.changed)])
+        """A command line that repeats the run in the folder it was started from.
+
+        Values of a preset or a config stand in it themselves, so that neither is needed. A path that leads elsewhere is
+        reduced to its last part: `private_paths` names those flags.
+        """
+        words = [f"--{flag}={shlex.quote(shown(in_command(flag, value)))}" for flag, value in self._repeated.items()]
+        precision = str(self.record.get("precision") or "no")
+        if self.option("mixed_precision") is None and precision != "no":  # accelerate's configuration said it
+            words.append(f"--mixed_precision={precision}")
+        world = int(self.record.get("world") or 1)
+        start = ["accelerate", "launch", f"--num_processes={world}"] if world > 1 else ["python"]
+        return " ".join([*start, re.split(r"[\\/]", str(self.record["command"][0]))[-1], *words])
+
+    @property
+    def private_paths(self) -> list[str]:
+        """Flags whose paths the command reduces to their last parts."""
+        return [f"--{flag}" for flag, value in self._repeated.items() if in_command(flag, value) != value]
+
+    @cached_property
+    def _repeated(self) -> dict[str, Json]:
+        """What was set, without secrets and without what only says where values or steps come from."""
+        options: dict[str, dict[str, Json]] = self.record["options"]
+        return {flag: "none" if option["value"] is None else option["value"] for flag, option in options.items()
+                if option["origin"] != "default" and flag not in NOT_REPEATED and not is_secret(flag)}
 
     @property
     def versions(self) -> dict[str, str]:
@@ -241,7 +270,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, float]]:
         return
     for line in path.read_text("utf-8").splitlines():
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
         if isinstance(row, dict) and "step" in row:
@@ -258,6 +287,22 @@ def public(flag: str, value: Json) -> Json:
     return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
 
 
+def in_command(flag: str, value: Json) -> Json:
+    """An option's value as a command line may show it: a path below the folder that the run was started from stays."""
+    if public(flag, value) == value or not isinstance(value, str):
+        return value
+    path = Path(value)
+    if path.is_absolute() and path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    inside = not path.is_absolute() and ".." not in path.parts and not value.startswith("~") and "\\" not in value
+    return path.as_posix() if inside else public(flag, value)
+
+
+def is_secret(flag: str) -> bool:
+    known = known_flags().get(flag)
+    return known is not None and known.secret
+
+
 def shown(value: Json) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
@@ -271,7 +316,3 @@ def origin_shown(origin: Json) -> str:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def bytes_shown(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{max(1, round(size / 2**10))} KiB"

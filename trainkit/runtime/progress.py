@@ -6,13 +6,13 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TextIO
 
 import torch
 
-from trainkit.errors import LOG_LINE
+from trainkit.errors import LineFormatter
 
 LOSS_MEMORY = 0.98  # the shown loss is an average over about the last 50 steps
 REDRAW_SECONDS = 0.1
@@ -140,10 +140,10 @@ def memory() -> str:
 class LineHandler(logging.StreamHandler):
     """Log records on the progress line's stream, each on a line of its own."""
 
-    def __init__(self, progress: Progress):
+    def __init__(self, progress: Progress, secrets: Iterable[str] = ()):
         super().__init__(progress.stream)
         self.progress = progress
-        self.setFormatter(logging.Formatter(LOG_LINE))
+        self.setFormatter(LineFormatter(secrets))
 
     def emit(self, record: logging.LogRecord) -> None:
         self.progress.clear()

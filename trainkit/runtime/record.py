@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
-import re
 import secrets
 import sys
 import time
@@ -15,9 +13,8 @@ from importlib import metadata
 from pathlib import Path
 
 from trainkit.files import Json, atomic_write, disk_errors, write_json
-from trainkit.options.base import REDACTED
-from trainkit.options.sources import ENV_PREFIX
 from trainkit.options.trainers import known_flags
+from trainkit.redact import REDACTED, SECRET_NAME, redact
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +23,6 @@ PACKAGES = (
     "bitsandbytes", "pillow", "numpy",
 )
 SECRET_FLAGS = [name for name, flag in known_flags().items() if flag.secret]
-TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}|\bsk-[A-Za-z0-9_-]{16,}|\bAKIA[0-9A-Z]{16}\b|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
-SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY",
-                    *(ENV_PREFIX + name.upper() for name in SECRET_FLAGS))
 
 
 def versions() -> dict[str, str]:
@@ -42,21 +36,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def redact(text: str, known: Iterable[str] = ()) -> str:
-    """`text` without access tokens: those in `known`, those in the environment, and anything shaped like one."""
-    for value in (*known, *(os.environ.get(name, "") for name in SECRET_VARIABLES)):
-        if len(value) >= 4:
-            text = text.replace(value, REDACTED)
-    return TOKEN.sub(REDACTED, text)
-
-
 def redact_json(data: Json, known: Iterable[str] = ()) -> Json:
-    """The same for every string in a JSON value."""
+    """A JSON value without secrets: in every string, and behind every key that is named as one."""
     known = tuple(known)
     if isinstance(data, str):
         return redact(data, known)
     if isinstance(data, Mapping):
-        return {str(k): redact_json(v, known) for k, v in data.items()}
+        return {redact(str(k), known): REDACTED if v and isinstance(v, str) and SECRET_NAME.search(str(k).upper())
+                else redact_json(v, known) for k, v in data.items()}
     if isinstance(data, (list, tuple)):
         return [redact_json(v, known) for v in data]
     return data if data is None or isinstance(data, (bool, int, float)) else redact(str(data), known)

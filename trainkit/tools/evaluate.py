@@ -26,7 +26,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainkit.errors import Problem, UserError, refuse
+from trainkit.errors import Problem, UserError, is_out_of_memory, refuse
 from trainkit.inference import (
     DTYPES,
     add_new_tokens,
@@ -36,8 +36,9 @@ from trainkit.inference import (
     load_pipeline,
     lora_problems,
 )
+from trainkit.reading import parse_json, read_text
 from trainkit.tools import ASSETS
-from trainkit.tools.checks import make_out, number_problems, out_problems, writing_to
+from trainkit.tools.checks import make_out, number_problems, out_problems, text_problems, writing_to
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -85,6 +86,7 @@ class GenerationSettings:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    refuse(text_problems(args))
     refuse(problems(args))
     refuse(make_out(args.out))
     reference = of_nouns(read_reference(args.reference), args.nouns)
@@ -168,11 +170,13 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
         yield Problem(f"no file of embeddings {args.embeddings}", "--embeddings", "the run's new tokens are in it",
                       "give the path of the NAME_emb.safetensors that the run wrote, or leave the flag out")
     yield from base_problems(args.base, args.embeddings)
-    yield from lora_problems([args.lora] if args.lora else [])
+    yield from lora_problems([args.lora] if args.lora else [], args.base)
     for flag in ("training", "clip", "reference"):
         if not getattr(args, flag).is_dir():
             yield Problem(f"no folder {getattr(args, flag)}", f"--{flag}", "the style distance needs it",
                           f"give an existing folder, or leave --{flag} out to use the shipped one", kind="data")
+    if args.clip.is_dir():
+        yield from clip_problems(args.clip)
     if args.prompt and "{noun}" not in args.prompt:
         yield Problem(f"no {{noun}} in {args.prompt!r}", "--prompt", "each image is drawn for one noun",
                       'write for instance --prompt "icon of a {noun}"')
@@ -182,6 +186,27 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
     if args.reference.is_dir():
         yield from reference_problems(args)
     yield from out_problems(args.out)
+
+
+def clip_problems(folder: Path) -> Iterator[Problem]:
+    """What the files of the CLIP that judges lack; its weights are loaded once before hours are spent on images."""
+    from trainkit.evaluation import STYLE_LAYER, load_clip
+    from trainkit.families.pretrained import Repo
+
+    repo = Repo(str(folder), "--clip")
+    found = [*repo.weight_problems(("",), None)]
+    if not found:
+        try:
+            model = load_clip(folder)[0]
+            if STYLE_LAYER not in dict(model.named_modules()):
+                raise ValueError(f"it has no layer {STYLE_LAYER}, which the distance is measured in")
+        except Exception as error:  # whatever a damaged file makes the libraries raise
+            if is_out_of_memory(error):
+                raise
+            found = [repo.problem("the CLIP that judges cannot be loaded", f"{error}".strip().partition("\n")[0],
+                                  "name another folder with --clip, or leave it out to use the shipped one",
+                                  kind="data")]
+    yield from found
 
 
 def training_problems(folder: Path) -> Iterator[Problem]:
@@ -237,9 +262,9 @@ def read_reference(folder: Path) -> list[Real]:
     """The real images that metadata.jsonl lists. UserError: a line of it is damaged."""
     index = folder / "metadata.jsonl"
     try:
-        lines = enumerate(index.read_text("utf-8").splitlines(), 1)
+        lines = enumerate(read_text(index).splitlines(), 1)
         return [real_of(folder, number, line) for number, line in lines if line.strip()]
-    except ValueError as error:  # of UTF-8, of JSON, or of a row
+    except (OSError, ValueError) as error:
         raise UserError(Problem(f"{index} is damaged", "--reference", f"{error}", "write one line an image: "
                                 '{"file_name": "cat.png", "noun": "cat", "text": "a cat"}', kind="data")) from error
 
@@ -247,7 +272,7 @@ def read_reference(folder: Path) -> list[Real]:
 def real_of(folder: Path, number: int, line: str) -> Real:
     """A line of metadata.jsonl. ValueError: it is no JSON, lacks a text, or names a file outside of the folder."""
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise ValueError(f"line {number} is no JSON: {error}") from error
     keys = ("noun", "file_name", "text")

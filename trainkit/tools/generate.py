@@ -36,7 +36,7 @@ from trainkit.inference import (
     lora_problems,
 )
 from trainkit.tools import ASSETS
-from trainkit.tools.checks import make_out, number_problems, out_problems, writing_to
+from trainkit.tools.checks import make_out, number_problems, out_problems, text_problems, writing_to
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -73,6 +73,7 @@ class Shot:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    refuse(text_problems(args))
     refuse(problems(args))
     refuse(make_out(args.out))
     shots = plan(args)
@@ -149,7 +150,7 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
     named += [("--embeddings", args.embeddings)] if args.embeddings else []
     yield from (Problem(f"no file {file}", flag, "it is read before drawing", "name a file that is there", "data")
                 for flag, file in named if not file.is_file())
-    yield from lora_problems(args.lora)
+    yield from lora_problems(args.lora, args.base)
     if args.strength and (not args.lora or len(args.strength) not in {1, len(args.lora)}):
         yield Problem(f"{len(args.strength)} strengths for {len(args.lora)} LoRAs", "--strength",
                       "it is one for all, or one for each", "give --strength once, or as often as --lora")
