@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from trainkit.adapters.network import update_of
 from trainkit.adapters.updates import Hadamard, Kronecker, LowRank, Update, decomposed, rows_norm
 from trainkit.errors import Problem, UserError
 from trainkit.files import disk_errors, load_tensors, save_tensors
@@ -38,6 +39,7 @@ KRONECKER = {"C": ".lokr_w1", "B": ".lokr_w2_a", "A": ".lokr_w2_b", "D": ".lokr_
 TEXT_MODEL = "text_model."  # Transformers 5 dropped this level from CLIPTextModel; files keep it, loaders know both
 LoraFileFormat = Literal["diffusers", "webui"]
 Tensors = dict[str, Tensor]
+NAME_BYTES = 150  # of a tensor in a header
 EXACT = torch.finfo(torch.float64).eps  # of the arithmetic in which files are compared
 
 
@@ -89,6 +91,21 @@ def hash_metadata(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
     digest = hashlib.sha256(data[body:]).hexdigest()
     legacy = hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
     return {"sshs_model_hash": digest, "sshs_legacy_hash": legacy, "modelspec.hash_sha256": f"0x{digest}"}
+
+
+def file_bytes(networks: Sequence[Adapters], layout: LoraFileFormat) -> int:
+    """About how large a file will be, without writing it: its numbers, and a little for each name."""
+    return sum(module_bytes(network, module, layout) for network in networks for module in network.layers)
+
+
+def module_bytes(network: Adapters, module: str, layout: LoraFileFormat) -> int:
+    """Shapes are those of tensors without data, so products of factors cost nothing."""
+    update = update_of(network.layers[module], network.adapter_type, network.scale).map(lambda t: t.to("meta"))
+    if layout == "diffusers" or network.adapter_type == "lora":
+        update = update.low_rank()
+    numbers = sum(part.numel() for part in vars(update).values() if isinstance(part, Tensor))
+    magnitude = 4 * network.shape(module)[0] if network.magnitude(module) is not None else 0
+    return numbers * (4 if layout == "diffusers" else 2) + magnitude + 3 * NAME_BYTES
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -81,6 +81,33 @@ def read_json(path: Path) -> Json:
     return json.loads(path.read_bytes())
 
 
+def read_object(path: Path) -> dict[str, Json]:
+    """The JSON object in a file that is useful but not needed; {} where there is none that can be read."""
+    try:
+        found = read_json(path)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_objects(path: Path) -> Iterator[dict[str, Json]]:
+    """The JSON objects in a file with one a line; torn lines, and what else is none, are skipped. None without a file.
+
+    Lines are cut as bytes: a power cut may leave zeros, and another program any encoding.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return
+    for line in lines:
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(found, dict):
+            yield found
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file; dtypes and bits are kept, devices and strides are not. One content, one SHA-256."""
     from safetensors.torch import save
@@ -109,6 +136,11 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def size_text(size: int) -> str:
+    """`5.9 MiB`, or `17 KiB` below one."""
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{max(1, round(size / 2**10))} KiB"
 
 
 def require_space(folder: Path, size: int) -> None:

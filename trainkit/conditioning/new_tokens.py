@@ -28,6 +28,7 @@ from trainkit import rng
 from trainkit.errors import Problem, UserError, refuse
 from trainkit.families.tokenize import token_ids
 from trainkit.files import disk_errors, load_tensors, save_tensors
+from trainkit.runtime.weight_files import embeddings_file
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer, PreTrainedModel
@@ -266,10 +267,6 @@ class EmbeddingsHeader:
     def names(self) -> list[str]:
         """All tokens, in the order of the rows."""
         return [name for names in self.tokens.values() for name in names]
-
-
-def embeddings_file(run_name: str) -> str:
-    return f"{run_name}_emb.safetensors"
 
 
 def write_embeddings(path: Path, embeddings: Mapping[str, Tensor], header: Mapping[str, str]) -> None:

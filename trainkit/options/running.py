@@ -69,10 +69,16 @@ class RunOptions(Concern):
     checkpointing_steps: int = opt(
         500, "a checkpoint every so many optimizer steps", unit="steps", resume="may change", ge=1)
     checkpoints_total_limit: int | None = opt(
-        None, "newest checkpoints to keep; without it all", unit="checkpoints", resume="may change", ge=1,
-        differs="old ones go only after the new one is safe")
+        None, "this many of the newest checkpoints are kept; without it, all are. A checkpoint that the run ends with "
+        "between two of --checkpointing_steps does not count", unit="checkpoints", resume="may change", ge=1,
+        differs="old ones go only after the new one is safe. The last step is saved in any case, and not counted; "
+        "with --compat diffusers only where --checkpointing_steps says so")
+    keep_loras: bool = opt(
+        True, "when a checkpoint is deleted, its LoRA for WebUIs stays: NAME-step00000500.safetensors in --output_dir",
+        resume="may change")
     resume_from_checkpoint: str | None = opt(
-        None, "'latest', a name such as checkpoint-500, or a path", unit="path or name", path=True,
+        None, "'latest', a name such as checkpoint-500, or a path. It names a checkpoint folder, not a LoRA file",
+        unit="path or name", path=True,
         resume="may change", min_length=1,
         differs="a path is taken as it is; the run goes on bit for bit")
     max_skipped_steps: int = opt(
@@ -85,6 +91,9 @@ class RunOptions(Concern):
     report_to: Literal["tensorboard", "wandb", "all", "none"] = opt(
         "tensorboard", "trackers; metrics.jsonl is written in any case", resume="may change",
         differs="wandb may be used with --hub_token: the token is left out of every record")
+    output_kohya_format: bool = opt(
+        False, "the LoRA for WebUIs is also written as pytorch_lora_weights_kohya.safetensors", resume="may change",
+        differs="NAME.safetensors is written without it as well, with the names and numbers that WebUIs read")
     push_to_hub: bool = opt(False, "upload the finished files to the Hub", resume="may change")
     hub_model_id: str | None = opt(
         None, "repository on the Hub; without it the last part of --output_dir", unit="name",

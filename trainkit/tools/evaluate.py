@@ -30,10 +30,13 @@ from trainkit.inference import (
     DTYPES,
     add_new_tokens,
     base_problems,
+    embeddings_of,
     fused_lora,
     generate_images,
     load_pipeline,
+    lora_file,
     lora_problems,
+    missing_file,
 )
 from trainkit.tools import ASSETS
 from trainkit.tools.checks import make_out, number_problems, out_problems, writing_to
@@ -104,9 +107,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=described, allow_abbrev=False)
     add = parser.add_argument
     add("--base", required=True, metavar="MODEL", help="SDXL, SD 1.x or 2.x folder or Hub id the LoRA was trained on")
-    add("--lora", type=Path, metavar="FILE", help="LoRA file, Diffusers or WebUI layout; without it --embeddings alone")
+    add("--lora", type=Path, metavar="FILE", help="LoRA file, Diffusers or WebUI layout, or the folder of a run or "
+        "checkpoint, or RUN@STEP, such as runs/dog@500; without it --embeddings alone")
     add("--embeddings", type=Path, metavar="FILE", help="the run's NAME_emb.safetensors, if it learned new tokens, "
-        "which then stand for their words in prompts; the base is given the words")
+        "which then stand for their words in prompts; a folder or RUN@STEP as well. The base is given the words")
     add("--reference", type=Path, default=ASSETS / "icons-3d-reference", metavar="DIR",
         help="real images of the style that were not trained on, with metadata.jsonl (file_name, noun, text)")
     add("--training", type=Path, default=ASSETS / "icons-3d", metavar="DIR", help="the images trained on")
@@ -124,6 +128,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", required=True, type=Path, metavar="DIR", help="folder for grid.png and evaluation.json")
     add("--debug", action="store_true", help="show a traceback for user errors")
     args = parser.parse_args(argv)
+    args.lora, args.embeddings = args.lora and lora_file(args.lora), args.embeddings and embeddings_of(args.embeddings)
     strengths = args.strengths if args.lora else (1.0,)
     args.strengths = tuple(sorted({0.0, *strengths}, key=abs))  # the gap closed needs the base, untouched: first
     return args
@@ -150,11 +155,9 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
         yield Problem("nothing to evaluate", "--lora, --embeddings", "there is neither a LoRA nor embeddings",
                       "give the path of one or both files that a training run wrote")
     if args.lora and not args.lora.is_file():
-        yield Problem(f"no LoRA file {args.lora}", "--lora", "the LoRA is what is evaluated",
-                      "give the path of a .safetensors file that a training run wrote")
+        yield missing_file("--lora", args.lora, "the LoRA is what is evaluated")
     if args.embeddings and not args.embeddings.is_file():
-        yield Problem(f"no file of embeddings {args.embeddings}", "--embeddings", "the run's new tokens are in it",
-                      "give the path of the NAME_emb.safetensors that the run wrote, or leave the flag out")
+        yield missing_file("--embeddings", args.embeddings, "the run's new tokens are in it")
     yield from base_problems(args.base, args.embeddings)
     yield from lora_problems([args.lora] if args.lora else [])
     for flag in ("training", "clip", "reference"):

@@ -29,11 +29,13 @@ from trainkit.inference import (
     DTYPES,
     add_new_tokens,
     base_problems,
+    embeddings_of,
     finite_images,
     fuse_lora,
     load_pipeline,
     lora_file,
     lora_problems,
+    missing_file,
 )
 from trainkit.tools import ASSETS
 from trainkit.tools.checks import make_out, number_problems, out_problems, writing_to
@@ -94,11 +96,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--base", required=True, metavar="MODEL", help="SDXL, SD 1.x or 2.x folder or Hub id")
     add("--lora", type=Path, action="append", default=[], metavar="FILE", help="LoRA file, or the folder of a "
-        "run; give it again for more")
+        "run or checkpoint, or RUN@STEP, such as runs/dog@500; give it again for more")
     add("--strength", type=float, action="append", default=[], metavar="X", help="of the LoRAs: one for all, or one "
         "for each in their order; default 1")
     add("--embeddings", type=Path, metavar="FILE", help="the run's NAME_emb.safetensors, if it learned new tokens, "
-        "which then stand for their words in prompts")
+        "which then stand for their words in prompts; a folder or RUN@STEP as well")
     add("--prompt", action="append", required=True, metavar="TEXT", help="give it again for more")
     add("--negative_prompt", metavar="TEXT", help="what to keep away from, for every prompt")
     add("--seeds", type=whole_numbers, default=(0,), metavar="A,B,..", help="an image of every prompt from each")
@@ -120,6 +122,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--debug", action="store_true", help="show a traceback for user errors")
     args = parser.parse_args(argv)
     args.lora = [lora_file(path) for path in args.lora]
+    args.embeddings = args.embeddings and embeddings_of(args.embeddings)
     return args
 
 
@@ -141,8 +144,7 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
     yield from base_problems(args.base, args.embeddings, sized=not (args.width and args.height))
     named = [("--lora", file) for file in args.lora] + [("--guidance_image", file) for file in args.guidance_image]
     named += [("--embeddings", args.embeddings)] if args.embeddings else []
-    yield from (Problem(f"no file {file}", flag, "it is read before drawing", "name a file that is there", "data")
-                for flag, file in named if not file.is_file())
+    yield from (missing_file(flag, file, "it is read before drawing") for flag, file in named if not file.is_file())
     yield from lora_problems(args.lora)
     if args.strength and (not args.lora or len(args.strength) not in {1, len(args.lora)}):
         yield Problem(f"{len(args.strength)} strengths for {len(args.lora)} LoRAs", "--strength",
