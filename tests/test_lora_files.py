@@ -27,7 +27,8 @@ from trainkit.runtime.weight_files import DIFFUSERS_FILE, KOHYA_FILE, at_step, s
 
 KINDS = {
     "lora": {}, "dora": dict(use_dora=True), "loha": dict(lora_type="loha"), "lokr": dict(lora_type="lokr"),
-    "convolutions": dict(lora_layers="all-linear+conv"), "pissa": dict(init_lora_weights="pissa"), "rslora": dict(use_rslora=True),
+    "convolutions": dict(lora_layers="all-linear+conv"), "pissa": dict(init_lora_weights="pissa"),
+    "rslora": dict(use_rslora=True),
 }
 
 

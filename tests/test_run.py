@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +35,7 @@ from trainkit.runtime.lock import OutputLock
 from trainkit.runtime.progress import Pace, Progress
 from trainkit.runtime.record import Metrics, redact, redacted_command
 from trainkit.runtime.signals import Signals
+from trainkit.runtime.startup import leave_out
 from trainkit.runtime.trackers import chosen_trackers
 from trainkit.training.gradients import Gradients, clip, total_norm
 
@@ -647,6 +648,27 @@ def test_a_first_command_that_is_refused_says_so(out):
     with pytest.raises(UserError), start_run(options(out)):
         raise UserError(Problem("no such model", "", "", ""))
     assert (records(out)["status"], records(out)["exit_code"]) == ("usage", 2)
+
+
+@pytest.mark.parametrize("well", [True, False])
+def test_a_run_leaves_nothing_of_itself_in_the_process(out, well):
+    """For a notebook's next cell, or its next training in another precision."""
+    def state():
+        handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+        return handlers, logging.getLogger().handlers[:], torch.get_float32_matmul_precision(), "absent" in sys.modules
+
+    before = state()
+    leave_out("absent")
+    asked = options(out, precision="bf16")
+    asked.precision.allow_tf32 = True
+    with nullcontext() if well else suppress(UserError), start_run(asked) as run:
+        assert state() != before
+        if not well:
+            raise UserError(Problem("refused", "", "", ""))
+        train(run)
+    assert state() == before
+    with start_run(options(out)) as run:
+        assert run.precision == "no"
 
 
 @pytest.mark.parametrize("flag", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"])

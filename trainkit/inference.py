@@ -61,8 +61,8 @@ def own_embeddings(folder: Path, name: str) -> Path:
 def missing_file(flag: str, file: Path, why: str) -> Problem:
     """A file that is not there; where a step of a run was asked for, which steps there are."""
     run = file.parent.parent
-    in_checkpoints = {step_of(path.parent) for path in run.glob(f"checkpoint-*/{file.name}")}
-    steps = sorted({*step_files(run, run.resolve().name).values(), *in_checkpoints} - {None})
+    in_checkpoints = [step_of(path.parent) for path in run.glob(f"checkpoint-*/{file.name}")]
+    steps = sorted({*step_files(run, run.resolve().name).values(), *(at for at in in_checkpoints if at is not None)})
     if steps and step_of(file.parent) is not None:
         return Problem(f"no file {file}", flag, f"{run} has files of the steps {', '.join(map(str, steps))}",
                        f"{flag} {run}@{steps[-1]}", "data")
