@@ -55,8 +55,9 @@ class LoraFiles:
             if self.text:
                 self.text.export(folder, run.name)
                 self.text.export(self.folder, name)
-            self._lora(folder / DIFFUSERS_FILE, "diffusers", metadata)
-            self._lora(self.folder / f"{name}.safetensors", "webui", metadata | {"ss_output_name": name})
+            self._lora(folder / DIFFUSERS_FILE, "diffusers", metadata, by_factors=True)
+            named = metadata | {"ss_output_name": name}
+            self._lora(self.folder / f"{name}.safetensors", "webui", named, by_factors=True)
 
     def final(self) -> list[Path]:
         """The files at the end of the run -> them, the one for Diffusers first.
@@ -87,15 +88,19 @@ class LoraFiles:
         """The files beside the checkpoints, with the step of each."""
         return step_files(self.folder, self.folder.resolve().name)
 
-    def _lora(self, path: Path, layout: LoraFileFormat, metadata: Mapping[str, str]) -> list[tuple[Path, float]]:
-        """Write a LoRA and read it back -> it, with its largest error; none where no network has adapters."""
+    def _lora(self, path: Path, layout: LoraFileFormat, metadata: Mapping[str, str], *, by_factors: bool = False
+              ) -> list[tuple[Path, float]]:
+        """Write a LoRA and read it back -> it, with its largest error; none where no network has adapters.
+
+        by_factors  the faster comparison, see `verify`
+        """
         if not self.networks:
             return []
         if layout == "diffusers":
             write_diffusers(self.networks, path, metadata)
         else:
             write_kohya(self.networks, self.family, path, metadata)
-        return [(path, verify(path, self.networks, self.family, layout=layout))]
+        return [(path, verify(path, self.networks, self.family, layout=layout, by_factors=by_factors))]
 
     def _embedding_bytes(self) -> int:
         return tensor_bytes(self.text.embeddings) if self.text else 0
