@@ -12,7 +12,6 @@ script.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 from trainkit.errors import exit_with_message, refuse
@@ -34,11 +33,7 @@ from trainkit.options import (
 )
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from trainkit.conditioning.live_text import Text
     from trainkit.data.batch import Row
-    from trainkit.optim import Optim
 
 
 class Options(OptionSet):
@@ -61,7 +56,7 @@ class Options(OptionSet):
 def main(argv: list[str] | None = None) -> None:
     opt = parse(Options, argv, description=__doc__)  # frozen; --help and --print_config end here
 
-    from trainkit import checkpoints, preview, publish, run_fingerprint
+    from trainkit import checkpoints, lora_files, preview, publish, run_fingerprint
     from trainkit.conditioning import caption_length, live_text, new_tokens
     from trainkit.data import cache, class_images, loader, sampler
     from trainkit.diffusion import ScheduleChange, make_noise
@@ -102,12 +97,15 @@ def main(argv: list[str] | None = None) -> None:
         passes = Passes(always(plain), memories)
         train_step = TrainStep(family, text, make_noise(opt.objective), passes, run.autocast)
 
-        # Previews and checkpoints, from which a killed run goes on.
+        # Previews, and checkpoints: a killed run goes on from them, and each holds the LoRA of its step.
         previews = preview.Previews(
             family, opt.validation, text, run.out_dir, seed=run.seed, resolution=opt.data.resolution,
             every=opt.validation.every(stream.steps_per_epoch), averaged=optimizer.averaged)
+        exports = lora_files.LoraFiles(opt.run, family, lora, text, num_images=len(instances) // opt.data.repeats,
+                                       averaged=optimizer.averaged)
         saves = checkpoints.Checkpoints(
-            run.out_dir, keep=opt.run.checkpoints_total_limit, extra=partial(export, text, optimizer, run.name),
+            run.out_dir, keep=opt.run.checkpoints_total_limit, every=opt.run.checkpointing_steps,
+            after_last=opt.run.compat is None, exports=exports,
             fingerprint=run_fingerprint.fingerprint(opt, rows, family, run, total), adapters=lora, text=text,
             passes=passes, optimizer=optimizer, run=run)
         start = saves.resume(opt.run.resume_from_checkpoint, stop=stop)
@@ -115,13 +113,12 @@ def main(argv: list[str] | None = None) -> None:
                                        num_workers=opt.run.dataloader_num_workers)
         run.train(train_step, batches, optimizer, text, saves, previews, start=start, stop=stop, total=total)
         if stop == total:
-            publish.publish(opt.run, family, lora, text=text, num_images=len(instances) // opt.data.repeats,
-                            averaged=optimizer.averaged)
+            publish.publish(opt.run, exports)
 
 
 def preflight(opt: Options) -> list[Row]:
     """The rows to train on; or one message with everything that is wrong, before a weight is loaded."""
-    from trainkit import optim, preflight, publish
+    from trainkit import checkpoints, optim, preflight, publish
     from trainkit.conditioning import new_tokens
     from trainkit.data import class_images
     from trainkit.data.rows import read_rows
@@ -130,17 +127,12 @@ def preflight(opt: Options) -> list[Row]:
     preflight.leave_out_unused(opt.optimizer)
     model = preflight.check_model(opt, sdxl)
     rows, data_problems = read_rows(opt.data)
-    option_problems = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run)]
+    option_problems = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run),
+                       *checkpoints.problems(opt.run)]
     token_problems = new_tokens.problems(opt.pivotal, [row.caption for row in rows])
     refuse([*option_problems, *model.problems, *data_problems, *class_images.problems(opt), *token_problems,
             *preflight.output_problems(opt)])
     return rows
-
-
-def export(text: Text, optimizer: Optim, name: str, folder: Path) -> None:
-    """The embeddings in a checkpoint, as previews of the same step show them."""
-    with optimizer.averaged():
-        text.export(folder, name)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class Options(OptionSet):
 def main(argv: list[str] | None = None) -> None:
     opt = parse(Options, argv, description=__doc__)  # frozen; --help and --print_config end here
 
-    from trainkit import checkpoints, families, preview, publish, run_fingerprint
+    from trainkit import checkpoints, families, lora_files, preview, publish, run_fingerprint
     from trainkit.conditioning import caption_length, clip_token, live_text
     from trainkit.data import cache, loader, sampler
     from trainkit.diffusion import ScheduleChange, make_noise
@@ -99,12 +99,15 @@ def main(argv: list[str] | None = None) -> None:
         train_step = TrainStep(family, text, make_noise(opt.objective), passes, run.autocast,
                                adds=(token,) if token else ())
 
-        # Previews and checkpoints, from which a killed run goes on.
+        # Previews, and checkpoints: a killed run goes on from them, and each holds the LoRA of its step.
         previews = preview.Previews(
             family, opt.validation, text, run.out_dir, seed=run.seed, resolution=opt.data.resolution,
             every=opt.validation.every(stream.steps_per_epoch), averaged=optimizer.averaged)
+        exports = lora_files.LoraFiles(opt.run, family, lora, text, num_images=len(rows) // opt.data.repeats,
+                                       averaged=optimizer.averaged)
         saves = checkpoints.Checkpoints(
-            run.out_dir, keep=opt.run.checkpoints_total_limit,
+            run.out_dir, keep=opt.run.checkpoints_total_limit, every=opt.run.checkpointing_steps,
+            after_last=opt.run.compat is None, exports=exports,
             fingerprint=run_fingerprint.fingerprint(opt, rows, family, run, total, **(token.identity if token else {})),
             adapters=lora, text=text, passes=passes, optimizer=optimizer, run=run)
         start = saves.resume(opt.run.resume_from_checkpoint, stop=stop)
@@ -112,13 +115,12 @@ def main(argv: list[str] | None = None) -> None:
                                        num_workers=opt.run.dataloader_num_workers)
         run.train(train_step, batches, optimizer, text, saves, previews, start=start, stop=stop, total=total)
         if stop == total:
-            publish.publish(opt.run, family, lora, text=text, num_images=len(rows) // opt.data.repeats,
-                            averaged=optimizer.averaged)
+            publish.publish(opt.run, exports)
 
 
 def preflight(opt: Options, family_module: ModuleType) -> list[Row]:
     """The rows to train on; or one message with everything that is wrong, before a weight is loaded."""
-    from trainkit import optim, preflight, publish
+    from trainkit import checkpoints, optim, preflight, publish
     from trainkit.conditioning import clip_token
     from trainkit.data.rows import read_rows
     from trainkit.losses import matching_term
@@ -129,7 +131,8 @@ def preflight(opt: Options, family_module: ModuleType) -> list[Row]:
     input_problems = [] if model.latents is None else [
         *clip_token.problems(opt.guidance, rows, model.text_width),
         *matching_term.problems(opt.matching, {row.digest: row.caption for row in rows}, model.latents)]
-    option_problems = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run)]
+    option_problems = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run),
+                       *checkpoints.problems(opt.run)]
     refuse([*option_problems, *model.problems, *input_problems, *data_problems, *preflight.output_problems(opt)])
     return rows
 

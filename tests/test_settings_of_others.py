@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trainkit.errors import UserError
-from trainkit.files import bytes_shown, require_space
+from trainkit.files import require_space, size_text
 from trainkit.runtime import ranks, trackers
 from trainkit.training.gradients import Gradients
 
@@ -81,7 +81,7 @@ def test_a_run_that_was_never_finite_is_not_told_to_lower_its_rate(bad_from, wor
 
 @pytest.mark.parametrize("size, shown", [(1, "1 KiB"), (200_000, "195 KiB"), (3 * 2**20, "3.0 MiB")])
 def test_a_small_checkpoint_is_not_of_0_mib(tmp_path, monkeypatch, size, shown):
-    assert bytes_shown(size) == shown
+    assert size_text(size) == shown
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=0))
     with pytest.raises(UserError, match=f"a checkpoint of {shown}"):
         require_space(tmp_path, size)

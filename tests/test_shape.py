@@ -30,7 +30,7 @@ LAYERS = (
     {"conditioning", "training"},
     {"checkpoints", "export", "run_fingerprint"},
     {"lora_headers", "inference", "report"},
-    {"preview", "publish"},
+    {"lora_files", "preview", "publish"},
     {"run", "preflight"},
     {"tools"},
 )

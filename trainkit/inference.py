@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from trainkit import lora_headers
 from trainkit.errors import Problem, is_out_of_memory, refuse
+from trainkit.runtime.checkpoint_folders import step_of
+from trainkit.runtime.weight_files import DIFFUSERS_FILE, STEP, at_step, embeddings_file, step_files, step_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,10 +31,43 @@ ANY_SIDE = 2**20  # pixels: any model halves it; the pipelines check the sides t
 
 
 def lora_file(path: Path) -> Path:
-    """The LoRA file that a user names by itself or by the folder of its run."""
-    from trainkit.report.facts import DIFFUSERS_FILE
+    """The LoRA file that a user names by itself, by the folder of its run or checkpoint, or as RUN@STEP.
 
-    return path / DIFFUSERS_FILE if path.is_dir() else path
+    Where the checkpoint of that step is gone, the file for WebUIs that it left.
+    """
+    return of_step(path, lambda folder, name: folder / DIFFUSERS_FILE, "{}.safetensors")
+
+
+def embeddings_of(path: Path) -> Path:
+    """The file of new tokens that a user names in one of these ways."""
+    return of_step(path, own_embeddings, "{}_emb.safetensors")
+
+
+def of_step(path: Path, in_folder: Callable[[Path, str], Path], beside: str) -> Path:
+    run, step = at_step(path)
+    if step is None:
+        return in_folder(path, path.resolve().name) if path.is_dir() else path
+    name = run.resolve().name
+    in_checkpoint = in_folder(run / f"checkpoint-{step}", name)
+    left = run / beside.format(step_name(name, step))
+    return left if left.is_file() and not in_checkpoint.is_file() else in_checkpoint
+
+
+def own_embeddings(folder: Path, name: str) -> Path:
+    """Those of a run's or a checkpoint's folder; a checkpoint carries its run's name, and folders are renamed."""
+    found = [path for path in folder.glob(embeddings_file("*")) if not STEP.search(path.name)]
+    return found[0] if len(found) == 1 else folder / embeddings_file(name)
+
+
+def missing_file(flag: str, file: Path, why: str) -> Problem:
+    """A file that is not there; where a step of a run was asked for, which steps there are."""
+    run = file.parent.parent
+    in_checkpoints = [step_of(path.parent) for path in run.glob(f"checkpoint-*/{file.name}")]
+    steps = sorted({*step_files(run, run.resolve().name).values(), *(at for at in in_checkpoints if at is not None)})
+    if steps and step_of(file.parent) is not None:
+        return Problem(f"no file {file}", flag, f"{run} has files of the steps {', '.join(map(str, steps))}",
+                       f"{flag} {run}@{steps[-1]}", "data")
+    return Problem(f"no file {file}", flag, why, "name a file that is there, or the folder of a run", "data")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def problems(file: Path, unet: Mapping[str, Any]) -> Iterator[Problem]:
 
 def beside(file: Path) -> str:
     """The file to take instead: a run writes one for Diffusers beside the one for WebUIs."""
-    from trainkit.report.facts import DIFFUSERS_FILE
+    from trainkit.runtime.weight_files import DIFFUSERS_FILE
 
     other = file.with_name(DIFFUSERS_FILE)
     if other != file and other.is_file():

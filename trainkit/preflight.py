@@ -11,7 +11,7 @@ from trainkit import adapters, optim
 from trainkit.diffusion import ScheduleChange
 from trainkit.errors import Problem, UserError, shell_word
 from trainkit.losses import fourier_term
-from trainkit.runtime.startup import leave_out
+from trainkit.runtime.startup import bring_back, leave_out
 
 if TYPE_CHECKING:
     from trainkit.options import (
@@ -84,7 +84,8 @@ def check_model(opt: ModelCheckOptions, family: ModuleType) -> ModelCheck:
 
 
 def leave_out_unused(o: OptimizerOptions) -> None:
-    """Keep libraries from importing bitsandbytes where nothing of it is asked for."""
+    """Keep libraries from importing bitsandbytes where nothing of it is asked for, as an earlier run may have done."""
+    bring_back()
     if optim.library(o) != "bitsandbytes":
         leave_out("bitsandbytes")
 

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 
 from trainkit.errors import Problem, UserError
-from trainkit.export import LoraFileFormat, verify, write_diffusers, write_kohya
-from trainkit.files import Json, atomic_write
+from trainkit.files import Json, atomic_write, disk_errors
 from trainkit.options import RunOptions
 from trainkit.options.trainers import known_flags
 from trainkit.reading import parse_yaml, read_text
 from trainkit.redact import redact
 from trainkit.report import SampleStep, environment, sample_steps, write_report
 from trainkit.report.charts import number
-from trainkit.report.facts import DIFFUSERS_FILE, RunFacts, public, sample_files, weight_names
+from trainkit.report.facts import RunFacts, public, sample_files
 from trainkit.report.usage import usage
 from trainkit.runtime import ranks
+from trainkit.runtime.weight_files import DIFFUSERS_FILE, KOHYA_FILE
 
 if TYPE_CHECKING:
-    from trainkit.adapters import Adapters
-    from trainkit.conditioning.live_text import Text
-    from trainkit.families import Family
+    from trainkit.lora_files import LoraFiles
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +36,7 @@ LICENCES = {  # of bases on the Hub; a folder tells its own
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
     "stabilityai/stable-diffusion-2-1": "openrail++", "stabilityai/stable-diffusion-2-1-base": "openrail++",
 }
-LONGEST_NAME = 255 - len("._emb.safetensors.1234567-12345678.tmp")  # bytes; a file is written under a longer name
+LONGEST_NAME = 255 - len(".-step00000000_emb.safetensors.1234567-12345678.tmp")  # bytes; a file's draft is longer
 HUB_ID = re.compile(r"([\w-][\w.-]{0,95}/)?[\w-][\w.-]{0,95}", re.ASCII)
 FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 
@@ -78,88 +73,29 @@ def hub_problems(options: RunOptions) -> Iterator[Problem]:
                       "give --hub_model_id owner/name")
 
 
-def publish(options: RunOptions, family: Family, adapters: Adapters, *, text: Text | None = None,
-            num_images: int | None = None, averaged: Callable[[], AbstractContextManager[None]] = nullcontext
-            ) -> list[Path]:
+def publish(options: RunOptions, files: LoraFiles) -> list[Path]:
     """Write the final files into --output_dir, verify them, and upload them when asked -> the files, weights first.
 
     Rank 0 does it and every other rank waits, returning no files.
-    text        the text of the run, which may have learned embeddings
-    num_images  images trained on, without repeats, for the file's header
-    averaged    context of the weights to write, where they are not those that train (Optim.averaged)
     Raises UserError when a written file does not hold the trained weights, or when the upload fails; by then every
     file is complete on the disk.
     """
     try:
-        if not ranks.is_main():
-            return []
-        with averaged():
-            return publish_here(options, family, adapters, text=text, num_images=num_images)
+        return publish_here(options, files) if ranks.is_main() else []
     finally:
         ranks.barrier()
 
 
-def publish_here(options: RunOptions, family: Family, adapters: Adapters, *, text: Text | None,
-                 num_images: int | None) -> list[Path]:
+def publish_here(options: RunOptions, files: LoraFiles) -> list[Path]:
     folder = Path(options.output_dir)
-    embeddings = text.export(folder, RunFacts(folder).name) if text else []  # first: the other files speak of them
-    networks = [adapters, *(text.networks if text else ())]
-    weights = [*write_weights(folder, family, networks, num_images=num_images), *embeddings]
-    files = [*weights, write_card(folder), write_report(folder)]
+    with disk_errors(folder):
+        weights = files.final()  # first: the other files speak of them
+        written = [*weights, write_card(folder), write_report(folder)]
     if options.push_to_hub:
         token = options.hub_token.get_secret_value() if options.hub_token else None
         url = push(folder, uploads(folder, weights), repo_id=repo_id(options), private=options.hub_private, token=token)
         log.info("uploaded to %s", url)
-    return files
-
-
-def write_weights(folder: Path, family: Family, networks: Sequence[Adapters], *, num_images: int | None) -> list[Path]:
-    """The Diffusers file and the one for ComfyUI and WebUIs, each read back and compared with the adapters.
-
-    No file where no network has adapters, as in pure textual inversion.
-    """
-    networks = [network for network in networks if network.layers]
-    if not networks:
-        return []
-    run = RunFacts(folder)
-    ours, others = (folder / name for name in weight_names(run.name))
-    metadata = header(run, num_images=num_images)
-    write_diffusers(networks, ours, metadata)
-    write_kohya(networks, family, others, metadata)
-    layouts: tuple[tuple[Path, LoraFileFormat], ...] = ((ours, "diffusers"), (others, "webui"))
-    for path, layout in layouts:
-        error = verify(path, networks, family, layout=layout)
-        log.info("%s holds the trained weights (largest error %.1e of its largest entry)", path.name, error)
-    return [ours, others]
-
-
-def header(run: RunFacts, *, num_images: int | None) -> dict[str, str]:
-    """What the files say about their run: strings only, no path.
-
-    Source: kohya-ss/sd-scripts, library/train_util.py and train_network.py (ss_* keys); Stability-AI/ModelSpec 1.0.1.
-    """
-    side, visits = run.option("resolution"), (num_images or 0) * int(run.option("repeats") or 1)
-    values = {
-        "ss_output_name": run.name, "ss_sd_model_name": run.base_model, "ss_resolution": f"({side}, {side})",
-        "ss_num_train_images": num_images, "ss_steps": run.step, "ss_max_train_steps": run.total_steps,
-        "ss_num_epochs": math.ceil(run.step * int(run.record["global_batch"]) / visits) if visits else None,
-        "ss_seed": run.record["seed"], "ss_learning_rate": run.option("learning_rate"),
-        "ss_optimizer": run.optimizer, "ss_lr_scheduler": run.option("lr_scheduler"),
-        "ss_lr_warmup_steps": run.setting("lr_warmup_steps"), "ss_min_snr_gamma": run.setting("snr_gamma"),
-        "ss_loss_type": run.option("loss_type"), "ss_fourier_loss": packed(run.record.get("fourier_loss")),
-        "ss_noise_offset": run.option("noise_offset"), "ss_clip_skip": run.option("clip_skip"),
-        "ss_batch_size_per_device": run.option("train_batch_size"),
-        "ss_gradient_accumulation_steps": run.option("gradient_accumulation_steps"),
-        "modelspec.title": run.name, "modelspec.date": run.record["started"],
-        "modelspec.trigger_phrase": run.trigger, "modelspec.description": f"LoRA for {run.base_model}",
-        "modelspec.tags": "lora, text-to-image",
-    }
-    return {key: str(value) for key, value in values.items() if value not in (None, "")}
-
-
-def packed(value: Json) -> str | None:
-    """Settings as one string."""
-    return json.dumps(value) if value else None
+    return written
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -188,7 +124,8 @@ def write_card(folder: Path) -> Path:
 def purposes(run: RunFacts) -> dict[str, str]:
     """What each file is for. A DoRA is another function in A1111, and nearly the same in ComfyUI: docs/adapters.md."""
     return {run.embeddings_file: "Diffusers, ComfyUI, A1111, Forge", DIFFUSERS_FILE: "Diffusers",
-            f"{run.name}.safetensors": "ComfyUI, Forge: see above" if run.is_dora else "ComfyUI, A1111, Forge"}
+            **dict.fromkeys((f"{run.name}.safetensors", KOHYA_FILE),
+                            "ComfyUI, Forge: see above" if run.is_dora else "ComfyUI, A1111, Forge")}
 
 
 def title(run: RunFacts) -> str:

@@ -47,7 +47,7 @@ def is_of(path: Path, prompt: str) -> bool:
     try:
         with Image.open(path) as image:
             return str(image.info.get("parameters", "")).startswith(f"{redact(prompt)}\nSteps: ")
-    except OSError:  # not there, or damaged
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # not there, damaged, or another's
         return False
 
 

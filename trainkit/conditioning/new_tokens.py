@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from trainkit.errors import Problem, UserError, refuse
 from trainkit.families.tokenize import token_ids
 from trainkit.files import disk_errors, load_tensors, save_tensors
 from trainkit.reading import parse_json
+from trainkit.runtime.weight_files import embeddings_file
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer, PreTrainedModel
@@ -45,7 +45,6 @@ ENCODERS = ("clip_l", "clip_g")  # names of the rows in the file, in the order o
 EOS_LINE = "pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id"  # where a file `sets_eos`
 FIRST_STEP = 0.01  # of a word's usual size: what Prodigy starts from with embeddings, whose gradient is mostly noise
 TOKENS, BASE, SETS_EOS = "tokens", "base_model", "sets_eos_token_id"  # keys of the file's header
-UNREADABLE = r"[\s()\[\]{}<>:,;|\\]+"  # in a prompt of a user interface: they end a name or weigh it
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -269,11 +268,6 @@ class EmbeddingsHeader:
     def names(self) -> list[str]:
         """All tokens, in the order of the rows."""
         return [name for names in self.tokens.values() for name in names]
-
-
-def embeddings_file(run_name: str) -> str:
-    """A name that ComfyUI finds behind `embedding:`, and WebUIs in a prompt: blanks and marks with a meaning end it."""
-    return f"{re.sub(UNREADABLE, '_', run_name)}_emb.safetensors"
 
 
 def write_embeddings(path: Path, embeddings: Mapping[str, Tensor], header: Mapping[str, str]) -> None:

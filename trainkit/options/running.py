@@ -90,13 +90,19 @@ class RunOptions(Concern):
     checkpoints_total_limit: int | None = opt(
         None,
         "How many checkpoints are kept. When there are more, the oldest ones are deleted. Without this flag, all are "
-        "kept.", unit="checkpoints", resume="may change", ge=1,
-        differs="an old checkpoint is deleted only after the new one is complete", off=None)
+        "kept. A checkpoint at the end of a run does not count when its step is no multiple of --checkpointing_steps.",
+        unit="checkpoints", resume="may change", ge=1,
+        differs="an old checkpoint is deleted only after the new one is complete, and the last step is always saved "
+        "(with --compat diffusers only when it is a multiple of --checkpointing_steps)", off=None)
+    keep_loras: bool = opt(
+        True,
+        "Every checkpoint leaves a LoRA for WebUIs in --output_dir, such as NAME-step00000500.safetensors. It is kept "
+        "when its checkpoint is deleted.", resume="may change")
     resume_from_checkpoint: str | None = opt(
         None,
         "The checkpoint from which the run continues. It is the word latest, a name such as checkpoint-500, or a "
-        "path. With latest and no checkpoint, the run starts at the beginning.", unit="path or name", path=True,
-        resume="may change", min_length=1,
+        "path. With latest and no checkpoint, the run starts at the beginning. A LoRA file is no checkpoint.",
+        unit="path or name", path=True, resume="may change", min_length=1,
         differs="a path is used as it is, and on a CPU the result is exactly that of a run without a stop")
     max_skipped_steps: int = opt(
         10,
@@ -112,6 +118,9 @@ class RunOptions(Concern):
         "tensorboard", "The trackers that get the numbers of the run. The file metrics.jsonl is always written.",
         resume="may change",
         differs="wandb can be used with --hub_token, because the token is left out of every record")
+    output_kohya_format: bool = opt(
+        False, "The LoRA for WebUIs is also written as pytorch_lora_weights_kohya.safetensors.", resume="may change",
+        differs="NAME.safetensors holds the same LoRA and is always written")
     push_to_hub: bool = opt(
         False, "Upload the finished files to the Hub.", resume="may change")
     hub_model_id: str | None = opt(

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from trainkit.conditioning.new_tokens import EmbeddingsHeader, embeddings_file, read_header
-from trainkit.files import Json, bytes_shown, read_json
+from trainkit.conditioning.new_tokens import EmbeddingsHeader, read_header
+from trainkit.files import Json, read_json, size_text
 from trainkit.options import MatchingOptions, OptimizerOptions
 from trainkit.options.rules import unread
 from trainkit.options.text_encoders import replace_words
 from trainkit.options.trainers import known_flags
-from trainkit.reading import parse_json
+from trainkit.runtime.record import metric_rows
+from trainkit.runtime.weight_files import KOHYA_FILE, embeddings_file, weight_names
 
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 SAMPLE = re.compile(r"step_(\d+)(?:_p(\d+)_s(\d+))?\.png")  # a single image, or without p and s a step's grid
 NOT_REPEATED = {"config", "preset", "print_config", "resume_from_checkpoint", "local_rank", "debug"}
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -48,7 +48,10 @@ class RunFacts:
     def __init__(self, folder: Path):
         self.folder = folder
         self.record: dict[str, Json] = read_json(folder / "run.json")
-        self.metrics = list(read_metrics(folder / "metrics.jsonl"))
+
+    @cached_property
+    def metrics(self) -> list[dict[str, float]]:
+        return list(read_metrics(self.folder / "metrics.jsonl"))
 
     def option(self, flag: str) -> Json:
         """Resolved value of a flag, None for a flag the run did not have."""
@@ -236,15 +239,11 @@ class RunFacts:
     @cached_property
     def files(self) -> list[WrittenFile]:
         """The run's own weight files, the one for Diffusers first; others in the folder are nobody's to describe."""
-        names = [*(weight_names(self.name) if self.has_lora else ()),
+        kohya = [KOHYA_FILE] if self.option("output_kohya_format") else []
+        names = [*((*weight_names(self.name), *kohya) if self.has_lora else ()),
                  *([self.embeddings_file] if self.embeddings else ())]
         paths = [self.folder / name for name in names]
-        return [WrittenFile(p.name, bytes_shown(p.stat().st_size), sha256(p)) for p in paths if p.is_file()]
-
-
-def weight_names(run_name: str) -> tuple[str, str]:
-    """What the two weight files of a run are called, the one for Diffusers first."""
-    return DIFFUSERS_FILE, f"{run_name}.safetensors"
+        return [WrittenFile(p.name, size_text(p.stat().st_size), sha256(p)) for p in paths if p.is_file()]
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -266,15 +265,8 @@ def sample_files(folder: Path) -> dict[Path, int]:
 
 def read_metrics(path: Path) -> Iterator[dict[str, float]]:
     """One dict of finite numbers per logged step; a line cut short by a kill is left out."""
-    if not path.exists():
-        return
-    for line in path.read_text("utf-8").splitlines():
-        try:
-            row = parse_json(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            yield {k: v for k, v in row.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+    for row in metric_rows(path):
+        yield {k: v for k, v in row.items() if isinstance(v, (int, float)) and math.isfinite(v)}
 
 
 def public(flag: str, value: Json) -> Json:

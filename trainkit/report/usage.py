@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from trainkit.conditioning.new_tokens import ENCODERS, EOS_LINE
 from trainkit.diffusion import ScheduleChange, effective_config
-from trainkit.report.facts import DIFFUSERS_FILE, RunFacts
+from trainkit.report.facts import RunFacts
+from trainkit.runtime.weight_files import DIFFUSERS_FILE
 
 PIPELINES = {"stable-diffusion": "StableDiffusionPipeline", "stable-diffusion-xl": "StableDiffusionXLPipeline"}
 YOUR_PROMPT = "your prompt"  # where the run was told none

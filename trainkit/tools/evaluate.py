@@ -31,10 +31,13 @@ from trainkit.inference import (
     DTYPES,
     add_new_tokens,
     base_problems,
+    embeddings_of,
     fused_lora,
     generate_images,
     load_pipeline,
+    lora_file,
     lora_problems,
+    missing_file,
 )
 from trainkit.reading import parse_json, read_text
 from trainkit.tools import ASSETS
@@ -108,10 +111,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--base", required=True, metavar="MODEL", help="The base model that the LoRA was trained on: SDXL, SD 1.x "
         "or SD 2.x. It is a folder or a name on the Hub.")
-    add("--lora", type=Path, metavar="FILE", help="The LoRA file, for Diffusers or for WebUIs. Without this "
-        "flag, only --embeddings are measured.")
+    add("--lora", type=Path, metavar="FILE", help="The LoRA file, for Diffusers or for WebUIs. It can "
+        "also be the folder of a run or of a checkpoint, or RUN@STEP, such as runs/dog@500. Without this flag, only "
+        "--embeddings are measured.")
     add("--embeddings", type=Path, metavar="FILE", help="The file NAME_emb.safetensors of a run with new tokens. "
-        "The tokens then take the place of their words in the prompts. The base model gets the words.")
+        "It can also be a folder or RUN@STEP. The tokens then take the place of their words in the prompts. The base "
+        "model gets the words.")
     add("--reference", type=Path, default=ASSETS / "icons-3d-reference", metavar="DIR",
         help="The folder with real images of the style that were not trained on. Its metadata.jsonl has the columns "
         "file_name, noun and text. The default is the reference icons in this repository.")
@@ -138,6 +143,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", required=True, type=Path, metavar="DIR", help="The folder for grid.png and evaluation.json.")
     add("--debug", action="store_true", help="Show a traceback with every error message.")
     args = parser.parse_args(argv)
+    args.lora, args.embeddings = args.lora and lora_file(args.lora), args.embeddings and embeddings_of(args.embeddings)
     strengths = args.strengths if args.lora else (1.0,)
     args.strengths = tuple(sorted({0.0, *strengths}, key=abs))  # the gap closed needs the base, untouched: first
     return args
@@ -164,11 +170,9 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
         yield Problem("nothing to evaluate", "--lora, --embeddings", "there is neither a LoRA nor embeddings",
                       "give the path of one or both files that a training run wrote")
     if args.lora and not args.lora.is_file():
-        yield Problem(f"no LoRA file {args.lora}", "--lora", "the LoRA is what is evaluated",
-                      "give the path of a .safetensors file that a training run wrote")
+        yield missing_file("--lora", args.lora, "the LoRA is what is evaluated")
     if args.embeddings and not args.embeddings.is_file():
-        yield Problem(f"no file of embeddings {args.embeddings}", "--embeddings", "the run's new tokens are in it",
-                      "give the path of the NAME_emb.safetensors that the run wrote, or leave the flag out")
+        yield missing_file("--embeddings", args.embeddings, "the run's new tokens are in it")
     yield from base_problems(args.base, args.embeddings)
     yield from lora_problems([args.lora] if args.lora else [], args.base)
     for flag in ("training", "clip", "reference"):
