@@ -88,8 +88,7 @@ def main(argv: list[str] | None = None) -> None:
                                      num_workers=opt.run.dataloader_num_workers)
 
         # Everything that learns: adapters on the network, and what trains in the text encoders.
-        lora, optimizer = make_trainables(opt, family, text, keep_vae=images.live, global_batch=run.global_batch,
-                                          total_steps=total, seed=run.seed)
+        lora, optimizer = make_trainables(opt, family, text, run, keep_vae=images.live, total_steps=total)
 
         # The forward passes of a step: one, or with distribution matching as its mode says.
         plain, memories = plain_objective(opt.objective, opt.fourier_loss, family.schedule, total_steps=total,

@@ -23,8 +23,8 @@ from trainkit import files
 from trainkit.checkpoints import Checkpoints, Stage
 from trainkit.errors import Problem, UserError
 from trainkit.runtime import manifest
-from trainkit.runtime.checkpoint_folders import CheckpointFolders, is_whole, pointed, step_of
-from trainkit.runtime.weight_files import DIFFUSERS_FILE, step_files, step_name
+from trainkit.runtime.checkpoint_folders import CheckpointFolders, is_whole, pointed
+from trainkit.runtime.weight_files import DIFFUSERS_FILE, step_files, step_name, step_of
 
 STAGES = get_args(Stage)
 

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 FOLDER, FILE = "lora-trainer-suite", "digests.sqlite3"
 WAIT_SECONDS = 2.0  # for another process that writes
 FRESH_SECONDS = 2.0  # a file changed so lately may change again within one tick of the clock of its file system
-Key = tuple[str, str, int, int, int, int]  # what for, path, size, times of content and state, inode
+FileKey = tuple[str, str, int, int, int, int]  # what for, path, size, times of content and state, inode
 
 
 def cache_folder() -> Path:
@@ -46,12 +46,12 @@ def remembered(path: Path, kind: str, compute: Callable[[Path], str]) -> str:
     return value
 
 
-def _key(path: Path, kind: str) -> Key:
+def _key(path: Path, kind: str) -> FileKey:
     stat = path.stat()
     return kind, str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
-def _recall(key: Key) -> str | None:
+def _recall(key: FileKey) -> str | None:
     try:
         with _database() as database:
             row = database.execute("SELECT value FROM digests WHERE kind = ? AND path = ? AND size = ? AND mtime = ? "
@@ -62,7 +62,7 @@ def _recall(key: Key) -> str | None:
     return str(row[0]) if row else None
 
 
-def _remember(key: Key, value: str) -> None:
+def _remember(key: FileKey, value: str) -> None:
     try:
         with _database() as database:
             database.execute("INSERT OR REPLACE INTO digests VALUES (?, ?, ?, ?, ?, ?, ?)", (*_stored(key), value))
@@ -70,7 +70,7 @@ def _remember(key: Key, value: str) -> None:
         log.debug("a digest is not remembered: %s", error)
 
 
-def _stored(key: Key) -> tuple[str, ...]:
+def _stored(key: FileKey) -> tuple[str, ...]:
     """All as text: an inode may be larger than SQLite's numbers, and a path need not be UTF-8."""
     return tuple(ascii(part) for part in key)
 

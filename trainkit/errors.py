@@ -187,7 +187,7 @@ def exit_with_message(main: Callable[[], None]) -> None:
         logging.lastResort.setFormatter(LineFormatter())
         logging.lastResort.setLevel(logging.WARNING if rank == "0" else logging.ERROR)
     try:
-        with_memory_told(main)
+        naming_memory_errors(main)
     except KeyboardInterrupt:
         if debugging():
             raise
@@ -200,7 +200,7 @@ def exit_with_message(main: Callable[[], None]) -> None:
         sys.exit(error.exit_code)
 
 
-def with_memory_told(main: Callable[[], None]) -> None:
+def naming_memory_errors(main: Callable[[], None]) -> None:
     """Run `main`; running out of memory anywhere in it is a UserError."""
     try:
         main()

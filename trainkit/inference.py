@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainkit import lora_headers
 from trainkit.errors import Problem, is_out_of_memory, refuse
-from trainkit.runtime.checkpoint_folders import step_of
-from trainkit.runtime.weight_files import DIFFUSERS_FILE, STEP, at_step, embeddings_file, step_files, step_name
+from trainkit.runtime.weight_files import DIFFUSERS_FILE, STEP, at_step, embeddings_file, step_files, step_name, step_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -100,12 +100,12 @@ def other_base(header: Header, unet: Mapping[str, Any]) -> str:
         return f"it is for text {described(min(widths))}, and the base model's text is {described(asked)}"
     is_xl = unet.get("addition_embed_type") == "text_time"
     of_xl = any(name.startswith(("lora_te1_", "lora_te2_", "text_encoder_2.")) for name in header.shapes)
-    told = header.metadata.get("modelspec.architecture") or header.metadata.get("ss_base_model_version") or ""
-    of_xl = of_xl or "xl" in told.lower()
+    stated = header.metadata.get("modelspec.architecture") or header.metadata.get("ss_base_model_version") or ""
+    of_xl = of_xl or "xl" in stated.lower()
     if of_xl and not is_xl:
-        return f"it was trained on SDXL{f' ({told})' if told else ''}, and the base model is SD 1.x or 2.x"
-    if is_xl and told.lower().startswith(("stable-diffusion-v", "sd_v1", "sd_v2", "sd_1", "sd_2")):
-        return f"it was trained on SD 1.x or 2.x ({told}), and the base model is SDXL"
+        return f"it was trained on SDXL{f' ({stated})' if stated else ''}, and the base model is SD 1.x or 2.x"
+    if is_xl and stated.lower().startswith(("stable-diffusion-v", "sd_v1", "sd_v2", "sd_1", "sd_2")):
+        return f"it was trained on SD 1.x or 2.x ({stated}), and the base model is SDXL"
     return ""
 
 

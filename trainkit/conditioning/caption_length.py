@@ -38,10 +38,10 @@ def cut_off(prompts: Sequence[str], tokenizers: Sequence[CLIPTokenizer]) -> list
     """Of each prompt the text that does not fit, "" where all does; with several tokenizers the longest such text."""
     lost = [""] * len(prompts)
     for tokenizer in tokenizers:
-        room = tokenizer.model_max_length - 2  # without BOS and EOS
+        free = tokenizer.model_max_length - 2  # without BOS and EOS
         for i, spans in enumerate(_spans(prompts, tokenizer)):
-            if len(spans) > room:
-                lost[i] = max(lost[i], prompts[i][spans[room][0] :].strip(), key=len)
+            if len(spans) > free:
+                lost[i] = max(lost[i], prompts[i][spans[free][0] :].strip(), key=len)
     return lost
 
 

@@ -220,6 +220,6 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     levels = np.arange(0, 256, 15, dtype=np.uint8)  # 18 of each channel
     colours = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
     probe = Image.fromarray(levels[None] if mode == "L" else colours)
-    seen = ImageCms.applyTransform(probe, transform)
-    change = np.abs(np.asarray(seen, np.int16) - np.asarray(probe.convert("RGB"), np.int16)).max()
+    converted = ImageCms.applyTransform(probe, transform)
+    change = np.abs(np.asarray(converted, np.int16) - np.asarray(probe.convert("RGB"), np.int16)).max()
     return transform if change > SAME else None

@@ -65,7 +65,7 @@ class Switch:
 
 
 @dataclass(frozen=True)
-class Choice:
+class OneOf:
     """One of some words."""
 
     choices: tuple[str, ...]
@@ -78,18 +78,18 @@ class Choice:
         return value is None or value in self.choices
 
 
-Table = Mapping[str, Number | Switch | Choice]
+Table = Mapping[str, Number | Switch | OneOf]
 
 
 def count(high: int, low: int = 1, *, listed: bool = False, null: bool = True) -> Number:
     return Number(low, high, whole=True, listed=listed, null=null)
 
 
-def table(*tables: Mapping[str, Number | Switch | Choice]) -> Table:
+def table(*tables: Mapping[str, Number | Switch | OneOf]) -> Table:
     return {key: rule for one in tables for key, rule in one.items()}
 
 
-def all_of(rule: Number | Switch | Choice, names: str) -> Table:
+def all_of(rule: Number | Switch | OneOf, names: str) -> Table:
     return dict.fromkeys(names.split(), rule)
 
 
@@ -137,7 +137,7 @@ SCHEDULER = table(
     all_of(Number(0, 1e6, above=True), "sigma_min sigma_max sigma_data rho flow_shift sample_max_value "
            "clip_sample_range"),
     {"dynamic_thresholding_ratio": FRACTION, "steps_offset": count(1000, 0), "solver_order": count(3),
-     "lambda_min_clipped": Number(-math.inf, 1e4), "timestep_spacing": Choice(("linspace", "leading", "trailing"))},
+     "lambda_min_clipped": Number(-math.inf, 1e4), "timestep_spacing": OneOf(("linspace", "leading", "trailing"))},
     all_of(Switch(), "rescale_betas_zero_snr clip_sample thresholding set_alpha_to_one skip_prk_steps "
            "use_karras_sigmas use_exponential_sigmas use_beta_sigmas use_lu_lambdas lower_order_final euler_at_final"),
 )

@@ -119,23 +119,23 @@ def _invalid_value(flag: Flag, error: ErrorDetails, sources: Mapping[str, Layer]
                        f"add --{flag.name} {flag.metavar}")
     written = REDACTED if flag.secret else repr(error["input"])
     why = error["msg"].removeprefix("Value error, ").replace("Input should", "it should").partition(", unable")[0]
-    fix = _steps_of_share(flag, str(error["input"]), sources) or _better(flag, str(error["input"]))
+    fix = _steps_of_fraction(flag, str(error["input"]), sources) or _better(flag, str(error["input"]))
     return Problem(f"--{flag.name} cannot be {written}", sources[flag.name].spelling(flag.name), why, fix)
 
 
-def _steps_of_share(flag: Flag, written: str, sources: Mapping[str, Layer]) -> str:
-    """What a share of the run, as other trainers take it, is in steps; "" for other values and flags."""
+def _steps_of_fraction(flag: Flag, written: str, sources: Mapping[str, Layer]) -> str:
+    """What a fraction of the run, as other trainers take it, is in steps; "" for other values and flags."""
     try:
-        share = float(written.removesuffix("%")) / (100 if written.endswith("%") else 1)
+        fraction = float(written.removesuffix("%")) / (100 if written.endswith("%") else 1)
     except ValueError:
         return ""
-    if flag.facts.unit != "steps" or flag.value_type is not int or not 0 < share < 1:
+    if flag.facts.unit != "steps" or flag.value_type is not int or not 0 < fraction < 1:
         return ""
     try:
         total = int(str(sources["max_train_steps"].values["max_train_steps"]))
     except (KeyError, ValueError):
-        return f"--{flag.name} counts steps: write {share:g} times those of the run (epochs x images / batch)"
-    return f"--{flag.name} {steps_of_fraction(share, total)}: {share:g} would be that many of {total} steps"
+        return f"--{flag.name} counts steps: write {fraction:g} times those of the run (epochs x images / batch)"
+    return f"--{flag.name} {steps_of_fraction(fraction, total)}: {fraction:g} would be that many of {total} steps"
 
 
 def _better(flag: Flag, written: str) -> str:

@@ -1,4 +1,4 @@
-"""What the files that other programs load are called: those of a run, and those of one of its steps."""
+"""What the files that other programs load are called, those of a run and of its steps, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # in the run's folder, and in every checkpoint
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"  # the WebUI file under the Diffusers script's name
 UNREADABLE = r"[\s()\[\]{}<>:,;|\\]+"  # in a prompt of a user interface: they end a name or weigh it
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 STEP = re.compile(r"-step(\d{8,})(?:_emb)?\.safetensors")
 
 
@@ -35,6 +36,12 @@ def at_step(path: Path) -> tuple[Path, int | None]:
     if not sign or not run or not re.fullmatch(r"[0-9]+", step) or path.exists():
         return path, None
     return path.with_name(run), int(step)
+
+
+def step_of(folder: Path) -> int | None:
+    """Step in a name `checkpoint-<step>`; None for any other name."""
+    match = CHECKPOINT.fullmatch(folder.name)
+    return int(match[1]) if match else None
 
 
 def step_files(folder: Path, run_name: str) -> dict[Path, int]:

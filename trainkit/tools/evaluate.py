@@ -132,14 +132,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "all nouns of the reference are used.")
     add("--seed", type=int, default=GenerationSettings.seed,
         help="The seed. The same seed and noun give the same noise at every strength.")
-    add("--steps", type=int, default=GenerationSettings.steps, help="The number of denoising steps. The "
-        "default is 20.")
+    add("--steps", type=int, default=GenerationSettings.steps, help="Denoising steps. The default is 20.")
     add("--guidance_scale", type=float, default=GenerationSettings.guidance_scale, help="The strength of "
         "classifier-free guidance. The default is 4.")
     add("--batch_size", type=int, default=GenerationSettings.batch_size, help="How many images are "
         "generated at once. The default is 25.")
-    add("--dtype", choices=DTYPES, default=GenerationSettings.dtype, help="The precision of the pipeline. The "
-        "default is float32.")
+    add("--dtype", choices=DTYPES, default=GenerationSettings.dtype, help="The precision. The default is float32.")
     add("--out", required=True, type=Path, metavar="DIR", help="The folder for grid.png and evaluation.json.")
     add("--debug", action="store_true", help="Show a traceback with every error message.")
     args = parser.parse_args(argv)

@@ -38,7 +38,7 @@ def key(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold().strip()
 
 
-class Images:
+class KnownImages:
     """Images by name and by stem, wherever they lie."""
 
     def __init__(self, paths: Iterable[Path]):
@@ -67,7 +67,7 @@ class Mentions:
     cells: dict[Path, str] = field(default_factory=dict)  # the name as it is written
 
 
-def mentions(file: Path, images: Images) -> Mentions:
+def mentions(file: Path, images: KnownImages) -> Mentions:
     """Which of the images a file names, and the texts beside them. Raises OSError."""
     by_name, by_stem = Mentions(), Mentions()
     for row, keyed in islice(rows(file), MAX_ROWS):
@@ -92,10 +92,10 @@ def _note(found: Mentions, images: list[Path], cell: str, others: list[str]) -> 
 # ---------------------------------------------------------------------------------------------------------- any table
 
 
-Row = tuple[list[str], bool]  # texts; whether the first of them alone may be an image's name
+TableRow = tuple[list[str], bool]  # texts; whether the first of them alone may be an image's name
 
 
-def rows(file: Path) -> Iterator[Row]:
+def rows(file: Path) -> Iterator[TableRow]:
     """The texts of each row of a table. Raises OSError."""
     if file.suffix.lower() in (".parquet", ".arrow", ".feather"):
         yield from _arrow_rows(file)
@@ -119,7 +119,7 @@ def _any_text(data: bytes) -> str:
         return error.readings[0].text if error.readings else data.decode("latin-1")
 
 
-def _arrow_rows(file: Path) -> Iterator[Row]:
+def _arrow_rows(file: Path) -> Iterator[TableRow]:
     """Columns of text alone: those of images would be large."""
     from pyarrow import ArrowException, ipc, memory_map, parquet, types
 
@@ -136,7 +136,7 @@ def _arrow_rows(file: Path) -> Iterator[Row]:
         return
 
 
-def _sheet_rows(data: bytes) -> Iterator[Row]:
+def _sheet_rows(data: bytes) -> Iterator[TableRow]:
     """Neighbouring texts of a spreadsheet, two at a time."""
     for xml in _members(data):
         texts = [unescape(text) for text in XML_TEXT.findall(xml)]
@@ -153,7 +153,7 @@ def _members(data: bytes) -> list[str]:
         return []
 
 
-def _json_rows(item: object, depth: int = 4) -> Iterator[Row]:
+def _json_rows(item: object, depth: int = 4) -> Iterator[TableRow]:
     """Objects as rows of their texts; {name: texts} as a row an entry."""
     if not depth:
         return
@@ -174,7 +174,7 @@ def _texts(values: list[object]) -> list[str]:
     return [one for one in inner if isinstance(one, str)]
 
 
-def _line_rows(text: str) -> Iterator[Row]:
+def _line_rows(text: str) -> Iterator[TableRow]:
     """Lines of JSON, or of cells; a line in prose as the image's name in it and the rest."""
     lines = text.splitlines()
     delimiter = max(DELIMITERS, key=lambda d: sum(line.count(d) > 0 for line in lines[:20]))

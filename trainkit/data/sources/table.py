@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from trainkit.data.batch import Listed
 from trainkit.data.images import UnreadableImage
-from trainkit.data.sources.account import Account, Found
+from trainkit.data.sources.account import Account, SourceListing
 from trainkit.data.sources.captions import METADATA, BadEntry, read_captions
 from trainkit.data.sources.records import CAPTION_COLUMNS
 from trainkit.data.sources.text import one_line
@@ -56,22 +56,22 @@ class TableCell:
         return f"column {self.column}, row {self.index}"
 
 
-def list_table(data: ImageOptions) -> Found:
+def list_table(data: ImageOptions) -> SourceListing:
     """The images of the data set's train split."""
     from datasets import Image
     from datasets.exceptions import DatasetsError
 
     if wrong := _folder_of_images(data):
-        return Found([], [wrong])
+        return SourceListing([], [wrong])
     try:
         table = _load(data)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        return Found([], [_no_table(data, error)])
+        return SourceListing([], [_no_table(data, error)])
     texts = [name for name, kind in table.features.items() if _holds_text(kind, several=data.captioned)]
     column = _caption_column(data, texts)
     problems = list(_table_problems(data, table, texts, column))
     if problems:
-        return Found([], problems)
+        return SourceListing([], problems)
     images = table.select_columns([data.image_column]).cast_column(data.image_column, Image(decode=False))
     homes = homes_of(data.dataset_name or "", data.cache_dir)
     found, bad = [], []
@@ -82,7 +82,7 @@ def list_table(data: ImageOptions) -> Found:
         except BadEntry as error:
             bad.append(f"row {i}: {column} {error}")
     captions = {f"column {column}": sum(bool(one.caption) for one in found)} if column else {}
-    return Found(found, list(_row_problems(data, bad, empty=not len(table))), Account(len(found), captions))
+    return SourceListing(found, list(_row_problems(data, bad, empty=not len(table))), Account(len(found), captions))
 
 
 def _load(data: ImageOptions) -> Dataset:

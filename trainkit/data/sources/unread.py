@@ -1,7 +1,7 @@
-"""What lies in or around a data folder, looks meant for training and is not read: refused, or told with the reason.
+"""What lies in or around a data folder, looks meant for training and is not read: refused, or listed with the reason.
 
 A caption that would be lost is refused: an image without one that a file names under another name, in another place or
-in another form than is read. Everything else that is left out is told.
+in another form than is read. Everything else that is left out is listed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from trainkit.data.sources.account import LeftOut
 from trainkit.data.sources.captions import MAX_CAPTION, METADATA
-from trainkit.data.sources.glimpse import HEIC, MAX_BYTES, Images, Mentions, key, mentions
+from trainkit.data.sources.glimpse import HEIC, MAX_BYTES, KnownImages, Mentions, key, mentions
 from trainkit.data.sources.records import CAPTION_COLUMNS, DELIMITERS, NAME_COLUMN, header_of
 from trainkit.data.sources.text import MARKS, UnclearText, decode_text
 from trainkit.data.sources.tree import TEXTS, Contents, Tree, is_image, scan
@@ -48,18 +48,19 @@ def find_unread(folder: Path, tree: Tree, *, bare: Sequence[Path], strange: Sequ
     bare     images for which no caption was found
     strange  files that hold captions by their suffix and are not named as an image beside them is
     """
-    images = Images(bare)
+    images = KnownImages(bare)
     tables = [path for contents in _all(tree) for path in contents.others if not _is_companion(path, tree)]
     odd = [path for path in tables if _is_odd_text(path, images)]
     lost, idle = _lost_texts(folder, tree, images, [*strange, *odd])
-    told = _json_captions(path for path in tables if path.suffix.lower() == ".json" and meant_by(path, images))
-    problems = [*([_misnamed(folder, lost)] if lost else []), *([_json_files(folder, told)] if told else [])]
-    saved = {*lost.values(), *(image for path in told if (image := meant_by(path, images)))}
-    tables = [path for path in tables if path not in odd and path not in told]
-    remaining = Images(path for path in bare if path not in saved)
+    json_files = _json_captions(path for path in tables if path.suffix.lower() == ".json" and meant_by(path, images))
+    problems = [_misnamed(folder, lost)] if lost else []
+    problems += [_json_files(folder, json_files)] if json_files else []
+    saved = {*lost.values(), *(image for path in json_files if (image := meant_by(path, images)))}
+    tables = [path for path in tables if path not in odd and path not in json_files]
+    remaining = KnownImages(path for path in bare if path not in saved)
     left = []
     for number, path in enumerate([*tables, *idle]):
-        problem, why = _table(folder, path, remaining if number < MOST_TABLES else Images(()))
+        problem, why = _table(folder, path, remaining if number < MOST_TABLES else KnownImages(()))
         problems += [problem] if problem else []
         left += [] if problem else [LeftOut(_name(path, folder), why)]
     if remaining.paths and not problems:
@@ -82,7 +83,7 @@ def _name(path: Path, folder: Path) -> str:
 
 
 def _lost_texts(
-    folder: Path, tree: Tree, images: Images, strange: Sequence[Path]
+    folder: Path, tree: Tree, images: KnownImages, strange: Sequence[Path]
 ) -> tuple[dict[Path, Path], list[Path]]:
     """({caption file: image that has no caption and is meant by it}, caption files that mean none)."""
     texts = [*strange, *(path for contents in tree.below.values() for path in contents.texts)]
@@ -95,11 +96,11 @@ def _lost_texts(
         else:
             idle.append(path)
     below = {image for contents in tree.below.values() for image in contents.images}
-    own = {(path.parent, path.stem) for path in below}
-    return lost, [path for path in idle if (path.parent, path.stem) not in own]
+    images_below = {(path.parent, path.stem) for path in below}
+    return lost, [path for path in idle if (path.parent, path.stem) not in images_below]
 
 
-def meant_by(path: Path, images: Images) -> Path | None:
+def meant_by(path: Path, images: KnownImages) -> Path | None:
     """The image that a caption file is probably about: one beside it goes before the only one elsewhere."""
     for stem in _stems(path):
         found = images.by_name.get(stem) or images.by_stem.get(stem) or []
@@ -128,7 +129,7 @@ def has_words(path: Path) -> bool:
         return False
 
 
-def _is_odd_text(path: Path, images: Images) -> bool:
+def _is_odd_text(path: Path, images: KnownImages) -> bool:
     """Whether a small text has the name of an image beside it and a suffix that nobody reads: fox.blip."""
     beside = any(image.parent == path.parent for image in images.by_stem.get(key(path.stem), ()))
     if not beside or path.suffix.lower() in (*TABLES, *NOT_WORDS, *HEIC):
@@ -195,7 +196,7 @@ def _is_companion(path: Path, tree: Tree) -> bool:
     return read or path.suffix.lower() in QUIET or path.name in ("LICENSE", "dataset_info.json", "dataset_infos.json")
 
 
-def _table(folder: Path, path: Path, images: Images) -> tuple[Problem | None, str]:
+def _table(folder: Path, path: Path, images: KnownImages) -> tuple[Problem | None, str]:
     """(the problem that a file's captions would be lost, else why it is left out)."""
     if path.suffix.lower() in HEIC:
         return None, "pip install pillow-heif reads it"
@@ -213,7 +214,7 @@ def _table(folder: Path, path: Path, images: Images) -> tuple[Problem | None, st
     return None, "it names no image without a caption" if path.suffix.lower() in TABLES else "of no kind that is read"
 
 
-def _look(path: Path, images: Images) -> Mentions:
+def _look(path: Path, images: KnownImages) -> Mentions:
     """What a file says about images; nothing where it is no text and no table of a known kind."""
     try:
         if path.suffix.lower() not in TABLES and _is_binary(path):
@@ -239,7 +240,7 @@ def _is_an_image(path: Path) -> bool:
     return head.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8")) or head[:4] == b"RIFF" and head[8:] == b"WEBP"
 
 
-def misplaced(folder: Path, path: Path, images: Images, about: Mentions) -> Problem:
+def misplaced(folder: Path, path: Path, images: KnownImages, about: Mentions) -> Problem:
     """A table of captions under another name or in another place than is read."""
     homes = Counter(image.parent for image in about.captions)
     home = homes.most_common(1)[0][0]
@@ -308,7 +309,7 @@ def _by_example(home: Path, about: Mentions) -> str:
 # ------------------------------------------------------------------------------------------------------ one folder up
 
 
-def _around(folder: Path, images: Images) -> list[Problem]:
+def _around(folder: Path, images: KnownImages) -> list[Problem]:
     """Captions that lie in the folder above, or in a folder of captions beside this one."""
     above = folder.absolute().parent
     if above == folder.absolute():
@@ -347,9 +348,9 @@ def _may_be_table(entry: os.DirEntry[str]) -> bool:
 
 def _about_below(about: Mentions, folder: Path, above: Path) -> Mentions:
     """What a table above the folder says about images in it: not about those of their name beside the table."""
-    own = {image for image, cell in about.cells.items() if _is_about(cell.replace("\\", "/"), image, folder, above)}
-    return Mentions(own, {image: text for image, text in about.captions.items() if image in own},
-                    {image: cell for image, cell in about.cells.items() if image in own})
+    beside = {image for image, cell in about.cells.items() if _is_about(cell.replace("\\", "/"), image, folder, above)}
+    return Mentions(beside, {image: text for image, text in about.captions.items() if image in beside},
+                    {image: cell for image, cell in about.cells.items() if image in beside})
 
 
 def _is_about(cell: str, image: Path, folder: Path, above: Path) -> bool:
