@@ -55,7 +55,7 @@ class Runs:
         self.data = make_images(folder / "data", n=8)
         self.bare = make_images(folder / "bare", n=4, captions=False)
         self.classes = make_images(folder / "classes", n=3, captions=False)
-        for name in (".DS_Store", "notes.md", "Thumbs.db", "subfolder/p9.png"):
+        for name in (".DS_Store", "notes.md", "Thumbs.db", "subfolder/notes.txt"):
             (self.data / name).parent.mkdir(exist_ok=True)
             (self.data / name).write_bytes(b"no image")
 

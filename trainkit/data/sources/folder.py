@@ -106,7 +106,7 @@ class Captions:
 
     def sources(self, images: list[Path]) -> dict[str, int]:
         """How many images have their caption from each kind of file."""
-        return dict(Counter(self.files[image] if self.named.get(image) else "sidecar files"
+        return dict(Counter(self.files[image] if self.named.get(image) else "caption files"
                             for image in images if self.of(image)[0]))
 
     def report(self, images: list[Path], *, prompt_flag: str | None) -> None:
