@@ -29,6 +29,7 @@ from trainkit.errors import Problem, UserError
 from trainkit.files import Json
 from trainkit.runtime import checkpoint_folders, manifest, previous, ranks
 from trainkit.runtime.record import timestamp, versions
+from trainkit.runtime.weight_files import step_of
 
 log = logging.getLogger(__name__)
 
@@ -211,7 +212,7 @@ class Checkpoints:
         extra = self.every is not None and not self._on_interval(step)
         self.folders.prune(newest, self.keep + extra if self.keep and allowed else None)
         if not self.exports.keep:
-            steps = {checkpoint_folders.step_of(folder) for folder in self.folders.all()}
+            steps = {step_of(folder) for folder in self.folders.all()}
             self.folders.discard_files([path for path, at in self.exports.beside().items() if at not in steps])
         reached("prune", step)
 
@@ -250,7 +251,7 @@ class Checkpoints:
             if not here:
                 previous.make_way(self.folders.dir)
                 return
-            checkpoints = [p for p in self.folders.all() if (checkpoint_folders.step_of(p) or 0) > step]
+            checkpoints = [p for p in self.folders.all() if (step_of(p) or 0) > step]
             self.folders.set_aside([*checkpoints, *(p for p, at in self.exports.beside().items() if at > step)])
 
     def _refuse_differences(self, folder: Path, fingerprint: Json) -> None:

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainkit.errors import Problem, refuse
-from trainkit.runtime.checkpoint_folders import step_of
-from trainkit.runtime.weight_files import DIFFUSERS_FILE, STEP, at_step, embeddings_file, step_files, step_name
+from trainkit.runtime.weight_files import DIFFUSERS_FILE, STEP, at_step, embeddings_file, step_files, step_name, step_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image

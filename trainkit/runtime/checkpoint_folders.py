@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import secrets
 import shutil
 import time
@@ -12,21 +11,14 @@ from pathlib import Path
 from trainkit import files
 from trainkit.errors import Problem, UserError, refuse
 from trainkit.runtime import manifest
-from trainkit.runtime.weight_files import at_step
+from trainkit.runtime.weight_files import at_step, step_of
 
 log = logging.getLogger(__name__)
 
-NAME = re.compile(r"checkpoint-(\d+)")
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}  # endings of files of weights
 FOREIGN = ("optimizer.bin", "scheduler.bin", "random_states_0.pkl")  # in a checkpoint of accelerate's own
 
 Found = tuple[Path, dict[str, files.Json]]  # a whole checkpoint and its manifest
-
-
-def step_of(folder: Path) -> int | None:
-    """Step in a name `checkpoint-<step>`; None for any other name."""
-    match = NAME.fullmatch(folder.name)
-    return int(match[1]) if match else None
 
 
 def pointed(out_dir: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""What the files that other programs load are called: those of a run, and those of one of its steps."""
+"""What the files that other programs load are called, and the checkpoints: those of a run, those of one step."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # in the run's folder, and in every checkpoint
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"  # the WebUI file under the Diffusers script's name
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 STEP = re.compile(r"-step(\d{8,})(?:_emb)?\.safetensors")
 
 
@@ -25,6 +26,12 @@ def step_name(run_name: str, step: int) -> str:
     Eight digits, so that a WebUI lists the steps in their order.
     """
     return f"{run_name}-step{step:08d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """Step in a name `checkpoint-<step>`; None for any other name."""
+    match = CHECKPOINT.fullmatch(folder.name)
+    return int(match[1]) if match else None
 
 
 def at_step(path: Path) -> tuple[Path, int | None]:
