@@ -111,12 +111,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--base", required=True, metavar="MODEL", help="The base model that the LoRA was trained on: SDXL, SD 1.x "
         "or SD 2.x. It is a folder or a name on the Hub.")
-    add("--lora", type=Path, metavar="FILE", help="The LoRA file, for Diffusers or for WebUIs. It can "
-        "also be the folder of a run or of a checkpoint, or RUN@STEP, such as runs/dog@500. Without this flag, only "
-        "--embeddings are measured.")
-    add("--embeddings", type=Path, metavar="FILE", help="The file NAME_emb.safetensors of a run with new tokens. "
-        "It can also be a folder or RUN@STEP. The tokens then take the place of their words in the prompts. The base "
-        "model gets the words.")
+    add("--lora", type=Path, metavar="FILE", help="The LoRA file, the folder of a run or of a checkpoint, or RUN@STEP, "
+        "such as runs/dog@500. Without this flag, only --embeddings are measured.")
+    add("--embeddings", type=Path, metavar="FILE", help="The file NAME_emb.safetensors of a run with new tokens, or "
+        "RUN@STEP. The tokens take the place of their words in the prompts. The base model gets the words.")
     add("--reference", type=Path, default=ASSETS / "icons-3d-reference", metavar="DIR",
         help="The folder with real images of the style that were not trained on. Its metadata.jsonl has the columns "
         "file_name, noun and text. The default is the reference icons in this repository.")
