@@ -1,48 +1,10 @@
 #!/usr/bin/env bash
-# Teach the shipped SDXL model the look of 22 real 3-D icons, then show what it learned on nouns it was not taught.
+# Install into .venv on first use (Python 3.11+, about 2 GB of disk), then run scripts/quickstart.py: it teaches the shipped
+# SDXL model the look of 22 real 3-D icons, and shows what the model learned on nouns it was not taught.
 #
-#   bash scripts/quickstart.sh [OUTPUT_DIR]          default: runs/quickstart
-#
-# Needs Python 3.11+ and about 2 GB of disk; installs into .venv on first use. A GPU is used when there is one.
-# Pivotal tuning: TOK becomes two new tokens, trained in the first half of the steps beside the LoRA. TOKENS=0 leaves them out.
-# Time after installation: under 10 minutes on 2 CPU cores. A quick trial: STEPS=20 DENOISING_STEPS=2 bash scripts/quickstart.sh
-# Leaves in OUTPUT_DIR: evaluation/grid.png (nouns x base, LoRA 0.5, LoRA 1.0, real) and evaluation/evaluation.json,
-# the LoRA for Diffusers and for WebUIs, the tokens' embeddings, README.md (model card), report.html. Run it again after a
-# stop and it goes on.
+#   bash scripts/quickstart.sh [OUTPUT_DIR]                        default: runs/quickstart
+#   STEPS=20 DENOISING_STEPS=2 bash scripts/quickstart.sh          a quick trial; TOKENS=0 trains the LoRA alone
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/install.sh
-
-out=${1:-runs/quickstart}
-steps=${STEPS:-400}
-denoising_steps=${DENOISING_STEPS:-20}
-tokens=() embeddings=()
-if [ "${TOKENS:-1}" != 0 ]; then
-  tokens=(--train_text_encoder_ti --token_abstraction=TOK --train_text_encoder_ti_frac=0.5)
-  embeddings=(--embeddings "$out/$(basename "$out")_emb.safetensors")
-fi
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # on a busy CPU two threads are slower than one
-
-# The trainer's real command line: copy it, and put your own model, images and words in.
-train=(
-  .venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
-  train_dreambooth_lora_sdxl_advanced.py
-  --pretrained_model_name_or_path=assets/tiny-sdxl-icons
-  --dataset_name=assets/icons-3d --caption_column=text --instance_prompt="3d icon in the style of TOK"
-  --output_dir="$out" --resolution=64 --train_batch_size=3 --cache_latents --random_flip
-  --rank=8 --lora_layers=all-linear
-  --optimizer=prodigy --learning_rate=1.0 --lr_scheduler=constant --lr_warmup_steps=0
-  --adam_beta1=0.9 --adam_beta2=0.99 --adam_weight_decay=0.01
-  --prodigy_safeguard_warmup=True --prodigy_use_bias_correction=True
-  "${tokens[@]}" --snr_gamma=5.0 --max_train_steps="$steps" --checkpointing_steps=100 --resume_from_checkpoint=latest
-  --validation_prompt="3d icon in the style of TOK, a ladybug" --validation_steps=100 --seed=0
-)
-printf '\nTraining (about 2 minutes):\n\n'
-for word in "${train[@]}"; do [[ $word == *" "* ]] && word="${word%%=*}=\"${word#*=}\""; printf '%s ' "$word"; done
-printf '\n\n'
-"${train[@]}"
-
-printf '\nDrawing 120 nouns it was not taught, at three strengths (about 3 minutes):\n\n'
-.venv/bin/python scripts/evaluate.py --base assets/tiny-sdxl-icons --lora "$out/pytorch_lora_weights.safetensors" "${embeddings[@]}" \
-  --strengths 0,0.5,1 --steps "$denoising_steps" --out "$out/evaluation"
-printf '\nLook at %s and open %s in a browser.\n' "$out/evaluation/grid.png" "$out/report.html"
+exec .venv/bin/python scripts/quickstart.py "$@"

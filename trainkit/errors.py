@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -63,6 +64,7 @@ def exit_with_message(main: Callable[[], None]) -> None:
     take, as while libraries are imported, is one line and the exit code of a stopped run.
     """
     rank = os.environ.get("RANK", "0")
+    accept_all_text()
     if logging.lastResort is not None:  # the handler of records for which there is none yet
         logging.lastResort.setFormatter(logging.Formatter(LOG_LINE))
         logging.lastResort.setLevel(logging.WARNING if rank == "0" else logging.ERROR)
@@ -78,6 +80,17 @@ def exit_with_message(main: Callable[[], None]) -> None:
             raise
         print(error.report() if rank == "0" else f"rank {rank}: {error.problems[0].what}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def accept_all_text() -> None:
+    """No text can fail to be printed. What a console has no letter for, as ε in cp1252, is escaped.
+
+    A file or pipe gets UTF-8, so that --config reads what --print_config wrote there; PYTHONIOENCODING says otherwise.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            console = stream.isatty() or "PYTHONIOENCODING" in os.environ
+            stream.reconfigure(encoding=None if console else "utf-8", errors="backslashreplace")
 
 
 def debugging() -> bool:

@@ -16,7 +16,7 @@ import yaml
 
 from trainkit.errors import Problem, UserError
 from trainkit.export import LoraFileFormat, verify, write_diffusers, write_kohya
-from trainkit.files import Json, atomic_write
+from trainkit.files import Json, atomic_write, run_name
 from trainkit.options import RunOptions
 from trainkit.options.trainers import known_flags
 from trainkit.report import SampleStep, environment, sample_steps, write_report
@@ -47,7 +47,7 @@ FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 
 def problems(options: RunOptions) -> Iterator[Problem]:
     """What would make the final files or the upload fail after hours of training."""
-    yield from name_problems(Path(options.output_dir).resolve().name)
+    yield from name_problems(run_name(Path(options.output_dir)))
     if options.push_to_hub:
         yield from hub_problems(options)
 

@@ -169,7 +169,7 @@ def timed(command: list[str], *, steps: int, cwd: Path, clock: str) -> Timing:
 def cpu_seconds(pid: int) -> float:
     """What a process has used so far, in user and kernel mode; NaN where there is no /proc."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return float("nan")
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

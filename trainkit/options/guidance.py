@@ -21,7 +21,7 @@ class GuidanceOptions(Concern):
         0.1, "share of visits without the token, so that the model can do without it, as classifier-free guidance does",
         unit="0..1", ge=0, le=1)
     guidance_features: str | None = opt(
-        None, "the features: what scripts/extract_clip_features.py wrote for these images", path=True,
+        None, "the features: what the tool extract-clip-features wrote for these images", path=True,
         resume="in the data", min_length=1)
 
     def decisive(self) -> dict[str, object]:

@@ -176,7 +176,7 @@ def _nearest_key(name: str, flags: Mapping[str, Flag], table: str | None, prefix
 
 def _load(path: Path) -> dict[str, object]:
     """The table in a config file; ValueError when it is not one."""
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")  # Windows editors write a byte order mark
     data: object
     match path.suffix.lower():
         case ".toml":

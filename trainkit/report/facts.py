@@ -192,7 +192,8 @@ class RunFacts:
     def command(self) -> str:
         """A command line that repeats the run, private folders reduced to their names."""
         script = re.split(r"[\\/]", str(self.record["command"][0]))[-1]
-        return " ".join(["python", script, *(f"--{c.flag}={shlex.quote(c.value)}" for c in self.changed)])
+        program = f"python {script}" if script.endswith(".py") else script  # else it is an installed program
+        return " ".join([program, *(f"--{c.flag}={shlex.quote(c.value)}" for c in self.changed)])
 
     @property
     def versions(self) -> dict[str, str]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 
-from trainkit.files import Json, atomic_write, disk_errors, write_json
+from trainkit.files import Json, atomic_write, disk_errors, run_name, write_json
 from trainkit.options.base import REDACTED
 from trainkit.options.sources import ENV_PREFIX
 from trainkit.options.trainers import known_flags
@@ -88,7 +88,7 @@ class RunRecord:
     def __init__(self, out_dir: Path, **facts: Json):
         self.path = out_dir / "run.json"
         self.data = {
-            "run_id": secrets.token_hex(6), "name": out_dir.resolve().name, "status": "running", "exit_code": None,
+            "run_id": secrets.token_hex(6), "name": run_name(out_dir), "status": "running", "exit_code": None,
             "started": timestamp(), "ended": None, "seconds": None, "step": None, **facts,
             "command": redacted_command(sys.argv), "versions": versions(),
         }
@@ -129,7 +129,7 @@ class Metrics:
             return self._begin(start)
 
     def write(self, values: Mapping[str, Json]) -> None:
-        with disk_errors(self.path), self.path.open("a") as file:
+        with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
     def _begin(self, start: int) -> float:
@@ -140,7 +140,7 @@ class Metrics:
             earlier.mkdir(exist_ok=True)
             self.path.rename(earlier / f"metrics-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}.jsonl")
             return 0.0
-        rows = [row for row in map(parsed, self.path.read_text().splitlines()) if row and row["step"] <= start]
+        rows = [row for row in map(parsed, self.path.read_text("utf-8").splitlines()) if row and row["step"] <= start]
         atomic_write(self.path, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
         return rows[-1]["seconds"] if rows else 0.0
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trainkit.errors import Problem, refuse
+from trainkit.tools import ASSETS
 
 
 def number_problems(args: argparse.Namespace, *, counts: Sequence[str], reals: Sequence[str]) -> Iterator[Problem]:
@@ -23,6 +24,16 @@ def number_problems(args: argparse.Namespace, *, counts: Sequence[str], reals: S
         yield from (Problem(f"--{flag} {number}", f"--{flag}", "nothing can be drawn with it",
                             f"give --{flag} a finite number")
                     for number in several if number is not None and not math.isfinite(number))
+
+
+def shipped_problems(args: argparse.Namespace, *flags: str) -> Iterator[Problem]:
+    """Flags whose default is a folder of the repository's assets/, where there is none."""
+    for flag in flags:
+        default = Path(getattr(args, flag))
+        if default.is_relative_to(ASSETS) and not default.is_dir():
+            yield Problem(f"--{flag} is missing", "command line", f"its default is assets/{default.name} of the "
+                          "repository, and the installed package does not hold that folder",
+                          f"give --{flag}, or run the tool in a clone of the repository")
 
 
 def out_problems(out: Path) -> Iterator[Problem]:

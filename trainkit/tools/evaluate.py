@@ -36,7 +36,7 @@ from trainkit.inference import (
     lora_problems,
 )
 from trainkit.tools import ASSETS
-from trainkit.tools.checks import make_out, number_problems, out_problems, writing_to
+from trainkit.tools.checks import make_out, number_problems, out_problems, shipped_problems, writing_to
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -157,9 +157,11 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
                       "give the path of the NAME_emb.safetensors that the run wrote, or leave the flag out")
     yield from base_problems(args.base, args.embeddings)
     yield from lora_problems([args.lora] if args.lora else [])
-    for flag in ("training", "clip", "reference"):
-        if not getattr(args, flag).is_dir():
-            yield Problem(f"no folder {getattr(args, flag)}", f"--{flag}", "the style distance needs it",
+    folders = ("training", "clip", "reference")
+    yield from shipped_problems(args, *folders)
+    for flag in folders:
+        if not (folder := getattr(args, flag)).is_dir() and not folder.is_relative_to(ASSETS):
+            yield Problem(f"no folder {folder}", f"--{flag}", "the style distance needs it",
                           f"give an existing folder, or leave --{flag} out to use the shipped one", kind="data")
     if args.prompt and "{noun}" not in args.prompt:
         yield Problem(f"no {{noun}} in {args.prompt!r}", "--prompt", "each image is drawn for one noun",

@@ -36,7 +36,7 @@ from trainkit.inference import (
     lora_problems,
 )
 from trainkit.tools import ASSETS
-from trainkit.tools.checks import make_out, number_problems, out_problems, writing_to
+from trainkit.tools.checks import make_out, number_problems, out_problems, shipped_problems, writing_to
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -111,7 +111,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--clip", default=str(ASSETS / "tiny-clip-icons"), metavar="MODEL", help="the CLIP whose features the "
         "LoRA was trained with; default: the shipped one")
     add("--guidance_features", type=Path, metavar="FILE", help="take the features of the guidance images from this "
-        "file of scripts/extract_clip_features.py instead of computing them")
+        "file of extract-clip-features instead of computing them")
     add("--guidance_token_scale", type=float, default=1.0, metavar="X", help="factor of the features, as in training")
     add("--guidance_both_branches", action="store_true", help="put the features beside the negative prompt, too")
     add("--batch_size", type=int, default=4, help="images drawn at once")
@@ -163,6 +163,8 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
                                reals=("strength", "guidance_scale", "guidance_token_scale"))
     yield from (Problem(f"seed {seed}", "--seeds", "it is no number of 64 bits", f"{SEEDS[0]} to {SEEDS[-1]}")
                 for seed in args.seeds if seed not in SEEDS)
+    if args.guidance_image and not args.guidance_features:
+        yield from shipped_problems(args, "clip")
     yield from out_problems(args.out)
 
 
