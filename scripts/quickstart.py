@@ -21,11 +21,11 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trainkit.errors import Problem, exit_with_message, refuse
 
+ROOT = Path(__file__).resolve().parents[1]
 TRAINER = "train_dreambooth_lora_sdxl_advanced.py"
 BASE = "assets/tiny-sdxl-icons"
 NEW_TOKENS = ("--train_text_encoder_ti", "--token_abstraction=TOK", "--train_text_encoder_ti_frac=0.5")

@@ -11,7 +11,7 @@ from trainkit.commands import Command, Program
 from trainkit.errors import exit_with_message
 
 PROGRAM = Program("lora-train", "trainkit.train", (
-    Command("dreambooth-sdxl", "train_dreambooth_lora_sdxl_advanced", "teach SDXL a concept or a style from few images"),
+    Command("dreambooth-sdxl", "train_dreambooth_lora_sdxl_advanced", "teach SDXL a concept from a few images"),
     Command("text-to-image", "train_text_to_image_lora", "teach SD 1.x, 2.x or SDXL from captioned images"),
 ))
 
