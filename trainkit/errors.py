@@ -89,7 +89,7 @@ def accept_all_text() -> None:
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            console = stream.isatty() or "PYTHONIOENCODING" in os.environ
+            console = stream.isatty() or bool(os.environ.get("PYTHONIOENCODING"))
             stream.reconfigure(encoding=None if console else "utf-8", errors="backslashreplace")
 
 

@@ -187,7 +187,7 @@ def floor(model: Path, *, batch: int, latent: int, clock: str, rounds: int = 3) 
     """Median seconds of forward and backward of the networks alone, by kind of step."""
     code = Path(__file__).with_name("floor.py")
     line = [sys.executable, str(code), str(model), str(batch), str(latent), str(rounds), clock]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True,
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, encoding="utf-8",
                           env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
     if done.returncode:
         raise SystemExit(f"benchmark: the floor failed:\n{done.stderr}")
