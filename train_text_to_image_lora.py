@@ -1,13 +1,13 @@
-"""Teach Stable Diffusion 1.x, 2.x or SDXL from captioned images: a text-to-image LoRA.
+"""Train a LoRA for Stable Diffusion 1.x, 2.x or SDXL on images with captions.
 
     accelerate launch train_text_to_image_lora.py \\
       --pretrained_model_name_or_path=assets/tiny-sd-icons --train_data_dir=assets/icons-3d \\
       --resolution=64 --rank=4 --train_batch_size=4 --learning_rate=1e-3 --snr_gamma=5.0 \\
       --max_train_steps=300 --output_dir=runs/captioned
 
-Takes the command lines of the Diffusers script of the same name, and of its SDXL twin: what the model folder holds
-decides. `--print_config` shows every value and its origin, docs/flags.md explains them, docs/differences.md says where
-we differ from the Diffusers script and why.
+The trainer accepts the command lines of two Diffusers scripts: the one of the same name, and its version for SDXL. It
+finds out from the model folder which model it is. `--print_config` shows every value and where it came from.
+docs/flags.md explains every flag. docs/differences.md lists the differences from the Diffusers scripts.
 """
 
 from __future__ import annotations

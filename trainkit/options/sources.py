@@ -65,7 +65,20 @@ def read_layers(
             problems.append(_unknown_preset(str(name), layers))
     shorthands = [concern_class.shorthand(partial(first_value, layers)) for concern_class in concerns.values()]
     layers += [Layer(f"preset {name}", values) for name, values in filter(None, shorthands)]
-    return layers, problems
+    return without_overruled(layers, flags), problems
+
+
+def without_overruled(layers: Sequence[Layer], flags: Mapping[str, Flag]) -> list[Layer]:
+    """The layers without the values that would keep a flag of a stronger layer from being read.
+
+    --num_train_epochs is not read with --max_train_steps, so epochs on the command line remove the steps of a preset.
+    """
+    overruled: set[str] = set()
+    found = []
+    for layer in layers:
+        found.append(Layer(layer.origin, {k: value for k, value in layer.values.items() if k not in overruled}))
+        overruled |= {other for flag in layer.values for other in flags[flag].overrules} - layer.values.keys()
+    return found
 
 
 def first_value(layers: Sequence[Layer], flag: str) -> object:
