@@ -22,7 +22,7 @@ SOURCES = sorted([*ROOT.glob("*.py"), *(path for folder in ("trainkit", "scripts
                                         for path in ROOT.glob(f"{folder}/**/*.py"))])
 PROGRAMS = [*sorted(ROOT.glob("train_*.py")), *sorted(ROOT.glob("scripts/*.py"))]
 POSITIONS = {"open": 2, "read_text": 0, "write_text": 1, "fdopen": 3}  # of `encoding` among a method's arguments
-OTHER_OPENS = {"Image", "os", "tarfile", "run"}  # their `open` takes no encoding
+OTHER_OPENS = {"Image", "archive", "os", "run", "tarfile"}  # their `open` takes no encoding
 
 
 # -- encodings: Windows reads and writes text as cp1252, unless it is told ---------------------------------------------
