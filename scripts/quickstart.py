@@ -1,14 +1,18 @@
 #!/usr/bin/env python
-"""Teach the shipped SDXL model the look of 22 real 3-D icons, then show what it learned on nouns it was not taught.
+"""Train the tiny SDXL model in this repository on 22 real 3-D icons. Then show what it learned, on nouns that are not in
+the training images.
 
     python scripts/quickstart.py [OUTPUT_DIR]          default: runs/quickstart, in the repository
 
-Needs a clone of the repository and its packages; scripts/quickstart.sh installs them first. Uses a GPU if there is one.
-Pivotal tuning: TOK becomes two new tokens, trained in the first half of the steps beside the LoRA. TOKENS=0 in the
-environment leaves them out. Time: under 10 minutes on 2 CPU cores. STEPS=20 DENOISING_STEPS=2 make it a quick trial.
-Leaves in OUTPUT_DIR: evaluation/grid.png (nouns x base, LoRA 0.5, LoRA 1.0, real) and evaluation/evaluation.json,
-the LoRA for Diffusers and for WebUIs, the tokens' embeddings, README.md (model card), report.html. Run it again after a
-stop and it goes on.
+You need a clone of the repository and its packages; scripts/quickstart.sh installs them first. A GPU is used if there is
+one. It takes less than 10 minutes on 2 CPU cores. These variables of the environment make a shorter trial:
+
+    STEPS=20 DENOISING_STEPS=2
+
+Pivotal tuning: TOK stands for two new tokens, which are trained in the first half of the steps. TOKENS=0 leaves them out.
+The output folder has evaluation/grid.png (each row is a noun; the columns are the base model, the LoRA at strengths 0.5
+and 1, and a real icon), evaluation/evaluation.json, the LoRA for Diffusers and for WebUIs, the embeddings of the new
+tokens, README.md (the model card) and report.html. If you run the program again after a stop, it continues.
 """
 
 from __future__ import annotations
@@ -43,13 +47,13 @@ def main() -> None:
     tokens = os.environ.get("TOKENS", "1") != "0"
     say("\nTraining (about 2 minutes):\n")
     start(*training(out, tokens=tokens, steps=os.environ.get("STEPS", "400")))
-    say("\nDrawing 120 nouns it was not taught, at three strengths (about 3 minutes):\n")
+    say("\nGenerating 120 nouns that are not in the training images, at three strengths (about 3 minutes):\n")
     start(*evaluation(out, tokens=tokens, denoising_steps=os.environ.get("DENOISING_STEPS", "20")))
     say(f"\nLook at {Path(out, 'evaluation', 'grid.png')} and open {Path(out, 'report.html')} in a browser.")
 
 
 def training(out: str, *, tokens: bool, steps: str) -> list[str]:
-    """The trainer's real command line: copy it, and put your own model, images and words in."""
+    """The command line of the trainer. Copy it, and write your own model, images and words."""
     return [
         "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1", "--mixed_precision=no",
         "--dynamo_backend=no", TRAINER, f"--pretrained_model_name_or_path={BASE}",

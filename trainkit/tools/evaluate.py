@@ -352,7 +352,7 @@ def grid(drawn: dict[float, list[Image]], wanted: list[Wanted], reference: list[
 
 
 def table(result: dict, out: Path) -> str:
-    lines = [f"style distance to {result['reference_pictures']} real images, {result['pictures']} drawn a strength",
+    lines = [f"style distance to {result['reference_pictures']} real images, {result['pictures']} for each strength",
              f"{'':<14}{'distance':>10}{'gap closed':>12}"]
     for row in result["strengths"]:
         name = "base" if row["strength"] == 0 else f"LoRA {row['strength']:g}"
@@ -360,4 +360,4 @@ def table(result: dict, out: Path) -> str:
         closed = "" if row["strength"] == 0 or gap_closed is None else f"{gap_closed:>11.0%}"
         lines.append(f"{name:<14}{row['style_distance']:>10.4f} {closed}")
     lines.append(f"{'floor':<14}{result['floor']:>10.4f}   the training images themselves")
-    return "\n".join([*lines, f"drawn in {result['seconds']:.0f} s; see {out / 'grid.png'}"])
+    return "\n".join([*lines, f"generated in {result['seconds']:.0f} s; see {out / 'grid.png'}"])
