@@ -1,18 +1,17 @@
 #!/usr/bin/env python
-"""Train the tiny SDXL model in this repository on 22 real 3-D icons. Then show what it learned, on nouns that are not in
-the training images.
+"""Train the tiny SDXL model in this repository on 22 real 3-D icons. Then show what it learned, on other nouns.
 
     python scripts/quickstart.py [OUTPUT_DIR]          default: runs/quickstart, in the repository
 
-You need a clone of the repository and its packages; scripts/quickstart.sh installs them first. A GPU is used if there is
-one. It takes less than 10 minutes on 2 CPU cores. These variables of the environment make a shorter trial:
+You need a clone of the repository and its packages; scripts/quickstart.sh installs them first. A GPU is used if there
+is one. It takes less than 10 minutes on 2 CPU cores. These variables of the environment make a shorter trial:
 
     STEPS=20 DENOISING_STEPS=2
 
-Pivotal tuning: TOK stands for two new tokens, which are trained in the first half of the steps. TOKENS=0 leaves them out.
-The output folder has evaluation/grid.png (each row is a noun; the columns are the base model, the LoRA at strengths 0.5
-and 1, and a real icon), evaluation/evaluation.json, the LoRA for Diffusers and for WebUIs, the embeddings of the new
-tokens, README.md (the model card) and report.html. If you run the program again after a stop, it continues.
+Pivotal tuning: TOK stands for two new tokens, which are trained in the first half of the steps. TOKENS=0 leaves them
+out. The output folder has evaluation/grid.png (each row is a noun; the columns are the base model, the LoRA at
+strengths 0.5 and 1, and a real icon), evaluation/evaluation.json, the LoRA for Diffusers and for WebUIs, the embeddings
+of the new tokens, README.md (the model card) and report.html. If you run the program again after a stop, it continues.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trainkit.errors import Problem, exit_with_message, refuse
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).absolute().parents[1]  # where a link to this file lies, as bash would have it
 TRAINER = "train_dreambooth_lora_sdxl_advanced.py"
 BASE = "assets/tiny-sdxl-icons"
 NEW_TOKENS = ("--train_text_encoder_ti", "--token_abstraction=TOK", "--train_text_encoder_ti_frac=0.5")
