@@ -11,11 +11,12 @@ PYTHON=${PYTHON:-python3}
 }
 [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
 
-wanted=$(cat requirements.txt constraints.txt | sha256sum | cut -d' ' -f1)
+wanted=$(cat requirements.txt requirements-dev.txt constraints.txt | sha256sum | cut -d' ' -f1)
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
   echo "install: installing into .venv. This is needed once and takes about 2 GB and a few minutes."
   # torch first: the pin decides between the CPU and the CUDA build, and nothing after it may choose another.
   .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-  .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements.txt
+  .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
+    -r requirements.txt -r requirements-dev.txt
   echo "$wanted" > .venv/installed
 fi

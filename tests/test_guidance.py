@@ -235,10 +235,10 @@ def test_a_damaged_file_is_told_from_a_missing_one(images, tiny_clip, assets, tm
     for damaged in (bytes(content), bytes(content[:-9]), b"", other):
         out.write_bytes(damaged)
         problem, = refused(lambda: read_features(out))
-        assert "cannot be read" in problem.what and "python scripts/extract_clip_features.py" in problem.fix
+        assert "cannot be read" in problem.what and "python -m trainkit.tools extract-clip-features" in problem.fix
     out.unlink()
     problem, = refused(lambda: read_features(out))
-    assert "no file" in problem.what and "python scripts/extract_clip_features.py" in problem.fix
+    assert "no file" in problem.what and "python -m trainkit.tools extract-clip-features" in problem.fix
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -475,7 +475,7 @@ def test_nothing_is_asked_without_the_flag_and_nothing_is_wrong_with_all_there(t
 
 def test_without_features_the_command_that_extracts_them_is_named():
     problem, = told(GuidanceOptions(guidance_token=1.0), rows_of(), 768)
-    assert problem.fix.startswith("python scripts/extract_clip_features.py --images /data "
+    assert problem.fix.startswith("python -m trainkit.tools extract-clip-features --images /data "
                                   "--clip openai/clip-vit-large-patch14 --out features.safetensors")
     flags = [word for word in problem.fix.split() if word.startswith("--")][:-1]
     script.parse([word for flag in flags for word in (flag, "x")])  # SystemExit if there were no such flag

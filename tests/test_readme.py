@@ -14,12 +14,15 @@ import pytest
 from tests.support import ROOT
 from tests.support.trainers import launched
 from trainkit.options import TRAINERS, parse
+from trainkit.train import PROGRAM
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = [*PAGES, *sorted({*ROOT.glob("*.md")} - {*PAGES}), ROOT / "assets/README.md", ROOT / "experiments/README.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-FEW = {"STEPS": "8", "DENOISING_STEPS": "1"}  # what scripts/quickstart.sh reads
+FEW = {"STEPS": "8", "DENOISING_STEPS": "1"}  # what scripts/quickstart.py reads
 OTHER_TOOLS = {"num_processes", "cpu", "nproc_per_node", "logdir",  # accelerate launch, torchrun, TensorBoard
+               "from", "with", "constraints", "python",  # uvx
+               "build_arg", "rm", "gpus", "shm_size", "entrypoint",  # Docker
                "fp32_vae", "no_half_vae", "vae_in_fp32"}  # ComfyUI, A1111, Forge
 IS_THIS_SUITE = "scripts/test.sh"
 
@@ -68,13 +71,16 @@ def test_every_block_runs_in_order_and_leaves_what_the_page_says(page, checkout)
 
 
 def test_the_quick_start_reads_what_shortens_it_here():
-    script = (ROOT / "scripts" / "quickstart.sh").read_text("utf-8")
-    assert all(f"${{{name}:-" in script for name in FEW)
+    assert "scripts/quickstart.py" in (ROOT / "scripts" / "quickstart.sh").read_text("utf-8")
+    script = (ROOT / "scripts" / "quickstart.py").read_text("utf-8")
+    assert all(f'os.environ.get("{name}"' in script for name in FEW)
 
 
 # -- commands that need a GPU or a model from the Hub, and so do not run here ------------------------------------------
 
-LAUNCH = re.compile(r"^(?:\S*accelerate launch|\S*python) (train_\w+)\.py (--.+)$", re.MULTILINE)
+LAUNCH = re.compile(r"^\S*(?:accelerate launch|python) (train_\w+)\.py (--.+)$|"
+                    r"^.*(?:lora-train|-m trainkit\.train|lora-trainers) ([a-z-]+) (--.+)$", re.MULTILINE)
+SHORT = {command.name: command.module for command in PROGRAM.commands}
 PAGES_TO_PARSE = [page for page in PAGES if any(LAUNCH.search(code) for _, code in blocks(page, "text"))]
 
 
@@ -91,9 +97,10 @@ def test_a_command_that_does_not_run_here_is_accepted_and_every_flag_in_it_has_a
 def shown_commands(page: Path) -> Iterator[tuple[str, list[str]]]:
     """(trainer, its arguments) of the page's `text` blocks, but for those that leave something out."""
     for _, code in blocks(page, "text"):
-        for trainer, arguments in LAUNCH.findall(re.sub(r"\\\n\s*", "", code)):
-            if "…" not in arguments:
-                yield trainer, [word for word in shlex.split(arguments) if word != "--print_config"]
+        for script, its_words, name, words in LAUNCH.findall(re.sub(r"[\\`]\n\s*", "", code)):
+            arguments = its_words or words
+            if "…" not in arguments and arguments != "--help":
+                yield script or SHORT[name], [word for word in shlex.split(arguments) if word != "--print_config"]
 
 
 # -- names -------------------------------------------------------------------------------------------------------------
@@ -146,7 +153,7 @@ def test_every_flag_exists():
 def known_flags() -> set[str]:
     """Flags of the trainers, of our tools and experiments, and of the programs that our pages name."""
     flags = [flag for kinds in TRAINERS.values() for name, kind in kinds.items() for flag in kind.flags(name)]
-    known = OTHER_TOOLS | {"help", *(flag.name for flag in flags)}
+    known = OTHER_TOOLS | {"help", "version", *(flag.name for flag in flags)}
     known |= {f"no_{flag.name}" for flag in flags if flag.is_switch}
     for program in [*(ROOT / "trainkit" / "tools").glob("*.py"), *(ROOT / "experiments").glob("**/*.py")]:
         known |= set(re.findall(r"\badd(?:_argument)?\(\s*\"--(\w+)\"", program.read_text("utf-8")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import errno
+import io
 import logging
 import os
 import re
@@ -96,10 +97,15 @@ class LineFormatter(logging.Formatter):
 
 
 def plain_output() -> None:
-    """Let standard output write any text: what its encoding lacks is spelled in ASCII, as in `--help > file`."""
+    """No text can fail to be printed. What a console has no letter for, as ε in cp1252, is spelled in ASCII.
+
+    A file or pipe gets UTF-8, so that --config reads what --print_config wrote there; PYTHONIOENCODING says otherwise.
+    """
     codecs.register_error("plain", _in_ascii)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="plain")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            console = stream.isatty() or bool(os.environ.get("PYTHONIOENCODING"))
+            stream.reconfigure(encoding=None if console else "utf-8", errors="plain")
 
 
 def _in_ascii(error: UnicodeError) -> tuple[str, int]:

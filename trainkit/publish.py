@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from trainkit.errors import Problem, UserError
-from trainkit.files import Json, atomic_write, disk_errors
+from trainkit.files import Json, atomic_write, disk_errors, run_name
 from trainkit.options import RunOptions
 from trainkit.options.trainers import known_flags
 from trainkit.reading import parse_yaml, read_text
@@ -43,7 +43,7 @@ FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 
 def problems(options: RunOptions) -> Iterator[Problem]:
     """What would make the final files or the upload fail after hours of training."""
-    yield from name_problems(Path(options.output_dir).resolve().name)
+    yield from name_problems(run_name(Path(options.output_dir)))
     if options.push_to_hub:
         yield from hub_problems(options)
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from trainkit.data.sampler import Shard
 from trainkit.errors import Problem, UserError, is_out_of_memory, out_of_memory, refuse
-from trainkit.files import DISK_ERRORS, Json, disk_error, disk_errors
+from trainkit.files import DISK_ERRORS, Json, disk_error, disk_errors, run_name
 from trainkit.runtime import ranks, trackers
 from trainkit.runtime.checkpoint_folders import pointed
 from trainkit.runtime.lock import OutputLock
@@ -176,7 +176,7 @@ class Run:
     @property
     def name(self) -> str:
         """What the run's files are called: the last part of --output_dir."""
-        return self.out_dir.resolve().name
+        return run_name(self.out_dir)
 
     @property
     def secrets(self) -> list[str]:

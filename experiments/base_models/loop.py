@@ -149,7 +149,7 @@ class Training:
                 old.unlink()
 
     def load(self) -> None:
-        record = json.loads((self.folder / f"{self.name}.json").read_text())
+        record = json.loads((self.folder / f"{self.name}.json").read_text("utf-8"))
         tensors = load_file(self.folder / record.pop("file"))
         self.progress = Progress(**record)
         self.module.load_state_dict(part(tensors, "model."))
@@ -181,5 +181,5 @@ def generator(seed: int, step: int) -> torch.Generator:
 
 def load_average(work_dir: Path, name: str) -> dict[str, Tensor]:
     """The averaged weights in the newest saved state of a training run."""
-    record = json.loads((work_dir / "training" / f"{name}.json").read_text())
+    record = json.loads((work_dir / "training" / f"{name}.json").read_text("utf-8"))
     return part(load_file(work_dir / "training" / record["file"]), "average.")

@@ -171,7 +171,7 @@ def timed(command: list[str], *, steps: int, cwd: Path, clock: str) -> Timing:
 def cpu_seconds(pid: int) -> float:
     """What a process has used so far, in user and kernel mode; NaN where there is no /proc."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return float("nan")
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -189,7 +189,7 @@ def floor(model: Path, *, batch: int, latent: int, clock: str, rounds: int = 3) 
     """Median seconds of forward and backward of the networks alone, by kind of step."""
     code = Path(__file__).with_name("floor.py")
     line = [sys.executable, str(code), str(model), str(batch), str(latent), str(rounds), clock]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True,
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, encoding="utf-8",
                           env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
     if done.returncode:
         raise SystemExit(f"benchmark: the floor failed:\n{done.stderr}")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 FILE_NAME = "features.safetensors"
-SCRIPT = "python scripts/extract_clip_features.py"
+SCRIPT = "python -m trainkit.tools extract-clip-features"  # in a clone, and where the package is installed
 CLIPS = {  # width of the projection -> a CLIP that has it
     96: "assets/tiny-clip-icons", 768: "openai/clip-vit-large-patch14", 1024: "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
 }

@@ -67,7 +67,7 @@ class Repo:
             return [self.problem(
                 "a model folder is needed, not a file", f"{path.name} is a single file",
                 "convert it once: python -c \"from diffusers import StableDiffusionXLPipeline as P; "
-                f"P.from_single_file('{path}').save_pretrained('{path.with_suffix('')}')\" "
+                f"P.from_single_file('{path.as_posix()}').save_pretrained('{path.with_suffix('').as_posix()}')\" "
                 "(StableDiffusionPipeline for SD 1.x and 2.x)")]
         return [self.problem("the model folder does not exist", "no folder of this name, and not a Hub id (owner/name)",
                              f"correct {self.flag}")]

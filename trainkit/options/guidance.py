@@ -24,7 +24,7 @@ class GuidanceOptions(Concern):
         "The probability that an image is used without its features. The model then also learns to work without "
         "them, as in classifier-free guidance.", unit="0..1", ge=0, le=1, off=0.0)
     guidance_features: str | None = opt(
-        None, "The file of features that scripts/extract_clip_features.py wrote for these images.", path=True,
+        None, "The file of features that the tool extract-clip-features wrote for these images.", path=True,
         resume="in the data", min_length=1)
 
     def decisive(self) -> dict[str, object]:

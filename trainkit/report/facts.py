@@ -211,8 +211,10 @@ class RunFacts:
         if self.option("mixed_precision") is None and precision != "no":  # accelerate's configuration said it
             words.append(f"--mixed_precision={precision}")
         world = int(self.record.get("world") or 1)
+        script = re.split(r"[\\/]", str(self.record["command"][0]))[-1]
         start = ["accelerate", "launch", f"--num_processes={world}"] if world > 1 else ["python"]
-        return " ".join([*start, re.split(r"[\\/]", str(self.record["command"][0]))[-1], *words])
+        installed = world == 1 and not script.endswith(".py")  # lora-train
+        return " ".join([*([] if installed else start), script, *words])
 
     @property
     def private_paths(self) -> list[str]:

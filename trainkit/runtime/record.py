@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
-from trainkit.files import Json, atomic_write, disk_errors, read_object, read_objects, write_json
+from trainkit.files import Json, atomic_write, disk_errors, read_object, read_objects, run_name, write_json
 from trainkit.options.trainers import known_flags
 from trainkit.redact import REDACTED, SECRET_NAME, redact
 
@@ -79,7 +79,7 @@ class RunRecord:
         self.path = out_dir / "run.json"
         complete_killed(self.path)
         self.data = {
-            "run_id": secrets.token_hex(6), "name": out_dir.resolve().name, "status": RUNNING, "exit_code": None,
+            "run_id": secrets.token_hex(6), "name": run_name(out_dir), "status": RUNNING, "exit_code": None,
             "started": timestamp(), "ended": None, "seconds": None, "step": None, **facts,
             "command": redacted_command(sys.argv), "versions": versions(),
         }
@@ -117,7 +117,7 @@ class Metrics:
             return self._begin(start)
 
     def write(self, values: Mapping[str, Json]) -> None:
-        with disk_errors(self.path), self.path.open("a") as file:
+        with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
     def _begin(self, start: int) -> float:

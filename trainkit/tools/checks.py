@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trainkit.errors import IN_UTF8, Problem, refuse, unwritable
+from trainkit.tools import ASSETS
 
 
 def number_problems(args: argparse.Namespace, *, counts: Sequence[str], reals: Sequence[str]) -> Iterator[Problem]:
@@ -31,6 +32,16 @@ def text_problems(args: argparse.Namespace) -> Iterator[Problem]:
         for text in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(text, (str, Path)) and (why := unwritable(str(text))):
                 yield Problem(f"--{flag} cannot be {str(text)!r}", f"--{flag}", why, IN_UTF8)
+
+
+def shipped_problems(args: argparse.Namespace, *flags: str) -> Iterator[Problem]:
+    """Flags whose default is a folder of the repository's assets/, where there is none."""
+    for flag in flags:
+        default = Path(getattr(args, flag))
+        if default.is_relative_to(ASSETS) and not default.is_dir():
+            yield Problem(f"--{flag} is missing", "command line", f"its default is assets/{default.name} of the "
+                          "repository, and the installed package does not hold that folder",
+                          f"give --{flag}, or run the tool in a clone of the repository")
 
 
 def out_problems(out: Path) -> Iterator[Problem]:

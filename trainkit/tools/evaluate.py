@@ -41,7 +41,14 @@ from trainkit.inference import (
 )
 from trainkit.reading import parse_json, read_text
 from trainkit.tools import ASSETS
-from trainkit.tools.checks import make_out, number_problems, out_problems, text_problems, writing_to
+from trainkit.tools.checks import (
+    make_out,
+    number_problems,
+    out_problems,
+    shipped_problems,
+    text_problems,
+    writing_to,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -171,9 +178,11 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
         yield missing_file("--embeddings", args.embeddings, "the run's new tokens are in it")
     yield from base_problems(args.base, args.embeddings)
     yield from lora_problems([args.lora] if args.lora else [], args.base)
-    for flag in ("training", "clip", "reference"):
-        if not getattr(args, flag).is_dir():
-            yield Problem(f"no folder {getattr(args, flag)}", f"--{flag}", "the style distance needs it",
+    folders = ("training", "clip", "reference")
+    yield from shipped_problems(args, *folders)
+    for flag in folders:
+        if not (folder := getattr(args, flag)).is_dir() and not folder.is_relative_to(ASSETS):
+            yield Problem(f"no folder {folder}", f"--{flag}", "the style distance needs it",
                           f"give an existing folder, or leave --{flag} out to use the shipped one", kind="data")
     if args.clip.is_dir():
         yield from clip_problems(args.clip)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from trainkit.errors import Problem, UserError, refuse
 from trainkit.reading import parse_json, read_text
 from trainkit.tools import ASSETS
-from trainkit.tools.checks import text_problems
+from trainkit.tools.checks import shipped_problems, text_problems
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,6 +86,8 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
         if (folder := getattr(args, flag)) and not folder.is_dir():
             yield Problem(f"no folder {folder}", f"--{flag}", f"the {what} are read from it", "give an existing folder",
                           "data")
+    if not args.legacy:
+        yield from shipped_problems(args, "clip")
     if args.legacy and args.dataset_name:
         yield Problem("--legacy with --dataset_name", "--legacy", ".pt files are found by the names of images",
                       "name the folder of the images with --images")

@@ -38,7 +38,14 @@ from trainkit.inference import (
     missing_file,
 )
 from trainkit.tools import ASSETS
-from trainkit.tools.checks import make_out, number_problems, out_problems, text_problems, writing_to
+from trainkit.tools.checks import (
+    make_out,
+    number_problems,
+    out_problems,
+    shipped_problems,
+    text_problems,
+    writing_to,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -117,7 +124,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "model in addition to the prompt. Give one for all prompts, or repeat this flag for each prompt.")
     add("--clip", default=str(ASSETS / "tiny-clip-icons"), metavar="MODEL", help="The CLIP model whose "
         "features the LoRA was trained with. The default is the tiny CLIP in this repository.")
-    add("--guidance_features", type=Path, metavar="FILE", help="A file of scripts/extract_clip_features.py. The "
+    add("--guidance_features", type=Path, metavar="FILE", help="A file of the tool extract-clip-features. The "
         "features of the guidance images are read from it and not computed.")
     add("--guidance_token_scale", type=float, default=1.0, metavar="X", help="The factor of the features. "
         "Use the value of the training.")
@@ -172,6 +179,8 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
                                reals=("strength", "guidance_scale", "guidance_token_scale"))
     yield from (Problem(f"seed {seed}", "--seeds", "it is no number of 64 bits", f"{SEEDS[0]} to {SEEDS[-1]}")
                 for seed in args.seeds if seed not in SEEDS)
+    if args.guidance_image and not args.guidance_features:
+        yield from shipped_problems(args, "clip")
     yield from out_problems(args.out)
 
 
