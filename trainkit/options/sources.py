@@ -19,6 +19,7 @@ from trainkit.options.trainers import only_script_with
 
 ENV_PREFIX = "LORA_"
 
+PRESET_USES = {"style": "a style from about twenty images", "face": "a face from about six photographs"}
 PRESETS: dict[str, dict[str, str | int | float | bool]] = {
     # A style from about twenty images: a small rank and Prodigy finding the rate; larger ranks learn the images.
     "style": {
