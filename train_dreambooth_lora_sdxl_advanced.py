@@ -31,6 +31,7 @@ from trainkit.options import (
     ValidationOptions,
     parse,
 )
+from trainkit.process import own_settings, say
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,10 +58,12 @@ class Options(OptionSet):
     run: RunOptions
 
 
+@own_settings()
 def main(argv: list[str] | None = None) -> None:
     opt = parse(Options, argv, description=__doc__)  # frozen; --help and --print_config end here
+    say("loading PyTorch and Diffusers, then looking at the model and the images")
 
-    from trainkit import checkpoints, preview, publish, run_fingerprint
+    from trainkit import checkpoints, preview, publish, run_fingerprint, summary
     from trainkit.conditioning import live_text, new_tokens
     from trainkit.data import cache, class_images, loader, sampler
     from trainkit.diffusion import ScheduleChange, make_noise
@@ -73,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     instances = preflight(opt)  # every problem in one message
     with start_run(opt, "dreambooth-lora-sdxl") as run:
         total, stop = opt.run.ends(len(instances), run.world)  # finished steps of the run, and of this session
+        summary.tell_plan(opt, instances, run, steps=total, class_images=opt.prior.images)
 
         # Images of the concept, and of its class where the prior is kept: those are generated where they are missing.
         rows = [*instances, *class_images.class_rows(opt, run)]

@@ -31,6 +31,7 @@ from trainkit.options import (
     OptionSet,
     parse,
 )
+from trainkit.process import own_settings, say
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -55,10 +56,12 @@ class Options(OptionSet):
     run: CaptionedRunOptions
 
 
+@own_settings()
 def main(argv: list[str] | None = None) -> None:
     opt = parse(Options, argv, description=__doc__)  # frozen; --help and --print_config end here
+    say("loading PyTorch and Diffusers, then looking at the model and the images")
 
-    from trainkit import checkpoints, families, preview, publish, run_fingerprint
+    from trainkit import checkpoints, families, preview, publish, run_fingerprint, summary
     from trainkit.conditioning import clip_token, live_text
     from trainkit.data import cache, loader, sampler
     from trainkit.diffusion import ScheduleChange, make_noise
@@ -72,6 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = preflight(opt, family_module)  # every problem in one message
     with start_run(opt, "text-to-image-lora") as run:
         total, stop = opt.run.ends(len(rows), run.world)  # finished steps of the run, and of this session
+        summary.tell_plan(opt, rows, run, steps=total)
         stream = sampler.Order(rows, run.global_batch, seed=run.seed)  # the same on 1 or N processes
 
         # The frozen model. Prompts become conditioning (cached, or by LoRA on the encoders), images become latents.

@@ -7,14 +7,34 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TextIO
+
+from trainkit.terminal import BOLD, RED, YELLOW, styled
 
 Category = Literal["sibling", "usage", "data", "memory", "nonfinite", "disk", "preempted", "stopped"]
 
-LOG_LINE = "%(levelname)s %(message)s"  # how a log record reads in the terminal, before a run and in it
 EXIT_CODES: dict[Category, int] = {  # a sibling's failure is told by that process
     "sibling": 1, "usage": 2, "data": 3, "memory": 4, "nonfinite": 5, "disk": 74, "preempted": 75, "stopped": 130,
 }
+
+
+class LineFormatter(logging.Formatter):
+    """How a log record reads in the terminal, before a run and in it: news as they are, the rest with its level.
+
+    label  an attribute that a record may have: the first words of its message, shown in bold
+    """
+
+    def __init__(self, stream: TextIO | None):
+        super().__init__("%(message)s")
+        self.stream = stream
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if record.levelno >= logging.WARNING:
+            colour = RED if record.levelno >= logging.ERROR else YELLOW
+            return f"{styled(record.levelname, BOLD, colour, stream=self.stream)} {text}"
+        label = getattr(record, "label", "")
+        return styled(label, BOLD, stream=self.stream) + text.removeprefix(label)
 
 
 @dataclass(frozen=True)
@@ -43,9 +63,13 @@ class UserError(Exception):
     def exit_code(self) -> int:
         return min(EXIT_CODES[p.kind] for p in self.problems)
 
-    def report(self) -> str:
+    def report(self, stream: TextIO | None = None) -> str:
+        """The message; in colours where `stream` shows them. A run that was told to stop has done nothing wrong."""
+        if all(p.kind in ("stopped", "preempted") for p in self.problems):
+            return "\n".join(f"{p}".replace("\n      ", "\n  ") for p in self.problems)
         head = "cannot go on" if len(self.problems) == 1 else f"cannot go on: {len(self.problems)} problems"
-        return "\n".join([f"{head}:"] + [f"  {i}. {p}" for i, p in enumerate(self.problems, 1)])
+        return "\n".join([styled(f"{head}:", BOLD, RED, stream=stream),
+                          *(f"  {i}. {p}" for i, p in enumerate(self.problems, 1))])
 
 
 def refuse(problems: Iterable[Problem]) -> None:
@@ -64,7 +88,7 @@ def exit_with_message(main: Callable[[], None]) -> None:
     """
     rank = os.environ.get("RANK", "0")
     if logging.lastResort is not None:  # the handler of records for which there is none yet
-        logging.lastResort.setFormatter(logging.Formatter(LOG_LINE))
+        logging.lastResort.setFormatter(LineFormatter(sys.stderr))
         logging.lastResort.setLevel(logging.WARNING if rank == "0" else logging.ERROR)
     try:
         main()
@@ -76,7 +100,7 @@ def exit_with_message(main: Callable[[], None]) -> None:
     except UserError as error:
         if debugging():
             raise
-        print(error.report() if rank == "0" else f"rank {rank}: {error.problems[0].what}", file=sys.stderr)
+        print(error.report(sys.stderr) if rank == "0" else f"rank {rank}: {error.problems[0].what}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 

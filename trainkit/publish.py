@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from trainkit import summary
 from trainkit.errors import Problem, UserError
 from trainkit.export import LoraFileFormat, verify, write_diffusers, write_kohya
 from trainkit.files import Json, atomic_write
@@ -105,6 +106,10 @@ def publish_here(options: RunOptions, family: Family, adapters: Adapters, *, tex
     networks = [adapters, *(text.networks if text else ())]
     weights = [*write_weights(folder, family, networks, num_images=num_images), *embeddings]
     files = [*weights, write_card(folder), write_report(folder)]
+    run = RunFacts(folder)
+    uses = purposes(run)
+    written = {path.name: uses[path.name] for path in weights}
+    summary.tell_end(options.output_dir, written, steps=run.step, seconds=run.seconds)
     if options.push_to_hub:
         token = options.hub_token.get_secret_value() if options.hub_token else None
         url = push(folder, uploads(folder, weights), repo_id=repo_id(options), private=options.hub_private, token=token)

@@ -33,3 +33,8 @@ class PriorOptions(Concern):
     prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = opt(
         None, "precision of generating class images; without it fp16 on a GPU, else fp32",
         resume="in the data", differs="no is fp32 on a GPU too")
+
+    @property
+    def images(self) -> int:
+        """Class images to train on; 0 without --with_prior_preservation."""
+        return self.num_class_images if self.with_prior_preservation else 0

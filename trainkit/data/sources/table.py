@@ -17,6 +17,7 @@ from trainkit.data.sources.captions import (
     read_captions,
 )
 from trainkit.errors import Problem
+from trainkit.process import quiet_imported
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,6 +54,7 @@ def list_table(data: ImageOptions) -> tuple[list[Listed], list[Problem]]:
     from datasets import Image, load_dataset
     from datasets.exceptions import DatasetsError
 
+    quiet_imported()
     try:
         table = load_dataset(data.dataset_name, data.dataset_config_name, cache_dir=data.cache_dir, split="train")
     except (OSError, ValueError, DatasetsError) as error:
