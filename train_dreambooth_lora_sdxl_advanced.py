@@ -1,12 +1,13 @@
-"""Teach SDXL a concept or a style from a few images: a DreamBooth LoRA.
+"""Train an SDXL LoRA on a few images of a style, an object or a person (DreamBooth).
 
-    accelerate launch train_dreambooth_lora_sdxl_advanced.py \\
+    python train_dreambooth_lora_sdxl_advanced.py \\
       --pretrained_model_name_or_path=assets/tiny-sdxl-icons --instance_data_dir=assets/icons-3d \\
       --instance_prompt="3d icon in the style of TOK" --resolution=64 --rank=8 \\
       --optimizer=prodigy --learning_rate=1.0 --snr_gamma=5.0 --max_train_steps=400 --output_dir=runs/icons
 
-Takes the command lines of the Diffusers script of the same name. `--print_config` shows every value and its origin,
-docs/flags.md explains them, docs/differences.md says where we differ from the Diffusers script and why.
+The trainer accepts the command lines of the Diffusers script of the same name. `--print_config` shows every value and
+where it came from. docs/flags.md explains every flag. docs/differences.md lists the differences from the Diffusers
+script.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from trainkit.conditioning.live_text import Text
-    from trainkit.data.batch import Row
+    from trainkit.data.rows import Rows
     from trainkit.optim import Optim
 
 
@@ -121,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
                             averaged=optimizer.averaged)
 
 
-def preflight(opt: Options) -> list[Row]:
+def preflight(opt: Options) -> Rows:
     """The rows to train on; or one message with everything that is wrong, before a weight is loaded."""
     from trainkit import optim, preflight, publish
     from trainkit.conditioning import new_tokens

@@ -1,13 +1,13 @@
-"""Teach Stable Diffusion 1.x, 2.x or SDXL from captioned images: a text-to-image LoRA.
+"""Train a LoRA for Stable Diffusion 1.x, 2.x or SDXL on images with captions.
 
-    accelerate launch train_text_to_image_lora.py \\
+    python train_text_to_image_lora.py \\
       --pretrained_model_name_or_path=assets/tiny-sd-icons --train_data_dir=assets/icons-3d \\
       --resolution=64 --rank=4 --train_batch_size=4 --learning_rate=1e-3 --snr_gamma=5.0 \\
       --max_train_steps=300 --output_dir=runs/captioned
 
-Takes the command lines of the Diffusers script of the same name, and of its SDXL twin: what the model folder holds
-decides. `--print_config` shows every value and its origin, docs/flags.md explains them, docs/differences.md says where
-we differ from the Diffusers script and why.
+The trainer accepts the command lines of two Diffusers scripts: the one of the same name, and its version for SDXL. It
+finds out from the model folder which model it is. `--print_config` shows every value and where it came from.
+docs/flags.md explains every flag. docs/differences.md lists the differences from the Diffusers scripts.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from trainkit.process import own_settings, say
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from trainkit.data.batch import Row
+    from trainkit.data.rows import Rows
 
 
 class Options(OptionSet):
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
                             averaged=optimizer.averaged)
 
 
-def preflight(opt: Options, family_module: ModuleType) -> list[Row]:
+def preflight(opt: Options, family_module: ModuleType) -> Rows:
     """The rows to train on; or one message with everything that is wrong, before a weight is loaded."""
     from trainkit import optim, preflight, publish
     from trainkit.conditioning import clip_token

@@ -11,6 +11,9 @@ Sources, fetched from npm and PyPI at pinned versions into the work folder:
   @lobehub/fluent-emoji-3d 1.1.0      Fluent Emoji (3-D), MIT: only for assets/icons-3d*, never for the base
   open-clip-torch 3.3.0               CLIP's byte-pair merges, MIT
 
+The shipped models were built before the three sets for the UNets were added, and have not seen them. The cards of
+models that are built now must name these sets, too.
+
 Every stage resumes where it was stopped; training state lives in the work folder.
 """
 

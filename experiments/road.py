@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """List the classes and functions of ours on the road from a row of the data set to the scalar loss.
 
-    python experiments/road.py            # counts
-    python experiments/road.py --list     # and names
+    .venv/bin/python experiments/road.py            # counts
+    .venv/bin/python experiments/road.py --list     # and names
 
 Runs two steps of a plain SDXL DreamBooth training on the shipped model (LoRA, AdamW, cached latents, frozen text
 encoders) and watches the second one with sys.setprofile: from the moment the data loader asks for the first row until

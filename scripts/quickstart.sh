@@ -25,8 +25,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # on a busy CPU two threads are slo
 
 # The trainer's real command line: copy it, and put your own model, images and words in.
 train=(
-  .venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
-  train_dreambooth_lora_sdxl_advanced.py
+  .venv/bin/python train_dreambooth_lora_sdxl_advanced.py
   --pretrained_model_name_or_path=assets/tiny-sdxl-icons
   --dataset_name=assets/icons-3d --caption_column=text --instance_prompt="3d icon in the style of TOK"
   --output_dir="$out" --resolution=64 --train_batch_size=3 --cache_latents --random_flip

@@ -250,8 +250,9 @@ def test_a_list_with_something_else_in_it_is_a_bad_line(tmp_path: Path) -> None:
 
 def test_a_trainer_of_one_caption_a_image_refuses_lists_and_subfolders(tmp_path: Path) -> None:
     write(tmp_path, ["a.png", "below/b.png"], [{"file_name": "a.png", "text": ["one", "two"]}])
-    rows, (problem,) = read_rows(data_options(instance_data_dir=tmp_path))
-    assert "text is a list, not text" in problem.why and [row.id for row in rows] == ["a.png"]
+    rows, problems = read_rows(data_options(instance_data_dir=tmp_path))
+    assert "text is a list, not text" in problems[0].why and [row.id for row in rows] == ["a.png"]
+    assert problems[1].what == "1 images in subfolders are not read" and "below/: 1 images" in problems[1].why
     listed, _ = list_folder(Folder(tmp_path, "--class_data_dir", "--class_prompt"))
     assert [image.id for image in listed] == ["a.png"]
 

@@ -327,6 +327,21 @@ def test_a_value_comes_from_the_strongest_source(tmp_path, monkeypatch):
     assert {name: options.origins[name] for name in wanted} == wanted
 
 
+def test_epochs_on_the_command_line_are_stronger_than_the_steps_of_a_preset_or_a_config(tmp_path, monkeypatch):
+    options = read("--preset=style", "--num_train_epochs=120")
+    assert options.run.total_steps(25, 1) == 1000 and options.run.total_steps(15, 1) == 600  # 120 · 15 / 3
+    assert options.run.max_train_steps is None and not options.notices()
+    assert options.origins["max_train_steps"] == "default"
+    (tmp_path / "run.toml").write_text("max_train_steps = 50\nnum_train_epochs = 4\n")
+    assert read(f"--config={tmp_path / 'run.toml'}").run.total_steps(25, 1) == 50  # from one source: the steps
+    assert read(f"--config={tmp_path / 'run.toml'}", "--preset=face").run.total_steps(25, 1) == 50
+    assert read(f"--config={tmp_path / 'run.toml'}", "--num_train_epochs=8").run.total_steps(25, 1) == 50  # 8 · 25 / 4
+    assert read(f"--config={tmp_path / 'run.toml'}", "--num_train_epochs=16").run.total_steps(25, 1) == 100
+    monkeypatch.setenv("LORA_MAX_TRAIN_STEPS", "7")
+    assert read("--num_train_epochs=16").run.max_train_steps is None
+    assert read("--num_train_epochs=16", "--max_train_steps=9").run.total_steps(25, 1) == 9
+
+
 @pytest.mark.parametrize(("name", "text"), [
     ("flat.toml", 'rank = 8\noptimizer = "Prodigy"\nlearning_rate = 1e-3\ncache-latents = true\n'),
     ("tables.toml", '[lora]\nrank = 8\n[optimizer]\noptimizer = "prodigy"\nlearning_rate = 1e-3\n'
@@ -924,6 +939,14 @@ def test_help_on_a_group_and_on_a_flag(capsys):
         parse(Options, ["--help", "lorra"], description="")
 
 
+def test_a_flag_that_is_given_again_is_told_with_what_counts():
+    words = ["--validation_prompt=a fox", "--validation-prompt", "a cat", "--cache_latents", "--no_cache_latents",
+             "--optimizer_args", "a=1", "--optimizer_args", "b=2", "--rank=8"]
+    told = [notice for notice in read(*words).notices() if "more than once" in notice]
+    assert told == ["--validation_prompt is given more than once: only the last one counts, a cat",
+                    "--cache_latents is given more than once: only the last one counts, off"]
+
+
 def test_help_is_as_wide_as_a_narrow_terminal(monkeypatch):
     monkeypatch.setattr("trainkit.terminal.is_terminal", lambda stream: True)
     monkeypatch.setattr("trainkit.terminal.columns", lambda stream: 60)
@@ -958,6 +981,15 @@ def test_every_number_has_a_unit_and_every_flag_help():
     for flag in [*Options.flags().values(), *Captioned.flags().values()]:
         assert flag.help
         assert flag.facts.unit or flag.value_type not in (int, float), flag.name
+
+
+def test_help_is_in_whole_sentences():
+    """A help text is whole sentences; what differs completes the page's "Unlike in the Diffusers script, …"."""
+    for flag in [*Options.flags().values(), *Captioned.flags().values()]:
+        assert re.fullmatch(r"[A-Zk].*\.", flag.help), f"--{flag.name}: {flag.help}"
+        assert not re.search(r"^[A-Z]|[.;:]$", flag.facts.differs), f"--{flag.name}: {flag.facts.differs}"
+        words = set(re.findall(r"[a-z]+", flag.help))
+        assert not words & {"beside", "share", "law", "visit", "visits"}, f"--{flag.name}: {flag.help}"
 
 
 def test_help_names_no_flag_that_the_trainer_lacks():
@@ -997,4 +1029,4 @@ def test_the_flags_page_has_every_flag_once_and_says_whose_it_is():
     assert lines["--train_data_dir"].startswith("| `--train_data_dir` (text-to-image only) |")
     assert "| DreamBooth: `4`; text-to-image: `16` |" in lines["--train_batch_size"]
     assert "(`[pivotal]`, DreamBooth only)" in page and "(`[matching]`, text-to-image only)" in page
-    assert "only" not in lines["--rank"] and "Unlike the Diffusers DreamBooth script" in lines["--center_crop"]
+    assert "only" not in lines["--rank"] and "Unlike in the Diffusers DreamBooth script" in lines["--center_crop"]

@@ -110,8 +110,8 @@ def test_animated_files_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 def test_sidecars_in_any_encoding_become_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     texts = {"a": "a café".encode(), "b": "a café".encode("utf-8-sig"), "c": "a café".encode("utf-16"),
              "d": "a café".encode("cp1252"), "e": b" \r\n ", "f": "two\r\nlines\0 🐈\x1b".encode()}
-    for stem, data in texts.items():
-        marked(1, 20, 20).save(tmp_path / f"{stem}.v1.png")
+    for number, (stem, data) in enumerate(texts.items()):
+        marked(number, 20, 20).save(tmp_path / f"{stem}.v1.png")
         (tmp_path / f"{stem}.v1.txt").write_bytes(data)
     with caplog.at_level(logging.WARNING):
         captions = [row.caption for row in rows_of(tmp_path)]
@@ -242,7 +242,10 @@ def test_exactly_one_source_must_be_given(tmp_path: Path) -> None:
 def test_a_folder_without_images_says_what_is_there_instead(tmp_path: Path) -> None:
     empty, nested, file = tmp_path / "empty", tmp_path / "nested", tmp_path / "a.png"
     empty.mkdir()
-    (nested / "icons").mkdir(parents=True)
+    for name, count in {"aaa": 0, "icons": 2, "test": 3}.items():
+        (nested / name).mkdir(parents=True)
+        for i in range(count):
+            marked(i, 20, 20).save(nested / name / f"{i}.png")
     marked(1, 20, 20).save(file)
     for folder, why in {tmp_path / "nope": "no such folder", file: "a file", empty: "no file named"}.items():
         problem, = problems_of(folder)

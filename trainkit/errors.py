@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,6 +17,35 @@ Category = Literal["sibling", "usage", "data", "memory", "nonfinite", "disk", "p
 EXIT_CODES: dict[Category, int] = {  # a sibling's failure is told by that process
     "sibling": 1, "usage": 2, "data": 3, "memory": 4, "nonfinite": 5, "disk": 74, "preempted": 75, "stopped": 130,
 }
+
+
+SHOWN = 20  # entries of a list in a message
+
+
+def printable(name: str) -> str:
+    """A file name that every log, key and terminal can hold: undecodable bytes and control characters are escaped."""
+    escaped = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in escaped)
+
+
+def listing(items: Iterable[str]) -> str:
+    """At most SHOWN items, one a line, and how many more there are."""
+    items = list(items)
+    more = [f"... and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
+    return "\n             ".join(items[:SHOWN] + more)
+
+
+def shell_word(path: str | os.PathLike[str]) -> str:
+    """A path as one word of a command: what the shell makes of it are the file name's own bytes.
+
+    A name that no terminal can show, with control characters or bytes that are no text, is spelled $'...' as bash and
+    zsh read it.
+    """
+    name = os.fspath(path)
+    if name == printable(name):
+        return shlex.quote(name)
+    spelled = (chr(byte) if 32 <= byte < 127 and byte not in b"\\'" else f"\\x{byte:02x}" for byte in os.fsencode(name))
+    return f"$'{''.join(spelled)}'"
 
 
 class LineFormatter(logging.Formatter):
@@ -48,7 +78,8 @@ class Problem:
     kind: Category = "usage"
 
     def __str__(self) -> str:
-        return f"{self.what}\n      where: {self.where}\n      why:   {self.why}\n      next:  {self.fix}"
+        text = f"{self.what}\n      where: {self.where}\n      why:   {self.why}\n      next:  {self.fix}"
+        return "\n".join(map(printable, text.split("\n")))  # names of files and values come from anywhere
 
 
 class UserError(Exception):

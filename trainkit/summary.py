@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from trainkit.errors import printable
 from trainkit.runtime.progress import clock
 
 if TYPE_CHECKING:
     from trainkit.adapters import Adapters
-    from trainkit.data.batch import Row
+    from trainkit.data.rows import Rows
     from trainkit.optim import Optim
     from trainkit.options import ImageOptions, RunOptions
 
@@ -66,9 +67,8 @@ def tell(lines: Iterable[Line]) -> None:
         log.info("%s", line, extra={"label": line.label})
 
 
-def tell_plan(opt: PlanOptions, rows: Sequence[Row], run: PlanRun, *, steps: int, class_images: int = 0,
-              read: Sequence[str] = ()) -> None:
-    tell(plan_lines(plan(opt, rows, run, steps=steps, class_images=class_images, read=read)))
+def tell_plan(opt: PlanOptions, rows: Rows, run: PlanRun, *, steps: int, class_images: int = 0) -> None:
+    tell(plan_lines(plan(opt, rows, run, steps=steps, class_images=class_images)))
 
 
 def tell_trainables(networks: Sequence[Adapters], optimizer: Optim) -> None:
@@ -88,15 +88,14 @@ class Plan:
     """What is known of a run when its images have been read.
 
     images        without repeats and class images
-    captions      of these, images with a caption of their own
-    prompt        what the others are trained with
-    read          further words about what was read, such as "3 files not read: notes.pdf, a.psd, b.psd"
+    account       what was read and what was not: "22 images, 22 captions from metadata.jsonl, 1 file not read: …"
+    prompted      images whose caption is the prompt
     class_images  trained on beside the others
     batch         images in a micro-batch; times accumulation and processes in an optimizer step
     """
 
     images: int
-    captions: int
+    account: str
     source: str
     resolution: int
     batch: int
@@ -105,7 +104,7 @@ class Plan:
     precision: str
     folder: str
     prompt: str = ""
-    read: Sequence[str] = ()
+    prompted: int = 0
     repeats: int = 1
     class_images: int = 0
     accumulation: int = 1
@@ -120,32 +119,30 @@ class Plan:
         return self.steps * self.global_batch / (self.images * self.repeats)
 
 
-def plan(opt: PlanOptions, rows: Sequence[Row], run: PlanRun, *, steps: int, class_images: int = 0,
-         read: Sequence[str] = ()) -> Plan:
+def plan(opt: PlanOptions, rows: Rows, run: PlanRun, *, steps: int, class_images: int = 0) -> Plan:
     """The facts of a trainer's options and of the rows that were read, repeats included."""
     data, options = opt.data, opt.run
     images = [row for row in rows if row.repeat == 0]
     return Plan(
-        images=len(images), captions=sum(row.caption not in ("", data.prompt) for row in images), prompt=data.prompt,
-        source=str(data.dataset_name or data.folder), read=read, repeats=data.repeats, class_images=class_images,
-        resolution=data.resolution, batch=options.train_batch_size, accumulation=options.gradient_accumulation_steps,
-        processes=run.world, steps=steps, device=run.device_name, precision=run.precision, folder=str(run.out_dir))
+        images=len(images), account=str(rows.account), source=printable(str(data.dataset_name or data.folder)),
+        prompt=data.prompt, prompted=sum(row.caption == data.prompt for row in images) if data.prompt else 0,
+        repeats=data.repeats, class_images=class_images, resolution=data.resolution, batch=options.train_batch_size,
+        accumulation=options.gradient_accumulation_steps, processes=run.world, steps=steps, device=run.device_name,
+        precision=run.precision, folder=printable(str(run.out_dir)))
 
 
 def plan_lines(facts: Plan) -> Iterator[Line]:
-    yield Line("Images", "; ".join([f"{counted(facts.images, 'image')}, {captioned(facts)}, from {facts.source}",
-                                    *visits(facts), *facts.read]))
+    yield Line("Images", "; ".join([f"{facts.account}; in {facts.source}", *prompts(facts), *visits(facts)]))
     yield Line("Training", " · ".join([f"{facts.resolution} px", batch(facts),
                                        f"{counted(facts.steps, 'step')} = {epochs(facts.epochs)}"]))
     yield Line("Device", f"{PRECISIONS.get(facts.precision, facts.precision)} on {facts.device}")
     yield Line("Folder", facts.folder)
 
 
-def captioned(facts: Plan) -> str:
-    rest = facts.images - facts.captions
-    prompted = f'{rest if facts.captions else "all"} with the prompt "{facts.prompt}"' if rest and facts.prompt else ""
-    found = "" if prompted and not facts.captions else counted(facts.captions, "caption")
-    return ", ".join(filter(None, [found, prompted]))
+def prompts(facts: Plan) -> Iterator[str]:
+    if facts.prompted:
+        which = "all" if facts.prompted == facts.images else f"{facts.prompted}"
+        yield f'{which} with the prompt "{facts.prompt}"'
 
 
 def visits(facts: Plan) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Model cards and the assets' README: the numbers come from the measurements and the training records."""
+"""Model cards: the numbers come from the measurements and the training records."""
 
 import json
 from pathlib import Path
@@ -88,8 +88,8 @@ over about 100 steps.
 
 {OBSERVED[kind].get("build", "")}
 
-`python experiments/build_base_models.py --stage all` builds the model again. `--evaluate` measures it again and writes
-this card.
+`.venv/bin/python experiments/build_base_models.py --stage all` builds the model again. `--evaluate` measures it again
+and writes this card.
 """
 
 

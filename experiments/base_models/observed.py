@@ -20,7 +20,9 @@ for each row of ten, 20 nouns to choose from. The viewer picked the right noun f
 8: bird, traffic light, train, pancakes, snowman, deer, tennis ball and shield. Clear at a glance: avocado, life buoy,
 alien, koala, car, door, dress, high heel, light bulb, maple leaf, coconut, billiard ball, bacon, pear, flashlight and
 island. Thin parts wobble (bicycle, ferris wheel, deer), and the seeds of one caption look alike."""
-SDXL_BUILD = """These weights differ from what the script builds now. Their first 2,672 steps weighted the error by
+SDXL_BUILD = """These weights differ from what the script builds now. They were trained on the three icon sets above.
+The script now trains the UNets on three more sets, and weights the noise levels in another way
+([what has changed](../../docs/base-models.md#how-they-were-made)). Their first 2,672 steps weighted the error by
 Min-SNR itself and showed more variants (15 % crops, 10 % small originals, 15 % meaningless styles). The budget was
 raised twice, from 64 to 67 to 81 minutes, and each time the cosine was stretched."""
 
@@ -32,7 +34,10 @@ Recognisable, more or less: high heel, car, alien, life buoy, billiard ball, koa
 extinguisher, light bulb, lipstick, rocket and tractor. Many others have the right colours and mass but not the form
 (maple leaf, shirt, violin, bicycle, coconut). The model had 23 minutes and needs several times that. The stage resumes
 with a larger `--minutes`."""
-SD_BUILD = """The first 499 steps of this build ran at rate 1.2e-3 and EMA 0.999, the others at 8e-4 and 0.997."""
+SD_BUILD = """These weights differ from what the script builds now. They were trained on the three icon sets above.
+The script now trains the UNets on three more sets, and weights the noise levels in another way
+([what has changed](../../docs/base-models.md#how-they-were-made)). The first 499 steps of this build ran at rate 1.2e-3
+and EMA 0.999, the others at 8e-4 and 0.997."""
 SD_LIMITS = """The limits of the SDXL model apply. This model has no size conditioning and no pooled text vector, so
 captions act through cross-attention alone."""
 

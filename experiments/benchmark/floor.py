@@ -1,6 +1,6 @@
 """The floor under a training step: forward and backward of the networks that train in it, and nothing else.
 
-    python experiments/benchmark/floor.py MODEL BATCH LATENT_SIDE ROUNDS [wall|cpu]
+    .venv/bin/python experiments/benchmark/floor.py MODEL BATCH LATENT_SIDE ROUNDS [wall|cpu]
 
 Each kind of step in turn, a few passes each, medians of seconds as one line of JSON. `bare` has no adapter, kinds that
 end in _peft have PEFT's own layers in the UNet, all others ours:

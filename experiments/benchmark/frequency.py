@@ -1,6 +1,7 @@
 """What the frequency bands and the loss in them cost, on one thread.
 
-    python experiments/benchmark/frequency.py [--tables bands matching fourier] [--rounds 40] [--clock wall|cpu]
+    .venv/bin/python experiments/benchmark/frequency.py [--tables bands matching fourier] [--rounds 40]
+        [--clock wall|cpu]
 
     bands     one low-pass of latents, forward and backward, by our matrices and by pytorch_wavelets, and their ratio
     matching  distribution matching alone, forward and backward on a batch, without the network that it trains

@@ -1,6 +1,7 @@
 """What an update of HinaAdaptive costs against torch.optim.AdamW(foreach=True), on LoRA tensors as large as SDXL's.
 
-    python experiments/benchmark/optimizer.py [--rounds 20] [--clock wall|cpu] [--device cpu|cuda] [--only everything …]
+    .venv/bin/python experiments/benchmark/optimizer.py [--rounds 20] [--clock wall|cpu] [--device cpu|cuda]
+        [--only everything …]
 
 100 pairs of rank 16 on the attention of SDXL's UNet (sides of 640, 1280 and 2048), random gradients, fp32, one thread.
 One set of weights and gradients, and in turn an optimizer of each kind, in an order that rotates: 10 updates a pass,

@@ -1,6 +1,6 @@
 """What a step of pivotal tuning costs in SDXL's text encoders at their real widths, without the UNet.
 
-    python experiments/benchmark/text.py [ROUNDS] [adamw|prodigy]
+    .venv/bin/python experiments/benchmark/text.py [ROUNDS] [adamw|prodigy]
 
 Random weights, one prompt of 77 tokens, two new tokens, fp32, one thread. Three ways in turn, medians of CPU seconds
 and the tensors each keeps for training, as one line of JSON:

@@ -1,8 +1,10 @@
 """Time a trainer of ours against another script that takes the same flags, and against the networks alone.
 
-    python experiments/benchmark/trainers.py --peer DIFFUSERS/.../train_dreambooth_lora_sdxl_advanced.py --rounds 3
-    python experiments/benchmark/trainers.py --cases plain ti dora --clock cpu   ours alone, on a busy machine
-    python experiments/benchmark/trainers.py --trainer text_to_image --peer DIFFUSERS/.../train_text_to_image_lora.py
+    .venv/bin/python experiments/benchmark/trainers.py --rounds 3 \\
+        --peer DIFFUSERS/.../train_dreambooth_lora_sdxl_advanced.py
+    .venv/bin/python experiments/benchmark/trainers.py --cases plain ti dora --clock cpu   ours alone, on a busy machine
+    .venv/bin/python experiments/benchmark/trainers.py --trainer text_to_image \\
+        --peer DIFFUSERS/.../train_text_to_image_lora.py
 
 Runs ours and the peer in turn (A B A B …), one thread each, on the shipped model, and prints medians and ratios as a
 table: seconds a step, seconds from command to first step, peak memory. Steps are timed from outside, by the progress

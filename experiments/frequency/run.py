@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Does distribution matching by frequency help? Train with and without it on the shipped model and look at the errors.
 
-    python experiments/frequency/run.py              every arm; resumes: what is finished is not run again
-    python experiments/frequency/run.py --pilot      gains to choose --gain from, on a seed and images of their own
-    python experiments/frequency/run.py --arms base combo --seeds 0 --steps 50 --out runs/quick
+    .venv/bin/python experiments/frequency/run.py              every arm; resumes: what is finished is not run again
+    .venv/bin/python experiments/frequency/run.py --pilot      gains to choose --gain from, on their own seed and images
+    .venv/bin/python experiments/frequency/run.py --arms base combo --seeds 0 --steps 50 --out runs/quick
 
 Each arm is the same short run on the 22 shipped 3-D icons but for its flags in arms.py; with one seed every arm sees
 the same images in the same order with the same noise. What counts is measured on 3-D icons of 90 nouns that no run

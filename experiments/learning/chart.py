@@ -80,7 +80,7 @@ def draw_rings(pen: Pen, panel: Panel, *, x: float) -> None:
     rings, ticks = len(next(iter(panel.lines.values()))), panel.ticks
     axes = Axes(x, HEAD, rings, ticks[0], ticks[-1])
     places = [str(ring) if ring % TOGETHER == 0 else "" for ring in range(1, rings + 1)]
-    frame(pen, axes, panel, places=places, shaded=(rings // 2, rings - 1), below="cycles an image")
+    frame(pen, axes, panel, places=places, shaded=(rings // 2, rings - 1), below="cycles per image")
     for name, points in panel.lines.items():
         pen.line([axes.at(ring, mean) for ring, (mean, _) in enumerate(points)], LINES[name], 2)
 
@@ -90,7 +90,7 @@ def draw_changes(pen: Pen, panel: Panel, *, x: float) -> None:
     count, ticks = len(next(iter(panel.lines.values()))), panel.ticks
     axes = Axes(x, HEAD, count, ticks[0], ticks[-1])
     places = [f"{TOGETHER * k + 1}-{TOGETHER * (k + 1)}" for k in range(count)]
-    frame(pen, axes, panel, places=places, shaded=(count // 2, count - 1), below="cycles an image")
+    frame(pen, axes, panel, places=places, shaded=(count // 2, count - 1), below="cycles per image")
     for i, (name, points) in enumerate(panel.lines.items()):
         curve(pen, axes, points, LINES[name], shift=DODGE * (i - (len(panel.lines) - 1) / 2))
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Does a method help? Train with and without it on the shipped model, several seeds each, and measure both.
 
-    python experiments/learning/run.py                  every case; resumes: what is finished is not run again
-    python experiments/learning/run.py --cases lora fourier_balanced --seeds 1 --steps 50 --out runs/quick
+    .venv/bin/python experiments/learning/run.py                  every case; resumes: what is finished is not run again
+    .venv/bin/python experiments/learning/run.py --cases lora fourier_balanced --seeds 1 --steps 50 --out runs/quick
 
 Each case is the same short run on the 22 shipped 3-D icons but for its flags in cases.py; most have three seeds.
 Measured on images drawn at strength 1 from noise that is the same for all runs:

@@ -24,8 +24,7 @@ from trainkit import rng
 from trainkit.condition import Condition
 from trainkit.data.cache import tensors_digest
 from trainkit.data.clip_features import CLIPS, FILE_NAME, SCRIPT, TOO_WIDE, read_features
-from trainkit.data.sources.captions import listing
-from trainkit.errors import Problem, UserError
+from trainkit.errors import Problem, UserError, listing
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

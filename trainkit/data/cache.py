@@ -32,7 +32,7 @@ from trainkit.runtime import ranks
 if TYPE_CHECKING:
     from trainkit.data.batch import Row
 
-VERSION = 1  # raise it when pixels or posteriors of the same key would come out differently
+VERSION = 2  # raise it when pixels or posteriors of the same key would come out differently
 STALE_SECONDS = 86_400  # unfinished files of a killed run are swept after a day: a live one is renamed within seconds
 DIGEST = "blake2b"  # name of the digest in a file's metadata
 VIEWS_AT_ONCE = 8  # of one image in memory; at 1024 pixels a view takes 12 MiB

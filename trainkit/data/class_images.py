@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from trainkit.data.batch import Listed, Row
-from trainkit.data.rows import check
+from trainkit.data.rows import check, warn_enlarged
 from trainkit.data.sources.folder import Folder, list_folder
 from trainkit.errors import Problem, UserError, refuse
 from trainkit.families.pretrained import (
@@ -108,6 +108,7 @@ def class_rows(opt: ClassImageOptions, run: ClassImageRun) -> list[Row]:
         fill(folder, plan, opt, run)
     rows, unreadable = check(folder.images(plan), f"{folder.path}")
     refuse(unreadable)
+    warn_enlarged(rows, opt.data.resolution)
     return [replace(row, id=f"class/{row.id}", caption=row.caption or prior.class_prompt, is_class=True,
                     loss_weight=prior.prior_loss_weight) for row in rows]
 
@@ -176,6 +177,9 @@ class ClassFolder:
         if verbose and len(usable) < len(listed):
             log.info("%d class images generated for another prompt, size or model are left out",
                      len(listed) - len(usable))
+        if verbose and len(usable) > self.wanted:
+            log.warning("%d of %d class images are used, the first by name: --num_class_images %d", self.wanted,
+                        len(usable), self.wanted)
         return usable, found
 
     def plan(self, listed: Sequence[Listed]) -> ClassImagePlan:

@@ -39,8 +39,8 @@ def resized_size(size: tuple[int, int], resolution: int) -> tuple[int, int]:
 class CropPolicy:
     """How images become squares of `resolution` pixels.
 
-    `cached_crops` = K > 0 restricts random crops to K fixed places a row, so that their latents can be cached; 0 draws
-    a fresh place at every visit. It has no effect with `center_crop`.
+    `cached_crops` = K > 0 restricts random crops to K fixed places an image, the same for all its repeats, so that
+    their latents can be cached; 0 draws a fresh place at every visit. It has no effect with `center_crop`.
     """
 
     resolution: int
@@ -97,5 +97,5 @@ class CropPolicy:
         places = [(top, left) for top in range(slack_h + 1) for left in range(slack_w + 1)]
         if not self.cached_crops:
             return places
-        chosen = rng.permutation(len(places), "cached crops", seed, row.id, row.repeat)[: self.cached_crops]
+        chosen = rng.permutation(len(places), "cached crops", seed, row.id, 0)[: self.cached_crops]
         return [places[i] for i in chosen.tolist()]

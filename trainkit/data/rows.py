@@ -4,36 +4,42 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
+import threading
+import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from trainkit.data.batch import Listed, Row
 from trainkit.data.images import UnreadableImage, content_digest, decode, is_animated
-from trainkit.data.sources.captions import (
-    METADATA,
-    SHOWN,
-    listing,
-    one_line,
-)
+from trainkit.data.sources.account import Account
+from trainkit.data.sources.captions import METADATA
 from trainkit.data.sources.folder import IMAGES, list_image_folder
 from trainkit.data.sources.table import list_table
-from trainkit.errors import Problem
+from trainkit.data.sources.text import one_line
+from trainkit.errors import SHOWN, Problem, listing, printable, shell_word
 from trainkit.rng import permutation
 
 if TYPE_CHECKING:
-
     from trainkit.options import ImageOptions
 
 log = logging.getLogger(__name__)
 
 DECODERS = 4  # threads that check images at the start; Pillow decodes without the interpreter lock
+ENLARGED = 2.0  # an image enlarged by this factor or more is told: it teaches blur
 
 
-def read_rows(data: ImageOptions, *, seed: int = 0) -> tuple[list[Row], list[Problem]]:
+class Rows(list[Row]):
+    """The rows of a data set, and the account of what they were read from."""
+
+    account = Account()
+
+
+def read_rows(data: ImageOptions, *, seed: int = 0) -> tuple[Rows, list[Problem]]:
     """(rows, problems) of the folder or --dataset_name; every image is decoded once to be sure it can be.
 
     Rows are in a fixed order (by name, or the data set's own), repeats of an image beside each other. With problems
@@ -43,14 +49,19 @@ def read_rows(data: ImageOptions, *, seed: int = 0) -> tuple[list[Row], list[Pro
     """
     wrong = _source_problem(data)
     if wrong:
-        return [], [wrong]
-    listed, problems = list_table(data) if data.dataset_name else list_image_folder(data)
-    where = f"{data.dataset_name or data.folder}"
-    rows, unreadable = check(_sample(listed, data.max_images, seed), where=where)
+        return Rows(), [wrong]
+    source = list_table(data) if data.dataset_name else list_image_folder(data)
+    where, problems = printable(f"{data.dataset_name or data.folder}"), source.problems
+    rows, unreadable = check(_sample(source.listed, data.max_images, seed), where=where)
     if not data.prompt and not problems:
         problems = list(_caption_problems(rows, data, where))
+    warn_enlarged(rows, data.resolution)
+    _warn_twins(rows)
     prompted = [row if row.caption else replace(row, caption=data.prompt) for row in rows]
-    return [replace(row, repeat=i) for row in prompted for i in range(data.repeats)], problems + unreadable
+    repeated = Rows(replace(row, repeat=i) for row in prompted for i in range(data.repeats))
+    repeated.account = replace(source.account, images=len(rows), in_all=len(source.listed))
+    log.info("%s: %s", where, repeated.account)
+    return repeated, problems + unreadable
 
 
 def _source_problem(data: ImageOptions) -> Problem | None:
@@ -84,36 +95,84 @@ def _caption_problems(rows: Sequence[Row], data: ImageOptions, where: str) -> It
     yield Problem("no image has a caption", where, listing(missing), fix, kind="data")
 
 
+def warn_enlarged(rows: Sequence[Row], resolution: int) -> None:
+    """Tell which images are far smaller than what they are trained at."""
+    factors = {row.id: resolution / max(1, min(row.size)) for row in rows}
+    small = sorted((name for name in factors if factors[name] >= ENLARGED), key=lambda name: -factors[name])
+    if small:
+        log.warning("%d images are far smaller than --resolution %d; enlarged they teach blur: %s", len(small),
+                    resolution, listing(f"{name}, {factors[name]:.3g} times" for name in small))
+
+
+def _warn_twins(rows: Sequence[Row]) -> None:
+    """Tell which files hold the very same image."""
+    by_content: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_content[row.digest].append(row)
+    twins = [same for same in by_content.values() if len(same) > 1]
+    if twins:
+        log.warning("%d images are there more than once and are seen so much more often: %s", len(twins),
+                    listing(" = ".join(row.id for row in same)
+                            + (" (with different captions)" if len({row.all_captions for row in same}) > 1 else "")
+                            for same in twins))
+
+
 # ------------------------------------------------------------------------------------------------------------- check
 
 
 def check(listed: Sequence[Listed], where: str) -> tuple[list[Row], list[Problem]]:
     """Decode every image once, keep its size and digest; all that fail become one problem."""
-    with ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1)) as pool:
+    with _notes_by_image() as notes, ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1)) as pool:
         checked = list(pool.map(_examine, listed))
     rows = [item for item, _ in checked if isinstance(item, Row)]
     animated = [found.id for found, (_, moving) in zip(listed, checked, strict=True) if moving]
     if animated:
         log.warning("%d files hold several frames; the first is used: %s", len(animated), listing(animated))
-    bad = [(found, item) for found, (item, _) in zip(listed, checked, strict=True) if isinstance(item, str)]
+    for note, names in notes.items():
+        log.warning("%d images: %s: %s", len(names), note, listing(sorted(names)))
+    bad = [(found, item) for found, (item, _) in zip(listed, checked, strict=True) if isinstance(item, UnreadableImage)]
     return rows, [_unreadable(bad, len(listed), where)] if bad else []
 
 
-def _examine(found: Listed) -> tuple[Row | str, bool]:
+_now = threading.local()  # .id: the image that this thread is looking at
+
+
+@contextmanager
+def _notes_by_image() -> Iterator[dict[str, set[str]]]:
+    """{what Pillow and our decoder remark: the images they remark it of}, collected while the images are decoded."""
+    notes: dict[str, set[str]] = defaultdict(set)
+
+    def keep(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None,
+             line: str | None = None) -> None:
+        notes[one_line(f"{message}")[:200]].add(getattr(_now, "id", "?"))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = keep
+        yield notes
+
+
+def _examine(found: Listed) -> tuple[Row | UnreadableImage, bool]:
     """(the row, or why there is none; whether the file is animated)."""
+    _now.id = found.id
     try:
         data = found.source.read_bytes()
-        image = decode(data)
-    except (OSError, UnreadableImage) as error:
-        return one_line(f"{error}"), False
+        image = decode(data, note=warnings.warn)
+    except UnreadableImage as error:
+        return error, False
+    except OSError as error:
+        return UnreadableImage(f"{error}"), False
     row = Row(found.id, found.source, found.caption, (image.height, image.width), content_digest(data),
               others=found.others)
     return row, is_animated(data)
 
 
-def _unreadable(bad: list[tuple[Listed, str]], total: int, where: str) -> Problem:
-    names = [shlex.quote(f"{found.source}") for found, _ in bad[:SHOWN] if isinstance(found.source, Path)]
-    fix = f'for f in {" ".join(names)}; do mv -- "$f" "$f.unreadable"; done' if names else \
-        "leave these rows out of the data set"
+def _unreadable(bad: list[tuple[Listed, UnreadableImage]], total: int, where: str) -> Problem:
+    """Images that another program reads are never to be moved away: their fix says how they can be read."""
+    broken = [shell_word(found.source) for found, why in bad if isinstance(found.source, Path) and not why.fix]
+    fixes = dict.fromkeys(why.fix for _, why in bad if why.fix)
+    if broken:
+        fixes[f'for f in {" ".join(broken[:SHOWN])}; do mv -- "$f" "$f.unreadable"; done'] = None
     return Problem(f"{len(bad)} of {total} images cannot be read", where,
-                   listing(f"{found.id}: {why}" for found, why in bad), fix, kind="data")
+                   listing(f"{found.id}: {one_line(str(why))}" for found, why in bad),
+                   "; ".join(fixes) or "leave these rows out of the data set", kind="data")

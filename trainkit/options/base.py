@@ -141,6 +141,13 @@ class Flag:
             yield self.facts.read_with
 
     @property
+    def overrules(self) -> set[str]:
+        """Flags of weaker sources that give way to this one: those without which alone it is read."""
+        needed = self.facts.read_with
+        alone = needed is not None and all(len(terms) == 1 and terms[0].sign == "no" for terms in needed.alternatives)
+        return needed.flags if needed and alone else set()
+
+    @property
     def value_type(self) -> object:
         """The type a value has when there is one: `int | None` -> int."""
         annotation = self.field.annotation

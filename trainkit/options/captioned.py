@@ -13,15 +13,16 @@ class TrainFolderOptions(Concern):
     """Where captioned images are. A concern's own fields come after its bases': this one puts its flags first."""
 
     train_data_dir: str | None = opt(
-        None, "folder of images and its subfolders, in the layout that the datasets library calls imagefolder: "
-        "captions are in metadata.jsonl, .csv or .parquet files there, or in .txt files beside the images. Of train/ "
-        "and test/ in it only train/ is read. One of this and --dataset_name", path=True, resume="in the data",
-        read_with="no dataset_name", min_length=1,
-        differs="not read with --dataset_name, as the help says there; .txt files are read too; test/ is left out")
+        None,
+        "The folder with your images. Images in subfolders are also used. The captions are in metadata.jsonl, .csv "
+        "or .parquet, or in .txt files next to the images. If there is a subfolder train, the subfolders test, val "
+        "and dev are left out. If you also give --dataset_name, that data set is used and this folder is not read.",
+        path=True, resume="in the data", read_with="no dataset_name", min_length=1,
+        differs=".txt files are read, and test images are left out")
     max_train_samples: int | None = opt(
-        None, "train on so many of the images only, chosen by --seed; without it all", unit="images",
-        resume="in the data", ge=1,
-        differs="more than there are is all of them, not an error")
+        None, "Train on this many of the images. --seed decides which ones. Without this flag, all images are used.",
+        unit="images", resume="in the data", ge=1,
+        differs="a number above the number of images means all images and is not an error")
 
 
 class CaptionedDataOptions(ImageOptions, TrainFolderOptions):
@@ -32,12 +33,13 @@ class CaptionedDataOptions(ImageOptions, TrainFolderOptions):
 
     caption_column: str = changed(
         ImageOptions, "caption_column", "text",
-        help="column with a caption an image, or a list of captions, one of which is drawn at every visit. The "
-        "columns caption and prompt are found without it where there is no text",
-        differs="an image may lack a caption, if not all do")
+        help="The column that holds the captions. A cell is one caption or a list of captions. From a list, one "
+        "caption is chosen at random each time the image is used. If there is no column text, the columns caption "
+        "and prompt are found without this flag.", differs="some images may lack a caption, but not all of them")
     resolution: int = changed(
-        ImageOptions, "resolution", 512, differs="512 for SDXL too, whose own script has 1024")
-    center_crop: bool = changed(ImageOptions, "center_crop", False, differs="")
+        ImageOptions, "resolution", 512, differs="the default is 512 for SDXL too, where the SDXL script has 1024")
+    center_crop: bool = changed(
+        ImageOptions, "center_crop", False, differs="")
 
     @property
     def wanted_column(self) -> str | None:
@@ -52,11 +54,13 @@ class CaptionedTextOptions(TextOptions):
     """Text encoders"""
 
     text_encoder_lr: float | None = changed(  # type: ignore[assignment]  # here it may be left open
-        TextOptions, "text_encoder_lr", None, help="learning rate of the text encoders; without it --learning_rate",
-        differs="")
+        TextOptions, "text_encoder_lr", None,
+        help="The learning rate of the text encoders. Without this flag, it is --learning_rate.", differs="")
     clip_skip: int | None = changed(
-        TextOptions, "clip_skip", None, differs="",
-        help="layers to skip at the text encoder's end, which in SDXL is the last but one")
+        TextOptions, "clip_skip", None,
+        help="How many of the last layers of the text encoder are left out. For SD 1.x and 2.x, they are counted "
+        "from the last layer. For SDXL, they are counted from the last but one, because SDXL leaves out the last "
+        "layer already.", differs="")
 
     def lrs(self, optimizer: OptimizerOptions, *, global_batch: int) -> tuple[float, float]:
         """Learning rates of the first and the second text encoder: the UNet's unless they are given."""
@@ -70,19 +74,20 @@ class CaptionedOptimizerOptions(OptimizerOptions):
 
     lr_warmup_steps: int = changed(
         OptimizerOptions, "lr_warmup_steps", 500,
-        differs="not stretched by --gradient_accumulation_steps, as those of the SDXL script are")
+        differs="the warm-up is not lengthened by --gradient_accumulation_steps, as it is in the SDXL script")
     adam_weight_decay: float = changed(OptimizerOptions, "adam_weight_decay", 1e-2)
     max_grad_norm: float = changed(
-        OptimizerOptions, "max_grad_norm", 1.0, differs="it is; the script for SD 1.x scales nothing down")
+        OptimizerOptions, "max_grad_norm", 1.0,
+        differs="this flag works for SD 1.x too, where the script clips no gradient")
 
 
 class CaptionedPrecisionOptions(PrecisionOptions):
     """Precision and memory"""
 
     enable_npu_flash_attention: bool = opt(
-        False, "accepted; PyTorch's own memory-efficient attention is always on", resume="may change",
-        notice=OWN_ATTENTION,
-        differs="a notice, since torch's scaled_dot_product_attention chooses the device's own kernel")
+        False, "This flag is accepted but has no effect. PyTorch's own memory-efficient attention is always used.",
+        resume="may change", notice=OWN_ATTENTION,
+        differs="the flag only gives a notice, because PyTorch chooses the fastest attention of the device itself")
 
 
 class CaptionedValidationOptions(ValidationOptions):
@@ -94,12 +99,15 @@ class CaptionedValidationOptions(ValidationOptions):
 class CaptionedRunOptions(RunOptions):
     """The run"""
 
-    output_dir: str = changed(RunOptions, "output_dir", "sd-model-finetuned-lora", differs="")
+    output_dir: str = changed(
+        RunOptions, "output_dir", "sd-model-finetuned-lora", differs="")
     train_batch_size: int = changed(RunOptions, "train_batch_size", 16)
     num_train_epochs: int = changed(RunOptions, "num_train_epochs", 100)
     debug_loss: bool = opt(
-        False, "accepted; metrics.jsonl has the loss of every step, and no loss of a single image",
-        resume="may change",
-        notice="no loss is logged by image: at one random noise level it says little of the image; metrics.jsonl "
-        "has the loss of every step",
-        differs="a notice: there the mean over a micro-batch is logged under the name of every file in it")
+        False,
+        "This flag is accepted but has no effect. The file metrics.jsonl has the loss of every step. No loss of a "
+        "single image is logged.", resume="may change",
+        notice="no loss is logged by image: at one random noise level it says little of the image; metrics.jsonl has "
+        "the loss of every step",
+        differs="the flag only gives a notice, because that script logs the mean loss of a batch under the name of "
+        "each of its files")

@@ -19,9 +19,10 @@ HELP_WIDTH = 100  # at most; a narrower terminal has its own
 HELP_INDENT = 34
 
 EPILOG = """\
-A value is taken from the command line, else from the environment (LORA_RANK for --rank), else from
-the --config file, else from the --preset, else it is the default; --print_config tells which.
-Dashes work for underscores; every switch has a --no_ twin and takes =True or =False.
+If several sources give a value, the first of this list counts: the command line, the environment
+(LORA_RANK=8 for --rank=8), the --config file, the --preset. Otherwise the value is the default.
+--print_config shows every value and its source. You can write dashes instead of underscores. To
+switch something off, write --no_ before its name (--no_cache_latents), or =False after it.
 """
 
 
@@ -109,7 +110,7 @@ def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
 
 def help_text(flag: Flag) -> str:
     """Meaning, choices and default."""
-    choices = f": {flag.takes}" if flag.choices else ""
+    choices = f" Choices: {flag.takes}." if flag.choices else ""
     return f"{flag.help}{choices} ({'required' if flag.required else f'default: {shown(flag.default)}'})"
 
 

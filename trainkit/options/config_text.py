@@ -74,9 +74,13 @@ def _meaning(flags: Mapping[str, Flag]) -> str:
     notes = {trainer: flag.facts.differs for trainer, flag in flags.items()}
     if len(set(notes.values())) == 1:
         notes = {"": next(iter(notes.values()))}
-    unlike = [f". *Unlike the Diffusers {f'{trainer} ' if trainer else ''}script: {note}.*"
+    unlike = [f" *Unlike in the Diffusers {f'{trainer} ' if trainer else ''}script, {note}.*"
               for trainer, note in notes.items() if note]
-    return _agreed(flags, lambda flag: flag.help) + "".join(unlike).replace(".*. *", ".* *")
+    texts = {trainer: flag.help for trainer, flag in flags.items()}
+    if len(set(texts.values())) == 1:
+        texts = {"": flags[next(iter(flags))].help}
+    helps = [f"**{trainer}:** {text}" if trainer else text for trainer, text in texts.items()]
+    return " ".join(helps) + "".join(unlike)
 
 
 def _default(flag: Flag) -> str:
@@ -100,17 +104,48 @@ def _preset_text(presets: Mapping[str, Mapping[str, Value]]) -> str:
 INTRODUCTION = """\
 # Flags
 
-Generated from `trainkit/options` (`python -m trainkit.options > docs/flags.md`); a test keeps this page current.
+You need this page when you look for a flag or its default. To learn which flags to use, start with
+[recipes.md](recipes.md). The file `trainkit/options` makes this page. A test compares the two.
 
-Two trainers have these flags: DreamBooth is `train_dreambooth_lora_sdxl_advanced.py`, text-to-image is
-`train_text_to_image_lora.py`. What only one of them has, or has otherwise, is marked. Names, types and defaults are
-those of the Diffusers scripts of the same names (huggingface/diffusers: examples/advanced_diffusion_training, and
-examples/text_to_image with what its SDXL script adds); where we differ from a script with the flag, the row says so.
+Two trainers have these flags. In the tables, DreamBooth means `train_dreambooth_lora_sdxl_advanced.py`,
+and text-to-image means `train_text_to_image_lora.py`. A flag without a mark is in both trainers.
 
-- A value comes from the command line, else from the environment (`LORA_RANK=8` for `--rank 8`; an empty variable counts
-  as unset), else from the `--config` file, else from the `--preset`, else it is the default.
-- A config file is TOML, YAML or JSON, its keys flat or in tables named after the groups below (`[lora]`).
-- `--print_config` prints every value with its origin and stops. That is a config file, too, with defaults as comments.
-- Dashes work for underscores (`--instance-data-dir`). Every switch has a twin `--no_…` and takes `=True` or `=False`.
-- Choices are read in any case. `none` unsets a number or a choice that a preset or a config has set.
-- All mistakes in a command are reported at once, each with the nearest flag or value; the exit code is 2."""
+The Diffusers scripts of the same names have many of these flags. Names, types and defaults are the
+same here, with two exceptions. `--seed` is 0 here and unset there. `--resolution` of text-to-image
+is 512 here, and 1024 in the Diffusers script for SDXL. Where a flag does something else than in a
+Diffusers script, its row says so in italics.
+
+**Where a value comes from.** If several sources give a value, the first of this list counts:
+
+1. the command line: `--rank=8`
+2. the environment: `LORA_RANK=8`. An empty variable counts as not set.
+3. the file of `--config`
+4. the preset of `--preset`
+5. the default
+
+**Config files.** A config file is TOML, YAML or JSON. A flag stands at the top level, or in a table
+with the name of its group below:
+
+```toml
+# my.toml
+preset = "style"
+[lora]
+rank = 16
+```
+
+`--print_config` prints every value with its source, and stops. You can use what it prints as a config
+file.
+
+**How to write flags.**
+
+- `--instance-data-dir` is the same as `--instance_data_dir`.
+- A flag with the value on/off is a switch. `--cache_latents` and `--cache_latents=True` switch it on.
+  `--no_cache_latents` and `--cache_latents=False` switch it off.
+- In the choices of a flag, capital and small letters make no difference.
+- The value `none` removes a number or a choice that a preset or a config file has set, if its default
+  is `none`: `--preset=style --snr_gamma=none`.
+- If a command has mistakes, the trainer lists all of them in one message, with the nearest flag or
+  value for each. The exit code is then 2.
+
+A **batch** is the images of one forward pass on one device. An **optimizer step** is one update of the
+weights. It uses one batch, or several with `--gradient_accumulation_steps`."""

@@ -8,20 +8,23 @@ from trainkit.options.base import Concern, opt
 
 
 class GuidanceOptions(Concern):
-    """CLIP guidance token: the image's own CLIP features beside its caption"""
+    """CLIP guidance token: the network sees the image itself, not only its caption"""
 
     read_with: ClassVar[str] = "guidance_token>0"
 
     guidance_token: float = opt(
-        0.0, "above 0, the CLIP features of each image take the place of the last padding of its caption "
-        "(Yuan et al. 2024); a switch only: 8 and 0.1 are the same run", unit="switch", ge=0,
-        resume="in the data", card="CLIP guidance token")
-    guidance_token_scale: float = opt(1.0, "factor of the features", unit="factor")
+        0.0,
+        "Show the network the image itself and not only its caption. With a value above 0, the CLIP features of an "
+        "image take the place of the last padding token of its caption (Yuan et al. 2024). This is only a switch: 8 "
+        "and 0.1 give the same run.", unit="switch", ge=0, resume="in the data", card="CLIP guidance token")
+    guidance_token_scale: float = opt(
+        1.0, "The factor by which the features are multiplied.", unit="factor")
     guidance_token_dropout: float = opt(
-        0.1, "share of visits without the token, so that the model can do without it, as classifier-free guidance does",
-        unit="0..1", ge=0, le=1)
+        0.1,
+        "The probability that an image is used without its features. The model then also learns to work without "
+        "them, as in classifier-free guidance.", unit="0..1", ge=0, le=1)
     guidance_features: str | None = opt(
-        None, "the features: what scripts/extract_clip_features.py wrote for these images", path=True,
+        None, "The file of features that scripts/extract_clip_features.py wrote for these images.", path=True,
         resume="in the data", min_length=1)
 
     def decisive(self) -> dict[str, object]:

@@ -84,7 +84,8 @@ def help_on(topic: str, flags: Mapping[str, Flag], titles: Mapping[str, str], de
 
 def essential(flags: Mapping[str, Flag], titles: Mapping[str, str], description: str) -> str:
     """The opening of the description, the flags that matter, and the way to the others."""
-    opening = wrapped(description.strip().partition("\n\nTakes the command lines")[0])
+    paragraphs = description.strip().split("\n\n")
+    opening = wrapped("\n\n".join(paragraphs[:2]))  # what it does, and a command
     sections = [flags_help(title, [flags[name] for name in names if name in flags])
                 for title, names in ESSENTIAL.items() if any(name in flags for name in names)]
     counts = {name: sum(flag.concern == name for flag in flags.values()) for name in titles}

@@ -13,27 +13,32 @@ class ModelOptions(Concern):
     """The base model"""
 
     pretrained_model_name_or_path: str = required(
-        "base model: a folder in the Diffusers layout or a Hub name", path="or Hub name", resume="in the data",
-        min_length=1)
-    pretrained_vae_model_name_or_path: str | None = opt(
-        None, "another VAE to train with, for instance one that is stable in fp16", path="or Hub name",
+        "The base model. It is a folder in the Diffusers layout or a name on the Hub.", path="or Hub name",
         resume="in the data", min_length=1)
+    pretrained_vae_model_name_or_path: str | None = opt(
+        None, "A separate VAE that replaces the VAE of the base model. It is a folder or a name on the Hub.",
+        path="or Hub name", resume="in the data", min_length=1)
     revision: str | None = opt(
-        None, "branch, tag or commit of the base model on the Hub", unit="name", resume="in the data", min_length=1)
+        None, "The branch, tag or commit of the base model on the Hub.", unit="name", resume="in the data",
+        min_length=1)
     variant: str | None = opt(
-        None, "weight files to take, 'fp16' for *.fp16.safetensors", unit="name", resume="in the data", min_length=1)
+        None, "The variant of the weight files. For example, fp16 loads the files named *.fp16.safetensors.",
+        unit="name", resume="in the data", min_length=1)
 
 
 class InstanceOptions(Concern):
     """What DreamBooth trains on. A concern's own fields come after its bases': this one puts its flags first."""
 
     instance_data_dir: str | None = opt(
-        None, "folder of images; captions in .txt files beside them or in metadata.jsonl, .csv or .parquet are used. "
-        "Exactly one of this and --dataset_name", path=True, resume="in the data", min_length=1,
-        differs="other files than images are ignored, captions are read, the order is by name")
+        None,
+        "The folder with your images. The captions are in .txt files next to the images, or in metadata.jsonl, .csv "
+        "or .parquet. Give either this flag or --dataset_name, not both.", path=True, resume="in the data",
+        min_length=1,
+        differs="files that are not images are ignored, captions are read, and the order of the images is that of "
+        "their names")
     instance_prompt: str = required(
-        "caption of images that have none of their own, with the trigger word, such as 'a photo of TOK dog'",
-        resume="in the data")
+        "The caption of every image that has no caption of its own. Include the trigger word, for example 'a photo "
+        "of TOK dog'.", resume="in the data")
 
     @field_validator("instance_prompt")
     @classmethod
@@ -51,40 +56,51 @@ class ImageOptions(Concern):
     captioned: ClassVar[bool] = False  # subfolders are read too, and an image may have several captions
 
     dataset_name: str | None = opt(
-        None, "Hub name of a dataset, or a local folder of the imagefolder kind; its train split is used",
-        path="or Hub name", resume="in the data", min_length=1)
+        None,
+        "A data set. It is a name on the Hub, or a local folder that the datasets library can load. Only its train "
+        "split is used.", path="or Hub name", resume="in the data", min_length=1)
     dataset_config_name: str | None = opt(
-        None, "subset of the dataset", unit="name", resume="in the data", read_with="dataset_name", min_length=1)
+        None, "The subset of the data set, if it has several.", unit="name", resume="in the data",
+        read_with="dataset_name", min_length=1)
     cache_dir: str | None = opt(
-        None, "where the datasets library keeps its cache", path=True, resume="may change", read_with="dataset_name",
-        min_length=1)
+        None, "The folder in which the datasets library keeps its cache.", path=True, resume="may change",
+        read_with="dataset_name", min_length=1)
     image_column: str = opt(
-        "image", "column of the dataset with the images; in a folder's metadata, the names of the files are in "
-        "file_name, or in this name and _file_name", unit="name", resume="in the data", min_length=1)
+        "image",
+        "The column of the data set that holds the images. In the metadata of a folder, the names of the image files "
+        "are in the column file_name, or in NAME_file_name, where NAME is the value of this flag.", unit="name",
+        resume="in the data", min_length=1)
     caption_column: str | None = opt(
-        None, "column with one caption an image; an image without caption gets --instance_prompt. The columns text, "
-        "caption and prompt of a folder's metadata are found without it", unit="name", resume="in the data",
-        min_length=1)
-    repeats: int = opt(1, "times each image is visited an epoch, with fresh crops and flips", unit="times",
-                      resume="in the data", ge=1)
+        None,
+        "The column that holds the captions, one for each image. An image without a caption gets --instance_prompt. "
+        "In a folder, the columns text, caption and prompt are found without this flag. In a data set, captions are "
+        "read only with this flag.", unit="name", resume="in the data", min_length=1)
+    repeats: int = opt(
+        1, "How often each image is used in one epoch. Each use has its own random crop and flip.", unit="times",
+        resume="in the data", ge=1)
     resolution: int = opt(
-        1024, "side of the square the images are scaled and cropped to; SDXL wants 1024, SD 1.x 512", unit="pixels",
+        1024,
+        "The side of the squares that are trained on. The short side of an image is scaled to this size, and then a "
+        "square is cut out. SDXL was made for 1024 pixels, SD 1.x for 512.", unit="pixels",
         card=always("Resolution, pixels"), ge=1)
     center_crop: bool = opt(
-        False, "crop the middle; otherwise a random square",
-        differs="random crops and flips are drawn anew at every visit, not once at the start")
-    random_flip: bool = opt(False, "mirror each visit with probability 1/2", card="Random flips")
+        False, "Cut the square out of the middle of the image. Without this flag, the place is random.",
+        differs="a new random crop is chosen each time an image is used, not once at the start")
+    random_flip: bool = opt(
+        False, "Mirror an image with probability 1/2 each time it is used.", card="Random flips")
     image_interpolation_mode: Literal["lanczos", "bicubic", "bilinear", "hamming", "box", "nearest"] = opt(
-        "lanczos", "filter of the scaling; nearest_exact is nearest, Pillow has but one")
+        "lanczos", "The filter that scales the images. The value nearest_exact means nearest.")
     cache_latents: bool = opt(
-        False, "encode each image once before training and free the VAE",
-        differs="latents are kept by image, so that captions and sizes stay with them")
+        False, "Encode every image once before training, and then free the memory of the VAE.",
+        differs="each latent stays with the caption and the size of its image")
     cached_crops: int = opt(
-        4, "random crops cached an image with --cache_latents; 0 encodes at every visit", unit="crops",
-        read_with="cache_latents", ge=0)
+        4,
+        "How many random crops of each image are encoded with --cache_latents. With 0, the image is encoded each "
+        "time it is used, with a new crop.", unit="crops", read_with="cache_latents", ge=0)
     latent_cache_dir: str | None = opt(
-        None, "keep encoded captions, and latents with --cache_latents, on disk here, shared by runs; without it they "
-        "are kept in memory", path=True, resume="may change", min_length=1)
+        None,
+        "A folder on disk for the encoded captions and, with --cache_latents, for the latents. Several runs can use "
+        "the same folder. Without this flag, they are kept in memory.", path=True, resume="may change", min_length=1)
 
     @field_validator("image_interpolation_mode", mode="before")
     @classmethod

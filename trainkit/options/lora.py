@@ -14,41 +14,57 @@ class LoraOptions(Concern):
     """Low-rank adapters"""
 
     lora_type: Literal["lora", "loha", "lokr"] = opt(
-        "lora", "what the update of a weight is made of: B A (LoRA), a product of two such by entries (LoHa) or a "
-        "small matrix times blocks (LoKr)", read_with=ADAPTS, card="Kind")
+        "lora",
+        "The adapter type. lora adds a product of two small matrices to a weight. loha multiplies two such products "
+        "number by number. lokr is a Kronecker product of a small matrix and a larger one.", read_with=ADAPTS,
+        card="Kind")
     rank: int = opt(
-        4, "r of the update (lora_alpha / r) B A", unit="rank", read_with=ADAPTS, card=always("Rank"), ge=1, le=4096)
+        4, "The rank r, which is the size of the adapter. A higher rank can learn more and needs more memory.",
+        unit="rank", read_with=ADAPTS, card=always("Rank"), ge=1, le=4096)
     lora_alpha: float | None = opt(
-        None, "scale of the update; without it r, which makes the scale 1", unit="scale", read_with=ADAPTS,
-        card=always("Alpha"), gt=0)
+        None,
+        "The scale of the LoRA. Its update is multiplied by lora_alpha / rank. Without this flag, lora_alpha is the "
+        "rank, so the factor is 1.", unit="scale", read_with=ADAPTS, card=always("Alpha"), gt=0)
     use_rslora: bool = opt(
-        False, "scale by lora_alpha / √r, which suits high ranks (rsLoRA)", read_with=ADAPTS, card="rsLoRA")
-    lokr_factor: int = opt(8, "side of LoKr's small matrix, the largest divisor up to it; -1 is near the square root",
-                           unit="entries", read_with="lora_type=lokr", ge=-1)
+        False,
+        "Multiply the update by lora_alpha / √rank instead of lora_alpha / rank. This suits high ranks (rsLoRA).",
+        read_with=ADAPTS, card="rsLoRA")
+    lokr_factor: int = opt(
+        8,
+        "The side of the small matrix of LoKr. If a layer's side is not divisible by it, the next smaller divisor is "
+        "used. -1 chooses a divisor near the square root.", unit="entries", read_with="lora_type=lokr", ge=-1)
     lora_dropout: float = opt(
-        0.0, "share of the adapters' inputs dropped in training", unit="0..1", read_with=ADAPTS, ge=0, lt=1)
+        0.0, "The fraction of the adapters' inputs that are set to 0 in training.", unit="0..1", read_with=ADAPTS, ge=0,
+        lt=1)
     lora_layers: Literal["attention", "attention+ff", "all-linear", "attention+conv", "attention+ff+conv",
                          "all-linear+conv"] = opt(
-        "attention", "layers of the UNet that get adapters: the attention projections, these and the feed-forward "
-        "layers, or all linear layers of the attention blocks; +conv adds the convolutions of the residual blocks and "
-        "of the changes of size (LoCon)", read_with=ADAPTS_UNET, card=always("Layers"))
+        "attention",
+        "The layers of the UNet that get adapters. attention: the attention projections. attention+ff: these and the "
+        "feed-forward layers. all-linear: these and the layers proj_in and proj_out of the attention blocks. With "
+        "+conv, also the convolutions of the residual blocks, the downsamplers and the upsamplers (LoCon).",
+        read_with=ADAPTS_UNET, card=always("Layers"))
     lora_unet_blocks: str | None = opt(
-        None, "only these blocks of the UNet, as module paths separated by commas: unet.up_blocks.0.attentions.0",
-        unit="paths", read_with=ADAPTS_UNET, card=always("Blocks"), min_length=1,
-        differs="exact paths; one that matches nothing is an error")
+        None,
+        "Train only these blocks of the UNet. Give module paths, separated by commas, for example "
+        "unet.up_blocks.0.attentions.0.", unit="paths", read_with=ADAPTS_UNET, card=always("Blocks"), min_length=1,
+        differs="the paths must be exact, and a path that matches nothing is an error")
     use_blora: bool = opt(
-        False, "adapt only SDXL's content and style blocks (B-LoRA)", read_with=ADAPTS_UNET, card="B-LoRA",
-        differs="an error together with --lora_unet_blocks, which it would overrule")
+        False, "Train only SDXL's two blocks of content and style (B-LoRA).", read_with=ADAPTS_UNET, card="B-LoRA",
+        differs="this flag is an error together with --lora_unet_blocks")
     use_dora: bool = opt(
-        False, "learn magnitude and direction of the weights apart (DoRA)", read_with=ADAPTS, card="DoRA")
+        False, "Learn the magnitude and the direction of each weight separately (DoRA).", read_with=ADAPTS, card="DoRA")
     init_lora_weights: Literal["gaussian", "pissa", "olora"] = opt(
-        "gaussian", "where A and B start: A at random and B at 0, or both at main directions of the weight (PiSSA, "
-        "OLoRA); training starts at the base model with each", read_with=ADAPTS, card="Start")
+        "gaussian",
+        "How the matrices A and B of the LoRA start. gaussian: A is random and B is 0. pissa and olora: both start "
+        "from the main directions of the weight. With all three, training starts exactly at the base model.",
+        read_with=ADAPTS, card="Start")
     loraplus_lr_ratio: float = opt(
-        1.0, "how many times A's learning rate B learns with (LoRA+)", unit="times", read_with=ADAPTS,
+        1.0, "The learning rate of B divided by the learning rate of A (LoRA+).", unit="times", read_with=ADAPTS,
         card="LoRA+ ratio", gt=0)
-    train_unet_frac: float = opt(1.0, "share of the steps in which the UNet's adapters are trained; 0 makes none",
-                                 unit="0..1", card="Share of the steps, UNet", ge=0, le=1)
+    train_unet_frac: float = opt(
+        1.0,
+        "The fraction of the steps in which the UNet's adapters are trained. With 0, the UNet gets no adapters. Then "
+        "new tokens or text encoders must be trained.", unit="0..1", card="Share of the steps, UNet", ge=0, le=1)
 
     def stop(self, total: int) -> int:
         """Finished steps of `total` after which the UNet's adapters no longer change."""

@@ -15,63 +15,83 @@ WAVELETS = needs(  # the method that `MatchingOptions.loss` comes to
 
 
 class MatchingOptions(Concern):
-    """Frequency-aware distribution matching: what all images of a batch have wrong in common"""
+    """Frequency-aware distribution matching: a loss for errors that all images of a batch have in common"""
 
     read_with: ClassVar[Prerequisite] = needs(
         "dist_match>0 or dist_match_gain>0", "--dist_match or --dist_match_gain above 0")
 
     dist_match: float = opt(
-        0.0, "strength of the sum form (Real-Fake, Yuan et al. 2024, whose script has 0.003), which grows with the "
-        "batch; 0: off", unit="lambda", card="Distribution matching, lambda", ge=0)
+        0.0,
+        "The strength of the sum form of distribution matching (Real-Fake, Yuan et al. 2024; their script uses "
+        "0.003). Its effect grows with the batch size. With 0, it is off.", unit="lambda",
+        card="Distribution matching, lambda", ge=0)
     dist_match_gain: float = opt(
-        0.0, "strength of the unbiased form beside the ordinary loss, the same at every batch size; 0: off",
-        unit="gain", card="Distribution matching, gain", ge=0)
+        0.0,
+        "The strength of the unbiased form of distribution matching. Its effect is the same at every batch size. "
+        "With 0, it is off.", unit="gain", card="Distribution matching, gain", ge=0)
     dist_match_statistic: Literal["sum", "diagonal", "u"] | None = opt(
-        None, "what is measured: the squared sum of the errors, its part that each image has alone (a control), or "
-        "its part that two images share (U statistic). Without it sum with --dist_match, u with --dist_match_gain",
-        card="Matching, statistic")
+        None,
+        "What is measured. sum: the squared sum of the errors of all images. diagonal: the part of this sum that "
+        "each image has alone, as a control. u: the part that two images have in common (U statistic). Without this "
+        "flag, it is sum with --dist_match and u with --dist_match_gain.", card="Matching, statistic")
     dist_match_method: Literal["dct", "wavelet", "fft"] | None = opt(
-        None, "how coarse and fine are told apart: orthogonally at every size (dct), by wavelets, or by a disc of "
-        "frequencies (fft). Without it wavelet with --dist_match, dct with --dist_match_gain",
-        card=always("Matching, method"))
-    dist_match_wavelet: str = opt("db3", "wavelet of the method wavelet, as PyWavelets names it", unit="name",
-                                  read_with=WAVELETS, min_length=1)
+        None,
+        "How low and high frequencies are separated. dct: by a cosine transform, at every size. wavelet: by "
+        "wavelets. fft: by a disc of frequencies. Without this flag, it is wavelet with --dist_match and dct with "
+        "--dist_match_gain.", card=always("Matching, method"))
+    dist_match_wavelet: str = opt(
+        "db3", "The name of the wavelet in PyWavelets, for the method wavelet.", unit="name", read_with=WAVELETS,
+        min_length=1)
     dist_match_levels: int = opt(
-        2, "halvings (J): low is what is left of the latent at 1/2^J of its size", unit="levels", ge=1, le=8)
+        2, "How often the latent is halved (J). The low band is what is left at 1/2^J of its size.", unit="levels",
+        ge=1, le=8)
     dist_match_boundary: Literal["zero", "periodization"] = opt(
-        "zero", "what a wavelet sees beyond the border: zeros, or the other side, where 2^J divides the sides",
-        read_with=WAVELETS)
+        "zero",
+        "What a wavelet assumes outside the border. zero: zeros. periodization: the opposite side, if 2^J divides "
+        "the sides.", read_with=WAVELETS)
     dist_match_backend: Literal["matrix", "pytorch_wavelets"] = opt(
-        "matrix", "what computes wavelets: our own matrices, or the package of this name")
+        "matrix", "The code that computes wavelets. matrix: our own. pytorch_wavelets: the package of this name.")
     dist_match_weights: str = opt(
-        "0.7,0.3", "weights of the bands, separated by commas: low and high, or J + 1 bands from the lowest",
-        unit="weights", card="Matching, weights")
+        "0.7,0.3",
+        "The weights of the bands, separated by commas. Give two weights, for low and high, or J + 1 weights, from "
+        "the lowest band up.", unit="weights", card="Matching, weights")
     dist_match_band_norm: Literal["grid", "dof", "whiten"] | None = opt(
-        None, "what a band's error is divided by: the size of the latent, the band's own share of it, or this and the "
-        "band's usual error at the noise level. Without it whiten for the statistic u, else grid")
+        None,
+        "What the error of a band is divided by. grid: the size of the latent. dof: the size of the band. whiten: "
+        "the size of the band and its usual error at this noise level. Without this flag, it is whiten for the "
+        "statistic u and grid otherwise.")
     dist_match_timestep_weight: Literal["x0", "eps", "whiten"] | None = opt(
-        None, "what an error counts at each noise level: as it is in the image, as it is in the noise, or in units "
-        "of the usual error there. Without it x0, but eps for --dist_match_mode reuse without whitened bands")
+        None,
+        "How much an error counts at each noise level. x0: as it is in the image. eps: as it is in the noise. "
+        "whiten: relative to the usual error at this level. Without this flag, it is x0. For --dist_match_mode reuse "
+        "without whitened bands, it is eps.")
     dist_match_kernel: Literal["none", "class", "text", "latent"] = opt(
-        "none", "which images are compared: all alike, those with the same caption, or the more, the closer their "
-        "captions (text) or their coarse noisy latents (latent) are", card="Matching, kernel")
+        "none",
+        "Which images are compared. none: all of them, equally. class: those with the same caption. text: images "
+        "with similar captions count more. latent: images with similar coarse noisy latents count more.",
+        card="Matching, kernel")
     dist_match_mode: Literal["extra", "combo", "swap", "reuse"] | None = opt(
-        None, "where the batch at one noise level comes from: a second forward pass a step for this term alone "
-        "(extra) or for the ordinary loss too (combo), some of the steps themselves (swap), or the ordinary batch, at "
-        "whatever levels are in the window (reuse). Without it extra with --dist_match, combo with --dist_match_gain",
+        None,
+        "Which batch the term uses. extra: a second forward pass in each step, for the term alone. combo: a second "
+        "forward pass, also for the ordinary loss. swap: some of the steps themselves, at one noise level. reuse: "
+        "the ordinary batch. Without this flag, it is extra with --dist_match and combo with --dist_match_gain.",
         card=always("Matching, mode"))
     dist_match_min_snr: float = opt(
-        0.1925, "lowest signal-to-noise ratio the term is computed at; 0.1925 is timestep 599 of Stable Diffusion's "
-        "schedule", unit="SNR", ge=0)
+        0.1925,
+        "The lowest signal-to-noise ratio at which the term is computed. 0.1925 is timestep 599 of Stable Diffusion.",
+        unit="SNR", ge=0)
     dist_match_max_snr: float = opt(
-        3.07, "highest signal-to-noise ratio the term is computed at; 3.07 is timestep 200", unit="SNR", gt=0)
+        3.07,
+        "The highest signal-to-noise ratio at which the term is computed. 3.07 is timestep 200 of Stable Diffusion.",
+        unit="SNR", gt=0)
     dist_match_swap: float = opt(
-        0.5, "share of the steps whose batch has one noise level, with --dist_match_mode swap", unit="0..1",
+        0.5, "The fraction of the steps whose batch has one noise level, for --dist_match_mode swap.", unit="0..1",
         read_with="dist_match_mode=swap", gt=0, lt=1)
     dist_match_bank: float = opt(
-        0.0, "decay of a running mean of the errors of past batches, which counts as decay / (1 - decay) of them; for "
-        "sets of hundreds of images, since it holds each image's own errors too; 0: none", unit="0..1",
-        card="Matching, bank", ge=0, lt=1)
+        0.0,
+        "The decay of a running mean of past errors. It adds decay / (1 - decay) past batches to the present one. "
+        "Use it only with hundreds of images, because the mean also holds the own errors of each image. With 0, it "
+        "is off.", unit="0..1", card="Matching, bank", ge=0, lt=1)
 
     @field_validator("dist_match_weights")
     @classmethod

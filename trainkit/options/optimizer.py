@@ -24,57 +24,74 @@ class OptimizerOptions(Concern):
     optimizer: Literal[
         "adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit", "prodigy", "adafactor", "lion", "came",
         "schedule_free_adamw", "hina_adaptive"] | str = opt(
-        "adamw", "what turns gradients into updates, or any class by its dotted path, such as torch.optim.NAdam",
-        differs="an unknown name is an error, not AdamW")
+        "adamw", "The optimizer. You can also name any optimizer class by its path, for example torch.optim.NAdam.",
+        differs="an unknown name is an error and does not mean AdamW")
     optimizer_args: str | None = opt(
-        None, "arguments of the optimizer's constructor, stronger than other flags: d_coef=0.5 betas=(0.9,0.99)",
-        unit="name=value", many=True,
-        card="Optimizer arguments", min_length=1)
+        None,
+        "Arguments for the optimizer, for example d_coef=0.5 betas=(0.9,0.99). They are stronger than other flags.",
+        unit="name=value", many=True, card="Optimizer arguments", min_length=1)
     use_8bit_adam: bool = opt(
-        False, "the 8-bit form of adamw or paged_adamw", differs="refused with other optimizers, not ignored")
-    learning_rate: float = opt(1e-4, "learning rate of the UNet's adapters; 1 is right for Prodigy", unit="rate",
-                               resume="may change", ge=0)
+        False, "Use the 8-bit form of adamw or paged_adamw.",
+        differs="this flag is an error with other optimizers and is not ignored")
+    learning_rate: float = opt(
+        1e-4, "The learning rate of the UNet's adapters. For Prodigy, 1 is right.", unit="rate", resume="may change",
+        ge=0)
     scale_lr: bool = opt(
-        False, "multiply the learning rate by the images in an optimizer step", resume="may change")
+        False, "Multiply the learning rate by the number of images in one optimizer step.", resume="may change")
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
-        "piecewise_constant"] = opt("constant", "course of the learning rate", card=always("Schedule"))
+        "piecewise_constant"] = opt(
+        "constant", "How the learning rate changes over the run.", card=always("Schedule"))
     lr_warmup_steps: int = opt(
-        500, "optimizer steps in which the rate rises from 0; not read by constant", unit="steps",
-        resume="may change", card=always("Warm-up, steps"),
+        500,
+        "The number of optimizer steps in which the learning rate rises from 0. The schedule constant has no warm-up.",
+        unit="steps", resume="may change", card=always("Warm-up, steps"),
         read_with=needs("no lr_warmup_steps or lr_scheduler!=constant|piecewise_constant",
-                        "an --lr_scheduler that warms up, such as constant_with_warmup"), ge=0)
-    lr_num_cycles: int = opt(1, "restarts of cosine_with_restarts", unit="cycles", resume="may change",
-                             read_with="lr_scheduler=cosine_with_restarts", ge=1)
+                        "an --lr_scheduler that warms up, such as constant_with_warmup"),
+        ge=0)
+    lr_num_cycles: int = opt(
+        1, "The number of cycles of the schedule cosine_with_restarts.", unit="cycles", resume="may change",
+        read_with="lr_scheduler=cosine_with_restarts", ge=1)
     lr_step_rules: str | None = opt(
-        None, "multipliers of piecewise_constant and the steps they end at: 1:100,0.1:200,0.01", unit="rules",
-        resume="may change", read_with="lr_scheduler=piecewise_constant")
-    lr_power: float = opt(1.0, "power of polynomial", unit="power", resume="may change",
-                          read_with="lr_scheduler=polynomial", gt=0)
+        None,
+        "The factors of the schedule piecewise_constant, and the steps at which they end. 1:100,0.1:200,0.01 means "
+        "factor 1 up to step 100, then 0.1 up to step 200, then 0.01.", unit="rules", resume="may change",
+        read_with="lr_scheduler=piecewise_constant")
+    lr_power: float = opt(
+        1.0, "The power of the schedule polynomial.", unit="power", resume="may change",
+        read_with="lr_scheduler=polynomial", gt=0)
     adam_beta1: float = opt(
-        0.9, "decay of the first moment, of Prodigy too", unit="0..1", read_with=READS_ADAM, ge=0, lt=1)
+        0.9, "The decay rate of the first moment. Prodigy uses it too.", unit="0..1", read_with=READS_ADAM, ge=0, lt=1)
     adam_beta2: float = opt(
-        0.999, "decay of the second moment, of Prodigy too", unit="0..1", read_with=READS_ADAM, ge=0, lt=1)
+        0.999, "The decay rate of the second moment. Prodigy uses it too.", unit="0..1", read_with=READS_ADAM, ge=0,
+        lt=1)
     adam_weight_decay: float = opt(
-        1e-4, "weight decay of the adapters, of Prodigy too", unit="decay", resume="may change", ge=0)
+        1e-4, "The weight decay of the adapters. Prodigy uses it too.", unit="decay", resume="may change", ge=0)
     adam_epsilon: float = opt(
-        1e-8, "added to the denominator, of Prodigy too", unit="number", read_with=READS_ADAM, gt=0)
+        1e-8, "A small number that is added to the denominator of the update. Prodigy uses it too.", unit="number",
+        read_with=READS_ADAM, gt=0)
     prodigy_beta3: float | None = opt(
-        None, "decay of Prodigy's step size estimate; without it the root of --adam_beta2", unit="0..1",
-        read_with="optimizer=prodigy", ge=0, lt=1)
+        None,
+        "The decay rate of Prodigy's estimate of the step size. Without this flag, it is the square root of "
+        "--adam_beta2.", unit="0..1", read_with="optimizer=prodigy", ge=0, lt=1)
     prodigy_decouple: bool = opt(
-        True, "weight decay as in AdamW", read_with="optimizer=prodigy", differs="False is False")
+        True, "Use weight decay as in AdamW.", read_with="optimizer=prodigy", differs="the value False switches it off")
     prodigy_use_bias_correction: bool = opt(
-        True, "Adam's bias correction in Prodigy", read_with="optimizer=prodigy", differs="False is False")
+        True, "Use Adam's bias correction in Prodigy.", read_with="optimizer=prodigy",
+        differs="the value False switches it off")
     prodigy_safeguard_warmup: bool = opt(
-        True, "keep a warm-up from raising Prodigy's estimate", read_with="optimizer=prodigy", differs="False is False")
+        True, "Keep a warm-up of the learning rate from raising Prodigy's estimate of the step size.",
+        read_with="optimizer=prodigy", differs="the value False switches it off")
     max_grad_norm: float = opt(
-        1.0, "the gradient is scaled down to this norm", unit="norm", resume="may change", gt=0)
-    use_ema: bool = opt(False, "average the UNet's adapters over the steps; previews and files show the average",
-                        read_with=ADAPTS_UNET)
+        1.0, "If the norm of the gradient is larger than this, the gradient is scaled down to it.", unit="norm",
+        resume="may change", gt=0)
+    use_ema: bool = opt(
+        False, "Average the UNet's adapters over the steps. Previews and final files then contain the average.",
+        read_with=ADAPTS_UNET)
     ema_decay: float = opt(
-        0.999, "weight of the past in that average, once the run is long enough", unit="0..1", read_with="use_ema",
-        card=always("EMA decay"), ge=0, lt=1)
+        0.999,
+        "The decay of that average. Values nearer to 1 average over more steps. In the first steps, a smaller value "
+        "is used.", unit="0..1", read_with="use_ema", card=always("EMA decay"), ge=0, lt=1)
 
     @field_validator("optimizer")
     @classmethod

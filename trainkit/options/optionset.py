@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, SecretStr, ValidationEr
 from trainkit.errors import Problem, refuse
 from trainkit.options import help, rules
 from trainkit.options.base import REDACTED, Concern, Flag, Value
+from trainkit.options.cli import shown
 from trainkit.options.config_text import config_text
-from trainkit.options.sources import Layer, nearest, read_layers
+from trainkit.options.sources import Layer, given_again, nearest, read_layers
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -25,6 +26,7 @@ class OptionSet(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+    _given_again: list[str] = PrivateAttr(default_factory=list)  # on the command line
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -60,7 +62,9 @@ class OptionSet(BaseModel):
         chosen = {name for name, origin in self._origins.items()
                   if not origin.startswith("preset ") and values[name] != flags[name].default}
         given = {name for concern in self.concerns() for name in getattr(self, concern).model_fields_set}
-        return list(rules.notices(values, flags, chosen, given))
+        again = [f"--{name} is given more than once: only the last one counts, {shown(values[name])}"
+                 for name in self._given_again]
+        return [*again, *rules.notices(values, flags, chosen, given)]
 
 
 AnyOptions = TypeVar("AnyOptions", bound=OptionSet)
@@ -91,6 +95,7 @@ def parse(cls: type[AnyOptions], argv: Sequence[str] | None = None, *, descripti
         refuse([*problems, *rules.problems(_flat(built))])
     options = cls(**built)
     options._origins.update(origins)
+    options._given_again.extend(given_again(words, flags))
     if options.flat().get("print_config"):
         _print(config_text(options.flags(), options.flat(), options.origins))
     return options

@@ -17,14 +17,20 @@ class PrecisionOptions(Concern):
     """Precision and memory"""
 
     mixed_precision: Literal["no", "fp16", "bf16"] | None = opt(
-        None, "precision of the frozen weights and the forward pass; without it accelerate's configuration. Adapters "
-        "and optimizer stay in fp32", card=always("Mixed precision"), differs="adapters are fp32 under bf16 too")
-    allow_tf32: bool = opt(False, "TF32 matrix products on NVIDIA GPUs since Ampere")
+        None,
+        "The precision of the frozen weights and of the forward pass. Without this flag, Accelerate's configuration "
+        "decides. The adapters and the optimizer are always in fp32.", card=always("Mixed precision"),
+        differs="the adapters are in fp32 under bf16 too")
+    allow_tf32: bool = opt(
+        False, "Allow matrix products in TF32. This works on NVIDIA GPUs since Ampere (RTX 30 series).")
     gradient_checkpointing: bool = opt(
-        False, "recompute activations in the backward pass: less memory, slower", resume="may change")
+        False,
+        "Compute activations again in the backward pass instead of keeping them. This needs less memory and more "
+        "time.", resume="may change")
     enable_xformers_memory_efficient_attention: bool = opt(
-        False, "accepted; PyTorch's own memory-efficient attention is always on", resume="may change",
-        notice=OWN_ATTENTION, differs="a notice, since torch's scaled_dot_product_attention replaced xFormers")
+        False, "This flag is accepted but has no effect. PyTorch's own memory-efficient attention is always used.",
+        resume="may change", notice=OWN_ATTENTION,
+        differs="the flag only gives a notice, because PyTorch's own attention has replaced xFormers")
 
 
 class ValidationOptions(Concern):
@@ -33,13 +39,16 @@ class ValidationOptions(Concern):
     read_with: ClassVar[str] = "validation_prompt"
 
     validation_prompt: str | None = opt(
-        None, "prompt of the preview images; without it there are none", resume="may change")
-    num_validation_images: int = opt(4, "images a preview", unit="images", resume="may change", ge=1)
-    validation_epochs: int = opt(50, "a preview every so many epochs", unit="epochs", resume="may change",
-                                 read_with="no validation_steps", ge=1)
+        None, "The prompt of the preview images. Without this flag, there are no previews.", resume="may change")
+    num_validation_images: int = opt(
+        4, "How many images one preview has.", unit="images", resume="may change", ge=1)
+    validation_epochs: int = opt(
+        50, "A preview is generated every time this many epochs are over.", unit="epochs", resume="may change",
+        read_with="no validation_steps", ge=1)
     validation_steps: int | None = opt(
-        None, "a preview every so many optimizer steps, instead of --validation_epochs", unit="steps",
-        resume="may change", ge=1)
+        None,
+        "A preview is generated every time this many optimizer steps are over. This flag replaces "
+        "--validation_epochs.", unit="steps", resume="may change", ge=1)
 
     def every(self, steps_per_epoch: int) -> int:
         """Optimizer steps between previews."""
@@ -50,62 +59,88 @@ class RunOptions(Concern):
     """The run"""
 
     output_dir: str = opt(
-        "lora-dreambooth-model", "folder of everything the run writes; its last part names the LoRA file", path=True,
+        "lora-dreambooth-model",
+        "The folder for everything that the run writes. Its last part is the name of the LoRA file.", path=True,
         resume="may change", min_length=1, differs="absolute and nested paths work")
     seed: int = opt(
-        0, "noise, crops, order and initial weights follow from it", unit="number", card=always("Seed"), ge=0,
-        le=MAX_SEED, differs="0, not unset: a run that was not seeded can be repeated and resumed exactly too")
-    train_batch_size: int = opt(4, "images in a micro-batch on one device", unit="images", resume="in the data",
-                                card=always("Batch size"), ge=1)
-    gradient_accumulation_steps: int = opt(1, "micro-batches in an optimizer step", unit="micro-batches",
-                                           resume="in the data", card=always("Accumulation"), ge=1)
+        0, "The seed. The noise, the crops, the order of the images and the first weights depend on it.", unit="number",
+        card=always("Seed"), ge=0, le=MAX_SEED,
+        differs="the default is 0 and not unset, so every run can be repeated and resumed exactly")
+    train_batch_size: int = opt(
+        4, "The batch size, which is the number of images in one forward pass on one device.", unit="images",
+        resume="in the data", card=always("Batch size"), ge=1)
+    gradient_accumulation_steps: int = opt(
+        1, "How many such batches make one optimizer step.", unit="batches", resume="in the data",
+        card=always("Accumulation"), ge=1)
     num_train_epochs: int = opt(
-        1, "visits to the whole data set", unit="epochs", resume="in the data", read_with="no max_train_steps", ge=1)
+        1,
+        "How many times the run goes through all images. --max_train_steps is stronger if both come from the same "
+        "source. On the command line, this flag is stronger than the steps of a config file or a preset.",
+        unit="epochs", resume="in the data", read_with="no max_train_steps", ge=1)
     max_train_steps: int | None = opt(
-        None, "optimizer steps, instead of --num_train_epochs", unit="steps", resume="in the data", ge=1)
+        None, "The length of the run in optimizer steps. This flag replaces --num_train_epochs.", unit="steps",
+        resume="in the data", ge=1)
     stop_after_steps: int | None = opt(
-        None, "save and stop after so many finished steps of a longer run; resuming goes on", unit="steps",
-        resume="may change", ge=1)
+        None,
+        "Save and stop when this many steps of a longer run are finished. --resume_from_checkpoint continues the run "
+        "later.", unit="steps", resume="may change", ge=1)
     checkpointing_steps: int = opt(
-        500, "a checkpoint every so many optimizer steps", unit="steps", resume="may change", ge=1)
+        500, "A checkpoint is saved every time this many optimizer steps are over.", unit="steps", resume="may change",
+        ge=1)
     checkpoints_total_limit: int | None = opt(
-        None, "newest checkpoints to keep; without it all", unit="checkpoints", resume="may change", ge=1,
-        differs="old ones go only after the new one is safe")
+        None,
+        "How many checkpoints are kept. When there are more, the oldest ones are deleted. Without this flag, all are "
+        "kept.", unit="checkpoints", resume="may change", ge=1,
+        differs="an old checkpoint is deleted only after the new one is complete")
     resume_from_checkpoint: str | None = opt(
-        None, "'latest', a name such as checkpoint-500, or a path", unit="path or name", path=True,
+        None,
+        "The checkpoint from which the run continues. It is the word latest, a name such as checkpoint-500, or a "
+        "path. With latest and no checkpoint, the run starts at the beginning.", unit="path or name", path=True,
         resume="may change", min_length=1,
-        differs="a path is taken as it is; the run goes on bit for bit")
+        differs="a path is used as it is, and on a CPU the result is exactly that of a run without a stop")
     max_skipped_steps: int = opt(
-        10, "optimizer steps in a row that may be skipped for a gradient that is not finite", unit="steps",
+        10,
+        "A step whose loss or gradient is not finite is skipped. The run ends with an error after more than this "
+        "many such steps in a row.", unit="steps", resume="may change", ge=0)
+    dataloader_num_workers: int = opt(
+        0, "The number of processes that prepare images. With 0, the main process prepares them.", unit="processes",
         resume="may change", ge=0)
-    dataloader_num_workers: int = opt(0, "processes that prepare images; 0 does it in the main one",
-                                      unit="processes", resume="may change", ge=0)
     logging_dir: str = opt(
-        "logs", "folder of the trackers' logs under --output_dir", path=True, resume="may change", min_length=1)
+        "logs", "The folder for the logs of TensorBoard and other trackers. It is inside --output_dir.", path=True,
+        resume="may change", min_length=1)
     report_to: Literal["tensorboard", "wandb", "all", "none"] = opt(
-        "tensorboard", "trackers; metrics.jsonl is written in any case", resume="may change",
-        differs="wandb may be used with --hub_token: the token is left out of every record")
-    push_to_hub: bool = opt(False, "upload the finished files to the Hub", resume="may change")
+        "tensorboard", "The trackers that get the numbers of the run. The file metrics.jsonl is always written.",
+        resume="may change",
+        differs="wandb can be used with --hub_token, because the token is left out of every record")
+    push_to_hub: bool = opt(
+        False, "Upload the finished files to the Hub.", resume="may change")
     hub_model_id: str | None = opt(
-        None, "repository on the Hub; without it the last part of --output_dir", unit="name",
-        resume="may change", read_with="push_to_hub", min_length=1)
+        None, "The name of the repository on the Hub. Without this flag, it is the last part of --output_dir.",
+        unit="name", resume="may change", read_with="push_to_hub", min_length=1)
     hub_token: SecretStr | None = opt(
-        None, "token for the upload; HF_TOKEN in the environment is the safer place", unit="token",
+        None, "The token for the upload. The environment variable HF_TOKEN is a safer place for it.", unit="token",
         resume="may change", read_with="push_to_hub", min_length=1)
-    hub_private: bool = opt(True, "make the repository private", resume="may change", read_with="push_to_hub",
-                            differs="private unless --no_hub_private")
+    hub_private: bool = opt(
+        True, "Make the repository on the Hub private.", resume="may change", read_with="push_to_hub",
+        differs="it is private unless you give --no_hub_private")
     local_rank: int = opt(
-        -1, "set by launchers; the environment's LOCAL_RANK counts", unit="rank", resume="may change", ge=-1)
+        -1, "Launchers set this flag. Only the environment variable LOCAL_RANK counts.", unit="rank",
+        resume="may change", ge=-1)
     compat: Literal["diffusers"] | None = opt(
-        None, "repeat the algebra of the Diffusers script where ours differs, to compare with its runs")
+        None,
+        "Compute as the Diffusers script does where this suite computes differently. Use it to compare runs with "
+        "those of the script (docs/differences.md).")
     preset: str | None = opt(
-        None, "start from a named set of values: style, face", unit="name", resume="in the data", min_length=1)
+        None, "A name for several values at once. The presets are style and face.", unit="name", resume="in the data",
+        min_length=1)
     config: str | None = opt(
-        None, "TOML, YAML or JSON file of flags, flat or in tables named as the groups here", unit="file", path=True,
-        resume="in the data", min_length=1)
+        None,
+        "A file with flags, in TOML, YAML or JSON. The flags are at the top level or in tables that are named after "
+        "the groups.", unit="file", path=True, resume="in the data", min_length=1)
     print_config: bool = opt(
-        False, "print every value and where it came from, in TOML, and stop", resume="may change")
-    debug: bool = opt(False, "show a traceback with an error message", resume="may change")
+        False, "Print every value and where it came from, in TOML, and stop.", resume="may change")
+    debug: bool = opt(
+        False, "Show a traceback with every error message.", resume="may change")
 
     def global_batch(self, world: int) -> int:
         """Images in an optimizer step over all processes and micro-batches."""

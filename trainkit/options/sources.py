@@ -66,7 +66,20 @@ def read_layers(
             problems.append(_unknown_preset(str(name), layers))
     shorthands = [concern_class.shorthand(partial(first_value, layers)) for concern_class in concerns.values()]
     layers += [Layer(f"preset {name}", values) for name, values in filter(None, shorthands)]
-    return layers, problems
+    return without_overruled(layers, flags), problems
+
+
+def without_overruled(layers: Sequence[Layer], flags: Mapping[str, Flag]) -> list[Layer]:
+    """The layers without the values that would keep a flag of a stronger layer from being read.
+
+    --num_train_epochs is not read with --max_train_steps, so epochs on the command line remove the steps of a preset.
+    """
+    overruled: set[str] = set()
+    found = []
+    for layer in layers:
+        found.append(Layer(layer.origin, {k: value for k, value in layer.values.items() if k not in overruled}))
+        overruled |= {other for flag in layer.values for other in flags[flag].overrules} - layer.values.keys()
+    return found
 
 
 def first_value(layers: Sequence[Layer], flag: str) -> object:
@@ -92,6 +105,13 @@ def _command_line(
     problems += [_unknown(f"--{word}", nearest(word, known), "command line", "flag") for word in unknown]
     problems += [_unassigned_words(unassigned)] if unassigned else []
     return {name: value for name, value in values.items() if value is not MISSING}, problems
+
+
+def given_again(argv: Sequence[str], flags: Mapping[str, Flag]) -> list[str]:
+    """Flags of one value that the command line gives more than once, where the last one counts."""
+    words = [word[2:].partition("=")[0] for word in underscored(argv) if word.startswith("--")]
+    names = [word if word in flags else word.removeprefix("no_") for word in words]
+    return [name for name in dict.fromkeys(names) if name in flags and names.count(name) > 1 and not flags[name].many]
 
 
 def _environment(flags: Mapping[str, Flag]) -> tuple[dict[str, object], list[Problem]]:

@@ -17,24 +17,30 @@ LEARNS = "train_text_encoder or train_text_encoder_ti"  # whether anything of th
 class TextOptions(Concern):
     """Text encoders"""
 
-    train_text_encoder: bool = opt(False, "train LoRA on the text encoders too")
+    train_text_encoder: bool = opt(
+        False, "Also train a LoRA on the text encoders.")
     train_text_encoder_frac: float = opt(
-        1.0, "share of the steps in which the text encoders are trained", unit="0..1", read_with="train_text_encoder",
-        card="Share of the steps, text encoders", ge=0, le=1,
-        differs="a share of the steps, not of whole epochs")
+        1.0, "The fraction of the steps in which the text encoders are trained. 0.5 is the first half of the run.",
+        unit="0..1", read_with="train_text_encoder", card="Share of the steps, text encoders", ge=0, le=1,
+        differs="it is a fraction of the steps, not of whole epochs")
     text_encoder_lr: float = opt(
-        5e-6, "learning rate of text encoders and new embeddings; with Prodigy, --learning_rate unless this is given",
-        unit="rate", resume="may change", read_with=LEARNS, ge=0, differs="0 means 0, not --learning_rate")
+        5e-6,
+        "The learning rate of the text encoders or of the new tokens. With Prodigy, it is --learning_rate unless you "
+        "give this flag.", unit="rate", resume="may change", read_with=LEARNS, ge=0,
+        differs="0 means 0, not --learning_rate")
     text_encoder_2_lr: float | None = opt(
-        None, "learning rate of the second text encoder's LoRA; without it --text_encoder_lr", unit="rate",
-        resume="may change", read_with="train_text_encoder", ge=0)
+        None, "The learning rate of the LoRA on the second text encoder. Without this flag, it is --text_encoder_lr.",
+        unit="rate", resume="may change", read_with="train_text_encoder", ge=0)
     adam_weight_decay_text_encoder: float | None = opt(
-        None, "weight decay of what is trained of the text encoders; without it --adam_weight_decay", unit="decay",
-        resume="may change", read_with=LEARNS, card=always("Text weight decay"), ge=0,
-        differs="0 means 0, not --adam_weight_decay")
+        None,
+        "The weight decay of the LoRA on the text encoders or of the new tokens. Without this flag, it is "
+        "--adam_weight_decay.", unit="decay", resume="may change", read_with=LEARNS, card=always("Text weight decay"),
+        ge=0, differs="0 means 0, not --adam_weight_decay")
     clip_skip: int | None = opt(
-        None, "layers to skip below the text encoders' last but one", unit="layers", card="CLIP skip", ge=0,
-        differs="honoured with frozen text encoders too")
+        None,
+        "How many of the last layers of the text encoders are left out. They are counted from the last but one, "
+        "because SDXL leaves out the last layer already.", unit="layers", card="CLIP skip", ge=0,
+        differs="this flag also works when the text encoders are not trained")
 
     def lrs(self, optimizer: OptimizerOptions, *, global_batch: int) -> tuple[float, float]:
         """Learning rates of the first and the second text encoder; new embeddings of both have the first."""
@@ -52,25 +58,30 @@ class TextOptions(Concern):
 
 
 class PivotalOptions(Concern):
-    """Pivotal tuning: new words for the concept"""
+    """Pivotal tuning: new tokens for your concept"""
 
     read_with: ClassVar[str] = "train_text_encoder_ti"
 
-    train_text_encoder_ti: bool = opt(False, "learn the embeddings of new tokens in both text encoders")
+    train_text_encoder_ti: bool = opt(
+        False, "Learn new tokens for your concept in both text encoders (pivotal tuning).")
     train_text_encoder_ti_frac: float = opt(
-        0.5, "share of the steps in which the new embeddings are trained", unit="0..1",
-        card=always("Share of the steps, new tokens"), ge=0, le=1,
-        differs="a share of the steps, not of whole epochs")
+        0.5, "The fraction of the steps in which the new tokens are trained. 0.5 is the first half of the run.",
+        unit="0..1", card=always("Share of the steps, new tokens"), ge=0, le=1,
+        differs="it is a fraction of the steps, not of whole epochs")
     token_abstraction: str = opt(
-        "TOK", "words in prompts and captions that stand for new tokens, separated by commas", unit="words",
-        min_length=1, differs="matched as whole words")
-    num_new_tokens_per_abstraction: int = opt(2, "new tokens a word", unit="tokens", ge=1)
+        "TOK", "The words in captions and prompts that stand for new tokens. Separate several words with commas.",
+        unit="words", min_length=1, differs="only whole words are replaced")
+    num_new_tokens_per_abstraction: int = opt(
+        2, "How many new tokens each of these words stands for.", unit="tokens", ge=1)
     initializer_concept: str | None = opt(
-        None, "words whose embeddings the new tokens start from, one entry for each of --token_abstraction, separated "
-        "by commas; an empty entry, or none at all: random, as large as the vocabulary's", unit="words", min_length=1)
+        None,
+        "The words whose embeddings the new tokens start from. Give one entry for each word of --token_abstraction, "
+        "separated by commas. Without an entry, a token starts with random numbers.", unit="words", min_length=1)
     token_std_pull: float = opt(
-        0.1, "power by which every step pulls the new embeddings' standard deviation towards the vocabulary's; 0: off",
-        unit="power", ge=0, le=1, differs="stops with the training of the embeddings")
+        0.1,
+        "After every step, the new embeddings are scaled so that the spread of their numbers comes closer to that of "
+        "the known embeddings. This value is the strength, from 0 (no scaling) to 1 (the same spread).", unit="power",
+        ge=0, le=1, differs="this scaling ends when the training of the new tokens ends")
 
     @property
     def abstractions(self) -> list[str]:

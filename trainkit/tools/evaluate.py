@@ -1,15 +1,16 @@
-"""How far does a LoRA move the base model towards the style it was taught, on nouns it was never shown?
+"""Measure how far a LoRA moves the base model towards a style, on nouns that are not in the training images.
 
     python scripts/evaluate.py --base assets/tiny-sdxl-icons --lora out/my-lora/pytorch_lora_weights.safetensors \\
         --out out/my-lora/evaluation
 
-The same prompts are drawn from the same noise at every LoRA strength. The style distance (unbiased KID in a layer of a
-small CLIP) to real images of the same nouns is taken at each; its floor is the distance of the training images
-themselves, so
+The program generates the same prompts from the same noise at every strength of the LoRA. At each strength, it measures
+the style distance to real images of the same nouns. The style distance is the unbiased KID in a layer of a small CLIP.
+The floor is the style distance of the training images themselves. The result is
 
-    share of the gap closed = (base - lora) / (base - floor)            0 = nothing learned, 1 = as good as real
+    gap closed = (base - lora) / (base - floor)            0 = nothing learned, 1 = as near as the training images
 
-Writes grid.png (rows: nouns; columns: base, strengths, a real image) and evaluation.json. Needs no network.
+It writes grid.png and evaluation.json. In grid.png, each row is a noun. The columns are the base model, the strengths
+and a real image. The program needs no internet if the base model is a folder.
 """
 
 from __future__ import annotations
@@ -105,26 +106,37 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     described = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=described, allow_abbrev=False)
     add = parser.add_argument
-    add("--base", required=True, metavar="MODEL", help="SDXL, SD 1.x or 2.x folder or Hub id the LoRA was trained on")
-    add("--lora", type=Path, metavar="FILE", help="LoRA file, Diffusers or WebUI layout; without it --embeddings alone")
-    add("--embeddings", type=Path, metavar="FILE", help="the run's NAME_emb.safetensors, if it learned new tokens, "
-        "which then stand for their words in prompts; the base is given the words")
+    add("--base", required=True, metavar="MODEL", help="The base model that the LoRA was trained on: SDXL, SD 1.x "
+        "or SD 2.x. It is a folder or a name on the Hub.")
+    add("--lora", type=Path, metavar="FILE", help="The LoRA file, for Diffusers or for WebUIs. Without this "
+        "flag, only --embeddings are measured.")
+    add("--embeddings", type=Path, metavar="FILE", help="The file NAME_emb.safetensors of a run with new tokens. "
+        "The tokens then take the place of their words in the prompts. The base model gets the words.")
     add("--reference", type=Path, default=ASSETS / "icons-3d-reference", metavar="DIR",
-        help="real images of the style that were not trained on, with metadata.jsonl (file_name, noun, text)")
-    add("--training", type=Path, default=ASSETS / "icons-3d", metavar="DIR", help="the images trained on")
-    add("--clip", type=Path, default=ASSETS / "tiny-clip-icons", metavar="DIR", help="CLIP model that judges")
-    add("--prompt", help='such as "3d icon in the style of TOK, a {noun}"; default: the caption of each real image')
+        help="The folder with real images of the style that were not trained on. Its metadata.jsonl has the columns "
+        "file_name, noun and text. The default is the reference icons in this repository.")
+    add("--training", type=Path, default=ASSETS / "icons-3d", metavar="DIR", help="The folder with the "
+        "training images. The default is the icons in this repository.")
+    add("--clip", type=Path, default=ASSETS / "tiny-clip-icons", metavar="DIR", help="The folder with the "
+        "CLIP model that measures the style. The default is the tiny CLIP in this repository.")
+    add("--prompt", help='The prompt, with {noun} in it: "3d icon in the style of TOK, a {noun}". Without this flag, '
+        "it is the caption of each real image.")
     add("--strengths", type=numbers, default=GenerationSettings.strengths, metavar="A,B,..",
-        help="LoRA strengths (0: the base)")
-    add("--nouns", type=words, default=None, metavar="A,B,..", help="default: every noun of the reference")
+        help="The strengths of the LoRA. 0 is the base model. The default is 0,0.5,1.")
+    add("--nouns", type=words, default=None, metavar="A,B,..", help="The nouns. Without this flag, "
+        "all nouns of the reference are used.")
     add("--seed", type=int, default=GenerationSettings.seed,
-        help="starting noise depends on this, the noun and nothing else")
-    add("--steps", type=int, default=GenerationSettings.steps, help="denoising steps")
-    add("--guidance_scale", type=float, default=GenerationSettings.guidance_scale, help="classifier-free guidance")
-    add("--batch_size", type=int, default=GenerationSettings.batch_size, help="prompts drawn at once")
-    add("--dtype", choices=DTYPES, default=GenerationSettings.dtype, help="precision of the pipeline")
-    add("--out", required=True, type=Path, metavar="DIR", help="folder for grid.png and evaluation.json")
-    add("--debug", action="store_true", help="show a traceback for user errors")
+        help="The seed. The same seed and noun give the same noise at every strength.")
+    add("--steps", type=int, default=GenerationSettings.steps, help="The number of denoising steps. The "
+        "default is 20.")
+    add("--guidance_scale", type=float, default=GenerationSettings.guidance_scale, help="The strength of "
+        "classifier-free guidance. The default is 4.")
+    add("--batch_size", type=int, default=GenerationSettings.batch_size, help="How many images are "
+        "generated at once. The default is 25.")
+    add("--dtype", choices=DTYPES, default=GenerationSettings.dtype, help="The precision of the pipeline. The "
+        "default is float32.")
+    add("--out", required=True, type=Path, metavar="DIR", help="The folder for grid.png and evaluation.json.")
+    add("--debug", action="store_true", help="Show a traceback with every error message.")
     args = parser.parse_args(argv)
     strengths = args.strengths if args.lora else (1.0,)
     args.strengths = tuple(sorted({0.0, *strengths}, key=abs))  # the gap closed needs the base, untouched: first

@@ -1,15 +1,16 @@
-"""CLIP image features of training images, for --guidance_token of train_text_to_image_lora.py.
+"""Compute the CLIP features of training images, for --guidance_token of train_text_to_image_lora.py.
 
     python scripts/extract_clip_features.py --images assets/icons-3d --clip assets/tiny-clip-icons \\
         --out features.safetensors
 
-The features are those after CLIP's projection, fp32, one row an image, found by the content of its file: images may
-be renamed, moved and captioned anew. Kill it at any time and run it again: only images that the file lacks are
-computed, and new images are added. Several processes may write into one file.
+The output file has one row for each image, in fp32, with the features after CLIP's projection. A row is found by the
+content of the image file, so you may rename and move images and change captions later. You can stop the program at any
+time. If you run it again, it computes only the images that are missing in the file. Several processes can write into
+one file.
 
-    --legacy FOLDER   takes features that other programs saved with torch.save, one tensor an image, from FOLDER: the
-                      file that `img_features` of the images' metadata.jsonl names, else cat.pt or cat.png.pt for
-                      cat.png. Only tensors are read from a .pt file (weights_only), and only from below FOLDER.
+    --legacy FOLDER   reads features that another program saved with torch.save, one .pt file for each image. The file's
+                      name is in the column `img_features` of metadata.jsonl. Without that column, it is cat.pt or
+                      cat.png.pt for cat.png. Only tensors are read (weights_only), and only from inside FOLDER.
 """
 
 from __future__ import annotations
@@ -58,17 +59,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     described = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=described, allow_abbrev=False)
     add = parser.add_argument
-    add("--images", type=Path, metavar="FOLDER", help="images, also in folders below it: the --train_data_dir")
-    add("--dataset_name", metavar="NAME", help="instead: a Hub data set or a local one; its train split")
-    add("--dataset_config_name", metavar="NAME", help="subset of the data set")
-    add("--image_column", default="image", metavar="NAME", help="its column of images")
-    add("--clip", default=str(ASSETS / "tiny-clip-icons"), metavar="MODEL", help="folder or Hub id of a CLIPModel "
-        "or CLIPVisionModelWithProjection whose projection is as wide as the text of the model to train: "
-        "openai/clip-vit-large-patch14 for SD 1.x; default: the shipped one")
-    add("--legacy", type=Path, metavar="FOLDER", help=".pt files to take the features from, instead of a CLIP")
-    add("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write or complete")
-    add("--batch_size", type=int, default=32, help="images in CLIP at once")
-    add("--debug", action="store_true", help="show a traceback for user errors")
+    add("--images", type=Path, metavar="FOLDER", help="The folder with the images, the same as "
+        "--train_data_dir of the trainer. Images in subfolders are also used.")
+    add("--dataset_name", metavar="NAME", help="A data set instead of a folder. It is a name on the "
+        "Hub or a local folder. Only its train split is used.")
+    add("--dataset_config_name", metavar="NAME", help="The subset of the data set, if it has several.")
+    add("--image_column", default="image", metavar="NAME", help="The column of the data set that holds the "
+        "images. The default is image.")
+    add("--clip", default=str(ASSETS / "tiny-clip-icons"), metavar="MODEL", help="The CLIP model. It is a "
+        "folder or a name on the Hub of a CLIPModel or CLIPVisionModelWithProjection. Its projection must be as wide "
+        "as the text of the model to train. For SD 1.x, that is openai/clip-vit-large-patch14. The default is the "
+        "tiny CLIP in this repository.")
+    add("--legacy", type=Path, metavar="FOLDER", help="A folder with .pt files. The features are read "
+        "from them and not computed.")
+    add("--out", type=Path, required=True, metavar="FILE", help="The safetensors file for the features. If it "
+        "exists, missing images are added to it.")
+    add("--batch_size", type=int, default=32, help="How many images CLIP reads at once. The default is 32.")
+    add("--debug", action="store_true", help="Show a traceback with every error message.")
     return parser.parse_args(argv)
 
 
@@ -111,13 +118,13 @@ def list_table(args: argparse.Namespace) -> dict[str, Source]:
     from datasets import Image, load_dataset
     from datasets.exceptions import DatasetsError
 
-    from trainkit.data.sources.table import TableCell
+    from trainkit.data.sources.table import TableCell, homes_of
 
     quiet_imported()
     where, column = f"--dataset_name {args.dataset_name}", args.image_column
     try:
         table = load_dataset(args.dataset_name, args.dataset_config_name, split="train")
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         refuse([Problem("the data set cannot be loaded", where, f"{error}", "check the name (a local folder needs its "
                         "path) and the network, or use --images", "data")])
     try:
@@ -125,7 +132,8 @@ def list_table(args: argparse.Namespace) -> dict[str, Source]:
     except (ValueError, TypeError, NotImplementedError) as error:  # no such column, or one of something else
         refuse([Problem(f"no column {column!r} with images", f"--image_column {column}, {where}",
                         f"columns there: {', '.join(table.features)} ({error})", "--image_column ANOTHER")])
-    return {f"row {i}": TableCell(cells, i, column) for i in range(len(cells))}
+    homes = homes_of(args.dataset_name, None)
+    return {f"row {i}": TableCell(cells, i, column, homes) for i in range(len(cells))}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -256,7 +264,7 @@ def embed(pixels: dict[str, Tensor], clip: Clip, growing: Growing) -> None:
 
 
 def refuse_unreadable(bad: list[str], total: int, features: Features, args: argparse.Namespace) -> None:
-    from trainkit.data.sources.captions import listing
+    from trainkit.errors import listing
 
     if bad:
         refuse([Problem(f"{len(bad)} of {total} images cannot be read", f"{args.images or args.dataset_name}",
@@ -271,7 +279,7 @@ def refuse_unreadable(bad: list[str], total: int, features: Features, args: argp
 def convert(args: argparse.Namespace, images: dict[str, Source]) -> Features:
     """Features saved one file an image -> our file; all that is wrong in one message, and then nothing is written."""
     from trainkit.data.images import content_digest
-    from trainkit.data.sources.captions import listing
+    from trainkit.errors import listing
 
     named, bad, rows = in_metadata(args.images), [], {}
     for name, path in images.items():

@@ -1,17 +1,17 @@
-"""Draw images with a base model and the LoRAs trained on it, in the stock Diffusers pipeline.
+"""Generate images with a base model and the LoRAs trained on it, in the standard Diffusers pipeline.
 
     python scripts/generate.py --base assets/tiny-sd-icons --lora runs/mine --prompt "a fox, 3d icon" --seeds 0,1,2 \\
         --out runs/mine/images
 
-A LoRA trained with --guidance_token can be shown an image beside the prompt; its CLIP features stand where they stood
-in training, in place of the last padding of the text:
+If a LoRA was trained with --guidance_token, you can show it an image in addition to the prompt. The CLIP features of
+the image take the place of the last padding token of the prompt, as in training:
 
     python scripts/generate.py --base assets/tiny-sd-icons --lora runs/mine --prompt "3d icon" \\
         --guidance_image assets/icons-3d/fox.png --out runs/mine/images
 
-Writes p01_s0.png and so on, by prompt and seed, with their settings in the PNG text that WebUIs read, and sheet.png
-(rows: prompts; columns: seeds, then the guidance image). A seed is that of torch.manual_seed; one seed is the same
-noise under every prompt.
+The program writes one image for each prompt and seed (p01_s0.png and so on). The settings are in the PNG text that
+WebUIs read. It also writes sheet.png, where each row is a prompt and each column a seed. With guidance images, they
+are the last column. A seed is that of torch.manual_seed. The same seed gives the same noise for every prompt.
 """
 
 from __future__ import annotations
@@ -96,32 +96,38 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     described = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=described, allow_abbrev=False)
     add = parser.add_argument
-    add("--base", required=True, metavar="MODEL", help="SDXL, SD 1.x or 2.x folder or Hub id")
-    add("--lora", type=Path, action="append", default=[], metavar="FILE", help="LoRA file, or the folder of a "
-        "run; give it again for more")
-    add("--strength", type=float, action="append", default=[], metavar="X", help="of the LoRAs: one for all, or one "
-        "for each in their order; default 1")
-    add("--embeddings", type=Path, metavar="FILE", help="the run's NAME_emb.safetensors, if it learned new tokens, "
-        "which then stand for their words in prompts")
-    add("--prompt", action="append", required=True, metavar="TEXT", help="give it again for more")
-    add("--negative_prompt", metavar="TEXT", help="what to keep away from, for every prompt")
-    add("--seeds", type=whole_numbers, default=(0,), metavar="A,B,..", help="an image of every prompt from each")
-    add("--steps", type=int, default=25, help="denoising steps")
-    add("--guidance_scale", type=float, help="classifier-free guidance; default: the pipeline's own")
-    add("--width", type=int, metavar="PIXELS", help="default: the model's")
-    add("--height", type=int, metavar="PIXELS", help="default: the model's")
-    add("--guidance_image", type=Path, action="append", default=[], metavar="FILE", help="image whose CLIP features "
-        "go beside the prompt: one for all prompts, or one for each in their order")
-    add("--clip", default=str(ASSETS / "tiny-clip-icons"), metavar="MODEL", help="the CLIP whose features the "
-        "LoRA was trained with; default: the shipped one")
-    add("--guidance_features", type=Path, metavar="FILE", help="take the features of the guidance images from this "
-        "file of scripts/extract_clip_features.py instead of computing them")
-    add("--guidance_token_scale", type=float, default=1.0, metavar="X", help="factor of the features, as in training")
-    add("--guidance_both_branches", action="store_true", help="put the features beside the negative prompt, too")
-    add("--batch_size", type=int, default=4, help="images drawn at once")
-    add("--dtype", choices=DTYPES, default="float32", help="precision of the pipeline")
-    add("--out", required=True, type=Path, metavar="DIR", help="folder for the images and sheet.png")
-    add("--debug", action="store_true", help="show a traceback for user errors")
+    add("--base", required=True, metavar="MODEL", help="The base model: SDXL, SD 1.x or SD 2.x. It is a folder or "
+        "a name on the Hub.")
+    add("--lora", type=Path, action="append", default=[], metavar="FILE", help="A LoRA file, or the output folder "
+        "of a run. Repeat this flag for several LoRAs.")
+    add("--strength", type=float, action="append", default=[], metavar="X", help="The strength of the LoRAs. Give one "
+        "for all of them, or repeat this flag for each in their order. The default is 1.")
+    add("--embeddings", type=Path, metavar="FILE", help="The file NAME_emb.safetensors of a run with new tokens. "
+        "The tokens then take the place of their words in the prompts.")
+    add("--prompt", action="append", required=True, metavar="TEXT", help="The prompt. Repeat this flag for several "
+        "prompts.")
+    add("--negative_prompt", metavar="TEXT", help="A negative prompt for all prompts.")
+    add("--seeds", type=whole_numbers, default=(0,), metavar="A,B,..", help="The seeds. Each "
+        "prompt gets one image for each seed. The default is 0.")
+    add("--steps", type=int, default=25, help="The number of denoising steps. The default is 25.")
+    add("--guidance_scale", type=float, help="The strength of classifier-free guidance. Without this flag, it is "
+        "the default of the pipeline.")
+    add("--width", type=int, metavar="PIXELS", help="The width. The default is that of the model.")
+    add("--height", type=int, metavar="PIXELS", help="The height. The default is that of the model.")
+    add("--guidance_image", type=Path, action="append", default=[], metavar="FILE", help="An image to show to the "
+        "model in addition to the prompt. Give one for all prompts, or repeat this flag for each prompt.")
+    add("--clip", default=str(ASSETS / "tiny-clip-icons"), metavar="MODEL", help="The CLIP model whose "
+        "features the LoRA was trained with. The default is the tiny CLIP in this repository.")
+    add("--guidance_features", type=Path, metavar="FILE", help="A file of scripts/extract_clip_features.py. The "
+        "features of the guidance images are read from it and not computed.")
+    add("--guidance_token_scale", type=float, default=1.0, metavar="X", help="The factor of the features. "
+        "Use the value of the training.")
+    add("--guidance_both_branches", action="store_true", help="Also show the guidance image with the negative "
+        "prompt.")
+    add("--batch_size", type=int, default=4, help="How many images are generated at once. The default is 4.")
+    add("--dtype", choices=DTYPES, default="float32", help="The precision of the pipeline. The default is float32.")
+    add("--out", required=True, type=Path, metavar="DIR", help="The folder for the images and sheet.png.")
+    add("--debug", action="store_true", help="Show a traceback with every error message.")
     args = parser.parse_args(argv)
     args.lora = [lora_file(path) for path in args.lora]
     return args

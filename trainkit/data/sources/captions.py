@@ -5,28 +5,31 @@ A data set is somebody else's text: it never names a file outside its folder, an
 
 from __future__ import annotations
 
-import codecs
-import csv
-import io
-import json
 import logging
 import re
 import shlex
 import unicodedata
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from trainkit.errors import Problem
+from trainkit.data.sources.records import (
+    CAPTION_COLUMNS,
+    DELIMITERS,
+    NAME_COLUMN,
+    JsonRecord,
+    find_column,
+    read_records,
+)
+from trainkit.data.sources.text import UnclearText, decode_text, iconv, one_line
+from trainkit.errors import Problem, listing, printable, shell_word
 
 log = logging.getLogger(__name__)
 
 SIDECARS = (".txt", ".caption")  # the first one found wins
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-CAPTION_COLUMNS = ("text", "caption", "prompt")  # tried in this order when --caption_column is not given
 MAX_CAPTION = 65_536  # bytes; an encoder reads 77 tokens, so anything longer is not a caption
-MAX_LINE = 1_048_576  # bytes of one metadata line
-SHOWN = 20  # entries of a list in a message
 
 
 class BadEntry(Exception):
@@ -42,39 +45,6 @@ class Entry:
     where: str  # "metadata.jsonl:3"
 
 
-def listing(items: Iterable[str]) -> str:
-    """At most SHOWN items, one a line, and how many more there are."""
-    items = list(items)
-    more = [f"... and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
-    return "\n             ".join(items[:SHOWN] + more)
-
-
-def printable(name: str) -> str:
-    """A file name that every log, key and terminal can hold: undecodable bytes and control characters are escaped."""
-    escaped = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in escaped)
-
-
-def one_line(text: str) -> str:
-    """Text as a prompt: line breaks and runs of space become one space, control characters and lone surrogates, which
-    no tokenizer can encode, vanish.
-    """
-    visible = (c if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs") else "" for c in text)
-    return " ".join("".join(visible).split())
-
-
-def decode_text(data: bytes) -> tuple[str, str]:
-    """(text, the encoding it was in): UTF-8 with or without a mark, UTF-16 with one, else Western (cp1252)."""
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16", "replace"), "utf-16"
-    for encoding in ("utf-8-sig", "cp1252"):
-        try:
-            return data.decode(encoding), encoding
-        except UnicodeDecodeError:
-            continue
-    return data.decode("latin-1"), "latin-1"  # every byte has a meaning here
-
-
 def inside(path: Path, folder: Path) -> bool:
     """Whether `path`, links followed, stays under `folder` (or under the blobs a Hub snapshot folder links to)."""
     root = folder.resolve()
@@ -85,32 +55,67 @@ def inside(path: Path, folder: Path) -> bool:
 # ---------------------------------------------------------------------------------------------------------- sidecars
 
 
-def read_sidecars(folder: Path, images: Iterable[Path]) -> tuple[dict[Path, str], list[Problem]]:
-    """({image: caption}, problems). Encodings other than UTF-8 are understood and reported."""
-    texts = {(p.stem, p.suffix.lower()): p for p in folder.iterdir() if p.suffix.lower() in SIDECARS and p.is_file()}
-    captions, bad, odd = {}, [], []
+@dataclass
+class Sidecars:
+    """Captions of one folder's images in files of their names."""
+
+    captions: dict[Path, str] = field(default_factory=dict)  # by image; blank where the file says nothing
+    spare: list[Path] = field(default_factory=list)  # not read, since another file has the image's caption
+    strange: list[Path] = field(default_factory=list)  # of no image's name
+    problems: list[Problem] = field(default_factory=list)
+
+
+def read_sidecars(folder: Path, images: Sequence[Path], texts: Sequence[Path]) -> Sidecars:
+    """What the files `texts` say about images; other encodings than UTF-8 are understood and reported, or refused."""
+    found, bad, odd = Sidecars(), [], []
+    unclear: dict[Path, UnclearText] = {}
+    by_name: dict[tuple[str, str], list[Path]] = defaultdict(list)
+    for path in texts:
+        by_name[path.stem, path.suffix.lower()].append(path)
     for image in images:
-        path = next((texts[image.stem, s] for s in SIDECARS if (image.stem, s) in texts), None)
-        if path is None:
-            continue
-        try:
-            captions[image], encoding = _read_sidecar(path, folder)
-        except (OSError, BadEntry) as error:
-            bad.append(f"{printable(path.name)}: {error}")
-        else:
-            odd += [f"{printable(path.name)} ({encoding})"] if not encoding.startswith("utf-8") else []
+        paths = [path for suffix in SIDECARS for path in by_name.get((image.stem, suffix), ())]
+        found.spare += paths[1:]
+        for path in paths[:1]:
+            try:
+                found.captions[image], encoding = _read_sidecar(path, folder)
+            except UnclearText as error:
+                unclear[path] = error
+            except (OSError, BadEntry) as error:
+                bad.append(f"{printable(path.name)}: {error}")
+            else:
+                odd += [f"{printable(path.name)} ({encoding})"] if not encoding.startswith("utf-8") else []
     if odd:
-        log.warning("%d captions are not UTF-8 and were read as guessed: %s", len(odd), listing(odd))
-    return captions, _problem(bad, "caption files", folder, "fix or delete these files")
+        log.warning("%d captions are not UTF-8 and were read in the encoding they seem to have: %s", len(odd),
+                    listing(odd))
+    found.problems = [*_problem(bad, "caption files", folder, "fix or delete these files"), *_unclear(folder, unclear)]
+    known = {image.stem for image in images}
+    found.strange = [path for path in texts if path.stem not in known or path.suffix.lower() not in SIDECARS]
+    return found
 
 
 def _read_sidecar(path: Path, folder: Path) -> tuple[str, str]:
-    if not inside(path, folder):
+    if path.is_symlink() and not inside(path, folder):
         raise BadEntry("is a link out of the folder; copy the file into it")
     if path.stat().st_size > MAX_CAPTION:
         raise BadEntry(f"is {path.stat().st_size} bytes long; a caption has at most {MAX_CAPTION}")
     text, encoding = decode_text(path.read_bytes())
     return one_line(text), encoding
+
+
+def _unclear(folder: Path, files: Mapping[Path, UnclearText]) -> list[Problem]:
+    """One problem for all files whose encoding would be a guess, with the command that converts them."""
+    if not files:
+        return []
+    by_encoding: dict[str, list[str]] = defaultdict(list)
+    for path, error in files.items():
+        if error.readings:
+            by_encoding[error.readings[0].name].append(str(path))
+    why = listing(f"{printable(path.name)} {error}" for path, error in files.items())
+    if by_encoding:
+        why += "\n             Where these are not the right words, the name after -f is another one"
+    fix = iconv(by_encoding, str(folder)) if by_encoding else "save them as UTF-8 in the editor that wrote them"
+    return [Problem(f"{len(files)} files with captions are in an encoding that can only be guessed", f"{folder}", why,
+                    fix, kind="data")]
 
 
 # ---------------------------------------------------------------------------------------------------------- metadata
@@ -120,9 +125,18 @@ def metadata_files(folder: Path) -> list[Path]:
     return [folder / name for name in METADATA if (folder / name).is_file()]
 
 
+@dataclass(frozen=True)
+class Metadata:
+    """What a folder's metadata file says."""
+
+    entries: list[Entry] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    file: str = ""  # its name; "" where there is none
+
+
 def read_metadata(
     folder: Path, column: str | None, *, image_column: str = "image", several: bool = False
-) -> tuple[list[Entry], list[Problem]]:
+) -> Metadata:
     """Every line of the folder's metadata file, captions from `column`; no file and no column is fine.
 
     image_column  the image's file is named in `file_name`, or in `<image_column>_file_name`
@@ -132,15 +146,20 @@ def read_metadata(
     """
     files = metadata_files(folder)
     if len(files) != 1:
-        return [], [_two_files(folder, files)] if files else []
+        return Metadata(problems=[_two_files(folder, files)] if files else [])
     path = files[0]
     try:
-        records, bad = _records(path)
+        records, bad, encoding = read_records(path)
     except OSError as error:
-        return [], _problem([f"{error}"], "metadata files", path, f"chmod u+r {shlex.quote(str(path))}")
+        return Metadata(problems=_problem([f"{error}"], "metadata files", path, f"chmod u+r {shell_word(path)}"))
+    except UnclearText as error:
+        return Metadata(problems=_unclear(folder, {path: error}))
+    if encoding == "cp1252":
+        log.warning("%s is not UTF-8 and was read in the encoding it seems to have (%s)", printable(path.name),
+                    encoding)
     columns = list(dict.fromkeys(key for _, record in records for key in record))
     named_in = _name_column(columns, image_column)
-    chosen = column or next((c for c in CAPTION_COLUMNS if c in columns), None)
+    chosen = next(filter(None, (find_column(columns, c) for c in ([column] if column else CAPTION_COLUMNS))), column)
     problems = list(_column_problems(path, columns, named_in, chosen)) if records else []
     entries: dict[str, Entry] = {}
     for line, record in records if not problems else []:
@@ -150,83 +169,35 @@ def read_metadata(
             entries[entry.name] = entry
         except BadEntry as error:
             bad.append(f"{error}")
-    return list(entries.values()), problems + _problem(bad, f"lines of {path.name}", path, "fix or delete these lines")
+    problems += _problem(bad, f"lines of {path.name}", path, "fix or delete these lines")
+    return Metadata(list(entries.values()), problems, path.name)
 
 
 def _two_files(folder: Path, files: list[Path]) -> Problem:
     return Problem("two metadata files", f"{folder}", "they may disagree about a caption",
-                   f"keep one of them: rm {' '.join(shlex.quote(str(path)) for path in files[1:])}", kind="data")
+                   f"keep one of them: rm {' '.join(map(shell_word, files[1:]))}", kind="data")
 
 
 def _name_column(columns: list[str], image_column: str) -> str | None:
     """The column that names the images' files: that of the wanted images, else the only one there is."""
     others = [column for column in columns if column.endswith("_file_name")]
-    wanted = (f"{image_column}_file_name", "file_name", *(others if len(others) == 1 else []))
-    return next((column for column in wanted if column in columns), None)
+    wanted = (f"{image_column}_file_name", NAME_COLUMN, *(others if len(others) == 1 else []))
+    return next(filter(None, (find_column(columns, column) for column in wanted)), None)
 
 
 def _column_problems(path: Path, columns: list[str], named_in: str | None, chosen: str | None) -> Iterator[Problem]:
     there = ", ".join(map(printable, columns))
     others = sorted((c for c in columns if c != named_in), key=lambda c: c not in CAPTION_COLUMNS)  # usual ones first
     if named_in is None:
-        yield Problem("the metadata has no column 'file_name'", f"{path}", f"columns there: {there}",
+        cells = f"; columns are parted by a {', '.join(DELIMITERS.values())}" if path.suffix == ".csv" else ""
+        yield Problem("the metadata has no column 'file_name'", f"{path}", f"columns there: {there}{cells}",
                       "name each image in a column file_name", kind="data")
     if chosen is None:
         log.warning("%s has columns %s: none is named %s, so none is read as captions (--caption_column names one)",
-                    path, there, " or ".join(CAPTION_COLUMNS))
+                    printable(str(path)), there, " or ".join(CAPTION_COLUMNS))
     elif chosen not in columns:
         yield Problem(f"there is no column {chosen!r}", f"--caption_column {chosen}, {path}", f"columns there: {there}",
                       f"--caption_column {shlex.quote(printable(others[0]))}" if others else "drop --caption_column")
-
-
-JsonRecord = dict[str, object]
-
-
-def _records(path: Path) -> tuple[list[tuple[int, JsonRecord]], list[str]]:
-    """([(line number, record)], complaints about lines that are none)."""
-    parse = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[path.suffix]
-    records, bad = [], []
-    for line, item in parse(path.read_bytes()):
-        if isinstance(item, str):
-            bad.append(f"{path.name}:{line}: {item}")
-        else:
-            records.append((line, item))
-    return records, bad
-
-
-def _jsonl(data: bytes) -> Iterator[tuple[int, JsonRecord | str]]:
-    for line, content in enumerate(decode_text(data)[0].split("\n"), 1):
-        if len(content) > MAX_LINE:
-            yield line, f"longer than {MAX_LINE} characters"
-        elif content.strip():
-            yield line, _json_object(content)
-
-
-def _json_object(content: str) -> JsonRecord | str:
-    try:
-        item = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        return f"not JSON ({error})"
-    return item if isinstance(item, dict) else "not a JSON object"
-
-
-def _csv(data: bytes) -> Iterator[tuple[int, JsonRecord | str]]:
-    reader = csv.DictReader(io.StringIO(decode_text(data)[0], newline=""))
-    try:
-        for record in reader:
-            yield reader.line_num, "more cells than columns" if None in record else record
-    except csv.Error as error:
-        yield reader.line_num, f"not CSV ({error})"
-
-
-def _parquet(data: bytes) -> Iterator[tuple[int, JsonRecord | str]]:
-    """Rows count from 1."""
-    from pyarrow import ArrowException, parquet
-
-    try:
-        yield from enumerate(parquet.read_table(io.BytesIO(data)).to_pylist(), 1)
-    except (ArrowException, OSError) as error:
-        yield 1, f"not Parquet ({error})"
 
 
 def _entry(
@@ -269,6 +240,8 @@ def _existing(name: str, folder: Path) -> str:
     for form in (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)):
         if (folder / form).is_file():
             return PurePosixPath(form).as_posix()
+    if (folder / parts[-1]).is_file():
+        raise BadEntry(f"is not in the folder: names count from the folder of the metadata, write {parts[-1]!r}")
     raise BadEntry("is not a regular file" if (folder / name).exists() else "is not in the folder")
 
 

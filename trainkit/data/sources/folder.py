@@ -1,37 +1,29 @@
-"""Images of a folder, listed by name with the captions beside them."""
+"""Images of a folder with the captions beside them, and an account of every other file there."""
 
 from __future__ import annotations
 
 import logging
 import os
-import shlex
 from collections import Counter
-from collections.abc import Collection, Container, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainkit.data.batch import Listed
-from trainkit.data.sources.captions import (
-    METADATA,
-    SIDECARS,
-    listing,
-    metadata_files,
-    printable,
-    read_metadata,
-    read_sidecars,
-)
-from trainkit.errors import Problem
+from trainkit.data.sources.account import Account, Found, LeftOut
+from trainkit.data.sources.captions import METADATA, metadata_files, read_metadata, read_sidecars
+from trainkit.data.sources.glimpse import SUFFIXES
+from trainkit.data.sources.kohya import kohya_problems, number_notice
+from trainkit.data.sources.tree import HELD_OUT, Tree, walk
+from trainkit.data.sources.unread import find_unread, not_followed
+from trainkit.errors import Problem, listing, printable, shell_word
 
 if TYPE_CHECKING:
     from trainkit.options import ImageOptions
 
 log = logging.getLogger(__name__)
 
-
-SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif"}
-COMPANIONS = {*SIDECARS, ".json", ".jsonl", ".csv", ".parquet", ".md", ".npz", ".safetensors", ".ini", ".db", ""}
-HELD_OUT = {"test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"}  # folders beside train/
 IMAGES = "FOLDER_OF_IMAGES"  # in the fix of a message
 
 
@@ -47,87 +39,115 @@ class Folder:
     captioned: bool = False  # in the imagefolder layout: subfolders count, and an image may have several captions
 
 
-def list_image_folder(data: ImageOptions) -> tuple[list[Listed], list[Problem]]:
-    """(images of the folder the options name, problems)."""
+def list_image_folder(data: ImageOptions) -> Found:
+    """The images of the folder the options name."""
     where = Folder(Path(f"{data.folder}"), f"--{data.folder_flag}", data.prompt_flag and f"--{data.prompt_flag}",
                    data.wanted_column, data.image_column, data.captioned)
-    found, problems = list_folder(where)
-    return found, problems or ([] if found else [_no_images(where)])
+    if data.repeats == 1 and (notice := number_notice(where.path)):
+        log.warning("%s", notice)
+    return read_folder(where)
 
 
 def list_folder(where: Folder, *, verbose: bool = True) -> tuple[list[Listed], list[Problem]]:
-    """(images in the order of their names with the captions beside them, problems).
+    """(images in the order of their names with the captions beside them, problems)."""
+    found = read_folder(where, verbose=verbose, empty_is_wrong=False)
+    return found.listed, found.problems
 
-    verbose  log what looks meant for training but is not; False where the same folder is read once more
+
+def read_folder(where: Folder, *, verbose: bool = True, empty_is_wrong: bool = True) -> Found:
+    """The images in the order of their names with the captions beside them; every other file is accounted for.
+
+    verbose         log what is left out, and captions that compete; False where the same folder is read once more
+    empty_is_wrong  whether a folder without images is a problem
     """
     folder = where.path
     try:
-        held_out = _held_out(where)
-        files = {below: sorted(path for path in below.iterdir() if path.is_file())
-                 for below in _folders(where, held_out)}
+        tree = walk(folder, subfolders=where.captioned)
     except OSError as error:
-        return [], [_unreadable_folder(where, error)]
-    images = [path for paths in files.values() for path in paths if _is_image(path)]
-    named, beside, problems = _read_captions(where, files)
+        return Found([], [_unreadable_folder(where, error)])
+    captions = _read_captions(where, tree)
+    images = [path for path in {*tree.images, *captions.named} if _top(path, folder) not in tree.held_out]
+    images.sort(key=lambda path: path.relative_to(folder).as_posix())
+    listed = [Listed(printable(path.relative_to(folder).as_posix()), path, *captions.of(path)) for path in images]
+    bare = [found.source for found in listed if not found.caption and isinstance(found.source, Path)]
+    unread = find_unread(folder, tree, bare=bare, strange=captions.strange)
+    problems = [*captions.problems, *unread.problems, *_images_below(where, tree, images, empty_is_wrong)]
+    left_out = (*unread.left_out, *captions.spare, *(not_followed(folder, tree) if where.captioned else []))
+    account = Account(len(listed), captions.sources(images), left_out)
     if verbose:
-        _report_ignored([path for paths in files.values() for path in paths], held_out)
-        _report_captions(images, named, beside, prompt_flag=where.prompt_flag)
-    everything = {path for path in (*images, *named) if path.relative_to(folder).parts[0] not in held_out}
-    found = []
-    for path in sorted(everything, key=lambda path: path.relative_to(folder).as_posix()):
-        caption, *others = named.get(path) or ([beside[path]] if path in beside else [""])
-        found.append(Listed(printable(path.relative_to(folder).as_posix()), path, caption, tuple(others)))
-    return found, problems
+        captions.report(tree.images, prompt_flag=where.prompt_flag)
+        _report_left_out(left_out)
+    return Found(listed, problems, account)
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+def _top(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).parts[0]
 
 
-def _held_out(where: Folder) -> set[str]:
-    """Subfolders that hold other splits than train/, where there is one."""
-    below = {path.name for path in where.path.iterdir() if path.is_dir()} if where.captioned else set()
-    return {name for name in below if name.lower() in HELD_OUT} if "train" in below else set()
+# ----------------------------------------------------------------------------------------------------------- captions
 
 
-def _folders(where: Folder, held_out: Container[str]) -> Iterator[Path]:
-    """The folder and, in the imagefolder layout, those below it: not hidden, not linked. Raises OSError."""
-    if not where.captioned:
-        yield where.path
-        return
-    for top, below, _ in os.walk(where.path, onerror=_raise):
-        outside = held_out if Path(top) == where.path else ()
-        below[:] = sorted(name for name in below if not name.startswith(".") and name not in outside)
-        yield Path(top)
+@dataclass
+class Captions:
+    """The captions of a folder's images by where they are from; an image's metadata goes before its sidecar."""
+
+    named: dict[Path, tuple[str, ...]] = field(default_factory=dict)  # of metadata, of two files the nearer one's
+    beside: dict[Path, str] = field(default_factory=dict)  # of sidecars
+    files: dict[Path, str] = field(default_factory=dict)  # the metadata file that names an image
+    strange: list[Path] = field(default_factory=list)  # files of captions that no image has the name of
+    spare: list[LeftOut] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    twice: list[str] = field(default_factory=list)  # images named by the metadata of two folders, differently
+
+    def of(self, image: Path) -> tuple[str, tuple[str, ...]]:
+        """(the first caption, or "", further ones)."""
+        first, *others = self.named.get(image) or (self.beside.get(image, ""),)
+        return first, tuple(others)
+
+    def sources(self, images: list[Path]) -> dict[str, int]:
+        """How many images have their caption from each kind of file."""
+        return dict(Counter(self.files[image] if self.named.get(image) else "sidecar files"
+                            for image in images if self.of(image)[0]))
+
+    def report(self, images: list[Path], *, prompt_flag: str | None) -> None:
+        """Say where captions compete, which are blank and which images the metadata forgot."""
+        both = [p.name for p in self.beside if self.named.get(p) and self.named[p] != (self.beside[p],)]
+        stems = Counter(path.with_suffix("") for path in self.beside)
+        shared = sorted(path.name for path in self.beside if stems[path.with_suffix("")] > 1)
+        blank = [path.name for path in sorted({*self.named, *self.beside}) if not self.of(path)[0]]
+        forgotten = [p.name for p in images if self.named and p not in self.named and p not in self.beside]
+        instead = f"get {prompt_flag}" if prompt_flag else "are trained on with an empty one"
+        _tell("%d images are named by the metadata of two folders; the nearer one's is used: %s", self.twice)
+        _tell("%d images have two captions; the metadata's is used: %s", both)
+        _tell("%d images share a caption file with another of the same name: %s", shared)
+        _tell(f"%d images have a blank caption and {instead}: %s", blank)
+        if prompt_flag:
+            _tell(f"%d images are not in the metadata and {instead}: %s", forgotten)
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _tell(sentence: str, names: list[str]) -> None:
+    if names:
+        log.warning(sentence, len(names), listing(map(printable, names)))
 
 
-def _read_captions(
-    where: Folder, files: Mapping[Path, list[Path]]
-) -> tuple[dict[Path, tuple[str, ...]], dict[Path, str], list[Problem]]:
-    """({image: captions} of all metadata, of two the nearer one's; {image: caption} of sidecars; problems)."""
-    named: dict[Path, tuple[str, ...]] = {}
-    beside: dict[Path, str] = {}
-    problems: list[Problem] = []
-    twice: list[str] = []
-    for folder, paths in files.items():  # from the outside in
-        entries, bad = read_metadata(
+def _read_captions(where: Folder, tree: Tree) -> Captions:
+    """All metadata and sidecars of the tree, from the outside in."""
+    found = Captions()
+    for folder, contents in tree.read.items():
+        metadata = read_metadata(
             folder, where.caption_column, image_column=where.image_column, several=where.captioned)
-        nearer = {folder / entry.name: entry.captions for entry in entries}
-        twice += [printable(path.name) for path in nearer if named.get(path, nearer[path]) != nearer[path]]
-        named |= nearer
-        texts, caption_problems = read_sidecars(folder, filter(_is_image, paths))
-        beside |= texts
-        problems += bad + caption_problems
-    if twice:
-        log.warning("%d images are named by the metadata of two folders; the nearer one's is used: %s", len(twice),
-                    listing(twice))
-    if where.caption_column and not any(map(metadata_files, files)):
-        problems.append(_nowhere(where))
-    return named, beside, problems
+        nearer = {folder / entry.name: entry.captions for entry in metadata.entries}
+        found.twice += [path.name for path in nearer if found.named.get(path, nearer[path]) != nearer[path]]
+        found.named |= nearer
+        found.files |= dict.fromkeys(nearer, metadata.file)
+        sidecars = read_sidecars(folder, contents.images, contents.texts)
+        found.beside |= sidecars.captions
+        found.strange += sidecars.strange
+        found.spare += [LeftOut(printable(path.name), "its image has another caption file") for path in sidecars.spare]
+        found.problems += metadata.problems + sidecars.problems
+    if where.caption_column and not any(map(metadata_files, tree.read)):
+        found.problems.append(_nowhere(where))
+    return found
 
 
 def _nowhere(where: Folder) -> Problem:
@@ -137,43 +157,52 @@ def _nowhere(where: Folder) -> Problem:
                    f"add one, or drop --caption_column to use .txt captions{prompt}")
 
 
+# ------------------------------------------------------------------------------------------------------------ problems
+
+
 def _unreadable_folder(where: Folder, error: OSError) -> Problem:
     why = {FileNotFoundError: "there is no such folder", NotADirectoryError: "it is a file, not a folder"}
-    return Problem("the image folder cannot be read", f"{where.flag} {error.filename or where.path}",
-                   why.get(type(error), f"{error.strerror}"), f"{where.flag} {IMAGES}", kind="data")
+    path = Path(error.filename or where.path)
+    table = isinstance(error, NotADirectoryError) and path.suffix in (".parquet", ".arrow")
+    return Problem("the image folder cannot be read", f"{where.flag} {path}", why.get(type(error), f"{error.strerror}"),
+                   f"--dataset_name {shell_word(path)}" if table else f"{where.flag} {IMAGES}", kind="data")
 
 
-def _no_images(where: Folder) -> Problem:
-    below = [] if where.captioned else sorted(path.name for path in where.path.iterdir() if path.is_dir())
-    why = f"subfolders are not searched; there are: {listing(map(printable, below))}" if below else \
-        f"it holds no file named {', '.join(sorted(SUFFIXES))}"
-    target = shlex.quote(printable(str(where.path / below[0]))) if below else IMAGES
-    return Problem("no images", f"{where.flag} {where.path}", why, f"{where.flag} {target}", kind="data")
+def _images_below(where: Folder, tree: Tree, images: list[Path], empty_is_wrong: bool) -> list[Problem]:
+    """Images in folders that are not read, folders in kohya's layout, and that there is no image at all."""
+    unread = {path: len({*contents.images} - {*images}) for path, contents in tree.below.items()}
+    unread = {} if where.captioned else {path: count for path, count in unread.items() if count}
+    read = Counter(path.parent for path in images)
+    if kohya := kohya_problems(where.path, where.flag, unread or read, tree, captioned=where.captioned):
+        return kohya
+    if unread:
+        return [_subfolders(where, unread, images)]
+    return [] if images or not empty_is_wrong else [_no_images(where, tree)]
 
 
-def _report_ignored(files: list[Path], held_out: Collection[str]) -> None:
-    """Say which files look as if they were meant to be trained on, but are not."""
-    odd = [printable(p.name) for p in files
-           if p.suffix.lower() not in SUFFIXES | COMPANIONS and not p.name.startswith(".")]
-    if odd:
-        log.warning("%d files are of no kind this trainer reads and are left out: %s", len(odd), listing(odd))
-    if held_out:
-        log.warning("of several splits only train is read; left out: %s", listing(sorted(held_out)))
+def _subfolders(where: Folder, unread: Mapping[Path, int], images: list[Path]) -> Problem:
+    counts = [f"{printable(os.path.relpath(path, where.path))}/: {count} images" for path, count in unread.items()]
+    why = f"subfolders are not searched; there are {listing(counts)}"
+    if images:
+        why += "\n             Move what is not meant to be trained on elsewhere"
+    best = max(unread, key=lambda path: (path.name not in HELD_OUT, path.name == "train", unread[path]))
+    moves = "; ".join(f"mv -n -- {shell_word(path)}/* {shell_word(where.path)}/" for path in [*unread][:5])
+    fix = moves if images else f"{where.flag} {shell_word(best)}"
+    what = f"{sum(unread.values())} images in subfolders are not read" if images else "no images"
+    return Problem(what, f"{where.flag} {where.path}", why, fix, kind="data")
 
 
-def _report_captions(
-    images: list[Path], named: Mapping[Path, tuple[str, ...]], beside: Mapping[Path, str], *, prompt_flag: str | None
-) -> None:
-    """Say where captions compete and which images the metadata forgot."""
-    both = [printable(p.name) for p in beside if named.get(p) and named[p] != (beside[p],)]
-    if both:
-        log.warning("%d images have two captions; the metadata's is used: %s", len(both), listing(both))
-    forgotten = [printable(p.name) for p in images if named and p not in named and p not in beside]
-    if forgotten and prompt_flag:
-        log.warning("%d images are not in the metadata and get %s: %s", len(forgotten), prompt_flag,
-                    listing(forgotten))
-    stems = Counter(path.with_suffix("") for path in beside)
-    shared = sorted(printable(path.name) for path in beside if stems[path.with_suffix("")] > 1)
-    if shared:
-        log.warning("%d images share a caption file with another of the same name: %s", len(shared), listing(shared))
+def _no_images(where: Folder, tree: Tree) -> Problem:
+    top = tree.read[where.path]
+    tables = [path.name for contents in (*tree.read.values(), *tree.below.values()) for path in contents.others
+              if path.suffix in (".parquet", ".arrow")]
+    special = [f"{printable(path.name)} is {why}" for path, why in top.special.items()]
+    why = listing(special) if special else f"it holds no file named {', '.join(sorted(SUFFIXES))}"
+    fix = f"--dataset_name {shell_word(where.path)}" if tables else f"{where.flag} {IMAGES}"
+    why = f"its images are in tables ({printable(tables[0])})" if tables else why
+    return Problem("no images", f"{where.flag} {where.path}", why, fix, kind="data")
 
+
+def _report_left_out(left_out: tuple[LeftOut, ...]) -> None:
+    if left_out:
+        log.warning("%d files are left out: %s", len(left_out), listing(f"{one.name}: {one.why}" for one in left_out))

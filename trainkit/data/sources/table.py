@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 
 from trainkit.data.batch import Listed
 from trainkit.data.images import UnreadableImage
-from trainkit.data.sources.captions import (
-    CAPTION_COLUMNS,
-    BadEntry,
-    listing,
-    one_line,
-    read_captions,
-)
-from trainkit.errors import Problem
+from trainkit.data.sources.account import Account, Found
+from trainkit.data.sources.captions import BadEntry, read_captions
+from trainkit.data.sources.records import CAPTION_COLUMNS
+from trainkit.data.sources.text import one_line
+from trainkit.data.sources.tree import walk
+from trainkit.errors import Problem, listing, printable, shell_word
 from trainkit.process import quiet_imported
 
 if TYPE_CHECKING:
@@ -25,15 +23,22 @@ if TYPE_CHECKING:
 
     from trainkit.options import ImageOptions
 
+FILES = {".parquet": "parquet", ".arrow": "arrow"}  # tables that are a data set by themselves
+METADATA_SUFFIXES = (".jsonl", ".csv")  # of the imagefolder layout
+SAVED = ("state.json", "dataset_dict.json")  # what Dataset.save_to_disk leaves
 
 
 @dataclass(frozen=True)
 class TableCell:
-    """The image in one cell of a `datasets` table, fetched when read."""
+    """The image in one cell of a `datasets` table, fetched when read.
+
+    homes  folders that hold the data set: a cell may name a file there, and nowhere else
+    """
 
     table: Dataset
     index: int
     column: str
+    homes: tuple[Path, ...]
 
     def read_bytes(self) -> bytes:
         cell = self.table[self.index][self.column]  # {"bytes": ..., "path": ...} or None
@@ -41,38 +46,92 @@ class TableCell:
             raise UnreadableImage("the cell is empty")
         if cell["bytes"] is not None:
             return cell["bytes"]
-        if not (cell["path"] and Path(cell["path"]).is_file()):
+        path = Path(cell["path"] or "")
+        if cell["path"] and not any(path.resolve().is_relative_to(home.resolve()) for home in self.homes):
+            raise UnreadableImage(f"the cell names a file outside the data set, {cell['path']}")
+        if not (cell["path"] and path.is_file()):
             raise UnreadableImage("the cell holds no image and names no file")
-        return Path(cell["path"]).read_bytes()
+        return path.read_bytes()
 
     def __str__(self) -> str:
         return f"column {self.column}, row {self.index}"
 
 
-def list_table(data: ImageOptions) -> tuple[list[Listed], list[Problem]]:
-    """(images of the data set's train split, problems)."""
-    from datasets import Image, load_dataset
+def list_table(data: ImageOptions) -> Found:
+    """The images of the data set's train split."""
+    from datasets import Image
     from datasets.exceptions import DatasetsError
 
     quiet_imported()
+    if wrong := _folder_of_images(data):
+        return Found([], [wrong])
     try:
-        table = load_dataset(data.dataset_name, data.dataset_config_name, cache_dir=data.cache_dir, split="train")
-    except (OSError, ValueError, DatasetsError) as error:
-        return [], [_no_table(data, error)]
+        table = _load(data)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        return Found([], [_no_table(data, error)])
     texts = [name for name, kind in table.features.items() if _holds_text(kind, several=data.captioned)]
     column = _caption_column(data, texts)
     problems = list(_table_problems(data, table, texts, column))
     if problems:
-        return [], problems
+        return Found([], problems)
     images = table.select_columns([data.image_column]).cast_column(data.image_column, Image(decode=False))
+    homes = homes_of(data.dataset_name or "", data.cache_dir)
     found, bad = [], []
     for i, cell in enumerate(table[column] if column else [None] * len(table)):
         try:
             caption, *others = read_captions(cell, several=data.captioned) or ("",)
-            found.append(Listed(f"row {i}", TableCell(images, i, data.image_column), caption, tuple(others)))
+            found.append(Listed(f"row {i}", TableCell(images, i, data.image_column, homes), caption, tuple(others)))
         except BadEntry as error:
             bad.append(f"row {i}: {column} {error}")
-    return found, list(_row_problems(data, bad, empty=not len(table)))
+    captions = {f"column {column}": sum(bool(one.caption) for one in found)} if column else {}
+    return Found(found, list(_row_problems(data, bad, empty=not len(table))), Account(len(found), captions))
+
+
+def _load(data: ImageOptions) -> Dataset:
+    """The train split of a Hub data set, of a folder in one of its layouts, saved by save_to_disk, or of one file."""
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
+    path = Path(data.dataset_name or "")
+    if path.is_file() and path.suffix in FILES:
+        return load_dataset(FILES[path.suffix], data_files=str(path), cache_dir=data.cache_dir, split="train")
+    if any((path / name).is_file() for name in SAVED):
+        saved = load_from_disk(str(path))
+        if isinstance(saved, DatasetDict) and "train" not in saved:
+            raise ValueError(f"it holds the splits {', '.join(saved)}, and no train split")
+        return saved["train"] if isinstance(saved, DatasetDict) else saved
+    return load_dataset(data.dataset_name, data.dataset_config_name, cache_dir=data.cache_dir, split="train")
+
+
+def homes_of(name: str, cache_dir: str | None) -> tuple[Path, ...]:
+    """The folders below which a data set's files lie: its own where it is local, else its part of the caches."""
+    from datasets import config
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    path = Path(name)
+    downloads = Path(cache_dir) / "downloads" if cache_dir else Path(config.DOWNLOADED_DATASETS_PATH)
+    if path.exists():
+        return path if path.is_dir() else path.parent, downloads / "extracted"  # of archives in it
+    return downloads, Path(HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
+
+
+def _folder_of_images(data: ImageOptions) -> Problem | None:
+    """That a local folder's captions are in files which the datasets library passes over, or reads as a text."""
+    folder = Path(data.dataset_name or "")
+    if not folder.is_dir():
+        return None
+    try:
+        tree = walk(folder, subfolders=True)
+    except OSError:
+        return None
+    tables = any(path.suffix in (*FILES, *METADATA_SUFFIXES) for c in tree.read.values() for path in c.others)
+    stems = {path.with_suffix("") for path in tree.images}
+    captions = [path for c in tree.read.values() for path in c.texts if path.with_suffix("") in stems]
+    if tables or not captions:
+        return None
+    why = f"{len(captions)} images have captions in files beside them, which the datasets library does not read: " \
+          f"{printable(captions[0].name)} is one"
+    return Problem("a folder of images with caption files is no data set", f"--dataset_name {folder}", why,
+                   f"--{data.folder_flag} {shell_word(folder)}", kind="data")
 
 
 def _row_problems(data: ImageOptions, bad: Sequence[str], *, empty: bool) -> Iterator[Problem]:
@@ -89,10 +148,13 @@ def _no_table(data: ImageOptions, error: Exception) -> Problem:
     root: BaseException = error
     while root.__cause__ is not None:
         root = root.__cause__
-    return Problem("the data set cannot be loaded", f"--dataset_name {data.dataset_name}",
-                   one_line(f"{root}")[:500] or type(root).__name__,
-                   f"check the name (a local folder needs its path) and the network, or use --{data.folder_flag}",
-                   kind="data")
+    why = one_line(f"{root}")[:500] or type(root).__name__
+    fix = f"check the name (a local folder needs its path) and the network, or use --{data.folder_flag}"
+    if "script" in why.lower():
+        why += "; a loading script is a program, and the datasets library runs none any more"
+        fix = "take a version of the data set in Parquet (on the Hub often --dataset_config_name or the branch " \
+              f"refs/convert/parquet), or save its images and captions into a folder for --{data.folder_flag}"
+    return Problem("the data set cannot be loaded", f"--dataset_name {data.dataset_name}", why, fix, kind="data")
 
 
 def _caption_column(data: ImageOptions, texts: Sequence[str]) -> str | None:

@@ -1,0 +1,45 @@
+"""What became of every file in a data folder: how many were read, and which were left out and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from trainkit.data.batch import Listed
+from trainkit.errors import Problem
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file or folder that is there and is not trained on."""
+
+    name: str  # under the data folder, printable
+    why: str
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a run trains on, for the line it starts with. What no one expects to be read does not count as left out."""
+
+    images: int = 0
+    captions: Mapping[str, int] = field(default_factory=dict)  # {"metadata.jsonl": 22}: images by where theirs is from
+    left_out: tuple[LeftOut, ...] = ()
+    in_all: int = 0  # images there, where --max_train_samples takes some of them
+
+    def __str__(self) -> str:
+        of = f" of {self.in_all}" if self.in_all > self.images else ""
+        parts = [f"{self.images}{of} images"]
+        parts += [f"{count} captions from {source}" for source, count in self.captions.items()] or ["no captions"]
+        if self.left_out:
+            few = ", ".join(f"{one.name} ({one.why})" for one in self.left_out[:3])
+            parts.append(f"{len(self.left_out)} files not read: {few}" + (", …" if len(self.left_out) > 3 else ""))
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What reading a folder or a data set gives."""
+
+    listed: list[Listed]
+    problems: list[Problem]
+    account: Account = field(default_factory=Account)

@@ -1,0 +1,189 @@
+"""A look into any table, whatever it is called: which images it names and what it says about them.
+
+Nothing of this is trained on. It tells a table of captions that lies under the wrong name or in the wrong place from a
+file that has nothing to do with the images.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import unicodedata
+import zipfile
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from html import unescape
+from itertools import islice
+from pathlib import Path
+
+from trainkit.data.sources.records import DELIMITERS
+from trainkit.data.sources.text import UnclearText, decode_text, one_line
+
+MAX_BYTES = 16 * 2**20  # looked at of one file
+MAX_ROWS = 50_000
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif"}
+HEIC = {".heic", ".heif", ".hif"}  # read where pillow-heif is installed
+ENDINGS = "|".join(map(re.escape, sorted(SUFFIXES | HEIC, reverse=True)))
+IMAGE_NAME = re.compile(rf"[^\\/\"'<>|:*?\t\r\n,;=]+(?:{ENDINGS})\b", re.IGNORECASE)
+MEMBERS = re.compile(r"xl/sharedStrings\.xml|xl/worksheets/sheet\d+\.xml|content\.xml")  # of .xlsx and .ods
+XML_TEXT = re.compile(r"<(?:t|text:p)(?: [^>]*)?>([^<]*)<")
+
+
+def key(name: str) -> str:
+    """A name without what people and systems change in it: letter case, composed accents, spaces around it."""
+    return unicodedata.normalize("NFC", name).casefold().strip()
+
+
+class Images:
+    """Images by name and by stem, wherever they lie."""
+
+    def __init__(self, paths: Iterable[Path]):
+        self.paths = list(paths)
+        self.by_name: dict[str, list[Path]] = defaultdict(list)
+        self.by_stem: dict[str, list[Path]] = defaultdict(list)
+        for path in self.paths:
+            self.by_name[key(path.name)].append(path)
+            self.by_stem[key(path.stem)].append(path)
+
+    def named(self, cell: str) -> list[Path]:
+        """The images whose file name ends this path, which may have been written on any system."""
+        return self.by_name.get(key(cell.replace("\\", "/").rpartition("/")[2]), [])
+
+    def stemmed(self, cell: str) -> list[Path]:
+        """The same for a name without a suffix."""
+        return self.by_stem.get(key(cell.replace("\\", "/").rpartition("/")[2]), [])
+
+
+@dataclass
+class Mentions:
+    """What a file says about images."""
+
+    images: set[Path] = field(default_factory=set)
+    captions: dict[Path, str] = field(default_factory=dict)  # text that stands beside an image's name
+    cells: dict[Path, str] = field(default_factory=dict)  # the name as it is written
+
+
+def mentions(file: Path, images: Images) -> Mentions:
+    """Which of the images a file names, and the texts beside them. Raises OSError."""
+    by_name, by_stem = Mentions(), Mentions()
+    for row in islice(rows(file), MAX_ROWS):
+        for place, cell in enumerate(row):
+            if named := images.named(cell):
+                _note(by_name, named, cell, row[:place] + row[place + 1 :])
+            elif place == 0 and (stemmed := images.stemmed(cell)):
+                _note(by_stem, stemmed, cell, row[1:])
+    enough = min(2, len(images.paths))
+    return by_name if by_name.images or len(by_stem.images) < enough else by_stem
+
+
+def _note(found: Mentions, images: list[Path], cell: str, others: list[str]) -> None:
+    texts = [one_line(text) for text in others if any(map(str.isalpha, text)) and not IMAGE_NAME.fullmatch(text)]
+    for image in images:
+        found.images.add(image)
+        found.cells.setdefault(image, cell)
+        if texts:
+            found.captions.setdefault(image, max(texts, key=len))
+
+
+# ---------------------------------------------------------------------------------------------------------- any table
+
+
+def rows(file: Path) -> Iterator[list[str]]:
+    """The texts of each row of a table, its name for the row first where it has one. Raises OSError."""
+    if file.suffix.lower() in (".parquet", ".arrow", ".feather"):
+        yield from _arrow_rows(file)
+        return
+    with file.open("rb") as opened:
+        data = opened.read(MAX_BYTES)
+    if data.startswith(b"PK"):
+        yield from _sheet_rows(data)
+        return
+    text = _any_text(data)
+    try:
+        yield from _json_rows(json.loads(text))
+    except (ValueError, RecursionError):
+        yield from _line_rows(text)
+
+
+def _any_text(data: bytes) -> str:
+    try:
+        return decode_text(data)[0]
+    except UnclearText as error:
+        return error.readings[0].text if error.readings else data.decode("latin-1")
+
+
+def _arrow_rows(file: Path) -> Iterator[list[str]]:
+    """Columns of text alone: those of images would be large."""
+    from pyarrow import ArrowException, ipc, memory_map, parquet, types
+
+    try:
+        if file.suffix.lower() == ".parquet":
+            table = parquet.ParquetFile(file)
+            names = [f.name for f in table.schema_arrow if types.is_string(f.type) or types.is_large_string(f.type)]
+            batches = table.iter_batches(columns=names, batch_size=1024)
+        else:
+            batches = iter(ipc.open_file(memory_map(str(file))).read_all().to_batches())
+        for batch in batches:
+            yield from ([v for v in row.values() if isinstance(v, str)] for row in batch.to_pylist())
+    except ArrowException:
+        return
+
+
+def _sheet_rows(data: bytes) -> Iterator[list[str]]:
+    """Neighbouring texts of a spreadsheet, two at a time."""
+    for xml in _members(data):
+        texts = [unescape(text) for text in XML_TEXT.findall(xml)]
+        yield from ([a, b] for a, b in zip(texts, texts[1:], strict=False))
+
+
+def _members(data: bytes) -> list[str]:
+    """The parts of a spreadsheet that hold text; none where it is damaged or has a password."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            parts = [archive.open(name) for name in archive.namelist() if MEMBERS.fullmatch(name)]
+            return [part.read(MAX_BYTES).decode("utf-8", "replace") for part in parts]
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, OSError):
+        return []
+
+
+def _json_rows(item: object, depth: int = 4) -> Iterator[list[str]]:
+    """Objects as rows of their texts; {name: texts} as a row an entry."""
+    if isinstance(item, list) and depth:
+        for one in item:
+            yield from _json_rows(one, depth - 1)
+        if item and all(isinstance(one, str) for one in item):
+            yield [one for one in item if isinstance(one, str)]
+    if not isinstance(item, dict) or not depth:
+        return
+    yield [value for value in item.values() if isinstance(value, str)]
+    for name, value in item.items():
+        inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        yield [str(name), *(text for text in inner if isinstance(text, str))]
+        if isinstance(value, (dict, list)):
+            yield from _json_rows(value, depth - 1)
+
+
+def _line_rows(text: str) -> Iterator[list[str]]:
+    """Lines of JSON, or of cells; a line in prose as the image's name in it and the rest."""
+    lines = text.splitlines()
+    delimiter = max(DELIMITERS, key=lambda d: sum(line.count(d) > 0 for line in lines[:20]))
+    for line in lines:
+        try:
+            item = json.loads(line)
+        except (ValueError, RecursionError):
+            item = None
+        if isinstance(item, dict):
+            yield from _json_rows(item)
+            continue
+        if name := IMAGE_NAME.search(line):
+            rest = (line[: name.start()] + " " + line[name.end() :]).strip(" ,;:|=\t-\"'")
+            yield [name[0].strip(), rest]
+            yield [name[0].split()[-1], rest]
+        try:
+            yield [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])]
+        except csv.Error:
+            continue

@@ -1,0 +1,146 @@
+"""The files of a data folder by kind, each folder listed once; nothing is opened."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trainkit.data.sources.captions import METADATA, SIDECARS
+from trainkit.data.sources.glimpse import HEIC, SUFFIXES
+from trainkit.errors import printable
+
+TEXTS = {  # what tools write captions into beside an image; SIDECARS of these are read
+    *SIDECARS, ".text", ".cap", ".caps", ".captions", ".tag", ".tags", ".prompt", ".prompts", ".desc", ".description",
+    ".label", ".labels", ".wd14",
+}
+HELD_OUT = {"test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"}  # folders beside train/
+JUNK = {"__MACOSX", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN", "@eaDir"}
+MOST_BELOW = 20_000  # entries looked at in folders that are not read
+
+
+@dataclass
+class Contents:
+    """One folder's entries by kind, each kind by name. Hidden ones are in none."""
+
+    images: list[Path] = field(default_factory=list)
+    texts: list[Path] = field(default_factory=list)
+    others: list[Path] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)
+    links: list[Path] = field(default_factory=list)  # to folders
+    special: dict[Path, str] = field(default_factory=dict)  # no file, though named as one: why
+
+    @property
+    def size(self) -> int:
+        return len(self.images) + len(self.texts) + len(self.others)
+
+
+@dataclass
+class Tree:
+    """A data folder: what is read of it, and what is not."""
+
+    read: dict[Path, Contents] = field(default_factory=dict)
+    below: dict[Path, Contents] = field(default_factory=dict)  # subfolders and linked folders that are not read
+    held_out: set[str] = field(default_factory=set)  # subfolders that hold other splits than train/, where there is one
+
+    @property
+    def images(self) -> list[Path]:
+        return [image for contents in self.read.values() for image in contents.images]
+
+
+def is_image(path: Path) -> bool:
+    suffix = path.suffix.lower()
+    return suffix in SUFFIXES or suffix in HEIC and reads_heic()
+
+
+def reads_heic() -> bool:
+    """Whether the package that reads iPhone photos is installed; it is imported with the first image."""
+    from importlib.util import find_spec
+
+    return find_spec("pillow_heif") is not None
+
+
+def scan(folder: Path) -> Contents:
+    """The folder's entries. Raises OSError."""
+    found = Contents()
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if not entry.name.startswith(".") and entry.name not in JUNK:
+                _sort_in(found, entry, folder / entry.name)
+    return found
+
+
+def _sort_in(found: Contents, entry: os.DirEntry[str], path: Path) -> None:
+    suffix = path.suffix.lower()
+    named_as_file = is_image(path) or suffix in TEXTS or entry.name in METADATA
+    try:
+        is_file, is_folder = entry.is_file(), entry.is_dir()
+    except OSError:  # a circle of links
+        is_file = is_folder = False
+    if is_file:
+        kind = found.images if is_image(path) else found.texts if suffix in TEXTS else found.others
+        kind.append(path)
+    elif is_folder:
+        (found.links if entry.is_symlink() else found.folders).append(path)
+    if not is_file and (named_as_file or not is_folder):
+        found.special[path] = _no_file(entry, is_folder)
+
+
+def _no_file(entry: os.DirEntry[str], is_folder: bool) -> str:
+    if is_folder:
+        return "a folder"
+    if entry.is_symlink():
+        return f"a link to {printable(str(Path(entry.path).readlink()))}, which is not there"
+    mode = entry.stat(follow_symlinks=False).st_mode
+    return "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+
+
+def walk(folder: Path, *, subfolders: bool) -> Tree:
+    """The folder and, where subfolders are read, those below it: not hidden, not linked, not held out.
+
+    Raises OSError for what is to be read.
+    """
+    tree = Tree({folder: scan(folder)})
+    top = tree.read[folder]
+    names = {path.name for path in top.folders}
+    if subfolders:
+        tree.held_out = {name for name in names if name.lower() in HELD_OUT} if "train" in names else set()
+        tree.read |= dict(_below(top, tree.held_out))
+        links = [link for contents in tree.read.values() for link in contents.links]
+    else:
+        tree.below = dict(_unread(_below(top, ())))
+        links = top.links
+    for link in links:
+        if not folder.resolve().is_relative_to(link.resolve()):
+            tree.below |= dict(_unread(iter([(link, _scan_if_possible(link))])))
+    return tree
+
+
+def _below(contents: Contents, without: Container[str]) -> Iterator[tuple[Path, Contents]]:
+    for path in contents.folders:
+        if path.name not in without:
+            inner = scan(path)
+            yield path, inner
+            yield from _below(inner, ())
+
+
+def _scan_if_possible(folder: Path) -> Contents:
+    try:
+        return scan(folder)
+    except OSError:
+        return Contents()
+
+
+def _unread(folders: Iterator[tuple[Path, Contents]]) -> Iterator[tuple[Path, Contents]]:
+    """As many folders as may be looked at for what somebody expects to be read; one that cannot be is passed over."""
+    seen = 0
+    try:
+        for path, contents in folders:
+            yield path, contents
+            seen += contents.size + 1
+            if seen > MOST_BELOW:
+                return
+    except OSError:
+        return

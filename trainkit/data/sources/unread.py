@@ -1,0 +1,310 @@
+"""What lies in or around a data folder, looks meant for training and is not read: refused, or told with the reason.
+
+A caption that would be lost is refused: an image without one that a file names under another name, in another place or
+in another form than is read. Everything else that is left out is told.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from trainkit.data.sources.account import LeftOut
+from trainkit.data.sources.captions import METADATA
+from trainkit.data.sources.glimpse import HEIC, MAX_BYTES, Images, Mentions, key, mentions
+from trainkit.data.sources.records import CAPTION_COLUMNS, DELIMITERS, NAME_COLUMN, header_of
+from trainkit.data.sources.text import MARKS, UnclearText, decode_text
+from trainkit.data.sources.tree import TEXTS, Contents, Tree, is_image, scan
+from trainkit.errors import SHOWN, Problem, listing, printable, shell_word
+
+TABLES = {
+    ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".tab", ".parquet", ".arrow", ".feather", ".xlsx", ".xls", ".ods",
+}
+QUIET = {".md", ".html", ".npz", ".safetensors", ".ini", ".db", ".py", ".sh", ".lock", ".log", ".url", ".lnk"}
+CAPTION_FOLDERS = {"captions", "caption", "txt", "text", "texts", "labels", "label", "tags", "prompts", "annotations"}
+ENDINGS = re.compile(r"[ _.-](?:captions?|caps?|tags?|te?xt|prompts?|desc(?:ription)?|labels?)$")
+MOST_TABLES = 50  # files looked into for names of images
+MOST_BESIDE = 2000  # entries of the folder above that are looked at
+
+
+@dataclass
+class Unread:
+    """What was found beside the images and captions that are read."""
+
+    problems: list[Problem]
+    left_out: list[LeftOut]
+
+
+def find_unread(folder: Path, tree: Tree, *, bare: Sequence[Path], strange: Sequence[Path]) -> Unread:
+    """Everything of the folder that is not read.
+
+    bare     images for which no caption was found
+    strange  files that hold captions by their suffix and are not named as an image beside them is
+    """
+    images = Images(bare)
+    lost, idle = _lost_texts(folder, tree, images, strange)
+    problems = [_misnamed(folder, lost)] if lost else []
+    saved = set(lost.values())
+    tables = [path for contents in _all(tree) for path in contents.others if not _is_companion(path, tree)]
+    remaining = Images(path for path in bare if path not in saved)
+    left = []
+    for number, path in enumerate([*tables, *idle]):
+        problem, why = _table(folder, path, remaining if number < MOST_TABLES else Images(()))
+        problems += [problem] if problem else []
+        left += [] if problem else [LeftOut(_name(path, folder), why)]
+    if remaining.paths and not problems:
+        problems += _around(folder, remaining)
+    left += [LeftOut(_name(path, folder), f"it is {why}") for contents in _all(tree)
+             for path, why in contents.special.items()]
+    return Unread(problems, left)
+
+
+def _all(tree: Tree) -> Iterator[Contents]:
+    yield from tree.read.values()
+    yield from tree.below.values()
+
+
+def _name(path: Path, folder: Path) -> str:
+    return printable(os.path.relpath(path, folder))
+
+
+# ----------------------------------------------------------------------------------------------------------- sidecars
+
+
+def _lost_texts(
+    folder: Path, tree: Tree, images: Images, strange: Sequence[Path]
+) -> tuple[dict[Path, Path], list[Path]]:
+    """({caption file: image that has no caption and is meant by it}, caption files that mean none)."""
+    texts = [*strange, *(path for contents in tree.below.values() for path in contents.texts)]
+    lost: dict[Path, Path] = {}
+    idle = []
+    for path in texts:
+        meant = meant_by(path, images)
+        if meant and meant not in lost.values():
+            lost[path] = meant
+        else:
+            idle.append(path)
+    below = {image for contents in tree.below.values() for image in contents.images}
+    own = {(path.parent, path.stem) for path in below}
+    return lost, [path for path in idle if (path.parent, path.stem) not in own]
+
+
+def meant_by(path: Path, images: Images) -> Path | None:
+    """The image that a caption file is probably about: one beside it goes before the only one elsewhere."""
+    for stem in _stems(path):
+        found = images.by_name.get(stem) or images.by_stem.get(stem) or []
+        beside = [image for image in found if image.parent == path.parent]
+        if beside or len(found) == 1:
+            return (beside or found)[0]
+    return None
+
+
+def _stems(path: Path) -> Iterator[str]:
+    """fox.png.txt and fox.tags.txt may be about fox, as may fox_caption.txt."""
+    stem = path.stem
+    while stem:
+        yield key(stem)
+        if ENDINGS.search(stem):
+            yield key(ENDINGS.sub("", stem))
+        stem = stem.rpartition(".")[0]
+
+
+def _misnamed(folder: Path, lost: Mapping[Path, Path]) -> Problem:
+    moves = {path: image.with_suffix(".txt") for path, image in lost.items()}
+    why = listing(f"{_name(path, folder)} should be called {_name(target, folder)}" for path, target in moves.items())
+    return Problem(f"{len(lost)} caption files are not named as their images are, or lie elsewhere", f"{folder}", why,
+                   _move(moves), kind="data")
+
+
+def _move(moves: Mapping[Path, Path]) -> str:
+    """The command that moves each file to its target; one pattern for all where there is one."""
+    same_name = {(path.parent, path.suffix, target.parent) for path, target in moves.items()
+                 if path.name == target.name}
+    endings = {(path.parent, path.name.removeprefix(target.stem)) for path, target in moves.items()
+               if path.parent == target.parent and path.name.startswith(target.stem)}
+    if len(same_name) == 1 and all(path.name == target.name for path, target in moves.items()):
+        (source, suffix, target), = same_name
+        return f"mv -n -- {shell_word(source)}/*{suffix} {shell_word(target)}/"
+    if len(moves) > 3 and len(endings) == 1 and all(p.name.startswith(t.stem) for p, t in moves.items()):
+        (source, ending), = endings
+        loop = f'mv -n -- "$f" "${{f%{shell_word(ending)}}}.txt"'
+        return f"for f in {shell_word(source)}/*{shell_word(ending)}; do {loop}; done"
+    return "; ".join(f"mv -n -- {shell_word(a)} {shell_word(b)}" for a, b in islice(moves.items(), SHOWN))
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def _is_companion(path: Path, tree: Tree) -> bool:
+    """Whether nobody expects a file to be read: it is metadata that is, or of a kind that holds no captions."""
+    read = path.name in METADATA and path.parent in tree.read
+    return read or path.suffix.lower() in QUIET or path.name in ("LICENSE", "dataset_info.json", "dataset_infos.json")
+
+
+def _table(folder: Path, path: Path, images: Images) -> tuple[Problem | None, str]:
+    """(the problem that a file's captions would be lost, else why it is left out)."""
+    if path.suffix.lower() in HEIC:
+        return None, "pip install pillow-heif reads it"
+    if path.suffix.lower() == ".json" and images.by_stem.get(key(path.stem)) or images.by_name.get(key(path.stem)):
+        return None, "JSON of one image is not read; write its caption into a .txt file"
+    about = _look(path, images) if images.paths else Mentions()
+    if about.captions:
+        return misplaced(folder, path, images, about), ""
+    if about.images:
+        return None, "it names images without words about them"
+    if path.suffix.lower() in TEXTS:
+        return None, "no image has its name"
+    return None, "it names no image without a caption" if path.suffix.lower() in TABLES else "of no kind that is read"
+
+
+def _look(path: Path, images: Images) -> Mentions:
+    """What a file says about images; nothing where it is no text and no table of a known kind."""
+    try:
+        if path.suffix.lower() not in TABLES and _is_binary(path):
+            return Mentions()
+        return mentions(path, images)
+    except OSError:
+        return Mentions()
+
+
+def _is_binary(path: Path) -> bool:
+    with path.open("rb") as opened:
+        head = opened.read(4096)
+    return b"\0" in head and not head.startswith((b"PK", *(mark for mark, _ in MARKS)))
+
+
+def misplaced(folder: Path, path: Path, images: Images, about: Mentions) -> Problem:
+    """A table of captions under another name or in another place than is read."""
+    homes = Counter(image.parent for image in about.captions)
+    home = homes.most_common(1)[0][0]
+    what = f"{_name(path, folder)} holds captions and is not read"
+    why = (f"it names {len(about.captions)} images without a caption; captions are read from "
+           f"{', '.join(METADATA[:-1])} or {METADATA[-1]} beside the images, or from .txt files named as they are. "
+           "If it is about other images, move it elsewhere")
+    fix = _as_metadata(path, home, about) or _by_example(home, about)
+    return Problem(what, f"{path}", why, fix, kind="data")
+
+
+def _as_metadata(path: Path, home: Path, about: Mentions) -> str | None:
+    """The command that makes it the metadata of its images, where that takes a name, or the names of two columns."""
+    inside = all(cell == image.relative_to(home).as_posix() if image.is_relative_to(home) else False
+                 for image, cell in about.cells.items())
+    suffix = {".jsonl": ".jsonl", ".ndjson": ".jsonl", ".parquet": ".parquet"}.get(path.suffix.lower(), "")
+    if not inside or any((home / name).exists() for name in METADATA):
+        return None
+    try:
+        text = "" if suffix == ".parquet" else decode_text(path.read_bytes()[:MAX_BYTES])[0]
+    except (OSError, UnclearText):
+        return None
+    first = text.lstrip().partition("\n")[0].rstrip()
+    if suffix == ".parquet" or first.startswith("{") and first.endswith("}") and not text.lstrip().startswith("{}"):
+        return _jsonl_move(path, home, first, suffix or ".jsonl")
+    if first.startswith(("[", "{")) or path.suffix.lower() not in (".csv", ".tsv", ".tab"):
+        return None
+    return _csv_move(path, home, text, about)
+
+
+def _jsonl_move(path: Path, home: Path, first: str, suffix: str) -> str | None:
+    if suffix == ".jsonl":
+        try:
+            columns = json.loads(first)
+        except (ValueError, RecursionError):
+            return None
+        if NAME_COLUMN not in columns or not columns.keys() & {*CAPTION_COLUMNS}:
+            return None
+    return f"mv -n -- {shell_word(path)} {shell_word(home / f'metadata{suffix}')}"
+
+
+def _csv_move(path: Path, home: Path, text: str, about: Mentions) -> str | None:
+    """By `mv` where the columns have their names, else by `sed`, which writes another first line."""
+    delimiter = max(DELIMITERS, key=lambda one: len(header_of(text, one)))
+    header = header_of(text, delimiter)
+    target, lower = shell_word(home / "metadata.csv"), [name.casefold() for name in header]
+    if NAME_COLUMN in lower and any(name in lower for name in CAPTION_COLUMNS):
+        return f"mv -n -- {shell_word(path)} {target}"
+    cells = [header_of(line, delimiter) for line in text.splitlines()[1:2]]
+    pairs = {image: (about.cells[image], caption) for image, caption in about.captions.items()}
+    for name, caption in pairs.values():
+        if cells and len(cells[0]) == len(header) and name in cells[0] and caption in cells[0] and name != caption:
+            header[cells[0].index(name)], header[cells[0].index(caption)] = NAME_COLUMN, CAPTION_COLUMNS[0]
+            line = delimiter.join(header).replace("/", r"\/").replace("&", r"\&").replace("\t", r"\t")
+            return f"sed {shell_word(f'1s/.*/{line}/')} {shell_word(path)} > {target}"
+    return None
+
+
+def _by_example(home: Path, about: Mentions) -> str:
+    image, caption = next(iter(about.captions.items()))
+    name = image.relative_to(home).as_posix() if image.is_relative_to(home) else image.name
+    line = json.dumps({NAME_COLUMN: printable(name), CAPTION_COLUMNS[0]: caption[:200]}, ensure_ascii=False)
+    return f"write {printable(str(home / METADATA[0]))} with one line an image, such as {line}"
+
+
+# ------------------------------------------------------------------------------------------------------ one folder up
+
+
+def _around(folder: Path, images: Images) -> list[Problem]:
+    """Captions that lie in the folder above, or in a folder of captions beside this one."""
+    above = folder.absolute().parent
+    if above == folder.absolute():
+        return []
+    try:
+        with os.scandir(above) as entries:
+            near = sorted((e for e in islice(entries, MOST_BESIDE) if not e.name.startswith(".")), key=lambda e: e.name)
+            files = [above / e.name for e in near if _may_be_table(e)]
+            beside = [above / e.name for e in near if e.name.lower() in CAPTION_FOLDERS and e.is_dir()]
+    except OSError:
+        return []
+    lost: dict[Path, Path] = {}
+    for path in (path for other in beside if other != folder.absolute() for path in _texts(other)):
+        found = images.by_stem.get(key(path.stem), [])
+        lost |= {path: found[0]} if len(found) == 1 else {}
+    problems = [_misnamed(folder, lost)] if lost else []
+    for path in files[:MOST_TABLES]:
+        about = _about_below(_look(path, images), folder, above)
+        if len(about.captions) * 2 >= len(images.paths):
+            problems.append(misplaced(folder, path, images, about))
+    return problems
+
+
+def _texts(folder: Path) -> list[Path]:
+    try:
+        return scan(folder).texts
+    except OSError:
+        return []
+
+
+def _may_be_table(entry: os.DirEntry[str]) -> bool:
+    path = Path(entry.name)
+    known = path.suffix.lower() in TABLES or entry.name.lower().startswith(("metadata", "caption"))
+    return known and not is_image(path) and entry.is_file() and entry.stat().st_size <= MAX_BYTES
+
+
+def _about_below(about: Mentions, folder: Path, above: Path) -> Mentions:
+    """What a table above the folder says about images in it: not about those of their name beside the table."""
+    own = {image for image, cell in about.cells.items() if _is_about(cell.replace("\\", "/"), image, folder, above)}
+    return Mentions(own, {image: text for image, text in about.captions.items() if image in own},
+                    {image: cell for image, cell in about.cells.items() if image in own})
+
+
+def _is_about(cell: str, image: Path, folder: Path, above: Path) -> bool:
+    where, _, name = cell.rpartition("/")
+    if where:
+        return key(where.rpartition("/")[2]) == key(image.absolute().parent.name)
+    return not any((above / form).exists() for form in (name, image.name))
+
+
+# -------------------------------------------------------------------------------------------------- images not read
+
+
+def not_followed(folder: Path, tree: Tree) -> list[LeftOut]:
+    """Linked folders and other splits than train."""
+    links = {path: len(contents.images) for path, contents in tree.below.items() if contents.images}
+    why = "a link to a folder with {} images; links to folders are not followed"
+    return [*(LeftOut(f"{_name(path, folder)}/", why.format(count)) for path, count in links.items()),
+            *(LeftOut(f"{name}/", "of several splits only train is read") for name in sorted(tree.held_out))]
