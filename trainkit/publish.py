@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from trainkit import summary
+from trainkit.adapters import has_moved, largest_change
 from trainkit.errors import Problem, UserError
 from trainkit.export import LoraFileFormat, verify, write_diffusers, write_kohya
 from trainkit.files import Json, atomic_write
@@ -107,6 +108,8 @@ def publish_here(options: RunOptions, family: Family, adapters: Adapters, *, tex
     weights = [*write_weights(folder, family, networks, num_images=num_images), *embeddings]
     files = [*weights, write_card(folder), write_report(folder)]
     run = RunFacts(folder)
+    for sentence in standstills(networks, run):
+        log.warning("%s", sentence)
     uses = purposes(run)
     written = {path.name: uses[path.name] for path in weights}
     summary.tell_end(options.output_dir, written, steps=run.step, seconds=run.seconds)
@@ -115,6 +118,21 @@ def publish_here(options: RunOptions, family: Family, adapters: Adapters, *, tex
         url = push(folder, uploads(folder, weights), repo_id=repo_id(options), private=options.hub_private, token=token)
         log.info("uploaded to %s", url)
     return files
+
+
+def standstills(networks: Sequence[Adapters], run: RunFacts) -> Iterator[str]:
+    """A sentence for each network, and each estimated step size, that training has hardly moved."""
+    stuck = {group: last for group, (first, last) in run.step_sizes.items() if last <= first}
+    advice = "train for more steps, or with a higher --learning_rate"
+    if stuck:
+        advice = f"{run.optimizer} needs some hundred steps to find its step size: raise --max_train_steps"
+        groups = ", ".join(f"{group} {d:g}" for group, d in stuck.items())
+        yield f"{run.optimizer} has found no step size in {run.step} steps: it is where it started ({groups}). {advice}"
+    for network in networks:
+        if network.layers and not has_moved(network):
+            yield (f"the adapters of {network.prefix} have hardly moved: no layer's weights changed by more than "
+                   f"{largest_change(network):.0e} of their size, which is less than rounding them to fp16 does. "
+                   f"Images with this LoRA look like the base model's. Next: {advice}")
 
 
 def write_weights(folder: Path, family: Family, networks: Sequence[Adapters], *, num_images: int | None) -> list[Path]:
