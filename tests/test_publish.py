@@ -124,7 +124,7 @@ def test_a_step_size_that_never_left_its_start_is_told(adapters, tmp_path, ds, s
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     sentences = told(adapters, folder)
     assert len(sentences) == stuck
-    assert not stuck or "prodigy has found no step size in 3 steps" in sentences[0] and "unet 1e-06" in sentences[0]
+    assert not stuck or "In 3 steps, prodigy has found no step size" in sentences[0] and "unet 1e-06" in sentences[0]
 
 
 def test_the_end_of_a_run_warns_of_a_blank_lora_and_names_the_files(family, adapters, at_scale, tmp_path, caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import signal
@@ -11,6 +12,8 @@ import warnings
 
 import pytest
 
+from tests.support import ROOT
+from tests.support.trainers import command, forked, launched, make_images
 from trainkit import process, summary, terminal
 from trainkit.errors import LineFormatter, Problem, UserError
 from trainkit.process import own_settings
@@ -86,7 +89,7 @@ def test_the_end_names_every_file_and_what_it_is_for():
         "          mine.safetensors                  ComfyUI, A1111, Forge",
         "          pytorch_lora_weights.safetensors  Diffusers",
         "          README.md                         the model card",
-        "          report.html                       open it in a browser: images, loss, settings",
+        "          report.html                       the report: open it in a browser",
     ]
 
 
@@ -190,6 +193,17 @@ def test_work_outside_of_a_run_has_a_line_that_goes_when_it_is_done(monkeypatch)
         logging.getLogger("trainkit.x").warning("odd")
     assert screen.shown == ["WARNING odd"]
     assert not any(isinstance(handler, LineHandler) for handler in logging.getLogger().handlers)
+
+
+@pytest.mark.usefixtures("no_colours")
+def test_on_a_terminal_long_records_break_between_words(monkeypatch):
+    monkeypatch.setattr(terminal, "columns", lambda stream: 40)
+    text = "22 images, 22 captions from metadata.jsonl; in a/folder"
+    line = summary.Line("Images", text)
+    record = logging.makeLogRecord({"msg": str(line), "levelno": logging.INFO, "label": line.label})
+    assert LineFormatter(Screen(40)).format(record).splitlines() == [
+        "Images    22 images, 22 captions from", "          metadata.jsonl; in a/folder"]
+    assert LineFormatter(io.StringIO()).format(record) == f"Images    {text}"
 
 
 def test_in_a_file_the_first_word_of_a_task_and_its_last_are_lines():
@@ -307,3 +321,59 @@ def test_only_the_first_process_speaks_before_the_run(monkeypatch, capsys):
         monkeypatch.setenv("RANK", rank)
         process.say("hello")
         assert capsys.readouterr().err == told
+
+
+# -- a trainer, whole -------------------------------------------------------------------------------------------------
+
+TWICE = """
+import json, logging, os, signal, sys, warnings
+from accelerate.state import AcceleratorState, GradientState, PartialState
+import torch
+import train_text_to_image_lora as trainer
+
+def state():
+    return [dict(os.environ), sys.argv[:], [str(h) for h in logging.root.handlers], logging.root.level,
+            [logging.getLogger(n).level for n in ("trainkit", "accelerate", "bitsandbytes")], warnings.filters[:],
+            [str(signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
+            [dict(s._shared_state) for s in (AcceleratorState, GradientState, PartialState)],
+            [n for n, m in sys.modules.items() if m is None], torch.get_rng_state().tolist(),
+            torch.get_float32_matmul_precision(), bool(torch.tensor(1e-39) * 1 == 0)]
+
+runs = json.loads(sys.argv.pop())
+before = state()
+for words in runs:
+    trainer.main(words)
+    changed = [(a, b) for a, b in zip(before, state()) if a != b]
+    assert not changed, f"{changed}"[:2000]
+"""
+
+
+@pytest.mark.trains
+def test_main_can_be_called_again_and_leaves_the_process_as_it_was(tiny_sd, tmp_path):
+    """As cells of a notebook do: with another precision, and with a package that the first run kept out."""
+    images = make_images(tmp_path / "images")
+    common = [f"--pretrained_model_name_or_path={tiny_sd}", f"--dataset_name={images}", "--resolution=32", "--rank=2",
+              "--train_batch_size=2", "--max_train_steps=1", "--lr_warmup_steps=0"]
+    runs = [[*common, f"--output_dir={tmp_path / 'a'}", "--report_to=tensorboard"],
+            [*common, f"--output_dir={tmp_path / 'b'}", "--report_to=none", "--mixed_precision=bf16"],
+            [*common, f"--output_dir={tmp_path / 'c'}", "--report_to=none", "--optimizer=adamw8bit"]]
+    done = launched([sys.executable, "-c", TWICE, json.dumps(runs)], env={"PYTHONPATH": str(ROOT)})
+    assert done.code == 0, done.output
+    assert "Generating train split" not in done.output and "|" not in done.output, "a library's bar"
+
+
+@pytest.mark.trains
+def test_a_run_says_its_plan_first_and_its_files_last_and_the_libraries_nothing(tiny_sdxl, tmp_path):
+    images = make_images(tmp_path / "images")
+    argv = command(tiny_sdxl, None, tmp_path / "out", instance_data_dir=None, dataset_name=images,
+                   caption_column="text")
+    done = forked(argv, log=tmp_path / "log")
+    assert done.code == 0, done.output
+    told = done.output.splitlines()
+    assert told[0].startswith("loading PyTorch")
+    assert told[1].startswith("Images    6 images, 6 captions")
+    assert told[2] == "Training  32 px · batch 2 · 2 steps = 0.7 epochs"
+    assert [line.split()[0] for line in told[3:6]] == ["Device", "Folder", "Learning"]
+    assert told[-1].split() == ["report.html", "the", "report:", "open", "it", "in", "a", "browser"]
+    starts = ("Done", "WARNING", "1/2", "2/2", " ", "pytorch_lora", "out.safetensors")
+    assert [line for line in told[6:] if not line.startswith(starts)] == []

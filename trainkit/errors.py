@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, TextIO
 
-from trainkit.terminal import BOLD, RED, YELLOW, styled
+from trainkit.terminal import BOLD, RED, YELLOW, folded, styled
 
 Category = Literal["sibling", "usage", "data", "memory", "nonfinite", "disk", "preempted", "stopped"]
 
@@ -59,12 +59,12 @@ class LineFormatter(logging.Formatter):
         self.stream = stream
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        label, colours, text = getattr(record, "label", ""), [BOLD], super().format(record)
         if record.levelno >= logging.WARNING:
-            colour = RED if record.levelno >= logging.ERROR else YELLOW
-            return f"{styled(record.levelname, BOLD, colour, stream=self.stream)} {text}"
-        label = getattr(record, "label", "")
-        return styled(label, BOLD, stream=self.stream) + text.removeprefix(label)
+            label, text = record.levelname, f"{record.levelname} {text}"
+            colours.append(RED if record.levelno >= logging.ERROR else YELLOW)
+        shown = folded(text, self.stream, indent=len(text) - len(text.removeprefix(label).lstrip()) if label else 0)
+        return styled(label, *colours, stream=self.stream) + shown.removeprefix(label)
 
 
 @dataclass(frozen=True)

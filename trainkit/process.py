@@ -68,6 +68,7 @@ def _warnings() -> Iterator[None]:
         if not sys.warnoptions:
             for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
                 warnings.simplefilter("ignore", category)
+            warnings.filterwarnings("ignore", module=r"tqdm\b")  # in a notebook, that it has no widgets
             warnings.filterwarnings(
                 "ignore", category=UserWarning, module=rf"(?!{AUDIBLE}\b)({'|'.join(LIBRARIES)})\b")
         yield

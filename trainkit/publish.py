@@ -121,18 +121,20 @@ def publish_here(options: RunOptions, family: Family, adapters: Adapters, *, tex
 
 
 def standstills(networks: Sequence[Adapters], run: RunFacts) -> Iterator[str]:
-    """A sentence for each network, and each estimated step size, that training has hardly moved."""
+    """A sentence for each network that training has hardly moved, and for each step size that was never found."""
     stuck = {group: last for group, (first, last) in run.step_sizes.items() if last <= first}
-    advice = "train for more steps, or with a higher --learning_rate"
+    advice = "Train for more steps, or with a higher --learning_rate"
     if stuck:
-        advice = f"{run.optimizer} needs some hundred steps to find its step size: raise --max_train_steps"
-        groups = ", ".join(f"{group} {d:g}" for group, d in stuck.items())
-        yield f"{run.optimizer} has found no step size in {run.step} steps: it is where it started ({groups}). {advice}"
-    for network in networks:
-        if network.layers and not has_moved(network):
-            yield (f"the adapters of {network.prefix} have hardly moved: no layer's weights changed by more than "
-                   f"{largest_change(network):.0e} of their size, which is less than rounding them to fp16 does. "
-                   f"Images with this LoRA look like the base model's. Next: {advice}")
+        sizes = ", ".join(f"{group} {d:g}" for group, d in stuck.items())
+        advice = (f"In {run.step} steps, {run.optimizer} has found no step size: it is where it started ({sizes}). "
+                  "Raise --max_train_steps: it needs some hundred")
+    still = [network for network in networks if network.layers and not has_moved(network)]
+    for network in still:
+        yield (f"the adapters of {network.prefix} have hardly moved: no layer's weights changed by more than "
+               f"{largest_change(network):.0e} of their size, which is less than rounding them to fp16 does. "
+               f"Images with this LoRA look like the base model's. {advice}")
+    if stuck and not still:
+        yield advice
 
 
 def write_weights(folder: Path, family: Family, networks: Sequence[Adapters], *, num_images: int | None) -> list[Path]:

@@ -223,6 +223,7 @@ class Run:
             stats = train_step.passes.describe() | self.update(optimizer, step=step, then=text.after_update)
             self.log(step + 1, stats | optimizer.describe())  # finished steps
             self.after_step(step + 1, optimizer, saves=saves, previews=previews, last=step + 1 == stop)
+        self.progress.close()  # the last line stays
         if stop < total:
             log.info("stopped after %d of %d steps, as --stop_after_steps says: the same command without it and with "
                      "--resume_from_checkpoint latest goes on", stop, total)

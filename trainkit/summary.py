@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 LABEL_WIDTH = 10
 KINDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
 PRECISIONS = {"no": "fp32"}
-LAST_FILES = {"README.md": "the model card", "report.html": "open it in a browser: images, loss, settings"}
+LAST_FILES = {"README.md": "the model card", "report.html": "the report: open it in a browser"}
 
 
 class PlanOptions(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Sequence
 from typing import TextIO
 
@@ -40,6 +41,17 @@ def shows_colours(stream: TextIO | None) -> bool:
 def styled(text: str, *codes: str, stream: TextIO | None) -> str:
     """`text` in bold or a colour, where the stream shows them."""
     return f"\x1b[{';'.join(codes)}m{text}\x1b[0m" if text and shows_colours(stream) else text
+
+
+def folded(text: str, stream: TextIO | None, *, indent: int = 0) -> str:
+    """Lines that are longer than the terminal broken between words, what follows indented; unchanged in a file."""
+    if stream is None or not is_terminal(stream):
+        return text
+    width = max(20, columns(stream) - 1)
+    folds = (textwrap.fill(line, width, subsequent_indent=" " * min(indent, width // 3), break_long_words=False,
+                           break_on_hyphens=False, replace_whitespace=False, drop_whitespace=True)
+             if len(line) > width else line for line in text.split("\n"))
+    return "\n".join(folds)
 
 
 def fitted(parts: Sequence[tuple[int, str]], width: int | None) -> str:
