@@ -939,6 +939,11 @@ def test_help_on_a_group_and_on_a_flag(capsys):
         parse(Options, ["--help", "lorra"], description="")
 
 
+def test_a_command_without_words_is_refused_not_helped():
+    with pytest.raises(UserError, match="pretrained_model_name_or_path is missing"):
+        parse(Options, [], description="")
+
+
 def test_a_flag_that_is_given_again_is_told_with_what_counts():
     words = ["--validation_prompt=a fox", "--validation-prompt", "a cat", "--cache_latents", "--no_cache_latents",
              "--optimizer_args", "a=1", "--optimizer_args", "b=2", "--rank=8"]

@@ -20,8 +20,7 @@ from pydantic import SecretStr
 from tests.support.made_up_run import HOSTILE, make_run
 from trainkit import publish as room
 from trainkit import rng
-from trainkit.adapters import Adapters, add_adapters, largest_change
-from trainkit.adapters.movement import FP16_ROUNDING
+from trainkit.adapters import BF16_ROUNDING, FP16_ROUNDING, Adapters, add_adapters, largest_change
 from trainkit.errors import UserError
 from trainkit.families import sdxl
 from trainkit.files import atomic_write
@@ -117,14 +116,19 @@ def test_one_layer_that_moved_is_enough(adapters, at_scale, tmp_path):
     assert told(adapters, make_run(tmp_path / "run")) == []
 
 
-@pytest.mark.parametrize("ds, stuck", [([1e-6, 1e-6, 1e-6], True), ([1e-6, 1e-6, 4e-6], False)])
-def test_a_step_size_that_never_left_its_start_is_told(adapters, tmp_path, ds, stuck):
+@pytest.mark.parametrize("ds, size, told_of", [
+    ([1e-6, 1e-6, 1.04e-6], 2 * FP16_ROUNDING, True),  # Prodigy grows its estimate from a tiny start, or has none
+    ([1e-6, 1e-6, 4e-6], 2 * FP16_ROUNDING, False),
+    ([1e-4, 1e-4, 1e-4], 2 * BF16_ROUNDING, False),  # a start that was given, and right
+])
+def test_a_step_size_that_never_left_its_start_is_told(adapters, at_scale, tmp_path, ds, size, told_of):
+    at_scale(size / largest_change(adapters, enough=math.inf))
     folder = make_run(tmp_path / "run", optimizer="prodigy")
-    rows = [{"step": i, "loss": 1.0, "lr/unet": 1.0, "d/unet": d} for i, d in enumerate(ds, 1)]
+    rows = [{"step": i, "loss": 1.0, "lr/unet": 1.0, "d/unet": d, "d/tokens": 1.0} for i, d in enumerate(ds, 1)]
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     sentences = told(adapters, folder)
-    assert len(sentences) == stuck
-    assert not stuck or "In 3 steps, prodigy has found no step size" in sentences[0] and "unet 1e-06" in sentences[0]
+    assert len(sentences) == told_of
+    assert not told_of or "In 3 steps, prodigy has found no step size: it is 1.0e-06" in sentences[0]
 
 
 def test_the_end_of_a_run_warns_of_a_blank_lora_and_names_the_files(family, adapters, at_scale, tmp_path, caplog):

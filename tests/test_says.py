@@ -107,8 +107,10 @@ class Screen(io.StringIO):
         return True
 
     def write(self, text: str) -> int:
-        for c in text:
-            if c == "\n":
+        for c in text.replace(terminal.ERASE, "\0"):
+            if c == "\0":
+                self.rows[-1] = self.rows[-1][:self.at]
+            elif c == "\n":
                 self.rows.append("")
                 self.at = 0
             elif c == "\r":
@@ -147,6 +149,26 @@ def test_the_line_never_takes_a_second_row(screen):
     assert len(screen.shown) == 1 and screen.shown[0].startswith("299/40000")
     assert ("next save 40000" in screen.shown[0]) == (screen.columns == 200)
     assert screen.columns < 60 or "left" in screen.shown[0]
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+@pytest.mark.parametrize("screen", [80], indirect=True)
+def test_nothing_of_a_longer_line_remains(screen, monkeypatch, term):
+    monkeypatch.setenv("TERM", term)
+    progress = Progress(screen)
+    progress.task("caching latents of many images", 3, 22)
+    progress.task("short", 1, 2)
+    assert screen.shown == ["short 1/2"]
+
+
+@pytest.mark.parametrize("screen", [80], indirect=True)
+def test_the_echo_of_a_key_goes_with_the_next_line(screen, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    progress = Progress(screen)
+    progress.task("generating images", 0, 2)
+    screen.write("^C")
+    progress.clear()
+    assert screen.shown == []
 
 
 @pytest.mark.parametrize("screen", [120], indirect=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from trainkit import summary
-from trainkit.adapters import has_moved, largest_change
+from trainkit.adapters import BF16_ROUNDING, FP16_ROUNDING, largest_change
 from trainkit.errors import Problem, UserError
 from trainkit.export import LoraFileFormat, verify, write_diffusers, write_kohya
 from trainkit.files import Json, atomic_write
@@ -121,20 +121,25 @@ def publish_here(options: RunOptions, family: Family, adapters: Adapters, *, tex
 
 
 def standstills(networks: Sequence[Adapters], run: RunFacts) -> Iterator[str]:
-    """A sentence for each network that training has hardly moved, and for each step size that was never found."""
-    stuck = {group: last for group, (first, last) in run.step_sizes.items() if last <= first}
-    advice = "Train for more steps, or with a higher --learning_rate"
-    if stuck:
-        sizes = ", ".join(f"{group} {d:g}" for group, d in stuck.items())
-        advice = (f"In {run.step} steps, {run.optimizer} has found no step size: it is where it started ({sizes}). "
-                  "Raise --max_train_steps: it needs some hundred")
-    still = [network for network in networks if network.layers and not has_moved(network)]
-    for network in still:
+    """A sentence for each network whose weights training has hardly moved.
+
+    The measure is rounding to fp16; where the optimizer never found a step size, the coarser one to bf16.
+    """
+    for network in networks:
+        sizes = {group: pair for group, pair in run.step_sizes.items() if group.partition(".")[0] == network.prefix}
+        stuck = bool(sizes) and all(last < 2 * first for first, last in sizes.values())
+        bound = BF16_ROUNDING if stuck else FP16_ROUNDING
+        largest = largest_change(network, enough=bound)
+        if not network.layers or largest >= bound:
+            continue
+        advice = "Train for more steps, or with a higher --learning_rate"
+        if stuck:
+            d = max(last for _, last in sizes.values())
+            advice = (f"In {run.step} steps, {run.optimizer} has found no step size: it is {d:.1e}, where it started. "
+                      "Raise --max_train_steps: it needs some hundred")
         yield (f"the adapters of {network.prefix} have hardly moved: no layer's weights changed by more than "
-               f"{largest_change(network):.0e} of their size, which is less than rounding them to fp16 does. "
+               f"{largest:.0e} of their size, which is less than rounding them to {'bf16' if stuck else 'fp16'} does. "
                f"Images with this LoRA look like the base model's. {advice}")
-    if stuck and not still:
-        yield advice
 
 
 def write_weights(folder: Path, family: Family, networks: Sequence[Adapters], *, num_images: int | None) -> list[Path]:

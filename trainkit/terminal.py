@@ -9,6 +9,7 @@ from typing import TextIO
 
 COLUMNS = 80  # of a terminal that does not say
 BOLD, RED, YELLOW = "1", "31", "33"  # SGR codes of ECMA-48
+ERASE = "\x1b[K"  # from the cursor to the end of the line
 JOINT = " · "
 
 
@@ -25,6 +26,12 @@ def columns(stream: TextIO) -> int:
     return found or COLUMNS
 
 
+def knows_codes(stream: TextIO | None) -> bool:
+    """Whether it obeys ECMA-48's control sequences. The old console of Windows prints them."""
+    plain_windows = os.name == "nt" and "WT_SESSION" not in os.environ
+    return is_terminal(stream) and os.environ.get("TERM") != "dumb" and not plain_windows
+
+
 def shows_colours(stream: TextIO | None) -> bool:
     """On a terminal, unless NO_COLOR is set; FORCE_COLOR asks for colours in a file too. As Python itself decides it.
 
@@ -32,10 +39,7 @@ def shows_colours(stream: TextIO | None) -> bool:
     """
     if os.environ.get("NO_COLOR"):
         return False
-    if os.environ.get("FORCE_COLOR"):
-        return True
-    plain_windows = os.name == "nt" and "WT_SESSION" not in os.environ  # the old console prints the codes
-    return is_terminal(stream) and os.environ.get("TERM") != "dumb" and not plain_windows
+    return bool(os.environ.get("FORCE_COLOR")) or knows_codes(stream)
 
 
 def styled(text: str, *codes: str, stream: TextIO | None) -> str:

@@ -6,11 +6,11 @@ starts.py · initial values; movement.py · how far training has moved the weigh
 W a layer's weight, out × in, where in counts a convolution's kernel too; c the scale, α/r or α/√r.
 """
 
-from trainkit.adapters.movement import has_moved, largest_change
+from trainkit.adapters.movement import BF16_ROUNDING, FP16_ROUNDING, largest_change
 from trainkit.adapters.network import NAME, UNET, Adapters, Prefix, add_adapters
 from trainkit.adapters.targets import BLORA_BLOCKS, Targets, problems
 
 __all__ = [
-    "BLORA_BLOCKS", "NAME", "UNET", "Adapters", "Prefix", "Targets", "add_adapters", "has_moved", "largest_change",
-    "problems",
+    "BF16_ROUNDING", "BLORA_BLOCKS", "FP16_ROUNDING", "NAME", "UNET", "Adapters", "Prefix", "Targets", "add_adapters",
+    "largest_change", "problems",
 ]

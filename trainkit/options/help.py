@@ -7,6 +7,7 @@ import importlib.util
 import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from itertools import pairwise
 
 from trainkit import __version__
 from trainkit.errors import Problem, UserError
@@ -48,7 +49,7 @@ def answer(
     Raises UserError: there is no such topic or shell, or completion lacks its package.
     """
     words = underscored(argv)
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in pairwise([*words, ""]):
         name, sign, value = word.partition("=")
         value = value if sign else "" if following.startswith("-") else following
         match name:

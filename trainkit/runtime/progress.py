@@ -91,7 +91,7 @@ class Progress:
     def clear(self) -> None:
         """Empty the live line, so that something else can be written there."""
         if self.live and self._shown:
-            self.stream.write("\r" + " " * min(self._shown, self.width or 0) + "\r")
+            self.stream.write("\r" + self._erased("") + "\r")
             self.stream.flush()
             self._shown = 0
 
@@ -107,9 +107,15 @@ class Progress:
         self._next = now + (REDRAW_SECONDS if self.live else self.log_seconds)
         return True
 
+    def _erased(self, text: str) -> str:
+        """`text`, and nothing of what stood there before, be it the echo of a key."""
+        if terminal.knows_codes(self.stream):
+            return text + terminal.ERASE
+        return text.ljust(min(self._shown, self.width or 0))
+
     def _write(self, text: str) -> None:
         if self.live:
-            self.stream.write("\r" + text.ljust(min(self._shown, self.width or 0)))
+            self.stream.write("\r" + self._erased(text))
             self._shown = len(text)
         else:
             self.stream.write(text + "\n")
