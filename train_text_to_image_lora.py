@@ -59,7 +59,7 @@ class Options(OptionSet):
 @own_settings()
 def main(argv: list[str] | None = None) -> None:
     opt = parse(Options, argv, description=__doc__)  # frozen; --help and --print_config end here
-    say("loading PyTorch and Diffusers, then looking at the model and the images")
+    say("loading PyTorch and Diffusers, then the model and the images")
 
     from trainkit import checkpoints, families, preview, publish, run_fingerprint, summary
     from trainkit.conditioning import clip_token, live_text
