@@ -12,7 +12,6 @@ script.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 from trainkit.errors import exit_with_message, refuse
@@ -35,11 +34,7 @@ from trainkit.options import (
 from trainkit.process import own_settings, say
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from trainkit.conditioning.live_text import Text
     from trainkit.data.rows import Rows
-    from trainkit.optim import Optim
 
 
 class Options(OptionSet):
@@ -63,9 +58,8 @@ class Options(OptionSet):
 def main(argv: list[str] | None = None) -> None:
     opt = parse(Options, argv, description=__doc__)  # frozen; --help and --print_config end here
     say("loading PyTorch and Diffusers, then the model and the images")
-
-    from trainkit import checkpoints, preview, publish, run_fingerprint, summary
-    from trainkit.conditioning import live_text, new_tokens
+    from trainkit import checkpoints, lora_files, preview, publish, run_fingerprint, summary
+    from trainkit.conditioning import caption_length, live_text, new_tokens
     from trainkit.data import cache, class_images, loader, sampler
     from trainkit.diffusion import ScheduleChange, make_noise
     from trainkit.families import sdxl
@@ -78,7 +72,6 @@ def main(argv: list[str] | None = None) -> None:
     with start_run(opt, "dreambooth-lora-sdxl") as run:
         total, stop = opt.run.ends(len(instances), run.world)  # finished steps of the run, and of this session
         summary.tell_plan(opt, instances, run, steps=total, class_images=opt.prior.images)
-
         # Images of the concept, and of its class where the prior is kept: those are generated where they are missing.
         rows = [*instances, *class_images.class_rows(opt, run)]
         stream = sampler.Order(rows, run.global_batch, seed=run.seed)  # the same on 1 or N processes
@@ -92,12 +85,12 @@ def main(argv: list[str] | None = None) -> None:
             family, [row.caption for row in rows], store, also=preview.preview_prompts(opt.validation), text=opt.text,
             pivotal=opt.pivotal, lora=opt.lora, total=total, seed=run.seed,
             gradient_checkpointing=opt.precision.gradient_checkpointing)
+        caption_length.warn_cut(rows, text.rewrite, family.tokenizers)
         images = loader.ready_images(rows, opt.data, family, store, seed=run.seed, progress=run.show_task,
                                      num_workers=opt.run.dataloader_num_workers)
 
         # Everything that learns: adapters on the network, and what trains in the text encoders.
-        lora, optimizer = make_trainables(opt, family, text, keep_vae=images.live, global_batch=run.global_batch,
-                                          total_steps=total, seed=run.seed)
+        lora, optimizer = make_trainables(opt, family, text, run, keep_vae=images.live, total_steps=total)
 
         # One forward pass a step: noise to a drawn level, ask the network, weigh the error.
         plain, memories = plain_objective(opt.objective, opt.fourier_loss, family.schedule, total_steps=total,
@@ -105,12 +98,15 @@ def main(argv: list[str] | None = None) -> None:
         passes = Passes(always(plain), memories)
         train_step = TrainStep(family, text, make_noise(opt.objective), passes, run.autocast)
 
-        # Previews and checkpoints, from which a killed run goes on.
+        # Previews, and checkpoints: a killed run goes on from them, and each holds the LoRA of its step.
         previews = preview.Previews(
             family, opt.validation, text, run.out_dir, seed=run.seed, resolution=opt.data.resolution,
             every=opt.validation.every(stream.steps_per_epoch), averaged=optimizer.averaged)
+        exports = lora_files.LoraFiles(opt.run, family, lora, text, num_images=len(instances) // opt.data.repeats,
+                                       averaged=optimizer.averaged)
         saves = checkpoints.Checkpoints(
-            run.out_dir, keep=opt.run.checkpoints_total_limit, extra=partial(export, text, optimizer, run.name),
+            run.out_dir, keep=opt.run.checkpoints_total_limit, every=opt.run.checkpointing_steps,
+            after_last=opt.run.compat is None, exports=exports,
             fingerprint=run_fingerprint.fingerprint(opt, rows, family, run, total), adapters=lora, text=text,
             passes=passes, optimizer=optimizer, run=run)
         start = saves.resume(opt.run.resume_from_checkpoint, stop=stop)
@@ -118,13 +114,12 @@ def main(argv: list[str] | None = None) -> None:
                                        num_workers=opt.run.dataloader_num_workers)
         run.train(train_step, batches, optimizer, text, saves, previews, start=start, stop=stop, total=total)
         if stop == total:
-            publish.publish(opt.run, family, lora, text=text, num_images=len(instances) // opt.data.repeats,
-                            averaged=optimizer.averaged)
+            publish.publish(opt.run, exports)
 
 
 def preflight(opt: Options) -> Rows:
     """The rows to train on; or one message with everything that is wrong, before a weight is loaded."""
-    from trainkit import optim, preflight, publish
+    from trainkit import checkpoints, optim, preflight, publish
     from trainkit.conditioning import new_tokens
     from trainkit.data import class_images
     from trainkit.data.rows import read_rows
@@ -133,16 +128,12 @@ def preflight(opt: Options) -> Rows:
     preflight.leave_out_unused(opt.optimizer)
     model = preflight.check_model(opt, sdxl)
     rows, data_problems = read_rows(opt.data)
-    option_problems = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run)]
+    option_problems = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run),
+                       *checkpoints.problems(opt.run)]
     token_problems = new_tokens.problems(opt.pivotal, [row.caption for row in rows])
-    refuse([*option_problems, *model.problems, *data_problems, *class_images.problems(opt), *token_problems])
+    refuse([*option_problems, *model.problems, *data_problems, *class_images.problems(opt), *token_problems,
+            *preflight.output_problems(opt)])
     return rows
-
-
-def export(text: Text, optimizer: Optim, name: str, folder: Path) -> None:
-    """The embeddings in a checkpoint, as previews of the same step show them."""
-    with optimizer.averaged():
-        text.export(folder, name)
 
 
 if __name__ == "__main__":

@@ -60,9 +60,8 @@ class Options(OptionSet):
 def main(argv: list[str] | None = None) -> None:
     opt = parse(Options, argv, description=__doc__)  # frozen; --help and --print_config end here
     say("loading PyTorch and Diffusers, then the model and the images")
-
-    from trainkit import checkpoints, families, preview, publish, run_fingerprint, summary
-    from trainkit.conditioning import clip_token, live_text
+    from trainkit import checkpoints, families, lora_files, preview, publish, run_fingerprint, summary
+    from trainkit.conditioning import caption_length, clip_token, live_text
     from trainkit.data import cache, loader, sampler
     from trainkit.diffusion import ScheduleChange, make_noise
     from trainkit.losses.matching_term import make_passes
@@ -77,7 +76,6 @@ def main(argv: list[str] | None = None) -> None:
         total, stop = opt.run.ends(len(rows), run.world)  # finished steps of the run, and of this session
         summary.tell_plan(opt, rows, run, steps=total)
         stream = sampler.Order(rows, run.global_batch, seed=run.seed)  # the same on 1 or N processes
-
         # The frozen model. Prompts become conditioning (cached, or by LoRA on the encoders), images become latents.
         family = family_module.load(opt.model, device=run.device, weight_dtype=run.weight_dtype, compat=opt.run.compat,
                            schedule=ScheduleChange.from_options(opt.objective))
@@ -87,12 +85,12 @@ def main(argv: list[str] | None = None) -> None:
             family, [caption for row in rows for caption in row.all_captions], store,
             also=preview.preview_prompts(opt.validation), text=opt.text, pivotal=None, lora=opt.lora, total=total,
             seed=run.seed, gradient_checkpointing=opt.precision.gradient_checkpointing)
+        caption_length.warn_cut(rows, text.rewrite, family.tokenizers)
         images = loader.ready_images(rows, opt.data, family, store, seed=run.seed, progress=run.show_task,
                                      num_workers=opt.run.dataloader_num_workers)
 
         # Everything that learns: adapters on the network, and what trains in the text encoders.
-        lora, optimizer = make_trainables(opt, family, text, keep_vae=images.live, global_batch=run.global_batch,
-                                          total_steps=total, seed=run.seed)
+        lora, optimizer = make_trainables(opt, family, text, run, keep_vae=images.live, total_steps=total)
 
         # The forward passes of a step: one, or with distribution matching as its mode says.
         plain, memories = plain_objective(opt.objective, opt.fourier_loss, family.schedule, total_steps=total,
@@ -102,12 +100,15 @@ def main(argv: list[str] | None = None) -> None:
         train_step = TrainStep(family, text, make_noise(opt.objective), passes, run.autocast,
                                adds=(token,) if token else ())
 
-        # Previews and checkpoints, from which a killed run goes on.
+        # Previews, and checkpoints: a killed run goes on from them, and each holds the LoRA of its step.
         previews = preview.Previews(
             family, opt.validation, text, run.out_dir, seed=run.seed, resolution=opt.data.resolution,
             every=opt.validation.every(stream.steps_per_epoch), averaged=optimizer.averaged)
+        exports = lora_files.LoraFiles(opt.run, family, lora, text, num_images=len(rows) // opt.data.repeats,
+                                       averaged=optimizer.averaged)
         saves = checkpoints.Checkpoints(
-            run.out_dir, keep=opt.run.checkpoints_total_limit,
+            run.out_dir, keep=opt.run.checkpoints_total_limit, every=opt.run.checkpointing_steps,
+            after_last=opt.run.compat is None, exports=exports,
             fingerprint=run_fingerprint.fingerprint(opt, rows, family, run, total, **(token.identity if token else {})),
             adapters=lora, text=text, passes=passes, optimizer=optimizer, run=run)
         start = saves.resume(opt.run.resume_from_checkpoint, stop=stop)
@@ -115,13 +116,12 @@ def main(argv: list[str] | None = None) -> None:
                                        num_workers=opt.run.dataloader_num_workers)
         run.train(train_step, batches, optimizer, text, saves, previews, start=start, stop=stop, total=total)
         if stop == total:
-            publish.publish(opt.run, family, lora, text=text, num_images=len(rows) // opt.data.repeats,
-                            averaged=optimizer.averaged)
+            publish.publish(opt.run, exports)
 
 
 def preflight(opt: Options, family_module: ModuleType) -> Rows:
     """The rows to train on; or one message with everything that is wrong, before a weight is loaded."""
-    from trainkit import optim, preflight, publish
+    from trainkit import checkpoints, optim, preflight, publish
     from trainkit.conditioning import clip_token
     from trainkit.data.rows import read_rows
     from trainkit.losses import matching_term
@@ -132,8 +132,9 @@ def preflight(opt: Options, family_module: ModuleType) -> Rows:
     input_problems = [] if model.latents is None else [
         *clip_token.problems(opt.guidance, rows, model.text_width),
         *matching_term.problems(opt.matching, {row.digest: row.caption for row in rows}, model.latents)]
-    option_problems = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run)]
-    refuse([*option_problems, *model.problems, *input_problems, *data_problems])
+    option_problems = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run),
+                       *checkpoints.problems(opt.run)]
+    refuse([*option_problems, *model.problems, *input_problems, *data_problems, *preflight.output_problems(opt)])
     return rows
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make .venv hold exactly constraints.txt. Re-entrant: does nothing when the requirement files have not changed.
-# Used by quickstart.sh and test.sh; run it alone to only install. PYTHON=python3.12 picks another interpreter.
+# Install the versions of constraints.txt into .venv. If these files have not changed, the script does nothing.
+# quickstart.sh and test.sh call it. PYTHON=python3.12 bash scripts/install.sh uses another Python.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -13,7 +13,7 @@ PYTHON=${PYTHON:-python3}
 
 wanted=$(cat requirements.txt constraints.txt | sha256sum | cut -d' ' -f1)
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
-  echo "install: into .venv (about 2 GB, a few minutes; once)"
+  echo "install: installing into .venv. This is needed once and takes about 2 GB and a few minutes."
   # torch first: the pin decides between the CPU and the CUDA build, and nothing after it may choose another.
   .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
   .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements.txt

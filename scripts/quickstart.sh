@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
-# Teach the shipped SDXL model the look of 22 real 3-D icons, then show what it learned on nouns it was not taught.
+# Train the tiny SDXL model in this repository on 22 real 3-D icons. Then show what it learned, on nouns that are not in
+# the training images.
 #
 #   bash scripts/quickstart.sh [OUTPUT_DIR]          default: runs/quickstart
 #
-# Needs Python 3.11+ and about 2 GB of disk; installs into .venv on first use. A GPU is used when there is one.
-# Pivotal tuning: TOK becomes two new tokens, trained in the first half of the steps beside the LoRA. TOKENS=0 leaves them out.
-# Time after installation: under 10 minutes on 2 CPU cores. A quick trial: STEPS=20 DENOISING_STEPS=2 bash scripts/quickstart.sh
-# Leaves in OUTPUT_DIR: evaluation/grid.png (nouns x base, LoRA 0.5, LoRA 1.0, real) and evaluation/evaluation.json,
-# the LoRA for Diffusers and for WebUIs, the tokens' embeddings, README.md (model card), report.html. Run it again after a
-# stop and it goes on.
+# You need Python 3.11 or newer and about 2 GB of disk. The first run installs everything into .venv. A GPU is used if there
+# is one. After the installation, it takes less than 10 minutes on 2 CPU cores. This is a shorter trial:
+#
+#   STEPS=20 DENOISING_STEPS=2 bash scripts/quickstart.sh
+#
+# Pivotal tuning: TOK stands for two new tokens, which are trained in the first half of the steps. TOKENS=0 leaves them out.
+# The output folder has evaluation/grid.png (each row is a noun; the columns are the base model, the LoRA at strengths 0.5
+# and 1, and a real icon), evaluation/evaluation.json, the LoRA for Diffusers and for WebUIs, the embeddings of the new
+# tokens, README.md (the model card) and report.html. If you run the script again after a stop, it continues.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/install.sh
@@ -23,7 +27,7 @@ if [ "${TOKENS:-1}" != 0 ]; then
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # on a busy CPU two threads are slower than one
 
-# The trainer's real command line: copy it, and put your own model, images and words in.
+# This is the command line of the trainer. Copy it, and write your own model, images and words.
 train=(
   .venv/bin/python train_dreambooth_lora_sdxl_advanced.py
   --pretrained_model_name_or_path=assets/tiny-sdxl-icons
@@ -41,7 +45,7 @@ for word in "${train[@]}"; do [[ $word == *" "* ]] && word="${word%%=*}=\"${word
 printf '\n\n'
 "${train[@]}"
 
-printf '\nDrawing 120 nouns it was not taught, at three strengths (about 3 minutes):\n\n'
+printf '\nGenerating 120 nouns that are not in the training images, at three strengths (about 3 minutes):\n\n'
 .venv/bin/python scripts/evaluate.py --base assets/tiny-sdxl-icons --lora "$out/pytorch_lora_weights.safetensors" "${embeddings[@]}" \
   --strengths 0,0.5,1 --steps "$denoising_steps" --out "$out/evaluation"
 printf '\nLook at %s and open %s in a browser.\n' "$out/evaluation/grid.png" "$out/report.html"

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Install into .venv if needed, lint, check types, then run the whole suite (marked `slow` excepted) and close with pytest's summary.
-# `fast` leaves out what trains or draws for seconds, the tests marked `trains`: bash scripts/test.sh fast
-# Other arguments go to pytest: bash scripts/test.sh tests/test_objective.py -k snr
+# Install into .venv if needed, run the linter and the type checker, then run all tests that are not marked `slow`.
+#
+#   bash scripts/test.sh fast                                leave out the tests marked `trains`, which take seconds each
+#   bash scripts/test.sh tests/test_objective.py -k snr      other arguments go to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 chosen="not slow"

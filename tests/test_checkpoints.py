@@ -23,7 +23,8 @@ from trainkit import files
 from trainkit.checkpoints import Checkpoints, Stage
 from trainkit.errors import Problem, UserError
 from trainkit.runtime import manifest
-from trainkit.runtime.checkpoint_folders import CheckpointFolders, is_whole, pointed, step_of
+from trainkit.runtime.checkpoint_folders import CheckpointFolders, is_whole, pointed
+from trainkit.runtime.weight_files import DIFFUSERS_FILE, step_files, step_name, step_of
 
 STAGES = get_args(Stage)
 
@@ -46,10 +47,32 @@ class Part:
         self.step = data["step"]
 
 
-def make(out: Path, *, keep=None, size=300, extra=None, **fingerprint) -> tuple[Checkpoints, Part]:
+class Loras:
+    """Files for other programs: one in the checkpoint, one beside it."""
+
+    def __init__(self, out: Path, *, keep: bool = True):
+        self.out, self.keep = out, keep
+
+    def bytes_in(self) -> int:
+        return 2_000
+
+    def bytes_beside(self) -> int:
+        return 1_000
+
+    def write(self, folder: Path, step: int) -> None:
+        for path in (folder / DIFFUSERS_FILE, self.out / f"{step_name('dog', step)}.safetensors"):
+            files.atomic_write(path, b"weights of %d" % step)
+
+    def beside(self) -> dict[Path, int]:
+        return step_files(self.out, "dog")
+
+
+def make(out: Path, *, keep=None, size=300, exports=None, every=None, after_last=True, **fingerprint
+         ) -> tuple[Checkpoints, Part]:
     part = Part(size)
     pins = {"--rank": 4, "model": {"name": "tiny", "hash": "ab"}} | fingerprint
-    return Checkpoints(out, keep=keep, fingerprint=pins, extra=extra, adapters=part, optimizer=Part(5)), part
+    return Checkpoints(out, keep=keep, every=every, after_last=after_last, fingerprint=pins, exports=exports,
+                       adapters=part, optimizer=Part(5)), part
 
 
 def save_steps(out: Path, *steps: int, keep=None) -> None:
@@ -90,10 +113,128 @@ def test_what_is_saved_comes_back_and_files_are_the_announced_ones(tmp_path):
     assert pointed(tmp_path) == "checkpoint-4" and hidden(tmp_path) == []
 
 
-def test_extra_files_are_in_the_manifest(tmp_path):
-    points, _ = make(tmp_path, extra=lambda folder: (folder / "lora.safetensors").write_bytes(b"weights"))
-    folder = points.save(1)
-    assert "lora.safetensors" in manifest.check(folder)["files"]
+# -- files for other programs ------------------------------------------------------------------------------------------
+
+
+def beside(out: Path) -> list[int]:
+    return list(step_files(out, "dog").values())
+
+
+def test_a_checkpoint_notes_the_files_for_other_programs_in_its_manifest(tmp_path):
+    folder = make(tmp_path, exports=Loras(tmp_path))[0].save(1)
+    facts = manifest.check(folder)
+    assert facts["exports"].keys() == {DIFFUSERS_FILE} and DIFFUSERS_FILE not in facts["files"]
+    assert (tmp_path / "dog-step00000001.safetensors").read_bytes() == b"weights of 1"
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda p: p.write_bytes(b""), lambda p: p.write_bytes(b"other weights")],
+                         ids=["missing", "empty", "changed"])
+def test_a_resume_does_not_need_the_files_for_other_programs(tmp_path, harm):
+    points, part = make(tmp_path, exports=Loras(tmp_path), keep=1)
+    part.step = 2
+    harm(points.save(2) / DIFFUSERS_FILE)
+    harm(tmp_path / "dog-step00000002.safetensors")
+    assert is_whole(tmp_path / "checkpoint-2") and resumed(tmp_path) == resumed(tmp_path, "checkpoint-2") == 2
+
+
+@pytest.mark.parametrize("stage", ["write", "flush", "manifest", "publish"])
+def test_a_checkpoint_that_can_be_seen_has_all_its_files(tmp_path, stage):
+    def child():
+        room.reached = lambda at, step: os.kill(os.getpid(), signal.SIGKILL) if at == stage else None
+        make(tmp_path, exports=Loras(tmp_path))[0].save(2)
+
+    os.waitpid(forked(child), 0)
+    for folder in CheckpointFolders(tmp_path).all():
+        assert (folder / DIFFUSERS_FILE).is_file() and beside(tmp_path) == [2]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_loras_beside_checkpoints_stay_or_go_with_them(tmp_path, kept):
+    points, part = make(tmp_path, exports=Loras(tmp_path, keep=kept), keep=2)
+    (tmp_path / "dog.safetensors").write_bytes(b"the final one")
+    (tmp_path / "hotdog-step00000002.safetensors").write_bytes(b"another run's")
+    for part.step in (2, 4, 6, 8):
+        points.save(part.step)
+    assert beside(tmp_path) == ([2, 4, 6, 8] if kept else [6, 8])
+    assert {p.name for p in tmp_path.glob("*dog*")} >= {"dog.safetensors", "hotdog-step00000002.safetensors"}
+
+
+def test_loras_of_steps_that_will_come_again_are_set_aside_with_their_checkpoints(tmp_path):
+    points, part = make(tmp_path, exports=Loras(tmp_path))
+    for part.step in (2, 4, 6):
+        points.save(part.step)
+    shutil.rmtree(tmp_path / "checkpoint-4")  # its LoRA stayed when it was pruned
+    assert make(tmp_path, exports=Loras(tmp_path))[0].resume("checkpoint-2") == 2
+    assert beside(tmp_path) == [2]
+    assert [p.name for p in sorted(tmp_path.glob("earlier/*/*"))] == [
+        "checkpoint-6", "dog-step00000004.safetensors", "dog-step00000006.safetensors"]
+
+
+@pytest.mark.parametrize("keep, kept, said", [
+    (None, True, "4 checkpoints of this run leave a LoRA for WebUIs in {}: 1 KiB each, 4 KiB together (--no_keep"),
+    (1, True, "4 checkpoints of this run leave a LoRA for WebUIs in {}: 1 KiB each, 4 KiB together (--no_keep"),
+    (2, False, "2 checkpoints of this run leave a LoRA for WebUIs in {}: 1 KiB each, 2 KiB together"),
+])
+def test_their_disk_is_told_at_the_start(tmp_path, caplog, keep, kept, said):
+    points, _ = make(tmp_path, exports=Loras(tmp_path, keep=kept), keep=keep, every=2)
+    with caplog.at_level(logging.INFO):
+        points.announce(0, stop=7, total=7)
+        make(tmp_path, every=2)[0].announce(0, stop=7, total=7)
+        make(tmp_path, exports=Loras(tmp_path), every=2)[0].announce(7, stop=7, total=7)
+    [told] = caplog.messages
+    assert told.startswith(said.format(tmp_path)) and ("--no_keep_loras" in told) == kept
+
+
+def test_their_disk_is_asked_for_before_anything_is_written(tmp_path, monkeypatch):
+    points, _ = make(tmp_path, exports=Loras(tmp_path))
+    asked = []
+    monkeypatch.setattr(files, "require_space", lambda folder, size: asked.append(size))
+    points.save(2)
+    points.exports = room.NoExports()
+    points.save(3)
+    assert asked[0] - asked[1] == 3_000
+
+
+# -- which steps are saved, and which stay -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps, every, keep, left", [
+    (7, 2, 2, [4, 6, 7]), (6, 2, 2, [4, 6]), (7, 2, None, [2, 4, 6, 7]), (7, 100, 1, [7]), (3, 1, 1, [3]),
+    (5, 4, 1, [4, 5]),
+])
+@pytest.mark.parametrize("compat", [False, True])
+def test_the_save_after_the_last_step_does_not_count(tmp_path, steps, every, keep, left, compat):
+    """Under --compat diffusers it is not made, unless it is on the interval."""
+    points, part = make(tmp_path, keep=keep, every=every, after_last=not compat)
+    for part.step in range(1, steps + 1):
+        if points.due(part.step, stop=steps, total=steps):
+            points.save(part.step)
+    expected = [step for step in left if not compat or step % every == 0]
+    assert [step_of(p) for p in CheckpointFolders(tmp_path).all()] == expected
+
+
+@pytest.mark.parametrize("after_last", [True, False])
+def test_a_session_that_is_to_stop_early_saves_where_it_stops(tmp_path, after_last):
+    points, _ = make(tmp_path, every=5, after_last=after_last)
+    assert [step for step in range(1, 9) if points.due(step, stop=8, total=20)] == [5, 8]
+
+
+def test_a_longer_run_lets_the_extra_one_go(tmp_path):
+    points, part = make(tmp_path, keep=2, every=2)
+    for part.step in (2, 4, 6, 7, 8, 10):
+        points.save(part.step)
+    assert [step_of(p) for p in CheckpointFolders(tmp_path).all()] == [8, 10]
+
+
+def test_a_kill_before_the_pruning_is_made_good_by_a_session_with_no_step_left(tmp_path, monkeypatch):
+    save_steps(tmp_path, 1, 2, 3, 4)
+    points, _ = make(tmp_path, keep=2)
+    points.resume("latest")
+    points.save(4)
+    assert [step_of(p) for p in CheckpointFolders(tmp_path).all()] == [3, 4]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", STAGES)

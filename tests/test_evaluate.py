@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from tests.support import ROOT
 from tests.support.loras import random_lora
 from trainkit.errors import UserError
 from trainkit.inference import load_pipeline
@@ -46,14 +45,14 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[list[Image.Image]]:
         shown.append(images)
         return 0.1 if len(shown) == 1 else 0.7 - 0.1 * len(shown)
 
-    monkeypatch.setitem(sys.modules, "trainkit.evaluation", SimpleNamespace(style_distance=style_distance))
+    monkeypatch.setattr("trainkit.evaluation.style_distance", style_distance)
     monkeypatch.setattr(evaluate, "MIN_IMAGES", 6)
     return shown
 
 
 def arguments(tiny_sdxl: Path, lora: Path, icons: Path, out: Path, *more: str) -> list[str]:
-    return [f"--base={tiny_sdxl}", f"--lora={lora}", f"--reference={icons}", f"--training={icons}", f"--clip={icons}",
-            "--steps=2", f"--out={out}", *more]
+    return [f"--base={tiny_sdxl}", f"--lora={lora}", f"--reference={icons}", f"--training={icons}",
+            f"--clip={ROOT / 'assets/tiny-clip-icons'}", "--steps=2", f"--out={out}", *more]
 
 
 @pytest.mark.trains

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,12 @@ def output(unet: torch.nn.Module) -> Tensor:
     added = {"text_embeds": torch.randn(1, 32, generator=g), "time_ids": torch.full((1, 6), 64.0)}
     z, text = torch.randn(1, 4, 16, 16, generator=g), torch.randn(1, 77, 56, generator=g)
     return unet(z, torch.tensor([500]), encoder_hidden_states=text, added_cond_kwargs=added).sample
+
+
+@pytest.fixture(params=[False, True], ids=["by products", "by factors"])
+def both_ways(request, monkeypatch) -> None:
+    """Every ΔW computed, as at the end of a run; and only those that the factors do not prove, as for checkpoints."""
+    monkeypatch.setattr(export, "verify", partial(export.verify, by_factors=request.param))
 
 
 @pytest.mark.trains
@@ -218,6 +225,7 @@ def test_a_pissa_file_is_a_plain_lora_of_twice_the_rank(family, tmp_path):
     assert {len(t) for name, t in tensors.items() if name.endswith("lora_down.weight")} == {8}
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("layout", ["diffusers", "webui"])
 def test_any_changed_number_of_any_kind_is_found_out(icons, tmp_path, kind, layout):
@@ -305,6 +313,7 @@ def test_modules_are_fp16_unless_their_numbers_leave_its_normal_range(family, tm
     assert full == {family.webui_name(small)}
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_one_column_far_below_the_others_rounds_to_subnormals_and_is_no_error(family, tmp_path):
     """The shape of a young Prodigy run: entries of very different size in one factor."""
     adapters = trained(family, size=1e-6)
@@ -345,6 +354,7 @@ def test_rounding_is_bounded_through_every_formula(dtype):
         assert (error <= found.error).all() and (error / found.error).max() > 0.03
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_a_small_error_in_a_large_fp32_file_is_found_out(adapters, family, tmp_path):
     """Five units in the seventh digit of one number are more than rounding."""
     path, _ = write(adapters, family, tmp_path)
@@ -356,6 +366,7 @@ def test_a_small_error_in_a_large_fp32_file_is_found_out(adapters, family, tmp_p
         export.verify(path, [adapters], family, layout="diffusers")
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_a_file_of_the_other_layout_is_found_out(adapters, family, tmp_path):
     ours, others = write(adapters, family, tmp_path)
     for path, layout in ((ours, "webui"), (others, "diffusers")):
@@ -363,6 +374,7 @@ def test_a_file_of_the_other_layout_is_found_out(adapters, family, tmp_path):
             export.verify(path, [adapters], family, layout=layout)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_an_untrained_adapter_is_written_and_verified(family, tmp_path):
     adapters = trained(family, size=0.0)
     ours, others = write(adapters, family, tmp_path)
@@ -402,6 +414,7 @@ DAMAGE = {  # file: what may go wrong with it
 }
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("which, damage", [(which, d) for which in DAMAGE for d in DAMAGE[which]])
 def test_a_file_that_differs_from_the_trained_weights_is_found_out(adapters, family, tmp_path, which, damage):
     path = write(adapters, family, tmp_path)[which]
@@ -413,6 +426,7 @@ def test_a_file_that_differs_from_the_trained_weights_is_found_out(adapters, fam
     assert caught.value.exit_code == 74
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_swapped_modules_are_found_out(adapters, family, tmp_path):
     """Both modules have the same shape: only the values can tell."""
     _, path = write(adapters, family, tmp_path)

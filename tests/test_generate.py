@@ -19,7 +19,7 @@ from tests.support.loras import random_lora
 from tests.support.tiny_models import build_tiny_clip
 from trainkit.data.clip_features import load_clip
 from trainkit.errors import Problem, UserError
-from trainkit.report.facts import DIFFUSERS_FILE
+from trainkit.runtime.weight_files import DIFFUSERS_FILE
 from trainkit.tools import extract_clip_features, generate
 
 LONG = "a cat " * 60  # fills the context

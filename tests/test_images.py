@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import io
+import logging
 import struct
+import sys
+import warnings
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 
 from tests.support.images import data_options, marked, row_of
+from tests.support.profiles import ADOBE, P3, SRGB, profile
+from trainkit.data import images
 from trainkit.data.batch import Row, Sample, collate
 from trainkit.data.geometry import INTERPOLATIONS, CropPolicy, resized_size
 from trainkit.data.images import UnreadableImage, decode, is_animated, load_image
+from trainkit.data.rows import read_rows
 from trainkit.errors import UserError
 
 
@@ -81,6 +88,154 @@ def test_cmyk_uses_its_profile_and_otherwise_the_plain_formula() -> None:
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     broken = decode(encoded(inks, "TIFF", icc_profile=srgb))  # a profile for another colour space cannot be applied
     assert np.abs(np.array(broken)[0, 0] - [255, 0, 0]).max() <= 2
+
+
+def first_pixel(data: bytes) -> np.ndarray:
+    return np.asarray(decode(data))[0, 0].astype(int)
+
+
+def in_srgb(primaries: tuple, colour: tuple[int, ...], gamma: float = 2.2) -> np.ndarray:
+    """The formula: gamma, the matrix to XYZ, the inverse of sRGB's, sRGB's curve."""
+    linear = np.linalg.solve(np.array(SRGB).T, np.array(primaries).T @ (np.array(colour) / 255) ** gamma).clip(0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("primaries", [P3, ADOBE], ids=["P3", "AdobeRGB"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_colours_are_those_of_the_embedded_profile(primaries: tuple, kind: str) -> None:
+    """(200, 90, 60) of a wide gamut is a stronger colour in sRGB, as every viewer shows it."""
+    expected = in_srgb(primaries, (200, 90, 60))
+    assert expected[0] > 215
+    how = {"quality": 100} if kind in ("JPEG", "WEBP") else {}
+    data = encoded(Image.new("RGB", (32, 32), (200, 90, 60)), kind, icc_profile=profile(primaries), **how)
+    assert np.abs(first_pixel(data) - expected).max() <= 4, first_pixel(data)
+
+
+def test_profiles_reach_alpha_palettes_and_grey() -> None:
+    wide = profile(P3)
+    rgba = encoded(Image.new("RGBA", (4, 4), (200, 90, 60, 255)), icc_profile=wide)
+    assert np.abs(first_pixel(rgba) - (217, 80, 45)).max() <= 3
+    clear = encoded(Image.new("RGBA", (4, 4), (200, 90, 60, 0)), icc_profile=wide)
+    assert first_pixel(clear).tolist() == [255, 255, 255]
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 200, 90, 60])
+    assert np.abs(first_pixel(encoded(palette, icc_profile=wide)) - (217, 80, 45)).max() <= 3
+    linear = profile(gamma=1.0, grey=True)
+    expected = 255 * (1.055 * (100 / 255) ** (1 / 2.4) - 0.055)  # sRGB's curve
+    for grey in (Image.new("L", (4, 4), 100), Image.new("LA", (4, 4), (100, 255))):
+        assert np.abs(first_pixel(encoded(grey, icc_profile=linear)) - expected).max() <= 3
+
+
+def test_a_profile_that_says_srgb_changes_no_value() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert (np.asarray(decode(encoded(Image.fromarray(noise), icc_profile=srgb))) == noise).all()
+
+
+@pytest.mark.parametrize("broken", [b"junk", profile(grey=True), b"\0" * 500], ids=["junk", "of grey", "zeros"])
+def test_an_unusable_profile_is_remarked_and_the_image_read(broken: bytes) -> None:
+    said: list[str] = []
+    image = decode(encoded(Image.new("RGB", (4, 4), (200, 90, 60)), icc_profile=broken), said.append)
+    assert image.getpixel((0, 0)) == (200, 90, 60) and len(said) == 1 and "profile" in said[0]
+
+
+def large_png(kind: str) -> bytes:
+    text, info = '{"workflow": "' + "node " * 300_000 + '"}', PngImagePlugin.PngInfo()
+    if kind == "icc":
+        return encoded(Image.new("RGB", (8, 8), "red"), icc_profile=b"\0" * 1_500_000)
+    if kind == "itxt":
+        info.add_itxt("workflow", text, zip=True)
+    elif kind == "many":
+        for i in range(70):
+            info.add_text(f"t{i}", "x" * 1_000_000, zip=True)
+    else:
+        info.add_text("workflow", text, zip=kind == "ztxt")
+    info.add_text("Title", "kept")
+    return encoded(Image.new("RGB", (8, 8), "red"), pnginfo=info)
+
+
+@pytest.mark.parametrize("kind", ["ztxt", "itxt", "text", "icc", "many"])
+@pytest.mark.parametrize("after", [False, True])
+def test_a_png_with_more_text_than_pillow_takes_is_read(kind: str, after: bool) -> None:
+    data = large_png(kind)
+    if after:  # text may stand behind the pixels, too
+        chunks = images.without_large_text(data)
+        pixels = data.index(b"IDAT") - 4
+        end = data.index(b"IEND") - 4
+        head = data[:33]
+        data = head + data[pixels:end] + data[33:pixels] + data[end:]
+        assert len(chunks) < len(data)
+    assert decode(data).getpixel((0, 0)) == (255, 0, 0) and not is_animated(data)
+
+
+@pytest.mark.parametrize("data, kind, fix", [
+    (struct.pack(">I4s4sI4s", 24, b"ftyp", b"heic", 0, b"mif1") + bytes(99), "HEIC", "pillow-heif"),
+    (struct.pack(">I4s4sI4s", 24, b"ftyp", b"mif1", 0, b"heic") + bytes(99), "HEIC", "pillow-heif"),
+    (struct.pack(">I4s4sI4s", 24, b"ftyp", b"isom", 0, b"mp41") + bytes(99), "a video", "stills"),
+    (b"\xff\x0a" + bytes(99), "JPEG XL", "convert"), (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(99), "JPEG XL", "convert"),
+    (b"8BPS\0\1" + bytes(99), "Photoshop", "convert"), (b"%PDF-1.7" + bytes(99), "PDF", "convert"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS", "git lfs pull"),
+])
+def test_a_sound_file_of_another_kind_is_named_and_never_moved_away(
+    tmp_path: Path, data: bytes, kind: str, fix: str
+) -> None:
+    marked(1, 40, 40).save(tmp_path / "a.png")
+    (tmp_path / "b.jpg").write_bytes(data)
+    _, (problem,) = read_rows(data_options(instance_data_dir=tmp_path))
+    assert kind in problem.why and fix in problem.fix and "mv" not in problem.fix
+    (tmp_path / "c.jpg").write_bytes(b"junk")
+    _, (problem,) = read_rows(data_options(instance_data_dir=tmp_path))
+    assert fix in problem.fix and "c.jpg" in problem.fix and "b.jpg" not in problem.fix
+
+
+def test_heic_is_read_where_its_package_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package registers a format of its own; here one that reads PNG under that name."""
+    from PIL.PngImagePlugin import PngImageFile
+
+    class Heif(PngImageFile):
+        format = "HEIF"
+
+    fake = type(sys)("pillow_heif")
+    fake.register_heif_opener = lambda: Image.register_open("HEIF", Heif, lambda prefix: prefix.startswith(b"\x89PNG"))
+    fake.__spec__ = importlib.machinery.ModuleSpec("pillow_heif", None)
+    monkeypatch.setitem(sys.modules, "pillow_heif", fake)
+    monkeypatch.setattr(images, "FORMATS", [*images.heif_formats(), "JPEG"])
+    (tmp_path / "IMG_1.HEIC").write_bytes(encoded(Image.new("RGB", (8, 8), "red")))
+    rows, problems = read_rows(data_options(instance_data_dir=tmp_path))
+    assert not problems and [row.id for row in rows] == ["IMG_1.HEIC"]
+
+
+def test_remarks_of_pillow_carry_the_names_of_the_images(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    for name in ("a.png", "b.png"):
+        palette.save(tmp_path / name, transparency=b"\x00\x80")  # Pillow warns when such a palette is converted
+    marked(1, 40, 40).save(tmp_path / "plain.png")
+    for name in ("x.tif", "y.tif"):
+        Image.new("CMYK", (8, 8)).save(tmp_path / name, icc_profile=b"junk")
+    rows, problems = read_rows(data_options(instance_data_dir=tmp_path))
+    assert not problems
+    remark, = (r.getMessage() for r in caplog.records if "profile" in r.getMessage())
+    assert "2 images" in remark and "x.tif" in remark and "y.tif" in remark and "plain.png" not in remark
+    caplog.clear()
+    with warnings.catch_warnings(record=True) as later, caplog.at_level(logging.WARNING):
+        for row in rows:
+            load_image(row)
+    assert not caplog.records and not [w for w in later if "profile" in str(w.message)], "told once, not at each visit"
+
+
+def test_small_images_and_twins_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, size in {"one.png": 1, "eight.png": 8, "fine.png": 20}.items():
+        marked(size, size, size).save(tmp_path / name)
+    for name, caption in {"copy.png": "a cat", "again.png": "a dog"}.items():
+        marked(7, 40, 40).save(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text(caption)
+    assert not read_rows(data_options(instance_data_dir=tmp_path))[1]
+    small, twins = caplog.records[-2].getMessage(), caplog.records[-1].getMessage()
+    assert "one.png, 32 times" in small and "eight.png, 4 times" in small and "fine.png" not in small
+    assert "again.png = copy.png (with different captions)" in twins
 
 
 @pytest.mark.parametrize("name, data", {
@@ -216,6 +371,13 @@ def test_variants_are_distinct_and_are_what_visits_see(changes: dict, size: tupl
     variants = policy.variants(row, 7)
     assert len(variants) == len(set(variants)) == expected
     assert {policy.sample(row, seed=7, epoch=e) for e in range(200)} == set(variants)
+
+
+@pytest.mark.parametrize("repeats", [1, 3, 20])
+def test_repeats_share_the_cached_crops_of_their_image(repeats: int) -> None:
+    policy = CropPolicy(resolution=32, cached_crops=4, random_flip=True)
+    views = {(v.top, v.left, v.flip) for i in range(repeats) for v in policy.variants(a_row(32, 90, repeat=i), 7)}
+    assert len(views) == 8
 
 
 def test_a_fresh_random_crop_cannot_be_cached() -> None:

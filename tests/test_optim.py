@@ -7,6 +7,7 @@ its averaged weights and take them back.
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from trainkit.errors import UserError
 from trainkit.optim import OPTIMIZERS, library, make_optimizer, problems
+from trainkit.optim.devices import synchronize
 from trainkit.optim.schedules import SCHEDULES, SchedulePlan, parse_rules
+from trainkit.optim.state import pack_state
 from trainkit.optim.table import decisive_arguments
 from trainkit.options import OptimizerOptions
 from trainkit.options.base import Flag
@@ -777,3 +780,33 @@ def _same(one, other):
     assert one[1] == other[1]
     assert one[0].keys() == other[0].keys()
     assert all(torch.equal(one[0][k], other[0][k]) for k in one[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Devices
+
+
+DEVICE_MODULES = {  # type of device -> how its module waits: an Apple GPU's takes no argument
+    "mps": lambda waits: lambda: waits.append("mps"),
+    "cuda": lambda waits: lambda device=None: waits.append(device),
+    "xpu": lambda waits: lambda device: waits.append(device),
+}
+
+
+@pytest.mark.parametrize("category", DEVICE_MODULES)
+def test_a_device_is_waited_for_as_its_module_wants_it(monkeypatch, category):
+    waits, device = [], torch.device(category, 0)
+    module = SimpleNamespace(synchronize=DEVICE_MODULES[category](waits))
+    monkeypatch.setattr(torch, "get_device_module", {device: module}.get)
+    synchronize(device)
+    synchronize(torch.device("cpu"))
+    assert waits == ["mps" if category == "mps" else device]
+
+
+def test_a_checkpoint_of_a_run_on_an_apple_gpu_waits_for_it(monkeypatch):
+    """A parameter on a device that is not the CPU; its module's function takes no argument."""
+    waits = []
+    module = SimpleNamespace(synchronize=DEVICE_MODULES["mps"](waits))
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    inner = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2, device="meta"))], lr=0.1)
+    assert pack_state(inner, {})[0] == {} and waits == ["mps"]

@@ -100,7 +100,7 @@ def test_a_new_flag_is_in_the_fingerprint_unless_it_says_otherwise(options):
     run = SimpleNamespace(global_batch=4, precision="no", world=1)
     row = SimpleNamespace(id="a", digest="b", all_captions=("c",), repeat=0, is_class=False)
     one, other = (fingerprint(read(options, f"--lora_dummy={value}", f"--dummy_dir={value}"), [row],
-                              SimpleNamespace(identity={}), run, 10) for value in (2, 3))
+                              SimpleNamespace(identity={}, sampled_identity={}), run, 10) for value in (2, 3))
     assert (one["--lora_dummy"], other["--lora_dummy"]) == (2.0, 3.0)
     assert {name for name in one if one[name] != other[name]} == {"--lora_dummy"}
 
@@ -149,7 +149,9 @@ def test_the_card_tells_every_setting_by_a_name_of_its_own_and_no_place():
     flags = [flag for flag in known_flags().values() if flag.facts.card]
     labels = [flag.facts.card.label for flag in flags]
     assert len(labels) == len(set(labels)) > 40
-    assert not [flag.name for flag in flags if flag.facts.path or flag.secret]
+    places = [flag.name for flag in flags if flag.facts.path]
+    assert places == ["pretrained_vae_model_name_or_path"], "shown by its last part (tests/test_repeat.py)"
+    assert not [flag.name for flag in flags if flag.secret]
     assert always("Rank").always and known_flags()["rank"].facts.card == always("Rank")
 
 

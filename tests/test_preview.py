@@ -17,6 +17,7 @@ from trainkit import preview, rng
 from trainkit.adapters import add_adapters
 from trainkit.condition import Condition
 from trainkit.conditioning.cached_text import FrozenText
+from trainkit.errors import UserError
 from trainkit.families import sdxl
 from trainkit.options import LoraOptions, ValidationOptions
 from trainkit.preview import Previews, evaluating, preview_prompts
@@ -83,6 +84,8 @@ def test_the_same_step_twice_gives_the_same_bytes(family, encoded, tmp_path):
 
 
 def test_a_image_depends_on_its_own_seed_only(family, encoded, tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
     alone = first(make(family, encoded, tmp_path / "a", images=1).draw(1))
     beside_another = first(make(family, encoded, tmp_path / "b", images=2).draw(1))
     assert (pixels(alone) == pixels(beside_another)).all()
@@ -221,6 +224,48 @@ def test_images_of_an_earlier_run_are_put_away_not_mixed_in(family, encoded, tmp
     left = [f"step_{s:06d}{end}.png" for s in stay for end in ("", "_p01_s42")]
     assert names(folder / "samples") == sorted([*left, "step_by_step.png"])
     assert len([*folder.glob("earlier/samples-*/*.png")]) == 6 - len(left)
+
+
+@pytest.mark.parametrize("looks", range(8))
+def test_a_drawing_is_ended_after_any_denoising_step_or_image(family, encoded, tmp_path, looks):
+    """Two images of three steps, then two to decode: eight looks. Nothing is written, and no mode is left changed."""
+    answers = iter([False] * looks + [True])
+    modes = [m.training for m in family.denoiser.modules()]
+    assert make(family, encoded, tmp_path).draw(1, lambda: next(answers)) == {}
+    assert not (tmp_path / "samples").exists() and next(answers, None) is None, "it is asked that often"
+    assert [m.training for m in family.denoiser.modules()] == modes
+
+
+def test_looking_changes_no_image(family, encoded, tmp_path):
+    plain, looked = (make(family, encoded, tmp_path).draw(1, *stopping) for stopping in ((), (lambda: False,)))
+    assert all((np.asarray(plain[path]) == np.asarray(image)).all() for path, image in looked.items())
+
+
+@pytest.mark.parametrize("start, last, images_there, draws", [
+    (0, False, False, True), (0, False, True, False), (50, False, False, True), (50, False, True, False),
+    (30, False, False, False), (30, True, False, True), (30, True, True, False),
+])
+def test_a_session_draws_before_the_first_step_and_what_was_cut_off(
+        family, encoded, tmp_path, monkeypatch, start, last, images_there, draws):
+    """A resume at a step that has no previews draws none."""
+    previews = Previews(family, options(), encoded, tmp_path, seed=42, resolution=SIDE, every=50)
+    monkeypatch.setattr(previews, "there", lambda step: images_there)
+    assert previews.missing(start, last=last) == draws
+
+
+def test_a_folder_of_the_run_that_was_taken_away_is_not_made_again(family, encoded, tmp_path):
+    with pytest.raises(UserError) as caught:
+        make(family, encoded, tmp_path / "gone").draw(1)
+    assert caught.value.exit_code == 74 and not (tmp_path / "gone").exists()
+
+
+@pytest.mark.parametrize("junk", [b"", b"damaged", b"\x89PNG\r\n\x1a\n" + b"\0" * 30, b"P6 1 1 255"])
+def test_samples_that_are_none_are_drawn_again(family, encoded, tmp_path, junk):
+    previews = make(family, encoded, tmp_path)
+    (tmp_path / "samples").mkdir()
+    for name in ("step_000005_p01_s42.png", "step_000005_p01_s43.png", "step_000005.png"):
+        (tmp_path / "samples" / name).write_bytes(junk)
+    assert not previews.there(5)
 
 
 def test_a_resumed_run_finds_the_images_of_its_first_step(family, encoded, tmp_path):

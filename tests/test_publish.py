@@ -18,23 +18,30 @@ from PIL import Image
 from pydantic import SecretStr
 
 from tests.support.made_up_run import HOSTILE, make_run
+from trainkit import lora_files, rng
 from trainkit import publish as room
-from trainkit import rng
 from trainkit.adapters import BF16_ROUNDING, FP16_ROUNDING, Adapters, add_adapters, largest_change
 from trainkit.errors import UserError
 from trainkit.families import sdxl
 from trainkit.files import atomic_write
+from trainkit.lora_files import LoraFiles, header
 from trainkit.options import LoraOptions
-from trainkit.publish import problems, publish, uploads, write_card
+from trainkit.publish import problems, uploads, write_card
 from trainkit.report import write_report
 from trainkit.report.facts import RunFacts
+from trainkit.runtime.weight_files import embeddings_file, step_name
 
 TOKEN = "hf_plantedSecretToken123456"
 
 
 def options(folder: Path, **changes) -> SimpleNamespace:
-    defaults = dict(output_dir=str(folder), push_to_hub=False, hub_model_id=None, hub_token=None, hub_private=True)
+    defaults = dict(output_dir=str(folder), push_to_hub=False, hub_model_id=None, hub_token=None, hub_private=True,
+                    keep_loras=True, output_kohya_format=False)
     return SimpleNamespace(**defaults | changes)
+
+
+def publish(options: SimpleNamespace, family: sdxl.SDXL, adapters: Adapters) -> list[Path]:
+    return room.publish(options, LoraFiles(options, family, adapters, num_images=22))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +72,7 @@ def python_block(body: str) -> str:
 
 def test_a_run_ends_with_verified_files_a_card_and_a_report(family, adapters, tmp_path):
     folder = make_run(tmp_path / "my-icons")
-    files = publish(options(folder), family, adapters, num_images=22)
+    files = publish(options(folder), family, adapters)
     assert [f.name for f in files] == ["pytorch_lora_weights.safetensors", "my-icons.safetensors", "README.md",
                                        "report.html"]
     matter, body = card(folder)
@@ -135,7 +142,7 @@ def test_the_end_of_a_run_warns_of_a_blank_lora_and_names_the_files(family, adap
     at_scale(0)
     folder = make_run(tmp_path / "mine")
     with caplog.at_level("INFO", logger="trainkit"):
-        publish(options(folder), family, adapters, num_images=22)
+        publish(options(folder), family, adapters)
     assert "hardly moved" in next(r.getMessage() for r in caplog.records if r.levelname == "WARNING")
     end = [r.getMessage() for r in caplog.records if r.name == "trainkit.summary"]
     assert re.match(rf"Done +30 steps.*{folder}:", end[0])
@@ -147,7 +154,7 @@ def test_the_files_headers_describe_the_run_without_its_folders(family, adapters
     from safetensors import safe_open
 
     folder = make_run(tmp_path / "my-icons", pretrained_model_name_or_path="/home/anna/base", snr_gamma=5.0)
-    for path in publish(options(folder), family, adapters, num_images=22)[:2]:
+    for path in publish(options(folder), family, adapters)[:2]:
         with safe_open(path, "pt") as file:
             header = file.metadata()
         assert header["ss_steps"] == "30" and header["ss_num_epochs"] == "6" and header["ss_min_snr_gamma"] == "5.0"
@@ -158,7 +165,7 @@ def test_the_files_headers_describe_the_run_without_its_folders(family, adapters
 def test_the_cards_snippet_draws_a_image(family, adapters, tiny_sdxl, tmp_path, monkeypatch):
     """As a user would: in the LoRA's folder, with the base model's folder beside the files."""
     folder = make_run(tmp_path / "run", pretrained_model_name_or_path=str(tiny_sdxl))
-    publish(options(folder), family, adapters, num_images=22)
+    publish(options(folder), family, adapters)
     (folder / tiny_sdxl.name).symlink_to(tiny_sdxl)
     monkeypatch.chdir(folder)
     monkeypatch.setattr("diffusers.utils.logging._tqdm_active", False)
@@ -184,7 +191,7 @@ def test_the_card_tells_what_was_used_not_what_was_said(tmp_path):
     assert told["Learning rate, unet"] == told["Learning rate, text\\_encoder"] == "1"
     assert "Min-SNR gamma" not in told and "Warm-up, steps" not in told
     assert "5e-06" not in str(told) and "0.0001" not in str(told)
-    described = room.header(RunFacts(folder), num_images=1)
+    described = header(RunFacts(folder), num_images=1, step=30)
     assert described["ss_optimizer"] == "adamw8bit" and not {"ss_min_snr_gamma", "ss_lr_warmup_steps"} & set(described)
 
 
@@ -239,7 +246,7 @@ def test_the_snippets_scheduler_is_the_one_that_was_trained_on(tiny_sdxl, tmp_pa
 
 def test_a_file_that_does_not_hold_the_trained_weights_ends_the_run_badly(family, adapters, tmp_path, monkeypatch):
     folder = make_run(tmp_path / "run")
-    write = room.write_kohya
+    write = lora_files.write_kohya
 
     def damaged(*args) -> None:
         write(*args)
@@ -248,9 +255,9 @@ def test_a_file_that_does_not_hold_the_trained_weights_ends_the_run_badly(family
         data[-2:] = b"\x00\x7c"  # an infinity in the last tensor
         path.write_bytes(bytes(data))
 
-    monkeypatch.setattr(room, "write_kohya", damaged)
+    monkeypatch.setattr(lora_files, "write_kohya", damaged)
     with pytest.raises(UserError) as caught:
-        publish(options(folder), family, adapters, num_images=22)
+        publish(options(folder), family, adapters)
     assert caught.value.problems[0].kind == "disk" and "run.safetensors" in str(caught.value)
 
 
@@ -262,7 +269,7 @@ def test_only_rank_0_writes_and_uploads_and_the_others_wait_for_it(family, adapt
     folder = make_run(tmp_path / "run")
     before = sorted(folder.rglob("*"))
     asked = options(folder, push_to_hub=True, hub_token=SecretStr(TOKEN))
-    assert publish(asked, family, adapters, num_images=22) == []
+    assert publish(asked, family, adapters) == []
     assert sorted(folder.rglob("*")) == before and waited == [1]
 
 
@@ -272,14 +279,14 @@ def test_a_failure_on_rank_0_does_not_leave_the_others_waiting(family, adapters,
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
     folder = make_run(tmp_path / "run")
     with pytest.raises(UserError, match="offline"):
-        publish(options(folder, push_to_hub=True, hub_token=SecretStr(TOKEN)), family, adapters, num_images=22)
+        publish(options(folder, push_to_hub=True, hub_token=SecretStr(TOKEN)), family, adapters)
     assert waited == [1]
 
 
 def test_only_the_runs_own_files_are_described(family, adapters, tmp_path):
     folder = make_run(tmp_path / "run")
     (folder / "someone_elses.safetensors").write_bytes(b"private")
-    publish(options(folder), family, adapters, num_images=22)
+    publish(options(folder), family, adapters)
     assert [f.name for f in RunFacts(folder).files] == ["pytorch_lora_weights.safetensors", "run.safetensors"]
     assert "someone_elses" not in (folder / "README.md").read_text("utf-8")
 
@@ -349,7 +356,7 @@ def cluttered(tmp_path: Path) -> Path:
 def test_only_named_files_are_uploaded_to_a_private_repository(family, adapters, cluttered, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
     asked = options(cluttered, push_to_hub=True, hub_model_id="anna/icons", hub_token=SecretStr(TOKEN))
-    publish(asked, family, adapters, num_images=22)
+    publish(asked, family, adapters)
     assert FakeHub.calls == {
         "token": TOKEN, "repo_id": "anna/icons", "private": True,
         "files": ["README.md", "pytorch_lora_weights.safetensors", "report.html", "run.safetensors",
@@ -361,7 +368,7 @@ def test_a_run_without_previews_uploads_its_card_weights_and_report(family, adap
     monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
     folder = make_run(tmp_path / "run", samples=(), validation_prompt=None)
     asked = options(folder, push_to_hub=True, hub_model_id="anna/icons", hub_token=SecretStr(TOKEN))
-    publish(asked, family, adapters, num_images=22)
+    publish(asked, family, adapters)
     assert FakeHub.calls["files"] == [
         "README.md", "pytorch_lora_weights.safetensors", "report.html", "run.safetensors"]
     matter, body = card(folder)
@@ -370,7 +377,7 @@ def test_a_run_without_previews_uploads_its_card_weights_and_report(family, adap
 
 def test_the_token_is_in_no_file(family, adapters, cluttered, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
-    publish(options(cluttered, push_to_hub=True, hub_token=SecretStr(TOKEN)), family, adapters, num_images=22)
+    publish(options(cluttered, push_to_hub=True, hub_token=SecretStr(TOKEN)), family, adapters)
     assert not [p for p in cluttered.rglob("*") if p.is_file() and TOKEN.encode() in p.read_bytes()]
 
 
@@ -383,7 +390,7 @@ def test_images_of_a_longer_run_in_the_same_folder_stay_at_home(family, adapters
     monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
     for name in ("step_000400.png", "step_000400_p01_s0.png", "step_other.png"):
         shutil.copy(cluttered / "samples" / "step_000030.png", cluttered / "samples" / name)
-    publish(options(cluttered, push_to_hub=True, hub_token=SecretStr(TOKEN)), family, adapters, num_images=22)
+    publish(options(cluttered, push_to_hub=True, hub_token=SecretStr(TOKEN)), family, adapters)
     assert [f for f in FakeHub.calls["files"] if "samples" in f] == [
         "samples/step_000030.png", "samples/step_000030_p01_s0.png", "samples/step_000030_p01_s1.png"]
     assert "step_000400" not in (cluttered / "README.md").read_text("utf-8")
@@ -395,7 +402,7 @@ def test_a_failed_upload_says_what_is_safe_and_hides_the_token(family, adapters,
 
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse)
     with pytest.raises(UserError) as caught:
-        publish(options(cluttered, push_to_hub=True, hub_token=SecretStr(TOKEN)), family, adapters, num_images=22)
+        publish(options(cluttered, push_to_hub=True, hub_token=SecretStr(TOKEN)), family, adapters)
     assert TOKEN not in str(caught.value) and "--resume_from_checkpoint latest" in str(caught.value)
     assert (cluttered / "pytorch_lora_weights.safetensors").exists() and (cluttered / "README.md").exists()
 
@@ -414,7 +421,7 @@ def test_what_would_fail_at_the_upload_is_said_at_the_start(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("name, what", [
     ("pytorch_lora_weights", "taken"), ("Pytorch_Lora_Weights", "taken"), ("sub/../pytorch_lora_weights/", "taken"),
-    ("x" * 218, "too long"), ("é" * 109, "too long"), ("x" * 300, "too long"),
+    ("x" * 205, "too long"), ("é" * 103, "too long"), ("x" * 300, "too long"),
 ])
 def test_a_folder_whose_name_cannot_name_the_webui_file_is_refused(tmp_path, name, what):
     problem, = problems(options(tmp_path / name))
@@ -422,9 +429,9 @@ def test_a_folder_whose_name_cannot_name_the_webui_file_is_refused(tmp_path, nam
 
 
 def test_the_longest_name_that_is_taken_can_be_written(tmp_path):
-    name = "x" * 217
+    name = "x" * 204
     assert not list(problems(options(tmp_path / name)))
-    atomic_write(tmp_path / f"{name}_emb.safetensors", b"")
+    atomic_write(tmp_path / embeddings_file(step_name(name, 99_999_999)), b"")
 
 
 def test_files_follow_the_umask(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 from tests.support import ROOT
 from tests.support.compare import same_checkpoint, same_tensors
 from tests.support.trainers import TRAINER, command, forked, make_images, metrics
+from trainkit import lora_files, preview
 
 pytestmark = pytest.mark.trains
 
@@ -79,6 +80,66 @@ def test_a_signal_saves_and_exits(sent, code, tiny_sdxl, images, tmp_path):
     assert run.wait(timeout=60) == code
     saved = [p for p in out.glob("checkpoint-*") if (p / "manifest.json").is_file()]
     assert len(saved) == 1
+
+
+SLOW = dict(validation_prompt="a cat", num_validation_images=200)  # minutes of previews, unless a signal ends them
+BUSY = {  # while the run is busy with something else than steps -> flags, when it is, flags of the next start
+    "previews before the first step": (
+        SLOW, lambda out: "total_steps" in (out / "run.json").read_text(), dict(num_validation_images=1)),
+    "previews": (
+        SLOW | dict(validation_steps=2, num_validation_images=1), lambda out: len(metrics(out)) == 2,
+        dict(num_validation_images=1)),
+    "class images": (
+        dict(with_prior_preservation=True, class_prompt="an icon", num_class_images=200, sample_batch_size=1),
+        lambda out: any((out.parent / "class").glob("*.png")), dict(num_class_images=2)),
+    "caching": (
+        dict(cache_latents=True, cached_crops=200), lambda out: any((out.parent / "cache").glob("*/*.safetensors")),
+        dict(cached_crops=1)),
+    "publishing": ({}, lambda out: (out / "pytorch_lora_weights.safetensors").exists(), {}),
+}
+
+
+@pytest.mark.parametrize("stage", BUSY)
+def test_a_signal_ends_what_is_no_step_soon_and_the_next_start_goes_on(stage, tiny_sdxl, images, tmp_path, monkeypatch):
+    flags, ready, after = BUSY[stage]
+    out, draw, verify = tmp_path / "out", preview.Previews.draw, lora_files.verify
+
+    def slow_draw(previews, step, stopping):
+        previews.shots *= 200 if step == 2 else 1
+        return draw(previews, step, stopping)
+
+    def slow_verify(path, *args, **kwargs):
+        time.sleep(60 if path.parent == out and "step" not in path.name else 0)
+        return verify(path, *args, **kwargs)
+
+    def go(log: str, *more: str, **changes: object):
+        folders = dict(class_data_dir=tmp_path / "class") if "with_prior_preservation" in flags else {}
+        argv = command(tiny_sdxl, images, out, max_train_steps=3, checkpointing_steps=100,
+                       latent_cache_dir=tmp_path / "cache", **folders, **flags | changes)
+        kill = {} if changes or more else dict(kill_when=lambda: is_ready(out, ready), number=signal.SIGTERM)
+        return forked([*argv, *more], log=tmp_path / log, **kill)
+
+    with monkeypatch.context() as patch:
+        if stage == "previews":
+            patch.setattr(preview.Previews, "draw", slow_draw)
+        if stage == "publishing":
+            patch.setattr(lora_files, "verify", slow_verify)
+        ended = go("log")
+    assert ended.code == 75 and ended.seconds < 5, (ended.seconds, ended.output)
+    steps = {"previews": 2, "publishing": 3}.get(stage)
+    assert [p.name for p in out.glob("checkpoint-*")] == ([f"checkpoint-{steps}"] if steps else [])
+    assert ("start the same command again" in ended.output) == (steps is None)
+    assert all((p / "pytorch_lora_weights.safetensors").is_file() for p in out.glob("checkpoint-*"))
+    resumed = go("log2", "--resume_from_checkpoint=latest", **after)
+    assert resumed.code == 0, resumed.output
+    assert [row["step"] for row in metrics(out)] == [1, 2, 3] and (out / "README.md").is_file()
+
+
+def is_ready(out: Path, ready) -> bool:
+    try:
+        return ready(out)
+    except (OSError, ValueError):  # not there yet, or half a line
+        return False
 
 
 def wait_for_metrics(out: Path, run: subprocess.Popen, *, timeout: float = 120) -> None:

@@ -9,10 +9,12 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,13 +27,16 @@ from tests.support.trainers import free_port
 from trainkit import files, run
 from trainkit.checkpoints import Checkpoints
 from trainkit.errors import Problem, UserError, exit_with_message
-from trainkit.run import Run, due
+from trainkit.redact import redact
+from trainkit.run import Run
 from trainkit.runtime import progress as line_room
 from trainkit.runtime import ranks
+from trainkit.runtime.checkpoint_folders import pointed
 from trainkit.runtime.lock import OutputLock
 from trainkit.runtime.progress import Pace, Progress
-from trainkit.runtime.record import Metrics, redact, redacted_command
+from trainkit.runtime.record import Metrics, redacted_command
 from trainkit.runtime.signals import Signals
+from trainkit.runtime.startup import leave_out
 from trainkit.runtime.trackers import chosen_trackers
 from trainkit.training.gradients import Gradients, clip, total_norm
 
@@ -477,11 +482,66 @@ def test_a_resumed_run_replaces_the_rows_after_its_start_and_goes_on_with_the_cl
     assert (records(out)["start_step"], records(out)["step"]) == (2, 6)
 
 
-def test_a_fresh_run_keeps_the_metrics_of_an_earlier_one(out):
+FOREIGN_LINES = [  # in a metrics.jsonl that a resume reads: a kill, a power cut, a copy, another program
+    b'{"step": 3, "lo', b"\0" * 40, b"[1, 2]", b"7", b'{"loss": 0.5}', b'{"step": "3"}', b'{"step": null}',
+    b'{"step": true}', b'{"step": 2.5}', "caf\u00e9, \u65e5\u672c".encode("utf-16"), b"\xff\xfe", b"<<<<<<< HEAD", b"",
+    b"[" * 50_000, b'{"step": 1e400}',
+]
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["torn last", "torn first"])
+@pytest.mark.parametrize("line", FOREIGN_LINES, ids=lambda line: repr(line[:12]))
+def test_torn_and_foreign_lines_in_the_metrics_are_skipped(out, line, last):
     out.mkdir()
-    (out / "metrics.jsonl").write_text('{"step": 9}\n')
-    assert Metrics(out).begin(0) == 0.0
-    assert not (out / "metrics.jsonl").exists() and len(list(out.glob("earlier/metrics-*.jsonl"))) == 1
+    rows = [b'{"step": 1, "seconds": 2.0}', b'{"step": 2, "seconds": 3.5}', b'{"step": 3, "seconds": 9.0}']
+    (out / "metrics.jsonl").write_bytes(b"\n".join([*rows, line] if last else [line, *rows]))
+    assert Metrics(out).begin(2) == 3.5
+    assert [json.loads(row)["step"] for row in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+@pytest.mark.parametrize("seconds", ['"soon"', "null", "NaN", "[]", "true"])
+def test_seconds_that_are_no_number_are_none(out, seconds):
+    out.mkdir()
+    (out / "metrics.jsonl").write_text(f'{{"step": 1, "seconds": {seconds}}}\n')
+    assert Metrics(out).begin(5) in (0.0, 1.0)
+
+
+@pytest.mark.parametrize("junk", [
+    b"", b"[]", b"7", b"{", b"\xff\xfe\0", b'{"pid": "x"}', b'{"pid": -1}', b'{"pid": 1e30}',
+    b'{"pid": 99999999999999999999}', b'{"checkpoint": 7, "status": ["running"]}',
+])
+@pytest.mark.parametrize("name", ["latest.json", ".run.owner.json", "run.json"])
+def test_files_that_are_useful_and_not_needed_refuse_no_start(out, name, junk):
+    out.mkdir()
+    (out / name).write_bytes(junk)
+    with start_run(options(out)) as run:
+        train(run, steps=2)
+        assert pointed(out) is None
+    assert records(out)["status"] == "done"
+
+
+def test_the_record_of_a_killed_run_is_completed_at_the_next_start(out, caplog):
+    if (pid := os.fork()) == 0:
+        with start_run(options(out)) as run:
+            train(run, steps=9, after=lambda step: step == 3 and os.kill(os.getpid(), signal.SIGKILL))
+        os._exit(1)
+    os.waitpid(pid, 0)
+    assert records(out)["status"] == "running"
+    heard = int((out / "metrics.jsonl").stat().st_mtime)
+    with caplog.at_level(logging.INFO), pytest.raises(UserError), start_run(options(out)):
+        raise UserError(Problem("a command that is refused", "", "", ""))
+    told = records(out)
+    assert (told["status"], told["step"], told["exit_code"], told["total_steps"]) == ("killed", 3, None, 9)
+    assert told["seconds"] > 0 and told["ended"] == time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(heard))
+    assert "killed after step 3" in caplog.text
+
+
+def test_the_record_of_a_run_that_was_killed_before_a_step_is_completed_too(out):
+    out.mkdir()
+    (out / "run.json").write_text('{"status": "running", "name": "lora"}')
+    with pytest.raises(UserError), start_run(options(out)):
+        raise UserError(Problem("refused", "", "", ""))
+    assert (records(out)["status"], records(out)["step"], records(out)["name"]) == ("killed", None, "lora")
 
 
 @pytest.mark.parametrize("precision, dtype", [("no", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
@@ -491,11 +551,6 @@ def test_precision_names_the_weights_and_the_autocast(out, precision, dtype):
         with run.autocast():
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
         assert (run.gradients.scaler is not None) == (precision == "fp16")
-
-
-def test_cadence():
-    assert [s for s in range(7) if due(s, 3)] == [3, 6]
-    assert due(5, 3, last=True) and not due(5, None) and not due(0, 3)
 
 
 # -- disk and refusals ------------------------------------------------------------------------------------------------
@@ -596,6 +651,27 @@ def test_a_first_command_that_is_refused_says_so(out):
     assert (records(out)["status"], records(out)["exit_code"]) == ("usage", 2)
 
 
+@pytest.mark.parametrize("well", [True, False])
+def test_a_run_leaves_nothing_of_itself_in_the_process(out, well):
+    """For a notebook's next cell, or its next training in another precision."""
+    def state():
+        handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+        return handlers, logging.getLogger().handlers[:], torch.get_float32_matmul_precision(), "absent" in sys.modules
+
+    before = state()
+    leave_out("absent")
+    asked = options(out, precision="bf16")
+    asked.precision.allow_tf32 = True
+    with nullcontext() if well else suppress(UserError), start_run(asked) as run:
+        assert state() != before
+        if not well:
+            raise UserError(Problem("refused", "", "", ""))
+        train(run)
+    assert state() == before
+    with start_run(options(out)) as run:
+        assert run.precision == "no"
+
+
 @pytest.mark.parametrize("flag", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"])
 def test_what_the_launcher_wants_and_we_do_not_use_is_refused(out, monkeypatch, flag):
     monkeypatch.setenv(flag, "true")
@@ -670,8 +746,8 @@ def test_a_run_with_no_step_left_made_its_progress_before(out):
 @pytest.mark.parametrize("there", [False, True])
 def test_previews_are_begun_and_drawn_before_the_first_step_unless_they_are_there(out, there):
     told = []
-    previews = SimpleNamespace(begin=lambda start: told.append(("begin", start)), there=lambda step: there,
-                               draw=lambda step: told.append(("draw", step)) or {})
+    previews = SimpleNamespace(begin=lambda start: told.append(("begin", start)), missing=lambda step, last: not there,
+                               draw=lambda step, stopping: told.append(("draw", step)) or {})
     with start_run(options(out)) as run:
         run.begin(2, 4, previews)
     assert told == [("begin", 2), *([] if there else [("draw", 2)])]
@@ -724,6 +800,139 @@ def test_a_signal_before_the_first_step_ends_the_run_where_it_is(out):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
     assert caught.value.exit_code == 75
+
+
+def test_a_signal_before_the_first_step_sends_nobody_to_a_checkpoint_that_is_not_there(out):
+    with pytest.raises(UserError) as caught, start_run(options(out)):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert caught.value.problems[0].fix == "start the same command again"
+
+
+def test_a_signal_that_a_library_swallows_ends_the_run_at_the_next_look(out):
+    with pytest.raises(UserError) as caught, start_run(options(out)) as run:
+        with suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        run.show_task("generating class images", 1, 9)
+    assert caught.value.exit_code == 75 and "before the first step" in str(caught.value)
+
+
+class Saves:
+    """Checkpoints that are counted, and not written."""
+
+    def __init__(self, every: int):
+        self.every, self.saved, self.steps = every, None, []
+
+    def due(self, step, *, stop, total):
+        return step % self.every == 0 or step == stop
+
+    def announce(self, start, *, stop, total):
+        pass
+
+    def save(self, step, *, prune):
+        if self.saved != step:
+            self.steps.append(step)
+        self.saved = step
+        return Path(f"checkpoint-{step}")
+
+
+class SlowPreviews:
+    """A preview that a signal comes into."""
+
+    def __init__(self, at: int, name: str):
+        self.at, self.number, self.looks = at, getattr(signal, name), 0
+
+    def begin(self, start):
+        pass
+
+    def missing(self, start, *, last):
+        return start == self.at
+
+    def due(self, step, *, last):
+        return step == self.at
+
+    def draw(self, step, stopping):
+        os.kill(os.getpid(), self.number)
+        while not stopping():
+            self.looks += 1
+        return {}
+
+
+def loop(run: Run, saves: Saves, previews: SlowPreviews, *, start: int = 0, total: int = 4):
+    model = linear()
+    optimizer = Optim(model.parameters())
+    optimizer.begin, optimizer.describe = lambda step: None, dict
+    step = SimpleNamespace(__call__=None, passes=SimpleNamespace(describe=dict))
+    run.train(
+        type("Step", (), {"__call__": lambda _, __: [(model(rows()) ** 2).mean()], "passes": step.passes})(),
+        ((k, []) for k in range(start, total)), optimizer, SimpleNamespace(after_update=lambda done: None), saves,
+        previews, start=start, stop=total, total=total)
+
+
+@pytest.mark.parametrize("name, code", [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
+@pytest.mark.parametrize("at, saved", [(2, [2]), (3, [3]), (4, [4])])
+def test_a_signal_ends_previews_and_saves_the_step_they_were_of(out, name, code, at, saved):
+    saves = Saves(every=100)
+    with pytest.raises(UserError) as caught, start_run(options(out)) as run:
+        loop(run, saves, SlowPreviews(at, name))
+    assert caught.value.exit_code == code and saves.steps == saved
+    assert f"step {at} is finished and saved" in str(caught.value)
+    assert records(out)["step"] == at
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_a_signal_in_the_previews_before_the_first_step_ends_the_run_at_once(out, start):
+    saves, previews = Saves(every=1), SlowPreviews(start, "SIGTERM")
+    previews.draw = lambda step, stopping: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(5))
+    begun = time.monotonic()
+    with pytest.raises(UserError) as caught, start_run(options(out)) as run:
+        loop(run, saves, previews, start=start)
+    assert caught.value.exit_code == 75 and saves.steps == [] and time.monotonic() - begun < 3
+
+
+def test_a_signal_while_files_are_published_ends_the_run_at_once_and_says_what_is_saved(out):
+    saves = Saves(every=100)
+    out.mkdir()
+    files.write_json(out / "latest.json", {"checkpoint": "checkpoint-4", "step": 4})
+    with pytest.raises(UserError) as caught, start_run(options(out)) as run:
+        loop(run, saves, SlowPreviews(99, "SIGTERM"))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert caught.value.exit_code == 75 and saves.steps == [4]
+    assert "checkpoint-4" in str(caught.value) and "--resume_from_checkpoint latest" in str(caught.value)
+
+
+def test_a_session_with_no_step_left_prunes(out):
+    saves = Saves(every=1)
+    saves.saved, calls = 4, []
+    saves.save = lambda step, prune: calls.append((step, prune))
+    with start_run(options(out)) as run:
+        loop(run, saves, SlowPreviews(99, "SIGTERM"), start=4)
+    assert calls == [(4, True)]
+
+
+@pytest.mark.parametrize("harm", [shutil.rmtree, lambda out: out.rename(out.with_name("moved")),
+                                  lambda out: (shutil.rmtree(out), out.write_text("a file"))],
+                         ids=["removed", "moved", "a file"])
+def test_an_output_folder_that_is_gone_ends_the_run_at_the_next_write(out, harm):
+    """And nothing makes it again, which would hide the loss."""
+    def after(step):
+        if step == 2:
+            harm(out)
+
+    with pytest.raises(UserError) as caught, start_run(options(out)) as run:
+        train(run, steps=9, after=after)
+    assert caught.value.exit_code == 74 and str(out) in str(caught.value) and not out.is_dir()
+    assert run._step == 3, "the write after the third step is the next one"
+
+
+def test_a_reader_that_misses_a_file_because_the_folder_is_gone_is_told_as_a_disk_error(out):
+    with pytest.raises(UserError) as caught, start_run(options(out)) as run:
+        train(run, steps=1)
+        shutil.rmtree(out)
+        (out / "run.json").read_bytes()
+    assert caught.value.exit_code == 74
 
 
 def test_a_second_ctrl_c_ends_at_once():

@@ -31,6 +31,7 @@ from trainkit.errors import UserError
 from trainkit.families import sd, sdxl
 from trainkit.families.pretrained import VAE_FLAG
 from trainkit.files import load_tensors, save_tensors
+from trainkit.lora_files import LoraFiles
 from trainkit.options import LoraOptions, ModelOptions, OptimizerOptions, TextOptions
 from trainkit.preview import Previews, preview_prompts
 from trainkit.publish import publish
@@ -510,9 +511,9 @@ def finished(folder: Path, family: sd.SD, **given: object) -> str:
     rows = [json.loads(row) | {"lr/text_encoder": 1e-4} for row in (run / "metrics.jsonl").read_text().splitlines()]
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
     unet, text = networks(family)
-    options = SimpleNamespace(output_dir=str(run), push_to_hub=False)
+    options = SimpleNamespace(output_dir=str(run), push_to_hub=False, keep_loras=True, output_kohya_format=False)
     words = SimpleNamespace(networks=[text], export=lambda *_: [])
-    publish(options, family, unet, text=words, num_images=22)
+    publish(options, LoraFiles(options, family, unet, words, num_images=22))
     return (run / "README.md").read_text("utf-8") + (run / "report.html").read_text("utf-8")
 
 

@@ -29,8 +29,9 @@ from trainkit.options import LoraOptions, OptimizerOptions, PivotalOptions, Text
 from trainkit.preview import Previews, sampler
 from trainkit.publish import write_card
 from trainkit.report import write_report
-from trainkit.report.facts import DIFFUSERS_FILE, RunFacts
+from trainkit.report.facts import RunFacts
 from trainkit.report.usage import usage
+from trainkit.runtime.weight_files import DIFFUSERS_FILE
 
 TI = {"pivotal": PivotalOptions(train_text_encoder_ti=True)}
 LORA = {"text": TextOptions(train_text_encoder=True, train_text_encoder_frac=0.5, text_encoder_lr=1e-2)}

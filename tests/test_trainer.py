@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.support.compare import same_tensors
 from tests.support.tiny_models import build_tiny_sdxl
 from tests.support.trainers import Done, command, forked, make_images
+from tests.support.twice import THEN
 from trainkit import rng
 from trainkit.adapters import Adapters, add_adapters
 from trainkit.conditioning.cached_text import FrozenText
@@ -259,3 +261,18 @@ def test_flags_without_effect_are_said_in_the_log(tiny_sdxl, data, tmp_path):
     assert done.code == 0, done.output
     for notice in ("--class_prompt has no effect", "--enable_xformers_memory_efficient_attention"):
         assert notice in done.output, done.output
+
+
+@pytest.mark.trains
+def test_a_second_training_in_one_process_is_as_one_in_its_own(tiny_sdxl, tmp_path):
+    """Another precision, TF32 off again, and a package that the first one had no use for."""
+    images = make_images(tmp_path / "data", n=4)
+    first = command(tiny_sdxl, images, tmp_path / "first", mixed_precision="bf16", allow_tf32=True)
+    asked = dict(use_8bit_adam=True, rank=64, report_to="tensorboard")
+    both = [*first, THEN, *command(tiny_sdxl, images, tmp_path / "second", **asked)]
+    done = forked(both, trainer="tests.support.twice", log=tmp_path / "log")
+    assert done.code == 0, done.output
+    alone = forked(command(tiny_sdxl, images, tmp_path / "alone", **asked), log=tmp_path / "log2")
+    assert alone.code == 0, alone.output
+    name = "pytorch_lora_weights.safetensors"
+    same_tensors(tmp_path / "second" / name, tmp_path / "alone" / name)

@@ -32,7 +32,7 @@ from trainkit.data.rows import read_rows
 from trainkit.data.sampler import Order, Shard
 from trainkit.diffusion import draw_noise
 from trainkit.errors import UserError
-from trainkit.families import sdxl
+from trainkit.lora_files import LoraFiles
 from trainkit.optim import make_optimizer
 from trainkit.options import DataOptions, OptimizerOptions, PivotalOptions, RunOptions, TextOptions, parse
 from trainkit.training.gradients import Gradients
@@ -55,7 +55,7 @@ class Runs:
         self.data = make_images(folder / "data", n=8)
         self.bare = make_images(folder / "bare", n=4, captions=False)
         self.classes = make_images(folder / "classes", n=3, captions=False)
-        for name in (".DS_Store", "notes.md", "Thumbs.db", "subfolder/p9.png"):
+        for name in (".DS_Store", "notes.md", "Thumbs.db", "subfolder/notes.txt"):
             (self.data / name).parent.mkdir(exist_ok=True)
             (self.data / name).write_bytes(b"no image")
 
@@ -115,9 +115,9 @@ def spy_on_models(patch: pytest.MonkeyPatch, notes: Path) -> None:
     spied(UNet2DConditionModel, "forward", lambda unet, *args: f"denoise {unet.training} {torch.is_grad_enabled()}")
     publish_here = publish.publish
 
-    def published(options: RunOptions, family: sdxl.SDXL, *args: object, **kwargs: object) -> object:
-        files = publish_here(options, family, *args, **kwargs)
-        dtypes = {str(p.dtype) for name, p in family.denoiser.named_parameters() if "lora" not in name}
+    def published(options: RunOptions, exports: LoraFiles) -> object:
+        files = publish_here(options, exports)
+        dtypes = {str(p.dtype) for name, p in exports.family.denoiser.named_parameters() if "lora" not in name}
         note(f"published {' '.join(sorted(dtypes))}")
         return files
 

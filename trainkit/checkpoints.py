@@ -4,19 +4,21 @@ A save passes eight stages, in this order, and each leaves the checkpoints befor
 
     preflight  is there room?
     reserve    .tmp-checkpoint-<step>.<id>/ is made beside its final place, so that the rename is atomic
-    write      <part>.safetensors for each part, state.json, and whatever `extra` writes; no pickle
+    write      <part>.safetensors for each part, state.json, and what `exports` writes for other programs; no pickle
     flush      every file and folder to the disk
     manifest   manifest.json: size and SHA-256 of every file, step, fingerprint, versions
     publish    renamed to checkpoint-<step>/, parent folder flushed
     point      latest.json, replaced atomically
     prune      only now, and only when the new one reads back whole: older ones become .trash-*, then are deleted
+
+A resume reads the parts and state.json. What `exports` wrote may be missing or damaged.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -25,13 +27,30 @@ from torch import Tensor
 from trainkit import files
 from trainkit.errors import Problem, UserError
 from trainkit.files import Json
-from trainkit.runtime import checkpoint_folders, manifest, ranks
+from trainkit.runtime import checkpoint_folders, manifest, previous, ranks
 from trainkit.runtime.record import timestamp, versions
+from trainkit.runtime.weight_files import step_of
 
 log = logging.getLogger(__name__)
 
+UNKNOWN_BEFORE = "base model contents"  # in the fingerprint: what older checkpoints lack, and resume without
 Stage = Literal["preflight", "reserve", "write", "flush", "manifest", "publish", "point", "prune"]
 Packed = tuple[dict[str, Tensor], dict[str, Json]]
+
+
+class ResumeOptions(Protocol):
+    """What of a trainer's options is about going on."""
+
+    @property
+    def output_dir(self) -> str: ...
+
+    @property
+    def resume_from_checkpoint(self) -> str | None: ...
+
+
+def problems(options: ResumeOptions) -> list[Problem]:
+    """What is wrong with --resume_from_checkpoint at a first look. `resume` finds out whether a checkpoint is whole."""
+    return checkpoint_folders.problems(Path(options.output_dir), options.resume_from_checkpoint)
 
 
 class Stateful(Protocol):
@@ -42,6 +61,42 @@ class Stateful(Protocol):
     def unpack(self, tensors: dict[str, Tensor], data: dict[str, Json]) -> None: ...
 
 
+class Exports(Protocol):
+    """The files of a checkpoint that other programs load: in its folder, and beside it in the run's folder.
+
+    keep  whether those beside it stay when the checkpoint goes
+    """
+
+    keep: bool
+
+    def bytes_in(self) -> int: ...
+
+    def bytes_beside(self) -> int: ...
+
+    def write(self, folder: Path, step: int) -> None: ...
+
+    def beside(self) -> Mapping[Path, int]: ...
+
+
+class NoExports:
+    """A checkpoint that only a resume reads."""
+
+    keep = True
+
+    def bytes_in(self) -> int:
+        return 0
+
+    def bytes_beside(self) -> int:
+        return 0
+
+    def write(self, folder: Path, step: int) -> None:
+        """Nothing more."""
+
+    def beside(self) -> Mapping[Path, int]:
+        """The files beside the checkpoints, with the step of each."""
+        return {}
+
+
 def reached(stage: Stage, step: int) -> None:
     """Called when a stage of a save is done. Tests replace it to stop a process at a named moment."""
     log.debug("checkpoint-%d: %s done", step, stage)
@@ -50,33 +105,58 @@ def reached(stage: Stage, step: int) -> None:
 class Checkpoints:
     """`<out_dir>/checkpoint-<step>/`, where step counts finished optimizer steps.
 
-    keep         newest whole checkpoints that stay (None: all)
     fingerprint  what a checkpoint and the run that resumes it must agree on (rank, base model, data, ...)
-    extra        writes more files into the folder, e.g. the adapters as a file that other programs load
     parts        what is saved and restored, by name
+    every        finished steps from one checkpoint to the next; None: only where `save` is called
+    keep         newest whole checkpoints that stay (None: all). One that a session ended with on a step that is no
+                 multiple of `every` stays beside them until the next one is saved
+    after_last   whether the last step of a run is saved in any case
+    exports      writes the files that other programs load
     On several ranks every rank calls `save` and `resume`; rank 0 writes, all read (from a file system they share).
     """
 
     def __init__(
-        self, out_dir: Path | str, *, keep: int | None = None, fingerprint: Mapping[str, Json],
-        extra: Callable[[Path], None] | None = None, **parts: Stateful,
+        self, out_dir: Path | str, *, keep: int | None = None, every: int | None = None, after_last: bool = True,
+        fingerprint: Mapping[str, Json], exports: Exports | None = None, **parts: Stateful,
     ):
         assert keep is None or keep >= 1, "keep at least one checkpoint"
         self.folders = checkpoint_folders.CheckpointFolders(Path(out_dir))
-        self.keep, self.fingerprint, self.extra, self.parts = keep, fingerprint, extra, parts
+        self.keep, self.every, self.after_last = keep, every, after_last
+        self.fingerprint, self.parts, self.exports = fingerprint, parts, exports or NoExports()
         self.saved: int | None = None
 
+    def due(self, step: int, *, stop: int, total: int) -> bool:
+        """Whether a save is due after `step` finished steps: every `every`, and at the end of a session.
+
+        stop, total  finished steps at the end of this session, and of the run
+        """
+        return self._on_interval(step) or (step == stop and (self.after_last or stop < total))
+
+    def announce(self, start: int, *, stop: int, total: int) -> None:
+        """Say in the log what the files beside the checkpoints of this session will take of the disk."""
+        steps = [step for step in range(start + 1, stop + 1) if self.due(step, stop=stop, total=total)]
+        size, count = self.exports.bytes_beside(), len(steps)
+        if not ranks.is_main() or not size or not count:
+            return
+        if not self.exports.keep and self.keep:
+            count = min(count, self.keep)
+        log.info("%d checkpoints of this run leave a LoRA for WebUIs in %s: %s each, %s together%s", count,
+                 self.folders.dir, files.size_text(size), files.size_text(count * size),
+                 " (--no_keep_loras deletes each with its checkpoint)" if self.exports.keep else "")
+
     def save(self, step: int, *, prune: bool = True) -> Path:
-        """Save after `step` finished steps -> its folder. Saving the same step twice in a row does nothing.
+        """Save after `step` finished steps -> its folder. A step that is saved already is not written again.
 
         prune  whether older checkpoints may go; not while the run may be diverging (Run.healthy), because then one of
                them is the last good one
         Raises UserError(kind="disk") when the disk refuses; older checkpoints are intact then.
         """
         final = self.folders.place(step)
-        if ranks.is_main() and self.saved != step:
+        if ranks.is_main():
             with files.disk_errors(final):
-                self._save(step, final, prune=prune)
+                if self.saved != step:
+                    self._save(step, final)
+                self._prune(step, final, allowed=prune)
         self.saved = step
         ranks.barrier()
         return final
@@ -86,9 +166,9 @@ class Checkpoints:
 
         stop   finished steps at which this session ends
         which  None (start anew) | "latest" (the newest whole one, else anew) | "checkpoint-N" | a path
-        Checkpoints this run will not pass again (newer than the one resumed from, or of an earlier run when starting
-        anew) move to earlier/ once every part is restored, so that "latest" and the pruning of old ones keep their
-        meaning. A resume that is refused moves nothing.
+        Once every part is restored, checkpoints of later steps move to earlier/, so that "latest" and the pruning of
+        old ones keep their meaning. When the run starts anew here, or from a checkpoint of another folder, all that an
+        earlier run has left here moves to previous-N/. A resume that is refused moves nothing.
         Raises UserError: a named one is missing or damaged, all are damaged, the fingerprint differs, or more than
         `stop` steps are finished.
         """
@@ -107,10 +187,15 @@ class Checkpoints:
             self._clear_the_way(folder, step)
         return step
 
-    def _save(self, step: int, final: Path, *, prune: bool) -> None:
+    def _on_interval(self, step: int) -> bool:
+        return self.every is not None and step > 0 and step % self.every == 0
+
+    def _save(self, step: int, final: Path) -> None:
+        if self.saved is None:  # later the folder is there, or it was taken away, which must be told
+            self.folders.dir.mkdir(parents=True, exist_ok=True)
         packed = {name: part.pack() for name, part in self.parts.items()}
-        self.folders.dir.mkdir(parents=True, exist_ok=True)
-        files.require_space(self.folders.dir, sum(files.tensor_bytes(tensors) for tensors, _ in packed.values()))
+        state = sum(files.tensor_bytes(tensors) for tensors, _ in packed.values())
+        files.require_space(self.folders.dir, state + self.exports.bytes_in() + self.exports.bytes_beside())
         reached("preflight", step)
         draft = self.folders.draft(step)
         try:
@@ -122,7 +207,14 @@ class Checkpoints:
         reached("publish", step)
         files.write_json(self.folders.dir / "latest.json", {"checkpoint": final.name, "step": step})
         reached("point", step)
-        self.folders.prune(final, self.keep if prune else None)
+
+    def _prune(self, step: int, newest: Path, *, allowed: bool) -> None:
+        """Leave `keep` checkpoints and, where the session ended between two of them, the one it ended with."""
+        extra = self.every is not None and not self._on_interval(step)
+        self.folders.prune(newest, self.keep + extra if self.keep and allowed else None)
+        if not self.exports.keep:
+            steps = {step_of(folder) for folder in self.folders.all()}
+            self.folders.discard_files([path for path, at in self.exports.beside().items() if at not in steps])
         reached("prune", step)
 
     def _fill(self, draft: Path, packed: dict[str, Packed], step: int) -> None:
@@ -131,15 +223,15 @@ class Checkpoints:
         for name, (tensors, _) in packed.items():
             files.save_tensors(draft / f"{name}.safetensors", tensors)
         files.write_json(draft / "state.json", {name: data for name, (_, data) in packed.items()})
-        if self.extra:
-            self.extra(draft)
+        needed = {path.name for path in draft.iterdir()}
+        self.exports.write(draft, step)
         reached("write", step)
         files.sync_tree(draft)
         reached("flush", step)
         manifest.seal(draft, {
             "format": 1, "step": step, "saved": timestamp(),
             "fingerprint": dict(self.fingerprint), "versions": versions(),
-        })
+        }, exports={path.name for path in draft.iterdir()} - needed)
         reached("manifest", step)
 
     def _choose(self, which: str | None) -> tuple[Path, int] | None:
@@ -155,14 +247,18 @@ class Checkpoints:
     def _clear_the_way(self, folder: Path | None, step: int) -> None:
         """Rank 0, when nothing can refuse any more: set aside what is not on the way from `folder`."""
         here = folder is not None and folder.parent.resolve() == self.folders.dir.resolve()
-        with files.disk_errors(self.folders.dir):
-            later = [p for p in self.folders.all() if (checkpoint_folders.step_of(p) or 0) > step]
-            self.folders.set_aside(later if here else self.folders.all())
         self.saved = step if here else None
+        with files.disk_errors(self.folders.dir):
+            if not here:
+                previous.make_way(self.folders.dir)
+                return
+            checkpoints = [p for p in self.folders.all() if (step_of(p) or 0) > step]
+            self.folders.set_aside([*checkpoints, *(p for p, at in self.exports.beside().items() if at > step)])
 
     def _refuse_differences(self, folder: Path, fingerprint: Json) -> None:
         ours = flatten(dict(self.fingerprint))
         theirs = {key.replace("picture", "image"): value for key, value in flatten(fingerprint).items()}  # an old word
+        ours = {key: value for key, value in ours.items() if key in theirs or not key.startswith(UNKNOWN_BEFORE)}
         keys = [k for k in sorted(theirs.keys() | ours.keys()) if theirs.get(k) != ours.get(k)]
         if keys:
             raise UserError(Problem(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
 import logging
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TextIO
 
+from trainkit.redact import redact
 from trainkit.terminal import BOLD, RED, YELLOW, folded, styled
 
 Category = Literal["sibling", "usage", "data", "memory", "nonfinite", "disk", "preempted", "stopped"]
@@ -18,14 +23,105 @@ EXIT_CODES: dict[Category, int] = {  # a sibling's failure is told by that proce
     "sibling": 1, "usage": 2, "data": 3, "memory": 4, "nonfinite": 5, "disk": 74, "preempted": 75, "stopped": 130,
 }
 
+# What runs out of memory says, by library: PyTorch's allocators of CPU, CUDA, MPS, XPU and others, files mapped into
+# memory, C++, oneDNN, CUDA's and AMD's libraries, the runtimes and drivers below them, JPEG and PNG decoders.
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|cannot allocate memory|can't allocate memory|not enough memory|failed to allocate memory"
+    r"|unable to allocate|insufficient memory|memory allocation (?:failed|failure)|\bbad_?alloc\b|error out of memory"
+    r"|could not create a (?:primitive|memory)|_STATUS_ALLOC_FAILED|StatusAllocFailed|rocblas_status_memory_error"
+    r"|cudaErrorMemoryAllocation|hipErrorOutOfMemory|CUDA_ERROR_OUT_OF_MEMORY|ENOMEM", re.IGNORECASE)
+ASCII = {"√": "sqrt", "≥": ">=", "≤": "<=", "×": "x", "·": "-", "…": "...", "–": "-", "—": "-", "→": "->", "−": "-",
+         "’": "'", "‘": "'", "“": '"', "”": '"'}  # what help and messages spell with other letters
+
+IN_UTF8 = "write it in UTF-8, with no NUL in it; rename a folder whose name holds such bytes"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text for the terminal
+
+
+def printable(text: str) -> str:
+    """One line that every log, key and terminal can hold: what is no visible character is escaped.
+
+    Control characters could move the cursor or hide a part; a lone surrogate, which stands for a byte of a file's name
+    that is no text, could not be written at all.
+    """
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # how Python keeps a byte that is no UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
+def readable(text: str, secrets: Iterable[str] = ()) -> str:
+    """The lines of a message as a terminal may show them: printable, and without secrets."""
+    return "\n".join(map(printable, redact(text, secrets).split("\n")))
+
+
+def shell_word(path: str | os.PathLike[str]) -> str:
+    """A path as one word of a command: what the shell makes of it are the file name's own bytes.
+
+    A name that no terminal can show is spelled $'...', as bash and zsh read it.
+    """
+    name = os.fspath(path)
+    if name == printable(name):
+        return shlex.quote(name)
+    data = name.encode("utf-8", "surrogatepass") if any("\ud800" <= c < "\udc80" for c in name) else os.fsencode(name)
+    return "$'" + "".join(chr(b) if 32 <= b < 127 and b not in b"\\'" else f"\\x{b:02x}" for b in data) + "'"
+
+
+def unwritable(text: str) -> str:
+    """Why a text cannot be given to tokenizers, files and records; "" for one that can."""
+    odd = next(filter(_is_surrogate, text), None)
+    if odd is not None:
+        return f"it holds bytes that are not UTF-8, such as {printable(odd)}"
+    return "it holds a NUL character" if "\0" in text else ""
+
+
+def _is_surrogate(character: str) -> bool:
+    return "\ud800" <= character <= "\udfff"
+
+
+class LineFormatter(logging.Formatter):
+    """Log records as lines that a terminal may show: news as they are, the rest with its level.
+
+    label  an attribute that a record may have: the first words of its message, shown in bold
+    """
+
+    def __init__(self, stream: TextIO | None, secrets: Iterable[str] = ()):
+        super().__init__("%(message)s")
+        self.stream, self.secrets = stream, tuple(secrets)
+
+    def format(self, record: logging.LogRecord) -> str:
+        label, colours = getattr(record, "label", ""), [BOLD]
+        text = readable(super().format(record), self.secrets)
+        if record.levelno >= logging.WARNING:
+            label, text = record.levelname, f"{record.levelname} {text}"
+            colours.append(RED if record.levelno >= logging.ERROR else YELLOW)
+        shown = folded(text, self.stream, indent=len(text) - len(text.removeprefix(label).lstrip()) if label else 0)
+        return styled(label, *colours, stream=self.stream) + shown.removeprefix(label)
+
+
+def plain_output() -> None:
+    """Let standard output write any text: what its encoding lacks is spelled in ASCII, as in `--help > file`."""
+    codecs.register_error("plain", _in_ascii)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="plain")
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end]
+    return "".join(ASCII.get(c) or _escaped(c) for c in text), error.end
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Problems
+
 
 SHOWN = 20  # entries of a list in a message
-
-
-def printable(name: str) -> str:
-    """A file name that every log, key and terminal can hold: undecodable bytes and control characters are escaped."""
-    escaped = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in escaped)
 
 
 def listing(items: Iterable[str]) -> str:
@@ -33,38 +129,6 @@ def listing(items: Iterable[str]) -> str:
     items = list(items)
     more = [f"... and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
     return "\n             ".join(items[:SHOWN] + more)
-
-
-def shell_word(path: str | os.PathLike[str]) -> str:
-    """A path as one word of a command: what the shell makes of it are the file name's own bytes.
-
-    A name that no terminal can show, with control characters or bytes that are no text, is spelled $'...' as bash and
-    zsh read it.
-    """
-    name = os.fspath(path)
-    if name == printable(name):
-        return shlex.quote(name)
-    spelled = (chr(byte) if 32 <= byte < 127 and byte not in b"\\'" else f"\\x{byte:02x}" for byte in os.fsencode(name))
-    return f"$'{''.join(spelled)}'"
-
-
-class LineFormatter(logging.Formatter):
-    """How a log record reads in the terminal, before a run and in it: news as they are, the rest with its level.
-
-    label  an attribute that a record may have: the first words of its message, shown in bold
-    """
-
-    def __init__(self, stream: TextIO | None):
-        super().__init__("%(message)s")
-        self.stream = stream
-
-    def format(self, record: logging.LogRecord) -> str:
-        label, colours, text = getattr(record, "label", ""), [BOLD], super().format(record)
-        if record.levelno >= logging.WARNING:
-            label, text = record.levelname, f"{record.levelname} {text}"
-            colours.append(RED if record.levelno >= logging.ERROR else YELLOW)
-        shown = folded(text, self.stream, indent=len(text) - len(text.removeprefix(label).lstrip()) if label else 0)
-        return styled(label, *colours, stream=self.stream) + shown.removeprefix(label)
 
 
 @dataclass(frozen=True)
@@ -78,8 +142,7 @@ class Problem:
     kind: Category = "usage"
 
     def __str__(self) -> str:
-        text = f"{self.what}\n      where: {self.where}\n      why:   {self.why}\n      next:  {self.fix}"
-        return "\n".join(map(printable, text.split("\n")))  # names of files and values come from anywhere
+        return readable(f"{self.what}\n      where: {self.where}\n      why:   {self.why}\n      next:  {self.fix}")
 
 
 class UserError(Exception):
@@ -110,6 +173,20 @@ def refuse(problems: Iterable[Problem]) -> None:
         raise UserError(*found)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the device or of the machine: told by class, number or words, as libraries do it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported
+        return True
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno == errno.ENOMEM
+    return isinstance(error, (RuntimeError, OSError, ValueError)) and bool(OUT_OF_MEMORY.search(f"{error}"))
+
+
+def out_of_memory(error: BaseException, where: str, fix: str) -> UserError:
+    why = f"{error}".partition("\n")[0] or type(error).__name__
+    return UserError(Problem("out of memory", where, why, fix, "memory"))
+
+
 def exit_with_message(main: Callable[[], None]) -> None:
     """Run `main`; a UserError becomes its report on stderr and its exit code (a traceback only with --debug).
 
@@ -118,11 +195,12 @@ def exit_with_message(main: Callable[[], None]) -> None:
     take, as while libraries are imported, is one line and the exit code of a stopped run.
     """
     rank = os.environ.get("RANK", "0")
+    plain_output()
     if logging.lastResort is not None:  # the handler of records for which there is none yet
         logging.lastResort.setFormatter(LineFormatter(sys.stderr))
         logging.lastResort.setLevel(logging.WARNING if rank == "0" else logging.ERROR)
     try:
-        main()
+        naming_memory_errors(main)
     except KeyboardInterrupt:
         if debugging():
             raise
@@ -131,8 +209,20 @@ def exit_with_message(main: Callable[[], None]) -> None:
     except UserError as error:
         if debugging():
             raise
-        print(error.report(sys.stderr) if rank == "0" else f"rank {rank}: {error.problems[0].what}", file=sys.stderr)
+        told = error.report(sys.stderr) if rank == "0" else f"rank {rank}: {readable(error.problems[0].what)}"
+        print(told, file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def naming_memory_errors(main: Callable[[], None]) -> None:
+    """Run `main`; running out of memory anywhere in it is a UserError."""
+    try:
+        main()
+    except Exception as error:
+        if isinstance(error, UserError) or not is_out_of_memory(error):
+            raise
+        raise out_of_memory(error, Path(sys.argv[0]).name, "ask for less at once, by smaller batches or images, or "
+                            "close other programs that need memory") from error
 
 
 def debugging() -> bool:

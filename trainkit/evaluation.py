@@ -6,13 +6,14 @@ and, the estimate being unbiased, may fall a little below.
 `power_spectrum` tells how much of a set's images is fine detail, whatever the style.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from trainkit.reading import parse_json, read_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -115,9 +116,20 @@ def load_clip(clip_dir: str | Path) -> "tuple[CLIPModel, Channels, Channels]":
     """The CLIP in fp32, frozen, and the channel mean and deviation its image processor names."""
     from transformers import CLIPModel
 
-    settings = json.loads((Path(clip_dir) / "preprocessor_config.json").read_text(encoding="utf-8"))
-    model = CLIPModel.from_pretrained(clip_dir, dtype=torch.float32).eval().requires_grad_(False)
-    return model, tuple(settings["image_mean"]), tuple(settings["image_std"])
+    settings = parse_json(read_text(Path(clip_dir) / "preprocessor_config.json"))
+    given: dict[str, Any] = settings if isinstance(settings, dict) else {}
+    colours: list[Any] = [given.get(name) for name in ("image_mean", "image_std")]
+    if not all(map(_is_colour, colours)):
+        raise ValueError("preprocessor_config.json has no image_mean and image_std of three numbers each")
+    model, found = CLIPModel.from_pretrained(clip_dir, dtype=torch.float32, use_safetensors=True,
+                                             output_loading_info=True)
+    if found["missing_keys"]:
+        raise ValueError(f"its weights lack {sorted(found['missing_keys'])[0]}")
+    return model.eval().requires_grad_(False), tuple(colours[0]), tuple(colours[1])
+
+
+def _is_colour(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(isinstance(x, (int, float)) for x in value)
 
 
 def power_spectrum(images: "Sequence[Image]", side: int) -> Tensor:

@@ -81,6 +81,33 @@ def read_json(path: Path) -> Json:
     return json.loads(path.read_bytes())
 
 
+def read_object(path: Path) -> dict[str, Json]:
+    """The JSON object in a file that is useful but not needed; {} where there is none that can be read."""
+    try:
+        found = read_json(path)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_objects(path: Path) -> Iterator[dict[str, Json]]:
+    """The JSON objects in a file with one a line; torn lines, and what else is none, are skipped. None without a file.
+
+    Lines are cut as bytes: a power cut may leave zeros, and another program any encoding.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return
+    for line in lines:
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(found, dict):
+            yield found
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file; dtypes and bits are kept, devices and strides are not. One content, one SHA-256."""
     from safetensors.torch import save
@@ -111,14 +138,19 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
+def size_text(size: int) -> str:
+    """`5.9 MiB`, or `17 KiB` below one."""
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{max(1, round(size / 2**10))} KiB"
+
+
 def require_space(folder: Path, size: int) -> None:
     """Refuse to start writing `size` bytes where they would not fit."""
     needed, free = int(size * SPACE_MARGIN) + SPACE_RESERVE, shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(Problem(
-            what=f"no room for a checkpoint: {needed / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free",
+            what=f"no room for a checkpoint: {size_text(needed)} needed, {size_text(free)} free",
             where=str(folder), kind="disk",
-            why=f"a checkpoint of {size / 2**20:.0f} MiB must be complete before an older one may be deleted",
+            why=f"a checkpoint of {size_text(size)} must be complete before an older one may be deleted",
             fix="free some space, or give --output_dir on a larger disk; then --resume_from_checkpoint latest",
         ))
 

@@ -13,7 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainkit.errors import Problem, refuse
+from trainkit import lora_headers
+from trainkit.errors import Problem, is_out_of_memory, refuse
+from trainkit.runtime.weight_files import DIFFUSERS_FILE, STEP, at_step, embeddings_file, step_files, step_name, step_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,10 +34,43 @@ def unseen(done: float) -> None:
 
 
 def lora_file(path: Path) -> Path:
-    """The LoRA file that a user names by itself or by the folder of its run."""
-    from trainkit.report.facts import DIFFUSERS_FILE
+    """The LoRA file that a user names by itself, by the folder of its run or checkpoint, or as RUN@STEP.
 
-    return path / DIFFUSERS_FILE if path.is_dir() else path
+    Where the checkpoint of that step is gone, the file for WebUIs that it left.
+    """
+    return of_step(path, lambda folder, name: folder / DIFFUSERS_FILE, "{}.safetensors")
+
+
+def embeddings_of(path: Path) -> Path:
+    """The file of new tokens that a user names in one of these ways."""
+    return of_step(path, own_embeddings, "{}_emb.safetensors")
+
+
+def of_step(path: Path, in_folder: Callable[[Path, str], Path], beside: str) -> Path:
+    run, step = at_step(path)
+    if step is None:
+        return in_folder(path, path.resolve().name) if path.is_dir() else path
+    name = run.resolve().name
+    in_checkpoint = in_folder(run / f"checkpoint-{step}", name)
+    left = run / beside.format(step_name(name, step))
+    return left if left.is_file() and not in_checkpoint.is_file() else in_checkpoint
+
+
+def own_embeddings(folder: Path, name: str) -> Path:
+    """Those of a run's or a checkpoint's folder; a checkpoint carries its run's name, and folders are renamed."""
+    found = [path for path in folder.glob(embeddings_file("*")) if not STEP.search(path.name)]
+    return found[0] if len(found) == 1 else folder / embeddings_file(name)
+
+
+def missing_file(flag: str, file: Path, why: str) -> Problem:
+    """A file that is not there; where a step of a run was asked for, which steps there are."""
+    run = file.parent.parent
+    in_checkpoints = [step_of(path.parent) for path in run.glob(f"checkpoint-*/{file.name}")]
+    steps = sorted({*step_files(run, run.resolve().name).values(), *(at for at in in_checkpoints if at is not None)})
+    if steps and step_of(file.parent) is not None:
+        return Problem(f"no file {file}", flag, f"{run} has files of the steps {', '.join(map(str, steps))}",
+                       f"{flag} {run}@{steps[-1]}", "data")
+    return Problem(f"no file {file}", flag, why, "name a file that is there, or the folder of a run", "data")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -98,15 +133,13 @@ def embeddings_problems(repo: Repo, file: Path) -> list[Problem]:
                 f"{wanted} are asked for", "name the base model they were trained on with --base", "data")]
 
 
-def lora_problems(files: Sequence[Path]) -> Iterator[Problem]:
-    """Files, of those that are there, whose header cannot be read or whose end is missing."""
-    from safetensors import SafetensorError, safe_open
+def lora_problems(files: Sequence[Path], base: str) -> Iterator[Problem]:
+    """What the headers of those files that are there say against drawing with them on the base model."""
+    from trainkit.families.pretrained import Repo
 
+    unet = Repo(base, "--base").glance("unet/config.json")
     for file in (file for file in files if file.is_file() and file.suffix == ".safetensors"):
-        try:
-            safe_open(file, framework="pt")
-        except (OSError, SafetensorError) as error:
-            yield Problem("the LoRA file is damaged", f"--lora {file}", f"{error}", "copy or export it again", "data")
+        yield from lora_headers.problems(file, unet)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -139,20 +172,30 @@ def networks(pipe: Pipeline) -> list[str]:
 
 def fuse_lora(pipe: Pipeline, file: Path, strength: float) -> None:
     """Make a LoRA part of the weights. UserError: the file is damaged, or of another kind of model."""
-    from safetensors import SafetensorError
-
     logging.disable(logging.ERROR)  # Diffusers logs every shape that does not fit, and then raises
     try:
         pipe.load_lora_weights(str(file.parent), weight_name=file.name)
-        why = "" if pipe.get_list_adapters() else "it has no layer of this model"
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        why = f"{error}".strip().partition("\n")[0]
+        why = left_out(pipe, file)
+    except Exception as error:  # unknown names make the libraries stumble in many ways
+        if is_out_of_memory(error):
+            raise
+        why = f"Diffusers cannot read it ({type(error).__name__}: {f'{error}'.strip().partition(chr(10))[0]})"
     finally:
         logging.disable(logging.NOTSET)
     if why:
         refuse([Problem("the LoRA does not fit the base model", f"--lora {file}", why,
                         "name the base model it was trained on with --base", "data")])
     pipe.fuse_lora(components=networks(pipe), lora_scale=strength)
+
+
+def left_out(pipe: Pipeline, file: Path) -> str:
+    """Whether the libraries passed over a part of the LoRA, in words; they only log it."""
+    taken = sum(bool(getattr(module, "lora_A", None)) for name in networks(pipe)
+                for module in getattr(pipe, name).modules())
+    if not taken:
+        return "it has no layer of this model"
+    there = len(lora_headers.layers(file)) if file.suffix == ".safetensors" else taken
+    return f"this model has {taken} of its {there} layers" if taken < there else ""
 
 
 @contextmanager

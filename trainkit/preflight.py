@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
 from trainkit import adapters, optim
 from trainkit.diffusion import ScheduleChange
-from trainkit.errors import UserError
+from trainkit.errors import Problem, UserError, shell_word
 from trainkit.losses import fourier_term
-from trainkit.runtime.startup import leave_out
+from trainkit.runtime.startup import bring_back, leave_out
 
 if TYPE_CHECKING:
-    from trainkit.errors import Problem
     from trainkit.options import (
         FourierOptions,
         ImageOptions,
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         ModelOptions,
         ObjectiveOptions,
         OptimizerOptions,
+        RunOptions,
         TextOptions,
     )
 
@@ -83,6 +84,74 @@ def check_model(opt: ModelCheckOptions, family: ModuleType) -> ModelCheck:
 
 
 def leave_out_unused(o: OptimizerOptions) -> None:
-    """Keep libraries from importing bitsandbytes where nothing of it is asked for."""
+    """Keep libraries from importing bitsandbytes where nothing of it is asked for, as an earlier run may have done."""
+    bring_back()
     if optim.library(o) != "bitsandbytes":
         leave_out("bitsandbytes")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Folders
+
+WRITTEN = ("samples", "previous-*", "checkpoint-*")  # folders that a run makes in --output_dir
+
+
+class FolderOptions(Protocol):
+    """What of a trainer's options names the folders it reads and writes."""
+
+    @property
+    def data(self) -> ImageOptions: ...
+
+    @property
+    def run(self) -> RunOptions: ...
+
+
+def output_problems(opt: FolderOptions) -> list[Problem]:
+    """That a run would write among the images it reads, so that the next start trains on its previews and files."""
+    out, data = Path(opt.run.output_dir), opt.data
+    prior = getattr(opt, "prior", None)
+    folders = {f"--{data.folder_flag}": data.folder, "--dataset_name": data.dataset_name,
+               "--class_data_dir": prior.class_data_dir if prior and prior.with_prior_preservation else None}
+    problems = []
+    for flag, name in folders.items():
+        folder = Path(name or "")
+        if not (name and folder.is_dir()):
+            continue
+        if lies_in(out, folder):
+            where = "is the folder of the images" if lies_in(folder, out) else "lies in the folder of the images"
+            fix = f"--output_dir {shell_word(Path(*folder.absolute().parts[:-1], 'runs', out.absolute().name))}"
+            problems.append(_mixed(f"--output_dir {where}", out, f"{flag} {folder}", fix))
+        elif writes_into(out, folder):
+            problems.append(_mixed("the images lie where the run writes its own files", out, f"{flag} {folder}",
+                                   "--output_dir ANOTHER_FOLDER"))
+    return problems
+
+
+def _mixed(what: str, out: Path, data: str, fix: str) -> Problem:
+    return Problem(what, f"--output_dir {out}, {data}",
+                   "the next start would find previews and other files of this run among the images", fix)
+
+
+def lies_in(path: Path, folder: Path) -> bool:
+    """Whether `path`, which need not be there yet, is `folder` or below it, links followed."""
+    whole = path.resolve()
+    return any(_same(above, folder) for above in (whole, *whole.parents))
+
+
+def _same(path: Path, folder: Path) -> bool:
+    try:
+        return path.samefile(folder)  # also where letter case or a mount gives one folder two names
+    except OSError:
+        return path == folder.resolve()
+
+
+def writes_into(out: Path, folder: Path) -> bool:
+    """Whether `folder` is or lies in one of those that a run makes in `out`."""
+    whole = folder.resolve()
+    if not lies_in(folder, out):
+        return False
+    try:
+        first = whole.relative_to(out.resolve()).parts[0]
+    except ValueError:
+        return False
+    return any(Path(first).match(pattern) for pattern in WRITTEN)

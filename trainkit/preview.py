@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 OFTEN = 20  # training steps between previews, below which drawing may well take longer than training
 STEPS = 25  # denoising steps of the Diffusers trainers' validation
 
@@ -93,16 +94,32 @@ class Previews:
                  *((shot, grid_name(step)) for shot in self.shots[:1])]
         return all(is_of(self.folder / name, shot.prompt) for shot, name in files)
 
+    def missing(self, start: int, *, last: bool) -> bool:
+        """Whether a session that begins after `start` steps has to draw: before the first step, and what a signal cut
+        off. A step at which none are due gets none.
+        """
+        return (start == 0 or self.due(start, last=last)) and not self.there(start)
+
     def due(self, step: int, *, last: bool) -> bool:
         """Whether previews are due after `step` finished steps: every `every` steps, and after the last."""
         return bool(self.shots) and (last or bool(self.every) and step % self.every == 0)
 
-    def draw(self, step: int) -> dict[Path, Image.Image]:
-        """Write samples/step_<step>_p<prompt>_s<seed>.png and the grid samples/step_<step>.png -> them, grid last."""
+    def draw(self, step: int, stopping: Callable[[], bool] = lambda: False) -> dict[Path, Image.Image]:
+        """Write samples/step_<step>_p<prompt>_s<seed>.png and the grid samples/step_<step>.png -> them, grid last.
+
+        stopping  asked after every denoising step and image; when it says yes, nothing is written
+        """
         if not self.shots:
             return {}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        images = self._images()
+        try:
+            images = self._images(stopping)
+        except _Stopped:
+            return {}
+        with disk_errors(self.folder):
+            return self._write(step, images)
+
+    def _write(self, step: int, images: Sequence[Image.Image]) -> dict[Path, Image.Image]:
+        self.folder.mkdir(exist_ok=True)  # not its parents: a run's folder that was taken away must be told
         drawn = {self.folder / shot.file_name(step): one for shot, one in zip(self.shots, images, strict=True)}
         for shot, (path, image) in zip(self.shots, drawn.items(), strict=True):
             save_png(path, image, self._parameters(shot, image))
@@ -110,18 +127,18 @@ class Previews:
         save_png(grid, page, self._parameters(self.shots[0], images[0]))
         return drawn | {grid: page}
 
-    def _images(self) -> list[Image.Image]:
+    def _images(self, stopping: Callable[[], bool]) -> list[Image.Image]:
         family, dtype = self.family, self.family.weight_dtype
         precision = torch.autocast(family.device.type, dtype=dtype, enabled=dtype != torch.float32)
         pipe = family.pipeline(sampler(family))
         with self.averaged(), evaluating(family.denoiser), precision:
-            latents = [self._latents(pipe, shot) for shot in self.shots]  # N × [1,C,h,w]
+            latents = [self._latents(pipe, shot, stopping) for shot in self.shots]  # N × [1,C,h,w]
         with visiting(family.vae, family.device):
-            images = [image for one in latents for image in family.decode(one)]
+            images = [image for one in latents for image in family.decode(unless(stopping, one))]
         empty_device_cache()
         return images
 
-    def _latents(self, pipe: DiffusionPipeline, shot: PreviewImage) -> Tensor:
+    def _latents(self, pipe: DiffusionPipeline, shot: PreviewImage, stopping: Callable[[], bool]) -> Tensor:
         """One finished latent -> [1,C,h,w]; one at a time, so that a preview never needs more memory than training."""
         side = self.resolution // self.family.vae_factor
         noise = rng.normal((self.family.latent_channels, side, side), [(shot.seed, shot.number)], name="preview")
@@ -130,6 +147,7 @@ class Previews:
             height=self.resolution, width=self.resolution, num_inference_steps=STEPS,
             guidance_scale=self.family.guidance_scale,
             generator=rng.generator("preview-step", shot.seed, shot.number), output_type="latent",
+            callback_on_step_end=lambda pipe, step, timestep, now: unless(stopping, now),
         ).images
 
     def _grid(self, step: int, images: Sequence[Image.Image]) -> Image.Image:
@@ -141,6 +159,17 @@ class Previews:
             "Steps": STEPS, "Sampler": sampler_class(self.family), "CFG scale": self.family.guidance_scale,
             "Seed": shot.seed, "Size": f"{image.width}x{image.height}",
         })
+
+
+class _Stopped(Exception):
+    """Somebody does not want to wait for the images."""
+
+
+def unless(stopping: Callable[[], bool], value: T) -> T:
+    """`value`, or the end of the drawing."""
+    if stopping():
+        raise _Stopped
+    return value
 
 
 def sampler(family: Family) -> SchedulerMixin:

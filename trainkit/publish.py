@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,21 +14,21 @@ import yaml
 from trainkit import summary
 from trainkit.adapters import BF16_ROUNDING, FP16_ROUNDING, largest_change
 from trainkit.errors import Problem, UserError
-from trainkit.export import LoraFileFormat, verify, write_diffusers, write_kohya
-from trainkit.files import Json, atomic_write
+from trainkit.files import Json, atomic_write, disk_errors
 from trainkit.options import RunOptions
 from trainkit.options.trainers import known_flags
+from trainkit.reading import parse_yaml, read_text
+from trainkit.redact import redact
 from trainkit.report import SampleStep, environment, sample_steps, write_report
 from trainkit.report.charts import number
-from trainkit.report.facts import DIFFUSERS_FILE, RunFacts, sample_files, weight_names
+from trainkit.report.facts import RunFacts, public, sample_files
 from trainkit.report.usage import usage
 from trainkit.runtime import ranks
-from trainkit.runtime.record import redact
+from trainkit.runtime.weight_files import DIFFUSERS_FILE, KOHYA_FILE
 
 if TYPE_CHECKING:
     from trainkit.adapters import Adapters
-    from trainkit.conditioning.live_text import Text
-    from trainkit.families import Family
+    from trainkit.lora_files import LoraFiles
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +39,7 @@ LICENCES = {  # of bases on the Hub; a folder tells its own
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
     "stabilityai/stable-diffusion-2-1": "openrail++", "stabilityai/stable-diffusion-2-1-base": "openrail++",
 }
-LONGEST_NAME = 255 - len("._emb.safetensors.1234567-12345678.tmp")  # bytes; a file is written under a longer name
+LONGEST_NAME = 255 - len(".-step00000000_emb.safetensors.1234567-12345678.tmp")  # bytes; a file's draft is longer
 HUB_ID = re.compile(r"([\w-][\w.-]{0,95}/)?[\w-][\w.-]{0,95}", re.ASCII)
 FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 
@@ -79,45 +76,35 @@ def hub_problems(options: RunOptions) -> Iterator[Problem]:
                       "give --hub_model_id owner/name")
 
 
-def publish(options: RunOptions, family: Family, adapters: Adapters, *, text: Text | None = None,
-            num_images: int | None = None, averaged: Callable[[], AbstractContextManager[None]] = nullcontext
-            ) -> list[Path]:
+def publish(options: RunOptions, files: LoraFiles) -> list[Path]:
     """Write the final files into --output_dir, verify them, and upload them when asked -> the files, weights first.
 
     Rank 0 does it and every other rank waits, returning no files.
-    text        the text of the run, which may have learned embeddings
-    num_images  images trained on, without repeats, for the file's header
-    averaged    context of the weights to write, where they are not those that train (Optim.averaged)
     Raises UserError when a written file does not hold the trained weights, or when the upload fails; by then every
     file is complete on the disk.
     """
     try:
-        if not ranks.is_main():
-            return []
-        with averaged():
-            return publish_here(options, family, adapters, text=text, num_images=num_images)
+        return publish_here(options, files) if ranks.is_main() else []
     finally:
         ranks.barrier()
 
 
-def publish_here(options: RunOptions, family: Family, adapters: Adapters, *, text: Text | None,
-                 num_images: int | None) -> list[Path]:
+def publish_here(options: RunOptions, files: LoraFiles) -> list[Path]:
     folder = Path(options.output_dir)
-    embeddings = text.export(folder, RunFacts(folder).name) if text else []  # first: the other files speak of them
-    networks = [adapters, *(text.networks if text else ())]
-    weights = [*write_weights(folder, family, networks, num_images=num_images), *embeddings]
-    files = [*weights, write_card(folder), write_report(folder)]
+    with disk_errors(folder):
+        weights = files.final()  # first: the other files speak of them
+        written = [*weights, write_card(folder), write_report(folder)]
     run = RunFacts(folder)
-    for sentence in standstills(networks, run):
-        log.warning("%s", sentence)
-    uses = purposes(run)
-    written = {path.name: uses[path.name] for path in weights}
-    summary.tell_end(options.output_dir, written, steps=run.step, seconds=run.seconds)
+    with files.averaged():
+        for sentence in standstills(files.networks, run):
+            log.warning("%s", sentence)
+    uses = {path.name: purposes(run)[path.name].replace("see above", "see README.md") for path in weights}
+    summary.tell_end(options.output_dir, uses, steps=run.step, seconds=run.seconds)
     if options.push_to_hub:
         token = options.hub_token.get_secret_value() if options.hub_token else None
         url = push(folder, uploads(folder, weights), repo_id=repo_id(options), private=options.hub_private, token=token)
         log.info("uploaded to %s", url)
-    return files
+    return written
 
 
 def standstills(networks: Sequence[Adapters], run: RunFacts) -> Iterator[str]:
@@ -142,55 +129,6 @@ def standstills(networks: Sequence[Adapters], run: RunFacts) -> Iterator[str]:
                f"Images with this LoRA look like the base model's. {advice}")
 
 
-def write_weights(folder: Path, family: Family, networks: Sequence[Adapters], *, num_images: int | None) -> list[Path]:
-    """The Diffusers file and the one for ComfyUI and WebUIs, each read back and compared with the adapters.
-
-    No file where no network has adapters, as in pure textual inversion.
-    """
-    networks = [network for network in networks if network.layers]
-    if not networks:
-        return []
-    run = RunFacts(folder)
-    ours, others = (folder / name for name in weight_names(run.name))
-    metadata = header(run, num_images=num_images)
-    write_diffusers(networks, ours, metadata)
-    write_kohya(networks, family, others, metadata)
-    layouts: tuple[tuple[Path, LoraFileFormat], ...] = ((ours, "diffusers"), (others, "webui"))
-    for path, layout in layouts:
-        error = verify(path, networks, family, layout=layout)
-        log.info("%s holds the trained weights (largest error %.1e of its largest entry)", path.name, error)
-    return [ours, others]
-
-
-def header(run: RunFacts, *, num_images: int | None) -> dict[str, str]:
-    """What the files say about their run: strings only, no path.
-
-    Source: kohya-ss/sd-scripts, library/train_util.py and train_network.py (ss_* keys); Stability-AI/ModelSpec 1.0.1.
-    """
-    side, visits = run.option("resolution"), (num_images or 0) * int(run.option("repeats") or 1)
-    values = {
-        "ss_output_name": run.name, "ss_sd_model_name": run.base_model, "ss_resolution": f"({side}, {side})",
-        "ss_num_train_images": num_images, "ss_steps": run.step, "ss_max_train_steps": run.total_steps,
-        "ss_num_epochs": math.ceil(run.step * int(run.record["global_batch"]) / visits) if visits else None,
-        "ss_seed": run.record["seed"], "ss_learning_rate": run.option("learning_rate"),
-        "ss_optimizer": run.optimizer, "ss_lr_scheduler": run.option("lr_scheduler"),
-        "ss_lr_warmup_steps": run.setting("lr_warmup_steps"), "ss_min_snr_gamma": run.setting("snr_gamma"),
-        "ss_loss_type": run.option("loss_type"), "ss_fourier_loss": packed(run.record.get("fourier_loss")),
-        "ss_noise_offset": run.option("noise_offset"), "ss_clip_skip": run.option("clip_skip"),
-        "ss_batch_size_per_device": run.option("train_batch_size"),
-        "ss_gradient_accumulation_steps": run.option("gradient_accumulation_steps"),
-        "modelspec.title": run.name, "modelspec.date": run.record["started"],
-        "modelspec.trigger_phrase": run.trigger, "modelspec.description": f"LoRA for {run.base_model}",
-        "modelspec.tags": "lora, text-to-image",
-    }
-    return {key: str(value) for key, value in values.items() if value not in (None, "")}
-
-
-def packed(value: Json) -> str | None:
-    """Settings as one string."""
-    return json.dumps(value) if value else None
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Model card
 
@@ -205,8 +143,9 @@ def write_card(folder: Path) -> Path:
     card = env.get_template("card.md").render(
         run=run, samples=samples, samples_grid=f"samples/step_{samples[-1].step:06d}.png" if samples else "",
         usage=usage(run), files=run.files, purposes=purposes(run), settings=settings(run), dataset=hub_dataset(run),
-        licence=licence, base_is_local=Path(run.base_path).is_dir(), front_matter=matter, title=title(run),
-        parts=parts(run), tokens=run.embeddings.tokens if run.embeddings else {},
+        licence=licence, base_is_local=Path(run.base_path).is_dir(),
+        vae_is_local=bool(run.vae) and Path(str(run.option("pretrained_vae_model_name_or_path"))).is_dir(),
+        front_matter=matter, title=title(run), parts=parts(run), tokens=run.embeddings.tokens if run.embeddings else {},
     )
     path = folder / "README.md"
     atomic_write(path, card.encode("utf-8"))
@@ -216,7 +155,8 @@ def write_card(folder: Path) -> Path:
 def purposes(run: RunFacts) -> dict[str, str]:
     """What each file is for. A DoRA is another function in A1111, and nearly the same in ComfyUI: docs/adapters.md."""
     return {run.embeddings_file: "Diffusers, ComfyUI, A1111, Forge", DIFFUSERS_FILE: "Diffusers",
-            f"{run.name}.safetensors": "ComfyUI, Forge: see above" if run.is_dora else "ComfyUI, A1111, Forge"}
+            **dict.fromkeys((f"{run.name}.safetensors", KOHYA_FILE),
+                            "ComfyUI, Forge: see above" if run.is_dora else "ComfyUI, A1111, Forge")}
 
 
 def title(run: RunFacts) -> str:
@@ -261,9 +201,9 @@ def licence_of(run: RunFacts) -> str | None:
     if not card.is_file():
         return LICENCES.get(run.base_model)
     try:
-        match = FRONT_MATTER.match(card.read_text("utf-8"))
-        matter = yaml.safe_load(match[1]) if match else None
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date that is none
+        match = FRONT_MATTER.match(read_text(card))
+        matter = parse_yaml(match[1]) if match else None
+    except (OSError, ValueError) as error:
         log.warning("cannot read the licence in %s: %s", card, " ".join(str(error).split()))
         return None
     found = matter.get("license") if isinstance(matter, dict) else None
@@ -278,8 +218,8 @@ def hub_dataset(run: RunFacts) -> str | None:
 
 def settings(run: RunFacts) -> dict[str, str]:
     """The rows of the card's table: what had an effect. Which options it tells, their fields say."""
-    card_values = {card.label: run.setting(flag.name) for flag in known_flags().values() if (card := flag.facts.card)
-            if card.always or run.option(flag.name) != flag.default}
+    card_values = {card.label: public(flag.name, run.setting(flag.name)) for flag in known_flags().values()
+                   if (card := flag.facts.card) if card.always or run.option(flag.name) != flag.default}
     rates = {f"Learning rate, {group}": number(rate) for group, rate in run.rates.items()}
     values = {"Steps": run.step, "Optimizer": run.optimizer, **rates, **card_values}
     return {name: str(value) for name, value in values.items() if value is not None}

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
 import os
@@ -27,14 +26,15 @@ import torch
 from torch import Tensor
 
 from trainkit.data.sampler import Shard
-from trainkit.errors import Problem, UserError
+from trainkit.errors import Problem, UserError, is_out_of_memory, out_of_memory, refuse
 from trainkit.files import DISK_ERRORS, Json, disk_error, disk_errors
 from trainkit.runtime import ranks, trackers
 from trainkit.runtime.checkpoint_folders import pointed
 from trainkit.runtime.lock import OutputLock
 from trainkit.runtime.progress import LineHandler, Progress
 from trainkit.runtime.record import Metrics, RunRecord, redact_json
-from trainkit.runtime.signals import Signals, Wish, end_with_launcher
+from trainkit.runtime.signals import RESUME, Moment, Signals, Wish, end_with_launcher
+from trainkit.runtime.startup import bring_back
 from trainkit.training.gradients import Gradients, Steppable
 
 if TYPE_CHECKING:
@@ -51,6 +51,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SAVES_MEMORY = (
+    "add --gradient_checkpointing, --cache_latents and --mixed_precision bf16, then halve --train_batch_size and "
+    "double --gradient_accumulation_steps (the same gradient); --resume_from_checkpoint latest keeps what is saved")
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -86,6 +89,7 @@ def start_run(opts: RunSettings, project: str) -> Run:
     # inherit the setting when they are made, so it comes before the first parallel operation.
     torch.set_flush_denormal(True)
     ranks.refuse_wrappers(os.environ)
+    refuse(ranks.precision_problems(os.environ, opts.precision.mixed_precision))
     names = trackers.chosen_trackers(opts.run.report_to)
     lock = take_folder(Path(opts.run.output_dir))
     with ExitStack() as on_failure:
@@ -141,10 +145,11 @@ class Run:
             last_checkpoint=lambda: pointed(self.out_dir),
         )
         self.progress, self.signals, self.metrics = Progress(), Signals(), Metrics(self.out_dir)
-        self._handler = LineHandler(self.progress)
+        self._handler = LineHandler(self.progress, self.secrets)
         self._agreed: Wish | None = None
         self._step, self._total, self._over = 0, 0, False
         self._clock, self._seconds_before = time.monotonic(), 0.0
+        self._matmul_precision = torch.get_float32_matmul_precision()
         self._options = redact_json(opts.flat(), self.secrets)
         if self.is_main:
             self.record = RunRecord(
@@ -160,7 +165,7 @@ class Run:
         torch.manual_seed(self.seed)  # for libraries that draw by themselves; ours draw from trainkit.rng
         if self.opts.precision.allow_tf32:
             torch.set_float32_matmul_precision("high")
-        for notice in self.opts.notices():
+        for notice in [*self.opts.notices(), *ranks.unused_settings(os.environ)]:
             log.warning("%s", notice)
         if self.is_main:
             self.record.write()
@@ -190,12 +195,11 @@ class Run:
     # -- the loop -------------------------------------------------------------------------------------------------
 
     def begin(self, start: int, total: int, previews: Previews | None = None) -> None:
-        """Just before the loop, with `start` finished steps of `total`: from now on signals wait for a save.
+        """Just before the loop, with `start` finished steps of `total`: afterwards signals wait for a save.
 
-        The output folder is this run's from here on. `previews` are drawn once, before the run learns more; those of
-        step `start` that an earlier session left stay as they are.
+        The output folder is this run's from here on. `previews` are drawn before the first step, and at the start of a
+        session where they are due and an earlier session has not left them.
         """
-        self.signals.patient = True
         self._clock, self._step, self._total = time.monotonic(), start, total
         if self.is_main:
             self.record.begin(total_steps=total, start_step=start, global_batch=self.global_batch)
@@ -204,8 +208,9 @@ class Run:
         if previews is not None:
             if self.is_main:
                 previews.begin(start)
-            if not ranks.from_main(lambda: previews.there(start)):
+            if ranks.from_main(lambda: previews.missing(start, last=start == total)):
                 self.draw(start, previews)
+        self.signals.wait_for_a_save()
 
     def train(
         self, train_step: TrainStep, batches: Iterable[tuple[int, Sequence[Batch]]], optimizer: Optim, text: Text,
@@ -216,13 +221,15 @@ class Run:
         start, stop, total  finished steps at the start and at the end of this session, and at the end of the run
         """
         self.begin(start, total, previews)
+        saves.announce(start, stop=stop, total=total)
         for step, micro_batches in batches:  # step counts from 0
             optimizer.begin(step)  # who trains in this step, and at which rate
             for loss in train_step(micro_batches):  # a part of the step's loss for each forward pass
                 self.backward(loss)
             stats = train_step.passes.describe() | self.update(optimizer, step=step, then=text.after_update)
             self.log(step + 1, stats | optimizer.describe())  # finished steps
-            self.after_step(step + 1, optimizer, saves=saves, previews=previews, last=step + 1 == stop)
+            self.after_step(step + 1, optimizer, saves=saves, previews=previews, stop=stop)
+        self.end_loop(saves, stop)
         self.progress.close()  # the last line stays
         if stop < total:
             log.info("stopped after %d of %d steps, as --stop_after_steps says: the same command without it and with "
@@ -240,11 +247,10 @@ class Run:
         then  called with the number of finished steps when the weights were updated, not when the step was skipped
         Raises UserError(kind="nonfinite") after too many steps in a row whose loss or gradient was not finite.
         """
-        votes = [float(self.signals.wish == wish) for wish in ("stopped", "preempted")]
         done = self.gradients.update(
-            optimizer, step=step, max_grad_norm=self.opts.optimizer.max_grad_norm, votes=votes,
+            optimizer, step=step, max_grad_norm=self.opts.optimizer.max_grad_norm, votes=self._votes(),
         )
-        self._agreed = "stopped" if done.votes[0] else "preempted" if done.votes[1] else None
+        self._agree(done.votes)
         if not done.skipped:
             then(step + 1)
         return {"loss": done.loss, "grad_norm": done.grad_norm, "skipped": float(self.gradients.skipped)}
@@ -260,9 +266,12 @@ class Run:
         self.progress.update(step, row, notes=self._notes(step))
 
     def draw(self, step: int, previews: Previews) -> None:
-        """Previews after `step` finished steps, on rank 0 while the others wait; the trackers get them too."""
+        """Previews after `step` finished steps, on rank 0 while the others wait; the trackers get them too.
+
+        A signal ends the drawing after a denoising step, and without files.
+        """
         if self.is_main:
-            drawn = [*previews.draw(step).values()]  # the last is the sheet of all
+            drawn = [*previews.draw(step, lambda: self.signals.wish is not None).values()]  # the last: the sheet of all
             self.log_images(step, {"validation": drawn[:-1]} if drawn else {})
         ranks.barrier()
 
@@ -273,8 +282,21 @@ class Run:
 
     @property
     def stopping(self) -> Wish | None:
-        """What a signal asked for, once every rank knows: "preempted", "stopped" or None. Changes in `update` only."""
+        """What a signal asked for, once every rank knows: "preempted", "stopped" or None.
+
+        Changes in `update`, and in `listen`.
+        """
         return self._agreed
+
+    def listen(self) -> None:
+        """Agree with all ranks about signals outside of an update."""
+        self._agree(ranks.sum_over_ranks(torch.tensor(self._votes(), device=self.device)).tolist())
+
+    def _votes(self) -> list[float]:
+        return [float(self.signals.wish == wish) for wish in ("stopped", "preempted")]
+
+    def _agree(self, votes: Sequence[float]) -> None:
+        self._agreed = "stopped" if votes[0] else "preempted" if votes[1] else None
 
     @property
     def healthy(self) -> bool:
@@ -292,11 +314,7 @@ class Run:
         the last one: then the weights are those the losses went wrong with.
         """
         if self.gradients.skipped >= self._step > 0:
-            raise UserError(Problem(
-                what=f"nothing was learned: all {self._step} steps were skipped", where=str(self.metrics.path),
-                why="no loss or gradient was finite, so no update reached the weights", kind="nonfinite",
-                fix="lower --learning_rate, or use --mixed_precision bf16 or no, and start anew",
-            ))
+            raise self.gradients.never_finite(self._step, str(self.metrics.path))
         if not self.healthy:
             raise UserError(Problem(
                 what=f"the run was diverging when it ended: the last {self.gradients.in_a_row} steps were skipped",
@@ -314,17 +332,34 @@ class Run:
                     f"{pointed(self.out_dir) or 'none'})",
             ))
 
-    def after_step(self, done: int, optimizer: Steppable, *, saves: Checkpoints, previews: Previews, last: bool
-                   ) -> None:
+    def after_step(self, done: int, optimizer: Steppable, *, saves: Checkpoints, previews: Previews, stop: int) -> None:
         """What is due after `done` finished steps: save (and end there when a signal asked for it), draw, a last look.
+
+        stop  finished steps at the end of this session
         """
-        if due(done, self.opts.run.checkpointing_steps, last=last) or self.stopping:
-            self.require_finite(optimizer, done)
-            self.end_if_stopping(done, saves.save(done, prune=self.healthy))
-        if previews.due(done, last=last):
+        if saves.due(done, stop=stop, total=self._total) or self.stopping:
+            self.save(done, optimizer, saves)
+        if previews.due(done, last=done == stop):
             self.draw(done, previews)
-        if last:
+            self.listen()
+            if self.stopping:  # a signal has come since the update, and ended the drawing
+                self.save(done, optimizer, saves)
+        if done == stop:
+            self.require_finite(optimizer, done)
             self.require_progress()
+
+    def save(self, done: int, optimizer: Steppable, saves: Checkpoints) -> None:
+        """Save `done` finished steps, and end there when a signal asked for it."""
+        self.require_finite(optimizer, done)
+        self.end_if_stopping(done, saves.save(done, prune=self.healthy))
+
+    def end_loop(self, saves: Checkpoints, stop: int) -> None:
+        """After the last step of the session: from now on a signal ends the run at once."""
+        if saves.saved == stop:
+            saves.save(stop, prune=self.healthy)  # written already, but a kill may have come before its pruning
+        self.signals.end_at_once(Moment(
+            where=str(self.out_dir), fix=RESUME, why=f"{stop} steps are finished, the newest checkpoint is "
+            f"{pointed(self.out_dir) or 'none'}, and the final files may be missing"))
 
     def end_if_stopping(self, step: int, saved: Path) -> None:
         """Raise the UserError that ends the run when a signal asked for it; `saved` is this step's checkpoint."""
@@ -334,6 +369,7 @@ class Run:
 
     def show_task(self, name: str, done: float, total: int) -> None:
         """How far a task before the loop has come, in the progress line. Rank 0 shows it."""
+        self.signals.check()
         if self.is_main:
             self.progress.task(name, done, total)
 
@@ -356,7 +392,8 @@ class Run:
         """For the end of the progress line, the more important first."""
         every, total = self.opts.run.checkpointing_steps, self.progress.pace.total
         skipped = f"{self.gradients.skipped} skipped" if self.gradients.skipped else ""
-        return [skipped, f"next save {min(total, (step // every + 1) * every)}" if step < total else ""]
+        save = min(total, (step // every + 1) * every) if every else total
+        return [skipped, f"next save {save}" if step < total else ""]
 
     # -- across restarts ------------------------------------------------------------------------------------------
 
@@ -380,12 +417,22 @@ class Run:
         with disk_errors(self.out_dir), ExitStack() as after:  # the rest happens even when run.json cannot be written
             if self.lock is not None:
                 after.callback(self.lock.release)
+            after.callback(self._leave_process)
             after.callback(self.accelerator.end_training)
             after.callback(logging.getLogger().removeHandler, self._handler)
             after.callback(self.signals.restore)
             self.progress.close()
             if self.is_main:
                 self.record.finish(status=status, exit_code=exit_code, seconds=round(self.seconds, 3), step=self._step)
+
+    def _leave_process(self) -> None:
+        """Take back what would decide the next run of this process, as in a notebook."""
+        from accelerate.state import AcceleratorState, GradientState
+
+        torch.set_float32_matmul_precision(self._matmul_precision)
+        bring_back()
+        AcceleratorState._reset_state()  # else accelerate refuses another precision; the process group stays
+        GradientState._reset_state()
 
     def __enter__(self) -> Run:
         return self
@@ -411,17 +458,12 @@ class Run:
     def _explained(self, error: BaseException) -> BaseException:
         """`error`, as a UserError where memory or disk ran out, or where a library hid the one a signal raised."""
         if self.signals.wish is not None and not self.signals.patient and not isinstance(error, UserError):
-            return self.signals.error(where="before the first step", why="there was nothing to save yet")
+            return self.signals.error()
         if is_out_of_memory(error):
-            return out_of_memory(error, self.device)
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            return out_of_memory(error, describe_device(self.device), SAVES_MEMORY)
+        if isinstance(error, OSError) and (error.errno in DISK_ERRORS or not self.out_dir.is_dir()):
             return disk_error(error, Path(error.filename or self.out_dir), "read or write")
         return error
-
-
-def due(step: int, every: int | None, *, last: bool = False) -> bool:
-    """Whether something done `every` so many finished steps is due after `step` of them; always after the last."""
-    return last or (every is not None and every > 0 and step > 0 and step % every == 0)
 
 
 def make_accelerator(opts: RunSettings, tracker_names: list[str]) -> Accelerator:
@@ -454,22 +496,3 @@ def describe_device(device: torch.device) -> str:
         facts = torch.cuda.get_device_properties(device)
         return f"{facts.name} ({facts.total_memory / 2**30:.0f} GB)"
     return f"{device.type.upper()} {platform.machine()}, {os.cpu_count()} cores"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """PyTorch has a class of its own for accelerators' memory only; a CPU's allocator raises a RuntimeError."""
-    return (
-        isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        or isinstance(error, OSError) and error.errno == errno.ENOMEM
-        or isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
-    )
-
-
-def out_of_memory(error: BaseException, device: torch.device) -> UserError:
-    return UserError(Problem(
-        what="out of memory", where=describe_device(device), kind="memory",
-        why=str(error).partition("\n")[0] or type(error).__name__,
-        fix="add --gradient_checkpointing, --cache_latents and --mixed_precision bf16, then halve --train_batch_size "
-            "and double --gradient_accumulation_steps (the same gradient); "
-            "--resume_from_checkpoint latest keeps what is saved",
-    ))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from trainkit.checkpoints import UNKNOWN_BEFORE
 from trainkit.data.cache import content_key
 from trainkit.optim.table import decisive_arguments
 from trainkit.options.rules import trained_fractions
@@ -69,7 +70,8 @@ def fingerprint(
     decisive = decisive_options(opt)
     matched = decisive.get("distribution matching") == "on"  # a loss compares the images of a micro-batch
     return {
-        "base model": family.identity, "images": contents([row for row in rows if not row.is_class]),
+        "base model": family.sampled_identity, UNKNOWN_BEFORE: family.identity,
+        "images": contents([row for row in rows if not row.is_class]),
         "class images": contents([row for row in rows if row.is_class]),
         "--prior_loss_weight": [row.loss_weight for row in rows if row.is_class][:1],
         "images in a step": run.global_batch,

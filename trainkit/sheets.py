@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from trainkit.files import atomic_write
+from trainkit.redact import redact
 
 SAMPLER_NAMES = {  # as WebUIs call them
     "DPMSolverMultistepScheduler": "DPM++ 2M", "EDMDPMSolverMultistepScheduler": "DPM++ 2M",
@@ -26,7 +27,7 @@ TILE_PX = (192, 512)  # a sheet shows no image smaller or larger than this
 def save_png(path: Path, image: Image.Image, parameters: str) -> None:
     """A PNG with its prompt and seed in the text chunk `parameters`; readers never see half a file."""
     info, buffer = PngInfo(), io.BytesIO()
-    info.add_text("parameters", parameters)
+    info.add_text("parameters", redact(parameters))
     image.save(buffer, format="PNG", pnginfo=info)
     atomic_write(path, buffer.getvalue())
 
@@ -45,8 +46,8 @@ def is_of(path: Path, prompt: str) -> bool:
     """Whether `path` is an image that `save_png` has written for this prompt."""
     try:
         with Image.open(path) as image:
-            return str(image.info.get("parameters", "")).startswith(f"{prompt}\nSteps: ")
-    except OSError:  # not there, or damaged
+            return str(image.info.get("parameters", "")).startswith(f"{redact(prompt)}\nSteps: ")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # not there, damaged, or another's
         return False
 
 

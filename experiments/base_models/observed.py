@@ -32,7 +32,7 @@ shape fit. Its text projections were refitted by least squares. It was trained f
 SD_OBSERVED = """\
 Recognisable, more or less: high heel, car, alien, life buoy, billiard ball, koala, door, suitcase, fire
 extinguisher, light bulb, lipstick, rocket and tractor. Many others have the right colours and mass but not the form
-(maple leaf, shirt, violin, bicycle, coconut). The model had 23 minutes and needs several times that. The stage resumes
+(maple leaf, shirt, violin, bicycle, coconut). The model had 95 minutes and needs several times that. The stage resumes
 with a larger `--minutes`."""
 SD_BUILD = """These weights differ from what the script builds now. They were trained on the three icon sets above.
 The script now trains the UNets on three more sets, and weights the noise levels in another way

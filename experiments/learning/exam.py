@@ -17,10 +17,10 @@ from torch import Tensor
 from experiments import ROOT
 from experiments.learning.cases import BASE, CLASS
 from experiments.learning.results import Result
-from trainkit.conditioning.new_tokens import embeddings_file
 from trainkit.evaluation import load_clip, power_spectrum, style_distance, to_pixels
 from trainkit.files import load_tensors, read_json, tensor_bytes
 from trainkit.inference import lora_file
+from trainkit.runtime.weight_files import embeddings_file
 from trainkit.sheets import sheet
 from trainkit.tools.evaluate import (
     GenerationSettings,

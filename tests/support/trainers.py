@@ -28,6 +28,7 @@ may_start = True  # whether the test that runs is marked `trains`; conftest.py s
 class Done:
     code: int
     output: str
+    seconds: float = 0.0  # since the start, or since the signal
 
 
 def make_images(folder: Path, *, n: int = 6, captions: bool = True) -> Path:
@@ -58,8 +59,11 @@ def command(model: Path, data: Path, out: Path, **changes: object) -> list[str]:
 
 
 def forked(argv: list[str], *, trainer: str = TRAINER, log: Path,
-           kill_when: Callable[[], bool] | None = None) -> Done:
-    """Run the trainer's main in a forked child: the real code path without nine seconds of imports."""
+           kill_when: Callable[[], bool] | None = None, number: int = signal.SIGKILL) -> Done:
+    """Run the trainer's main in a forked child: the real code path without nine seconds of imports.
+
+    kill_when  what the signal `number` waits for
+    """
     require_mark()
     module = preloaded(trainer)
     sys.stdout.flush()
@@ -68,10 +72,11 @@ def forked(argv: list[str], *, trainer: str = TRAINER, log: Path,
     if pid == 0:
         _child(module, argv, trainer, log)
     if kill_when:
-        _kill_when(pid, kill_when)
+        _kill_when(pid, kill_when, number)
+    begun = time.monotonic()
     _, status = os.waitpid(pid, 0)
     code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
-    return Done(code, log.read_text("utf-8", errors="replace"))
+    return Done(code, log.read_text("utf-8", errors="replace"), time.monotonic() - begun)
 
 
 def require_mark() -> None:
@@ -111,11 +116,11 @@ def _child(module, argv: list[str], trainer: str, log: Path) -> None:
     os._exit(code)
 
 
-def _kill_when(pid: int, ready: Callable[[], bool], *, timeout: float = 120) -> None:
+def _kill_when(pid: int, ready: Callable[[], bool], number: int, *, timeout: float = 120) -> None:
     end = time.monotonic() + timeout
     while time.monotonic() < end and os.waitpid(pid, os.WNOHANG) == (0, 0):
         if ready():
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
             return
         time.sleep(0.01)
     raise AssertionError("the run ended or hung before it could be killed")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +23,7 @@ from trainkit import rng
 from trainkit.condition import Condition
 from trainkit.data.cache import tensors_digest
 from trainkit.data.clip_features import CLIPS, FILE_NAME, SCRIPT, TOO_WIDE, read_features
-from trainkit.errors import Problem, UserError, listing
+from trainkit.errors import Problem, UserError, listing, shell_word
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -146,5 +145,5 @@ def incompatible_features(have: int, width: int, where: str) -> Iterator[Problem
 def _extract(rows: Sequence[Row], clip: str, out: str) -> str:
     """The command that writes the features of these images: of the folder they are in, or of their data set."""
     folders = [row.source.parent for row in rows if isinstance(row.source, Path)]
-    source = f"--images {shlex.quote(os.path.commonpath(folders))}" if folders else "--dataset_name NAME"
-    return f"{SCRIPT} {source} --clip {shlex.quote(clip)} --out {shlex.quote(out)}"
+    source = f"--images {shell_word(os.path.commonpath(folders))}" if folders else "--dataset_name NAME"
+    return f"{SCRIPT} {source} --clip {shell_word(clip)} --out {shell_word(out)}"

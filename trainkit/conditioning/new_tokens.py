@@ -28,6 +28,8 @@ from trainkit import rng
 from trainkit.errors import Problem, UserError, refuse
 from trainkit.families.tokenize import token_ids
 from trainkit.files import disk_errors, load_tensors, save_tensors
+from trainkit.reading import parse_json
+from trainkit.runtime.weight_files import embeddings_file
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer, PreTrainedModel
@@ -268,10 +270,6 @@ class EmbeddingsHeader:
         return [name for names in self.tokens.values() for name in names]
 
 
-def embeddings_file(run_name: str) -> str:
-    return f"{run_name}_emb.safetensors"
-
-
 def write_embeddings(path: Path, embeddings: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
     """A file that Diffusers (by two calls), ComfyUI and WebUIs load; read back and compared.
 
@@ -293,5 +291,5 @@ def read_header(path: Path) -> EmbeddingsHeader:
     with safe_open(path, framework="pt") as file:
         header = file.metadata() or {}
         count = file.get_slice(ENCODERS[0]).get_shape()[0]
-    tokens = json.loads(header[TOKENS]) if TOKENS in header else {"": [f"<s{k}>" for k in range(count)]}
+    tokens = parse_json(header[TOKENS]) if TOKENS in header else {"": [f"<s{k}>" for k in range(count)]}
     return EmbeddingsHeader(tokens, header.get(SETS_EOS) == "True")

@@ -28,10 +28,10 @@ from trainkit.errors import Problem, UserError, refuse
 from trainkit.families.pretrained import (
     Repo,
     empty_device_cache,
-    fingerprint,
     json_digest,
     load_part,
     quiet_loading,
+    sampled_digest,
 )
 from trainkit.files import atomic_write, disk_errors
 from trainkit.rng import generator
@@ -125,7 +125,7 @@ def recipe(opt: ClassImageOptions) -> str:
 
 
 def contents(options: ModelOptions) -> list[object]:
-    """What a local model folder draws with: a fingerprint of its UNet, and its scheduler's config.
+    """What a local model folder draws with: a digest of its UNet, and its scheduler's config.
 
     [] for a Hub id, which its revision describes and whose files may not be here yet; and for a folder that cannot be
     loaded, which is the model's own problem (families/base.py) and not repeated here.
@@ -134,7 +134,7 @@ def contents(options: ModelOptions) -> list[object]:
     if not model.is_local or any(model.weight_problems(("unet",), options.variant)):
         return []
     try:
-        return [fingerprint(model.folder("unet"), options.variant), model.json("scheduler/scheduler_config.json")]
+        return [sampled_digest(model.folder("unet"), options.variant), model.json("scheduler/scheduler_config.json")]
     except (OSError, SafetensorError, UserError):
         return []
 

@@ -5,7 +5,6 @@ D width of the features, N images with features.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,8 +15,8 @@ import torch
 from torch import Tensor
 
 from trainkit.data.cache import DIGEST, tensors_digest
-from trainkit.errors import Problem, UserError, refuse
-from trainkit.families.pretrained import Repo, fingerprint, freeze, json_digest, load_part, quiet_loading
+from trainkit.errors import Problem, UserError, refuse, shell_word
+from trainkit.families.pretrained import Repo, freeze, json_digest, load_part, quiet_loading, sampled_digest
 from trainkit.files import load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -120,7 +119,7 @@ def _damaged(file: Path, flag: str, why: str) -> Problem:
 
 
 def _command(file: Path) -> str:
-    return f"{SCRIPT} --images FOLDER --clip MODEL --out {shlex.quote(str(file))}"
+    return f"{SCRIPT} --images FOLDER --clip MODEL --out {shell_word(file)}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -175,5 +174,5 @@ def load_clip(name: str, flag: str = "--clip", device: torch.device | str = "cpu
         model = load_part(repo, getattr(transformers, CLIP_CLASSES[config["model_type"]]), "", dtype=torch.float32,
                           use_safetensors=True)
     settings = {key: getattr(processor, key) for key in PREPROCESSING}
-    made_by = json_digest(fingerprint(repo.folder(""), None), settings)
+    made_by = json_digest(sampled_digest(repo.folder(""), None), settings)
     return Clip(name, made_by, freeze(model).to(device), processor, torch.device(device))

@@ -24,13 +24,19 @@ warnings.filterwarnings("ignore", module=r"PIL\.")  # `rows.check` tells them on
 Note = Callable[[str], object]  # takes a remark about an image that can be used all the same
 
 FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF"]  # what photographs come in; 36 other openers stay shut
-try:
-    from pillow_heif import register_heif_opener
-except ImportError:
-    pass
-else:
+
+
+def heif_formats() -> list[str]:
+    """The name of one more format where the package that reads iPhone photos is installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return []
     register_heif_opener()
-    FORMATS.append("HEIF")
+    return ["HEIF"]
+
+
+FORMATS += heif_formats()
 MAX_PIXELS = 89_478_485  # Pillow's own decompression-bomb threshold: a quarter of a GiB at 3 bytes a pixel
 MAX_ASPECT = 50  # a longer strip, resized by its short side, would need gigabytes
 
@@ -44,7 +50,8 @@ HEIC = "pip install pillow-heif, then start again; or convert it: heif-convert -
 CONVERT = "convert it to PNG or JPEG in the program that shows it"
 OTHERS: dict[bytes, tuple[str, str]] = {  # first bytes -> (what the file is, what to do); "?" stands for any byte
     b"????ftyphe": ("HEIC, as iPhones save photos", HEIC), b"????ftypmif1": ("HEIC, as iPhones save photos", HEIC),
-    b"????ftypmsf1": ("HEIC, as iPhones save photos", HEIC), b"????ftyp": ("a video", "take stills from it"),
+    b"????ftypmsf1": ("HEIC, as iPhones save photos", HEIC), b"????ftypavif": ("damaged AVIF", ""),
+    b"????ftyp": ("a video", "take stills from it"),
     b"\xff\x0a": ("JPEG XL", CONVERT), b"\0\0\0\x0cJXL ": ("JPEG XL", CONVERT),
     b"\0\0\0\x0cjP  ": ("JPEG 2000", CONVERT),
     b"8BPS": ("a Photoshop file", CONVERT), b"%PDF": ("a PDF", CONVERT), b"<svg": ("an SVG drawing", CONVERT),
@@ -101,7 +108,8 @@ def decode(data: bytes, note: Note | None = None) -> Image.Image:
 
 def _unidentified(data: bytes) -> UnreadableImage:
     for start, (kind, fix) in OTHERS.items():
-        if len(data) >= len(start) and all(b in (c, ord("?")) for b, c in zip(start, data, strict=False)):
+        known = fix != HEIC or "HEIF" not in FORMATS  # where HEIC is read, this one is damaged
+        if known and len(data) >= len(start) and all(b in (c, ord("?")) for b, c in zip(start, data, strict=False)):
             return UnreadableImage(f"it is {kind}, which is not read", fix)
     return UnreadableImage(f"no image of a known format ({', '.join(FORMATS)})" if data else "the file is empty")
 
@@ -212,6 +220,6 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     levels = np.arange(0, 256, 15, dtype=np.uint8)  # 18 of each channel
     colours = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
     probe = Image.fromarray(levels[None] if mode == "L" else colours)
-    seen = ImageCms.applyTransform(probe, transform)
-    change = np.abs(np.asarray(seen, np.int16) - np.asarray(probe.convert("RGB"), np.int16)).max()
+    converted = ImageCms.applyTransform(probe, transform)
+    change = np.abs(np.asarray(converted, np.int16) - np.asarray(probe.convert("RGB"), np.int16)).max()
     return transform if change > SAME else None

@@ -194,6 +194,18 @@ def problems(prediction_type: str, *, ends_at_zero_snr: bool) -> Iterator[Proble
             "add --prediction_type v_prediction (or train without rescale_betas_zero_snr)")
 
 
+def schedule_fault(schedule: Schedule, config: SchedulerConfig) -> str:
+    """Why a network cannot have been trained on these levels; "" where it can."""
+    if isinstance(schedule, EDMSchedule):
+        if not 0 < schedule.sigma_min < schedule.sigma_max:
+            return f"sigma_min {schedule.sigma_min:g} is not below sigma_max {schedule.sigma_max:g}"
+        return "" if schedule.grid in GRIDS else f"sigma_schedule {schedule.grid!r} is none of {', '.join(GRIDS)}"
+    steps = config.get("num_train_timesteps", schedule.num_train_timesteps)
+    if steps != schedule.num_train_timesteps:
+        return f"num_train_timesteps is {steps}, and there are {schedule.num_train_timesteps} betas"
+    return ""
+
+
 def make_schedule(config: SchedulerConfig) -> Schedule:
     """The schedule of an effective scheduler config; raises UserError as `config_problems` says.
 
@@ -205,7 +217,10 @@ def make_schedule(config: SchedulerConfig) -> Schedule:
     refuse(config_problems(config))
     prediction_type = str(config.get("prediction_type", "epsilon"))
     if not is_edm(config):
-        return NoiseSchedule(DDPMScheduler.from_config(dict(config)).alphas_cumprod, prediction_type)
+        alphas = DDPMScheduler.from_config(dict(config)).alphas_cumprod
+        if not bool(((alphas >= 0) & (alphas < 1)).all()) or not bool((alphas.diff() <= 0).all()):
+            raise ValueError("its betas add no noise from one timestep to the next")
+        return NoiseSchedule(alphas, prediction_type)
     names = {"sigma_min": "sigma_min", "sigma_max": "sigma_max", "sigma_data": "sigma_data", "rho": "rho",
              "num_train_timesteps": "num_train_timesteps", "sigma_schedule": "grid"}
     known = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}

@@ -27,13 +27,14 @@ from trainkit.families.pretrained import (
     Config,
     Repo,
     empty_device_cache,
-    fingerprint,
     freeze,
     json_digest,
     load_part,
     quiet_loading,
+    sampled_digest,
     tokenizer_digest,
     vae_place,
+    weights_digest,
 )
 from trainkit.families.unet_targets import LORA_TARGETS, TEXT_LORA_TARGETS
 
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+TEXT_CONFIG = ("hidden_act", "hidden_size", "intermediate_size", "layer_norm_eps", "max_position_embeddings",
+               "num_attention_heads", "num_hidden_layers", "projection_dim", "vocab_size")
 EncodePrompts = Callable[[Sequence[str]], Condition]  # prompts to what the network is given for them
 
 
@@ -107,11 +110,12 @@ class Family(ABC):
 
     def __init__(self, *, path: str, revision: str | None, denoiser: UNet2DConditionModel, vae: AutoencoderKL,
                  tokenizers: tuple[CLIPTokenizer, ...], text_encoders: tuple[PreTrainedModel, ...],
-                 schedule: Schedule, scheduler_config: Config, identity: Mapping[str, str], device: torch.device):
+                 schedule: Schedule, scheduler_config: Config, identity: Mapping[str, str],
+                 sampled_identity: Mapping[str, str], device: torch.device):
         self.path, self.revision = path, revision
         self.schedule, self.scheduler_config = schedule, dict(scheduler_config)
         self.tokenizers, self.device, self.weight_dtype = tokenizers, device, denoiser.dtype
-        self.identity = dict(identity)
+        self.identity, self.sampled_identity = dict(identity), dict(sampled_identity)
         self.denoiser: UNet2DConditionModel = freeze(denoiser)
         self.vae: AutoencoderKL = freeze(vae)
         self.latent_mean, self.latent_std = latent_statistics(vae.config)
@@ -264,7 +268,7 @@ AnyFamily = TypeVar("AnyFamily", bound=Family)
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a model as they lie in its files, and the fingerprints of these by folder."""
+    """The parts of a model as they lie in its files, and digests of their weights by folder: of all, and of some."""
 
     model: Repo
     denoiser: UNet2DConditionModel
@@ -272,6 +276,7 @@ class Parts:
     tokenizers: tuple[CLIPTokenizer, ...]
     text_encoders: tuple[PreTrainedModel, ...]
     weights: dict[str, str]
+    sampled: dict[str, str]
 
 
 def load_parts(options: ModelOptions, layout: ModelLayout, encoders: Sequence[type[PreTrainedModel]], *,
@@ -294,10 +299,12 @@ def load_parts(options: ModelOptions, layout: ModelLayout, encoders: Sequence[ty
         texts = tuple(load_part(model, encoder_class, folder, dtype=full, **files)
                       for encoder_class, folder in zip(encoders, layout.text_encoders, strict=True))
         tokenizers = tuple(load_part(model, CLIPTokenizer, folder) for folder in layout.tokenizers)
-    weights: dict[str, str] = {
-        name: fingerprint(model.folder(name), variant) for name in (layout.denoiser, *layout.text_encoders)}
-    weights["vae"] = fingerprint(vae_repo.folder(vae_folder), vae_variant)
-    return Parts(model, denoiser, vae, tokenizers, texts, weights)
+    folders: dict[str, tuple[Path, str | None]] = {
+        name: (model.folder(name), variant) for name in (layout.denoiser, *layout.text_encoders)}
+    folders["vae"] = vae_repo.folder(vae_folder), vae_variant
+    return Parts(model, denoiser, vae, tokenizers, texts,
+                 weights={name: weights_digest(*place) for name, place in folders.items()},
+                 sampled={name: sampled_digest(*place) for name, place in folders.items()})
 
 
 def assemble(family: type[AnyFamily], parts: Parts, *, device: torch.device, schedule: ScheduleChange,
@@ -313,6 +320,8 @@ def assemble(family: type[AnyFamily], parts: Parts, *, device: torch.device, sch
                 tokenizers=parts.tokenizers, text_encoders=parts.text_encoders,
                 schedule=diffusion.make_schedule(config), scheduler_config=config,
                 identity=identity(parts, family.layout, scheduler_config=config, text_detail=text_detail),
+                sampled_identity=identity(parts, family.layout, scheduler_config=config, text_detail=text_detail,
+                                          sampled=True),
                 device=torch.device(device), **more)
 
 
@@ -328,15 +337,26 @@ def scheduler_config(model: Repo, schedule: ScheduleChange) -> dict[str, Any]:
     return config
 
 
-def identity(parts: Parts, layout: ModelLayout, *, scheduler_config: Config, text_detail: object) -> dict[str, str]:
-    """Digests of the parts: cache keys name the part they depend on, checkpoints name them all."""
-    text = [*(parts.weights[name] for name in layout.text_encoders), *map(tokenizer_digest, parts.tokenizers)]
+def identity(parts: Parts, layout: ModelLayout, *, scheduler_config: Config, text_detail: object, sampled: bool = False
+             ) -> dict[str, str]:
+    """Digests of the parts: cache keys name the part they depend on, checkpoints name them all.
+
+    sampled  as checkpoints from before had them: some values of the weights, and no config of the text encoders
+    """
+    weights = parts.sampled if sampled else parts.weights
+    text = [*(weights[name] for name in layout.text_encoders), *map(tokenizer_digest, parts.tokenizers)]
+    configs = [] if sampled else [[text_config_values(encoder) for encoder in parts.text_encoders]]
     return {
-        layout.denoiser: json_digest(parts.weights[layout.denoiser], config_values(parts.denoiser)),
-        "vae": json_digest(parts.weights["vae"], config_values(parts.vae)),
-        "text": json_digest(text, text_detail),
+        layout.denoiser: json_digest(weights[layout.denoiser], config_values(parts.denoiser)),
+        "vae": json_digest(weights["vae"], config_values(parts.vae)),
+        "text": json_digest(text, text_detail, *configs),
         "schedule": json_digest(scheduler_config),
     }
+
+
+def text_config_values(encoder: PreTrainedModel) -> dict[str, object]:
+    """What of a text encoder's config decides its output besides weights; where its end token is, the family knows."""
+    return {name: getattr(encoder.config, name, None) for name in TEXT_CONFIG}
 
 
 def config_values(module: Any) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""A pretrained model on disk or on the Hub: its JSON files, what its folder lacks, and a fingerprint of its weights."""
+"""A pretrained model on disk or on the Hub: its JSON files, what its folder lacks, and digests of its weights."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trainkit.errors import Category, Problem, UserError, refuse
+from trainkit.digests import remembered
+from trainkit.errors import Category, Problem, UserError, is_out_of_memory, refuse
+from trainkit.reading import parse_json, read_text
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -22,11 +25,13 @@ if TYPE_CHECKING:
 Config = Mapping[str, Any]  # a JSON file of a model folder
 
 MODEL_FLAG, VAE_FLAG = "--pretrained_model_name_or_path", "--pretrained_vae_model_name_or_path"
+CLASS_INPUTS = ("class_embed_type", "encoder_hid_dim_type", "num_class_embeds")  # a UNet with these asks for more
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # What libraries raise for values that a config cannot have
 BAD_CONFIG = (AttributeError, KeyError, TypeError, ValueError, NotImplementedError)
 MISMATCHED = "ignore_mismatched_sizes"  # in what Transformers raises, a RuntimeError, where shapes differ
-FINGERPRINT_VALUES = 256  # of each tensor at least, if it has as many
+SAMPLED_VALUES = 256  # of each tensor at least, if it has as many
+DIGEST_BITS, HASHING_THREADS = 256, 4
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,8 @@ class Repo:
         if file is None:
             return None
         try:
-            content = json.loads(file.read_text("utf-8"))
-        except ValueError as error:  # of JSON, or of UTF-8
+            content = parse_json(read_text(file))
+        except (OSError, ValueError) as error:
             raise UserError(self.problem(f"{name} is damaged", f"{error}", f"copy {name} of the model there again",
                                          kind="data")) from error
         if not isinstance(content, dict):
@@ -142,6 +147,12 @@ class Repo:
         return self.problem(f"no {wanted} for {component or 'the model'}", why, fix, kind="data")
 
 
+def part_class(index: Config, name: str) -> str | None:
+    """The class that model_index.json names for a part; None where it names none."""
+    entry = index.get(name)
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str) else None
+
+
 def hub_errors() -> tuple[type[Exception], ...]:
     """What the Hub's client raises where a file cannot be reached."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -156,26 +167,56 @@ def weight_name(variant: str | None) -> re.Pattern[str]:
     return re.compile(rf"(diffusion_pytorch_)?model{shard}{dotted}{shard}\.safetensors")
 
 
-def fingerprint(folder: Path, variant: str | None) -> str:
-    """Digest of a component's weight files: names, shapes and some evenly spaced values of each tensor.
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    found = sorted(path for path in folder.iterdir() if weight_name(variant).fullmatch(path.name))
+    assert found, f"{folder} was loaded from other files than these"
+    return found
 
-    Any fine-tune or merge changes it; it reads a part of the bytes where hashing gigabytes would take seconds, and it
-    is the same for a folder and a Hub id, and for one file and several shards. It is read from the files, so their
-    precision counts and the precision a run loads them in does not.
+
+def weights_digest(folder: Path, variant: str | None) -> str:
+    """Digest of a component's weights: name, type, shape and every byte of each tensor, as its files hold them.
+
+    It is the same for a folder and a Hub id, and for one file and several shards: a sum over tensors knows no order.
+    The precision of the files counts, and the precision a run loads them in does not. A file that was not touched is
+    read once.
+    """
+    parts = [int(remembered(path, "tensors", tensors_digest), 16) for path in weight_files(folder, variant)]
+    return f"{sum(parts) % 2 ** DIGEST_BITS:0{DIGEST_BITS // 4}x}"
+
+
+def tensors_digest(path: Path) -> str:
+    """Sum of the digests of a file's tensors; threads, for hashing takes longer than reading what is in memory."""
+    from safetensors import safe_open
+
+    def one(name: str) -> int:
+        tensor = file.get_tensor(name)
+        kind = f"{name} {tensor.dtype} {tuple(tensor.shape)}\n"
+        digest = hashlib.blake2b(kind.encode(), digest_size=DIGEST_BITS // 8)
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+        return int(digest.hexdigest(), 16)
+
+    with safe_open(path, framework="pt") as file, ThreadPoolExecutor(HASHING_THREADS) as pool:
+        return f"{sum(pool.map(one, file.keys())) % 2 ** DIGEST_BITS:x}"
+
+
+def sampled_digest(folder: Path, variant: str | None) -> str:
+    """Digest of names, shapes and some evenly spaced values of each tensor: fast, and blind to all other values.
+
+    It names generated class images and the CLIP of features, and compares with checkpoints from before
+    `weights_digest`.
     """
     from safetensors import safe_open
 
     digests: dict[str, bytes] = {}
-    for path in sorted(path for path in folder.iterdir() if weight_name(variant).fullmatch(path.name)):
+    for path in weight_files(folder, variant):
         with safe_open(path, framework="pt") as file:
             digests |= {name: tensor_digest(name, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-    assert digests, f"{folder} was loaded from other files than these"
     return hashlib.blake2b(b"".join(digests[name] for name in sorted(digests)), digest_size=16).hexdigest()
 
 
 def tensor_digest(name: str, tensor: Tensor) -> bytes:
     flat = tensor.flatten()
-    values = flat[:: max(1, len(flat) // FINGERPRINT_VALUES)].float()  # [< 2·FINGERPRINT_VALUES]
+    values = flat[:: max(1, len(flat) // SAMPLED_VALUES)].float()  # [< 2·SAMPLED_VALUES]
     return hashlib.blake2b(f"{name}{tuple(tensor.shape)}".encode() + values.numpy().tobytes(), digest_size=16).digest()
 
 
@@ -201,9 +242,12 @@ def load_part(repo: Repo, part_class: Any, folder: str, **settings: object) -> A
         settings["output_loading_info"] = True
     try:
         part = part_class.from_pretrained(repo.path, revision=repo.revision, **place, **settings)
-    except (OSError, RuntimeError, *BAD_CONFIG, SafetensorError, StrictDataclassError) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, BAD_CONFIG) and MISMATCHED not in f"{error}":
-            raise  # out of memory, for one
+    except Exception as error:
+        expected = (OSError, *BAD_CONFIG, RecursionError, SafetensorError, StrictDataclassError)
+        # The tokenizers library raises bare Exceptions; what is left is no file's fault
+        known = isinstance(error, expected) or type(error) is Exception or MISMATCHED in f"{error}"
+        if not known or is_out_of_memory(error):
+            raise
         raise UserError(unloadable(repo, folder or part_class.__name__, first_line(error))) from error
     if not is_network:
         return part

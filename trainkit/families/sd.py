@@ -21,7 +21,7 @@ from trainkit.errors import Problem
 from trainkit.families import base, checks
 from trainkit.families.base import EncodePrompts, Family, ModelLayout
 from trainkit.families.checks import latents, native_resolution, skeleton
-from trainkit.families.pretrained import Config, Repo
+from trainkit.families.pretrained import CLASS_INPUTS, Config, Repo, part_class
 from trainkit.families.tokenize import tokens
 from trainkit.families.unet_targets import LORA_TARGETS, TEXT_LORA_TARGETS
 
@@ -34,7 +34,7 @@ __all__ = ["LAYOUT", "LORA_TARGETS", "SD", "TEXT_LORA_TARGETS", "latents", "load
            "skeleton"]
 
 TEXT_ENCODER = "CLIPTextModel"
-OTHER_INPUTS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")  # of a UNet, besides text
+OTHER_INPUTS = ("addition_embed_type", *CLASS_INPUTS)  # of a UNet, besides text
 WEBUI_HEADS = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
 
 
@@ -42,7 +42,7 @@ def incompatible_parts(model: Repo, index: Config, unet: Config) -> Iterator[Pro
     """What makes it another model than Stable Diffusion's base."""
     fix = "name a Stable Diffusion 1.x or 2.x base model, stable-diffusion-v1-5/stable-diffusion-v1-5 for example"
     inputs = [f"{name} is {unet[name]!r}" for name in OTHER_INPUTS if unet.get(name)]
-    encoder_class = (index.get("text_encoder") or (None, None))[1]
+    encoder_class = part_class(index, "text_encoder")
     if inputs:
         yield model.problem("a UNet that asks for more than text cannot be trained here",
                             f"unet/config.json: {', '.join(inputs)} ({index.get('_class_name')})", fix)

@@ -19,7 +19,7 @@ from trainkit.errors import Problem
 from trainkit.families import base, checks
 from trainkit.families.base import EncodePrompts, Family, ModelLayout
 from trainkit.families.checks import latents, native_resolution, skeleton
-from trainkit.families.pretrained import Config, Repo
+from trainkit.families.pretrained import CLASS_INPUTS, Config, Repo
 from trainkit.families.sgm import read_name, text_name, webui_name
 from trainkit.families.tokenize import token_ids
 from trainkit.families.unet_targets import LORA_TARGETS, TEXT_LORA_TARGETS
@@ -39,6 +39,10 @@ def incompatible_parts(model: Repo, index: Config, unet: Config) -> Iterator[Pro
     """What makes it another model than SDXL's base."""
     if unet.get("addition_embed_type") != "text_time":
         yield model.problem("not an SDXL model", f"its UNet has no size conditioning ({index.get('_class_name')})",
+                            "name an SDXL base model, stabilityai/stable-diffusion-xl-base-1.0 for example")
+    elif inputs := [f"{name} is {unet[name]!r}" for name in CLASS_INPUTS if unet.get(name)]:
+        yield model.problem("a UNet that asks for more than text and sizes cannot be trained here",
+                            f"unet/config.json: {', '.join(inputs)}",
                             "name an SDXL base model, stabilityai/stable-diffusion-xl-base-1.0 for example")
     elif index.get("text_encoder") in (None, [None, None]):
         yield model.problem("an SDXL refiner cannot be trained here", "it has one text encoder, SDXL base has two",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from trainkit.errors import Problem, UserError
+from trainkit.optim.devices import synchronize
 
 Plain = bool | int | float | str | None
 NOT_STATE = {"params", "lr"}
@@ -32,9 +33,7 @@ def pack_state(inner: torch.optim.Optimizer, initial_values: Mapping[str, object
 
     Raises TypeError for state that has no exact form in tensors and JSON.
     """
-    device = inner.param_groups[0]["params"][0].device
-    if device.type != "cpu":  # an optimizer that keeps state in host memory may still be sending it there
-        torch.get_device_module(device).synchronize(device)
+    synchronize(inner.param_groups[0]["params"][0].device)  # state that is kept in host memory may be on its way there
     tensors: dict[str, Tensor] = {}
     params = []
     for i, p in enumerate(inner.param_groups[0]["params"]):

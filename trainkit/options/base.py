@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from enum import Enum
 from fractions import Fraction
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin
@@ -16,14 +17,16 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
+from trainkit.errors import unwritable
 from trainkit.options.prerequisites import Prerequisite, needs
+from trainkit.redact import REDACTED
 
-REDACTED = "***"
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}  # of pydantic's limits
 
 Value = str | int | float | bool | None
 Resume = Literal["decisive", "may change", "in the data"]
 PathKind = Literal["or Hub name"] | bool
+OFF_WORDS = ("none", "off", "no", "never", "null", "disabled")  # and 0, for a number that can be switched off
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,15 @@ def always(label: str) -> CardRow:
     return CardRow(label, always=True)
 
 
+class NoOff(Enum):
+    """Stands for the value of a number that cannot be switched off."""
+
+    NO_OFF = "no off"
+
+
+NO_OFF = NoOff.NO_OFF
+
+
 @dataclass(frozen=True)
 class Facts:
     """What is known of a flag beside its type, default, limits and help. See `opt`."""
@@ -51,12 +63,17 @@ class Facts:
     card: CardRow | None = None
     path: PathKind = False
     notice: str = ""
+    off: int | float | None | NoOff = NO_OFF
+
+    @property
+    def can_be_off(self) -> bool:
+        return not isinstance(self.off, NoOff)
 
 
 def opt(
     default: object, help: str, *, unit: str = "", differs: str = "", many: bool = False, resume: Resume = "decisive",
     read_with: str | Prerequisite = "", card: str | CardRow = "", path: PathKind = False, notice: str = "",
-    **limits: Any,
+    off: int | float | None | NoOff = NO_OFF, **limits: Any,
 ) -> Any:  # as pydantic's Field, which stands as the default of a field of any type
     """A field of a concern, with everything that the suite knows about the flag.
 
@@ -75,11 +92,12 @@ def opt(
     path       the value is a file or folder, of which the report shows the last part only; "or Hub name" if it may
                also be a name on the Hub
     notice     what the log says when a switch that does nothing is on
+    off        the value that a number has when it is switched off, which 0 and the words of OFF_WORDS then mean
     limits     pydantic's ge, gt, le, lt and min_length
     """
     unit = unit or {"or Hub name": "path or name", True: "path"}.get(path, "")
     facts = Facts(unit=unit, differs=differs, many=many, resume=resume, read_with=_prerequisite(read_with),
-                  card=_card_row(card), path=path, notice=notice)
+                  card=_card_row(card), path=path, notice=notice, off=off)
     return _field(default, help, facts, limits)
 
 
@@ -270,8 +288,12 @@ class Concern(BaseModel):
         """Spellings that mean one value: any case in a choice, "none" for no value; and no number out of true."""
         assert info.field_name
         flag = cls.flag(info.field_name)
+        if isinstance(value, str) and (why := unwritable(value)):
+            raise ValueError(why)
         if flag.choices:
             return _read_choice(value, flag)
+        if flag.facts.can_be_off and _is_off(value, flag.facts.off):
+            return flag.facts.off
         if isinstance(value, bool) and flag.value_type in (int, float):
             raise ValueError("true and false are not numbers")
         if flag.optional and flag.value_type is not str and _is_none(value):
@@ -288,6 +310,19 @@ def _read_choice(value: object, flag: Flag) -> object:
     if flag.is_open and lowered not in flag.choices:
         return value
     return None if flag.optional and lowered == "none" and "none" not in flag.choices else lowered
+
+
+def _is_off(value: object, off: object) -> bool:
+    """Whether a number's value says that it is off; YAML reads `off` and `no` as false, and `null` as nothing."""
+    if value is None or value is False or isinstance(value, (int, float)) and value == 0:
+        return True
+    word = value.strip().lower() if isinstance(value, str) else ""
+    if word in OFF_WORDS or (off is None and word in ("inf", "infinity", "unlimited")):
+        return True
+    try:
+        return bool(word) and float(word) == 0
+    except ValueError:
+        return False
 
 
 def _is_none(value: object) -> bool:

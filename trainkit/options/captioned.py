@@ -22,7 +22,7 @@ class TrainFolderOptions(Concern):
     max_train_samples: int | None = opt(
         None, "Train on this many of the images. --seed decides which ones. Without this flag, all images are used.",
         unit="images", resume="in the data", ge=1,
-        differs="a number above the number of images means all images and is not an error")
+        differs="a number above the number of images means all images and is not an error", off=None)
 
 
 class CaptionedDataOptions(ImageOptions, TrainFolderOptions):
@@ -76,7 +76,7 @@ class CaptionedOptimizerOptions(OptimizerOptions):
         OptimizerOptions, "lr_warmup_steps", 500,
         differs="the warm-up is not lengthened by --gradient_accumulation_steps, as it is in the SDXL script")
     adam_weight_decay: float = changed(OptimizerOptions, "adam_weight_decay", 1e-2)
-    max_grad_norm: float = changed(
+    max_grad_norm: float | None = changed(
         OptimizerOptions, "max_grad_norm", 1.0,
         differs="this flag works for SD 1.x too, where the script clips no gradient")
 

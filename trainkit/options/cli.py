@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import groupby
 from typing import NoReturn
@@ -111,7 +111,8 @@ def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
 def help_text(flag: Flag) -> str:
     """Meaning, choices and default."""
     choices = f" Choices: {flag.takes}." if flag.choices else ""
-    return f"{flag.help}{choices} ({'required' if flag.required else f'default: {shown(flag.default)}'})"
+    off = "; 0 is off" if flag.facts.can_be_off and "0" not in flag.help and flag.default not in (0, None) else ""
+    return f"{flag.help}{choices} ({'required' if flag.required else f'default: {shown(flag.default)}'}{off})"
 
 
 def shown(value: object) -> str:
@@ -131,16 +132,32 @@ def _underscore(word: str) -> str:
     return word if " " in name else "--" + name[2:].replace("-", "_") + sign + value
 
 
-def split_leftovers(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Names of unknown flags, and words that belong to no flag; a word right after an unknown flag is its value."""
-    unknown: list[str] = []
+def split_leftovers(words: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
+    """Unknown flags with their values, and words that belong to no flag.
+
+    The word right after an unknown flag is its value.
+    """
+    unknown: dict[str, str | None] = {}
     unassigned: list[str] = []
-    after_unknown = False
+    waiting = None  # an unknown flag whose value may follow
     for word in words:
-        is_flag = word.startswith("-") and " " not in word
-        if is_flag:
-            unknown.append(word.lstrip("-").partition("=")[0])
-        elif not after_unknown:
+        if word.startswith("-") and " " not in word:
+            waiting, sign, value = word.lstrip("-").partition("=")
+            unknown[waiting] = value if sign else None
+            waiting = None if sign else waiting
+        elif waiting is not None:
+            unknown[waiting], waiting = word, None
+        else:
             unassigned.append(word)
-        after_unknown = is_flag and "=" not in word
     return unknown, unassigned
+
+
+def one_dash(argv: Sequence[str], known: Container[str]) -> tuple[list[str], list[str]]:
+    """The words with two dashes before names of flags that had one, and those names. -h is argparse's."""
+    words, names = list(argv), []
+    for i, word in enumerate(argv):
+        name = word[1:].partition("=")[0].replace("-", "_")
+        if word.startswith("-") and not word.startswith("--") and len(name) > 1 and name in known:
+            words[i] = f"-{word}"
+            names.append(word.partition("=")[0])
+    return words, names

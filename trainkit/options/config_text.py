@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from functools import reduce
 from itertools import groupby
@@ -10,6 +11,7 @@ from itertools import groupby
 from trainkit.options.base import Concern, Flag, Value
 from trainkit.options.cli import shown
 from trainkit.options.trainers import merged
+from trainkit.redact import redact
 
 Concerns = Mapping[str, type[Concern]]  # of one trainer, by the name of the table in a config file
 
@@ -30,13 +32,20 @@ def config_text(flags: Mapping[str, Flag], values: Mapping[str, Value], origins:
 
 
 def _assignment(flag: Flag, value: Value, origin: str) -> str:
-    if flag.secret and value is not None:
+    if value is not None and (flag.secret or redact(f"{value}") != f"{value}"):
         return f"# {flag.name} is set, not shown"
     if value is None:
         return f"# {flag.name} is not set"
     scalar = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's are TOML's, but for DEL
     text = f"{flag.name} = {scalar}"
     return f"# {text}" if flag.name in SOURCES or origin == "default" else text
+
+
+def readable_anywhere(toml: str) -> str:
+    """The same TOML in ASCII, where standard output has an encoding that --config would not read."""
+    if (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8":
+        return toml
+    return "".join(c if c.isascii() else f"\\U{ord(c):08x}" for c in toml)
 
 
 def markdown(trainers: Mapping[str, Concerns], presets: Mapping[str, Mapping[str, Value]]) -> str:
@@ -144,6 +153,7 @@ file.
 - In the choices of a flag, capital and small letters make no difference.
 - The value `none` removes a number or a choice that a preset or a config file has set, if its default
   is `none`: `--preset=style --snr_gamma=none`.
+- 0, `none` and `off` switch off a number that can be off: `--max_grad_norm 0`, `--num_validation_images 0`.
 - If a command has mistakes, the trainer lists all of them in one message, with the nearest flag or
   value for each. The exit code is then 2.
 

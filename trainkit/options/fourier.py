@@ -81,9 +81,9 @@ class FourierOptions(Concern):
         "Let these two weights change over the run, from all resolutions towards the full one. Without this flag, it "
         "is on.", read_with=UNIFIED)
     fourier_warmup_steps: int = opt(
-        300, "The number of optimizer steps at the start in which the term is not used.", unit="steps", ge=0)
+        300, "The number of optimizer steps at the start in which the term is not used.", unit="steps", ge=0, off=0)
     fourier_ramp_steps: int = opt(
-        0, "The number of steps after those in which the weight of the term rises from 0.", unit="steps", ge=0)
+        0, "The number of steps after those in which the weight of the term rises from 0.", unit="steps", ge=0, off=0)
     fourier_eps: float = opt(
         1e-8, "A small number that keeps the gradient of a magnitude finite at 0.", unit="number", gt=0)
     fourier_metric: Literal["magnitude", "complex"] = opt(
@@ -120,7 +120,7 @@ class FourierOptions(Concern):
     fourier_target_share: float | None = opt(
         None,
         "Keep the term at this fraction of the ordinary error and the term together. Usual values are 0.05 to 0.2. "
-        "--fourier_weight is then only the starting value.", unit="share", gt=0, le=0.9)
+        "--fourier_weight is then only the starting value.", unit="share", gt=0, le=0.9, off=None)
 
     @field_validator("fourier_scales", "fourier_scale_weights", "fourier_scale_high_freq_weights", "fourier_mix",
                      "fourier_bands", mode="before")

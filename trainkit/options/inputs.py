@@ -17,7 +17,7 @@ class ModelOptions(Concern):
         resume="in the data", min_length=1)
     pretrained_vae_model_name_or_path: str | None = opt(
         None, "A separate VAE that replaces the VAE of the base model. It is a folder or a name on the Hub.",
-        path="or Hub name", resume="in the data", min_length=1)
+        path="or Hub name", resume="in the data", card="VAE", min_length=1)
     revision: str | None = opt(
         None, "The branch, tag or commit of the base model on the Hub.", unit="name", resume="in the data",
         min_length=1)
@@ -96,7 +96,7 @@ class ImageOptions(Concern):
     cached_crops: int = opt(
         4,
         "How many random crops of each image are encoded with --cache_latents. With 0, the image is encoded each "
-        "time it is used, with a new crop.", unit="crops", read_with="cache_latents", ge=0)
+        "time it is used, with a new crop.", unit="crops", read_with="cache_latents", ge=0, off=0)
     latent_cache_dir: str | None = opt(
         None,
         "A folder on disk for the encoded captions and, with --cache_latents, for the latents. Several runs can use "

@@ -24,7 +24,7 @@ class LoraOptions(Concern):
     lora_alpha: float | None = opt(
         None,
         "The scale of the LoRA. Its update is multiplied by lora_alpha / rank. Without this flag, lora_alpha is the "
-        "rank, so the factor is 1.", unit="scale", read_with=ADAPTS, card=always("Alpha"), gt=0)
+        "rank, so the factor is 1.", unit="scale", read_with=ADAPTS, card=always("Alpha"), gt=0, off=None)
     use_rslora: bool = opt(
         False,
         "Multiply the update by lora_alpha / √rank instead of lora_alpha / rank. This suits high ranks (rsLoRA).",
@@ -35,7 +35,7 @@ class LoraOptions(Concern):
         "used. -1 chooses a divisor near the square root.", unit="entries", read_with="lora_type=lokr", ge=-1)
     lora_dropout: float = opt(
         0.0, "The fraction of the adapters' inputs that are set to 0 in training.", unit="0..1", read_with=ADAPTS, ge=0,
-        lt=1)
+        lt=1, off=0.0)
     lora_layers: Literal["attention", "attention+ff", "all-linear", "attention+conv", "attention+ff+conv",
                          "all-linear+conv"] = opt(
         "attention",
@@ -60,7 +60,7 @@ class LoraOptions(Concern):
         read_with=ADAPTS, card="Start")
     loraplus_lr_ratio: float = opt(
         1.0, "The learning rate of B divided by the learning rate of A (LoRA+).", unit="times", read_with=ADAPTS,
-        card="LoRA+ ratio", gt=0)
+        card="LoRA+ ratio", gt=0, off=1.0)
     train_unet_frac: float = opt(
         1.0,
         "The fraction of the steps in which the UNet's adapters are trained. With 0, the UNet gets no adapters. Then "

@@ -24,11 +24,11 @@ class MatchingOptions(Concern):
         0.0,
         "The strength of the sum form of distribution matching (Real-Fake, Yuan et al. 2024; their script uses "
         "0.003). Its effect grows with the batch size. With 0, it is off.", unit="lambda",
-        card="Distribution matching, lambda", ge=0)
+        card="Distribution matching, lambda", ge=0, off=0.0)
     dist_match_gain: float = opt(
         0.0,
         "The strength of the unbiased form of distribution matching. Its effect is the same at every batch size. "
-        "With 0, it is off.", unit="gain", card="Distribution matching, gain", ge=0)
+        "With 0, it is off.", unit="gain", card="Distribution matching, gain", ge=0, off=0.0)
     dist_match_statistic: Literal["sum", "diagonal", "u"] | None = opt(
         None,
         "What is measured. sum: the squared sum of the errors of all images. diagonal: the part of this sum that "
@@ -91,7 +91,7 @@ class MatchingOptions(Concern):
         0.0,
         "The decay of a running mean of past errors. It adds decay / (1 - decay) past batches to the present one. "
         "Use it only with hundreds of images, because the mean also holds the own errors of each image. With 0, it "
-        "is off.", unit="0..1", card="Matching, bank", ge=0, lt=1)
+        "is off.", unit="0..1", card="Matching, bank", ge=0, lt=1, off=0.0)
 
     @field_validator("dist_match_weights")
     @classmethod

@@ -24,7 +24,7 @@ class ObjectiveOptions(Concern):
         None, "Gamma of Min-SNR weighting (Hang et al. 2023). The paper uses 5.", unit="gamma",
         read_with=needs(f"no loss_weighting or loss_weighting={'|'.join(SNR_CAPPED)}",
                         f"--loss_weighting {' or '.join(SNR_CAPPED)}"),
-        card=always("Min-SNR gamma"), gt=0)
+        card=always("Min-SNR gamma"), gt=0, off=None)
     p2_k: float = opt(
         1.0, "k of P2 weighting (Choi et al. 2022).", unit="SNR", read_with="loss_weighting=p2", gt=0)
     p2_gamma: float = opt(
@@ -43,18 +43,18 @@ class ObjectiveOptions(Concern):
         "without noise down to --huber_c (Khrapov et al. 2024).", read_with=HUBER)
     noise_offset: float = opt(
         0.0, "Noise that is added to the mean of each channel. Usual values are 0.05 to 0.1.", unit="std",
-        card="Noise offset", ge=0)
+        card="Noise offset", ge=0, off=0.0)
     multires_noise_iterations: int = opt(
         0,
         "The number of resolutions whose noise is added up (Whitaker 2023). Usual values are 6 to 10. With 0, the "
-        "noise is white noise.", unit="grids", ge=0)
+        "noise is white noise.", unit="grids", ge=0, off=0)
     multires_noise_discount: float = opt(
         0.3, "The strength of the noise at each coarser resolution, relative to the next finer one.", unit="factor",
         read_with="multires_noise_iterations", gt=0, le=1)
     input_perturbation: float = opt(
         0.0,
         "Extra noise in the input of the network, which it does not have to predict (Ning et al. 2023). The paper "
-        "uses 0.1.", unit="std", ge=0)
+        "uses 0.1.", unit="std", ge=0, off=0.0)
     timestep_sampling: Literal["uniform", "logit_normal", "mode", "cosmap"] | None = opt(
         None,
         "The distribution from which timesteps are chosen (Esser et al. 2024). Without this flag, it is uniform. For "

@@ -48,7 +48,7 @@ class OptimizerOptions(Concern):
         unit="steps", resume="may change", card=always("Warm-up, steps"),
         read_with=needs("no lr_warmup_steps or lr_scheduler!=constant|piecewise_constant",
                         "an --lr_scheduler that warms up, such as constant_with_warmup"),
-        ge=0)
+        ge=0, off=0)
     lr_num_cycles: int = opt(
         1, "The number of cycles of the schedule cosine_with_restarts.", unit="cycles", resume="may change",
         read_with="lr_scheduler=cosine_with_restarts", ge=1)
@@ -66,7 +66,8 @@ class OptimizerOptions(Concern):
         0.999, "The decay rate of the second moment. Prodigy uses it too.", unit="0..1", read_with=READS_ADAM, ge=0,
         lt=1)
     adam_weight_decay: float = opt(
-        1e-4, "The weight decay of the adapters. Prodigy uses it too.", unit="decay", resume="may change", ge=0)
+        1e-4, "The weight decay of the adapters. Prodigy uses it too.", unit="decay", resume="may change", ge=0,
+        off=0.0)
     adam_epsilon: float = opt(
         1e-8, "A small number that is added to the denominator of the update. Prodigy uses it too.", unit="number",
         read_with=READS_ADAM, gt=0)
@@ -82,9 +83,9 @@ class OptimizerOptions(Concern):
     prodigy_safeguard_warmup: bool = opt(
         True, "Keep a warm-up of the learning rate from raising Prodigy's estimate of the step size.",
         read_with="optimizer=prodigy", differs="the value False switches it off")
-    max_grad_norm: float = opt(
+    max_grad_norm: float | None = opt(
         1.0, "If the norm of the gradient is larger than this, the gradient is scaled down to it.", unit="norm",
-        resume="may change", gt=0)
+        resume="may change", gt=0, off=None)
     use_ema: bool = opt(
         False, "Average the UNet's adapters over the steps. Previews and final files then contain the average.",
         read_with=ADAPTS_UNET)

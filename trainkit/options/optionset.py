@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, SecretStr, ValidationError
 
-from trainkit.errors import Problem, refuse
+from trainkit.errors import IN_UTF8, Problem, refuse, unwritable
 from trainkit.options import help, rules
-from trainkit.options.base import REDACTED, Concern, Flag, Value
+from trainkit.options.base import Concern, Flag, Value, steps_of_fraction
 from trainkit.options.cli import shown
-from trainkit.options.config_text import config_text
+from trainkit.options.config_text import config_text, readable_anywhere
 from trainkit.options.sources import Layer, given_again, nearest, read_layers
+from trainkit.redact import REDACTED
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -97,7 +98,7 @@ def parse(cls: type[AnyOptions], argv: Sequence[str] | None = None, *, descripti
     options._origins.update(origins)
     options._given_again.extend(given_again(words, flags))
     if options.flat().get("print_config"):
-        _print(config_text(options.flags(), options.flat(), options.origins))
+        _print(readable_anywhere(config_text(options.flags(), options.flat(), options.origins)))
     return options
 
 
@@ -135,15 +136,46 @@ def _invalid_value(flag: Flag, error: ErrorDetails, sources: Mapping[str, Layer]
                        f"add --{flag.name} {flag.metavar}")
     written = REDACTED if flag.secret else repr(error["input"])
     why = error["msg"].removeprefix("Value error, ").replace("Input should", "it should").partition(", unable")[0]
-    return Problem(f"--{flag.name} cannot be {written}", sources[flag.name].spelling(flag.name), why,
-                   _better(flag, str(error["input"])))
+    fix = _steps_of_fraction(flag, str(error["input"]), sources) or _better(flag, str(error["input"]))
+    return Problem(f"--{flag.name} cannot be {written}", sources[flag.name].spelling(flag.name), why, fix)
+
+
+def _steps_of_fraction(flag: Flag, written: str, sources: Mapping[str, Layer]) -> str:
+    """What a fraction of the run, as other trainers take it, is in steps; "" for other values and flags."""
+    try:
+        fraction = float(written.removesuffix("%")) / (100 if written.endswith("%") else 1)
+    except ValueError:
+        return ""
+    if flag.facts.unit != "steps" or flag.value_type is not int or not 0 < fraction < 1:
+        return ""
+    try:
+        total = int(str(sources["max_train_steps"].values["max_train_steps"]))
+    except (KeyError, ValueError):
+        return f"--{flag.name} counts steps: write {fraction:g} times those of the run (epochs x images / batch)"
+    return f"--{flag.name} {steps_of_fraction(fraction, total)}: {fraction:g} would be that many of {total} steps"
 
 
 def _better(flag: Flag, written: str) -> str:
+    if unwritable(written):
+        return IN_UTF8
     if flag.choices:
         match = nearest(written.lower(), flag.choices)
         return f"choose {flag.takes}" + (f"; did you mean --{flag.name} {match}?" if match else "")
     if flag.is_switch:
         return f"--{flag.name} or --no_{flag.name}"
     example = f", for example the default {flag.default}" if flag.default is not None else ""
-    return f"give --{flag.name} {flag.takes}{example}"
+    return f"give --{flag.name} {flag.takes}{example}{_how_off(flag)}"
+
+
+def _how_off(flag: Flag) -> str:
+    """How a number is switched off: by a value of its own, or with what it is read with."""
+    if flag.value_type not in (int, float):
+        return ""
+    if flag.facts.can_be_off:
+        return f"; --{flag.name} 0 switches it off"
+    if flag.optional:
+        return f"; --{flag.name} none leaves it open"
+    needed = next(flag.prerequisites, None)
+    words = needed and (needed.said or " or ".join(sorted(f"--{name}" for name in needed.flags)))
+    return f"; it has no effect without {words}" if words else ""
+

@@ -41,14 +41,14 @@ class ValidationOptions(Concern):
     validation_prompt: str | None = opt(
         None, "The prompt of the preview images. Without this flag, there are no previews.", resume="may change")
     num_validation_images: int = opt(
-        4, "How many images one preview has.", unit="images", resume="may change", ge=1)
+        4, "How many images one preview has.", unit="images", resume="may change", ge=0, off=0)
     validation_epochs: int = opt(
         50, "A preview is generated every time this many epochs are over.", unit="epochs", resume="may change",
-        read_with="no validation_steps", ge=1)
+        read_with="no validation_steps", ge=0, off=0)
     validation_steps: int | None = opt(
         None,
         "A preview is generated every time this many optimizer steps are over. This flag replaces "
-        "--validation_epochs.", unit="steps", resume="may change", ge=1)
+        "--validation_epochs.", unit="steps", resume="may change", ge=1, off=None)
 
     def every(self, steps_per_epoch: int) -> int:
         """Optimizer steps between previews."""
@@ -71,7 +71,7 @@ class RunOptions(Concern):
         resume="in the data", card=always("Batch size"), ge=1)
     gradient_accumulation_steps: int = opt(
         1, "How many such batches make one optimizer step.", unit="batches", resume="in the data",
-        card=always("Accumulation"), ge=1)
+        card=always("Accumulation"), ge=1, off=1)
     num_train_epochs: int = opt(
         1,
         "How many times the run goes through all images. --max_train_steps is stronger if both come from the same "
@@ -83,28 +83,34 @@ class RunOptions(Concern):
     stop_after_steps: int | None = opt(
         None,
         "Save and stop when this many steps of a longer run are finished. --resume_from_checkpoint continues the run "
-        "later.", unit="steps", resume="may change", ge=1)
+        "later.", unit="steps", resume="may change", ge=1, off=None)
     checkpointing_steps: int = opt(
         500, "A checkpoint is saved every time this many optimizer steps are over.", unit="steps", resume="may change",
-        ge=1)
+        ge=0, off=0)
     checkpoints_total_limit: int | None = opt(
         None,
         "How many checkpoints are kept. When there are more, the oldest ones are deleted. Without this flag, all are "
-        "kept.", unit="checkpoints", resume="may change", ge=1,
-        differs="an old checkpoint is deleted only after the new one is complete")
+        "kept. A checkpoint at the end of a run does not count when its step is no multiple of --checkpointing_steps.",
+        unit="checkpoints", resume="may change", ge=1,
+        differs="an old checkpoint is deleted only after the new one is complete, and the last step is always saved "
+        "(with --compat diffusers only when it is a multiple of --checkpointing_steps)", off=None)
+    keep_loras: bool = opt(
+        True,
+        "Every checkpoint leaves a LoRA for WebUIs in --output_dir, such as NAME-step00000500.safetensors. It is kept "
+        "when its checkpoint is deleted.", resume="may change")
     resume_from_checkpoint: str | None = opt(
         None,
         "The checkpoint from which the run continues. It is the word latest, a name such as checkpoint-500, or a "
-        "path. With latest and no checkpoint, the run starts at the beginning.", unit="path or name", path=True,
-        resume="may change", min_length=1,
+        "path. With latest and no checkpoint, the run starts at the beginning. A LoRA file is no checkpoint.",
+        unit="path or name", path=True, resume="may change", min_length=1,
         differs="a path is used as it is, and on a CPU the result is exactly that of a run without a stop")
     max_skipped_steps: int = opt(
         10,
         "A step whose loss or gradient is not finite is skipped. The run ends with an error after more than this "
-        "many such steps in a row.", unit="steps", resume="may change", ge=0)
+        "many such steps in a row.", unit="steps", resume="may change", ge=0, off=0)
     dataloader_num_workers: int = opt(
         0, "The number of processes that prepare images. With 0, the main process prepares them.", unit="processes",
-        resume="may change", ge=0)
+        resume="may change", ge=0, off=0)
     logging_dir: str = opt(
         "logs", "The folder for the logs of TensorBoard and other trackers. It is inside --output_dir.", path=True,
         resume="may change", min_length=1)
@@ -112,6 +118,9 @@ class RunOptions(Concern):
         "tensorboard", "The trackers that get the numbers of the run. The file metrics.jsonl is always written.",
         resume="may change",
         differs="wandb can be used with --hub_token, because the token is left out of every record")
+    output_kohya_format: bool = opt(
+        False, "The LoRA for WebUIs is also written as pytorch_lora_weights_kohya.safetensors.", resume="may change",
+        differs="NAME.safetensors holds the same LoRA and is always written")
     push_to_hub: bool = opt(
         False, "Upload the finished files to the Hub.", resume="may change")
     hub_model_id: str | None = opt(

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
-import tomllib
 from argparse import ArgumentParser
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from trainkit.errors import Problem
 from trainkit.options.base import Concern, Flag
-from trainkit.options.cli import MISSING, make_parser, split_leftovers, underscored
-from trainkit.options.trainers import only_script_with
+from trainkit.options.cli import MISSING, make_parser, one_dash, split_leftovers, underscored
+from trainkit.options.foreign import INSTEAD, SAME_VALUE, advice
+from trainkit.options.trainers import known_flags, only_script_with
+from trainkit.reading import parse_json, parse_toml, parse_yaml, read_text
 
 ENV_PREFIX = "LORA_"
+NO_SUCH = "--help lists all flags, docs/from-kohya.md those of kohya's trainers"
+OTHER_DATA = {"train_data_dir": "instance_data_dir", "instance_data_dir": "train_data_dir"}  # of the two trainers
+CONFIGS = {".toml": parse_toml, ".json": parse_json, ".yaml": parse_yaml, ".yml": parse_yaml}
 
 PRESET_USES = {"style": "a style from about twenty images", "face": "a face from about six photographs"}
 PRESETS: dict[str, dict[str, str | int | float | bool]] = {
@@ -96,13 +99,16 @@ def nearest(word: str, known: Sequence[str]) -> str | None:
 def _command_line(
     argv: Sequence[str], flags: Mapping[str, Flag], parser: ArgumentParser
 ) -> tuple[dict[str, object], list[Problem]]:
-    found, leftovers = parser.parse_known_args(underscored(argv))
+    known = list(flags) + [f"no_{name}" for name, flag in flags.items() if flag.is_switch]
+    words, single = one_dash(argv, {*known, *SAME_VALUE, *INSTEAD, *known_flags()})
+    found, leftovers = parser.parse_known_args(underscored(words))
     values = {name: " ".join(value) or MISSING if isinstance(value, list) else value
               for name, value in vars(found).items()}
     problems = [_without_value(flags[name]) for name, value in values.items() if value is MISSING]
+    problems += [Problem(f"{name} has one dash", "command line", "names of flags begin with two", f"-{name}")
+                 for name in single]
     unknown, unassigned = split_leftovers(leftovers)
-    known = list(flags) + [f"no_{name}" for name, flag in flags.items() if flag.is_switch]
-    problems += [_unknown(f"--{word}", nearest(word, known), "command line", "flag") for word in unknown]
+    problems += [_unknown(f"--{word}", value, "command line", "flag", known=known) for word, value in unknown.items()]
     problems += [_unassigned_words(unassigned)] if unassigned else []
     return {name: value for name, value in values.items() if value is not MISSING}, problems
 
@@ -125,7 +131,8 @@ def _environment(flags: Mapping[str, Flag]) -> tuple[dict[str, object], list[Pro
         if word in flags:
             values[word] = value
         elif match := nearest(word, list(flags)):
-            problems.append(_unknown(variable, match, "environment", "variable", prefix=ENV_PREFIX))
+            problems.append(Problem(f"unknown variable {variable}", "environment", "no variable has this name",
+                                    f"did you mean {ENV_PREFIX}{match.upper()}? otherwise remove it"))
     return values, problems
 
 
@@ -149,7 +156,8 @@ def _config(
         if name == "config":
             problems.append(_file_in_file(where, flags))
         elif name not in flags:
-            problems.append(_unknown(written, _nearest_key(name, flags, table, prefix), where, "key", prefix=""))
+            problems.append(_unknown(written, f"{value}", where, "key", known=flags,
+                                     match=_nearest_key(name, flags, table, prefix)))
         elif table not in (None, flags[name].concern):
             problems.append(_wrong_table(name, flags[name].concern, where))
         elif name in values:
@@ -197,29 +205,13 @@ def _nearest_key(name: str, flags: Mapping[str, Flag], table: str | None, prefix
 
 def _load(path: Path) -> dict[str, object]:
     """The table in a config file; ValueError when it is not one."""
-    text = path.read_text(encoding="utf-8")
-    data: object
-    match path.suffix.lower():
-        case ".toml":
-            data = tomllib.loads(text)
-        case ".json":
-            data = json.loads(text)
-        case ".yaml" | ".yml":
-            data = _load_yaml(text)
-        case suffix:
-            raise ValueError(f"{suffix or 'no ending'} is not one of .toml, .yaml, .yml, .json")
+    parse = CONFIGS.get(path.suffix.lower())
+    if parse is None:
+        raise ValueError(f"{path.suffix or 'no ending'} is not one of .toml, .yaml, .yml, .json")
+    data = parse(read_text(path).removeprefix("\ufeff"))  # a mark that Windows' editors write
     if not isinstance(data, dict):
         raise ValueError("it holds no table of flags")
     return data
-
-
-def _load_yaml(text: str) -> object:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
 
 
 def _without_value(flag: Flag) -> Problem:
@@ -227,13 +219,28 @@ def _without_value(flag: Flag) -> Problem:
                    f"write --{flag.name} VALUE, or leave it out")
 
 
-def _unknown(written: str, match: str | None, where: str, noun: str, *, prefix: str = "--") -> Problem:
-    match = match and (prefix + match.upper() if prefix == ENV_PREFIX else prefix + match)
-    fix = f"did you mean {match}? otherwise remove it" if match else "remove it; --help lists all flags"
-    name = written.removeprefix(prefix).lower().replace("-", "_").removeprefix("no_")
-    script = only_script_with(name)
-    why = f"no {noun} has this name" + (f" here: {written} belongs to {script}" if script else "")
-    return Problem(f"unknown {noun} {written}", where, why, fix)
+def _unknown(written: str, value: str | None, where: str, noun: str, *, known: Collection[str],
+             match: str | None = None) -> Problem:
+    """A flag or key that this trainer does not have: the other trainer's, another program's, or a slip.
+
+    match  the known one most likely meant, where it is not simply the nearest name
+    """
+    dashes = "--" if noun == "flag" else ""
+    name = written.removeprefix(dashes).lower().replace("-", "_")
+    what, unread = f"unknown {noun} {written}", f"no {noun} has this name"
+    script = only_script_with(name.removeprefix("no_"))
+    if script:
+        fix = f"write {dashes}{OTHER_DATA[name]}, or use {script}" if name in OTHER_DATA else (
+            f"use {script}, which has it" + (f"; or did you mean {dashes}{match}?" if match else ""))
+        return Problem(what, where, f"{unread} here: {written} belongs to {script}", fix)
+    ours, todo = advice(name, value) or (None, "")
+    if todo:
+        elsewhere = ours and ours not in known and only_script_with(ours)
+        todo = f"use {elsewhere}: there it is {dashes}{ours}" if elsewhere else todo
+        return Problem(what, where, "another trainer's name for it, which this one does not read",
+                       todo if dashes or elsewhere or ours is None else f"write {ours}")
+    match = match or nearest(name, list(known))
+    return Problem(what, where, unread, (f"did you mean {dashes}{match}? " if match else "") + NO_SUCH)
 
 
 def _file_in_file(where: str, flags: Container[str]) -> Problem:

@@ -81,7 +81,7 @@ class PivotalOptions(Concern):
         0.1,
         "After every step, the new embeddings are scaled so that the spread of their numbers comes closer to that of "
         "the known embeddings. This value is the strength, from 0 (no scaling) to 1 (the same spread).", unit="power",
-        ge=0, le=1, differs="this scaling ends when the training of the new tokens ends")
+        ge=0, le=1, differs="this scaling ends when the training of the new tokens ends", off=0.0)
 
     @property
     def abstractions(self) -> list[str]:

@@ -20,7 +20,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from trainkit.files import atomic_write
-from trainkit.report.charts import Chart, line_chart, number, smoothed
+from trainkit.report.charts import Chart, line_chart, memory, number, smoothed
 from trainkit.report.facts import SAMPLE, RunFacts, sample_files
 from trainkit.report.matched import MEASURES, band_charts, band_tables, loss_name, loss_note
 from trainkit.report.usage import usage
@@ -97,11 +97,18 @@ def tiles(run: RunFacts) -> list[Tile]:
 def progress_tiles(run: RunFacts) -> Iterator[Tile]:
     loss = smoothed(column(run, "loss"))
     if loss:
-        yield Tile(f"{loss_name(run)}, smoothed", number(loss[-1][1]), f"{number(loss[0][1])} at the start")
+        yield Tile(f"{loss_name(run)}, smoothed", number(loss[-1][1]), first_loss(run))
     yield Tile("Steps", f"{run.step:,}", f"of {run.total_steps:,}" if run.total_steps else "")
     if run.seconds:
         pace = f"{run.step / run.seconds:.2g} steps a second with previews and saving"
         yield Tile("Time", duration(run.seconds), pace)
+
+
+def first_loss(run: RunFacts) -> str:
+    """Mean of the first steps, of as many as the smoothed loss averages: one step alone is mostly its noise level."""
+    values = [loss for _, loss in column(run, "loss")]
+    count = min(memory(len(values)), len(values) // 2)
+    return f"{number(sum(values[:count]) / count)} over the first {count} steps" if count > 1 else ""
 
 
 def resource_tiles(run: RunFacts) -> Iterator[Tile]:

@@ -109,9 +109,14 @@ def thinned(points: Points) -> Points:
     return [points[0], *means, points[-1]]
 
 
+def memory(points: int) -> int:
+    """Over how many points `smoothed` averages."""
+    return max(10, points // 20)
+
+
 def smoothed(points: Points) -> Points:
     """Exponential mean over about a twentieth of the run, corrected for its start (Kingma & Ba 2015, algorithm 1)."""
-    decay = 1 - 1 / max(10, len(points) / 20)
+    decay = 1 - 1 / memory(len(points))
     mean, weight, out = 0.0, 0.0, []
     for x, y in points:
         mean, weight = decay * mean + (1 - decay) * y, decay * weight + (1 - decay)

@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from trainkit.conditioning.new_tokens import EmbeddingsHeader, embeddings_file, read_header
-from trainkit.files import Json, read_json
+from trainkit.conditioning.new_tokens import EmbeddingsHeader, read_header
+from trainkit.files import Json, read_json, size_text
 from trainkit.options import MatchingOptions, OptimizerOptions
 from trainkit.options.rules import unread
 from trainkit.options.text_encoders import replace_words
 from trainkit.options.trainers import known_flags
+from trainkit.runtime.record import metric_rows
+from trainkit.runtime.weight_files import KOHYA_FILE, embeddings_file, weight_names
 
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 SAMPLE = re.compile(r"step_(\d+)(?:_p(\d+)_s(\d+))?\.png")  # a single image, or without p and s a step's grid
+NOT_REPEATED = {"config", "preset", "print_config", "resume_from_checkpoint", "local_rank", "debug"}
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -46,7 +48,10 @@ class RunFacts:
     def __init__(self, folder: Path):
         self.folder = folder
         self.record: dict[str, Json] = read_json(folder / "run.json")
-        self.metrics = list(read_metrics(folder / "metrics.jsonl"))
+
+    @cached_property
+    def metrics(self) -> list[dict[str, float]]:
+        return list(read_metrics(self.folder / "metrics.jsonl"))
 
     def option(self, flag: str) -> Json:
         """Resolved value of a flag, None for a flag the run did not have."""
@@ -108,6 +113,12 @@ class RunFacts:
     @property
     def base_model(self) -> str:
         return public("pretrained_model_name_or_path", self.base_path)
+
+    @property
+    def vae(self) -> str | None:
+        """Another VAE than the base model's, where one was trained with."""
+        path = self.option("pretrained_vae_model_name_or_path")
+        return str(public("pretrained_vae_model_name_or_path", str(path))) if path else None
 
     @cached_property
     def base_series(self) -> str | None:
@@ -201,9 +212,30 @@ class RunFacts:
 
     @property
     def command(self) -> str:
-        """A command line that repeats the run, private folders reduced to their names."""
-        script = re.split(r"[\\/]", str(self.record["command"][0]))[-1]
-        return " ".join(["python", script, *(f"--{c.flag}={shlex.quote(c.value)}" for c in self.changed)])
+        """A command line that repeats the run in the folder it was started from.
+
+        Values of a preset or a config stand in it themselves, so that neither is needed. A path that leads elsewhere is
+        reduced to its last part: `private_paths` names those flags.
+        """
+        words = [f"--{flag}={shlex.quote(shown(in_command(flag, value)))}" for flag, value in self._repeated.items()]
+        precision = str(self.record.get("precision") or "no")
+        if self.option("mixed_precision") is None and precision != "no":  # accelerate's configuration said it
+            words.append(f"--mixed_precision={precision}")
+        world = int(self.record.get("world") or 1)
+        start = ["accelerate", "launch", f"--num_processes={world}"] if world > 1 else ["python"]
+        return " ".join([*start, re.split(r"[\\/]", str(self.record["command"][0]))[-1], *words])
+
+    @property
+    def private_paths(self) -> list[str]:
+        """Flags whose paths the command reduces to their last parts."""
+        return [f"--{flag}" for flag, value in self._repeated.items() if in_command(flag, value) != value]
+
+    @cached_property
+    def _repeated(self) -> dict[str, Json]:
+        """What was set, without secrets and without what only says where values or steps come from."""
+        options: dict[str, dict[str, Json]] = self.record["options"]
+        return {flag: "none" if option["value"] is None else option["value"] for flag, option in options.items()
+                if option["origin"] != "default" and flag not in NOT_REPEATED and not is_secret(flag)}
 
     @property
     def versions(self) -> dict[str, str]:
@@ -218,15 +250,11 @@ class RunFacts:
     @cached_property
     def files(self) -> list[WrittenFile]:
         """The run's own weight files, the one for Diffusers first; others in the folder are nobody's to describe."""
-        names = [*(weight_names(self.name) if self.has_lora else ()),
+        kohya = [KOHYA_FILE] if self.option("output_kohya_format") else []
+        names = [*((*weight_names(self.name), *kohya) if self.has_lora else ()),
                  *([self.embeddings_file] if self.embeddings else ())]
         paths = [self.folder / name for name in names]
-        return [WrittenFile(p.name, bytes_shown(p.stat().st_size), sha256(p)) for p in paths if p.is_file()]
-
-
-def weight_names(run_name: str) -> tuple[str, str]:
-    """What the two weight files of a run are called, the one for Diffusers first."""
-    return DIFFUSERS_FILE, f"{run_name}.safetensors"
+        return [WrittenFile(p.name, size_text(p.stat().st_size), sha256(p)) for p in paths if p.is_file()]
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -248,15 +276,8 @@ def sample_files(folder: Path) -> dict[Path, int]:
 
 def read_metrics(path: Path) -> Iterator[dict[str, float]]:
     """One dict of finite numbers per logged step; a line cut short by a kill is left out."""
-    if not path.exists():
-        return
-    for line in path.read_text("utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            yield {k: v for k, v in row.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+    for row in metric_rows(path):
+        yield {k: v for k, v in row.items() if isinstance(v, (int, float)) and math.isfinite(v)}
 
 
 def public(flag: str, value: Json) -> Json:
@@ -267,6 +288,22 @@ def public(flag: str, value: Json) -> Json:
     if known.facts.path == "or Hub name" and HUB_NAME.fullmatch(value) and not Path(value).exists():
         return value
     return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+
+
+def in_command(flag: str, value: Json) -> Json:
+    """An option's value as a command line may show it: a path below the folder that the run was started from stays."""
+    if public(flag, value) == value or not isinstance(value, str):
+        return value
+    path = Path(value)
+    if path.is_absolute() and path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    inside = not path.is_absolute() and ".." not in path.parts and not value.startswith("~") and "\\" not in value
+    return path.as_posix() if inside else public(flag, value)
+
+
+def is_secret(flag: str) -> bool:
+    known = known_flags().get(flag)
+    return known is not None and known.secret
 
 
 def shown(value: Json) -> str:
@@ -282,7 +319,3 @@ def origin_shown(origin: Json) -> str:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def bytes_shown(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{max(1, round(size / 2**10))} KiB"

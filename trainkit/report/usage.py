@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from trainkit.conditioning.new_tokens import ENCODERS, EOS_LINE
 from trainkit.diffusion import ScheduleChange, effective_config
-from trainkit.report.facts import DIFFUSERS_FILE, RunFacts
+from trainkit.report.facts import RunFacts
+from trainkit.runtime.weight_files import DIFFUSERS_FILE
 
 PIPELINES = {"stable-diffusion": "StableDiffusionPipeline", "stable-diffusion-xl": "StableDiffusionXLPipeline"}
 YOUR_PROMPT = "your prompt"  # where the run was told none
@@ -41,7 +42,7 @@ def diffusers_snippet(run: RunFacts) -> str:
         "",
         'device = "cuda" if torch.cuda.is_available() else "cpu"',
         'dtype = torch.float16 if device == "cuda" else torch.float32',
-        f"pipe = {pipeline(run)}.from_pretrained({quoted(run.base_model)}).to(device, dtype)",
+        *pipeline_lines(run),
         *scheduler_line(run),
         *lora_lines(run),
         *token_lines(run),
@@ -62,11 +63,19 @@ def quoted(text: str) -> str:
 
 def imports(run: RunFacts) -> Iterator[str]:
     yield "import torch"
-    yield f"from diffusers import {pipeline(run)}"
+    yield f"from diffusers import {'AutoencoderKL, ' if run.vae else ''}{pipeline(run)}"
     if run.embeddings and run.hub_name:
         yield "from huggingface_hub import hf_hub_download"
     if run.embeddings:
         yield "from safetensors.torch import load_file"
+
+
+def pipeline_lines(run: RunFacts) -> Iterator[str]:
+    """The base model, with the VAE that was trained and previewed with where it is another one."""
+    if run.vae:
+        yield f"vae = AutoencoderKL.from_pretrained({quoted(run.vae)})"
+    vae = ", vae=vae" if run.vae else ""
+    yield f"pipe = {pipeline(run)}.from_pretrained({quoted(run.base_model)}{vae}).to(device, dtype)"
 
 
 def scheduler_line(run: RunFacts) -> Iterator[str]:
@@ -107,6 +116,9 @@ def comfyui(run: RunFacts) -> Iterator[str]:
         yield f"Add a `Load LoRA` node behind `Load Checkpoint` ({run.base_model}) and choose the file."
         yield ("Set `strength_model` and `strength_clip` to 1." if run.option("train_text_encoder") else
                "Set `strength_model` to 1. `strength_clip` changes nothing: no text encoder was trained.")
+    if run.vae:
+        yield (f"Connect a `Load VAE` node with the VAE {run.vae} to `VAE Decode`: it was trained and previewed with "
+               "that one.")
     if run.is_dora:
         yield ("Expect a DoRA a little stronger than it was trained: ComfyUI divides its rows by the norm of the "
                "base's (Comfy-Org/ComfyUI#15458). Diffusers draws what was trained.")
@@ -124,6 +136,8 @@ def webui(run: RunFacts) -> Iterator[str]:
     if run.embeddings:
         yield f"Put `{run.embeddings_file}` into `embeddings/` and press Refresh in the Textual Inversion tab."
     yield f"Load the base model {run.base_model}."
+    if run.vae:
+        yield f"Choose the VAE {run.vae} under `SD VAE`: it was trained and previewed with that one."
     ending = f" <lora:{run.name}:1>" if run.has_lora else ""
     yield f"Prompt: `{wording(run, run.embeddings_stem)}{ending}`"
     yield from all_rows_at_once(run)

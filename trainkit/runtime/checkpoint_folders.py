@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import logging
-import re
 import secrets
 import shutil
 import time
 from pathlib import Path
 
 from trainkit import files
-from trainkit.errors import Problem, UserError
+from trainkit.errors import Problem, UserError, refuse
 from trainkit.runtime import manifest
+from trainkit.runtime.weight_files import at_step, step_of
 
 log = logging.getLogger(__name__)
 
-NAME = re.compile(r"checkpoint-(\d+)")
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}  # endings of files of weights
+FOREIGN = ("optimizer.bin", "scheduler.bin", "random_states_0.pkl")  # in a checkpoint of accelerate's own
 
 Found = tuple[Path, dict[str, files.Json]]  # a whole checkpoint and its manifest
 
 
-def step_of(folder: Path) -> int | None:
-    """Step in a name `checkpoint-<step>`; None for any other name."""
-    match = NAME.fullmatch(folder.name)
-    return int(match[1]) if match else None
-
-
 def pointed(out_dir: Path) -> str | None:
     """Name of the checkpoint that latest.json points to, for messages (resume trusts only manifests)."""
-    try:
-        return files.read_json(out_dir / "latest.json")["checkpoint"]
-    except (OSError, ValueError):
-        return None
+    name = files.read_object(out_dir / "latest.json").get("checkpoint")
+    return name if isinstance(name, str) else None
 
 
 def check(folder: Path) -> dict[str, files.Json]:
@@ -48,6 +41,55 @@ def is_whole(folder: Path) -> bool:
     except manifest.Damaged:
         return False
     return True
+
+
+def problems(out_dir: Path, which: str | None) -> list[Problem]:
+    """What keeps --resume_from_checkpoint from naming a checkpoint, as far as a look at names tells."""
+    if which in (None, "latest"):
+        return []
+    path, flag = named_path(out_dir, str(which)), f"--resume_from_checkpoint {which}"
+    if path.is_file():
+        return [a_file(path, flag)]
+    if not path.is_dir():
+        return [Problem(f"{flag}: no such checkpoint", str(path), there(out_dir), newest_or_anew(out_dir))]
+    if (path / manifest.NAME).exists() or (path / "state.json").exists():
+        return []
+    if any((path / name).exists() for name in FOREIGN):
+        return [Problem(f"{flag} is a checkpoint of another trainer", str(path),
+                        "its state is pickled, and belongs to another layout of the training", newest_or_anew(out_dir))]
+    why = f"it holds checkpoints: {there(path)}" if CheckpointFolders(path).all() else "it has no manifest.json"
+    return [Problem(f"{flag} is a folder, and not a checkpoint", str(path), why, newest_or_anew(path, out_dir))]
+
+
+def named_path(out_dir: Path, which: str) -> Path:
+    """The place that a name in `out_dir`, a path, or RUN@STEP means; a path is never taken for a name."""
+    asked = Path(which)
+    path = out_dir / which if asked.name == which and not asked.is_file() else asked
+    run, step = at_step(path)
+    return path if step is None else run / f"checkpoint-{step}"
+
+
+def a_file(path: Path, flag: str) -> Problem:
+    """Somebody has named a file where a folder is asked for."""
+    what = "a file of weights" if path.suffix.lower() in WEIGHTS else "a file"
+    return Problem(
+        f"{flag} is {what}, and a run goes on from a checkpoint folder", str(path),
+        "a LoRA file holds weights only: a run that goes on also needs the optimizer's state and its place in the data",
+        newest_or_anew(path.parent, path.parent.parent))
+
+
+def there(folder: Path) -> str:
+    names = [path.name for path in CheckpointFolders(folder).all()]
+    return f"checkpoints in {folder}: {', '.join(names) or 'none'}"
+
+
+def newest_or_anew(*folders: Path) -> str:
+    """The next command: the checkpoint that is, or the newest of those that are, in the first of these folders."""
+    for folder in folders:
+        found = [folder] if (folder / manifest.NAME).exists() else CheckpointFolders(folder).all()
+        if found:
+            return f"--resume_from_checkpoint {found[-1]}"
+    return "leave --resume_from_checkpoint out: the training starts anew"
 
 
 class CheckpointFolders:
@@ -81,6 +123,7 @@ class CheckpointFolders:
             if replaced:
                 aside.rename(final)
             raise
+        self._proven.discard(final)
         files.sync_folder(self.dir)
 
     def prune(self, newest: Path, keep: int | None) -> None:
@@ -88,7 +131,6 @@ class CheckpointFolders:
         self._empty_trash()
         if keep is None:
             return
-        self._proven.discard(newest)
         if not self._is_proven(newest):
             log.warning("%s does not read back as written; older checkpoints are kept", newest.name)
             return
@@ -98,6 +140,14 @@ class CheckpointFolders:
                 self._discard(folder)
             elif self._is_proven(folder):
                 whole += 1
+
+    def discard_files(self, paths: list[Path]) -> None:
+        """Delete files beside the checkpoints."""
+        for path in paths:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                log.warning("could not delete %s (%s); the next save tries again", path, error)
 
     def sweep(self) -> None:
         """Clear what a killed save left; a draft that is whole and whose place is empty is put there instead."""
@@ -109,15 +159,15 @@ class CheckpointFolders:
                 _delete(draft)
         self._empty_trash()
 
-    def set_aside(self, folders: list[Path]) -> None:
-        """Move checkpoints that this run will not pass again to earlier/<time>/, and say so."""
-        if not folders:
+    def set_aside(self, paths: list[Path]) -> None:
+        """Move checkpoints and files of steps that this run will pass again to earlier/<time>/, and say so."""
+        if not paths:
             return
         place = self.dir / "earlier" / f"{time.strftime('%Y%m%d-%H%M%S')}-{self.id}"
         place.mkdir(parents=True)
-        for folder in folders:
-            folder.rename(place / folder.name)
-        log.warning("%s: not on the way of this run, moved to %s", ", ".join(p.name for p in folders), place)
+        for path in paths:
+            path.rename(place / path.name)
+        log.warning("%s: not on the way of this run, moved to %s", ", ".join(p.name for p in paths), place)
 
     def latest(self) -> Found | None:
         """The newest whole checkpoint and its manifest; None when there is none at all.
@@ -127,7 +177,7 @@ class CheckpointFolders:
         skipped = []
         for folder in reversed(self.all()):
             try:
-                return folder, check(folder)
+                return self._checked(folder)
             except manifest.Damaged as error:
                 skipped.append(f"{folder.name}: {error}")
                 log.warning("skipping %s", skipped[-1])
@@ -142,24 +192,24 @@ class CheckpointFolders:
     def named(self, which: str) -> Found:
         """A checkpoint by name, in this folder, or by path, and its manifest.
 
-        Raises UserError when it is missing or damaged. A path that leads nowhere is never taken for a name.
+        Raises UserError when it is missing, damaged or no checkpoint at all.
         """
-        folder = self.dir / which if Path(which).name == which else Path(which)
-        if not folder.is_dir():
-            known = ", ".join(p.name for p in self.all()) or "none"
-            raise UserError(Problem(
-                what=f"--resume_from_checkpoint {which}: no such checkpoint", where=str(folder),
-                why=f"checkpoints in {self.dir}: {known}",
-                fix="name one of these, or use --resume_from_checkpoint latest",
-            ))
+        refuse(problems(self.dir, which))
+        folder = named_path(self.dir, which)
         try:
-            return folder, check(folder)
+            return self._checked(folder)
         except manifest.Damaged as error:
             raise UserError(Problem(
                 what=f"{folder.name} is damaged: {error}", where=str(folder), kind="disk",
                 why="resuming from it would continue from other weights than were trained",
                 fix="use --resume_from_checkpoint latest, which takes the newest whole one",
             )) from error
+
+    def _checked(self, folder: Path) -> Found:
+        """Raises Damaged."""
+        facts = check(folder)
+        self._proven.add(folder)
+        return folder, facts
 
     def _is_proven(self, folder: Path) -> bool:
         if folder not in self._proven and is_whole(folder):

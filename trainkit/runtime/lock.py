@@ -7,8 +7,9 @@ import platform
 from pathlib import Path
 
 from trainkit.errors import Problem, UserError
-from trainkit.files import Json, read_json, write_json
+from trainkit.files import Json, read_object, write_json
 
+OWNER = ".run.owner.json"  # who holds the folder, and since when
 ORPHAN_SECONDS = 10  # how long data loader workers of a killed run may still hold its lock
 
 
@@ -22,14 +23,14 @@ class OutputLock:
     def __init__(self, out_dir: Path):
         from filelock import FileLock
 
-        self.dir, self.owner_file = out_dir, out_dir / ".run.owner.json"
+        self.dir, self.owner_file = out_dir, out_dir / OWNER
         self.lock = FileLock(out_dir / ".run.lock", timeout=0)
 
     def acquire(self) -> None:
         """Raises UserError naming process and host when another run holds the folder."""
         from filelock import Timeout
 
-        owner = self._owner()
+        owner = read_object(self.owner_file)
         dead = owner.get("host") == platform.node() and not _alive(owner.get("pid"))
         try:
             self.lock.acquire(timeout=ORPHAN_SECONDS if dead else 0)
@@ -52,14 +53,8 @@ class OutputLock:
         finally:
             self.lock.release()
 
-    def _owner(self) -> dict[str, Json]:
-        try:
-            return read_json(self.owner_file)
-        except (OSError, ValueError):
-            return {}
-
 
 def _alive(pid: Json) -> bool:
     import psutil
 
-    return isinstance(pid, int) and psutil.pid_exists(pid)
+    return isinstance(pid, int) and 0 < pid < 2**31 and psutil.pid_exists(pid)

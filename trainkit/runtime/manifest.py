@@ -1,9 +1,13 @@
-"""A folder that can prove it is whole: `manifest.json` holds the size and SHA-256 of every file in it."""
+"""A folder that can prove it is whole: `manifest.json` holds the size and SHA-256 of every file in it.
+
+Files that a resume reads are listed under "files" and checked; copies for other programs under "exports", as a note.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Container
 from pathlib import Path
 
 from trainkit.files import Json, write_json
@@ -24,16 +28,20 @@ def _seal_of(body: dict[str, Json]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def seal(folder: Path, facts: dict[str, Json]) -> None:
-    """Write the manifest of everything in `folder` now, with `facts` beside it, and its own hash."""
+def seal(folder: Path, facts: dict[str, Json], *, exports: Container[str] = ()) -> None:
+    """Write the manifest of everything in `folder` now, with `facts` beside it, and its own hash.
+
+    exports  names of files that a folder is whole without
+    """
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != NAME)
     listed = {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files}
-    body = {**facts, "files": listed}
+    body = {**facts, "files": {name: entry for name, entry in listed.items() if name not in exports},
+            "exports": {name: entry for name, entry in listed.items() if name in exports}}
     write_json(folder / NAME, {**body, "seal": _seal_of(body)})
 
 
 def check(folder: Path) -> dict[str, Json]:
-    """The facts of a folder whose every file is as sealed.
+    """The facts of a folder whose every file is as sealed, exports aside.
 
     Raises Damaged: no manifest, an altered manifest, a file missing, of another size or of another content.
     """

@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TextIO
@@ -199,10 +199,10 @@ def memory() -> str:
 class LineHandler(logging.StreamHandler):
     """Log records on the progress line's stream, each on a line of its own."""
 
-    def __init__(self, progress: Progress):
+    def __init__(self, progress: Progress, secrets: Iterable[str] = ()):
         super().__init__(progress.stream)
         self.progress = progress
-        self.setFormatter(LineFormatter(progress.stream))
+        self.setFormatter(LineFormatter(progress.stream, secrets))
 
     def emit(self, record: logging.LogRecord) -> None:
         self.progress.clear()

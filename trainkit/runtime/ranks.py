@@ -21,6 +21,31 @@ WRAPPERS = {  # what `accelerate launch` sets for its children, and what it stan
 }
 
 
+NOT_USED = {  # of accelerate's settings: what is on, and what happens here
+    "ACCELERATE_DYNAMO_BACKEND": "networks are not compiled", "ACCELERATE_USE_IPEX": "Intel's extension is not loaded",
+    "ACCELERATE_DOWNCAST_BF16": "precision is that of --mixed_precision",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "--gradient_accumulation_steps counts",
+    "ACCELERATE_ALLOW_CP_STANDALONE": "sequences are not split over processes",
+}
+PRECISIONS = ("no", "fp16", "bf16")
+
+
+def unused_settings(environ: Mapping[str, str]) -> Iterator[str]:
+    """A sentence for each of accelerate's settings that is on and has no effect here."""
+    for name, instead in NOT_USED.items():
+        value = environ.get(name, "").strip()
+        if value.lower() not in ("", "no", "none", "false", "0", "1" if name.endswith("_STEPS") else ""):
+            yield f"accelerate's setting {name.removeprefix('ACCELERATE_').lower()} ({value}) is not used: {instead}"
+
+
+def precision_problems(environ: Mapping[str, str], wanted: str | None) -> Iterator[Problem]:
+    """A precision in accelerate's configuration, where --mixed_precision leaves it open, that is none of ours."""
+    given = environ.get("ACCELERATE_MIXED_PRECISION", "").strip().lower()
+    if wanted is None and given not in ("", *PRECISIONS):
+        yield Problem(f"mixed precision {given}: not yet", "the accelerate config", f"known: {', '.join(PRECISIONS)}",
+                      "--mixed_precision bf16 --gradient_checkpointing, which saves memory too")
+
+
 def refuse_wrappers(environ: Mapping[str, str]) -> None:
     """Raises UserError when the launcher was told to use what we do not: models here are whole on every process."""
     wrappers = [name for flag, name in WRAPPERS.items() if environ.get(flag, "").lower() in ("1", "true", "yes", "on")]

@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import math
 import platform
-import re
 import secrets
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
-from trainkit.files import Json, atomic_write, disk_errors, write_json
-from trainkit.options.base import REDACTED
-from trainkit.options.sources import ENV_PREFIX
+from trainkit.files import Json, atomic_write, disk_errors, read_object, read_objects, write_json
 from trainkit.options.trainers import known_flags
+from trainkit.redact import REDACTED, SECRET_NAME, redact
 
 log = logging.getLogger(__name__)
 
+RUNNING, KILLED = "running", "killed"  # the status while a run lasts, and what the next start makes of one left so
 PACKAGES = (
     "torch", "diffusers", "transformers", "peft", "accelerate", "datasets", "safetensors", "prodigyopt",
     "bitsandbytes", "pillow", "numpy",
 )
 SECRET_FLAGS = [name for name, flag in known_flags().items() if flag.secret]
-TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}|\bsk-[A-Za-z0-9_-]{16,}|\bAKIA[0-9A-Z]{16}\b|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
-SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY",
-                    *(ENV_PREFIX + name.upper() for name in SECRET_FLAGS))
 
 
 def versions() -> dict[str, str]:
@@ -42,21 +38,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def redact(text: str, known: Iterable[str] = ()) -> str:
-    """`text` without access tokens: those in `known`, those in the environment, and anything shaped like one."""
-    for value in (*known, *(os.environ.get(name, "") for name in SECRET_VARIABLES)):
-        if len(value) >= 4:
-            text = text.replace(value, REDACTED)
-    return TOKEN.sub(REDACTED, text)
-
-
 def redact_json(data: Json, known: Iterable[str] = ()) -> Json:
-    """The same for every string in a JSON value."""
+    """A JSON value without secrets: in every string, and behind every key that is named as one."""
     known = tuple(known)
     if isinstance(data, str):
         return redact(data, known)
     if isinstance(data, Mapping):
-        return {str(k): redact_json(v, known) for k, v in data.items()}
+        return {redact(str(k), known): REDACTED if v and isinstance(v, str) and SECRET_NAME.search(str(k).upper())
+                else redact_json(v, known) for k, v in data.items()}
     if isinstance(data, (list, tuple)):
         return [redact_json(v, known) for v in data]
     return data if data is None or isinstance(data, (bool, int, float)) else redact(str(data), known)
@@ -80,15 +69,17 @@ class RunRecord:
     """run.json: written when the run starts, completed when it ends however it ends.
 
     Where an earlier run left one, that one stays until `begin`: a command that is refused before its first step takes
-    nothing from the run it was aimed at.
+    nothing from the run it was aimed at. One that is left with the status "running" is that of a run that was killed,
+    as this process holds the folder: it is completed here, from the metrics.
     {run_id, name, status, exit_code, started, ended, seconds, step, seed, world, device, precision, command, versions,
      options: {flag: {value, origin}}, total_steps, start_step, global_batch, and what `add` was given}
     """
 
     def __init__(self, out_dir: Path, **facts: Json):
         self.path = out_dir / "run.json"
+        complete_killed(self.path)
         self.data = {
-            "run_id": secrets.token_hex(6), "name": out_dir.resolve().name, "status": "running", "exit_code": None,
+            "run_id": secrets.token_hex(6), "name": out_dir.resolve().name, "status": RUNNING, "exit_code": None,
             "started": timestamp(), "ended": None, "seconds": None, "step": None, **facts,
             "command": redacted_command(sys.argv), "versions": versions(),
         }
@@ -109,7 +100,7 @@ class RunRecord:
 
     def write(self) -> None:
         """To the disk, unless an earlier run's file is still to be kept."""
-        if not self.waits:
+        if not (self.waits and self.path.exists()):
             with disk_errors(self.path):
                 write_json(self.path, self.data)
 
@@ -121,10 +112,7 @@ class Metrics:
         self.path = out_dir / "metrics.jsonl"
 
     def begin(self, start: int) -> float:
-        """Drop rows after step `start`, which will be written again -> seconds of training up to there.
-
-        At 0 the whole file, which is another run's, moves to earlier/.
-        """
+        """Drop rows after step `start`, which will be written again -> seconds of training up to there."""
         with disk_errors(self.path):
             return self._begin(start)
 
@@ -135,24 +123,36 @@ class Metrics:
     def _begin(self, start: int) -> float:
         if not self.path.exists():
             return 0.0
-        if start == 0:
-            earlier = self.path.parent / "earlier"
-            earlier.mkdir(exist_ok=True)
-            self.path.rename(earlier / f"metrics-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}.jsonl")
-            return 0.0
-        rows = [row for row in map(parsed, self.path.read_text().splitlines()) if row and row["step"] <= start]
+        rows = [row for row in metric_rows(self.path) if row["step"] <= start]
         atomic_write(self.path, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
-        return rows[-1]["seconds"] if rows else 0.0
+        return seconds_of(rows[-1]) if rows else 0.0
 
 
-def parsed(line: str) -> dict[str, Json] | None:
-    """One row; None for a row that a kill cut short."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
+def metric_rows(path: Path) -> Iterator[dict[str, Json]]:
+    """The rows of a metrics.jsonl: objects with a step. Whatever else is in the file is skipped."""
+    return (row for row in read_objects(path) if type(row.get("step")) is int)
 
 
-def timestamp() -> str:
-    """Local time with its offset: 2026-11-21T22:05:09+0100."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+def seconds_of(row: Mapping[str, Json]) -> float:
+    """Seconds of training up to a row; 0 where it does not say."""
+    seconds = row.get("seconds")
+    return float(seconds) if isinstance(seconds, (int, float)) and math.isfinite(seconds) else 0.0
+
+
+def complete_killed(path: Path) -> None:
+    """Complete the run.json of a run that was killed: how far it came, and when it was last heard of."""
+    record = read_object(path)
+    if record.get("status") != RUNNING:
+        return
+    metrics = path.with_name("metrics.jsonl")
+    last = next(reversed([*metric_rows(metrics)]), {})
+    heard = max(file.stat().st_mtime for file in (path, metrics) if file.exists())
+    facts = {"status": KILLED, "step": last.get("step"), "seconds": seconds_of(last), "ended": timestamp(heard)}
+    with disk_errors(path):
+        write_json(path, record | facts)
+    log.info("the run before in this folder was killed after step %s; %s says so now", facts["step"] or 0, path.name)
+
+
+def timestamp(seconds: float | None = None) -> str:
+    """Local time with its offset, now or of a time in seconds: 2026-11-21T22:05:09+0100."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(seconds))

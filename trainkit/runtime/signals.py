@@ -2,7 +2,7 @@
 
 SIGTERM, SIGUSR1   the machine is wanted back (preemption, SLURM time limit): exit code 75, "run me again"
 Ctrl-C             the user has seen enough: exit code 130; a second Ctrl-C ends at once
-Before the first step there is nothing to save, so a signal ends the run where it is.
+While nothing waits to be saved, before the first step and after the last, a signal ends the run where it is.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal
 
@@ -27,12 +28,27 @@ LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set for thei
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
+@dataclass(frozen=True)
+class Moment:
+    """A part of the run in which a signal ends it at once: what the message says about it."""
+
+    where: str
+    why: str
+    fix: str
+
+
+BEFORE = Moment("before the first step", "nothing was trained yet, so there was nothing to save",
+                "start the same command again")
+RESUME = "the same command with --resume_from_checkpoint latest goes on from there"
+
+
 class Signals:
     """`wish` is None until a signal asks for an end; `patient` says whether the loop will look at it."""
 
     def __init__(self) -> None:
         self.wish: Wish | None = None
         self.patient = False
+        self.moment = BEFORE
         self.name = ""
         self._pid = os.getpid()
         self._before: dict[int, Any] = {}  # signal number -> what handled it before
@@ -51,12 +67,27 @@ class Signals:
             signal.signal(number, handler)
         self._before.clear()
 
-    def error(self, *, where: str, why: str) -> UserError:
-        """What ends the run once everything is saved."""
+    def wait_for_a_save(self) -> None:
+        """The loop begins: it looks at `wish`, and saves first."""
+        self.check()
+        self.patient = True
+
+    def end_at_once(self, moment: Moment) -> None:
+        """The loop is over: what follows writes whole files only, and can be done again."""
+        self.patient, self.moment = False, moment
+        self.check()
+
+    def check(self) -> None:
+        """End the run where a signal asked for it: a library may have swallowed the error that `_handle` raised."""
+        if self.wish is not None and not self.patient:
+            raise self.error()
+
+    def error(self, where: str = "", why: str = "") -> UserError:
+        """What ends the run: once step and place are saved, or else at the moment it is."""
         assert self.wish is not None, "nobody asked to stop"
+        saved = Moment(where, why, RESUME) if where else self.moment
         return UserError(Problem(
-            what=f"ended by {self.name}", where=where, why=why, kind=self.wish,
-            fix="the same command with --resume_from_checkpoint latest goes on from there",
+            what=f"ended by {self.name}", where=saved.where, why=saved.why, kind=self.wish, fix=saved.fix,
         ))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -68,7 +99,7 @@ class Signals:
         if self.wish is None:
             self.wish, self.name = WISHES[name], "Ctrl-C" if name == "SIGINT" else name
         if not self.patient:
-            raise self.error(where="before the first step", why="there was nothing to save yet")
+            raise self.error()
         log.warning("%s: finishing this step, then saving%s", self.name,
                     "; Ctrl-C again ends at once" if name == "SIGINT" else "")
 

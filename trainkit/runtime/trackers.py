@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainkit.errors import Problem, UserError
+from trainkit.errors import Problem, UserError, is_out_of_memory
 from trainkit.files import Json
 from trainkit.process import quiet_imported
 from trainkit.runtime.record import redacted_command
@@ -50,11 +50,13 @@ def start_trackers(accelerator: Accelerator, project: str, options: Mapping[str,
         accelerator.init_trackers(project, plain, {
             "wandb": {"dir": str(out_dir), "name": out_dir.name}, "tensorboard": {"flush_secs": FLUSH_SECONDS},
         })
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] != "wandb":
+    except Exception as error:  # what W&B raises is not always its own class
+        if "wandb" not in map(str, accelerator.log_with) or is_out_of_memory(error):
             raise
+        accelerator.trackers = []  # half started: ending them would raise once more
+        said = f"{error}".strip().partition("\n")[0] or type(error).__name__
         raise UserError(Problem(
-            what=f"Weights & Biases would not start: {error}", where="--report_to wandb",
+            what=f"Weights & Biases would not start: {said}", where="--report_to wandb",
             why="it needs a login, or to be told to stay offline",
             fix="wandb login, or WANDB_MODE=offline in the environment, or --report_to tensorboard",
         )) from error

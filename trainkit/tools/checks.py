@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from trainkit.errors import Problem, refuse
+from trainkit.errors import IN_UTF8, Problem, refuse, unwritable
 
 
 def number_problems(args: argparse.Namespace, *, counts: Sequence[str], reals: Sequence[str]) -> Iterator[Problem]:
@@ -23,6 +23,14 @@ def number_problems(args: argparse.Namespace, *, counts: Sequence[str], reals: S
         yield from (Problem(f"--{flag} {number}", f"--{flag}", "nothing can be drawn with it",
                             f"give --{flag} a finite number")
                     for number in several if number is not None and not math.isfinite(number))
+
+
+def text_problems(args: argparse.Namespace) -> Iterator[Problem]:
+    """Prompts and paths that hold bytes no tokenizer and no file can take."""
+    for flag, value in vars(args).items():
+        for text in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(text, (str, Path)) and (why := unwritable(str(text))):
+                yield Problem(f"--{flag} cannot be {str(text)!r}", f"--{flag}", why, IN_UTF8)
 
 
 def out_problems(out: Path) -> Iterator[Problem]:

@@ -26,19 +26,23 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainkit.errors import Problem, UserError, refuse
+from trainkit.errors import Problem, UserError, is_out_of_memory, refuse
 from trainkit.inference import (
     DTYPES,
     add_new_tokens,
     base_problems,
+    embeddings_of,
     fused_lora,
     generate_images,
     load_pipeline,
+    lora_file,
     lora_problems,
+    missing_file,
 )
 from trainkit.process import own_settings, say
+from trainkit.reading import parse_json, read_text
 from trainkit.tools import ASSETS
-from trainkit.tools.checks import make_out, number_problems, out_problems, writing_to
+from trainkit.tools.checks import make_out, number_problems, out_problems, text_problems, writing_to
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -87,6 +91,7 @@ class GenerationSettings:
 @own_settings()
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    refuse(text_problems(args))
     refuse(problems(args))
     refuse(make_out(args.out))
     reference = of_nouns(read_reference(args.reference), args.nouns)
@@ -108,10 +113,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--base", required=True, metavar="MODEL", help="The base model that the LoRA was trained on: SDXL, SD 1.x "
         "or SD 2.x. It is a folder or a name on the Hub.")
-    add("--lora", type=Path, metavar="FILE", help="The LoRA file, for Diffusers or for WebUIs. Without this "
-        "flag, only --embeddings are measured.")
+    add("--lora", type=Path, metavar="FILE", help="The LoRA file, for Diffusers or for WebUIs. It can "
+        "also be the folder of a run or of a checkpoint, or RUN@STEP, such as runs/dog@500. Without this flag, only "
+        "--embeddings are measured.")
     add("--embeddings", type=Path, metavar="FILE", help="The file NAME_emb.safetensors of a run with new tokens. "
-        "The tokens then take the place of their words in the prompts. The base model gets the words.")
+        "It can also be a folder or RUN@STEP. The tokens then take the place of their words in the prompts. The base "
+        "model gets the words.")
     add("--reference", type=Path, default=ASSETS / "icons-3d-reference", metavar="DIR",
         help="The folder with real images of the style that were not trained on. Its metadata.jsonl has the columns "
         "file_name, noun and text. The default is the reference icons in this repository.")
@@ -127,17 +134,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "all nouns of the reference are used.")
     add("--seed", type=int, default=GenerationSettings.seed,
         help="The seed. The same seed and noun give the same noise at every strength.")
-    add("--steps", type=int, default=GenerationSettings.steps, help="The number of denoising steps. The "
-        "default is 20.")
+    add("--steps", type=int, default=GenerationSettings.steps, help="Denoising steps. The default is 20.")
     add("--guidance_scale", type=float, default=GenerationSettings.guidance_scale, help="The strength of "
         "classifier-free guidance. The default is 4.")
     add("--batch_size", type=int, default=GenerationSettings.batch_size, help="How many images are "
         "generated at once. The default is 25.")
-    add("--dtype", choices=DTYPES, default=GenerationSettings.dtype, help="The precision of the pipeline. The "
-        "default is float32.")
+    add("--dtype", choices=DTYPES, default=GenerationSettings.dtype, help="The precision. The default is float32.")
     add("--out", required=True, type=Path, metavar="DIR", help="The folder for grid.png and evaluation.json.")
     add("--debug", action="store_true", help="Show a traceback with every error message.")
     args = parser.parse_args(argv)
+    args.lora, args.embeddings = args.lora and lora_file(args.lora), args.embeddings and embeddings_of(args.embeddings)
     strengths = args.strengths if args.lora else (1.0,)
     args.strengths = tuple(sorted({0.0, *strengths}, key=abs))  # the gap closed needs the base, untouched: first
     return args
@@ -164,17 +170,17 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
         yield Problem("nothing to evaluate", "--lora, --embeddings", "there is neither a LoRA nor embeddings",
                       "give the path of one or both files that a training run wrote")
     if args.lora and not args.lora.is_file():
-        yield Problem(f"no LoRA file {args.lora}", "--lora", "the LoRA is what is evaluated",
-                      "give the path of a .safetensors file that a training run wrote")
+        yield missing_file("--lora", args.lora, "the LoRA is what is evaluated")
     if args.embeddings and not args.embeddings.is_file():
-        yield Problem(f"no file of embeddings {args.embeddings}", "--embeddings", "the run's new tokens are in it",
-                      "give the path of the NAME_emb.safetensors that the run wrote, or leave the flag out")
+        yield missing_file("--embeddings", args.embeddings, "the run's new tokens are in it")
     yield from base_problems(args.base, args.embeddings)
-    yield from lora_problems([args.lora] if args.lora else [])
+    yield from lora_problems([args.lora] if args.lora else [], args.base)
     for flag in ("training", "clip", "reference"):
         if not getattr(args, flag).is_dir():
             yield Problem(f"no folder {getattr(args, flag)}", f"--{flag}", "the style distance needs it",
                           f"give an existing folder, or leave --{flag} out to use the shipped one", kind="data")
+    if args.clip.is_dir():
+        yield from clip_problems(args.clip)
     if args.prompt and "{noun}" not in args.prompt:
         yield Problem(f"no {{noun}} in {args.prompt!r}", "--prompt", "each image is drawn for one noun",
                       'write for instance --prompt "icon of a {noun}"')
@@ -184,6 +190,27 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
     if args.reference.is_dir():
         yield from reference_problems(args)
     yield from out_problems(args.out)
+
+
+def clip_problems(folder: Path) -> Iterator[Problem]:
+    """What the files of the CLIP that judges lack; its weights are loaded once before hours are spent on images."""
+    from trainkit.evaluation import STYLE_LAYER, load_clip
+    from trainkit.families.pretrained import Repo
+
+    repo = Repo(str(folder), "--clip")
+    found = [*repo.weight_problems(("",), None)]
+    if not found:
+        try:
+            model = load_clip(folder)[0]
+            if STYLE_LAYER not in dict(model.named_modules()):
+                raise ValueError(f"it has no layer {STYLE_LAYER}, which the distance is measured in")
+        except Exception as error:  # whatever a damaged file makes the libraries raise
+            if is_out_of_memory(error):
+                raise
+            found = [repo.problem("the CLIP that judges cannot be loaded", f"{error}".strip().partition("\n")[0],
+                                  "name another folder with --clip, or leave it out to use the shipped one",
+                                  kind="data")]
+    yield from found
 
 
 def training_problems(folder: Path) -> Iterator[Problem]:
@@ -239,9 +266,9 @@ def read_reference(folder: Path) -> list[Real]:
     """The real images that metadata.jsonl lists. UserError: a line of it is damaged."""
     index = folder / "metadata.jsonl"
     try:
-        lines = enumerate(index.read_text("utf-8").splitlines(), 1)
+        lines = enumerate(read_text(index).splitlines(), 1)
         return [real_of(folder, number, line) for number, line in lines if line.strip()]
-    except ValueError as error:  # of UTF-8, of JSON, or of a row
+    except (OSError, ValueError) as error:
         raise UserError(Problem(f"{index} is damaged", "--reference", f"{error}", "write one line an image: "
                                 '{"file_name": "cat.png", "noun": "cat", "text": "a cat"}', kind="data")) from error
 
@@ -249,7 +276,7 @@ def read_reference(folder: Path) -> list[Real]:
 def real_of(folder: Path, number: int, line: str) -> Real:
     """A line of metadata.jsonl. ValueError: it is no JSON, lacks a text, or names a file outside of the folder."""
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise ValueError(f"line {number} is no JSON: {error}") from error
     keys = ("noun", "file_name", "text")
@@ -355,7 +382,7 @@ def grid(drawn: dict[float, list[Image]], wanted: list[Wanted], reference: list[
 
 
 def table(result: dict, out: Path) -> str:
-    lines = [f"style distance to {result['reference_pictures']} real images, {result['pictures']} drawn a strength",
+    lines = [f"style distance to {result['reference_pictures']} real images, {result['pictures']} for each strength",
              f"{'':<14}{'distance':>10}{'gap closed':>12}"]
     for row in result["strengths"]:
         name = "base" if row["strength"] == 0 else f"LoRA {row['strength']:g}"
@@ -363,4 +390,4 @@ def table(result: dict, out: Path) -> str:
         closed = "" if row["strength"] == 0 or gap_closed is None else f"{gap_closed:>11.0%}"
         lines.append(f"{name:<14}{row['style_distance']:>10.4f} {closed}")
     lines.append(f"{'floor':<14}{result['floor']:>10.4f}   the training images themselves")
-    return "\n".join([*lines, f"drawn in {result['seconds']:.0f} s; see {out / 'grid.png'}"])
+    return "\n".join([*lines, f"generated in {result['seconds']:.0f} s; see {out / 'grid.png'}"])

@@ -16,7 +16,6 @@ one file.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,9 @@ from typing import TYPE_CHECKING
 
 from trainkit.errors import Problem, UserError, refuse
 from trainkit.process import own_settings, quiet_imported, say
+from trainkit.reading import parse_json, read_text
 from trainkit.tools import ASSETS
+from trainkit.tools.checks import text_problems
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +45,7 @@ METADATA, COLUMN = "metadata.jsonl", "img_features"
 @own_settings()
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    refuse(text_problems(args))
     refuse(problems(args))
 
     say("loading PyTorch and the images")
@@ -305,13 +307,13 @@ def convert(args: argparse.Namespace, images: dict[str, Source]) -> Features:
 def in_metadata(images: Path) -> dict[str, str]:
     """file_name -> img_features of the images' metadata.jsonl, where both are there."""
     file = images / METADATA
-    lines = file.read_text("utf-8").splitlines() if file.is_file() else []
     try:
-        entries = [json.loads(line) for line in lines if line.strip()]
+        lines = read_text(file).removeprefix("\ufeff").splitlines() if file.is_file() else []
+        entries = [parse_json(line) for line in lines if line.strip()]
         return {entry["file_name"]: str(entry[COLUMN]) for entry in entries if "file_name" in entry and COLUMN in entry}
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(Problem(f"{file} is damaged", f"--images {images}", f"{error}",
-                                "write one JSON object a line", "data")) from error
+                                "write one JSON object a line, in UTF-8", "data")) from error
 
 
 def legacy_names(image: Path, named: dict[str, str]) -> list[str]:

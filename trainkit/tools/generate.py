@@ -30,15 +30,17 @@ from trainkit.inference import (
     add_new_tokens,
     base_problems,
     counted,
+    embeddings_of,
     finite_images,
     fuse_lora,
     load_pipeline,
     lora_file,
     lora_problems,
+    missing_file,
 )
 from trainkit.process import own_settings, say
 from trainkit.tools import ASSETS
-from trainkit.tools.checks import make_out, number_problems, out_problems, writing_to
+from trainkit.tools.checks import make_out, number_problems, out_problems, text_problems, writing_to
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -76,6 +78,7 @@ class Shot:
 @own_settings()
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    refuse(text_problems(args))
     refuse(problems(args))
     refuse(make_out(args.out))
     say("loading PyTorch, Diffusers and the model")
@@ -98,12 +101,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--base", required=True, metavar="MODEL", help="The base model: SDXL, SD 1.x or SD 2.x. It is a folder or "
         "a name on the Hub.")
-    add("--lora", type=Path, action="append", default=[], metavar="FILE", help="A LoRA file, or the output folder "
-        "of a run. Repeat this flag for several LoRAs.")
+    add("--lora", type=Path, action="append", default=[], metavar="FILE", help="A LoRA file, or the folder of a run or "
+        "of a checkpoint, or RUN@STEP, such as runs/dog@500. Repeat this flag for several LoRAs.")
     add("--strength", type=float, action="append", default=[], metavar="X", help="The strength of the LoRAs. Give one "
         "for all of them, or repeat this flag for each in their order. The default is 1.")
     add("--embeddings", type=Path, metavar="FILE", help="The file NAME_emb.safetensors of a run with new tokens. "
-        "The tokens then take the place of their words in the prompts.")
+        "It can also be a folder or RUN@STEP. The tokens then take the place of their words in the prompts.")
     add("--prompt", action="append", required=True, metavar="TEXT", help="The prompt. Repeat this flag for several "
         "prompts.")
     add("--negative_prompt", metavar="TEXT", help="A negative prompt for all prompts.")
@@ -130,6 +133,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--debug", action="store_true", help="Show a traceback with every error message.")
     args = parser.parse_args(argv)
     args.lora = [lora_file(path) for path in args.lora]
+    args.embeddings = args.embeddings and embeddings_of(args.embeddings)
     return args
 
 
@@ -151,9 +155,8 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
     yield from base_problems(args.base, args.embeddings, sized=not (args.width and args.height))
     named = [("--lora", file) for file in args.lora] + [("--guidance_image", file) for file in args.guidance_image]
     named += [("--embeddings", args.embeddings)] if args.embeddings else []
-    yield from (Problem(f"no file {file}", flag, "it is read before drawing", "name a file that is there", "data")
-                for flag, file in named if not file.is_file())
-    yield from lora_problems(args.lora)
+    yield from (missing_file(flag, file, "it is read before drawing") for flag, file in named if not file.is_file())
+    yield from lora_problems(args.lora, args.base)
     if args.strength and (not args.lora or len(args.strength) not in {1, len(args.lora)}):
         yield Problem(f"{len(args.strength)} strengths for {len(args.lora)} LoRAs", "--strength",
                       "it is one for all, or one for each", "give --strength once, or as often as --lora")

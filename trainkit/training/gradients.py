@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HISTORY = 20  # losses kept for the message when a run diverges
+NOT_THE_RATE = (  # where no step of a run was finite: no rate has changed a weight yet
+    "add --cache_latents, which names an image that the VAE turns into NaN, or give another "
+    "--pretrained_vae_model_name_or_path; under fp16 use --mixed_precision bf16 or no")
 WEAKER = "lower --learning_rate, or what else may be too strong (--optimizer_args, --fourier_weight, --dist_match)"
 
 
@@ -151,6 +154,8 @@ class Gradients:
         """The end of a run at optimizer step `step`: whether the weights are still usable, and what to do."""
         first = step + 2 - self.in_a_row  # of the steps in a row, counted from 1
         whole = all(p.isfinite().all().item() for p in params)
+        if whole and self.skipped == step + 1:
+            return self.never_finite(step + 1, "the losses: " + ", ".join(f"{x:.4g}" for x in self.history))
         precision = ", or use --mixed_precision bf16 or no" if whole else ""
         return UserError(Problem(
             what=f"{self.in_a_row} steps in a row were not finite, the last one step {step + 1}", kind="nonfinite",
@@ -160,6 +165,14 @@ class Gradients:
             fix=f"{WEAKER}{precision}, and start anew; or go back to a checkpoint from before step "
                 f"{first if whole else first - 1} (the newest is {self.last_checkpoint() or 'none'})",
         ))
+
+    @staticmethod
+    def never_finite(steps: int, where: str) -> UserError:
+        """The end of a run of which no step was finite: what the base model makes of the images, not the training."""
+        return UserError(Problem(
+            f"nothing was learned: all {steps} steps were skipped", where, "no loss or gradient was finite from the "
+            "first step on, so the base model or its VAE makes NaN of the images, not the learning rate",
+            NOT_THE_RATE, "nonfinite"))
 
 
 def gradients_of(params: Sequence[Tensor]) -> list[Tensor]:

@@ -27,21 +27,28 @@ class TrainableOptions(Protocol):
     def precision(self) -> PrecisionOptions: ...
 
 
+class TrainingRun(Protocol):
+    """What of a run its weights depend on."""
+
+    seed: int
+
+    @property
+    def global_batch(self) -> int: ...  # images in an optimizer step
+
+
 def make_trainables(
-    opt: TrainableOptions, family: Family, text: Text, *, keep_vae: bool, global_batch: int, total_steps: int,
-    seed: int,
+    opt: TrainableOptions, family: Family, text: Text, run: TrainingRun, *, keep_vae: bool, total_steps: int,
 ) -> tuple[Adapters, Optim]:
     """The adapters on the family's network, which is on the device from now on, and the optimizer.
 
-    keep_vae      whether the VAE encodes at every visit; else it makes room on the device
-    global_batch  images in an optimizer step
-    total_steps   optimizer steps of the run: groups have rates, decays and last steps of their own
+    keep_vae     whether the VAE encodes at every visit; else it makes room on the device
+    total_steps  optimizer steps of the run: groups have rates, decays and last steps of their own
     """
-    lora = add_adapters(family.denoiser, opt.lora, targets=family.lora_targets, seed=seed)
+    lora = add_adapters(family.denoiser, opt.lora, targets=family.lora_targets, seed=run.seed)
     family.prepare_for_training(keep_vae=keep_vae, gradient_checkpointing=opt.precision.gradient_checkpointing)
-    network = lora.groups(lr=opt.optimizer.base_lr(global_batch=global_batch),
+    network = lora.groups(lr=opt.optimizer.base_lr(global_batch=run.global_batch),
                           weight_decay=opt.optimizer.adam_weight_decay, stop=opt.lora.stop(total_steps))
-    groups = [*network, *text.groups(opt.optimizer, global_batch)]
+    groups = [*network, *text.groups(opt.optimizer, run.global_batch)]
     optimizer = make_optimizer(groups, opt.optimizer, total_steps)
     summary.tell_trainables([lora, *text.networks], optimizer)
     return lora, optimizer

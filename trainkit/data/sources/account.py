@@ -37,7 +37,7 @@ class Account:
 
 
 @dataclass(frozen=True)
-class Found:
+class SourceListing:
     """What reading a folder or a data set gives."""
 
     listed: list[Listed]

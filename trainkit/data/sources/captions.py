@@ -12,6 +12,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from trainkit.data.sources.records import (
@@ -242,7 +243,17 @@ def _existing(name: str, folder: Path) -> str:
             return PurePosixPath(form).as_posix()
     if (folder / parts[-1]).is_file():
         raise BadEntry(f"is not in the folder: names count from the folder of the metadata, write {parts[-1]!r}")
+    known = _names(folder, folder.stat().st_mtime_ns)
+    if alike := known.get(name.casefold()) or known.get(Path(name).stem.casefold()):
+        raise BadEntry(f"is not in the folder, but {printable(alike)} is")
     raise BadEntry("is not a regular file" if (folder / name).exists() else "is not in the folder")
+
+
+@lru_cache(maxsize=4)
+def _names(folder: Path, changed: int) -> dict[str, str]:
+    """The folder's names by what they are without regard to letter case, and to the suffix."""
+    names = sorted(path.name for path in folder.iterdir())
+    return {Path(name).stem.casefold(): name for name in names} | {name.casefold(): name for name in names}
 
 
 def _refuse_second(first: Entry | None, second: Entry) -> None:

@@ -20,7 +20,7 @@ HANGUL = set("개가고기나는니다대도들디로리를마만모보사서소
 KANA = re.compile("[ぁ-ヿ]")
 Score = Callable[[str, int, str], float]  # (character, its place, the text) -> how much it speaks for a reading
 UNLIKELY = 0.4  # factor for wide encodings of bytes without a zero
-COMMON = 0.5  # what a character of these sets is worth more than another
+COMMON = 0.5  # what a character of these sets is weight more than another
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,18 @@ def likely_readings(data: bytes, most: int = 2) -> tuple[Reading, ...]:
             text = data.decode(codec)
         except UnicodeDecodeError:
             continue
-        worth = _mean(text, score, wide="UTF" in name) * (1 if "UTF" not in name or b"\0" in data else UNLIKELY)
-        scored.append((worth, Reading(name, text)))
+        weight = _mean(text, score, wide="UTF" in name) * (1 if "UTF" not in name or b"\0" in data else UNLIKELY)
+        scored.append((weight, Reading(name, text)))
     scored.sort(key=lambda one: -one[0])  # stable: of equals, the first in the table
-    return tuple(reading for worth, reading in scored[:most] if worth > scored[0][0] / 2)
+    return tuple(reading for weight, reading in scored[:most] if weight > scored[0][0] / 2)
 
 
 def _mean(text: str, score: Score, *, wide: bool) -> float:
     """Mean worth of the characters beyond ASCII, in wide encodings of all; 0 where one is none that text has."""
     if any(unicodedata.category(c) in ("Cn", "Co", "Cc") and not c.isspace() for c in text):
         return 0.0
-    worth = [score(c, i, text) for i, c in enumerate(text) if wide or c > "\x7f"]
-    return sum(worth) / len(worth) if worth else 0.1
+    weight = [score(c, i, text) for i, c in enumerate(text) if wide or c > "\x7f"]
+    return sum(weight) / len(weight) if weight else 0.1
 
 
 def _level(codec: str, first: int, last: int) -> Score:
@@ -81,7 +81,7 @@ def _chinese(standard: Score) -> Score:
     return lambda c, i, text: 0.0 if KANA.match(c) else standard(c, i, text)
 
 
-def _script(letters: str, worth: float = 1.0, *, latin: bool = False) -> Score:
+def _script(letters: str, weight: float = 1.0, *, latin: bool = False) -> Score:
     """Letters of an alphabet; a capital within a word is a sign of the wrong encoding, as is a mix of alphabets."""
     known = re.compile(f"[{letters}]")
 
@@ -92,7 +92,7 @@ def _script(letters: str, worth: float = 1.0, *, latin: bool = False) -> Score:
         if not latin and re.search("[A-Za-z]", neighbours):
             return 0.0
         after_lower, before_lower = text[i - 1 : i].islower(), text[i + 1 : i + 2].islower()
-        return worth * (1.0 if not c.isupper() else 0.2 if after_lower else 0.9 if before_lower else 0.6)
+        return weight * (1.0 if not c.isupper() else 0.2 if after_lower else 0.9 if before_lower else 0.6)
 
     return score
 

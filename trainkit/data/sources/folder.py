@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainkit.data.batch import Listed
-from trainkit.data.sources.account import Account, Found, LeftOut
+from trainkit.data.sources.account import Account, LeftOut, SourceListing
 from trainkit.data.sources.captions import METADATA, metadata_files, read_metadata, read_sidecars
-from trainkit.data.sources.glimpse import SUFFIXES
+from trainkit.data.sources.glimpse import HEIC, SUFFIXES
 from trainkit.data.sources.kohya import kohya_problems, number_notice
 from trainkit.data.sources.tree import HELD_OUT, Tree, walk
 from trainkit.data.sources.unread import find_unread, not_followed
@@ -39,7 +39,7 @@ class Folder:
     captioned: bool = False  # in the imagefolder layout: subfolders count, and an image may have several captions
 
 
-def list_image_folder(data: ImageOptions) -> Found:
+def list_image_folder(data: ImageOptions) -> SourceListing:
     """The images of the folder the options name."""
     where = Folder(Path(f"{data.folder}"), f"--{data.folder_flag}", data.prompt_flag and f"--{data.prompt_flag}",
                    data.wanted_column, data.image_column, data.captioned)
@@ -54,7 +54,7 @@ def list_folder(where: Folder, *, verbose: bool = True) -> tuple[list[Listed], l
     return found.listed, found.problems
 
 
-def read_folder(where: Folder, *, verbose: bool = True, empty_is_wrong: bool = True) -> Found:
+def read_folder(where: Folder, *, verbose: bool = True, empty_is_wrong: bool = True) -> SourceListing:
     """The images in the order of their names with the captions beside them; every other file is accounted for.
 
     verbose         log what is left out, and captions that compete; False where the same folder is read once more
@@ -64,7 +64,7 @@ def read_folder(where: Folder, *, verbose: bool = True, empty_is_wrong: bool = T
     try:
         tree = walk(folder, subfolders=where.captioned)
     except OSError as error:
-        return Found([], [_unreadable_folder(where, error)])
+        return SourceListing([], [_unreadable_folder(where, error)])
     captions = _read_captions(where, tree)
     images = [path for path in {*tree.images, *captions.named} if _top(path, folder) not in tree.held_out]
     images.sort(key=lambda path: path.relative_to(folder).as_posix())
@@ -77,7 +77,7 @@ def read_folder(where: Folder, *, verbose: bool = True, empty_is_wrong: bool = T
     if verbose:
         captions.report(tree.images, prompt_flag=where.prompt_flag)
         _report_left_out(left_out)
-    return Found(listed, problems, account)
+    return SourceListing(listed, problems, account)
 
 
 def _top(path: Path, folder: Path) -> str:
@@ -106,7 +106,7 @@ class Captions:
 
     def sources(self, images: list[Path]) -> dict[str, int]:
         """How many images have their caption from each kind of file."""
-        return dict(Counter(self.files[image] if self.named.get(image) else "sidecar files"
+        return dict(Counter(self.files[image] if self.named.get(image) else "caption files"
                             for image in images if self.of(image)[0]))
 
     def report(self, images: list[Path], *, prompt_flag: str | None) -> None:
@@ -117,15 +117,17 @@ class Captions:
         blank = [path.name for path in sorted({*self.named, *self.beside}) if not self.of(path)[0]]
         forgotten = [p.name for p in images if self.named and p not in self.named and p not in self.beside]
         instead = f"get {prompt_flag}" if prompt_flag else "are trained on with an empty one"
-        _tell("%d images are named by the metadata of two folders; the nearer one's is used: %s", self.twice)
-        _tell("%d images have two captions; the metadata's is used: %s", both)
-        _tell("%d images share a caption file with another of the same name: %s", shared)
-        _tell(f"%d images have a blank caption and {instead}: %s", blank)
+        _warn("%d captions have no word in them, only numbers and signs: %s",
+              [path.name for path, text in self.beside.items() if text and not any(map(str.isalpha, text))])
+        _warn("%d images are named by the metadata of two folders; the nearer one's is used: %s", self.twice)
+        _warn("%d images have two captions; the metadata's is used: %s", both)
+        _warn("%d images share a caption file with another of the same name: %s", shared)
+        _warn(f"%d images have a blank caption and {instead}: %s", blank)
         if prompt_flag:
-            _tell(f"%d images are not in the metadata and {instead}: %s", forgotten)
+            _warn(f"%d images are not in the metadata and {instead}: %s", forgotten)
 
 
-def _tell(sentence: str, names: list[str]) -> None:
+def _warn(sentence: str, names: list[str]) -> None:
     if names:
         log.warning(sentence, len(names), listing(map(printable, names)))
 
@@ -197,8 +199,12 @@ def _no_images(where: Folder, tree: Tree) -> Problem:
     tables = [path.name for contents in (*tree.read.values(), *tree.below.values()) for path in contents.others
               if path.suffix in (".parquet", ".arrow")]
     special = [f"{printable(path.name)} is {why}" for path, why in top.special.items()]
-    why = listing(special) if special else f"it holds no file named {', '.join(sorted(SUFFIXES))}"
-    fix = f"--dataset_name {shell_word(where.path)}" if tables else f"{where.flag} {IMAGES}"
+    others = [*special, *(printable(path.name) for path in top.others)]
+    there = f"; there are: {listing(others)}" if others else ""
+    why = f"it holds no file named {', '.join(sorted(SUFFIXES))}{there}"
+    photos = any(path.suffix.lower() in HEIC for path in top.others)
+    fix = "pip install pillow-heif, which reads HEIC" if photos else f"{where.flag} {IMAGES}"
+    fix = f"--dataset_name {shell_word(where.path)}" if tables else fix
     why = f"its images are in tables ({printable(tables[0])})" if tables else why
     return Problem("no images", f"{where.flag} {where.path}", why, fix, kind="data")
 

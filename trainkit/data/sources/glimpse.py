@@ -38,7 +38,7 @@ def key(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold().strip()
 
 
-class Images:
+class KnownImages:
     """Images by name and by stem, wherever they lie."""
 
     def __init__(self, paths: Iterable[Path]):
@@ -67,11 +67,11 @@ class Mentions:
     cells: dict[Path, str] = field(default_factory=dict)  # the name as it is written
 
 
-def mentions(file: Path, images: Images) -> Mentions:
+def mentions(file: Path, images: KnownImages) -> Mentions:
     """Which of the images a file names, and the texts beside them. Raises OSError."""
     by_name, by_stem = Mentions(), Mentions()
-    for row in islice(rows(file), MAX_ROWS):
-        for place, cell in enumerate(row):
+    for row, keyed in islice(rows(file), MAX_ROWS):
+        for place, cell in enumerate(row[:1] if keyed else row):
             if named := images.named(cell):
                 _note(by_name, named, cell, row[:place] + row[place + 1 :])
             elif place == 0 and (stemmed := images.stemmed(cell)):
@@ -92,8 +92,11 @@ def _note(found: Mentions, images: list[Path], cell: str, others: list[str]) -> 
 # ---------------------------------------------------------------------------------------------------------- any table
 
 
-def rows(file: Path) -> Iterator[list[str]]:
-    """The texts of each row of a table, its name for the row first where it has one. Raises OSError."""
+TableRow = tuple[list[str], bool]  # texts; whether the first of them alone may be an image's name
+
+
+def rows(file: Path) -> Iterator[TableRow]:
+    """The texts of each row of a table. Raises OSError."""
     if file.suffix.lower() in (".parquet", ".arrow", ".feather"):
         yield from _arrow_rows(file)
         return
@@ -116,7 +119,7 @@ def _any_text(data: bytes) -> str:
         return error.readings[0].text if error.readings else data.decode("latin-1")
 
 
-def _arrow_rows(file: Path) -> Iterator[list[str]]:
+def _arrow_rows(file: Path) -> Iterator[TableRow]:
     """Columns of text alone: those of images would be large."""
     from pyarrow import ArrowException, ipc, memory_map, parquet, types
 
@@ -128,16 +131,16 @@ def _arrow_rows(file: Path) -> Iterator[list[str]]:
         else:
             batches = iter(ipc.open_file(memory_map(str(file))).read_all().to_batches())
         for batch in batches:
-            yield from ([v for v in row.values() if isinstance(v, str)] for row in batch.to_pylist())
+            yield from (([v for v in row.values() if isinstance(v, str)], False) for row in batch.to_pylist())
     except ArrowException:
         return
 
 
-def _sheet_rows(data: bytes) -> Iterator[list[str]]:
+def _sheet_rows(data: bytes) -> Iterator[TableRow]:
     """Neighbouring texts of a spreadsheet, two at a time."""
     for xml in _members(data):
         texts = [unescape(text) for text in XML_TEXT.findall(xml)]
-        yield from ([a, b] for a, b in zip(texts, texts[1:], strict=False))
+        yield from (([a, b], True) for a, b in zip(texts, texts[1:], strict=False))
 
 
 def _members(data: bytes) -> list[str]:
@@ -150,24 +153,28 @@ def _members(data: bytes) -> list[str]:
         return []
 
 
-def _json_rows(item: object, depth: int = 4) -> Iterator[list[str]]:
+def _json_rows(item: object, depth: int = 4) -> Iterator[TableRow]:
     """Objects as rows of their texts; {name: texts} as a row an entry."""
-    if isinstance(item, list) and depth:
+    if not depth:
+        return
+    if isinstance(item, list):
+        yield _texts(item), False
         for one in item:
             yield from _json_rows(one, depth - 1)
-        if item and all(isinstance(one, str) for one in item):
-            yield [one for one in item if isinstance(one, str)]
-    if not isinstance(item, dict) or not depth:
-        return
-    yield [value for value in item.values() if isinstance(value, str)]
-    for name, value in item.items():
-        inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        yield [str(name), *(text for text in inner if isinstance(text, str))]
-        if isinstance(value, (dict, list)):
+    if isinstance(item, dict):
+        yield _texts(list(item.values())), False
+        for name, value in item.items():
+            yield [str(name), *_texts(list(value.values()) if isinstance(value, dict) else [value])], True
             yield from _json_rows(value, depth - 1)
 
 
-def _line_rows(text: str) -> Iterator[list[str]]:
+def _texts(values: list[object]) -> list[str]:
+    """The texts among values, and in lists among them."""
+    inner = [one for value in values for one in (value if isinstance(value, list) else [value])]
+    return [one for one in inner if isinstance(one, str)]
+
+
+def _line_rows(text: str) -> Iterator[TableRow]:
     """Lines of JSON, or of cells; a line in prose as the image's name in it and the rest."""
     lines = text.splitlines()
     delimiter = max(DELIMITERS, key=lambda d: sum(line.count(d) > 0 for line in lines[:20]))
@@ -181,9 +188,10 @@ def _line_rows(text: str) -> Iterator[list[str]]:
             continue
         if name := IMAGE_NAME.search(line):
             rest = (line[: name.start()] + " " + line[name.end() :]).strip(" ,;:|=\t-\"'")
-            yield [name[0].strip(), rest]
-            yield [name[0].split()[-1], rest]
+            yield [name[0].strip(), rest], True
+            yield [name[0].split()[-1], rest], True
         try:
-            yield [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])]
+            cells = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
+            yield [cell.strip() for cell in cells], False
         except csv.Error:
             continue

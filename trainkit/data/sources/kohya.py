@@ -47,13 +47,14 @@ def _are_in_order(found: Mapping[Path, re.Match[str]], tops: Mapping[Path, None]
 def _fix(folder: Path, flag: str, found: Mapping[Path, re.Match[str]], captioned: bool) -> str:
     regular = [path for path, match in found.items()
                if OF_THE_CLASS.search(f"{folder.name} {match[2]}".replace("_", " "))]
-    own = [path for path in found if path not in regular or flag == "--class_data_dir"]
+    instances = [path for path in found if path not in regular or flag == "--class_data_dir"]
     parts = [f"{flag} {shell_word(path)}" + ("" if flag == "--class_data_dir" else f" --repeats {found[path][1]}")
-             for path in own[:1]]
+             for path in instances[:1]]
     if regular and flag != "--class_data_dir":
         prior = f"--with_prior_preservation --class_data_dir {shell_word(regular[0])} --class_prompt PROMPT"
         parts.append(f"{prior} (of the DreamBooth trainer)" if captioned else prior)
     renamed = next(iter(found))
     rename = f"mv -n -- {shell_word(renamed)} {shell_word(renamed.with_name(found[renamed][2]))}"
-    more = "; a run has one --repeats, so of several folders" if len(own) > 1 else "; where the number means nothing"
+    several = len(instances) > 1
+    more = "; a run has one --repeats, so of several folders" if several else "; where the number means nothing"
     return " ".join(parts) + f"{more}, rename each and give the folder above: {rename}" if parts else rename

@@ -61,8 +61,8 @@ def _json_object(content: str) -> JsonRecord | str:
 def _csv(text: str) -> Numbered:
     """Cells may begin with a space after the delimiter; it belongs to neither a name nor a caption."""
     first, _, rest = text.partition("\n")
-    told = first.strip()[4:] if first.lower().startswith("sep=") else ""  # as Excel writes it
-    delimiter, above = (told, 1) if told in DELIMITERS else (delimiter_of(text), 0)
+    stated = first.strip()[4:] if first.lower().startswith("sep=") else ""  # as Excel writes it
+    delimiter, above = (stated, 1) if stated in DELIMITERS else (delimiter_of(text), 0)
     cells = io.StringIO(rest if above else text, newline="")
     reader = csv.DictReader(cells, delimiter=delimiter, skipinitialspace=True)
     try:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from trainkit.data.batch import Listed
 from trainkit.data.images import UnreadableImage
-from trainkit.data.sources.account import Account, Found
-from trainkit.data.sources.captions import BadEntry, read_captions
+from trainkit.data.sources.account import Account, SourceListing
+from trainkit.data.sources.captions import METADATA, BadEntry, read_captions
 from trainkit.data.sources.records import CAPTION_COLUMNS
 from trainkit.data.sources.text import one_line
 from trainkit.data.sources.tree import walk
+from trainkit.data.sources.unread import find_unread
 from trainkit.errors import Problem, listing, printable, shell_word
 from trainkit.process import quiet_imported
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from trainkit.options import ImageOptions
 
 FILES = {".parquet": "parquet", ".arrow": "arrow"}  # tables that are a data set by themselves
-METADATA_SUFFIXES = (".jsonl", ".csv")  # of the imagefolder layout
 SAVED = ("state.json", "dataset_dict.json")  # what Dataset.save_to_disk leaves
 
 
@@ -57,23 +57,23 @@ class TableCell:
         return f"column {self.column}, row {self.index}"
 
 
-def list_table(data: ImageOptions) -> Found:
+def list_table(data: ImageOptions) -> SourceListing:
     """The images of the data set's train split."""
     from datasets import Image
     from datasets.exceptions import DatasetsError
 
     quiet_imported()
     if wrong := _folder_of_images(data):
-        return Found([], [wrong])
+        return SourceListing([], [wrong])
     try:
         table = _load(data)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        return Found([], [_no_table(data, error)])
+        return SourceListing([], [_no_table(data, error)])
     texts = [name for name, kind in table.features.items() if _holds_text(kind, several=data.captioned)]
     column = _caption_column(data, texts)
     problems = list(_table_problems(data, table, texts, column))
     if problems:
-        return Found([], problems)
+        return SourceListing([], problems)
     images = table.select_columns([data.image_column]).cast_column(data.image_column, Image(decode=False))
     homes = homes_of(data.dataset_name or "", data.cache_dir)
     found, bad = [], []
@@ -84,7 +84,7 @@ def list_table(data: ImageOptions) -> Found:
         except BadEntry as error:
             bad.append(f"row {i}: {column} {error}")
     captions = {f"column {column}": sum(bool(one.caption) for one in found)} if column else {}
-    return Found(found, list(_row_problems(data, bad, empty=not len(table))), Account(len(found), captions))
+    return SourceListing(found, list(_row_problems(data, bad, empty=not len(table))), Account(len(found), captions))
 
 
 def _load(data: ImageOptions) -> Dataset:
@@ -115,7 +115,7 @@ def homes_of(name: str, cache_dir: str | None) -> tuple[Path, ...]:
 
 
 def _folder_of_images(data: ImageOptions) -> Problem | None:
-    """That a local folder's captions are in files which the datasets library passes over, or reads as a text."""
+    """That a local folder's captions are in files which the datasets library passes over."""
     folder = Path(data.dataset_name or "")
     if not folder.is_dir():
         return None
@@ -123,13 +123,19 @@ def _folder_of_images(data: ImageOptions) -> Problem | None:
         tree = walk(folder, subfolders=True)
     except OSError:
         return None
-    tables = any(path.suffix in (*FILES, *METADATA_SUFFIXES) for c in tree.read.values() for path in c.others)
-    stems = {path.with_suffix("") for path in tree.images}
-    captions = [path for c in tree.read.values() for path in c.texts if path.with_suffix("") in stems]
-    if tables or not captions:
+    texts = [path for contents in tree.read.values() for path in contents.texts]
+    others = [path for contents in tree.read.values() for path in contents.others]
+    if not tree.images or any(path.suffix in FILES for path in others):
         return None
+    stems = {path.with_suffix("") for path in tree.images}
+    captions = {path: None for path in texts if path.with_suffix("") in stems}
+    described = any(path.name in METADATA for path in others)  # what the library reads
+    if described or not captions:
+        strange = [path for path in texts if path not in captions]
+        unread = find_unread(folder, tree, bare=[] if described else tree.images, strange=strange)
+        return next(iter(unread.problems), None)
     why = f"{len(captions)} images have captions in files beside them, which the datasets library does not read: " \
-          f"{printable(captions[0].name)} is one"
+          f"{printable(next(iter(captions)).name)} is one"
     return Problem("a folder of images with caption files is no data set", f"--dataset_name {folder}", why,
                    f"--{data.folder_flag} {shell_word(folder)}", kind="data")
 

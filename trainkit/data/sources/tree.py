@@ -17,7 +17,7 @@ TEXTS = {  # what tools write captions into beside an image; SIDECARS of these a
     ".label", ".labels", ".wd14",
 }
 HELD_OUT = {"test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"}  # folders beside train/
-JUNK = {"__MACOSX", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN", "@eaDir"}
+JUNK = {"__MACOSX", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN", "@eaDir", "Icon\r"}
 MOST_BELOW = 20_000  # entries looked at in folders that are not read
 
 
@@ -135,12 +135,12 @@ def _scan_if_possible(folder: Path) -> Contents:
 
 def _unread(folders: Iterator[tuple[Path, Contents]]) -> Iterator[tuple[Path, Contents]]:
     """As many folders as may be looked at for what somebody expects to be read; one that cannot be is passed over."""
-    seen = 0
+    looked_at = 0
     try:
         for path, contents in folders:
             yield path, contents
-            seen += contents.size + 1
-            if seen > MOST_BELOW:
+            looked_at += contents.size + 1
+            if looked_at > MOST_BELOW:
                 return
     except OSError:
         return

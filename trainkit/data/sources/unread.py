@@ -1,7 +1,7 @@
-"""What lies in or around a data folder, looks meant for training and is not read: refused, or told with the reason.
+"""What lies in or around a data folder, looks meant for training and is not read: refused, or listed with the reason.
 
 A caption that would be lost is refused: an image without one that a file names under another name, in another place or
-in another form than is read. Everything else that is left out is told.
+in another form than is read. Everything else that is left out is listed.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from trainkit.data.sources.account import LeftOut
-from trainkit.data.sources.captions import METADATA
-from trainkit.data.sources.glimpse import HEIC, MAX_BYTES, Images, Mentions, key, mentions
+from trainkit.data.sources.captions import MAX_CAPTION, METADATA
+from trainkit.data.sources.glimpse import HEIC, MAX_BYTES, KnownImages, Mentions, key, mentions
 from trainkit.data.sources.records import CAPTION_COLUMNS, DELIMITERS, NAME_COLUMN, header_of
 from trainkit.data.sources.text import MARKS, UnclearText, decode_text
 from trainkit.data.sources.tree import TEXTS, Contents, Tree, is_image, scan
@@ -26,6 +26,7 @@ from trainkit.errors import SHOWN, Problem, listing, printable, shell_word
 TABLES = {
     ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".tab", ".parquet", ".arrow", ".feather", ".xlsx", ".xls", ".ods",
 }
+NOT_WORDS = {".xmp", ".xml", ".yaml", ".yml", ".aae", ".thm", ".toml"}  # of one image, and no caption of it
 QUIET = {".md", ".html", ".npz", ".safetensors", ".ini", ".db", ".py", ".sh", ".lock", ".log", ".url", ".lnk"}
 CAPTION_FOLDERS = {"captions", "caption", "txt", "text", "texts", "labels", "label", "tags", "prompts", "annotations"}
 ENDINGS = re.compile(r"[ _.-](?:captions?|caps?|tags?|te?xt|prompts?|desc(?:ription)?|labels?)$")
@@ -47,15 +48,19 @@ def find_unread(folder: Path, tree: Tree, *, bare: Sequence[Path], strange: Sequ
     bare     images for which no caption was found
     strange  files that hold captions by their suffix and are not named as an image beside them is
     """
-    images = Images(bare)
-    lost, idle = _lost_texts(folder, tree, images, strange)
-    problems = [_misnamed(folder, lost)] if lost else []
-    saved = set(lost.values())
+    images = KnownImages(bare)
     tables = [path for contents in _all(tree) for path in contents.others if not _is_companion(path, tree)]
-    remaining = Images(path for path in bare if path not in saved)
+    odd = [path for path in tables if _is_odd_text(path, images)]
+    lost, idle = _lost_texts(folder, tree, images, [*strange, *odd])
+    json_files = _json_captions(path for path in tables if path.suffix.lower() == ".json" and meant_by(path, images))
+    problems = [_misnamed(folder, lost)] if lost else []
+    problems += [_json_files(folder, json_files)] if json_files else []
+    saved = {*lost.values(), *(image for path in json_files if (image := meant_by(path, images)))}
+    tables = [path for path in tables if path not in odd and path not in json_files]
+    remaining = KnownImages(path for path in bare if path not in saved)
     left = []
     for number, path in enumerate([*tables, *idle]):
-        problem, why = _table(folder, path, remaining if number < MOST_TABLES else Images(()))
+        problem, why = _table(folder, path, remaining if number < MOST_TABLES else KnownImages(()))
         problems += [problem] if problem else []
         left += [] if problem else [LeftOut(_name(path, folder), why)]
     if remaining.paths and not problems:
@@ -78,7 +83,7 @@ def _name(path: Path, folder: Path) -> str:
 
 
 def _lost_texts(
-    folder: Path, tree: Tree, images: Images, strange: Sequence[Path]
+    folder: Path, tree: Tree, images: KnownImages, strange: Sequence[Path]
 ) -> tuple[dict[Path, Path], list[Path]]:
     """({caption file: image that has no caption and is meant by it}, caption files that mean none)."""
     texts = [*strange, *(path for contents in tree.below.values() for path in contents.texts)]
@@ -86,16 +91,16 @@ def _lost_texts(
     idle = []
     for path in texts:
         meant = meant_by(path, images)
-        if meant and meant not in lost.values():
+        if meant and meant not in lost.values() and has_words(path):
             lost[path] = meant
         else:
             idle.append(path)
     below = {image for contents in tree.below.values() for image in contents.images}
-    own = {(path.parent, path.stem) for path in below}
-    return lost, [path for path in idle if (path.parent, path.stem) not in own]
+    images_below = {(path.parent, path.stem) for path in below}
+    return lost, [path for path in idle if (path.parent, path.stem) not in images_below]
 
 
-def meant_by(path: Path, images: Images) -> Path | None:
+def meant_by(path: Path, images: KnownImages) -> Path | None:
     """The image that a caption file is probably about: one beside it goes before the only one elsewhere."""
     for stem in _stems(path):
         found = images.by_name.get(stem) or images.by_stem.get(stem) or []
@@ -113,6 +118,50 @@ def _stems(path: Path) -> Iterator[str]:
         if ENDINGS.search(stem):
             yield key(ENDINGS.sub("", stem))
         stem = stem.rpartition(".")[0]
+
+
+def has_words(path: Path) -> bool:
+    """Whether a file says anything: boxes of a detector's training are numbers alone."""
+    try:
+        with path.open("rb") as opened:
+            return any(byte >= 128 or chr(byte).isalpha() for byte in opened.read(4096))
+    except OSError:
+        return False
+
+
+def _is_odd_text(path: Path, images: KnownImages) -> bool:
+    """Whether a small text has the name of an image beside it and a suffix that nobody reads: fox.blip."""
+    beside = any(image.parent == path.parent for image in images.by_stem.get(key(path.stem), ()))
+    if not beside or path.suffix.lower() in (*TABLES, *NOT_WORDS, *HEIC):
+        return False
+    try:
+        return path.stat().st_size <= MAX_CAPTION and not _is_binary(path)
+    except OSError:
+        return False
+
+
+def _json_captions(paths: Iterable[Path]) -> list[Path]:
+    """The files of one image each that hold a caption."""
+    return [path for path in paths if any(map(str.isalpha, _json_caption(path)))]
+
+
+def _json_caption(path: Path) -> str:
+    try:
+        item = json.loads(decode_text(path.read_bytes()[:MAX_CAPTION])[0])
+    except (OSError, ValueError, RecursionError, UnclearText):
+        return ""
+    texts = [item.get(name) for name in CAPTION_COLUMNS] if isinstance(item, dict) else []
+    return next((text for text in texts if isinstance(text, str)), "")
+
+
+def _json_files(folder: Path, files: Sequence[Path]) -> Problem:
+    paths = f"map(pathlib.Path, {[str(path) for path in files]})" if len(files) <= SHOWN else \
+        f'pathlib.Path({str(folder)!r}).rglob("*.json")'
+    text = f'next(filter(None, map(json.loads(p.read_text("utf-8")).get, {CAPTION_COLUMNS})))'
+    loop = f'[p.with_name(p.name[:-5]).with_suffix(".txt").write_text({text}, "utf-8") for p in {paths}]'
+    return Problem(f"{len(files)} JSON files hold captions and are not read", f"{folder}",
+                   listing(_name(path, folder) for path in files),
+                   f"python3 -c {shell_word(f'import json, pathlib; {loop}')}", kind="data")
 
 
 def _misnamed(folder: Path, lost: Mapping[Path, Path]) -> Problem:
@@ -147,11 +196,13 @@ def _is_companion(path: Path, tree: Tree) -> bool:
     return read or path.suffix.lower() in QUIET or path.name in ("LICENSE", "dataset_info.json", "dataset_infos.json")
 
 
-def _table(folder: Path, path: Path, images: Images) -> tuple[Problem | None, str]:
+def _table(folder: Path, path: Path, images: KnownImages) -> tuple[Problem | None, str]:
     """(the problem that a file's captions would be lost, else why it is left out)."""
     if path.suffix.lower() in HEIC:
         return None, "pip install pillow-heif reads it"
-    if path.suffix.lower() == ".json" and images.by_stem.get(key(path.stem)) or images.by_name.get(key(path.stem)):
+    if _is_an_image(path):
+        return None, "an image by its content; give it the suffix of its kind, such as .jpg or .png"
+    if path.suffix.lower() == ".json" and (key(path.stem) in images.by_stem or key(path.stem) in images.by_name):
         return None, "JSON of one image is not read; write its caption into a .txt file"
     about = _look(path, images) if images.paths else Mentions()
     if about.captions:
@@ -163,7 +214,7 @@ def _table(folder: Path, path: Path, images: Images) -> tuple[Problem | None, st
     return None, "it names no image without a caption" if path.suffix.lower() in TABLES else "of no kind that is read"
 
 
-def _look(path: Path, images: Images) -> Mentions:
+def _look(path: Path, images: KnownImages) -> Mentions:
     """What a file says about images; nothing where it is no text and no table of a known kind."""
     try:
         if path.suffix.lower() not in TABLES and _is_binary(path):
@@ -179,7 +230,17 @@ def _is_binary(path: Path) -> bool:
     return b"\0" in head and not head.startswith((b"PK", *(mark for mark, _ in MARKS)))
 
 
-def misplaced(folder: Path, path: Path, images: Images, about: Mentions) -> Problem:
+def _is_an_image(path: Path) -> bool:
+    """By the first bytes, whatever the file is called."""
+    try:
+        with path.open("rb") as opened:
+            head = opened.read(12)
+    except OSError:
+        return False
+    return head.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8")) or head[:4] == b"RIFF" and head[8:] == b"WEBP"
+
+
+def misplaced(folder: Path, path: Path, images: KnownImages, about: Mentions) -> Problem:
     """A table of captions under another name or in another place than is read."""
     homes = Counter(image.parent for image in about.captions)
     home = homes.most_common(1)[0][0]
@@ -248,7 +309,7 @@ def _by_example(home: Path, about: Mentions) -> str:
 # ------------------------------------------------------------------------------------------------------ one folder up
 
 
-def _around(folder: Path, images: Images) -> list[Problem]:
+def _around(folder: Path, images: KnownImages) -> list[Problem]:
     """Captions that lie in the folder above, or in a folder of captions beside this one."""
     above = folder.absolute().parent
     if above == folder.absolute():
@@ -263,7 +324,7 @@ def _around(folder: Path, images: Images) -> list[Problem]:
     lost: dict[Path, Path] = {}
     for path in (path for other in beside if other != folder.absolute() for path in _texts(other)):
         found = images.by_stem.get(key(path.stem), [])
-        lost |= {path: found[0]} if len(found) == 1 else {}
+        lost |= {path: found[0]} if len(found) == 1 and has_words(path) else {}
     problems = [_misnamed(folder, lost)] if lost else []
     for path in files[:MOST_TABLES]:
         about = _about_below(_look(path, images), folder, above)
@@ -287,9 +348,9 @@ def _may_be_table(entry: os.DirEntry[str]) -> bool:
 
 def _about_below(about: Mentions, folder: Path, above: Path) -> Mentions:
     """What a table above the folder says about images in it: not about those of their name beside the table."""
-    own = {image for image, cell in about.cells.items() if _is_about(cell.replace("\\", "/"), image, folder, above)}
-    return Mentions(own, {image: text for image, text in about.captions.items() if image in own},
-                    {image: cell for image, cell in about.cells.items() if image in own})
+    beside = {image for image, cell in about.cells.items() if _is_about(cell.replace("\\", "/"), image, folder, above)}
+    return Mentions(beside, {image: text for image, text in about.captions.items() if image in beside},
+                    {image: cell for image, cell in about.cells.items() if image in beside})
 
 
 def _is_about(cell: str, image: Path, folder: Path, above: Path) -> bool:

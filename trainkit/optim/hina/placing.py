@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import StateDict
 
+from trainkit.optim.devices import synchronize
 from trainkit.optim.hina.offload_stream import adjacent
 from trainkit.optim.hina.rounding import Rounder
 from trainkit.optim.hina.settings import Group
@@ -112,7 +113,7 @@ def rehome(state: State, group: Group, params: Sequence[Tensor], name: str, *, s
     """Move state `name` of parameters of one bucket into a new arena of the group's dtype and device."""
     old = [state[p][name] for p in params]
     if any(t.device != params[0].device for t in old):
-        wait(params[0].device)
+        synchronize(params[0].device)
     dtype, device = kept_as(group, params[0], name)
     arena = new_arena(len(old), old[0].shape, dtype, device, pinned=device != params[0].device)
     for p, of, row in zip(params, old, arena.unbind(), strict=True):
@@ -139,17 +140,11 @@ def rounder_of(group: Group, params: Sequence[Tensor], *, names: Sequence[str], 
                    seed=int(group.get("seed", 0)), step=step)
 
 
-def wait(device: torch.device) -> None:
-    """Until states that are on their way into host memory have arrived there."""
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize(device)
-
-
 def arrived(optimizer: torch.optim.Optimizer) -> None:
     """Wait for every state that is on its way into host memory; before the CPU reads any."""
     for group in optimizer.param_groups:
         for device in {p.device for p in group["params"] if is_offloaded(group, p.device)}:
-            wait(device)
+            synchronize(device)
 
 
 def place_state(optimizer: torch.optim.Optimizer) -> None:

@@ -1,0 +1,110 @@
+"""A LoRA file is drawn with as it was trained, or refused in our words before an image is drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.support import ROOT
+from tests.support.loras import random_lora
+from trainkit import inference, lora_headers
+from trainkit.errors import UserError
+from trainkit.tools import generate
+
+SD, XL = ROOT / "assets/tiny-sd-icons", ROOT / "assets/tiny-sdxl-icons"
+SD_UNET = {"cross_attention_dim": 768}
+XL_UNET = {"cross_attention_dim": 2048, "addition_embed_type": "text_time"}
+STEM = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
+PLAIN = {f"{STEM}.lora_down.weight": (4, 64), f"{STEM}.lora_up.weight": (64, 4), f"{STEM}.alpha": ()}
+
+
+def written(folder: Path, shapes: dict[str, tuple[int, ...]], **metadata: str) -> Path:
+    file = folder / "mine.safetensors"
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, file, metadata or None)
+    return file
+
+
+def said(folder: Path, shapes: dict[str, tuple[int, ...]], unet: dict = SD_UNET, **metadata: str) -> str:
+    return "\n".join(map(str, lora_headers.problems(written(folder, shapes, **metadata), unet)))
+
+
+UNREAD = {
+    "dora_scale": {f"{STEM}.dora_scale": (64, 1)}, "LoHa": {f"{STEM}.hada_w1_a": (64, 4)},
+    "LoKr": {f"{STEM}.lokr_w1": (8, 8)}, "OFT": {f"{STEM}.oft_blocks": (8, 8, 8)}, "diff": {f"{STEM}.diff": (64, 64)},
+    "lora_mid": {f"{STEM}.lora_mid.weight": (4, 4, 3, 3)}, "w_norm": {f"{STEM}.w_norm": (64,)},
+    "GLoRA": {f"{STEM}.a1.weight": (4, 64)}, "bundle_emb": {"bundle_emb.tok.string_to_param.*": (2, 768)},
+    "Flux": {"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": (4, 64)},
+}
+
+
+@pytest.mark.parametrize("kind", UNREAD)
+def test_what_diffusers_would_drop_is_refused_with_the_file_to_take(tmp_path, kind):
+    assert kind in said(tmp_path, PLAIN | UNREAD[kind])
+    save_file({"x": torch.zeros(1)}, tmp_path / "pytorch_lora_weights.safetensors")
+    assert f"--lora {tmp_path / 'pytorch_lora_weights.safetensors'}" in said(tmp_path, PLAIN | UNREAD[kind])
+
+
+@pytest.mark.parametrize("shapes, words", [
+    ({"a": (1,)}, "none of its 1 tensors"), ({}, "no tensor at all"), ({"clip_l": (2, 768)}, "--embeddings"),
+    ({"model.diffusion_model.input_blocks.0.0.weight": (1,)}, "none of its 1 tensors")])
+def test_a_file_without_a_lora_is_told(tmp_path, shapes, words):
+    assert words in said(tmp_path, shapes)
+
+
+CROSS_NAMES = [
+    "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight",
+    "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v.lora.down.weight",
+    "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor.to_k_lora.down.weight",
+    "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight",
+]
+
+
+@pytest.mark.parametrize("name", CROSS_NAMES)
+@pytest.mark.parametrize("width, unet, words", [
+    (2048, SD_UNET, ["2048 wide (SDXL)", "768 wide (SD 1.x)"]), (768, XL_UNET, ["768 wide", "2048 wide"]),
+    (1024, SD_UNET, ["1024 wide (SD 2.x)"]), (768, {"cross_attention_dim": [1024] * 4}, ["1024 wide"])])
+def test_another_family_is_told_by_the_width_of_the_text(tmp_path, name, width, unet, words):
+    text = said(tmp_path, {name: (4, width)}, unet)
+    assert "another base model" in text and all(word in text for word in words)
+    assert not said(tmp_path, {name: (4, 768)}, SD_UNET)
+
+
+@pytest.mark.parametrize("metadata, unet, refused", [
+    (dict(ss_base_model_version="sdxl_base_v1-0"), SD_UNET, True),
+    (dict(ss_base_model_version="sd_v1"), XL_UNET, True), (dict(ss_base_model_version="sd_v1"), SD_UNET, False),
+    ({"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, XL_UNET, False),
+    ({"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, SD_UNET, True),
+    ({"modelspec.architecture": "stable-diffusion-v2-512/lora"}, XL_UNET, True), ({}, SD_UNET, False)])
+def test_another_family_is_told_by_metadata(tmp_path, metadata, unet, refused):
+    assert bool(said(tmp_path, PLAIN, unet, **metadata)) == refused
+
+
+@pytest.mark.trains
+def test_a_lora_of_unknown_or_too_many_layers_is_refused_in_our_words(tmp_path):
+    pipe = inference.load_pipeline(str(XL), "float32")
+    good = random_lora(XL, tmp_path / "good.safetensors")
+    inference.fuse_lora(pipe, good, 1.0)
+    pipe.unload_lora_weights()
+    tensors = load_file(good)
+    strange = {"lora_unet_nowhere.lora_down.weight": (4, 8), "lora_unet_nowhere.lora_up.weight": (8, 4),
+               "lora_unet_nowhere.alpha": ()}
+    more = {**tensors, "unet.nowhere.lora_A.weight": torch.zeros(2, 8), "unet.nowhere.lora_B.weight": torch.zeros(8, 2)}
+    save_file(more, tmp_path / "more.safetensors")
+    for file in (written(tmp_path, strange), tmp_path / "more.safetensors"):
+        with pytest.raises(UserError, match="does not fit the base model"):
+            inference.fuse_lora(pipe, file, 1.0)
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("shapes", [
+    {"lora_unet_nowhere.lora_down.weight": (4, 8)}, {"unet.x.lora_A.weight": (4, 8)}, {"lora_A.weight": (4, 8)},
+    {"unet.lora_A.weight": (4, 8)}, {"base.model.lora_down.weight": (3,)}])
+def test_generate_with_names_that_mean_nothing_ends_in_a_message(tmp_path, shapes):
+    file = written(tmp_path, shapes)
+    with pytest.raises(UserError) as refused:
+        generate.main([f"--base={SD}", f"--lora={file}", "--prompt=a fox", "--steps=1", "--width=64", "--height=64",
+                       f"--out={tmp_path / 'o'}"])
+    assert "LoRA" in refused.value.report() and not list((tmp_path / "o").glob("*.png"))

@@ -1,0 +1,117 @@
+"""Flags of other trainers, mostly kohya's sd-scripts: what each is called here, or what to do instead.
+
+docs/from-kohya.md tells the same in a table; a test compares the two. No advice is to drop a value that matters.
+"""
+
+from __future__ import annotations
+
+SAME_VALUE = {  # their name: ours
+    "network_dim": "rank", "network_rank": "rank", "lora_rank": "rank", "lora_r": "rank", "dim": "rank",
+    "network_alpha": "lora_alpha", "alpha": "lora_alpha", "network_dropout": "lora_dropout",
+    "unet_lr": "learning_rate", "lr": "learning_rate", "text_encoder_lr1": "text_encoder_lr",
+    "text_encoder_lr2": "text_encoder_2_lr", "lr_scheduler_num_cycles": "lr_num_cycles",
+    "lr_scheduler_power": "lr_power", "lr_warmup": "lr_warmup_steps", "warmup_steps": "lr_warmup_steps",
+    "optimizer_type": "optimizer", "weight_decay": "adam_weight_decay",
+    "max_train_epochs": "num_train_epochs", "epochs": "num_train_epochs", "epoch": "num_train_epochs",
+    "steps": "max_train_steps", "train_steps": "max_train_steps", "batch_size": "train_batch_size",
+    "min_snr_gamma": "snr_gamma", "ip_noise_gamma": "input_perturbation", "vae": "pretrained_vae_model_name_or_path",
+    "model": "pretrained_model_name_or_path", "base_model": "pretrained_model_name_or_path",
+    "save_every_n_steps": "checkpointing_steps", "save_steps": "checkpointing_steps",
+    "flip_aug": "random_flip", "max_data_loader_n_workers": "dataloader_num_workers",
+    "huggingface_repo_id": "hub_model_id", "log_with": "report_to", "reg_data_dir": "class_data_dir",
+    "sample_every_n_steps": "validation_steps", "sample_every_n_epochs": "validation_epochs",
+    "zero_terminal_snr": "rescale_betas_zero_snr", "dataset_repeats": "repeats", "config_file": "config",
+    "num_repeats": "repeats", "num_epochs": "num_train_epochs", "grad_clip": "max_grad_norm",
+}
+INSTEAD = {  # their name: what to do here
+    # Model and files
+    "output_name": "the last part of --output_dir names the LoRA file: --output_dir runs/{value}",
+    "network_module": "write --lora_type lora, loha or lokr; lora is the default",
+    "network_args": "write its parts as flags: conv_dim as --lora_layers all-linear+conv, algo as --lora_type, "
+                    "dora_wd as --use_dora, loraplus_lr_ratio as --loraplus_lr_ratio",
+    "conv_dim": "--lora_layers all-linear+conv adapts convolutions too, with the same --rank",
+    "conv_alpha": "--lora_layers all-linear+conv adapts convolutions too, with the same --lora_alpha",
+    "network_weights": "a LoRA cannot be trained on from its file yet; --resume_from_checkpoint takes checkpoints",
+    "base_weights": "a LoRA cannot be merged into the base yet: merge it elsewhere and name that model",
+    "save_model_as": "files are always safetensors: leave it out",
+    "save_precision": "NAME.safetensors is always fp16, pytorch_lora_weights.safetensors fp32: leave it out",
+    "save_every_n_epochs": "--checkpointing_steps counts optimizer steps: images / batch x {value}",
+    "save_last_n_steps": "--checkpoints_total_limit counts checkpoints, not steps",
+    "save_last_n_epochs": "--checkpoints_total_limit counts checkpoints, not epochs",
+    "save_state": "every checkpoint holds the whole state; --resume_from_checkpoint latest goes on from the newest",
+    "resume": "--resume_from_checkpoint {value} goes on from a checkpoint of this suite; latest is the newest",
+    "huggingface_token": "set HF_TOKEN in the environment",
+    "wandb_api_key": "run `wandb login` once, or set WANDB_API_KEY in the environment, and write --report_to wandb",
+    "no_half_vae": "the VAE always runs in fp32: leave it out",
+    "v2": "the model folder says that itself: leave it out",
+    # Images and captions
+    "dataset_config": "several data sets with settings of their own are not read yet: put the images into one folder "
+                      "and name it with --instance_data_dir or --train_data_dir",
+    "in_json": "write captions into metadata.jsonl beside the images (file_name, text)",
+    "caption_extension": ".txt and .caption files are read: rename those with another ending",
+    "enable_bucket": "images are cropped to squares of --resolution; buckets are not there yet",
+    "min_bucket_reso": "images are cropped to squares of --resolution; buckets are not there yet",
+    "max_bucket_reso": "images are cropped to squares of --resolution; buckets are not there yet",
+    "bucket_reso_steps": "images are cropped to squares of --resolution; buckets are not there yet",
+    "bucket_no_upscale": "images are scaled to --resolution; buckets are not there yet",
+    "random_crop": "crops are random unless you write --center_crop",
+    "color_aug": "colours are not changed here yet: make the variants as images of their own",
+    "face_crop_aug_range": "crops around faces are not made here yet: crop the images yourself",
+    "shuffle_caption": "captions are used as they are; words are not shuffled yet",
+    "keep_tokens": "captions are used as they are; words are not shuffled yet",
+    "caption_prefix": "captions are used as they are: write the words into the caption files",
+    "caption_suffix": "captions are used as they are: write the words into the caption files",
+    "enable_wildcard": "captions are used as they are; wildcards are not read yet",
+    "caption_dropout_rate": "captions are not dropped yet",
+    "caption_tag_dropout_rate": "words of captions are not dropped yet",
+    "max_token_length": "captions have 77 tokens: put what matters first",
+    "weighted_captions": "captions are used as they are; weights of words are not read yet",
+    "masked_loss": "the loss covers whole images; masks are not read yet",
+    "alpha_mask": "the loss covers whole images; masks are not read yet",
+    "cache_latents_to_disk": "--cache_latents --latent_cache_dir FOLDER",
+    "cache_text_encoder_outputs": "done always where text encoders are frozen; --latent_cache_dir FOLDER keeps them",
+    "cache_text_encoder_outputs_to_disk": "--latent_cache_dir FOLDER keeps them on disk",
+    "vae_batch_size": "images are encoded one by one, so that caches do not depend on it: leave it out",
+    # Network
+    "rank_dropout": "--lora_dropout drops inputs of the LoRA; ranks are not dropped yet",
+    "module_dropout": "--lora_dropout drops inputs of the LoRA; modules are not dropped yet",
+    "scale_weight_norms": "--max_grad_norm limits each update; the LoRA's norm is not limited yet",
+    "block_dims": "--lora_unet_blocks chooses blocks; a rank for each is not there yet",
+    "block_lr": "--lora_unet_blocks chooses blocks; a rate for each is not there yet",
+    "down_lr_weight": "--lora_unet_blocks chooses blocks; a rate for each is not there yet",
+    "mid_lr_weight": "--lora_unet_blocks chooses blocks; a rate for each is not there yet",
+    "up_lr_weight": "--lora_unet_blocks chooses blocks; a rate for each is not there yet",
+    "network_train_unet_only": "text encoders are frozen unless you write --train_text_encoder: leave it out",
+    "network_train_text_encoder_only": "--train_text_encoder --train_unet_frac 0",
+    # Optimizer and loss
+    "debiased_estimation_loss": "--loss_weighting debiased",
+    "v_parameterization": "--prediction_type v_prediction",
+    "scale_v_pred_loss_like_noise_pred": "--loss_weighting snr",
+    "adaptive_noise_scale": "--noise_offset is the same for every image; it does not adapt yet",
+    "huber_scale": "--huber_c sets where the loss turns linear; it cannot be scaled yet",
+    "fused_backward_pass": "the LoRA's gradients are small: leave it out",
+    # Memory and previews
+    "full_fp16": "the LoRA is always trained in fp32; --mixed_precision fp16 makes the base model fp16",
+    "full_bf16": "the LoRA is always trained in fp32; --mixed_precision bf16 makes the base model bf16",
+    "fp8_base": "fp8 is not there yet; --mixed_precision bf16 --gradient_checkpointing saves memory",
+    "blocks_to_swap": "swapping is not there yet; --mixed_precision bf16 --gradient_checkpointing saves memory",
+    "torch_compile": "compiling is not there yet: leave it out",
+    "sdpa": "PyTorch's own attention is always used: leave it out",
+    "xformers": "PyTorch's own attention is always used, which is as small: leave it out",
+    "mem_eff_attn": "PyTorch's own attention is always used, which is as small: leave it out",
+    "lowram": "--mixed_precision bf16 --gradient_checkpointing saves memory",
+    "sample_prompts": "write the prompt itself: --validation_prompt 'a photo of TOK'; one prompt is drawn",
+    "sample_sampler": "previews are drawn with DPM-Solver++: leave it out",
+    "sample_at_first": "previews are always drawn before the first step: leave it out",
+    "validation_split": "a loss on images kept aside is not there yet; --validation_prompt draws previews",
+}
+
+
+def advice(name: str, value: str | None) -> tuple[str | None, str] | None:
+    """(our flag for another trainer's, where there is one; what to do), or None for a name that we do not know."""
+    if name in SAME_VALUE:
+        flag = SAME_VALUE[name]
+        return flag, f"write --{flag}{f' {value}' if value else ''}"
+    if name in INSTEAD:
+        return None, INSTEAD[name].replace("{value}", value or "VALUE")
+    return None
