@@ -1,6 +1,6 @@
 """Train an SDXL LoRA on a few images of a style, an object or a person (DreamBooth).
 
-    accelerate launch train_dreambooth_lora_sdxl_advanced.py \\
+    python train_dreambooth_lora_sdxl_advanced.py \\
       --pretrained_model_name_or_path=assets/tiny-sdxl-icons --instance_data_dir=assets/icons-3d \\
       --instance_prompt="3d icon in the style of TOK" --resolution=64 --rank=8 \\
       --optimizer=prodigy --learning_rate=1.0 --snr_gamma=5.0 --max_train_steps=400 --output_dir=runs/icons
@@ -31,9 +31,10 @@ from trainkit.options import (
     ValidationOptions,
     parse,
 )
+from trainkit.process import own_settings, say
 
 if TYPE_CHECKING:
-    from trainkit.data.batch import Row
+    from trainkit.data.rows import Rows
 
 
 class Options(OptionSet):
@@ -53,10 +54,11 @@ class Options(OptionSet):
     run: RunOptions
 
 
+@own_settings()
 def main(argv: list[str] | None = None) -> None:
     opt = parse(Options, argv, description=__doc__)  # frozen; --help and --print_config end here
-
-    from trainkit import checkpoints, lora_files, preview, publish, run_fingerprint
+    say("loading PyTorch and Diffusers, then the model and the images")
+    from trainkit import checkpoints, lora_files, preview, publish, run_fingerprint, summary
     from trainkit.conditioning import caption_length, live_text, new_tokens
     from trainkit.data import cache, class_images, loader, sampler
     from trainkit.diffusion import ScheduleChange, make_noise
@@ -69,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     instances = preflight(opt)  # every problem in one message
     with start_run(opt, "dreambooth-lora-sdxl") as run:
         total, stop = opt.run.ends(len(instances), run.world)  # finished steps of the run, and of this session
-
+        summary.tell_plan(opt, instances, run, steps=total, class_images=opt.prior.images)
         # Images of the concept, and of its class where the prior is kept: those are generated where they are missing.
         rows = [*instances, *class_images.class_rows(opt, run)]
         stream = sampler.Order(rows, run.global_batch, seed=run.seed)  # the same on 1 or N processes
@@ -115,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
             publish.publish(opt.run, exports)
 
 
-def preflight(opt: Options) -> list[Row]:
+def preflight(opt: Options) -> Rows:
     """The rows to train on; or one message with everything that is wrong, before a weight is loaded."""
     from trainkit import checkpoints, optim, preflight, publish
     from trainkit.conditioning import new_tokens

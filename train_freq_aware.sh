@@ -38,8 +38,7 @@ mkdir -p "$out"
 .venv/bin/python scripts/extract_clip_features.py --images "$data" --clip "$clip" --out "$features"
 
 printf '\nTraining:\n\n'
-.venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision "${MIXED_PRECISION:-no}" --dynamo_backend no \
-  train_text_to_image_lora.py \
+.venv/bin/python train_text_to_image_lora.py --mixed_precision="${MIXED_PRECISION:-no}" \
   --pretrained_model_name_or_path="$model" --train_data_dir="$data" --output_dir="$out" \
   --resolution="$resolution" --train_batch_size="${BATCH:-4}" --cache_latents --random_flip \
   --rank=4 --learning_rate="${LEARNING_RATE:-1e-3}" --lr_scheduler=constant --snr_gamma=5.0 \

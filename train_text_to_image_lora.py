@@ -1,6 +1,6 @@
 """Train a LoRA for Stable Diffusion 1.x, 2.x or SDXL on images with captions.
 
-    accelerate launch train_text_to_image_lora.py \\
+    python train_text_to_image_lora.py \\
       --pretrained_model_name_or_path=assets/tiny-sd-icons --train_data_dir=assets/icons-3d \\
       --resolution=64 --rank=4 --train_batch_size=4 --learning_rate=1e-3 --snr_gamma=5.0 \\
       --max_train_steps=300 --output_dir=runs/captioned
@@ -31,11 +31,12 @@ from trainkit.options import (
     OptionSet,
     parse,
 )
+from trainkit.process import own_settings, say
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from trainkit.data.batch import Row
+    from trainkit.data.rows import Rows
 
 
 class Options(OptionSet):
@@ -55,10 +56,11 @@ class Options(OptionSet):
     run: CaptionedRunOptions
 
 
+@own_settings()
 def main(argv: list[str] | None = None) -> None:
     opt = parse(Options, argv, description=__doc__)  # frozen; --help and --print_config end here
-
-    from trainkit import checkpoints, families, lora_files, preview, publish, run_fingerprint
+    say("loading PyTorch and Diffusers, then the model and the images")
+    from trainkit import checkpoints, families, lora_files, preview, publish, run_fingerprint, summary
     from trainkit.conditioning import caption_length, clip_token, live_text
     from trainkit.data import cache, loader, sampler
     from trainkit.diffusion import ScheduleChange, make_noise
@@ -72,8 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     rows = preflight(opt, family_module)  # every problem in one message
     with start_run(opt, "text-to-image-lora") as run:
         total, stop = opt.run.ends(len(rows), run.world)  # finished steps of the run, and of this session
+        summary.tell_plan(opt, rows, run, steps=total)
         stream = sampler.Order(rows, run.global_batch, seed=run.seed)  # the same on 1 or N processes
-
         # The frozen model. Prompts become conditioning (cached, or by LoRA on the encoders), images become latents.
         family = family_module.load(opt.model, device=run.device, weight_dtype=run.weight_dtype, compat=opt.run.compat,
                            schedule=ScheduleChange.from_options(opt.objective))
@@ -117,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
             publish.publish(opt.run, exports)
 
 
-def preflight(opt: Options, family_module: ModuleType) -> list[Row]:
+def preflight(opt: Options, family_module: ModuleType) -> Rows:
     """The rows to train on; or one message with everything that is wrong, before a weight is loaded."""
     from trainkit import checkpoints, optim, preflight, publish
     from trainkit.conditioning import clip_token

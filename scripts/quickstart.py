@@ -54,8 +54,7 @@ def main() -> None:
 def training(out: str, *, tokens: bool, steps: str) -> list[str]:
     """The command line of the trainer. Copy it, and write your own model, images and words."""
     return [
-        "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1", "--mixed_precision=no",
-        "--dynamo_backend=no", TRAINER, f"--pretrained_model_name_or_path={BASE}",
+        TRAINER, f"--pretrained_model_name_or_path={BASE}",
         "--dataset_name=assets/icons-3d", "--caption_column=text", "--instance_prompt=3d icon in the style of TOK",
         f"--output_dir={out}", "--resolution=64", "--train_batch_size=3", "--cache_latents", "--random_flip",
         "--rank=8", "--lora_layers=all-linear",

@@ -67,7 +67,7 @@ def read(options: type[OptionSet], *argv: str) -> OptionSet:
 
 def test_a_new_flag_is_in_the_help_and_on_the_page_of_flags(options, capsys):
     with pytest.raises(SystemExit):
-        read(options, "--help")
+        read(options, "--help_all")
     shown = " ".join(capsys.readouterr().out.split())
     assert "--lora_dummy FACTOR what a dummy is good for (default: 1.5)" in shown
     assert "| `--lora_dummy` (DreamBooth only) | factor, > 0 | `1.5` |" in markdown(TRAINERS, PRESETS)

@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import time
+import tomllib
 
 import pytest
 from pydantic import ValidationError
@@ -37,6 +38,7 @@ from trainkit.options import (
     parse,
 )
 from trainkit.options.config_text import markdown
+from trainkit.options.help import ESSENTIAL, answer
 from trainkit.options.rules import trained_fractions, unread
 from trainkit.options.sources import nearest
 from trainkit.options.trainers import SCRIPTS as TRAINER_SCRIPTS
@@ -888,7 +890,7 @@ def test_a_trainer_may_leave_out_a_concern():
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_help_is_grouped_short_of_100_columns_and_names_default_and_unit(capsys, trainer):
     with pytest.raises(SystemExit) as stop:
-        parse(SCRIPTS[trainer][0], ["--help"], description="Train a LoRA, 100 % offline.")
+        parse(SCRIPTS[trainer][0], ["--help_all"], description="Train a LoRA, 100 % offline.")
     text = capsys.readouterr().out
     assert stop.value.code == 0
     assert max(map(len, text.splitlines())) <= 100
@@ -901,6 +903,83 @@ def test_help_is_grouped_short_of_100_columns_and_names_default_and_unit(capsys,
     assert "--rank RANK" in flat and "--resolution PIXELS" in flat and f"(default: {size})" in flat
     assert "adamw, adamw8bit, " in flat and "schedule_free_adamw or hina_adaptive" in flat
     assert "(required)" in flat
+
+
+def asked(capsys, *words, trainer="DreamBooth", description="Train a LoRA."):
+    """What a command that only asks prints, on a clean exit."""
+    with pytest.raises(SystemExit) as stop:
+        parse(SCRIPTS[trainer][0], words, description=description)
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["--rank=4", "--help", "--seed=1"]])
+def test_plain_help_has_the_flags_that_matter_and_the_way_to_the_others(capsys, trainer, words):
+    text = asked(capsys, *words, trainer=trainer)
+    found = set(re.findall(r"^  --(?:\[no_\])?(\w+)", text, re.MULTILINE)) & SCRIPTS[trainer][0].flags().keys()
+    assert 20 <= len(found) <= 30
+    assert {"pretrained_model_name_or_path", "resolution", "rank", "learning_rate", "output_dir"} <= found
+    assert all(re.search(rf"^  {name} ", text, re.MULTILINE) for name in TRAINERS[trainer])
+    assert len(text.splitlines()) < 100 and max(map(len, text.splitlines())) <= 100
+
+
+def test_the_flags_that_matter_are_flags():
+    known = Options.flags().keys() | Captioned.flags().keys()
+    assert {name for names in ESSENTIAL.values() for name in names} <= known
+
+
+def test_help_on_a_group_and_on_a_flag(capsys):
+    group = asked(capsys, "--help", "lora")
+    assert "--rank RANK" in group and "--learning_rate" not in group
+    assert "--no_center_crop" not in asked(capsys, "--help", "no-center-crop")
+    assert asked(capsys, "--help=snr-gamma").count("  --") == 1
+    assert asked(capsys, "--help", "all") == asked(capsys, "--help_all")
+    with pytest.raises(UserError, match="no help on lorra(.|\n)*--help lora"):
+        parse(Options, ["--help", "lorra"], description="")
+
+
+def test_a_command_without_words_is_refused_not_helped():
+    with pytest.raises(UserError, match="pretrained_model_name_or_path is missing"):
+        parse(Options, [], description="")
+
+
+def test_a_flag_that_is_given_again_is_told_with_what_counts():
+    words = ["--validation_prompt=a fox", "--validation-prompt", "a cat", "--cache_latents", "--no_cache_latents",
+             "--optimizer_args", "a=1", "--optimizer_args", "b=2", "--rank=8"]
+    told = [notice for notice in read(*words).notices() if "more than once" in notice]
+    assert told == ["--validation_prompt is given more than once: only the last one counts, a cat",
+                    "--cache_latents is given more than once: only the last one counts, off"]
+
+
+def test_help_is_as_wide_as_a_narrow_terminal(monkeypatch):
+    monkeypatch.setattr("trainkit.terminal.is_terminal", lambda stream: True)
+    monkeypatch.setattr("trainkit.terminal.columns", lambda stream: 60)
+    titles = {name: kind.title() for name, kind in TRAINERS["DreamBooth"].items()}
+    text = answer(["--help", "lora"], Options.flags(), titles=titles, description="")
+    assert max(map(len, text.splitlines())) <= 60
+
+
+def test_presets_and_versions_are_told(capsys):
+    text = asked(capsys, "--preset", "list")
+    assert all(f"--preset {name}: " in text for name in PRESETS) and "--rank=32" in text
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    assert asked(capsys, "--version").startswith(f"lora-trainer-suite {version}\npython ")
+
+
+def test_completion_needs_its_package_and_a_shell(monkeypatch):
+    with pytest.raises(UserError, match="no completion for fish"):
+        parse(Options, ["--print_completion", "fish"], description="")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install shtab"):
+        parse(Options, ["--print_completion", "bash"], description="")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_flags_and_choices(capsys, shell):
+    pytest.importorskip("shtab")
+    text = asked(capsys, "--print_completion", shell)
+    assert "--lora_alpha" in text and "schedule_free_adamw" in text and "--help" in text
 
 
 def test_every_number_has_a_unit_and_every_flag_help():

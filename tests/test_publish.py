@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from pydantic import SecretStr
 from tests.support.made_up_run import HOSTILE, make_run
 from trainkit import lora_files, rng
 from trainkit import publish as room
-from trainkit.adapters import Adapters, add_adapters
+from trainkit.adapters import BF16_ROUNDING, FP16_ROUNDING, Adapters, add_adapters, largest_change
 from trainkit.errors import UserError
 from trainkit.families import sdxl
 from trainkit.files import atomic_write
@@ -81,6 +82,72 @@ def test_a_run_ends_with_verified_files_a_card_and_a_report(family, adapters, tm
     assert matter["tags"] == ["text-to-image", "diffusers", "lora", "template:sd-lora", "stable-diffusion-xl"]
     assert matter["widget"][0] == {"text": "3d icon in the style of TOK, a dog",
                                    "output": {"url": "samples/step_000030_p01_s0.png"}}
+
+
+@pytest.fixture
+def at_scale(adapters):
+    """Multiplies what the adapters have learned, and gives it back afterwards."""
+    kept = {path: adapters.factors(path)[1].detach().clone() for path in adapters.layers}
+
+    def scale(by: float) -> None:
+        with torch.no_grad():
+            for path, B in kept.items():
+                adapters.factors(path)[1].copy_(B * by)
+
+    yield scale
+    scale(1)
+
+
+def told(adapters, folder: Path) -> list[str]:
+    return [*room.standstills([adapters], RunFacts(folder))]
+
+
+def test_adapters_that_hardly_moved_are_told_with_what_to_do(adapters, at_scale, tmp_path):
+    """The measure is what rounding to fp16 does to a weight, 2⁻¹¹ of its size."""
+    folder = make_run(tmp_path / "run")
+    largest = largest_change(adapters, enough=math.inf)
+    assert largest > FP16_ROUNDING and told(adapters, folder) == []
+    at_scale(1.01 * FP16_ROUNDING / largest)
+    assert told(adapters, folder) == []
+    at_scale(0.99 * FP16_ROUNDING / largest)
+    (sentence,) = told(adapters, folder)
+    assert "the adapters of unet have hardly moved" in sentence and "--learning_rate" in sentence
+    at_scale(0)
+    assert "more than 0e+00 of their size" in told(adapters, folder)[0]
+
+
+def test_one_layer_that_moved_is_enough(adapters, at_scale, tmp_path):
+    at_scale(0)
+    with torch.no_grad():
+        adapters.factors(list(adapters.layers)[-1])[1].fill_(1)
+    assert told(adapters, make_run(tmp_path / "run")) == []
+
+
+@pytest.mark.parametrize("ds, size, told_of", [
+    ([1e-6, 1e-6, 1.04e-6], 2 * FP16_ROUNDING, True),  # Prodigy grows its estimate from a tiny start, or has none
+    ([1e-6, 1e-6, 4e-6], 2 * FP16_ROUNDING, False),
+    ([1e-4, 1e-4, 1e-4], 2 * BF16_ROUNDING, False),  # a start that was given, and right
+])
+def test_a_step_size_that_never_left_its_start_is_told(adapters, at_scale, tmp_path, ds, size, told_of):
+    at_scale(size / largest_change(adapters, enough=math.inf))
+    folder = make_run(tmp_path / "run", optimizer="prodigy")
+    rows = [{"step": i, "loss": 1.0, "lr/unet": 1.0, "d/unet": d, "d/tokens": 1.0} for i, d in enumerate(ds, 1)]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    sentences = told(adapters, folder)
+    assert len(sentences) == told_of
+    assert not told_of or "In 3 steps, prodigy has found no step size: it is 1.0e-06" in sentences[0]
+
+
+def test_the_end_of_a_run_warns_of_a_blank_lora_and_names_the_files(family, adapters, at_scale, tmp_path, caplog):
+    at_scale(0)
+    folder = make_run(tmp_path / "mine")
+    with caplog.at_level("INFO", logger="trainkit"):
+        publish(options(folder), family, adapters)
+    assert "hardly moved" in next(r.getMessage() for r in caplog.records if r.levelname == "WARNING")
+    end = [r.getMessage() for r in caplog.records if r.name == "trainkit.summary"]
+    assert re.match(rf"Done +30 steps.*{folder}:", end[0])
+    assert [line.split()[0] for line in end[1:]] == [
+        "pytorch_lora_weights.safetensors", "mine.safetensors", "README.md", "report.html"]
 
 
 def test_the_files_headers_describe_the_run_without_its_folders(family, adapters, tmp_path):

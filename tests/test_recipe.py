@@ -16,8 +16,8 @@ from tests.support.trainers import Done, launched
 LADYBUG = "3d icon in the style of TOK, a ladybug"
 FAKES = {
     "scripts/install.sh": "",
-    ".venv/bin/python": f'[ "$1" != -c ] || PYTHONPATH="{ROOT}" exec "{sys.executable}" "$@"',
-    ".venv/bin/accelerate": 'printf "%s\\n" "$@" > command',
+    ".venv/bin/python": f'case "$1" in -c) PYTHONPATH="{ROOT}" exec "{sys.executable}" "$@" ;; '
+                        'train_*) printf "%s\\n" "$@" > command ;; esac',
 }
 Recipe = Callable[..., tuple[Done, dict[str, str]]]
 

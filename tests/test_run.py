@@ -1022,7 +1022,7 @@ def test_the_line_tells_step_loss_rate_speed_images_time_and_note(monkeypatch):
     pace.mark(1, 100.0)  # the first step took 100 s of compiling
     pace.mark(101, 120.0)
     values = {"lr/unet": 1.0, "d/unet": 2e-5, "images": 404.0}
-    assert line_room.line(pace, 0.08421, values, note="next save 200") == (
+    assert line_room.line(pace, 0.08421, values, notes=["next save 200"]) == (
         "101/400 · loss 0.0842 · d·lr 2.0e-05 · 5.00 it/s · 404 images · 1:00 left · 0.7 GB · next save 200")
 
 
@@ -1031,11 +1031,11 @@ def test_on_a_terminal_the_line_is_rewritten_and_log_records_stand_above_it():
     progress = Progress(stream)
     progress.begin(0, 3)
     progress.update(1, {"loss": 0.5})
-    line_room.LineHandler(progress).emit(logging.makeLogRecord({"msg": "saved", "levelname": "INFO"}))
+    line_room.LineHandler(progress).emit(logging.makeLogRecord({"msg": "saved", "levelno": logging.INFO}))
     progress.update(3, {"loss": 0.5})
     progress.close()
     text = stream.getvalue()
-    assert text.count("\n") == 2 and "\rINFO saved\n" in text and text.endswith("\n")
+    assert text.count("\n") == 2 and "\rsaved\n" in text and text.endswith("\n")
 
 
 def test_in_a_log_file_the_line_appears_seldom_and_at_the_end():

@@ -23,12 +23,13 @@ BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.AsyncFor, ast.Async
 
 # The layers of CONTRIBUTING's list, lowest first. A room imports rooms of its own layer or below.
 LAYERS = (
-    {"redact", "reading", "digests", "errors", "commands", "files", "rng", "condition", "frequency"},
+    {"redact", "reading", "digests", "terminal", "process", "errors", "commands", "files", "rng", "condition",
+     "frequency"},
     {"options", "diffusion"},
     {"optim", "runtime", "losses", "adapters", "lean_lora", "evaluation", "sheets"},
     {"families"},
     {"data"},
-    {"conditioning", "training"},
+    {"conditioning", "training", "summary"},
     {"checkpoints", "export", "run_fingerprint"},
     {"lora_headers", "inference", "report"},
     {"lora_files", "preview", "publish"},
@@ -36,9 +37,9 @@ LAYERS = (
     {"tools", "train"},
 )
 LIGHT = {  # third-party packages a room may import at module level, where the rule is stricter than its layer
-    "redact": set(), "reading": {"yaml"}, "errors": set(), "commands": set(), "train": set(),
-    "options": {"pydantic", "yaml", "tomllib"}, "rng": {"torch"}, "condition": {"torch"}, "frequency": {"torch"},
-    "diffusion": {"torch"},
+    "redact": set(), "reading": {"yaml"}, "terminal": set(), "process": set(), "errors": set(), "commands": set(),
+    "train": set(), "options": {"pydantic", "yaml", "tomllib"}, "rng": {"torch"}, "condition": {"torch"},
+    "frequency": {"torch"}, "diffusion": {"torch"},
     "losses": {"torch"}, "optim": {"torch"},
 }
 TOOLS = {path.stem for path in PROGRAMS["faces"]}  # in trainkit/tools, each with a face in scripts/
@@ -164,7 +165,7 @@ def test_light_rooms_stay_light():
 
 
 def test_trainers_import_only_options_and_errors_at_module_level():
-    ours = ("trainkit.options", "trainkit.errors")
+    ours = ("trainkit.options", "trainkit.errors", "trainkit.process")
     for trainer in PROGRAMS["trainers"]:
         others = {n.split(".")[0] for n in module_imports(trainer, everywhere=False) if not n.startswith(ours)}
         slow = others - set(sys.stdlib_module_names)

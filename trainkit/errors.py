@@ -13,13 +13,13 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
 from trainkit.redact import redact
+from trainkit.terminal import BOLD, RED, YELLOW, folded, styled
 
 Category = Literal["sibling", "usage", "data", "memory", "nonfinite", "disk", "preempted", "stopped"]
 
-LOG_LINE = "%(levelname)s %(message)s"  # how a log record reads in the terminal, before a run and in it
 EXIT_CODES: dict[Category, int] = {  # a sibling's failure is told by that process
     "sibling": 1, "usage": 2, "data": 3, "memory": 4, "nonfinite": 5, "disk": 74, "preempted": 75, "stopped": 130,
 }
@@ -86,14 +86,23 @@ def _is_surrogate(character: str) -> bool:
 
 
 class LineFormatter(logging.Formatter):
-    """Log records as lines that a terminal may show."""
+    """Log records as lines that a terminal may show: news as they are, the rest with its level.
 
-    def __init__(self, secrets: Iterable[str] = ()):
-        super().__init__(LOG_LINE)
-        self.secrets = tuple(secrets)
+    label  an attribute that a record may have: the first words of its message, shown in bold
+    """
+
+    def __init__(self, stream: TextIO | None, secrets: Iterable[str] = ()):
+        super().__init__("%(message)s")
+        self.stream, self.secrets = stream, tuple(secrets)
 
     def format(self, record: logging.LogRecord) -> str:
-        return readable(super().format(record), self.secrets)
+        label, colours = getattr(record, "label", ""), [BOLD]
+        text = readable(super().format(record), self.secrets)
+        if record.levelno >= logging.WARNING:
+            label, text = record.levelname, f"{record.levelname} {text}"
+            colours.append(RED if record.levelno >= logging.ERROR else YELLOW)
+        shown = folded(text, self.stream, indent=len(text) - len(text.removeprefix(label).lstrip()) if label else 0)
+        return styled(label, *colours, stream=self.stream) + shown.removeprefix(label)
 
 
 def plain_output() -> None:
@@ -154,9 +163,13 @@ class UserError(Exception):
     def exit_code(self) -> int:
         return min(EXIT_CODES[p.kind] for p in self.problems)
 
-    def report(self) -> str:
+    def report(self, stream: TextIO | None = None) -> str:
+        """The message; in colours where `stream` shows them. A run that was told to stop has done nothing wrong."""
+        if all(p.kind in ("stopped", "preempted") for p in self.problems):
+            return "\n".join(f"{p}".replace("\n      ", "\n  ") for p in self.problems)
         head = "cannot go on" if len(self.problems) == 1 else f"cannot go on: {len(self.problems)} problems"
-        return "\n".join([f"{head}:"] + [f"  {i}. {p}" for i, p in enumerate(self.problems, 1)])
+        return "\n".join([styled(f"{head}:", BOLD, RED, stream=stream),
+                          *(f"  {i}. {p}" for i, p in enumerate(self.problems, 1))])
 
 
 def refuse(problems: Iterable[Problem]) -> None:
@@ -190,7 +203,7 @@ def exit_with_message(main: Callable[[], None]) -> None:
     rank = os.environ.get("RANK", "0")
     plain_output()
     if logging.lastResort is not None:  # the handler of records for which there is none yet
-        logging.lastResort.setFormatter(LineFormatter())
+        logging.lastResort.setFormatter(LineFormatter(sys.stderr))
         logging.lastResort.setLevel(logging.WARNING if rank == "0" else logging.ERROR)
     try:
         naming_memory_errors(main)
@@ -202,7 +215,8 @@ def exit_with_message(main: Callable[[], None]) -> None:
     except UserError as error:
         if debugging():
             raise
-        print(error.report() if rank == "0" else f"rank {rank}: {readable(error.problems[0].what)}", file=sys.stderr)
+        told = error.report(sys.stderr) if rank == "0" else f"rank {rank}: {readable(error.problems[0].what)}"
+        print(told, file=sys.stderr)
         sys.exit(error.exit_code)
 
 

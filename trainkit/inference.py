@@ -29,6 +29,10 @@ NETWORKS = ("unet", "text_encoder", "text_encoder_2")  # of a pipeline, where a 
 ANY_SIDE = 2**20  # pixels: any model halves it; the pipelines check the sides that are drawn
 
 
+def unseen(done: float) -> None:
+    """For whom nobody watches."""
+
+
 def lora_file(path: Path) -> Path:
     """The LoRA file that a user names by itself, by the folder of its run or checkpoint, or as RUN@STEP.
 
@@ -224,14 +228,31 @@ def add_new_tokens(pipe: Pipeline, file: Path) -> Callable[[str], str]:
 
 
 def generate_images(pipe: Pipeline, prompts: Sequence[str], noise: Sequence[Generator], *, steps: int,
-                    guidance_scale: float, batch_size: int) -> list[Image]:
-    """An image of each prompt from its own starting noise, `batch_size` of them at once."""
+                    guidance_scale: float, batch_size: int, show: Callable[[float], None] = unseen) -> list[Image]:
+    """An image of each prompt from its own starting noise, `batch_size` of them at once.
+
+    show  is told how many are done, a part of a batch after each denoising step
+    """
     images: list[Image] = []
     for start in range(0, len(prompts), batch_size):
         some = slice(start, start + batch_size)
-        images += finite_images(pipe, prompt=list(prompts[some]), num_inference_steps=steps,
-                                guidance_scale=guidance_scale, generator=list(noise[some]))
+        images += finite_images(
+            pipe, prompt=list(prompts[some]), num_inference_steps=steps, guidance_scale=guidance_scale,
+            generator=list(noise[some]), callback_on_step_end=counted(show, start, len(prompts[some])))
+        show(len(images))
     return images
+
+
+def counted(show: Callable[[float], None], done: int, size: int) -> Callable[..., dict[str, object]]:
+    """The pipeline's callback after each denoising step: with `done` images before, how far the batch of `size` is.
+
+    The decoding that follows the last step counts as one step more.
+    """
+    def after_step(pipe: Pipeline, step: int, timestep: object, tensors: dict[str, object]) -> dict[str, object]:
+        show(done + size * (step + 1) / (pipe.num_timesteps + 1))
+        return {}
+
+    return after_step
 
 
 def finite_images(pipe: Pipeline, **settings: object) -> list[Image]:

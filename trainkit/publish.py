@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from trainkit import summary
+from trainkit.adapters import BF16_ROUNDING, FP16_ROUNDING, largest_change
 from trainkit.errors import Problem, UserError
 from trainkit.files import Json, atomic_write, disk_errors, run_name
 from trainkit.options import RunOptions
@@ -25,6 +27,7 @@ from trainkit.runtime import ranks
 from trainkit.runtime.weight_files import DIFFUSERS_FILE, KOHYA_FILE
 
 if TYPE_CHECKING:
+    from trainkit.adapters import Adapters
     from trainkit.lora_files import LoraFiles
 
 log = logging.getLogger(__name__)
@@ -91,11 +94,39 @@ def publish_here(options: RunOptions, files: LoraFiles) -> list[Path]:
     with disk_errors(folder):
         weights = files.final()  # first: the other files speak of them
         written = [*weights, write_card(folder), write_report(folder)]
+    run = RunFacts(folder)
+    with files.averaged():
+        for sentence in standstills(files.networks, run):
+            log.warning("%s", sentence)
+    uses = {path.name: purposes(run)[path.name].replace("see above", "see README.md") for path in weights}
+    summary.tell_end(options.output_dir, uses, steps=run.step, seconds=run.seconds)
     if options.push_to_hub:
         token = options.hub_token.get_secret_value() if options.hub_token else None
         url = push(folder, uploads(folder, weights), repo_id=repo_id(options), private=options.hub_private, token=token)
         log.info("uploaded to %s", url)
     return written
+
+
+def standstills(networks: Sequence[Adapters], run: RunFacts) -> Iterator[str]:
+    """A sentence for each network whose weights training has hardly moved.
+
+    The measure is rounding to fp16; where the optimizer never found a step size, the coarser one to bf16.
+    """
+    for network in networks:
+        sizes = {group: pair for group, pair in run.step_sizes.items() if group.partition(".")[0] == network.prefix}
+        stuck = bool(sizes) and all(last < 2 * first for first, last in sizes.values())
+        bound = BF16_ROUNDING if stuck else FP16_ROUNDING
+        largest = largest_change(network, enough=bound)
+        if not network.layers or largest >= bound:
+            continue
+        advice = "Train for more steps, or with a higher --learning_rate"
+        if stuck:
+            d = max(last for _, last in sizes.values())
+            advice = (f"In {run.step} steps, {run.optimizer} has found no step size: it is {d:.1e}, where it started. "
+                      "Raise --max_train_steps: it needs some hundred")
+        yield (f"the adapters of {network.prefix} have hardly moved: no layer's weights changed by more than "
+               f"{largest:.0e} of their size, which is less than rounding them to {'bf16' if stuck else 'fp16'} does. "
+               f"Images with this LoRA look like the base model's. {advice}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -174,6 +174,10 @@ class Run:
         self.signals.install()
 
     @property
+    def device_name(self) -> str:
+        return describe_device(self.device)
+
+    @property
     def name(self) -> str:
         """What the run's files are called: the last part of --output_dir."""
         return run_name(self.out_dir)
@@ -226,6 +230,10 @@ class Run:
             self.log(step + 1, stats | optimizer.describe())  # finished steps
             self.after_step(step + 1, optimizer, saves=saves, previews=previews, stop=stop)
         self.end_loop(saves, stop)
+        self.progress.close()  # the last line stays
+        if stop < total:
+            log.info("stopped after %d of %d steps, as --stop_after_steps says: the same command without it and with "
+                     "--resume_from_checkpoint latest goes on", stop, total)
 
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's part of the step's loss: losses.sum() / batch.num_instance."""
@@ -255,7 +263,7 @@ class Run:
         row = {"step": step, **values, "images": step * self.global_batch, "seconds": round(self.seconds, 3)}
         self.metrics.write({k: v if math.isfinite(v) else None for k, v in row.items()})
         trackers.log_values(self.accelerator, {k: v for k, v in values.items() if math.isfinite(v)}, step=step)
-        self.progress.update(step, row, note=self._note(step))
+        self.progress.update(step, row, notes=self._notes(step))
 
     def draw(self, step: int, previews: Previews) -> None:
         """Previews after `step` finished steps, on rank 0 while the others wait; the trackers get them too.
@@ -359,7 +367,7 @@ class Run:
             self.signals.wish = self._agreed  # on a rank that got no signal itself
             raise self.signals.error(where=str(saved), why=f"step {step} is finished and saved")
 
-    def show_task(self, name: str, done: int, total: int) -> None:
+    def show_task(self, name: str, done: float, total: int) -> None:
         """How far a task before the loop has come, in the progress line. Rank 0 shows it."""
         self.signals.check()
         if self.is_main:
@@ -380,12 +388,12 @@ class Run:
         """Seconds of training, those before a resume included."""
         return self._seconds_before + time.monotonic() - self._clock
 
-    def _note(self, step: int) -> str:
+    def _notes(self, step: int) -> list[str]:
+        """For the end of the progress line, the more important first."""
         every, total = self.opts.run.checkpointing_steps, self.progress.pace.total
-        notes = [f"{self.gradients.skipped} skipped"] if self.gradients.skipped else []
-        if step < total:
-            notes.append(f"next save {min(total, (step // every + 1) * every) if every else total}")
-        return " · ".join(notes)
+        skipped = f"{self.gradients.skipped} skipped" if self.gradients.skipped else ""
+        save = min(total, (step // every + 1) * every) if every else total
+        return [skipped, f"next save {save}" if step < total else ""]
 
     # -- across restarts ------------------------------------------------------------------------------------------
 

@@ -248,8 +248,9 @@ def draw_batches(
     """Generate whole batches of numbers and write the wanted ones; a file that is there is never replaced."""
     if not batches:
         return
-    painter = Painter.load(opt, run)
     done, total = 0, sum(map(len, batches))
+    run.show_task("generating class images", done, total)
+    painter = Painter.load(opt, run)
     for batch in batches:
         for number, image in zip(batch, painter(batch), strict=True):
             if number in wanted:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import textwrap
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import groupby
 from typing import NoReturn
 
+from trainkit import terminal
 from trainkit.errors import Problem, UserError, refuse
 from trainkit.options.base import Flag
 
 MISSING = object()  # stands for the value of a flag that was given none
-HELP_WIDTH = 100
+HELP_WIDTH = 100  # at most; a narrower terminal has its own
 HELP_INDENT = 34
 
 EPILOG = """\
@@ -50,19 +53,36 @@ class _Parser(argparse.ArgumentParser):
 def make_parser(flags: Iterable[Flag], description: str, titles: Mapping[str, str]) -> argparse.ArgumentParser:
     """A parser that leaves every value as it was written and every flag that was not given out of the namespace."""
     parser = _Parser(
-        description=description, epilog=EPILOG, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        description=description, epilog=EPILOG, allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False,
         usage="%(prog)s --flag VALUE ...", formatter_class=_Formatter,
     )
     for concern, members in groupby(flags, key=lambda flag: flag.concern):
-        group = parser.add_argument_group(titles[concern])
-        for flag in members:
-            _add(group, flag)
+        _add_group(parser, titles[concern], members)
     return parser
+
+
+def flags_help(title: str, flags: Iterable[Flag]) -> str:
+    """Help on these flags, as the parser's own."""
+    parser = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS, formatter_class=_Formatter)
+    _add_group(parser, title, flags)
+    return parser.format_help()
+
+
+def wrapped(text: str, *, indent: str = "") -> str:
+    """Paragraphs as wide as the help; indented ones, which are commands, stay as they are."""
+    return "\n\n".join(
+        part if part.startswith(" ") else textwrap.fill(part, help_width(), initial_indent=indent,
+                                                        subsequent_indent=indent, break_on_hyphens=False)
+        for part in text.strip().split("\n\n"))
+
+
+def help_width() -> int:
+    return min(HELP_WIDTH, terminal.columns(sys.stdout)) if terminal.is_terminal(sys.stdout) else HELP_WIDTH
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=HELP_INDENT, width=HELP_WIDTH)
+        super().__init__(prog, max_help_position=HELP_INDENT, width=help_width())
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         """`--rank RANK`, `--[no_]cache_latents`; a bare --rank is read too, but only to say that a value is missing."""
@@ -70,6 +90,12 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         if action.const == "true":
             return f"--[no_]{action.dest}"
         return f"{name} {action.metavar}" if action.metavar else ", ".join(action.option_strings)
+
+
+def _add_group(parser: argparse.ArgumentParser, title: str, flags: Iterable[Flag]) -> None:
+    group = parser.add_argument_group(title)
+    for flag in flags:
+        _add(group, flag)
 
 
 def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, SecretStr, ValidationError
 
 from trainkit.errors import IN_UTF8, Problem, refuse, unwritable
-from trainkit.options import rules
+from trainkit.options import help, rules
 from trainkit.options.base import Concern, Flag, Value, steps_of_fraction
+from trainkit.options.cli import shown
 from trainkit.options.config_text import config_text, readable_anywhere
-from trainkit.options.sources import Layer, nearest, read_layers
+from trainkit.options.sources import Layer, given_again, nearest, read_layers
 from trainkit.redact import REDACTED
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ class OptionSet(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+    _given_again: list[str] = PrivateAttr(default_factory=list)  # on the command line
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -59,7 +63,9 @@ class OptionSet(BaseModel):
         chosen = {name for name, origin in self._origins.items()
                   if not origin.startswith("preset ") and values[name] != flags[name].default}
         given = {name for concern in self.concerns() for name in getattr(self, concern).model_fields_set}
-        return list(rules.notices(values, flags, chosen, given))
+        again = [f"--{name} is given more than once: only the last one counts, {shown(values[name])}"
+                 for name in self._given_again]
+        return [*again, *rules.notices(values, flags, chosen, given)]
 
 
 AnyOptions = TypeVar("AnyOptions", bound=OptionSet)
@@ -70,10 +76,13 @@ def parse(cls: type[AnyOptions], argv: Sequence[str] | None = None, *, descripti
 
     Raises one UserError for everything that keeps a value from being read: unknown flags and keys, missing and invalid
     values. Contradictions between readable values are left to `OptionSet.problems`, so that a trainer can report them
-    together with those of its model and data. Exits 0 after --help and --print_config.
+    together with those of its model and data. Exits 0 after --help, --print_config and what else only asks.
     """
     flags = cls.flags()
     words = sys.argv[1:] if argv is None else argv
+    titles = {name: concern_class.title() for name, concern_class in cls.concerns().items()}
+    if (text := help.answer(words, flags, titles=titles, description=description)) is not None:
+        _print(text)
     layers, problems = read_layers(words, flags, concerns=cls.concerns(), description=description)
     sources = {name: layer for layer in reversed(layers) for name in layer.values}
     origins = {name: layer.origin for name, layer in sources.items()}
@@ -87,7 +96,10 @@ def parse(cls: type[AnyOptions], argv: Sequence[str] | None = None, *, descripti
         refuse([*problems, *rules.problems(_flat(built))])
     options = cls(**built)
     options._origins.update(origins)
-    return _print_config(options) if options.flat().get("print_config") else options
+    options._given_again.extend(given_again(words, flags))
+    if options.flat().get("print_config"):
+        _print(readable_anywhere(config_text(options.flags(), options.flat(), options.origins)))
+    return options
 
 
 def _build(concern_class: type[Concern], values: Mapping[str, object]) -> tuple[Concern | None, list[ErrorDetails]]:
@@ -107,8 +119,13 @@ def _flat(concerns: Mapping[str, Concern]) -> dict[str, Value]:
     return {name: REDACTED if isinstance(value, SecretStr) else value for name, value in pairs}
 
 
-def _print_config(options: OptionSet) -> NoReturn:
-    sys.stdout.write(readable_anywhere(config_text(options.flags(), options.flat(), options.origins)))
+def _print(text: str) -> NoReturn:
+    """The whole answer of a command that only asks."""
+    with suppress(BrokenPipeError):  # `| head` has seen enough
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        raise SystemExit(0)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try once more at its end
     raise SystemExit(0)
 
 

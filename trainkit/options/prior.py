@@ -39,3 +39,8 @@ class PriorOptions(Concern):
         None,
         "The precision in which class images are generated. Without this flag, it is fp16 on a GPU and fp32 on a CPU.",
         resume="in the data", differs="the value no means fp32 on a GPU too")
+
+    @property
+    def images(self) -> int:
+        """Class images to train on; 0 without --with_prior_preservation."""
+        return self.num_class_images if self.with_prior_preservation else 0

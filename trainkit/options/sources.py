@@ -22,6 +22,7 @@ NO_SUCH = "--help lists all flags, docs/from-kohya.md those of kohya's trainers"
 OTHER_DATA = {"train_data_dir": "instance_data_dir", "instance_data_dir": "train_data_dir"}  # of the two trainers
 CONFIGS = {".toml": parse_toml, ".json": parse_json, ".yaml": parse_yaml, ".yml": parse_yaml}
 
+PRESET_USES = {"style": "a style from about twenty images", "face": "a face from about six photographs"}
 PRESETS: dict[str, dict[str, str | int | float | bool]] = {
     # A style from about twenty images: a small rank and Prodigy finding the rate; larger ranks learn the images.
     "style": {
@@ -110,6 +111,13 @@ def _command_line(
     problems += [_unknown(f"--{word}", value, "command line", "flag", known=known) for word, value in unknown.items()]
     problems += [_unassigned_words(unassigned)] if unassigned else []
     return {name: value for name, value in values.items() if value is not MISSING}, problems
+
+
+def given_again(argv: Sequence[str], flags: Mapping[str, Flag]) -> list[str]:
+    """Flags of one value that the command line gives more than once, where the last one counts."""
+    words = [word[2:].partition("=")[0] for word in underscored(argv) if word.startswith("--")]
+    names = [word if word in flags else word.removeprefix("no_") for word in words]
+    return [name for name in dict.fromkeys(names) if name in flags and names.count(name) > 1 and not flags[name].many]
 
 
 def _environment(flags: Mapping[str, Flag]) -> tuple[dict[str, object], list[Problem]]:

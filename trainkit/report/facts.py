@@ -92,6 +92,17 @@ class RunFacts:
         return found
 
     @property
+    def step_sizes(self) -> dict[str, tuple[float, float]]:
+        """Where the optimizer estimates a step size d: its first and its last value, by parameter group."""
+        found: dict[str, tuple[float, float]] = {}
+        for row in self.metrics:
+            for key, value in row.items():
+                group = key.removeprefix("d/")
+                if group != key:
+                    found[group] = found.get(group, (value, value))[0], value
+        return found
+
+    @property
     def name(self) -> str:
         return str(self.record["name"])
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from trainkit.errors import Problem, UserError, is_out_of_memory
 from trainkit.files import Json
+from trainkit.process import quiet_imported
 from trainkit.runtime.record import redacted_command
 
 if TYPE_CHECKING:
@@ -97,13 +98,10 @@ def log_images(accelerator: Accelerator, images: Mapping[str, list[Image]], *, s
 
 def quiet_libraries() -> None:
     """Loading bars and advice of the libraries would tear the progress line; their errors still show."""
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", message=".*torchvision.*")
-    from diffusers.utils import logging as diffusers_log
-    from transformers.utils import logging as transformers_log
+    import diffusers.utils.logging  # noqa: F401  (to be quiet, they must be there)
+    import transformers.utils.logging  # noqa: F401
 
+    quiet_imported()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses optional kernels we do not use
-    for library_logging in (diffusers_log, transformers_log):
-        library_logging.set_verbosity_error()
-        library_logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)

@@ -39,6 +39,7 @@ from trainkit.inference import (
     lora_problems,
     missing_file,
 )
+from trainkit.process import own_settings, say
 from trainkit.reading import parse_json, read_text
 from trainkit.tools import ASSETS
 from trainkit.tools.checks import (
@@ -94,6 +95,7 @@ class GenerationSettings:
     dtype: str = "float32"
 
 
+@own_settings()
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     refuse(text_problems(args))
@@ -322,23 +324,26 @@ def opened(path: Path) -> Image:
 
 def generate(settings: GenerationSettings, wanted: list[Wanted]) -> Iterator[tuple[float, list[Image]]]:
     """Every noun at every strength, from the same noise -> (strength, images)."""
+    say("loading PyTorch, Diffusers and the model")
     pipe = load_pipeline(settings.base, settings.dtype)
     if 0 in settings.strengths:  # before the pipeline learns new tokens
-        yield 0.0, images_of(pipe, settings, wanted)
+        yield 0.0, images_of(pipe, settings, wanted, 0.0)
     if settings.embeddings:
         renamed = add_new_tokens(pipe, settings.embeddings)
         wanted = [replace(w, prompt=renamed(w.prompt)) for w in wanted]
     for strength in filter(None, settings.strengths):
         with fused_lora(pipe, settings.lora, strength) if settings.lora else nullcontext():
-            yield strength, images_of(pipe, settings, wanted)
+            yield strength, images_of(pipe, settings, wanted, strength)
 
 
-def images_of(pipe: Pipeline, settings: GenerationSettings, wanted: list[Wanted]) -> list[Image]:
+def images_of(pipe: Pipeline, settings: GenerationSettings, wanted: list[Wanted], strength: float) -> list[Image]:
     from trainkit import rng
+    from trainkit.runtime.progress import watched
 
     noise = [rng.generator("evaluate", settings.seed, w.noun, w.copy) for w in wanted]
-    return generate_images(pipe, [w.prompt for w in wanted], noise, steps=settings.steps,
-                           guidance_scale=settings.guidance_scale, batch_size=settings.batch_size)
+    with watched(f"strength {strength:g}: generating images", len(wanted)) as show:
+        return generate_images(pipe, [w.prompt for w in wanted], noise, steps=settings.steps, show=show,
+                               guidance_scale=settings.guidance_scale, batch_size=settings.batch_size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

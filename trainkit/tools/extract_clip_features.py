@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainkit.errors import Problem, UserError, refuse
+from trainkit.process import own_settings, quiet_imported, say
 from trainkit.reading import parse_json, read_text
 from trainkit.tools import ASSETS
 from trainkit.tools.checks import shipped_problems, text_problems
@@ -41,11 +42,13 @@ LEGACY = "legacy .pt files"
 METADATA, COLUMN = "metadata.jsonl", "img_features"
 
 
+@own_settings()
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     refuse(text_problems(args))
     refuse(problems(args))
 
+    say("loading PyTorch and the images")
     from trainkit.runtime.trackers import quiet_libraries
 
     quiet_libraries()
@@ -121,6 +124,7 @@ def list_table(args: argparse.Namespace) -> dict[str, Source]:
 
     from trainkit.data.sources.table import TableCell, homes_of
 
+    quiet_imported()
     where, column = f"--dataset_name {args.dataset_name}", args.image_column
     try:
         table = load_dataset(args.dataset_name, args.dataset_config_name, split="train")
@@ -220,19 +224,18 @@ def extract(args: argparse.Namespace, images: dict[str, Source]) -> Features:
     import torch
 
     from trainkit.data.clip_features import load_clip
-    from trainkit.runtime.progress import Progress
+    from trainkit.runtime.progress import watched
 
     clip = load_clip(args.clip, device="cuda" if torch.cuda.is_available() else "cpu")
     growing = Growing(args.out, clip=clip.name, made_by=clip.made_by, width=clip.width)
-    progress, todo, bad = Progress(), list(images), []
-    with ThreadPoolExecutor(DECODERS) as pool:
+    todo, bad = list(images), []
+    with ThreadPoolExecutor(DECODERS) as pool, watched("CLIP features", len(todo)) as show:
         for start in range(0, len(todo), args.batch_size):
             names = todo[start : start + args.batch_size]
             outcomes = list(pool.map(lambda name: look(images[name], clip, growing), names))
             bad += [f"{name}: {one}" for name, one in zip(names, outcomes, strict=True) if isinstance(one, str)]
             embed(dict(one for one in outcomes if isinstance(one, tuple)), clip, growing)
-            progress.task("CLIP features", start + len(names), len(todo))
-    progress.close()
+            show(start + len(names))
     features = growing.save()
     refuse_unreadable(bad, len(images), features, args)
     return features

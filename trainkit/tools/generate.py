@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ from trainkit.inference import (
     DTYPES,
     add_new_tokens,
     base_problems,
+    counted,
     embeddings_of,
     finite_images,
     fuse_lora,
@@ -37,6 +38,7 @@ from trainkit.inference import (
     lora_problems,
     missing_file,
 )
+from trainkit.process import own_settings, say
 from trainkit.tools import ASSETS
 from trainkit.tools.checks import (
     make_out,
@@ -80,11 +82,13 @@ class Shot:
         return f"p{self.number:02d}_s{self.seed}.png"
 
 
+@own_settings()
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     refuse(text_problems(args))
     refuse(problems(args))
     refuse(make_out(args.out))
+    say("loading PyTorch, Diffusers and the model")
     shots = plan(args)
     pipe = load_pipeline(args.base, args.dtype)
     for file, strength in loras(args):
@@ -94,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         renamed = add_new_tokens(pipe, args.embeddings)
         shots = [replace(shot, prompt=renamed(shot.prompt)) for shot in shots]
     warn_of_full(pipe, shots)
-    images = [one for some in chunks(shots, args.batch_size) for one in draw(pipe, args, some)]
+    images = draw_all(pipe, args, shots)
     write(pipe, args, shots, images)
 
 
@@ -275,7 +279,20 @@ def encode(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) -> d
     return text | guided
 
 
-def draw(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) -> list[Image]:
+def draw_all(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) -> list[Image]:
+    """Every image, with a line that tells how far it is."""
+    from trainkit.runtime.progress import watched
+
+    images: list[Image] = []
+    with watched("generating images", len(shots)) as show:
+        for some in chunks(shots, args.batch_size):
+            images += draw(pipe, args, some, counted(show, len(images), len(some)))
+            show(len(images))
+    return images
+
+
+def draw(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot], after_step: Callable[..., dict]
+         ) -> list[Image]:
     import torch
 
     with torch.no_grad():
@@ -283,7 +300,7 @@ def draw(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) -> lis
     noise = [torch.Generator().manual_seed(shot.seed) for shot in shots]
     width, height = size(pipe, args)
     return finite_images(pipe, **text, height=height, width=width, num_inference_steps=args.steps,
-                         guidance_scale=scale(pipe, args), generator=noise)
+                         guidance_scale=scale(pipe, args), generator=noise, callback_on_step_end=after_step)
 
 
 def size(pipe: Pipeline, args: argparse.Namespace) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from trainkit import summary
 from trainkit.adapters import Adapters, add_adapters
 from trainkit.optim import Optim, make_optimizer
 
@@ -48,4 +49,6 @@ def make_trainables(
     network = lora.groups(lr=opt.optimizer.base_lr(global_batch=run.global_batch),
                           weight_decay=opt.optimizer.adam_weight_decay, stop=opt.lora.stop(total_steps))
     groups = [*network, *text.groups(opt.optimizer, run.global_batch)]
-    return lora, make_optimizer(groups, opt.optimizer, total_steps)
+    optimizer = make_optimizer(groups, opt.optimizer, total_steps)
+    summary.tell_trainables([lora, *text.networks], optimizer)
+    return lora, optimizer

@@ -16,6 +16,7 @@ from trainkit.data.sources.text import one_line
 from trainkit.data.sources.tree import walk
 from trainkit.data.sources.unread import find_unread
 from trainkit.errors import Problem, listing, printable, shell_word
+from trainkit.process import quiet_imported
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -61,6 +62,7 @@ def list_table(data: ImageOptions) -> SourceListing:
     from datasets import Image
     from datasets.exceptions import DatasetsError
 
+    quiet_imported()
     if wrong := _folder_of_images(data):
         return SourceListing([], [wrong])
     try:

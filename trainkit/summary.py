@@ -1,0 +1,243 @@
+"""What a run says about itself: what it is going to do, in a few lines, and at its end which file is for what.
+
+Facts are gathered in one place and become lines in another, so that the lines can be read and tested without a run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from trainkit.errors import printable
+from trainkit.runtime.progress import clock
+
+if TYPE_CHECKING:
+    from trainkit.adapters import Adapters
+    from trainkit.data.rows import Rows
+    from trainkit.optim import Optim
+    from trainkit.options import ImageOptions, RunOptions
+
+log = logging.getLogger(__name__)
+
+LABEL_WIDTH = 10
+KINDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
+PRECISIONS = {"no": "fp32"}
+LAST_FILES = {"README.md": "the model card", "report.html": "the report: open it in a browser"}
+
+
+class PlanOptions(Protocol):
+    """What of a trainer's options the plan tells."""
+
+    @property
+    def data(self) -> ImageOptions: ...
+
+    @property
+    def run(self) -> RunOptions: ...
+
+
+class PlanRun(Protocol):
+    """What of a run the plan tells."""
+
+    world: int
+    precision: str
+    out_dir: Path
+
+    @property
+    def device_name(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Line:
+    """A label, bold on a terminal, and what it says."""
+
+    label: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.label:<{LABEL_WIDTH}}{self.text}"
+
+
+def tell(lines: Iterable[Line]) -> None:
+    """Log the lines; on the first process alone, as all news."""
+    for line in lines:
+        log.info("%s", line, extra={"label": line.label})
+
+
+def tell_plan(opt: PlanOptions, rows: Rows, run: PlanRun, *, steps: int, class_images: int = 0) -> None:
+    tell(plan_lines(plan(opt, rows, run, steps=steps, class_images=class_images)))
+
+
+def tell_trainables(networks: Sequence[Adapters], optimizer: Optim) -> None:
+    tell(trainable_lines(trainables(networks, optimizer)))
+
+
+def tell_end(folder: str, files: Mapping[str, str], *, steps: int, seconds: float | None) -> None:
+    tell(end_lines(folder, files, steps=steps, seconds=seconds))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Before anything is loaded: the data and the plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a run when its images have been read.
+
+    images        without repeats and class images
+    account       what was read and what was not: "22 images, 22 captions from metadata.jsonl, 1 file not read: …"
+    prompted      images whose caption is the prompt
+    class_images  trained on beside the others
+    batch         images in a micro-batch; times accumulation and processes in an optimizer step
+    """
+
+    images: int
+    account: str
+    source: str
+    resolution: int
+    batch: int
+    steps: int
+    device: str
+    precision: str
+    folder: str
+    prompt: str = ""
+    prompted: int = 0
+    repeats: int = 1
+    class_images: int = 0
+    accumulation: int = 1
+    processes: int = 1
+
+    @property
+    def global_batch(self) -> int:
+        return self.batch * self.accumulation * self.processes
+
+    @property
+    def epochs(self) -> float:
+        return self.steps * self.global_batch / (self.images * self.repeats)
+
+
+def plan(opt: PlanOptions, rows: Rows, run: PlanRun, *, steps: int, class_images: int = 0) -> Plan:
+    """The facts of a trainer's options and of the rows that were read, repeats included."""
+    data, options = opt.data, opt.run
+    images = [row for row in rows if row.repeat == 0]
+    return Plan(
+        images=len(images), account=str(rows.account), source=printable(str(data.dataset_name or data.folder)),
+        prompt=data.prompt, prompted=sum(row.caption == data.prompt for row in images) if data.prompt else 0,
+        repeats=data.repeats, class_images=class_images, resolution=data.resolution, batch=options.train_batch_size,
+        accumulation=options.gradient_accumulation_steps, processes=run.world, steps=steps, device=run.device_name,
+        precision=run.precision, folder=printable(str(run.out_dir)))
+
+
+def plan_lines(facts: Plan) -> Iterator[Line]:
+    yield Line("Images", "; ".join([f"{facts.account}; in {facts.source}", *prompts(facts), *visits(facts)]))
+    yield Line("Training", " · ".join([f"{facts.resolution} px", batch(facts),
+                                       f"{counted(facts.steps, 'step')} = {epochs(facts.epochs)}"]))
+    yield Line("Device", f"{PRECISIONS.get(facts.precision, facts.precision)} on {facts.device}")
+    yield Line("Folder", facts.folder)
+
+
+def prompts(facts: Plan) -> Iterator[str]:
+    if facts.prompted:
+        which = "all" if facts.prompted == facts.images else f"{facts.prompted}"
+        yield f'{which} with the prompt "{facts.prompt}"'
+
+
+def visits(facts: Plan) -> Iterator[str]:
+    if facts.repeats > 1:
+        yield f"each {facts.repeats} times an epoch"
+    if facts.class_images:
+        yield f"beside them {counted(facts.class_images, 'class image')}"
+
+
+def batch(facts: Plan) -> str:
+    factors = [f"{facts.accumulation} accumulated" if facts.accumulation > 1 else "",
+               f"{facts.processes} processes" if facts.processes > 1 else ""]
+    product = " × ".join(filter(None, [f"batch {facts.batch}", *factors]))
+    return product if facts.global_batch == facts.batch else f"{product} = {facts.global_batch}"
+
+
+def epochs(number: float) -> str:
+    shown = f"{number:.0f}" if number >= 10 else f"{number:.1f}".removesuffix(".0")
+    return f"{shown} epoch" + ("" if shown == "1" else "s")
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Before the loop: what trains
+
+
+@dataclass(frozen=True)
+class Trainables:
+    """What learns in a run, and by which rule.
+
+    layers  those with an adapter, by network
+    rates   learning rate by parameter group
+    """
+
+    kind: str
+    rank: int
+    layers: Mapping[str, int]
+    tokens: int
+    parameters: int
+    optimizer: str
+    rates: Mapping[str, float]
+
+
+def trainables(networks: Sequence[Adapters], optimizer: Optim) -> Trainables:
+    networks = [network for network in networks if network.layers]
+    kinds = {"DoRA" if network.decomposed else KINDS[network.adapter_type] for network in networks}
+    tokens = [member.params[0].shape[0] for member in optimizer.members if member.name == "tokens"]
+    return Trainables(
+        kind=" and ".join(sorted(kinds)), rank=networks[0].rank if networks else 0, tokens=sum(tokens),
+        layers={network.prefix: len(network.layers) for network in networks},
+        parameters=sum(p.numel() for p in optimizer.params), optimizer=optimizer.name,
+        rates={member.name: member.base_lr for member in optimizer.members})
+
+
+def trainable_lines(facts: Trainables) -> Iterator[Line]:
+    network = f"{facts.kind} rank {facts.rank} on {layers(facts.layers)}" if facts.layers else ""
+    tokens = counted(facts.tokens, "new token") if facts.tokens else ""
+    what = " and ".join(filter(None, [network, tokens]))
+    yield Line("Learning", f"{what}, {parameters(facts.parameters)} · {facts.optimizer}, rate {rates(facts.rates)}")
+
+
+def layers(by_network: Mapping[str, int]) -> str:
+    """`136 layers`, or with more networks `136 layers of the UNet and 48 of the text encoders`."""
+    words = Counter({"UNet": 0})
+    for network, number in by_network.items():
+        words["UNet" if network == "unet" else "text encoders"] += number
+    found = [(number, name) for name, number in words.items() if number]
+    if [name for _, name in found] == ["UNet"]:
+        return counted(found[0][0], "layer")
+    first, *others = [f"{number} of the {name}" for number, name in found]
+    return " and ".join([first.replace(" of", " layers of", 1), *others])
+
+
+def parameters(number: int) -> str:
+    return f"{number / 1e6:.2f} M parameters" if number >= 10_000 else f"{number} parameters"
+
+
+def rates(by_group: Mapping[str, float]) -> str:
+    if len(set(by_group.values())) == 1:
+        return f"{next(iter(by_group.values())):g}"
+    return ", ".join(f"{rate:g} ({group})" for group, rate in by_group.items())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# At the end
+
+
+def end_lines(folder: str, files: Mapping[str, str], *, steps: int, seconds: float | None) -> Iterator[Line]:
+    """What lies in the folder, and what for: weight files as `files` says, then what every run writes."""
+    spent = f" in {clock(seconds)}" if seconds else ""
+    yield Line("Done", f"{counted(steps, 'step')}{spent}; in {folder}:")
+    files = {**files, **LAST_FILES}
+    width = max(map(len, files))
+    for name, purpose in files.items():
+        yield Line("", f"{name:<{width}}  {purpose}")
