@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     instances = preflight(opt)  # every problem in one message
     with start_run(opt, "dreambooth-lora-sdxl") as run:
         total, stop = opt.run.ends(len(instances), run.world)  # finished steps of the run, and of this session
-        summary.tell_plan(opt, instances, run, steps=total, class_images=opt.prior.images)
+        summary.log_plan(opt, instances, run, steps=total, class_images=opt.prior.images)
         # Images of the concept, and of its class where the prior is kept: those are generated where they are missing.
         rows = [*instances, *class_images.class_rows(opt, run)]
         stream = sampler.Order(rows, run.global_batch, seed=run.seed)  # the same on 1 or N processes

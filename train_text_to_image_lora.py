@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = preflight(opt, family_module)  # every problem in one message
     with start_run(opt, "text-to-image-lora") as run:
         total, stop = opt.run.ends(len(rows), run.world)  # finished steps of the run, and of this session
-        summary.tell_plan(opt, rows, run, steps=total)
+        summary.log_plan(opt, rows, run, steps=total)
         stream = sampler.Order(rows, run.global_batch, seed=run.seed)  # the same on 1 or N processes
         # The frozen model. Prompts become conditioning (cached, or by LoRA on the encoders), images become latents.
         family = family_module.load(opt.model, device=run.device, weight_dtype=run.weight_dtype, compat=opt.run.compat,

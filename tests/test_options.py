@@ -921,7 +921,7 @@ def test_plain_help_has_the_flags_that_matter_and_the_way_to_the_others(capsys, 
     assert 20 <= len(found) <= 30
     assert {"pretrained_model_name_or_path", "resolution", "rank", "learning_rate", "output_dir"} <= found
     assert all(re.search(rf"^  {name} ", text, re.MULTILINE) for name in TRAINERS[trainer])
-    assert len(text.splitlines()) < 100 and max(map(len, text.splitlines())) <= 100
+    assert len(text.splitlines()) < 120 and max(map(len, text.splitlines())) <= 100
 
 
 def test_the_flags_that_matter_are_flags():

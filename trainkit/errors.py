@@ -215,8 +215,8 @@ def exit_with_message(main: Callable[[], None]) -> None:
     except UserError as error:
         if debugging():
             raise
-        told = error.report(sys.stderr) if rank == "0" else f"rank {rank}: {readable(error.problems[0].what)}"
-        print(told, file=sys.stderr)
+        message = error.report(sys.stderr) if rank == "0" else f"rank {rank}: {readable(error.problems[0].what)}"
+        print(message, file=sys.stderr)
         sys.exit(error.exit_code)
 
 

@@ -61,22 +61,22 @@ class Line:
         return f"{self.label:<{LABEL_WIDTH}}{self.text}"
 
 
-def tell(lines: Iterable[Line]) -> None:
+def log_lines(lines: Iterable[Line]) -> None:
     """Log the lines; on the first process alone, as all news."""
     for line in lines:
         log.info("%s", line, extra={"label": line.label})
 
 
-def tell_plan(opt: PlanOptions, rows: Rows, run: PlanRun, *, steps: int, class_images: int = 0) -> None:
-    tell(plan_lines(plan(opt, rows, run, steps=steps, class_images=class_images)))
+def log_plan(opt: PlanOptions, rows: Rows, run: PlanRun, *, steps: int, class_images: int = 0) -> None:
+    log_lines(plan_lines(plan(opt, rows, run, steps=steps, class_images=class_images)))
 
 
-def tell_trainables(networks: Sequence[Adapters], optimizer: Optim) -> None:
-    tell(trainable_lines(trainables(networks, optimizer)))
+def log_trainables(networks: Sequence[Adapters], optimizer: Optim) -> None:
+    log_lines(trainable_lines(trainables(networks, optimizer)))
 
 
-def tell_end(folder: str, files: Mapping[str, str], *, steps: int, seconds: float | None) -> None:
-    tell(end_lines(folder, files, steps=steps, seconds=seconds))
+def log_end(folder: str, files: Mapping[str, str], *, steps: int, seconds: float | None) -> None:
+    log_lines(end_lines(folder, files, steps=steps, seconds=seconds))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

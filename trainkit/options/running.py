@@ -120,7 +120,7 @@ class RunOptions(Concern):
         differs="wandb can be used with --hub_token, because the token is left out of every record")
     output_kohya_format: bool = opt(
         False, "The LoRA for WebUIs is also written as pytorch_lora_weights_kohya.safetensors.", resume="may change",
-        differs="NAME.safetensors holds the same LoRA and is always written")
+        differs="the same LoRA is always written as NAME.safetensors, too")
     push_to_hub: bool = opt(
         False, "Upload the finished files to the Hub.", resume="may change")
     hub_model_id: str | None = opt(

@@ -50,5 +50,5 @@ def make_trainables(
                           weight_decay=opt.optimizer.adam_weight_decay, stop=opt.lora.stop(total_steps))
     groups = [*network, *text.groups(opt.optimizer, run.global_batch)]
     optimizer = make_optimizer(groups, opt.optimizer, total_steps)
-    summary.tell_trainables([lora, *text.networks], optimizer)
+    summary.log_trainables([lora, *text.networks], optimizer)
     return lora, optimizer
