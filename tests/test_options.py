@@ -12,11 +12,11 @@ import shlex
 import subprocess
 import sys
 import time
-import tomllib
 
 import pytest
 from pydantic import ValidationError
 
+import trainkit
 from tests.support import ROOT
 from tests.support.command_lines import REQUIRED, Captioned, Options, read, read_captioned
 from tests.support.trainers import make_images
@@ -963,8 +963,7 @@ def test_help_is_as_wide_as_a_narrow_terminal(monkeypatch):
 def test_presets_and_versions_are_told(capsys):
     text = asked(capsys, "--preset", "list")
     assert all(f"--preset {name}: " in text for name in PRESETS) and "--rank=32" in text
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
-    assert asked(capsys, "--version").startswith(f"lora-trainer-suite {version}\npython ")
+    assert asked(capsys, "--version").startswith(f"lora-trainer-suite {trainkit.__version__}\npython ")
 
 
 def test_completion_needs_its_package_and_a_shell(monkeypatch):
