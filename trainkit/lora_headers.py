@@ -77,7 +77,7 @@ def problems(file: Path, unet: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem("no LoRA in this file", where, f"none of its {len(header.shapes)} tensors is a LoRA's: {first}",
                       "name the LoRA file, or the folder of its run", "data")
     elif why := other_base(header, unet):
-        yield Problem("the LoRA is for another base model", where, why, ANOTHER_BASE, "data")
+        yield Problem("the LoRA does not fit the base model", where, why, ANOTHER_BASE, "data")
 
 
 def beside(file: Path) -> str:

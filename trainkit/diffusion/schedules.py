@@ -223,5 +223,5 @@ def make_schedule(config: SchedulerConfig) -> Schedule:
         return NoiseSchedule(alphas, prediction_type)
     names = {"sigma_min": "sigma_min", "sigma_max": "sigma_max", "sigma_data": "sigma_data", "rho": "rho",
              "num_train_timesteps": "num_train_timesteps", "sigma_schedule": "grid"}
-    known = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
+    known = {ours: config[theirs] for theirs, ours in names.items() if config.get(theirs) is not None}
     return EDMSchedule(prediction_type=prediction_type, **known)
