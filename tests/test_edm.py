@@ -207,7 +207,7 @@ def test_previews_of_an_edm_model_come_from_its_own_scheduler(name, prediction_t
     assert type(pipe.scheduler).__name__ == name and pipe.scheduler.config.prediction_type == prediction_type
     drawn = previews(family, tmp_path, monkeypatch)
     with torch.no_grad(), preview.evaluating(family.denoiser):
-        latent = drawn._latents(pipe, drawn.shots[0])
+        latent = drawn._latents(pipe, drawn.shots[0], lambda: False)
     assert latent.isfinite().all() and 0.05 < latent.std() < 20
     assert np.asarray(next(iter(drawn.draw(1).values()))).std() > 0
 

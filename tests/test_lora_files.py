@@ -160,9 +160,9 @@ def test_files_of_steps_are_told_from_others(run):
 def test_a_dora_for_webuis_is_not_drawn_as_if_it_were_none(tiny_sdxl, checkpoint):
     family, run = load_sdxl(tiny_sdxl), checkpoint.parent
     LoraFiles(options(run), family, trained(family, use_dora=True)).write(checkpoint, 12)
-    [problem] = lora_problems([run / "dog-step00000012.safetensors"])
-    assert "DoRA" in problem.what and DIFFUSERS_FILE in problem.fix
-    assert not [*lora_problems([checkpoint / DIFFUSERS_FILE])]
+    [problem] = lora_problems([run / "dog-step00000012.safetensors"], str(tiny_sdxl))
+    assert "DoRA" in problem.why and DIFFUSERS_FILE in problem.fix
+    assert not [*lora_problems([checkpoint / DIFFUSERS_FILE], str(tiny_sdxl))]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from itertools import pairwise
+from pathlib import Path
 
 from trainkit import __version__
 from trainkit.errors import Problem, UserError
@@ -91,8 +93,9 @@ def essential(flags: Mapping[str, Flag], titles: Mapping[str, str], description:
                 for title, names in ESSENTIAL.items() if any(name in flags for name in names)]
     counts = {name: sum(flag.concern == name for flag in flags.values()) for name in titles}
     groups = {name: f"{title.partition(':')[0]} ({counts[name]})" for name, title in titles.items()}
-    return "\n".join([opening, "", *sections, f"All {len(flags)} flags are in these groups:", *table(groups), "",
-                      "To ask for more:", *table(QUESTIONS)]) + "\n"
+    usage = f"usage: {Path(sys.argv[0]).name} --flag VALUE ..."
+    return "\n".join([usage, "", opening, "", *sections, f"All {len(flags)} flags are in these groups:", *table(groups),
+                      "", "To ask for more:", *table(QUESTIONS)]) + "\n"
 
 
 def table(rows: Mapping[str, str]) -> list[str]:
