@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainkit.export import LoraFileFormat, file_bytes, verify, write_diffusers, write_kohya
-from trainkit.files import Json, tensor_bytes
+from trainkit.files import Json, run_name, tensor_bytes
 from trainkit.report.facts import RunFacts
 from trainkit.runtime.weight_files import DIFFUSERS_FILE, KOHYA_FILE, step_files, step_name, weight_names
 
@@ -86,7 +86,7 @@ class LoraFiles:
 
     def beside(self) -> Mapping[Path, int]:
         """The files beside the checkpoints, with the step of each."""
-        return step_files(self.folder, self.folder.resolve().name)
+        return step_files(self.folder, run_name(self.folder))
 
     def _lora(self, path: Path, layout: LoraFileFormat, metadata: Mapping[str, str], *, by_factors: bool = False
               ) -> list[tuple[Path, float]]:

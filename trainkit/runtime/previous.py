@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
-from trainkit.files import Json, read_object
+from trainkit.files import Json, read_object, run_name
 from trainkit.runtime.checkpoint_folders import CheckpointFolders
 from trainkit.runtime.lock import OWNER
 from trainkit.runtime.record import RUNNING
@@ -26,7 +26,7 @@ def make_way(out_dir: Path, *, logging_dir: str = "logs") -> Path | None:
     this run has written already: its run.json, and its trackers' logs. None where no earlier run has left a result.
     """
     record = read_object(out_dir / "run.json")
-    names = {out_dir.resolve().name, str(record.get("name"))}
+    names = {run_name(out_dir), str(record.get("name"))}
     results = [path for path in results_of(out_dir, names) if path.exists() or path.is_symlink()]
     if not results:
         return None
