@@ -96,7 +96,7 @@ def test_messages_and_logs_hold_no_secret():
     problem = Problem(f"cannot read {SECRET_URL}", SECRET_URL, TOKENS["GitLab"], f"try {SECRET_URL}")
     told = UserError(problem).report() + f"{UserError(problem)}"
     record = logging.LogRecord("x", logging.INFO, "x", 1, "from %s with %s", (SECRET_URL, "odd-shape"), None)
-    told += LineFormatter(["odd-shape"]).format(record)
+    told += LineFormatter(None, ["odd-shape"]).format(record)
     assert "S3cret" not in told and TOKENS["GitLab"] not in told and "odd-shape" not in told
 
 

@@ -293,6 +293,7 @@ def test_the_libraries_speak_again_afterwards():
     import transformers.utils.logging as log
 
     log.set_verbosity_info()
+    log.enable_progress_bar()  # other tests may have left it off
     with own_settings():
         assert log.get_verbosity() == log.ERROR and not log.is_progress_bar_enabled()
     assert log.get_verbosity() == log.INFO and log.is_progress_bar_enabled()
