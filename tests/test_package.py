@@ -18,7 +18,7 @@ import pytest
 from tests.support import ROOT
 from tests.support.trainers import Done, command, make_images
 from trainkit import __version__
-from trainkit.files import portable_name
+from trainkit.runtime.weight_files import portable_name
 
 TOP = ("pyproject.toml", "requirements.txt", "README.md", "LICENSE")  # what a build reads beside the code
 NOT_IN_WHEELS = {"__pycache__"}

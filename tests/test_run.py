@@ -27,6 +27,7 @@ from tests.support.trainers import free_port
 from trainkit import files, run
 from trainkit.checkpoints import Checkpoints
 from trainkit.errors import Problem, UserError, exit_with_message
+from trainkit.process import own_settings
 from trainkit.redact import redact
 from trainkit.run import Run
 from trainkit.runtime import progress as line_room
@@ -659,16 +660,17 @@ def test_a_run_leaves_nothing_of_itself_in_the_process(out, well):
         return handlers, logging.getLogger().handlers[:], torch.get_float32_matmul_precision(), "absent" in sys.modules
 
     before = state()
-    leave_out("absent")
     asked = options(out, precision="bf16")
     asked.precision.allow_tf32 = True
-    with nullcontext() if well else suppress(UserError), start_run(asked) as run:
-        assert state() != before
-        if not well:
-            raise UserError(Problem("refused", "", "", ""))
-        train(run)
+    with nullcontext() if well else suppress(UserError), own_settings():  # as around each command's main
+        leave_out("absent")
+        with start_run(asked) as run:
+            assert state() != before
+            if not well:
+                raise UserError(Problem("refused", "", "", ""))
+            train(run)
     assert state() == before
-    with start_run(options(out)) as run:
+    with own_settings(), start_run(options(out)) as run:
         assert run.precision == "no"
 
 

@@ -15,8 +15,8 @@ import pytest
 from tests.support import ROOT
 from tests.support.command_lines import REQUIRED, Options, read
 from trainkit.families.pretrained import Repo
-from trainkit.files import portable_name, run_name
 from trainkit.options.config_text import config_text
+from trainkit.runtime.weight_files import portable_name, run_name
 
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for folder in ("trainkit", "scripts", "experiments")
                                         for path in ROOT.glob(f"{folder}/**/*.py"))])

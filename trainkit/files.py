@@ -7,9 +7,9 @@ huggingface/safetensors#782, so tensors are serialised to bytes and written here
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -30,19 +30,12 @@ DISK_ERRORS = {  # the disk's doing wherever they show
 WRITE_ERRORS = DISK_ERRORS | {errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}  # in a write, too
 SPACE_MARGIN = 1.2  # free bytes asked for per byte about to be written
 SPACE_RESERVE = 32 * 2**20  # bytes left for logs and previews
-NOT_IN_NAMES = re.compile(r'[<>:"/\\|?*\x00-\x1f]')  # characters that Windows takes in no name
-DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\..*)?", re.IGNORECASE)  # not files there
 
 
-def run_name(out_dir: Path) -> str:
-    """What the files of a run are called: the last part of its folder's path, as every system takes it."""
-    return portable_name(out_dir.resolve().name)
-
-
-def portable_name(name: str) -> str:
-    """`name` as Windows takes it too. A LoRA's file moves from system to system; `:` also ends <lora:NAME:1>."""
-    allowed = NOT_IN_NAMES.sub("_", name).rstrip(". ")
-    return f"_{allowed}" if not allowed or DEVICES.fullmatch(allowed) else allowed
+def sha256(path: Path) -> str:
+    """Digest of a whole file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

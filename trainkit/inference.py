@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from trainkit import lora_headers
 from trainkit.errors import Problem, is_out_of_memory, refuse
-from trainkit.runtime.weight_files import DIFFUSERS_FILE, STEP, at_step, embeddings_file, step_files, step_name, step_of
+from trainkit.runtime.weight_files import (
+    DIFFUSERS_FILE,
+    STEP,
+    at_step,
+    embeddings_file,
+    run_name,
+    step_files,
+    step_name,
+    step_of,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -49,8 +58,8 @@ def embeddings_of(path: Path) -> Path:
 def of_step(path: Path, in_folder: Callable[[Path, str], Path], beside: str) -> Path:
     run, step = at_step(path)
     if step is None:
-        return in_folder(path, path.resolve().name) if path.is_dir() else path
-    name = run.resolve().name
+        return in_folder(path, run_name(path)) if path.is_dir() else path
+    name = run_name(run)
     in_checkpoint = in_folder(run / f"checkpoint-{step}", name)
     left = run / beside.format(step_name(name, step))
     return left if left.is_file() and not in_checkpoint.is_file() else in_checkpoint
@@ -66,7 +75,7 @@ def missing_file(flag: str, file: Path, why: str) -> Problem:
     """A file that is not there; where a step of a run was asked for, which steps there are."""
     run = file.parent.parent
     in_checkpoints = [step_of(path.parent) for path in run.glob(f"checkpoint-*/{file.name}")]
-    steps = sorted({*step_files(run, run.resolve().name).values(), *(at for at in in_checkpoints if at is not None)})
+    steps = sorted({*step_files(run, run_name(run)).values(), *(at for at in in_checkpoints if at is not None)})
     if steps and step_of(file.parent) is not None:
         return Problem(f"no file {file}", flag, f"{run} has files of the steps {', '.join(map(str, steps))}",
                        f"{flag} {run}@{steps[-1]}", "data")

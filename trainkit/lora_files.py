@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainkit.export import LoraFileFormat, file_bytes, verify, write_diffusers, write_kohya
-from trainkit.files import Json, run_name, tensor_bytes
+from trainkit.files import Json, tensor_bytes
 from trainkit.report.facts import RunFacts
-from trainkit.runtime.weight_files import DIFFUSERS_FILE, KOHYA_FILE, step_files, step_name, weight_names
+from trainkit.runtime.weight_files import DIFFUSERS_FILE, KOHYA_FILE, run_name, step_files, step_name, weight_names
 
 if TYPE_CHECKING:
     from trainkit.adapters import Adapters

@@ -14,7 +14,7 @@ import yaml
 from trainkit import summary
 from trainkit.adapters import BF16_ROUNDING, FP16_ROUNDING, largest_change
 from trainkit.errors import Problem, UserError
-from trainkit.files import Json, atomic_write, disk_errors, run_name
+from trainkit.files import Json, atomic_write, disk_errors
 from trainkit.options import RunOptions
 from trainkit.options.trainers import known_flags
 from trainkit.reading import parse_yaml, read_text
@@ -24,7 +24,7 @@ from trainkit.report.charts import number
 from trainkit.report.facts import RunFacts, public, sample_files
 from trainkit.report.usage import usage
 from trainkit.runtime import ranks
-from trainkit.runtime.weight_files import DIFFUSERS_FILE, KOHYA_FILE
+from trainkit.runtime.weight_files import DIFFUSERS_FILE, KOHYA_FILE, run_name
 
 if TYPE_CHECKING:
     from trainkit.adapters import Adapters

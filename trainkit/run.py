@@ -27,14 +27,14 @@ from torch import Tensor
 
 from trainkit.data.sampler import Shard
 from trainkit.errors import Problem, UserError, is_out_of_memory, out_of_memory, refuse
-from trainkit.files import DISK_ERRORS, Json, disk_error, disk_errors, run_name
+from trainkit.files import DISK_ERRORS, Json, disk_error, disk_errors
 from trainkit.runtime import ranks, trackers
 from trainkit.runtime.checkpoint_folders import pointed
 from trainkit.runtime.lock import OutputLock
 from trainkit.runtime.progress import LineHandler, Progress
 from trainkit.runtime.record import Metrics, RunRecord, redact_json
 from trainkit.runtime.signals import RESUME, Moment, Signals, Wish, end_with_launcher
-from trainkit.runtime.startup import bring_back
+from trainkit.runtime.weight_files import run_name
 from trainkit.training.gradients import Gradients, Steppable
 
 if TYPE_CHECKING:
@@ -149,7 +149,6 @@ class Run:
         self._agreed: Wish | None = None
         self._step, self._total, self._over = 0, 0, False
         self._clock, self._seconds_before = time.monotonic(), 0.0
-        self._matmul_precision = torch.get_float32_matmul_precision()
         self._options = redact_json(opts.flat(), self.secrets)
         if self.is_main:
             self.record = RunRecord(
@@ -417,22 +416,12 @@ class Run:
         with disk_errors(self.out_dir), ExitStack() as after:  # the rest happens even when run.json cannot be written
             if self.lock is not None:
                 after.callback(self.lock.release)
-            after.callback(self._leave_process)
             after.callback(self.accelerator.end_training)
             after.callback(logging.getLogger().removeHandler, self._handler)
             after.callback(self.signals.restore)
             self.progress.close()
             if self.is_main:
                 self.record.finish(status=status, exit_code=exit_code, seconds=round(self.seconds, 3), step=self._step)
-
-    def _leave_process(self) -> None:
-        """Take back what would decide the next run of this process, as in a notebook."""
-        from accelerate.state import AcceleratorState, GradientState
-
-        torch.set_float32_matmul_precision(self._matmul_precision)
-        bring_back()
-        AcceleratorState._reset_state()  # else accelerate refuses another precision; the process group stays
-        GradientState._reset_state()
 
     def __enter__(self) -> Run:
         return self

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -13,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from trainkit.conditioning.new_tokens import EmbeddingsHeader, read_header
-from trainkit.files import Json, read_json, size_text
+from trainkit.files import Json, read_json, sha256, size_text
 from trainkit.options import MatchingOptions, OptimizerOptions
 from trainkit.options.rules import unread
 from trainkit.options.text_encoders import replace_words
@@ -316,8 +315,3 @@ def origin_shown(origin: Json) -> str:
     """`config FILE` may name a folder."""
     source, _, rest = str(origin).partition(" ")
     return f"{source} {public('config', rest)}" if source == "config" else str(origin)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,18 +10,13 @@ import json
 from collections.abc import Container
 from pathlib import Path
 
-from trainkit.files import Json, write_json
+from trainkit.files import Json, sha256, write_json
 
 NAME = "manifest.json"
 
 
 class Damaged(Exception):
     """A folder is not what its manifest says; the message names the file and the difference."""
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _seal_of(body: dict[str, Json]) -> str:
@@ -34,7 +29,7 @@ def seal(folder: Path, facts: dict[str, Json], *, exports: Container[str] = ()) 
     exports  names of files that a folder is whole without
     """
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != NAME)
-    listed = {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+    listed = {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
     body = {**facts, "files": {name: entry for name, entry in listed.items() if name not in exports},
             "exports": {name: entry for name, entry in listed.items() if name in exports}}
     write_json(folder / NAME, {**body, "seal": _seal_of(body)})
@@ -59,7 +54,7 @@ def _check_file(path: Path, name: str, entry: dict[str, Json]) -> None:
         raise Damaged(f"{name} is missing")
     if path.stat().st_size != entry["size"]:
         raise Damaged(f"{name} has {path.stat().st_size:,} bytes instead of {entry['size']:,}")
-    if _sha256(path) != entry["sha256"]:
+    if sha256(path) != entry["sha256"]:
         raise Damaged(f"{name} has other content than was written (SHA-256 differs)")
 
 

@@ -7,11 +7,18 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
-from trainkit.files import Json, read_object, run_name
+from trainkit.files import Json, read_object
 from trainkit.runtime.checkpoint_folders import CheckpointFolders
 from trainkit.runtime.lock import OWNER
 from trainkit.runtime.record import RUNNING
-from trainkit.runtime.weight_files import DIFFUSERS_FILE, KOHYA_FILE, embeddings_file, step_files, weight_names
+from trainkit.runtime.weight_files import (
+    DIFFUSERS_FILE,
+    KOHYA_FILE,
+    embeddings_file,
+    run_name,
+    step_files,
+    weight_names,
+)
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
-from trainkit.files import Json, atomic_write, disk_errors, read_object, read_objects, run_name, write_json
+from trainkit.files import Json, atomic_write, disk_errors, read_object, read_objects, write_json
 from trainkit.options.trainers import known_flags
 from trainkit.redact import REDACTED, SECRET_NAME, redact
+from trainkit.runtime.weight_files import run_name
 
 log = logging.getLogger(__name__)
 

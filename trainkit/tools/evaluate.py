@@ -16,7 +16,6 @@ and a real image. The program needs no internet if the base model is a folder.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import time
@@ -372,7 +371,9 @@ def measure(args: argparse.Namespace, drawn: dict[float, list[Image]], reference
 
 
 def described(role: str, file: Path | None) -> dict[str, str]:
-    return {role: file.name, f"{role}_sha256": hashlib.sha256(file.read_bytes()).hexdigest()} if file else {}
+    from trainkit.files import sha256
+
+    return {role: file.name, f"{role}_sha256": sha256(file)} if file else {}
 
 
 def grid(drawn: dict[float, list[Image]], wanted: list[Wanted], reference: list[Real]) -> Image:
