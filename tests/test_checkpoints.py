@@ -324,7 +324,7 @@ def test_a_checkpoint_that_is_pruned_while_it_is_read_is_not_whole(tmp_path, mon
     def gone(path: Path) -> str:
         raise FileNotFoundError(path)
 
-    monkeypatch.setattr("trainkit.runtime.manifest._sha256", gone)
+    monkeypatch.setattr("trainkit.runtime.manifest.sha256", gone)
     assert not is_whole(folder)
 
 
@@ -405,8 +405,8 @@ def test_a_save_that_may_not_prune_leaves_older_checkpoints_to_the_next_one(tmp_
 
 
 def test_a_save_reads_its_own_files_back_once_and_those_of_older_checkpoints_never(tmp_path, monkeypatch):
-    read, real = [], manifest._sha256
-    monkeypatch.setattr(manifest, "_sha256", lambda path: read.append(path) or real(path))
+    read, real = [], manifest.sha256
+    monkeypatch.setattr(manifest, "sha256", lambda path: read.append(path) or real(path))
     save_steps(tmp_path, 2, 4, 6, 8, keep=3)
     assert len(read) == 4 * 3 * 2, "3 files, hashed when sealed and when read back"
     read.clear()
