@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 Pipeline = Any  # StableDiffusionPipeline or StableDiffusionXLPipeline; importing them takes seconds
 DTYPES = ("float32", "float16", "bfloat16")
 NETWORKS = ("unet", "text_encoder", "text_encoder_2")  # of a pipeline, where a LoRA may train
-ANY_SIDE = 2**20  # pixels: any model halves it; the pipelines check the sides that are drawn
+ANY_SIDE = 2**20  # pixels: any model halves it; the pipelines check the sides of the images
 
 
 def unseen(done: float) -> None:
@@ -112,12 +112,12 @@ def base_problems(base: str, embeddings: Path | None, *, sized: bool = True) -> 
 
 
 def family_problems(repo: Repo) -> list[Problem]:
-    """What keeps the model from being trained keeps it from being drawn with; flags of the trainers are not named."""
+    """What keeps the model from being trained keeps it from generating images; flags of the trainers are not named."""
     from trainkit import families
     from trainkit.options import ModelOptions
 
     family = families.of(ModelOptions(pretrained_model_name_or_path=repo.path))
-    return [replace(repo.problem(found.what.replace("trained", "drawn with"), found.why, "name a complete SDXL, SD 1.x "
+    return [replace(repo.problem(found.what.replace("trained", "used"), found.why, "name a complete SDXL, SD 1.x "
                                  "or 2.x base model, its weights in safetensors, with --base"), kind=found.kind)
             for found in family.problems(repo.path, resolution=ANY_SIDE)]
 
@@ -143,7 +143,7 @@ def embeddings_problems(repo: Repo, file: Path) -> list[Problem]:
 
 
 def lora_problems(files: Sequence[Path], base: str) -> Iterator[Problem]:
-    """What the headers of those files that are there say against drawing with them on the base model."""
+    """What the headers of those files that are there say against using them on the base model."""
     from trainkit.families.pretrained import Repo
 
     unet = Repo(base, "--base").glance("unet/config.json")
@@ -268,7 +268,8 @@ def finite_images(pipe: Pipeline, **settings: object) -> list[Image]:
     """What the pipeline generates. UserError: values that are not finite, which a PNG would show as black."""
     pixels = pipe(**settings, output_type="pt").images  # [B,3,H,W] in 0..1
     if not pixels.isfinite().all():
-        refuse([Problem("images of NaN or infinity were drawn", f"--dtype {pipe.unet.dtype}".replace("torch.", ""),
+        dtype = str(pipe.unet.dtype).removeprefix("torch.")
+        refuse([Problem("the model generated images of NaN or infinity", f"--dtype {dtype}",
                         "activations overflow the number format, or the weights of the model or the LoRA are damaged; "
                         "nothing was saved", "--dtype float32, a smaller strength, or another file", "nonfinite")])
     return pipe.numpy_to_pil(pipe.image_processor.pt_to_numpy(pixels))

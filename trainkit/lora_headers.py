@@ -1,6 +1,6 @@
 """What the header of a LoRA file tells before it is loaded: which kind it is, and for which base models.
 
-Diffusers passes over tensors that it does not know, so that an image would be drawn with a part of the LoRA.
+Diffusers passes over tensors that it does not know, so that an image would be generated with a part of the LoRA.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def layers(file: Path) -> set[str]:
 
 
 def problems(file: Path, unet: Mapping[str, Any]) -> Iterator[Problem]:
-    """What keeps a file from being drawn with as it was trained, on a base with this UNet's config."""
+    """What keeps a file from being used as it was trained, on a base with this UNet's config."""
     from safetensors import SafetensorError
 
     where = f"--lora {file}"
@@ -66,7 +66,7 @@ def problems(file: Path, unet: Mapping[str, Any]) -> Iterator[Problem]:
     for pattern, kind in UNREAD.items():
         name = next((name for name in header.shapes if re.search(pattern, name)), None)
         if name:
-            yield Problem("the LoRA cannot be drawn with as it was trained", where, f"it is {kind}: {name}",
+            yield Problem("the LoRA cannot be used as it was trained", where, f"it is {kind}: {name}",
                           beside(file), "data")
             return
     if "clip_l" in header.shapes or "clip_g" in header.shapes:
@@ -87,7 +87,7 @@ def beside(file: Path) -> str:
     other = file.with_name(DIFFUSERS_FILE)
     if other != file and other.is_file():
         return f"--lora {shell_word(other)}, the same LoRA for Diffusers"
-    return f"take the {DIFFUSERS_FILE} of the run that made it, or draw with ComfyUI or Forge"
+    return f"take the {DIFFUSERS_FILE} of the run that made it, or use ComfyUI or Forge"
 
 
 def other_base(header: Header, unet: Mapping[str, Any]) -> str:

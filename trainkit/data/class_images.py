@@ -125,7 +125,7 @@ def recipe(opt: ClassImageOptions) -> str:
 
 
 def contents(options: ModelOptions) -> list[object]:
-    """What a local model folder draws with: a digest of its UNet, and its scheduler's config.
+    """What a local model folder generates with: a digest of its UNet, and its scheduler's config.
 
     [] for a Hub id, which its revision describes and whose files may not be here yet; and for a folder that cannot be
     loaded, which is the model's own problem (families/base.py) and not repeated here.
@@ -227,7 +227,7 @@ class ClassFolder:
 def fill(folder: ClassFolder, plan: ClassImagePlan, opt: ClassImageOptions, run: ClassImageRun) -> None:
     """Generate the absent images: every rank a part, then each what its disk still lacks.
 
-    Images are drawn in whole batches cut by number, also where only some of a batch are wanted. So what an image
+    Images are generated in whole batches cut by number, also where only some of a batch are wanted. So what an image
     looks like depends, to the last bit, on --seed, its number and --sample_batch_size, and neither on the number of
     images or ranks nor on an earlier run that was cut off.
     """
@@ -295,7 +295,7 @@ class Painter:
                            callback_on_step_end=last_in_fp32, output_type="pt").images  # [B,3,H,W] in 0..1
         if not pixels.isfinite().all():
             raise UserError(Problem(
-                "the base model draws class images of NaN or infinity", f"--class_prompt {self.prompt!r}",
+                "the base model generates class images of NaN or infinity", f"--class_prompt {self.prompt!r}",
                 "its activations overflow the number format, or its weights are damaged; nothing of it was saved",
                 "--prior_generation_precision fp32", kind="nonfinite"))
         return self.pipe.numpy_to_pil(self.pipe.image_processor.pt_to_numpy(pixels))

@@ -100,10 +100,10 @@ INSTEAD = {  # their name: what to do here
     "xformers": "PyTorch's own attention is always used, which is as small: leave it out",
     "mem_eff_attn": "PyTorch's own attention is always used, which is as small: leave it out",
     "lowram": "--mixed_precision bf16 --gradient_checkpointing saves memory",
-    "sample_prompts": "write the prompt itself: --validation_prompt 'a photo of TOK'; one prompt is drawn",
-    "sample_sampler": "previews are drawn with DPM-Solver++: leave it out",
-    "sample_at_first": "previews are always drawn before the first step: leave it out",
-    "validation_split": "a loss on images kept aside is not there yet; --validation_prompt draws previews",
+    "sample_prompts": "write the prompt itself: --validation_prompt 'a photo of TOK'; one prompt is used",
+    "sample_sampler": "previews are generated with DPM-Solver++: leave it out",
+    "sample_at_first": "there is always a preview before the first step: leave it out",
+    "validation_split": "a loss on images kept aside is not there yet; --validation_prompt gives previews",
 }
 
 

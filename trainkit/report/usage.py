@@ -35,7 +35,7 @@ def usage(run: RunFacts) -> Usage:
 
 
 def diffusers_snippet(run: RunFacts) -> str:
-    """Python that loads the files and draws an image; user text goes in as string literals."""
+    """Python that loads the files and generates an image; user text goes in as string literals."""
     prompt = run.prompted(run.validation_prompt) or run.trigger or YOUR_PROMPT
     return "\n".join([
         *imports(run),
@@ -53,7 +53,7 @@ def diffusers_snippet(run: RunFacts) -> str:
 
 
 def pipeline(run: RunFacts) -> str:
-    """The class that draws with the base model; before a file says which it is, the one that finds out."""
+    """The pipeline class of the base model; before a file says which it is, the one that finds out."""
     return PIPELINES.get(run.base_series or "", "DiffusionPipeline")
 
 
@@ -121,7 +121,7 @@ def comfyui(run: RunFacts) -> Iterator[str]:
                "that one.")
     if run.is_dora:
         yield ("Expect a DoRA a little stronger than it was trained: ComfyUI divides its rows by the norm of the "
-               "base's (Comfy-Org/ComfyUI#15458). Diffusers draws what was trained.")
+               "base's (Comfy-Org/ComfyUI#15458). Diffusers shows what was trained.")
     if run.embeddings:
         yield f"Put `{run.embeddings_file}` into `ComfyUI/models/embeddings/`."
     yield f"Write `{wording(run, f'embedding:{run.embeddings_stem}')}` in the positive prompt."
@@ -130,7 +130,7 @@ def comfyui(run: RunFacts) -> Iterator[str]:
 
 def webui(run: RunFacts) -> Iterator[str]:
     if run.is_dora:
-        yield "Take Forge, which draws a DoRA as ComfyUI does: A1111 cannot draw it, as it knows another kind of DoRA."
+        yield "Take Forge, which reads a DoRA as ComfyUI does. A1111 cannot use it: it knows another kind of DoRA."
     if run.has_lora:
         yield f"Put `{run.name}.safetensors` into `models/Lora/` and press Refresh in the Lora tab."
     if run.embeddings:

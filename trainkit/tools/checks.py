@@ -21,7 +21,7 @@ def number_problems(args: argparse.Namespace, *, counts: Sequence[str], reals: S
     for flag in reals:
         value = getattr(args, flag)
         several = value if isinstance(value, (list, tuple)) else [value]
-        yield from (Problem(f"--{flag} {number}", f"--{flag}", "nothing can be drawn with it",
+        yield from (Problem(f"--{flag} {number}", f"--{flag}", "no image can be generated with it",
                             f"give --{flag} a finite number")
                     for number in several if number is not None and not math.isfinite(number))
 

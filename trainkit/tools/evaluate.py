@@ -72,7 +72,7 @@ class Real:
 
 @dataclass(frozen=True)
 class Wanted:
-    """An image to draw; `copy` tells images of one noun apart."""
+    """An image to generate; `copy` tells images of one noun apart."""
 
     noun: str
     prompt: str
@@ -103,10 +103,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     reference = of_nouns(read_reference(args.reference), args.nouns)
     wanted = enough(reference, args.prompt)
     started = time.monotonic()
-    drawn = dict(generate(settings(args), wanted))
+    generated = dict(generate(settings(args), wanted))
     seconds = time.monotonic() - started
-    result = measure(args, drawn, reference) | {"pictures": len(wanted), "seconds": round(seconds, 1)}
-    page = grid(drawn, wanted, reference)
+    result = measure(args, generated, reference) | {"pictures": len(wanted), "seconds": round(seconds, 1)}
+    page = grid(generated, wanted, reference)
     with writing_to(args.out):
         (args.out / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
         page.save(args.out / "grid.png")
@@ -188,7 +188,7 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
     if args.clip.is_dir():
         yield from clip_problems(args.clip)
     if args.prompt and "{noun}" not in args.prompt:
-        yield Problem(f"no {{noun}} in {args.prompt!r}", "--prompt", "each image is drawn for one noun",
+        yield Problem(f"no {{noun}} in {args.prompt!r}", "--prompt", "each image is generated for one noun",
                       'write for instance --prompt "icon of a {noun}"')
     yield from number_problems(args, counts=("steps", "batch_size"), reals=("strengths", "guidance_scale"))
     if args.training.is_dir():
@@ -349,14 +349,14 @@ def images_of(pipe: Pipeline, settings: GenerationSettings, wanted: list[Wanted]
 # Measuring and showing
 
 
-def measure(args: argparse.Namespace, drawn: dict[float, list[Image]], reference: list[Real]) -> dict[str, object]:
+def measure(args: argparse.Namespace, generated: dict[float, list[Image]], reference: list[Real]) -> dict[str, object]:
     """Distances at each strength, the floor, and the fraction of the gap that each strength closes."""
     from trainkit.evaluation import style_distance
 
     real = [opened(r.path) for r in reference]
     training = [opened(path) for path in images_in(args.training)]
     floor = style_distance(training, real, args.clip)
-    distance = {strength: style_distance(images, real, args.clip) for strength, images in drawn.items()}
+    distance = {strength: style_distance(images, real, args.clip) for strength, images in generated.items()}
     gap = distance[0.0] - floor
     return {
         "base": Path(args.base).name if Path(args.base).is_dir() else args.base,
@@ -376,15 +376,15 @@ def described(role: str, file: Path | None) -> dict[str, str]:
     return {role: file.name, f"{role}_sha256": sha256(file)} if file else {}
 
 
-def grid(drawn: dict[float, list[Image]], wanted: list[Wanted], reference: list[Real]) -> Image:
+def grid(generated: dict[float, list[Image]], wanted: list[Wanted], reference: list[Real]) -> Image:
     """Ten nouns spread over the list; the last column is a real image of the noun, for comparison only."""
     from trainkit.sheets import sheet
 
     real = {r.noun: r.path for r in reference}
     first = [i for i, w in enumerate(wanted) if w.copy == 0]
     shown = first[:: max(1, len(first) // GRID_ROWS)][:GRID_ROWS]
-    rows = [[*(images[i] for images in drawn.values()), opened(real[wanted[i].noun])] for i in shown]
-    columns = ["base" if s == 0 else f"LoRA {s:g}" for s in drawn]
+    rows = [[*(images[i] for images in generated.values()), opened(real[wanted[i].noun])] for i in shown]
+    columns = ["base" if s == 0 else f"LoRA {s:g}" for s in generated]
     shared = os.path.commonprefix([wanted[i].prompt for i in shown])
     return sheet(rows, columns=[*columns, "real"], names=[wanted[i].noun for i in shown], title=f"{shared.strip()} …")
 

@@ -64,7 +64,7 @@ EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "ne
 
 @dataclass(frozen=True)
 class Shot:
-    """One image to draw.
+    """One image to generate.
 
     typed_prompt  the prompt as the user wrote it, `prompt` with the names of learned tokens
     features      [D] of its guidance image, scaled, if it has one
@@ -155,14 +155,14 @@ def whole_numbers(text: str) -> tuple[int, ...]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What can be wrong, and what to draw
+# What can be wrong, and what to generate
 
 
 def problems(args: argparse.Namespace) -> Iterator[Problem]:
     yield from base_problems(args.base, args.embeddings, sized=not (args.width and args.height))
     named = [("--lora", file) for file in args.lora] + [("--guidance_image", file) for file in args.guidance_image]
     named += [("--embeddings", args.embeddings)] if args.embeddings else []
-    yield from (missing_file(flag, file, "it is read before drawing") for flag, file in named if not file.is_file())
+    yield from (missing_file(flag, file, "it is read first") for flag, file in named if not file.is_file())
     yield from lora_problems(args.lora, args.base)
     if args.strength and (not args.lora or len(args.strength) not in {1, len(args.lora)}):
         yield Problem(f"{len(args.strength)} strengths for {len(args.lora)} LoRAs", "--strength",
@@ -254,8 +254,8 @@ def warn_of_full(pipe: Pipeline, shots: Sequence[Shot]) -> None:
     prompts = list(dict.fromkeys(shot.prompt for shot in shots if shot.features is not None))
     free_places = has_free_place(tokenizers(pipe), prompts) if prompts else []
     for prompt in (prompt for prompt, free_place in zip(prompts, free_places, strict=True) if not free_place):
-        log.warning("this prompt fills the text encoder's whole context and is drawn without its guidance image: %s",
-                    prompt)
+        log.warning("this prompt fills the text encoder's whole context; its image is generated without the guidance "
+                    "image: %s", prompt)
 
 
 def encode(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) -> dict[str, Tensor]:
@@ -286,12 +286,12 @@ def draw_all(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) ->
     images: list[Image] = []
     with watched("generating images", len(shots)) as show:
         for some in chunks(shots, args.batch_size):
-            images += draw(pipe, args, some, counted(show, len(images), len(some)))
+            images += run_pipeline(pipe, args, some, counted(show, len(images), len(some)))
             show(len(images))
     return images
 
 
-def draw(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot], after_step: Callable[..., dict]
+def run_pipeline(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot], after_step: Callable[..., dict]
          ) -> list[Image]:
     import torch
 
