@@ -100,40 +100,47 @@ def _value(flag: Flag) -> str:
     """What the flag takes: choices, or a unit and its range."""
     if flag.choices:
         return " · ".join(f"`{choice}`" for choice in flag.choices)
-    return "on/off" if flag.is_switch else ", ".join(filter(None, [flag.facts.unit or "text", flag.limits]))
+    off = "or 0 for off" if flag.facts.can_be_off and flag.facts.off != 0 else ""  # which no limit shows
+    return "on/off" if flag.is_switch else ", ".join(filter(None, [flag.facts.unit or "text", flag.limits, off]))
 
 
 def _preset_text(presets: Mapping[str, Mapping[str, Value]]) -> str:
-    lines = ["## Presets (`--preset`)", "", "| preset | values |", "|---|---|"]
+    lines = ["## Presets (`--preset`)", "", PRESET_STEPS, "", "| preset | values |", "|---|---|"]
     for name, values in presets.items():
         lines.append(f"| `{name}` | {' '.join(f'`--{flag} {shown(value)}`' for flag, value in values.items())} |")
     return "\n".join(lines)
 
 
+PRESET_STEPS = """\
+The 1000 steps of `style` are right for 25 images. For another number of images, add
+`--num_train_epochs=120`: what you type is stronger than the preset."""
+
 INTRODUCTION = """\
 # Flags
 
 You need this page when you look for a flag or its default. To learn which flags to use, start with
-[recipes.md](recipes.md). The file `trainkit/options` makes this page. A test compares the two.
+[recipes.md](recipes.md). This page is generated from the flags in the code, with
+`.venv/bin/python -m trainkit.options`. A test fails if page and code differ.
 
 Two trainers have these flags. In the tables, DreamBooth means `train_dreambooth_lora_sdxl_advanced.py`,
 and text-to-image means `train_text_to_image_lora.py`. A flag without a mark is in both trainers.
 
-The Diffusers scripts of the same names have many of these flags. Names, types and defaults are the
-same here, with two exceptions. `--seed` is 0 here and unset there. `--resolution` of text-to-image
-is 512 here, and 1024 in the Diffusers script for SDXL. Where a flag does something else than in a
-Diffusers script, its row says so in italics.
+The Diffusers scripts of the same names have many of these flags, with the same names and types. Two
+defaults differ: `--seed` is 0 here and unset there, and `--resolution` of text-to-image is 512 here
+and 1024 in the Diffusers script for SDXL. Some flags have the same name, but do something different.
+Their rows say so in italics. So the same command may give another result here than there.
 
-**Where a value comes from.** If several sources give a value, the first of this list counts:
+**Where a value comes from.** If several sources give a value, the one that is higher in this list wins:
 
 1. the command line: `--rank=8`
-2. the environment: `LORA_RANK=8`. An empty variable counts as not set.
+2. the environment: `LORA_` and the name of the flag in capitals, such as `LORA_RANK=8` or
+   `LORA_OUTPUT_DIR=runs/a`. An empty variable counts as not set.
 3. the file of `--config`
 4. the preset of `--preset`
 5. the default
 
-**Config files.** A config file is TOML, YAML or JSON. A flag stands at the top level, or in a table
-with the name of its group below:
+**Config files.** A config file is TOML, YAML or JSON. Write a flag at the top level, or in the table of
+its group. The headings on this page have the names of the groups, such as `[lora]`:
 
 ```toml
 # my.toml
@@ -142,8 +149,10 @@ preset = "style"
 rank = 16
 ```
 
-`--print_config` prints every value with its source, and stops. You can use what it prints as a config
-file.
+Give the file to the trainer with `--config=my.toml`. `--print_config` prints every value with its
+source, and stops. If you add `--print_config > my.toml` to a command, you get a config file with the
+values of this command. A number that you switched off is only a comment in it: write it into the file
+yourself, such as `max_grad_norm = 0`.
 
 **How to write flags.**
 
@@ -151,11 +160,14 @@ file.
 - A flag with the value on/off is a switch. `--cache_latents` and `--cache_latents=True` switch it on.
   `--no_cache_latents` and `--cache_latents=False` switch it off.
 - In the choices of a flag, capital and small letters make no difference.
-- The value `none` removes a number or a choice that a preset or a config file has set, if its default
-  is `none`: `--preset=style --snr_gamma=none`.
-- 0, `none` and `off` switch off a number that can be off: `--max_grad_norm 0`, `--num_validation_images 0`.
+- Some flags have the default `none`. For these, the value `none` removes a value that a preset or a
+  config file has set. For example, `--preset=style --snr_gamma=none` trains without Min-SNR.
+- Many numbers can be switched off: `--max_grad_norm=0`, `--num_validation_images=0`. Their rows say
+  "or 0 for off" or "≥ 0". Instead of 0, you can also write `none` or `off`.
 - If a command has mistakes, the trainer lists all of them in one message, with the nearest flag or
   value for each. The exit code is then 2.
 
-A **batch** is the images of one forward pass on one device. An **optimizer step** is one update of the
-weights. It uses one batch, or several with `--gradient_accumulation_steps`."""
+A **batch** is the images of one forward pass on one device: `--train_batch_size` images of yours, and as
+many class images with prior preservation. An **optimizer step** is one update of the weights. It uses one
+batch on each device, or several with `--gradient_accumulation_steps`. All images of one optimizer step
+together are the **global batch**."""

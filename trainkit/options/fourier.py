@@ -120,7 +120,7 @@ class FourierOptions(Concern):
     fourier_target_share: float | None = opt(
         None,
         "Keep the term at this fraction of the ordinary error and the term together. Usual values are 0.05 to 0.2. "
-        "--fourier_weight is then only the starting value.", unit="share", gt=0, le=0.9, off=None)
+        "--fourier_weight is then only the starting value.", unit="fraction", gt=0, le=0.9, off=None)
 
     @field_validator("fourier_scales", "fourier_scale_weights", "fourier_scale_high_freq_weights", "fourier_mix",
                      "fourier_bands", mode="before")

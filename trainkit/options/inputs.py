@@ -31,9 +31,9 @@ class InstanceOptions(Concern):
 
     instance_data_dir: str | None = opt(
         None,
-        "The folder with your images. The captions are in .txt files next to the images, or in metadata.jsonl, .csv "
-        "or .parquet. Give either this flag or --dataset_name, not both.", path=True, resume="in the data",
-        min_length=1,
+        "The folder with your images. A run with images in subfolders is refused. The captions are in .txt files next "
+        "to the images, or in metadata.jsonl, .csv or .parquet. Give either this flag or --dataset_name, not both.",
+        path=True, resume="in the data", min_length=1,
         differs="files that are not images are ignored, captions are read, and the order of the images is that of "
         "their names")
     instance_prompt: str = required(
@@ -76,8 +76,9 @@ class ImageOptions(Concern):
         "In a folder, the columns text, caption and prompt are found without this flag. In a data set, captions are "
         "read only with this flag.", unit="name", resume="in the data", min_length=1)
     repeats: int = opt(
-        1, "How often each image is used in one epoch. Each use has its own random crop and flip.", unit="times",
-        resume="in the data", ge=1)
+        1, "How often each image is used in one epoch. Each use has its own random crop and flip. With "
+        "--cache_latents, the crop is one of the --cached_crops of the image.", unit="times", resume="in the data",
+        ge=1)
     resolution: int = opt(
         1024,
         "The side of the squares that are trained on. The short side of an image is scaled to this size, and then a "

@@ -43,7 +43,7 @@ class MatchingOptions(Concern):
         "db3", "The name of the wavelet in PyWavelets, for the method wavelet.", unit="name", read_with=WAVELETS,
         min_length=1)
     dist_match_levels: int = opt(
-        2, "How often the latent is halved (J). The low band is what is left at 1/2^J of its size.", unit="levels",
+        2, "How often the latent is halved (J). The low band is what is left at 1/2^J of its size.", unit="times",
         ge=1, le=8)
     dist_match_boundary: Literal["zero", "periodization"] = opt(
         "zero",

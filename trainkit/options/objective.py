@@ -18,8 +18,8 @@ class ObjectiveOptions(Concern):
 
     loss_weighting: Literal["uniform", "min_snr", "soft_min_snr", "debiased", "p2", "snr", "edm", "x0"] | None = opt(
         None,
-        "How much the error counts at each noise level. Without this flag, it is min_snr if --snr_gamma is given, "
-        "edm for EDM training, and uniform otherwise.", card="Loss weighting")
+        "The noise-level weight: how much the error counts at each noise level. Without this flag, it is min_snr if "
+        "--snr_gamma is given, edm for EDM training, and uniform otherwise.", card="Loss weighting")
     snr_gamma: float | None = opt(
         None, "Gamma of Min-SNR weighting (Hang et al. 2023). The paper uses 5.", unit="gamma",
         read_with=needs(f"no loss_weighting or loss_weighting={'|'.join(SNR_CAPPED)}",

@@ -31,7 +31,7 @@ class PriorOptions(Concern):
         100, "How many class images are trained on.", unit="images", resume="in the data", card=always("Class images"),
         ge=1)
     prior_loss_weight: float = opt(
-        1.0, "The weight of the loss of a class image. The loss of your own images has weight 1.", unit="factor",
+        1.0, "The factor on the loss of a class image. The loss of your own images has the factor 1.", unit="factor",
         resume="in the data", card=always("Prior loss weight"), ge=0)
     sample_batch_size: int = opt(
         4, "How many class images are generated at once.", unit="images", resume="in the data", ge=1)
