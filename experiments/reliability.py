@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from experiments import ROOT
 from experiments.trials import Bench, Result, attempt, inputs, interruptions, storage
 
-TRIALS = {trial.__name__: trial for room in (interruptions, storage, inputs) for trial in room.TRIALS}
+TRIALS = {trial.__name__: trial for part in (interruptions, storage, inputs) for trial in part.TRIALS}
 PAGE = ROOT / "docs" / "reliability.md"
 
 HEAD = """# What was tried to lose a training

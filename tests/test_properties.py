@@ -213,7 +213,13 @@ def value_of(flag: Flag) -> st.SearchStrategy[str]:
 def command_lines(draw: st.DrawFn, options: type[OptionSet]) -> list[str]:
     flags = {name: flag for name, flag in options.flags().items() if name not in SOURCES and not flag.secret}
     chosen = draw(st.lists(st.sampled_from(sorted(flags)), unique=True, max_size=10))
-    return [f"--{name}={draw(value_of(flags[name]))}" for name in chosen]
+    return [f"--{name}={draw(value_or_off(flags[name]))}" for name in chosen]
+
+
+def value_or_off(flag: Flag) -> st.SearchStrategy[str]:
+    off = ["0"] if flag.facts.can_be_off else []
+    off += ["none"] if flag.optional and flag.value_type is not str else []
+    return value_of(flag) | st.sampled_from(off) if off else value_of(flag)
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)

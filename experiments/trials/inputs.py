@@ -233,70 +233,80 @@ def pickles(bench: Bench, result: Result) -> None:
     data = pickle.dumps(Touch(canary))
     zipped = io.BytesIO()
     torch.save(Touch(canary), zipped)
-    for what, place in places(bench).items():
+    for what, place in WHERE.items():
         for kind, content in (("pickle", data), ("torch.save", zipped.getvalue())):
             canary.unlink(missing_ok=True)
-            code, said = place(content)
+            code, said = place(bench, content)
             clean = not canary.exists()
             result.count(f"{kind} as {what}", went_on=clean and code == 0,
                          refused=clean and code in (EXIT_CODES["usage"], EXIT_CODES["data"], EXIT_CODES["disk"]),
                          why=f"unpickled: {not clean}, exit {code}, {said}")
 
 
-def places(bench: Bench) -> dict[str, Callable[[bytes], tuple[int, str]]]:
-    """Where somebody could put a pickle, and a command that then reads there."""
-    def instead_of(part: str, name: str) -> Callable[[bytes], tuple[int, str]]:
-        def command(content: bytes) -> tuple[int, str]:
-            model = bench.fresh("pickled_model")
-            shutil.copytree(bench.model, model)
-            for weights in (model / part).glob("*.safetensors"):
-                weights.unlink()
-            (model / part / name).write_bytes(content)
-            return ended(bench.run(bench.fresh("pickled"), pretrained_model_name_or_path=model, max_train_steps=1))
-        return command
+Place = Callable[[Bench, bytes], tuple[int, str]]  # puts a pickle somewhere and reads there -> (exit code, message)
 
-    def in_checkpoint(name: str) -> Callable[[bytes], tuple[int, str]]:
-        def command(content: bytes) -> tuple[int, str]:
-            out = bench.fresh("pickled")
-            bench.run(out, max_train_steps=2, checkpointing_steps=1, stop_after_steps=1)
-            (out / "checkpoint-1" / name).write_bytes(content)
-            return ended(bench.resume(out, max_train_steps=2, checkpointing_steps=1))
-        return command
 
-    def to_generate(flag: str, name: str) -> Callable[[bytes], tuple[int, str]]:
-        def command(content: bytes) -> tuple[int, str]:
-            file = bench.folder / name
-            file.write_bytes(content)
-            argv = [f"--base={bench.model}", f"{flag}={file}", "--prompt=an icon", "--steps=1", "--width=32",
-                    "--height=32", f"--out={bench.fresh('pickled')}"]
-            try:
-                sys.argv = ["generate", *argv]
-                generate.main()
-            except UserError as error:
-                return error.exit_code, error.problems[0].what
-            except SystemExit as stop:
-                return int(stop.code or 0), ""
-            return 0, ""
-        return command
+def instead_of(part: str, name: str) -> Place:
+    """As the weights of a part of the base model."""
+    def place(bench: Bench, content: bytes) -> tuple[int, str]:
+        model = bench.fresh("pickled_model")
+        shutil.copytree(bench.model, model)
+        for weights in (model / part).glob("*.safetensors"):
+            weights.unlink()
+        (model / part / name).write_bytes(content)
+        return ended(bench.run(bench.fresh("pickled"), pretrained_model_name_or_path=model, max_train_steps=1))
 
-    def features(content: bytes) -> tuple[int, str]:
-        file = bench.folder / "features.pt"
+    return place
+
+
+def in_checkpoint(name: str) -> Place:
+    """As a file of the checkpoint that a run resumes from."""
+    def place(bench: Bench, content: bytes) -> tuple[int, str]:
+        out = bench.fresh("pickled")
+        bench.run(out, max_train_steps=2, checkpointing_steps=1, stop_after_steps=1)
+        (out / "checkpoint-1" / name).write_bytes(content)
+        return ended(bench.resume(out, max_train_steps=2, checkpointing_steps=1))
+
+    return place
+
+
+def to_generate(flag: str, name: str) -> Place:
+    """As a file of weights for the tool that generates images."""
+    def place(bench: Bench, content: bytes) -> tuple[int, str]:
+        file = bench.folder / name
         file.write_bytes(content)
-        return ended(bench.run(bench.fresh("pickled"), guidance_token=8.0, guidance_features=file, max_train_steps=1))
+        sys.argv = ["generate", f"--base={bench.model}", f"{flag}={file}", "--prompt=an icon", "--steps=1",
+                    "--width=32", "--height=32", f"--out={bench.fresh('pickled')}"]
+        try:
+            generate.main()
+        except UserError as error:
+            return error.exit_code, error.problems[0].what
+        except SystemExit as stop:
+            return int(stop.code or 0), ""
+        return 0, ""
 
-    weights = {"unet": "diffusion_pytorch_model.bin", "vae": "diffusion_pytorch_model.bin",
-               "text_encoder": "pytorch_model.bin", "text_encoder_2": "pytorch_model.bin"}
-    return {
-        **{f"{part}/{name}": instead_of(part, name) for part, name in weights.items()},
-        **{f"{part}/{name} named .safetensors": instead_of(part, name.replace("pytorch_model", "model").replace(
-            "diffusion_model", "diffusion_pytorch_model").replace(".bin", ".safetensors"))
-           for part, name in weights.items()},
-        **{f"checkpoint/{name}": in_checkpoint(name) for name in
-           ("optimizer.bin", "scheduler.bin", "random_states_0.pkl", "adapters.safetensors", "state.json", "model.pt")},
-        **{f"generate {flag} {name}": to_generate(flag, name) for flag in ("--lora", "--embeddings")
-           for name in ("evil.pt", "evil.bin", "evil.safetensors")},
-        "--guidance_features": features,
-    }
+    return place
+
+
+def as_features(bench: Bench, content: bytes) -> tuple[int, str]:
+    """As the features of --guidance_features."""
+    file = bench.folder / "features.pt"
+    file.write_bytes(content)
+    return ended(bench.run(bench.fresh("pickled"), guidance_token=8.0, guidance_features=file, max_train_steps=1))
+
+
+UNET_WEIGHTS, TEXT_WEIGHTS = "diffusion_pytorch_model", "model"
+WEIGHTS_OF = {"unet": UNET_WEIGHTS, "vae": UNET_WEIGHTS, "text_encoder": TEXT_WEIGHTS, "text_encoder_2": TEXT_WEIGHTS}
+STATES = ("optimizer.bin", "scheduler.bin", "random_states_0.pkl", "adapters.safetensors", "state.json", "model.pt")
+WHERE: dict[str, Place] = {
+    **{f"{part}/{name}.safetensors": instead_of(part, f"{name}.safetensors") for part, name in WEIGHTS_OF.items()},
+    **{f"{part}/{name}.bin": instead_of(part, f"{'pytorch_' if name == TEXT_WEIGHTS else ''}{name}.bin")
+       for part, name in WEIGHTS_OF.items()},
+    **{f"checkpoint/{name}": in_checkpoint(name) for name in STATES},
+    **{f"generate {flag} evil{suffix}": to_generate(flag, f"evil{suffix}") for flag in ("--lora", "--embeddings")
+       for suffix in (".pt", ".bin", ".safetensors")},
+    "--guidance_features": as_features,
+}
 
 
 def ended(done: Done) -> tuple[int, str]:
@@ -323,45 +333,47 @@ def injections() -> dict[str, Patch]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    def forward(network: type, value: float, calls: Callable[[int], bool], backward: bool = False) -> Patch:
-        def patch() -> None:
-            real, count = network.forward, 0
-
-            def spoiled(self: object, *args: object, **kwargs: object) -> object:
-                nonlocal count
-                count += 1
-                answer = real(self, *args, **kwargs)
-                first = answer[0]
-                if calls(count) and backward and first.requires_grad:
-                    first.register_hook(lambda gradient: gradient * value)
-                elif calls(count) and not backward:
-                    first.data.mul_(value)
-                return answer
-
-            network.forward = spoiled
-        return patch
-
     def encode(value: float) -> Patch:
         def patch() -> None:
             real = AutoencoderKL._encode
             AutoencoderKL._encode = lambda self, pixels: real(self, pixels) * value
         return patch
 
-    nan, inf = float("nan"), float("inf")
+    nan, inf, unet = float("nan"), float("inf"), UNet2DConditionModel
     return {
-        "UNet gives NaN once": forward(UNet2DConditionModel, nan, lambda n: n == 3),
-        "UNet gives infinity once": forward(UNet2DConditionModel, inf, lambda n: n == 3),
-        "UNet gives NaN from the third step on": forward(UNet2DConditionModel, nan, lambda n: n >= 3),
-        "UNet gives infinity from the third step on": forward(UNet2DConditionModel, inf, lambda n: n >= 3),
-        "gradient is NaN once": forward(UNet2DConditionModel, nan, lambda n: n == 4, backward=True),
-        "gradient is infinite once": forward(UNet2DConditionModel, inf, lambda n: n == 4, backward=True),
-        "gradient is NaN from the start": forward(UNet2DConditionModel, nan, lambda n: True, backward=True),
+        "UNet gives NaN once": spoil(unet, nan, lambda n: n == 3),
+        "UNet gives infinity once": spoil(unet, inf, lambda n: n == 3),
+        "UNet gives NaN from the third step on": spoil(unet, nan, lambda n: n >= 3),
+        "UNet gives infinity from the third step on": spoil(unet, inf, lambda n: n >= 3),
+        "gradient is NaN once": spoil(unet, nan, lambda n: n == 4, backward=True),
+        "gradient is infinite once": spoil(unet, inf, lambda n: n == 4, backward=True),
+        "gradient is NaN from the start": spoil(unet, nan, lambda n: True, backward=True),
         "VAE gives NaN": encode(nan),
         "VAE gives NaN, latents cached": encode(nan),
         "VAE gives infinity, latents cached": encode(inf),
-        "text encoder gives NaN": forward(CLIPTextModel, nan, lambda n: True),
+        "text encoder gives NaN": spoil(CLIPTextModel, nan, lambda n: True),
         "learning rate of 100": lambda: None,
     }
+
+
+def spoil(network: type, value: float, calls: Callable[[int], bool], backward: bool = False) -> Patch:
+    """In the child: the network's answers, or the gradients that reach them, times `value` in chosen calls from 1."""
+    def patch() -> None:
+        real, count = network.forward, 0
+
+        def spoiled(self: object, *args: object, **kwargs: object) -> object:
+            nonlocal count
+            count += 1
+            answer = real(self, *args, **kwargs)
+            if calls(count) and backward and answer[0].requires_grad:
+                answer[0].register_hook(lambda gradient: gradient * value)
+            elif calls(count) and not backward:
+                answer[0].data.mul_(value)
+            return answer
+
+        network.forward = spoiled
+
+    return patch
 
 
 # ----------------------------------------------------------------------------------------------------------------------

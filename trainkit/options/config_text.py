@@ -34,9 +34,10 @@ def config_text(flags: Mapping[str, Flag], values: Mapping[str, Value], origins:
 def _assignment(flag: Flag, value: Value, origin: str) -> str:
     if value is not None and (flag.secret or redact(f"{value}") != f"{value}"):
         return f"# {flag.name} is set, not shown"
-    if value is None:
+    if value is None and (origin == "default" or flag.value_type is str and not flag.choices):
         return f"# {flag.name} is not set"
-    scalar = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's are TOML's, but for DEL
+    written = "none" if value is None else value  # switched off, or set by a preset and taken back
+    scalar = json.dumps(written, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's are TOML's, but for DEL
     text = f"{flag.name} = {scalar}"
     return f"# {text}" if flag.name in SOURCES or origin == "default" else text
 
@@ -151,8 +152,7 @@ rank = 16
 
 Give the file to the trainer with `--config=my.toml`. `--print_config` prints every value with its
 source, and stops. If you add `--print_config > my.toml` to a command, you get a config file with the
-values of this command. A number that you switched off is only a comment in it: write it into the file
-yourself, such as `max_grad_norm = 0`.
+values of this command.
 
 **How to write flags.**
 
