@@ -185,8 +185,8 @@ BROKEN = {
 
 def other_table(cache: Path) -> None:
     with sqlite3.connect(cache / digests.FILE) as database:
-        database.execute("DROP TABLE digests")
-        database.execute("CREATE TABLE digests (x)")
+        database.execute("DROP TABLE files")
+        database.execute("CREATE TABLE files (x)")
 
 
 @pytest.mark.parametrize("name", BROKEN)

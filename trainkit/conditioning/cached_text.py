@@ -55,12 +55,13 @@ class FrozenText:
         distinct = sorted(set(prompts) - self.keys.keys())
         parts = (family.text_identity, self.clip_skip, *([state] if state else []))
         self.keys |= {prompt: content_key(ENTRIES, *parts, prompt) for prompt in distinct}
+        there = self.store.keys()
         for start in range(0, len(distinct), PROMPTS_AT_ONCE):
-            self._encode(family, distinct[start : start + PROMPTS_AT_ONCE])
+            group = distinct[start : start + PROMPTS_AT_ONCE]
+            if any(self.keys[prompt] not in there for prompt in group):
+                self._encode(family, group)
 
     def _encode(self, family: Family, prompts: list[str]) -> None:
-        if all(self.keys[p] in self.store for p in prompts):
-            return
         tensors = family.encode_prompts(prompts, self.clip_skip).to(torch.device("cpu"))  # [B,...] each
         for place, prompt in enumerate(prompts):
             if self.keys[prompt] not in self.store:

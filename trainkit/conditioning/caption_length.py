@@ -39,10 +39,20 @@ def cut_off(prompts: Sequence[str], tokenizers: Sequence[CLIPTokenizer]) -> list
     lost = [""] * len(prompts)
     for tokenizer in tokenizers:
         free = tokenizer.model_max_length - 2  # without BOS and EOS
-        for i, spans in enumerate(_spans(prompts, tokenizer)):
+        places = _maybe_longer(prompts, free, tokenizer)
+        for i, spans in zip(places, _spans([prompts[i] for i in places], tokenizer), strict=True):
             if len(spans) > free:
                 lost[i] = max(lost[i], prompts[i][spans[free][0] :].strip(), key=len)
     return lost
+
+
+def _maybe_longer(prompts: Sequence[str], free: int, tokenizer: CLIPTokenizer) -> list[int]:
+    """Where prompts stand that may have more than `free` tokens. Many prompts have few different words, and no prompt
+    has more tokens than its words have one by one: no token of CLIP's reaches over a space, unless it was added.
+    """
+    words = list({word for prompt in prompts for word in prompt.split()})
+    tokens = {word: len(spans) for word, spans in zip(words, _spans(words, tokenizer), strict=True)}
+    return [i for i, prompt in enumerate(prompts) if sum(tokens[word] for word in prompt.split()) > free]
 
 
 def _spans(prompts: Sequence[str], tokenizer: CLIPTokenizer) -> Iterator[list[tuple[int, int]]]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from trainkit.data.batch import Sample
 from trainkit.data.geometry import CropPolicy
 from trainkit.data.images import load_image
-from trainkit.errors import Problem, UserError
+from trainkit.errors import Problem, UserError, shell_word
 from trainkit.files import Json, disk_errors, save_tensors
 from trainkit.rng import generator
 from trainkit.runtime import ranks
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 VERSION = 2  # raise it when pixels or posteriors of the same key would come out differently
 STALE_SECONDS = 86_400  # unfinished files of a killed run are swept after a day: a live one is renamed within seconds
+SUFFIX = ".safetensors"
 DIGEST = "blake2b"  # name of the digest in a file's metadata
 VIEWS_AT_ONCE = 8  # of one image in memory; at 1024 pixels a view takes 12 MiB
 
@@ -48,6 +50,8 @@ StoredTensors = dict[str, Tensor]  # named tensors
 class Store(Protocol):
     """A table from keys to entries: a dict keeps them in memory for one run, a `DiskStore` in a folder for many."""
 
+    def keys(self) -> Collection[str]: ...
+
     def __contains__(self, key: object) -> bool: ...
 
     def __getitem__(self, key: str) -> StoredTensors: ...
@@ -59,7 +63,8 @@ class DiskStore:
     """Entries in a folder, one safetensors file each, for many runs and many processes at once.
 
     A file appears under its name only when it is whole, and carries a digest of its tensors that every reading checks.
-    Reading maps it into memory, so the store costs no RAM.
+    What is there is known by its name alone, so a start reads no entry. Reading maps it into memory, so the store costs
+    no RAM.
     """
 
     def __init__(self, folder: str | Path):
@@ -68,23 +73,25 @@ class DiskStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
 
+    def keys(self) -> set[str]:
+        """Of all entries that are there now, by one look into each folder."""
+        folders = (self.folder / name for name in _names(self.folder) if len(name) == 2)
+        files = (name for folder in folders if folder.is_dir() for name in _names(folder))
+        return {name.removesuffix(SUFFIX) for name in files if name.endswith(SUFFIX)}
+
     def __contains__(self, key: object) -> bool:
-        """Whether an intact entry is there, its tensors read and compared with their digest: a damaged one counts as
-        absent and is written anew.
-        """
-        try:
-            self._read(self._path(key))
-        except _Unreadable:
-            return False
-        return True
+        return self._path(key).exists()
 
     def __getitem__(self, key: str) -> StoredTensors:
-        path = self._path(key)
+        """The entry. A damaged one is deleted, so that the next start writes it anew."""
+        path, fix = self._path(key), "start the same command again: it is rebuilt"
         try:
             return self._read(path)
         except _Unreadable as error:
-            raise UserError(Problem("a cache entry is gone or damaged", f"{path}", f"{error}",
-                                    "start the same command again: it is rebuilt", kind="disk")) from error
+            if isinstance(error, _Damaged) and not _deleted(path):
+                fix = f"rm -- {shell_word(path)}; {fix}"
+            raise UserError(Problem("a cache entry is gone or damaged", f"{path}", f"{error}", fix,
+                                    kind="disk")) from error
 
     def __setitem__(self, key: str, entry: StoredTensors) -> None:
         path = self._path(key)
@@ -99,15 +106,17 @@ class DiskStore:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
                 written = (file.metadata() or {}).get(DIGEST)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise _Unreadable(f"{error}") from error
+        except SafetensorError as error:
+            raise _Damaged(f"{error}") from error
         if written != tensors_digest(tensors):
-            raise _Unreadable("its content is not what was written")
+            raise _Damaged("its content is not what was written")
         return tensors
 
     def _path(self, key: object) -> Path:
         assert isinstance(key, str)
-        return self.folder / key[:2] / f"{key}.safetensors"
+        return self.folder / key[:2] / f"{key}{SUFFIX}"
 
     def _sweep(self) -> None:
         for draft in self.folder.glob("??/.*.tmp"):
@@ -117,7 +126,25 @@ class DiskStore:
 
 
 class _Unreadable(Exception):
-    """There is no file of that name, or not the one that was written."""
+    """There is no file of that name, or it cannot be opened."""
+
+
+class _Damaged(_Unreadable):
+    """The file is not the one that was written."""
+
+
+def _names(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in entries]
+
+
+def _deleted(path: Path) -> bool:
+    """Whether the file could be deleted; it cannot in a folder that is only to be read from."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -173,31 +200,42 @@ def cache_latents(
     the VAE gives NaN or infinity.
     """
     latents = Latents(store, policy, identity=identity, dtype=dtype)
-    wanted = list({latents.key(sample): sample for row in rows for sample in policy.variants(row, seed)}.items())
-    fill = partial(_encode_missing, latents=latents, encode=encode, batch_size=batch_size, num_workers=num_workers,
-                   progress=progress)
+    missing = _missing(_all_views(rows, latents, seed), store)
+    encode_views = partial(_encode_views, latents=latents, encode=encode, batch_size=batch_size,
+                           num_workers=num_workers, progress=progress)
     if isinstance(store, DiskStore) and ranks.world() > 1:
-        fill(_own_part(wanted))
+        encode_views(_own_part(missing, rows))
         ranks.barrier()
-    fill(wanted)
+        missing = _missing(missing, store)
+    encode_views(missing)
     return latents
 
 
-def _own_part(wanted: Sequence[_Wanted]) -> list[_Wanted]:
+def _all_views(rows: Iterable[Row], latents: Latents, seed: int) -> Iterator[_Wanted]:
+    for row in rows:
+        for sample in latents.policy.variants(row, seed):
+            yield latents.key(sample), sample
+
+
+def _missing(views: Iterable[_Wanted], store: Store) -> list[_Wanted]:
+    """Those that the store lacks, each once; of the others nothing is kept."""
+    there = store.keys()
+    return list({key: sample for key, sample in views if key not in there}.items())
+
+
+def _own_part(missing: Sequence[_Wanted], rows: Iterable[Row]) -> list[_Wanted]:
     """Every world-th image, with all its views; counted over all images, since the ranks differ in what they find
     missing while others are writing.
     """
-    number = {digest: i for i, digest in enumerate(dict.fromkeys(sample.row.digest for _, sample in wanted))}
-    return [view for view in wanted if number[view[1].row.digest] % ranks.world() == ranks.rank()]
+    number = {digest: i for i, digest in enumerate(dict.fromkeys(row.digest for row in rows))}
+    return [view for view in missing if number[view[1].row.digest] % ranks.world() == ranks.rank()]
 
 
-def _encode_missing(
-    wanted: Sequence[_Wanted], *, latents: Latents, encode: EncodeImages, batch_size: int, num_workers: int,
+def _encode_views(
+    missing: Sequence[_Wanted], *, latents: Latents, encode: EncodeImages, batch_size: int, num_workers: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    policy = latents.policy
-    missing = [view for view in wanted if view[0] not in latents.store]
-    loader = DataLoader(_Views(policy, missing), batch_size=None, collate_fn=_as_is, num_workers=num_workers,
+    loader = DataLoader(_Views(latents.policy, missing), batch_size=None, collate_fn=_as_is, num_workers=num_workers,
                         generator=generator("latent cache"))  # its own: the global one must not move with the loader
     done = 0
     for views in _chunks(chain.from_iterable(unguarded(loader)), batch_size):

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import logging
-import os
-import threading
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from trainkit.data.batch import Listed, Row
-from trainkit.data.images import UnreadableImage, content_digest, decode, is_animated
 from trainkit.data.sources.account import Account
 from trainkit.data.sources.captions import METADATA
 from trainkit.data.sources.folder import IMAGES, list_image_folder
 from trainkit.data.sources.table import list_table
 from trainkit.data.sources.text import one_line
+from trainkit.data.verdicts import Verdict, judge
 from trainkit.errors import SHOWN, Problem, listing, printable, shell_word
 from trainkit.rng import permutation
 
@@ -29,7 +24,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DECODERS = 4  # threads that check images at the start; Pillow decodes without the interpreter lock
 ENLARGED = 2.0  # an image enlarged by this factor or more is told: it teaches blur
 
 
@@ -121,58 +115,34 @@ def _warn_twins(rows: Sequence[Row]) -> None:
 
 
 def check(listed: Sequence[Listed], where: str) -> tuple[list[Row], list[Problem]]:
-    """Decode every image once, keep its size and digest; all that fail become one problem."""
-    with _notes_by_image() as notes, ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1)) as pool:
-        checked = list(pool.map(_examine, listed))
-    rows = [item for item, _ in checked if isinstance(item, Row)]
-    animated = [found.id for found, (_, moving) in zip(listed, checked, strict=True) if moving]
-    if animated:
-        log.warning("%d files hold several frames; the first is used: %s", len(animated), listing(animated))
-    for note, names in notes.items():
-        log.warning("%d images: %s: %s", len(names), note, listing(sorted(names)))
-    bad = [(found, item) for found, (item, _) in zip(listed, checked, strict=True) if isinstance(item, UnreadableImage)]
+    """A row for every image that can be used; all that cannot become one problem."""
+    judged = list(zip(listed, judge([found.source for found in listed]), strict=True))
+    _warn_notes(judged)
+    bad = [(found, verdict) for found, verdict in judged if verdict.refused]
+    rows = [Row(found.id, found.source, found.caption, verdict.size, verdict.digest, others=found.others)
+            for found, verdict in judged if not verdict.refused]
     return rows, [_unreadable(bad, len(listed), where)] if bad else []
 
 
-_now = threading.local()  # .id: the image that this thread is looking at
-
-
-@contextmanager
-def _notes_by_image() -> Iterator[dict[str, set[str]]]:
-    """{what Pillow and our decoder remark: the images they remark it of}, collected while the images are decoded."""
+def _warn_notes(judged: Sequence[tuple[Listed, Verdict]]) -> None:
+    """Tell what is remarkable about images, each remark once with all that it is about."""
+    animated = [found.id for found, verdict in judged if verdict.animated]
+    if animated:
+        log.warning("%d files hold several frames; the first is used: %s", len(animated), listing(animated))
     notes: dict[str, set[str]] = defaultdict(set)
-
-    def keep(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None,
-             line: str | None = None) -> None:
-        notes[one_line(f"{message}")[:200]].add(getattr(_now, "id", "?"))
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.showwarning = keep
-        yield notes
+    for found, verdict in judged:
+        for note in verdict.notes:
+            notes[note].add(found.id)
+    for note, names in notes.items():
+        log.warning("%d images: %s: %s", len(names), note, listing(sorted(names)))
 
 
-def _examine(found: Listed) -> tuple[Row | UnreadableImage, bool]:
-    """(the row, or why there is none; whether the file is animated)."""
-    _now.id = found.id
-    try:
-        data = found.source.read_bytes()
-        image = decode(data, note=warnings.warn)
-    except UnreadableImage as error:
-        return error, False
-    except OSError as error:
-        return UnreadableImage(f"{error}"), False
-    row = Row(found.id, found.source, found.caption, (image.height, image.width), content_digest(data),
-              others=found.others)
-    return row, is_animated(data)
-
-
-def _unreadable(bad: list[tuple[Listed, UnreadableImage]], total: int, where: str) -> Problem:
+def _unreadable(bad: list[tuple[Listed, Verdict]], total: int, where: str) -> Problem:
     """Images that another program reads are never to be moved away: their fix says how they can be read."""
-    broken = [shell_word(found.source) for found, why in bad if isinstance(found.source, Path) and not why.fix]
-    fixes = dict.fromkeys(why.fix for _, why in bad if why.fix)
+    broken = [shell_word(found.source) for found, verdict in bad if isinstance(found.source, Path) and not verdict.fix]
+    fixes = dict.fromkeys(verdict.fix for _, verdict in bad if verdict.fix)
     if broken:
         fixes[f'for f in {" ".join(broken[:SHOWN])}; do mv -- "$f" "$f.unreadable"; done'] = None
     return Problem(f"{len(bad)} of {total} images cannot be read", where,
-                   listing(f"{found.id}: {one_line(str(why))}" for found, why in bad),
+                   listing(f"{found.id}: {one_line(verdict.refused)}" for found, verdict in bad),
                    "; ".join(fixes) or "leave these rows out of the data set", kind="data")

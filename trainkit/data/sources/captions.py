@@ -8,13 +8,16 @@ from __future__ import annotations
 import logging
 import re
 import shlex
+import sys
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
+from trainkit import digests
+from trainkit.data.sources import encodings, text
 from trainkit.data.sources.records import (
     CAPTION_COLUMNS,
     DELIMITERS,
@@ -66,7 +69,29 @@ class Sidecars:
     problems: list[Problem] = field(default_factory=list)
 
 
-def read_sidecars(folder: Path, images: Sequence[Path], texts: Sequence[Path]) -> Sidecars:
+class CaptionFiles:
+    """Reads the caption files of a data folder, all of `paths`; one that earlier runs read is remembered."""
+
+    def __init__(self, paths: Iterable[Path]):
+        version = digests.code_version(sys.modules[__name__], text, encodings)
+        self.memory = digests.Memory("caption", paths, version=version)
+        self.new: dict[Path, str] = {}  # encoding, line break, caption
+
+    def read(self, path: Path, folder: Path) -> tuple[str, str]:
+        """(the caption, the encoding it was in). Raises OSError, BadEntry and UnclearText."""
+        if path.is_symlink() and not inside(path, folder):
+            raise BadEntry("is a link out of the folder; copy the file into it")
+        if path not in self.memory.values:
+            self.new[path] = "\n".join(reversed(_read_sidecar(path)))
+        encoding, _, caption = (self.memory.values.get(path) or self.new[path]).partition("\n")
+        return caption, encoding
+
+    def keep(self) -> None:
+        """Remember for later runs what was read."""
+        self.memory.keep(self.new)
+
+
+def read_sidecars(folder: Path, images: Sequence[Path], texts: Sequence[Path], files: CaptionFiles) -> Sidecars:
     """What the files `texts` say about images; other encodings than UTF-8 are understood and reported, or refused."""
     found, bad, odd = Sidecars(), [], []
     unclear: dict[Path, UnclearText] = {}
@@ -78,7 +103,7 @@ def read_sidecars(folder: Path, images: Sequence[Path], texts: Sequence[Path]) -
         found.spare += paths[1:]
         for path in paths[:1]:
             try:
-                found.captions[image], encoding = _read_sidecar(path, folder)
+                found.captions[image], encoding = files.read(path, folder)
             except UnclearText as error:
                 unclear[path] = error
             except (OSError, BadEntry) as error:
@@ -94,13 +119,11 @@ def read_sidecars(folder: Path, images: Sequence[Path], texts: Sequence[Path]) -
     return found
 
 
-def _read_sidecar(path: Path, folder: Path) -> tuple[str, str]:
-    if path.is_symlink() and not inside(path, folder):
-        raise BadEntry("is a link out of the folder; copy the file into it")
+def _read_sidecar(path: Path) -> tuple[str, str]:
     if path.stat().st_size > MAX_CAPTION:
         raise BadEntry(f"is {path.stat().st_size} bytes long; a caption has at most {MAX_CAPTION}")
-    text, encoding = decode_text(path.read_bytes())
-    return one_line(text), encoding
+    caption, encoding = decode_text(path.read_bytes())
+    return one_line(caption), encoding
 
 
 def _unclear(folder: Path, files: Mapping[Path, UnclearText]) -> list[Problem]:
@@ -136,12 +159,13 @@ class Metadata:
 
 
 def read_metadata(
-    folder: Path, column: str | None, *, image_column: str = "image", several: bool = False
+    folder: Path, column: str | None, *, image_column: str = "image", several: bool = False, known: Container[str] = ()
 ) -> Metadata:
     """Every line of the folder's metadata file, captions from `column`; no file and no column is fine.
 
     image_column  the image's file is named in `file_name`, or in `<image_column>_file_name`
     several       whether an image may have a list of captions
+    known         images that are known to lie there, by their paths under the folder; others are looked for
 
     Every bad line is reported with its number, all in one problem.
     """
@@ -165,7 +189,7 @@ def read_metadata(
     entries: dict[str, Entry] = {}
     for line, record in records if not problems else []:
         try:
-            entry = _entry(path, line, record, named_in=named_in, column=chosen, several=several)
+            entry = _entry(path, line, record, named_in=named_in, column=chosen, several=several, known=known)
             _refuse_second(entries.get(entry.name), entry)
             entries[entry.name] = entry
         except BadEntry as error:
@@ -202,7 +226,8 @@ def _column_problems(path: Path, columns: list[str], named_in: str | None, chose
 
 
 def _entry(
-    path: Path, line: int, record: JsonRecord, *, named_in: str | None, column: str | None, several: bool
+    path: Path, line: int, record: JsonRecord, *, named_in: str | None, column: str | None, several: bool,
+    known: Container[str],
 ) -> Entry:
     """One record, checked. Raises BadEntry naming file and line."""
     where = f"{path.name}:{line}"
@@ -214,7 +239,7 @@ def _entry(
     except BadEntry as error:
         raise BadEntry(f"{where}: {column} {error}") from None
     try:
-        return Entry(_existing(name, path.parent), captions, where)
+        return Entry(_existing(name, path.parent, known), captions, where)
     except (BadEntry, OSError) as error:
         raise BadEntry(f"{where}: {printable(name[:200])!r} {error}") from None
 
@@ -231,11 +256,13 @@ def read_captions(value: object, *, several: bool) -> tuple[str, ...]:
     return tuple(filter(None, captions))
 
 
-def _existing(name: str, folder: Path) -> str:
+def _existing(name: str, folder: Path, known: Container[str]) -> str:
     """`name` as the file system spells it (accents may be composed or not). Raises BadEntry when it cannot be used."""
     parts = PurePosixPath(name).parts
     if not parts or "\0" in name or "\\" in name or "://" in name or re.match("[A-Za-z]:", name):
         raise BadEntry("is no relative path with forward slashes")
+    if name in known:
+        return name
     if name.startswith("/") or ".." in parts or not inside((folder / name).parent, folder):
         raise BadEntry("leads out of the folder")
     for form in (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainkit.data.batch import Listed
 from trainkit.data.sources.account import Account, LeftOut, SourceListing
-from trainkit.data.sources.captions import METADATA, metadata_files, read_metadata, read_sidecars
+from trainkit.data.sources.captions import METADATA, CaptionFiles, metadata_files, read_metadata, read_sidecars
 from trainkit.data.sources.glimpse import HEIC, SUFFIXES
 from trainkit.data.sources.kohya import kohya_problems, number_notice
 from trainkit.data.sources.tree import HELD_OUT, Tree, walk
@@ -65,23 +65,28 @@ def read_folder(where: Folder, *, verbose: bool = True, empty_is_wrong: bool = T
         tree = walk(folder, subfolders=where.captioned)
     except OSError as error:
         return SourceListing([], [_unreadable_folder(where, error)])
-    captions = _read_captions(where, tree)
-    images = [path for path in {*tree.images, *captions.named} if _top(path, folder) not in tree.held_out]
-    images.sort(key=lambda path: path.relative_to(folder).as_posix())
-    listed = [Listed(printable(path.relative_to(folder).as_posix()), path, *captions.of(path)) for path in images]
+    there = tree.by_name()
+    captions = _read_captions(where, tree, there)
+    images = dict(sorted((there | _named_only(captions, tree)).items()))  # a path under the folder: the image
+    listed = [Listed(printable(name), path, *captions.of(path)) for name, path in images.items()]
     bare = [found.source for found in listed if not found.caption and isinstance(found.source, Path)]
     unread = find_unread(folder, tree, bare=bare, strange=captions.strange)
-    problems = [*captions.problems, *unread.problems, *_images_below(where, tree, images, empty_is_wrong)]
+    problems = [*captions.problems, *unread.problems, *_images_below(where, tree, [*images.values()], empty_is_wrong)]
     left_out = (*unread.left_out, *captions.spare, *(not_followed(folder, tree) if where.captioned else []))
-    account = Account(len(listed), captions.sources(images), left_out)
+    account = Account(len(listed), captions.sources(images.values()), left_out)
     if verbose:
         captions.report(tree.images, prompt_flag=where.prompt_flag)
         _report_left_out(left_out)
     return SourceListing(listed, problems, account)
 
 
-def _top(path: Path, folder: Path) -> str:
-    return path.relative_to(folder).parts[0]
+def _named_only(captions: Captions, tree: Tree) -> dict[str, Path]:
+    """Images that only the metadata knows of, such as hidden ones, by their paths under the folder; held-out ones are
+    not read.
+    """
+    root, known = next(iter(tree.read)), {*tree.images}
+    others = {path.relative_to(root).as_posix(): path for path in captions.named if path not in known}
+    return {name: path for name, path in others.items() if name.partition("/")[0] not in tree.held_out}
 
 
 # ----------------------------------------------------------------------------------------------------------- captions
@@ -104,7 +109,7 @@ class Captions:
         first, *others = self.named.get(image) or (self.beside.get(image, ""),)
         return first, tuple(others)
 
-    def sources(self, images: list[Path]) -> dict[str, int]:
+    def sources(self, images: Iterable[Path]) -> dict[str, int]:
         """How many images have their caption from each kind of file."""
         return dict(Counter(self.files[image] if self.named.get(image) else "caption files"
                             for image in images if self.of(image)[0]))
@@ -114,7 +119,7 @@ class Captions:
         both = [p.name for p in self.beside if self.named.get(p) and self.named[p] != (self.beside[p],)]
         stems = Counter(path.with_suffix("") for path in self.beside)
         shared = sorted(path.name for path in self.beside if stems[path.with_suffix("")] > 1)
-        blank = [path.name for path in sorted({*self.named, *self.beside}) if not self.of(path)[0]]
+        blank = [path.name for path in sorted(p for p in {*self.named, *self.beside} if not self.of(p)[0])]
         forgotten = [p.name for p in images if self.named and p not in self.named and p not in self.beside]
         instead = f"get {prompt_flag}" if prompt_flag else "are trained on with an empty one"
         _warn("%d captions have no word in them, only numbers and signs: %s",
@@ -132,21 +137,26 @@ def _warn(sentence: str, names: list[str]) -> None:
         log.warning(sentence, len(names), listing(map(printable, names)))
 
 
-def _read_captions(where: Folder, tree: Tree) -> Captions:
-    """All metadata and sidecars of the tree, from the outside in."""
-    found = Captions()
+def _read_captions(where: Folder, tree: Tree, there: Mapping[str, Path]) -> Captions:
+    """All metadata and sidecars of the tree, from the outside in.
+
+    there  the images of the tree, by their paths under the folder
+    """
+    found, files = Captions(), CaptionFiles(path for contents in tree.read.values() for path in contents.texts)
     for folder, contents in tree.read.items():
-        metadata = read_metadata(
-            folder, where.caption_column, image_column=where.image_column, several=where.captioned)
-        nearer = {folder / entry.name: entry.captions for entry in metadata.entries}
+        known = there if folder == where.path else {image.name: image for image in contents.images}
+        metadata = read_metadata(folder, where.caption_column, image_column=where.image_column,
+                                 several=where.captioned, known=known)
+        nearer = {known.get(entry.name) or folder / entry.name: entry.captions for entry in metadata.entries}
         found.twice += [path.name for path in nearer if found.named.get(path, nearer[path]) != nearer[path]]
         found.named |= nearer
         found.files |= dict.fromkeys(nearer, metadata.file)
-        sidecars = read_sidecars(folder, contents.images, contents.texts)
+        sidecars = read_sidecars(folder, contents.images, contents.texts, files)
         found.beside |= sidecars.captions
         found.strange += sidecars.strange
         found.spare += [LeftOut(printable(path.name), "its image has another caption file") for path in sidecars.spare]
         found.problems += metadata.problems + sidecars.problems
+    files.keep()
     if where.caption_column and not any(map(metadata_files, tree.read)):
         found.problems.append(_nowhere(where))
     return found

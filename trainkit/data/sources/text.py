@@ -66,6 +66,8 @@ def one_line(text: str) -> str:
     """Text as a prompt: line breaks and runs of space become one space, control characters and lone surrogates, which
     no tokenizer can encode, vanish.
     """
+    if text.isprintable():  # it holds none of these
+        return " ".join(text.split())
     visible = (c if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs") else "" for c in text)
     return " ".join("".join(visible).split())
 

@@ -49,6 +49,13 @@ class Tree:
     def images(self) -> list[Path]:
         return [image for contents in self.read.values() for image in contents.images]
 
+    def by_name(self) -> dict[str, Path]:
+        """The images that are read, by their paths under the data folder with forward slashes."""
+        root = next(iter(self.read))
+        starts = {folder: "" if folder == root else f"{folder.relative_to(root).as_posix()}/" for folder in self.read}
+        return {starts[folder] + image.name: image for folder, contents in self.read.items()
+                for image in contents.images}
+
 
 def is_image(path: Path) -> bool:
     suffix = path.suffix.lower()
@@ -73,14 +80,14 @@ def scan(folder: Path) -> Contents:
 
 
 def _sort_in(found: Contents, entry: os.DirEntry[str], path: Path) -> None:
-    suffix = path.suffix.lower()
-    named_as_file = is_image(path) or suffix in TEXTS or entry.name in METADATA
+    suffix, image = path.suffix.lower(), is_image(path)
+    named_as_file = image or suffix in TEXTS or entry.name in METADATA
     try:
         is_file, is_folder = entry.is_file(), entry.is_dir()
     except OSError:  # a circle of links
         is_file = is_folder = False
     if is_file:
-        kind = found.images if is_image(path) else found.texts if suffix in TEXTS else found.others
+        kind = found.images if image else found.texts if suffix in TEXTS else found.others
         kind.append(path)
     elif is_folder:
         (found.links if entry.is_symlink() else found.folders).append(path)

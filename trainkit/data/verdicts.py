@@ -1,0 +1,112 @@
+"""What reading an image says about it: its size, its digest, or why it cannot be used. A good one is remembered.
+
+A refused image is read again at every start: it may have been refused for want of memory, and no run starts with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import PIL
+
+from trainkit import digests
+from trainkit.data import images
+from trainkit.data.batch import Source
+from trainkit.data.images import UnreadableImage, content_digest, decode, is_animated
+from trainkit.data.sources.text import one_line
+
+DECODERS = 4  # threads that check images at the start; Pillow decodes without the interpreter lock
+KIND = "image"  # of what is remembered of a file
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What reading one image says."""
+
+    size: tuple[int, int] = (0, 0)  # h, w, upright
+    digest: str = ""  # of the file's content
+    animated: bool = False
+    notes: tuple[str, ...] = ()  # what Pillow and our decoder remark
+    refused: str = ""  # why it cannot be used
+    fix: str = ""  # what makes it usable, where the file itself is sound
+
+    def pack(self) -> str:
+        return json.dumps([self.size, self.digest, self.animated, self.notes])
+
+    @classmethod
+    def unpack(cls, text: str) -> Verdict:
+        (h, w), digest, animated, notes = json.loads(text)
+        return cls((h, w), digest, animated, tuple(notes))
+
+
+def judge(sources: Sequence[Source]) -> list[Verdict]:
+    """A verdict on each image. Files that earlier runs found good, and that were not touched since, are not opened."""
+    memory = digests.Memory(KIND, (source for source in sources if isinstance(source, Path)), version=_version())
+    known: dict[Source, Verdict] = {path: Verdict.unpack(text) for path, text in memory.values.items()}
+    unknown = [source for source in sources if source not in known]
+    read = _examine_all(unknown)
+    memory.keep({source: verdict.pack() for source, verdict in zip(unknown, read, strict=True)
+                 if isinstance(source, Path) and not verdict.refused})
+    new = iter(read)
+    return [known[source] if source in known else next(new) for source in sources]
+
+
+def _version() -> str:
+    """Of all that a verdict depends on besides the file."""
+    code = digests.code_version(images, sys.modules[__name__])
+    return f"{code} {PIL.__version__} {' '.join(images.FORMATS)}"
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def _examine_all(sources: Sequence[Source]) -> list[Verdict]:
+    if not sources:
+        return []
+    with _notes_kept(), ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1)) as pool:
+        return list(pool.map(_examine, sources))
+
+
+_now = threading.local()  # .notes: what is remarked of the image that this thread is looking at
+
+
+@contextmanager
+def _notes_kept() -> Iterator[None]:
+    """Inside, warnings of Pillow and of our decoder are kept as notes on the image they are about."""
+
+    def keep(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None,
+             line: str | None = None) -> None:
+        if hasattr(_now, "notes"):
+            _now.notes.append(one_line(f"{message}")[:200])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = keep
+        yield
+
+
+def _examine(source: Source) -> Verdict:
+    """Read and decode an image once."""
+    _now.notes = []
+    try:
+        data = source.read_bytes()
+        image = decode(data, note=warnings.warn)
+        return Verdict((image.height, image.width), content_digest(data), is_animated(data), _notes())
+    except UnreadableImage as error:
+        return Verdict(refused=f"{error}", fix=error.fix, notes=_notes())
+    except OSError as error:
+        return Verdict(refused=f"{error}", notes=_notes())
+
+
+def _notes() -> tuple[str, ...]:
+    return tuple(dict.fromkeys(_now.notes))
