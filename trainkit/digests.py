@@ -57,7 +57,7 @@ def cache_folder() -> Path:
 
 def remembered(path: Path, kind: str, compute: Callable[[Path], str]) -> str:
     """`compute(path)`, or what it gave for the same untouched file before; `kind` names the computation."""
-    memory = Memory(kind, [path])
+    memory = FileMemory(kind, [path])
     if path not in memory.values:
         value = compute(path)
         memory.keep({path: value})
@@ -65,7 +65,7 @@ def remembered(path: Path, kind: str, compute: Callable[[Path], str]) -> str:
     return memory.values[path]
 
 
-class Memory:
+class FileMemory:
     """What earlier runs found in these files, as far as the files are untouched since.
 
     kind     names the computation; a file has one entry for each

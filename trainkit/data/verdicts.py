@@ -51,7 +51,7 @@ class Verdict:
 
 def judge(sources: Sequence[Source]) -> list[Verdict]:
     """A verdict on each image. Files that earlier runs found good, and that were not touched since, are not opened."""
-    memory = digests.Memory(KIND, (source for source in sources if isinstance(source, Path)), version=_version())
+    memory = digests.FileMemory(KIND, (source for source in sources if isinstance(source, Path)), version=_version())
     known: dict[Source, Verdict] = {path: Verdict.unpack(text) for path, text in memory.values.items()}
     unknown = [source for source in sources if source not in known]
     read = _examine_all(unknown)
