@@ -9,16 +9,27 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support import ROOT, trainers
+from trainkit import digests
 
 
 @pytest.hookimpl(tryfirst=True)  # before the test's fixtures, which may start trainers too
 def pytest_runtest_setup(item: pytest.Item) -> None:
     trainers.may_start = item.get_closest_marker("trains") is not None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests learn of files is not remembered in the user's cache folder."""
+    folder = tmp_path_factory.mktemp("remembered")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digests, "cache_folder", lambda: folder)
+        yield
 
 
 @pytest.fixture(scope="session")

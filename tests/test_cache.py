@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
@@ -18,10 +19,10 @@ from torch import Tensor
 from tests.support.images import marked, marked_folder, open_files, row_of
 from trainkit.data import cache
 from trainkit.data.batch import Row
-from trainkit.data.cache import DiskStore, Latents, Store, cache_latents, content_key
+from trainkit.data.cache import DiskStore, Latents, Store, StoredTensors, cache_latents, content_key
 from trainkit.data.geometry import CropPolicy
 from trainkit.data.images import load_image
-from trainkit.errors import UserError
+from trainkit.errors import UserError, shell_word
 
 POLICY = CropPolicy(resolution=32, center_crop=True)
 
@@ -131,6 +132,58 @@ def test_a_damaged_entry_is_rebuilt(tmp_path: Path, damage: str) -> None:
     with pytest.raises(UserError, match="damaged"):
         latents(sample)
     assert fill(rows, store)[1] == 1
+
+
+def no_reading(store: DiskStore, path: Path) -> StoredTensors:
+    raise AssertionError(f"{path} was read")
+
+
+def test_a_start_reads_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = folder_rows(tmp_path / "d")
+    fill(rows[:3], DiskStore(tmp_path / "cache"))
+    monkeypatch.setattr(DiskStore, "_read", no_reading)
+    assert fill(rows, DiskStore(tmp_path / "cache"))[1] == 2, "those that are not there"
+
+
+def test_keys_are_those_of_whole_entries(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path)
+    names = [content_key(i) for i in range(20)]
+    for name in names:
+        store[name] = {"x": torch.zeros(1)}
+    (tmp_path / names[0][:2] / f".{names[1]}.safetensors.1-a.tmp").touch()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "no").touch()
+    assert store.keys() == {*names} and names[3] in store and content_key("other") not in store
+
+
+def test_a_damaged_entry_that_cannot_be_deleted_is_named_with_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = DiskStore(tmp_path / "it's a cache")
+    store["aa00"] = {"x": torch.zeros(1)}
+    store._path("aa00").write_bytes(b"")
+
+    def forbidden(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "unlink", forbidden)
+    with pytest.raises(UserError, match="damaged") as caught:
+        store["aa00"]
+    assert caught.value.problems[0].fix.startswith(f"rm -- {shell_word(store._path('aa00'))}; start")
+
+
+def test_an_entry_that_cannot_be_opened_now_is_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = DiskStore(tmp_path)
+    store["aa00"] = {"x": torch.zeros(1)}
+
+    def too_many(*_: object, **__: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors, "safe_open", too_many)
+        with pytest.raises(UserError, match="Too many open files"):
+            store["aa00"]
+    assert store["aa00"]["x"].shape == (1,)
 
 
 def be_rank(rank: int, monkeypatch: pytest.MonkeyPatch, at_barrier: Callable[[], object]) -> None:

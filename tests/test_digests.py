@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sqlite3
@@ -201,6 +202,50 @@ def test_a_memory_that_is_broken_or_locked_means_to_read_again(file, cache, old_
             LOCKS.pop().close()
 
 
+def wait_budget(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long each connection may wait for others, noted as connections are made."""
+    connect, waits = sqlite3.connect, []
+    monkeypatch.setattr(digests, "_waited", 0.0)
+    monkeypatch.setattr(sqlite3, "connect", lambda path, timeout=5.0: waits.append(timeout) or connect(path, timeout))
+    return waits
+
+
+def test_a_process_waits_once_for_a_locked_memory_and_says_so_once(file, cache, old_enough, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(digests, "WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(digests, "_logged", False)
+    counted(file)
+    locked(cache)
+    waits = wait_budget(monkeypatch)
+    try:
+        assert [counted(file)[1] for _ in range(4)] == [1, 1, 1, 1]
+    finally:
+        LOCKS.pop().close()
+    assert waits[0] == 0.2 and len(waits) == 8 and sum(waits[1:]) < 0.1
+    assert [record.levelname for record in caplog.records] == ["INFO"] and "locked" in caplog.text
+    assert counted(file)[1] == 0, "it is used again when it is free"
+
+
+def test_nothing_is_said_where_nobody_listens_yet(file, cache, old_enough, monkeypatch, caplog):
+    """The trainers check images before their log is open, and load weights after."""
+    monkeypatch.setattr(digests, "_logged", False)
+    cache.write_text("a file, no folder")
+    caplog.set_level(logging.WARNING)
+    counted(file)
+    caplog.set_level(logging.INFO)
+    counted(file)
+    assert len(caplog.records) == 1
+
+
+def test_a_memory_that_cannot_be_written_still_serves(file, cache, old_enough, monkeypatch):
+    counted(file)
+    other = file.with_name("other")
+    other.write_bytes(b"other")
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda path, timeout: connect(f"file:{path}?mode=ro", timeout, uri=True))
+    assert counted(file)[1] == 0 and counted(other) == counted(other) == (b"other".hex(), 1)
+
+
 def test_no_home_is_no_error(file, monkeypatch):
     def nobody() -> Path:
         raise RuntimeError("Could not determine home directory.")
@@ -213,6 +258,89 @@ def test_no_file_of_a_write_ahead_log_is_left(file, cache, old_enough):
     counted(file)
     assert [path.name for path in cache.iterdir()] == [digests.FILE]
     assert (cache / digests.FILE).read_bytes()[18:20] == b"\1\1", "rollback journal"
+
+
+# -- many files -------------------------------------------------------------------------------------------------------
+
+
+def files_in(folder: Path, n: int) -> list[Path]:
+    """In three folders."""
+    paths = [folder / "many" / str(i % 3) / f"{i}.txt" for i in range(n)]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.name)
+    return paths
+
+
+def learn(paths: list[Path], version: str = "") -> int:
+    """Remember each file's text; how many had to be read for it. Fails where what is remembered is wrong."""
+    memory = digests.FileMemory("text", paths, version=version)
+    assert all(memory.values[path] == path.read_text() for path in memory.values)
+    new = {path: path.read_text() for path in paths if path not in memory.values}
+    memory.keep(new)
+    return len(new)
+
+
+def entries(cache: Path) -> int:
+    with sqlite3.connect(cache / digests.FILE) as database:
+        return database.execute("SELECT count(*) FROM files").fetchone()[0]
+
+
+def test_many_files_take_one_connection_to_look_up_and_one_to_keep(tmp_path, cache, old_enough, monkeypatch):
+    paths, waits = files_in(tmp_path, 60), wait_budget(monkeypatch)
+    assert learn(paths) == 60 and len(waits) == 2
+    assert learn(paths) == 0 and len(waits) == 3
+    paths[7].write_text("something longer than before")
+    assert learn(paths) == 1 and entries(cache) == 60, "the entry of its earlier state is replaced"
+
+
+def test_another_version_reads_all_again_and_replaces_the_entries(tmp_path, cache, old_enough):
+    paths = files_in(tmp_path, 6)
+    assert [learn(paths, version) for version in ("1", "1", "2", "1")] == [6, 0, 6, 6]
+    assert entries(cache) == 6
+
+
+def test_the_oldest_entries_go_when_there_are_too_many(tmp_path, cache, old_enough, monkeypatch):
+    monkeypatch.setattr(digests, "MOST", 10)
+    paths = files_in(tmp_path, 16)
+    learn(paths[:8])
+    learn(paths[8:])
+    assert entries(cache) == 10 and learn(paths[8:]) == 0
+
+
+def test_a_file_changed_shortly_before_a_long_reading_is_not_remembered(tmp_path, monkeypatch):
+    """Its second change, within the same tick of the clock, would not show in its times."""
+    monkeypatch.setattr(digests, "FRESH_SECONDS", 0.1)
+    path, = files_in(tmp_path, 1)
+    memory = digests.FileMemory("text", [path])
+    time.sleep(0.2)
+    memory.keep({path: "as it was in between"})
+    assert learn([path]) == 1 and learn([path]) == 0
+
+
+def test_a_link_that_leads_elsewhere_now_is_read_again(tmp_path, old_enough):
+    one, other, link = tmp_path / "one", tmp_path / "other", tmp_path / "link"
+    for path in (one, other):
+        path.write_text(f"{path.name:>5}")
+    for target in (one, other):
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        assert learn([link]) == 1
+    assert learn([link]) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_two_processes_remember_at_once(tmp_path, cache, old_enough):
+    paths, children = files_in(tmp_path, 300), []
+    for part in (paths[:200], paths[100:]):
+        children.append(os.fork())
+        if not children[-1]:
+            try:
+                status = 0 if all(learn(part[i : i + 10]) <= 10 for i in range(0, 200, 10)) else 1
+            finally:
+                os._exit(status)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    assert learn(paths) == 0 and entries(cache) == 300
 
 
 # -- checkpoints from before ------------------------------------------------------------------------------------------

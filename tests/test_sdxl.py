@@ -119,6 +119,19 @@ def test_frozen_text_reads_the_same_bits_from_the_disk_in_a_second_run(tiny_sdxl
     assert same_bits(first, again)
 
 
+def test_a_start_reads_no_encoded_caption_and_a_damaged_one_is_encoded_anew(tiny_sdxl, tmp_path, monkeypatch):
+    family, folder = load(tiny_sdxl), tmp_path / "text"
+    text = FrozenText(family, PROMPTS, DiskStore(folder))
+    before, damaged = text(PROMPTS), text.store._path(text.keys[PROMPTS[0]])
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with monkeypatch.context() as patch:
+        patch.setattr(DiskStore, "_read", lambda store, path: pytest.fail("read at the start"))
+        text = FrozenText(family, PROMPTS, DiskStore(folder))
+    with pytest.raises(UserError, match="damaged"):
+        text(PROMPTS)
+    assert same_bits(before, FrozenText(family, PROMPTS, DiskStore(folder))(PROMPTS))
+
+
 def test_a_half_cached_group_is_encoded_whole_and_what_was_there_stays(family, tmp_path):
     prompts = [f"{k} dog" for k in range(5)]
     whole, store = FrozenText(family, prompts), DiskStore(tmp_path / "text")
