@@ -7,6 +7,7 @@ import os
 import subprocess
 from io import BytesIO
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
 import pyarrow as pa
@@ -18,7 +19,7 @@ from transformers import CLIPTokenizer
 
 from tests.support import ROOT
 from tests.support.images import data_options, marked, row_of
-from trainkit.conditioning.caption_length import cut_off, warn_cut
+from trainkit.conditioning.caption_length import _maybe_longer, cut_off, warn_cut
 from trainkit.data.batch import Row
 from trainkit.data.rows import read_rows
 from trainkit.errors import Problem, printable, shell_word
@@ -179,6 +180,24 @@ def test_what_is_cut_off_is_what_the_encoder_does_not_see(tokenizers: list[CLIPT
             seen, alone = (tokenizer(text, truncation=True, max_length=77).input_ids[:-1] for text in (prompt, kept))
             within_a_letter = 2  # bytes of one that are still read
             assert seen[: len(alone)] == alone and len(seen) - len(alone) <= within_a_letter * bool(words), prompt
+
+
+WORDS = ["a", "the", "fox's", "don't", "3d-icon,", "(red:1.2)", "!!!", "…", "ÄÖß", "İstanbul", "猫",
+         "👨\u200d👩\u200d👧", "e\u0301", "\u0301x", "ﬁn", "<s0>", "<|endoftext|>", "x" * 40, "1234567890", "कि", "'s", "ll"]
+
+
+def test_no_prompt_has_more_tokens_than_its_words(tokenizers: list[CLIPTokenizer]) -> None:
+    """So those whose words have few need not be looked at as a whole."""
+    random = Random(0)
+    prompts = [random.choice((" ", " ", "  ")).join(random.choices(WORDS, k=random.randint(1, 50))) for _ in range(300)]
+    prompts += ["red apple " * n for n in range(36, 40)]
+    for tokenizer in tokenizers:
+        tokens = [len(tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids) for prompt in prompts]
+        free = tokenizer.model_max_length - 2
+        longer = [i for i, count in enumerate(tokens) if count > free]
+        assert 100 < len(longer) < 290 and {*longer} <= {*_maybe_longer(prompts, free, tokenizer)}
+    assert [bool(words) for words in cut_off(prompts, tokenizers[:1])] == [
+        len(tokenizers[0](prompt, add_special_tokens=False, verbose=False).input_ids) > 75 for prompt in prompts]
 
 
 def test_images_whose_captions_are_cut_are_listed_once(
