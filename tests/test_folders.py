@@ -183,7 +183,7 @@ def test_what_is_cut_off_is_what_the_encoder_does_not_see(tokenizers: list[CLIPT
 
 
 WORDS = ["a", "the", "fox's", "don't", "3d-icon,", "(red:1.2)", "!!!", "…", "ÄÖß", "İstanbul", "猫",
-         "👨\u200d👩\u200d👧", "e\u0301", "\u0301x", "ﬁn", "<s0>", "<|endoftext|>", "x" * 40, "1234567890", "कि", "'s", "ll"]
+         "👨\u200d👩\u200d👧", "e\u0301", "\u0301x", "ﬁn", "<s0>", "<|endoftext|>", "x" * 40, "12345", "कि", "'s"]
 
 
 def test_no_prompt_has_more_tokens_than_its_words(tokenizers: list[CLIPTokenizer]) -> None:

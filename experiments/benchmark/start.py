@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -30,15 +31,18 @@ def make_images(folder: Path, images: int, captions: int) -> None:
     import numpy as np
     from PIL import Image
 
-    folder.mkdir(parents=True)
+    draft = folder.with_name(f"{folder.name}.part")  # under its name only when it is whole
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
     rng, lines = np.random.default_rng(0), []
     for i in range(images):
         width, height = map(int, rng.integers(*SIDES, 2))
         colours = Image.fromarray(rng.integers(0, 256, (BLOCKS, BLOCKS, 3), dtype=np.uint8))
         name = f"{i:06}.{'png' if i % 2 else 'jpg'}"
-        colours.resize((width, height), Image.Resampling.BICUBIC).save(folder / name)
+        colours.resize((width, height), Image.Resampling.BICUBIC).save(draft / name)
         lines.append(json.dumps({"file_name": name, "text": f"an icon of thing number {i % captions} in soft light"}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    (draft / "metadata.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    draft.rename(folder)
 
 
 def measure(images: Path, folder: Path) -> None:
@@ -81,8 +85,9 @@ def main() -> None:
         make_images(data, images, captions)
     one_thread = dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1", XDG_CACHE_HOME=str(folder))
     for _ in range(int(given[3]) if len(given) > 3 else STARTS):
-        subprocess.run([sys.executable, __file__, "--measure", str(data), str(folder)], check=True, cwd=ROOT,
-                       env={**os.environ, **one_thread}, stderr=subprocess.DEVNULL)
+        start = subprocess.run([sys.executable, __file__, "--measure", str(data), str(folder)], cwd=ROOT,
+                               env={**os.environ, **one_thread}, capture_output=True, text=True)
+        print(start.stdout if not start.returncode else start.stderr, end="", flush=True)
 
 
 if __name__ == "__main__":
