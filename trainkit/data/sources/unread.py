@@ -56,7 +56,8 @@ def find_unread(folder: Path, tree: Tree, *, bare: Sequence[Path], strange: Sequ
     problems = [_misnamed(folder, lost)] if lost else []
     problems += [_json_files(folder, json_files)] if json_files else []
     saved = {*lost.values(), *(image for path in json_files if (image := meant_by(path, images)))}
-    tables = [path for path in tables if path not in odd and path not in json_files]
+    looked_at = {*odd, *json_files}
+    tables = [path for path in tables if path not in looked_at]
     remaining = KnownImages(path for path in bare if path not in saved)
     left = []
     for number, path in enumerate([*tables, *idle]):
@@ -88,11 +89,13 @@ def _lost_texts(
     """({caption file: image that has no caption and is meant by it}, caption files that mean none)."""
     texts = [*strange, *(path for contents in tree.below.values() for path in contents.texts)]
     lost: dict[Path, Path] = {}
+    found: set[Path] = set()  # images whose captions these are
     idle = []
     for path in texts:
         meant = meant_by(path, images)
-        if meant and meant not in lost.values() and has_words(path):
+        if meant and meant not in found and has_words(path):
             lost[path] = meant
+            found.add(meant)
         else:
             idle.append(path)
     below = {image for contents in tree.below.values() for image in contents.images}
