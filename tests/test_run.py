@@ -1084,6 +1084,7 @@ def test_a_sibling_that_ended_is_one_line_and_no_traceback(monkeypatch, meet):
 
     for name in ("barrier", "broadcast_object_list", "all_reduce"):
         monkeypatch.setattr(f"torch.distributed.{name}", closed)
+    monkeypatch.setattr(ranks, "_on_cpus", lambda everyone: everyone)
     monkeypatch.setattr(ranks, "world", lambda: 2)
     monkeypatch.setattr(ranks, "rank", lambda: 1)
     with pytest.raises(UserError, match="another process of this run has ended") as caught:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 VERSION = 2  # raise it when pixels or posteriors of the same key would come out differently
 STALE_SECONDS = 86_400  # unfinished files of a killed run are swept after a day: a live one is renamed within seconds
 DIGEST = "blake2b"  # name of the digest in a file's metadata
+SENT_AT_ONCE = 64  # entries; those of SDXL's captions take 40 MB
 VIEWS_AT_ONCE = 8  # of one image in memory; at 1024 pixels a view takes 12 MiB
 
 EncodeImages = Callable[[Tensor], tuple[Tensor, Tensor]]  # pixels [B,3,H,W] -> mean, logvar [B,C,h,w]
@@ -168,19 +169,41 @@ def cache_latents(
     """Encode every variant of every row that the store lacks; `progress(done, total)` counts those.
 
     `identity` is plain data that changes when the VAE does. With batch_size 1 an entry does not depend, to the last
-    bit, on which others were missing. Several processes with a disk store encode a part each, all wait for the last,
-    and each encodes what it still lacks: nothing where they share the disk. Raises UserError naming the image when
-    the VAE gives NaN or infinity.
+    bit, on which others were missing, and so not on the number of processes: each of them encodes a part. Raises
+    UserError naming the image when the VAE gives NaN or infinity.
     """
     latents = Latents(store, policy, identity=identity, dtype=dtype)
     wanted = list({latents.key(sample): sample for row in rows for sample in policy.variants(row, seed)}.items())
     fill = partial(_encode_missing, latents=latents, encode=encode, batch_size=batch_size, num_workers=num_workers,
                    progress=progress)
-    if isinstance(store, DiskStore) and ranks.world() > 1:
-        fill(_own_part(wanted))
-        ranks.barrier()
-    fill(wanted)
+    fill_together(store, wanted, _own_part(wanted), fill)
     return latents
+
+
+def fill_together(store: Store, whole: Sequence[Item], part: Sequence[Item], fill: Callable[[Sequence[Item]], object],
+                  ) -> None:
+    """Every rank fills the store with its part of the whole; afterwards each has all of it.
+
+    Ranks send each other what they have in memory. On disks each looks for what it still lacks, which is nothing where
+    they share the disk.
+    """
+    if ranks.world() == 1:
+        fill(whole)
+    elif isinstance(store, dict):
+        before = set(store)
+        fill(part)
+        _exchange(store, [key for key in store if key not in before])
+    else:
+        fill(part)
+        ranks.barrier()
+        fill(whole)
+
+
+def _exchange(store: dict[str, StoredTensors], new: Sequence[str]) -> None:
+    """All ranks get the new entries of each; a few at once, since they are in memory several times meanwhile."""
+    for start in range(0, max(ranks.gather(len(new))), SENT_AT_ONCE):
+        for entries in ranks.gather({key: store[key] for key in new[start : start + SENT_AT_ONCE]}):
+            store.update({key: entry for key, entry in entries.items() if key not in store})
 
 
 def _own_part(wanted: Sequence[_Wanted]) -> list[_Wanted]:

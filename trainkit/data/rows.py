@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -23,6 +23,7 @@ from trainkit.data.sources.table import list_table
 from trainkit.data.sources.text import one_line
 from trainkit.errors import SHOWN, Problem, listing, printable, shell_word
 from trainkit.rng import permutation
+from trainkit.runtime import ranks
 
 if TYPE_CHECKING:
     from trainkit.options import ImageOptions
@@ -121,26 +122,58 @@ def _warn_twins(rows: Sequence[Row]) -> None:
 
 
 def check(listed: Sequence[Listed], where: str) -> tuple[list[Row], list[Problem]]:
-    """Decode every image once, keep its size and digest; all that fail become one problem."""
-    with _notes_by_image() as notes, ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1)) as pool:
-        checked = list(pool.map(_examine, listed))
-    rows = [item for item, _ in checked if isinstance(item, Row)]
-    animated = [found.id for found, (_, moving) in zip(listed, checked, strict=True) if moving]
+    """Decode every image once, keep its size and digest; all that fail become one problem.
+
+    Several processes decode a part each. Those whose lists differ, because they share no disk, decode all of their own.
+    """
+    names = "\n".join(found.id for found in listed).encode(errors="surrogateescape")
+    alike = len(set(ranks.gather(content_digest(names)))) == 1
+    checked, notes = _examine_together(listed) if alike else _examine_all(listed)
+    rows = [Row(found.id, found.source, found.caption, item.size, item.digest, others=found.others)
+            for found, item in zip(listed, checked, strict=True) if isinstance(item, Looked)]
+    animated = [found.id for found, item in zip(listed, checked, strict=True)
+                if isinstance(item, Looked) and item.animated]
     if animated:
         log.warning("%d files hold several frames; the first is used: %s", len(animated), listing(animated))
     for note, names in notes.items():
         log.warning("%d images: %s: %s", len(names), note, listing(sorted(names)))
-    bad = [(found, item) for found, (item, _) in zip(listed, checked, strict=True) if isinstance(item, UnreadableImage)]
+    bad = [(found, item) for found, item in zip(listed, checked, strict=True) if isinstance(item, UnreadableImage)]
     return rows, [_unreadable(bad, len(listed), where)] if bad else []
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What decoding an image has told: its size (h, w), the digest of the file, whether there are more frames."""
+
+    size: tuple[int, int]
+    digest: str
+    animated: bool
+
+
+Notes = dict[str, set[str]]  # what Pillow and our decoder remark -> the images they remark it of
+Checked = tuple[list["Looked | UnreadableImage"], Notes]
+
+
+def _examine_together(listed: Sequence[Listed]) -> Checked:
+    """Each rank examines every world-th image."""
+    parts = ranks.gather(_examine_all(listed[ranks.rank() :: ranks.world()]))
+    checked = [parts[i % len(parts)][0][i // len(parts)] for i in range(len(listed))]
+    texts = dict.fromkeys(text for _, notes in parts for text in notes)
+    return checked, {text: set().union(*(notes.get(text, ()) for _, notes in parts)) for text in texts}
+
+
+def _examine_all(listed: Sequence[Listed]) -> Checked:
+    with _notes_by_image() as notes, ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1)) as pool:
+        return list(pool.map(_examine, listed)), notes
 
 
 _now = threading.local()  # .id: the image that this thread is looking at
 
 
 @contextmanager
-def _notes_by_image() -> Iterator[dict[str, set[str]]]:
-    """{what Pillow and our decoder remark: the images they remark it of}, collected while the images are decoded."""
-    notes: dict[str, set[str]] = defaultdict(set)
+def _notes_by_image() -> Iterator[Notes]:
+    """Collected while the images are decoded."""
+    notes: Notes = defaultdict(set)
 
     def keep(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None,
              line: str | None = None) -> None:
@@ -152,19 +185,16 @@ def _notes_by_image() -> Iterator[dict[str, set[str]]]:
         yield notes
 
 
-def _examine(found: Listed) -> tuple[Row | UnreadableImage, bool]:
-    """(the row, or why there is none; whether the file is animated)."""
+def _examine(found: Listed) -> Looked | UnreadableImage:
     _now.id = found.id
     try:
         data = found.source.read_bytes()
         image = decode(data, note=warnings.warn)
     except UnreadableImage as error:
-        return error, False
+        return error
     except OSError as error:
-        return UnreadableImage(f"{error}"), False
-    row = Row(found.id, found.source, found.caption, (image.height, image.width), content_digest(data),
-              others=found.others)
-    return row, is_animated(data)
+        return UnreadableImage(f"{error}")
+    return Looked((image.height, image.width), content_digest(data), is_animated(data))
 
 
 def _unreadable(bad: list[tuple[Listed, UnreadableImage]], total: int, where: str) -> Problem:
