@@ -78,9 +78,11 @@ def join(environ: Mapping[str, str]) -> None:
     if started == 1:
         return
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
     torch.set_flush_denormal(True)  # as in `start_run`; the threads of the process group inherit it
-    if PartialState().num_processes != started:  # torchrun without a GPU: each would train alone, all into one folder
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if state.num_processes != started:  # torchrun without a GPU: each would train alone, all into one folder
         raise UserError(Problem(
             what=f"{started} processes were started, and each takes itself for the only one", where="WORLD_SIZE",
             why="accelerate runs several processes on CPUs only when it is told to",
