@@ -12,7 +12,16 @@ import pytest
 
 from tests.support import ROOT
 from tests.support.compare import same_checkpoint, same_tensors
-from tests.support.trainers import TRAINER, Done, command, forked, forked_ranks, make_images, metrics
+from tests.support.trainers import (
+    TRAINER,
+    Done,
+    command,
+    forked,
+    forked_ranks,
+    make_images,
+    metrics,
+    wait_for_metrics,
+)
 from trainkit import lora_files, preview
 from trainkit.conditioning import cached_text
 from trainkit.data import cache
@@ -175,12 +184,3 @@ def is_ready(out: Path, ready) -> bool:
         return ready(out)
     except (OSError, ValueError):  # not there yet, or half a line
         return False
-
-
-def wait_for_metrics(out: Path, run: subprocess.Popen, *, timeout: float = 120) -> None:
-    end = time.monotonic() + timeout
-    while time.monotonic() < end and run.poll() is None:
-        if (out / "metrics.jsonl").is_file() and metrics(out):
-            return
-        time.sleep(0.05)
-    raise AssertionError("the run logged no step")
