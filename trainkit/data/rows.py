@@ -126,8 +126,8 @@ def check(listed: Sequence[Listed], where: str) -> tuple[list[Row], list[Problem
 
     Several processes decode a part each. Those whose lists differ, because they share no disk, decode all of their own.
     """
-    names = "\n".join(found.id for found in listed).encode(errors="surrogateescape")
-    alike = len(set(ranks.gather(content_digest(names)))) == 1
+    ids = "\n".join(found.id for found in listed).encode(errors="surrogateescape")
+    alike = len(set(ranks.gather(content_digest(ids)))) == 1
     checked, notes = _examine_together(listed) if alike else _examine_all(listed)
     rows = [Row(found.id, found.source, found.caption, item.size, item.digest, others=found.others)
             for found, item in zip(listed, checked, strict=True) if isinstance(item, Looked)]
