@@ -54,6 +54,15 @@ def test_processes_that_do_not_know_of_each_other_are_refused(tiny_sdxl, tmp_pat
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
+def test_an_image_that_another_rank_has_looked_at_is_refused_by_all_and_explained_by_rank_0(tiny_sdxl, tmp_path):
+    images = make_images(tmp_path / "data", n=4)
+    (images / "p1.png").write_bytes(b"no image")  # in the part of rank 1
+    first, second = forked_ranks(command(tiny_sdxl, images, tmp_path / "out"), log=tmp_path / "log")
+    assert (first.code, second.code) == (3, 3) and not (tmp_path / "out").exists()
+    assert "1 of 4 images cannot be read" in first.output and "p1.png: no image of a known format" in first.output
+    assert second.output.startswith("rank 1: 1 of 4 images cannot be read; next: ") and second.output.count("\n") == 1
+
+
 def test_kill_9_of_rank_0_is_told_with_what_goes_on_and_mended_at_the_next_start(tiny_sdxl, tmp_path, monkeypatch):
     """Rank 0 is killed while it draws previews and the other process waits for them."""
     out, images = tmp_path / "out", make_images(tmp_path / "data", n=5)

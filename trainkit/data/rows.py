@@ -130,9 +130,9 @@ def check(listed: Sequence[Listed], where: str) -> tuple[list[Row], list[Problem
     alike = len(set(ranks.gather(content_digest(ids)))) == 1
     checked, notes = _examine_together(listed) if alike else _examine_all(listed)
     rows = [Row(found.id, found.source, found.caption, item.size, item.digest, others=found.others)
-            for found, item in zip(listed, checked, strict=True) if isinstance(item, Looked)]
+            for found, item in zip(listed, checked, strict=True) if isinstance(item, ImageFacts)]
     animated = [found.id for found, item in zip(listed, checked, strict=True)
-                if isinstance(item, Looked) and item.animated]
+                if isinstance(item, ImageFacts) and item.animated]
     if animated:
         log.warning("%d files hold several frames; the first is used: %s", len(animated), listing(animated))
     for note, names in notes.items():
@@ -142,7 +142,7 @@ def check(listed: Sequence[Listed], where: str) -> tuple[list[Row], list[Problem
 
 
 @dataclass(frozen=True)
-class Looked:
+class ImageFacts:
     """What decoding an image has told: its size (h, w), the digest of the file, whether there are more frames."""
 
     size: tuple[int, int]
@@ -151,7 +151,7 @@ class Looked:
 
 
 Notes = dict[str, set[str]]  # what Pillow and our decoder remark -> the images they remark it of
-Checked = tuple[list["Looked | UnreadableImage"], Notes]
+Checked = tuple[list["ImageFacts | UnreadableImage"], Notes]
 
 
 def _examine_together(listed: Sequence[Listed]) -> Checked:
@@ -185,7 +185,7 @@ def _notes_by_image() -> Iterator[Notes]:
         yield notes
 
 
-def _examine(found: Listed) -> Looked | UnreadableImage:
+def _examine(found: Listed) -> ImageFacts | UnreadableImage:
     _now.id = found.id
     try:
         data = found.source.read_bytes()
@@ -194,7 +194,7 @@ def _examine(found: Listed) -> Looked | UnreadableImage:
         return error
     except OSError as error:
         return UnreadableImage(f"{error}")
-    return Looked((image.height, image.width), content_digest(data), is_animated(data))
+    return ImageFacts((image.height, image.width), content_digest(data), is_animated(data))
 
 
 def _unreadable(bad: list[tuple[Listed, UnreadableImage]], total: int, where: str) -> Problem:

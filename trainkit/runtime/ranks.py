@@ -25,7 +25,7 @@ T = TypeVar("T")
 WAIT = timedelta(days=1)  # the longest that rank 0 may work alone; torch's own are 10 minutes on GPUs, 30 on CPUs
 GO_ON = ("see the message of that process, if it left one; then the same command with --resume_from_checkpoint latest "
          "goes on from the newest checkpoint")
-LOOKS = (0.001, 0.05)  # seconds between two looks at what is waited for: at first, and at last
+PAUSES = (0.001, 0.05)  # seconds between two looks at what is waited for: at first, at last
 
 WRAPPERS = {  # what `accelerate launch` sets for its children, and what it stands for
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -126,7 +126,7 @@ def barrier() -> None:
         return
     with together():
         arrival = dist.barrier(group=_on_cpus(dist.group.WORLD), async_op=True)
-        pause, longest = LOOKS
+        pause, longest = PAUSES
         while not arrival.is_completed():
             time.sleep(pause)
             pause = min(2 * pause, longest)
