@@ -12,6 +12,7 @@ script.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from trainkit.errors import exit_with_message, refuse
@@ -124,8 +125,10 @@ def preflight(opt: Options) -> Rows:
     from trainkit.data import class_images
     from trainkit.data.rows import read_rows
     from trainkit.families import sdxl
+    from trainkit.runtime import ranks
 
     preflight.leave_out_unused(opt.optimizer)
+    ranks.join(os.environ)  # several processes share out the decoding of images
     model = preflight.check_model(opt, sdxl)
     rows, data_problems = read_rows(opt.data)
     option_problems = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run),

@@ -12,6 +12,7 @@ docs/flags.md explains every flag. docs/differences.md lists the differences fro
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from trainkit.errors import exit_with_message, refuse
@@ -125,8 +126,10 @@ def preflight(opt: Options, family_module: ModuleType) -> Rows:
     from trainkit.conditioning import clip_token
     from trainkit.data.rows import read_rows
     from trainkit.losses import matching_term
+    from trainkit.runtime import ranks
 
     preflight.leave_out_unused(opt.optimizer)
+    ranks.join(os.environ)  # several processes share out the decoding of images
     model = preflight.check_model(opt, family_module)
     rows, data_problems = read_rows(opt.data, seed=opt.run.seed)
     input_problems = [] if model.latents is None else [

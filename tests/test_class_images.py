@@ -18,6 +18,7 @@ from PIL import Image
 
 from tests.support.images import data_options, marked, marked_folder
 from tests.support.tiny_models import build_tiny_edm
+from tests.support.two_ranks import on_two_ranks
 from trainkit.data import class_images
 from trainkit.data.batch import Row
 from trainkit.data.class_images import Painter, class_rows, problems, recipe
@@ -213,46 +214,21 @@ def test_more_images_wanted_later_keep_those_that_are_there(tmp_path: Path, draw
     assert len(class_rows(opt, JOB)) == 4 and not drawn, "there are enough without the one that was sorted out"
 
 
-def as_two_ranks(monkeypatch: pytest.MonkeyPatch, run: Callable[[int], list[Row]]) -> list[list[Row]]:
-    """`run(rank)` on two ranks that share a plan: rank 1 works while rank 0 waits at its barrier."""
-    box: list[object] = []
-    found: list[list[Row]] = [[], []]
-
-    def start(rank: int, at_barrier: Callable[[], None]) -> None:
-        def from_main(compute: Callable[[], object]) -> object:
-            if rank == 0:
-                box.append(compute())
-            return box[0]
-
-        monkeypatch.setattr(ranks, "rank", lambda: rank)
-        monkeypatch.setattr(ranks, "world", lambda: 2)
-        monkeypatch.setattr(ranks, "from_main", from_main)
-        monkeypatch.setattr(ranks, "barrier", at_barrier)
-        found[rank] = run(rank)
-
-    start(0, lambda: start(1, lambda: None))
-    return found
-
-
-def test_two_ranks_share_the_work_and_make_what_one_makes_d20(
-    tmp_path: Path, drawn: list, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_ranks_share_the_work_and_make_what_one_makes_d20(tmp_path: Path, drawn: list) -> None:
     alone = class_rows(options(tmp_path / "one", num_class_images=7), JOB)
     assert drawn == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert len({row.digest for row in alone}) == 7, "every image has a seed of its own"
     drawn.clear()
     opt = options(tmp_path / "two", num_class_images=7)
-    first, second = as_two_ranks(monkeypatch, lambda rank: class_rows(opt, JOB))
-    assert drawn == [[0, 1], [4, 5], [2, 3], [6, 7]]
+    (first, one), (second, two) = on_two_ranks(lambda: ([f"{row}" for row in class_rows(opt, JOB)], drawn), tmp_path)
+    assert (one, two) == ([[0, 1], [4, 5]], [[2, 3], [6, 7]])
     assert first == second and contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
-def test_ranks_on_different_disks_make_every_image_on_each(
-    tmp_path: Path, drawn: list, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_on_different_disks_make_every_image_on_each(tmp_path: Path, drawn: list) -> None:
     folders = tmp_path / "a", tmp_path / "b"
-    as_two_ranks(monkeypatch, lambda rank: class_rows(options(folders[rank]), JOB))
-    assert contents(folders[0]) == contents(folders[1]) and len(contents(folders[0])) == 6
+    counts = on_two_ranks(lambda: len(class_rows(options(folders[ranks.rank()]), JOB)), tmp_path)
+    assert counts == [6, 6] and contents(folders[0]) == contents(folders[1]) and len(contents(folders[0])) == 6
 
 
 def test_a_image_another_run_wrote_meanwhile_is_not_replaced(tmp_path: Path, drawn: list) -> None:

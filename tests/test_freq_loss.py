@@ -13,16 +13,14 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import pywt
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import freq_loss
@@ -30,6 +28,7 @@ import trainkit.frequency
 from freq_loss import DB3, KERNELS, STATISTICS, Bands, DistributionMatchingLoss, LowPass, frequency_decomposition, taps
 from tests.support import ROOT
 from tests.support.sources import module_imports
+from tests.support.two_ranks import on_two_ranks
 from trainkit.runtime import ranks
 
 F64 = torch.float64
@@ -804,29 +803,6 @@ def test_half_precision_estimates_get_fp32_losses_and_a_gradient_in_their_own_dt
 
 
 # R1: processes --------------------------------------------------------------------------------------------------------
-
-
-def on_two_ranks(work: Callable[[], object], tmp_path: Path) -> list:
-    """What `work` returns in each of two gloo processes."""
-    def child(rank: int) -> None:
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=rank, world_size=2)
-        torch.save(work(), tmp_path / f"{rank}.pt")
-        dist.destroy_process_group()
-
-    import torch.multiprocessing as mp
-
-    children = [mp.get_context("fork").Process(target=child, args=(rank,)) for rank in range(2)]
-    for process in children:
-        process.start()
-    for process in children:
-        process.join(timeout=60)
-    hung = [process for process in children if process.is_alive()]
-    for process in hung:
-        process.kill()
-    assert not hung, "a process hangs"
-    assert [process.exitcode for process in children] == [0, 0]
-    return [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
 
 
 FORMS = [dict(statistic="sum"), dict(statistic="diagonal", band_norm="dof"), dict(statistic="u", kernel="latent"),

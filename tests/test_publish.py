@@ -273,16 +273,6 @@ def test_only_rank_0_writes_and_uploads_and_the_others_wait_for_it(family, adapt
     assert sorted(folder.rglob("*")) == before and waited == [1]
 
 
-def test_a_failure_on_rank_0_does_not_leave_the_others_waiting(family, adapters, tmp_path, monkeypatch):
-    waited = []
-    monkeypatch.setattr("trainkit.runtime.ranks.barrier", lambda: waited.append(1))
-    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
-    folder = make_run(tmp_path / "run")
-    with pytest.raises(UserError, match="offline"):
-        publish(options(folder, push_to_hub=True, hub_token=SecretStr(TOKEN)), family, adapters)
-    assert waited == [1]
-
-
 def test_only_the_runs_own_files_are_described(family, adapters, tmp_path):
     folder = make_run(tmp_path / "run")
     (folder / "someone_elses.safetensors").write_bytes(b"private")

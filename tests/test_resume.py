@@ -12,8 +12,19 @@ import pytest
 
 from tests.support import ROOT
 from tests.support.compare import same_checkpoint, same_tensors
-from tests.support.trainers import TRAINER, command, forked, make_images, metrics
+from tests.support.trainers import (
+    TRAINER,
+    Done,
+    command,
+    forked,
+    forked_ranks,
+    make_images,
+    metrics,
+    wait_for_metrics,
+)
 from trainkit import lora_files, preview
+from trainkit.conditioning import cached_text
+from trainkit.data import cache
 
 pytestmark = pytest.mark.trains
 
@@ -92,17 +103,21 @@ BUSY = {  # while the run is busy with something else than steps -> flags, when 
     "class images": (
         dict(with_prior_preservation=True, class_prompt="an icon", num_class_images=200, sample_batch_size=1),
         lambda out: any((out.parent / "class").glob("*.png")), dict(num_class_images=2)),
-    "caching": (
-        dict(cache_latents=True, cached_crops=200), lambda out: any((out.parent / "cache").glob("*/*.safetensors")),
-        dict(cached_crops=1)),
+    "captions": ({}, lambda out: (out.parent / "encoding").exists(), {}),
+    "latents": (
+        dict(cache_latents=True, cached_crops=200, latent_cache_dir=None),
+        lambda out: (out.parent / "cached").exists(), dict(cached_crops=1)),
+    "latents on disk": (
+        dict(cache_latents=True, cached_crops=200), lambda out: (out.parent / "cached").exists(), dict(cached_crops=1)),
     "publishing": ({}, lambda out: (out / "pytorch_lora_weights.safetensors").exists(), {}),
 }
+WAYS = {"one process, Ctrl-C": (1, signal.SIGINT, 130), "two processes, SIGTERM": (2, signal.SIGTERM, 75)}
 
 
-@pytest.mark.parametrize("stage", BUSY)
-def test_a_signal_ends_what_is_no_step_soon_and_the_next_start_goes_on(stage, tiny_sdxl, images, tmp_path, monkeypatch):
-    flags, ready, after = BUSY[stage]
-    out, draw, verify = tmp_path / "out", preview.Previews.draw, lora_files.verify
+def slow_down(stage: str, out: Path, patch: pytest.MonkeyPatch) -> None:
+    """Make a stage take a minute, or leave a mark when it is reached."""
+    draw, verify, encode, put = (preview.Previews.draw, lora_files.verify, cached_text.FrozenText._encode_group,
+                                 cache.Latents.put)
 
     def slow_draw(previews, step, stopping):
         previews.shots *= 200 if step == 2 else 1
@@ -112,26 +127,55 @@ def test_a_signal_ends_what_is_no_step_soon_and_the_next_start_goes_on(stage, ti
         time.sleep(60 if path.parent == out and "step" not in path.name else 0)
         return verify(path, *args, **kwargs)
 
-    def go(log: str, *more: str, **changes: object):
+    def slow_encode(*args):
+        encode(*args)
+        (out.parent / "encoding").touch()
+        time.sleep(60)
+
+    def marked_put(*args):
+        put(*args)
+        (out.parent / "cached").touch()
+
+    if stage == "previews":
+        patch.setattr(preview.Previews, "draw", slow_draw)
+    if stage == "publishing":
+        patch.setattr(lora_files, "verify", slow_verify)
+    if stage == "captions":
+        patch.setattr(cached_text.FrozenText, "_encode_group", slow_encode)
+    if "latents" in stage:
+        patch.setattr(cache.Latents, "put", marked_put)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("stage", BUSY)
+def test_a_signal_ends_what_is_no_step_soon_and_the_next_start_goes_on(
+    stage, way, tiny_sdxl, images, tmp_path, monkeypatch
+):
+    """With two processes, the second one waits for the first that draws, publishes or encodes the captions."""
+    (flags, ready, after), (processes, number, code) = BUSY[stage], WAYS[way]
+    out = tmp_path / "out"
+
+    def go(log: str, *more: str, **changes: object) -> list[Done]:
         folders = dict(class_data_dir=tmp_path / "class") if "with_prior_preservation" in flags else {}
+        folders |= dict(latent_cache_dir=tmp_path / "cache")
         argv = command(tiny_sdxl, images, out, max_train_steps=3, checkpointing_steps=100,
-                       latent_cache_dir=tmp_path / "cache", **folders, **flags | changes)
-        kill = {} if changes or more else dict(kill_when=lambda: is_ready(out, ready), number=signal.SIGTERM)
-        return forked([*argv, *more], log=tmp_path / log, **kill)
+                       train_batch_size=2 // processes, **folders | flags | changes)
+        kill = {} if changes or more else dict(kill_when=lambda: is_ready(out, ready), number=number)
+        start = forked_ranks if processes == 2 else lambda *args, **how: [forked(*args, **how)]
+        return start([*argv, *more], log=tmp_path / log, **kill)
 
     with monkeypatch.context() as patch:
-        if stage == "previews":
-            patch.setattr(preview.Previews, "draw", slow_draw)
-        if stage == "publishing":
-            patch.setattr(lora_files, "verify", slow_verify)
+        slow_down(stage, out, patch)
         ended = go("log")
-    assert ended.code == 75 and ended.seconds < 5, (ended.seconds, ended.output)
+    assert all(done.code == code and done.seconds < 5 for done in ended), ended
     steps = {"previews": 2, "publishing": 3}.get(stage)
     assert [p.name for p in out.glob("checkpoint-*")] == ([f"checkpoint-{steps}"] if steps else [])
-    assert ("start the same command again" in ended.output) == (steps is None)
+    for done in ended:
+        assert ("start the same command again" in done.output) == (steps is None)
+        assert ("--resume_from_checkpoint latest" in done.output) == (steps is not None)
     assert all((p / "pytorch_lora_weights.safetensors").is_file() for p in out.glob("checkpoint-*"))
     resumed = go("log2", "--resume_from_checkpoint=latest", **after)
-    assert resumed.code == 0, resumed.output
+    assert all(done.code == 0 for done in resumed), resumed
     assert [row["step"] for row in metrics(out)] == [1, 2, 3] and (out / "README.md").is_file()
 
 
@@ -140,12 +184,3 @@ def is_ready(out: Path, ready) -> bool:
         return ready(out)
     except (OSError, ValueError):  # not there yet, or half a line
         return False
-
-
-def wait_for_metrics(out: Path, run: subprocess.Popen, *, timeout: float = 120) -> None:
-    end = time.monotonic() + timeout
-    while time.monotonic() < end and run.poll() is None:
-        if (out / "metrics.jsonl").is_file() and metrics(out):
-            return
-        time.sleep(0.05)
-    raise AssertionError("the run logged no step")

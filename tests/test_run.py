@@ -369,9 +369,10 @@ def test_on_two_ranks_one_writes_and_both_resume_from_it(out):
         Checkpoints(out, fingerprint={}, weights=Weights(7.0 + rank)).save(2)
         assert (out / "checkpoint-2").is_dir(), "no rank may go on before the checkpoint stands"
         fresh = Weights(0.0)
-        return [Checkpoints(out, fingerprint={}, weights=fresh).resume("latest"), fresh.value.item()]
+        saves = Checkpoints(out, fingerprint={}, weights=fresh)
+        return [saves.resume("latest"), fresh.value.item(), saves.saved]
 
-    assert on_two_ranks(work) == [[2, 7.0], [2, 7.0]]
+    assert on_two_ranks(work) == [[2, 7.0, 2]] * 2, "all know what is saved: they save together or not at all"
 
 
 # -- the run ----------------------------------------------------------------------------------------------------------
@@ -1084,6 +1085,7 @@ def test_a_sibling_that_ended_is_one_line_and_no_traceback(monkeypatch, meet):
 
     for name in ("barrier", "broadcast_object_list", "all_reduce"):
         monkeypatch.setattr(f"torch.distributed.{name}", closed)
+    monkeypatch.setattr(ranks, "_on_cpus", lambda everyone: everyone)
     monkeypatch.setattr(ranks, "world", lambda: 2)
     monkeypatch.setattr(ranks, "rank", lambda: 1)
     with pytest.raises(UserError, match="another process of this run has ended") as caught:

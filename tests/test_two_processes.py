@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +13,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.trainers import TRAINER, command, launched, make_images, metrics, torchrun
+from tests.support import ROOT
+from tests.support.compare import same_checkpoint
+from tests.support.trainers import (
+    TRAINER,
+    Done,
+    command,
+    forked_ranks,
+    launched,
+    make_images,
+    metrics,
+    torchrun,
+    wait_for_metrics,
+)
+from trainkit import preview
 
 pytestmark = pytest.mark.trains
 
@@ -17,10 +34,11 @@ STEP = 1e-3  # the learning rate: Adam turns a gradient that is all rounding int
 
 
 def test_two_processes_equal_one(tiny_sdxl, tmp_path):
+    """Captions and latents are encoded in parts and sent to the other process."""
     images = make_images(tmp_path / "data", n=5)
-    one = command(tiny_sdxl, images, tmp_path / "one", train_batch_size=4, max_train_steps=3, checkpointing_steps=3)
-    two = command(tiny_sdxl, images, tmp_path / "two", train_batch_size=1, gradient_accumulation_steps=2,
-                  max_train_steps=3, checkpointing_steps=3)
+    common = dict(max_train_steps=3, checkpointing_steps=3, cache_latents=True, cached_crops=2)
+    one = command(tiny_sdxl, images, tmp_path / "one", train_batch_size=4, **common)
+    two = command(tiny_sdxl, images, tmp_path / "two", train_batch_size=1, gradient_accumulation_steps=2, **common)
     for line in ([sys.executable, f"{TRAINER}.py", *one], [*torchrun(2), f"{TRAINER}.py", *two]):
         done = launched(line, env={"ACCELERATE_USE_CPU": "1"})
         assert done.code == 0, done.output
@@ -34,6 +52,71 @@ def test_processes_that_do_not_know_of_each_other_are_refused(tiny_sdxl, tmp_pat
     done = launched([*torchrun(2), f"{TRAINER}.py", *argv])
     assert done.code != 0 and "ACCELERATE_USE_CPU=1" in done.output
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_an_image_that_another_rank_has_looked_at_is_refused_by_all_and_explained_by_rank_0(tiny_sdxl, tmp_path):
+    images = make_images(tmp_path / "data", n=4)
+    (images / "p1.png").write_bytes(b"no image")  # in the part of rank 1
+    first, second = forked_ranks(command(tiny_sdxl, images, tmp_path / "out"), log=tmp_path / "log")
+    assert (first.code, second.code) == (3, 3) and not (tmp_path / "out").exists()
+    assert "1 of 4 images cannot be read" in first.output and "p1.png: no image of a known format" in first.output
+    assert second.output.startswith("rank 1: 1 of 4 images cannot be read; next: ") and second.output.count("\n") == 1
+
+
+def test_kill_9_of_rank_0_is_told_with_what_goes_on_and_mended_at_the_next_start(tiny_sdxl, tmp_path, monkeypatch):
+    """Rank 0 is killed while it draws previews and the other process waits for them."""
+    out, images = tmp_path / "out", make_images(tmp_path / "data", n=5)
+    monkeypatch.setattr(preview.Previews, "missing", lambda *_, **__: False)  # those before the first step
+    common = dict(train_batch_size=1, max_train_steps=8, checkpointing_steps=2)
+
+    def go(log: str, *more: str, **how: object) -> list[Done]:
+        slow = dict(validation_prompt="a cat", num_validation_images=500, validation_steps=4) if how else {}
+        return forked_ranks([*command(tiny_sdxl, images, out, **common, **slow), *more], log=tmp_path / log, **how)
+
+    def status() -> tuple[str, int]:
+        record = json.loads((out / "run.json").read_text("utf-8"))
+        return record["status"], record["step"]
+
+    killed, left = go("log", kill_when=(out / "checkpoint-4").exists, victims=[0])
+    assert (killed.code, left.code) == (-signal.SIGKILL, 1) and left.seconds < 5, left
+    assert left.output.count("\n") == 1 and "another process of this run has ended" in left.output
+    assert "--resume_from_checkpoint latest" in left.output
+    assert status() == ("running", None)
+    refused = go("log2", "--resume_from_checkpoint=latest", "--rank=3")
+    assert [done.code for done in refused] == [2, 1] and status() == ("killed", 4)
+    resumed = go("log3", "--resume_from_checkpoint=latest")
+    assert [done.code for done in resumed] == [0, 0] and status() == ("done", 8), resumed
+    whole = command(tiny_sdxl, images, tmp_path / "whole", **common)
+    assert all(done.code == 0 for done in forked_ranks(whole, log=tmp_path / "log4"))
+    same_checkpoint(out / "checkpoint-8", tmp_path / "whole" / "checkpoint-8")
+
+
+def test_kill_9_of_another_rank_ends_the_run_with_what_goes_on(tiny_sdxl, tmp_path):
+    out = tmp_path / "out"
+    argv = command(tiny_sdxl, make_images(tmp_path / "data", n=5), out, train_batch_size=1, max_train_steps=5000,
+                   checkpointing_steps=2)
+    left, killed = forked_ranks(argv, log=tmp_path / "log", kill_when=(out / "checkpoint-4").exists, victims=[1])
+    assert (left.code, killed.code) == (1, -signal.SIGKILL) and left.seconds < 5, left
+    assert "another process of this run has ended" in left.output and "--resume_from_checkpoint latest" in left.output
+    record = json.loads((out / "run.json").read_text("utf-8"))
+    assert (record["status"], record["exit_code"]) == ("sibling", 1)
+
+
+def test_ctrl_c_in_torchrun_saves_once_and_exits(tiny_sdxl, tmp_path):
+    """Torchrun passes it on to both processes; a second one would end them without a checkpoint."""
+    out = tmp_path / "out"
+    argv = command(tiny_sdxl, make_images(tmp_path / "data", n=5), out, train_batch_size=1, max_train_steps=5000,
+                   checkpointing_steps=5000)
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.Popen([*torchrun(2), f"{TRAINER}.py", *argv], cwd=ROOT, stdout=log, stderr=log,
+                               env=os.environ | {"ACCELERATE_USE_CPU": "1"})
+        wait_for_metrics(out, run)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(timeout=60) != 0, "torchrun has a code of its own"
+    told = (tmp_path / "log").read_text("utf-8")
+    assert "ended by Ctrl-C" in told and "rank 1: ended by Ctrl-C; next: the same command with --resume" in told
+    assert [(p / "manifest.json").is_file() for p in out.glob("checkpoint-*")] == [True]
+    assert json.loads((out / "run.json").read_text("utf-8"))["status"] == "stopped"
 
 
 def close(a: Path, b: Path) -> None:

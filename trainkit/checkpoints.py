@@ -182,9 +182,11 @@ class Checkpoints:
         if folder is not None:
             self._load(folder)
             log.info("resumed from %s: %d steps are done", folder, step)
+        here = folder is not None and folder.parent.resolve() == self.folders.dir.resolve()
+        self.saved = step if here else None  # on every rank: `save` is called by all or by none
         ranks.barrier()  # every rank has all of it
         if ranks.is_main():
-            self._clear_the_way(folder, step)
+            self._clear_the_way(step, here=here)
         return step
 
     def _on_interval(self, step: int) -> bool:
@@ -244,10 +246,11 @@ class Checkpoints:
         self._refuse_differences(folder, facts["fingerprint"])
         return folder, facts["step"]
 
-    def _clear_the_way(self, folder: Path | None, step: int) -> None:
-        """Rank 0, when nothing can refuse any more: set aside what is not on the way from `folder`."""
-        here = folder is not None and folder.parent.resolve() == self.folders.dir.resolve()
-        self.saved = step if here else None
+    def _clear_the_way(self, step: int, *, here: bool) -> None:
+        """Rank 0, when nothing can refuse any more: set aside what is not on the way from a checkpoint of this folder.
+
+        here  whether the run goes on from one
+        """
         with files.disk_errors(self.folders.dir):
             if not here:
                 previous.make_way(self.folders.dir)

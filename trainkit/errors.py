@@ -197,8 +197,8 @@ def exit_with_message(main: Callable[[], None]) -> None:
     """Run `main`; a UserError becomes its report on stderr and its exit code (a traceback only with --debug).
 
     Until a run takes over, what is logged reads as it will then, on the first process alone.
-    Of several processes the first tells the whole story and the others one line each. A Ctrl-C that no run is there to
-    take, as while libraries are imported, is one line and the exit code of a stopped run.
+    Of several processes the first tells the whole story, and the others what happened and what is next. A Ctrl-C that
+    no run is there to take, as while libraries are imported, is one line and the exit code of a stopped run.
     """
     rank = os.environ.get("RANK", "0")
     plain_output()
@@ -215,8 +215,9 @@ def exit_with_message(main: Callable[[], None]) -> None:
     except UserError as error:
         if debugging():
             raise
-        message = error.report(sys.stderr) if rank == "0" else f"rank {rank}: {readable(error.problems[0].what)}"
-        print(message, file=sys.stderr)
+        first = error.problems[0]
+        brief = f"rank {rank}: {readable(first.what)}; next: {readable(first.fix)}"
+        print(error.report(sys.stderr) if rank == "0" else brief, file=sys.stderr)
         sys.exit(error.exit_code)
 
 

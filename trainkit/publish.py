@@ -79,14 +79,13 @@ def hub_problems(options: RunOptions) -> Iterator[Problem]:
 def publish(options: RunOptions, files: LoraFiles) -> list[Path]:
     """Write the final files into --output_dir, verify them, and upload them when asked -> the files, weights first.
 
-    Rank 0 does it and every other rank waits, returning no files.
+    Rank 0 does it and every other rank waits, returning no files. Where it fails, they learn that rank 0 has ended.
     Raises UserError when a written file does not hold the trained weights, or when the upload fails; by then every
     file is complete on the disk.
     """
-    try:
-        return publish_here(options, files) if ranks.is_main() else []
-    finally:
-        ranks.barrier()
+    written = publish_here(options, files) if ranks.is_main() else []
+    ranks.barrier()
+    return written
 
 
 def publish_here(options: RunOptions, files: LoraFiles) -> list[Path]:

@@ -88,7 +88,7 @@ def start_run(opts: RunSettings, project: str) -> Run:
     # Gradients of trained attention underflow, and a CPU multiplies subnormal numbers many times more slowly. Threads
     # inherit the setting when they are made, so it comes before the first parallel operation.
     torch.set_flush_denormal(True)
-    ranks.refuse_wrappers(os.environ)
+    ranks.join(os.environ)
     refuse(ranks.precision_problems(os.environ, opts.precision.mixed_precision))
     names = trackers.chosen_trackers(opts.run.report_to)
     lock = take_folder(Path(opts.run.output_dir))
@@ -462,17 +462,9 @@ def make_accelerator(opts: RunSettings, tracker_names: list[str]) -> Accelerator
 
     out_dir = Path(opts.run.output_dir)
     places = ProjectConfiguration(project_dir=str(out_dir), logging_dir=str(out_dir / opts.run.logging_dir))
-    accelerator = Accelerator(
+    return Accelerator(
         mixed_precision=opts.precision.mixed_precision, log_with=tracker_names or None, project_config=places,
     )
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != started:  # torchrun without a GPU: each would train alone, all into one folder
-        raise UserError(Problem(
-            what=f"{started} processes were started, and each takes itself for the only one", where="WORLD_SIZE",
-            why="accelerate runs several processes on CPUs only when it is told to",
-            fix="ACCELERATE_USE_CPU=1 in front of the command, or one process",
-        ))
-    return accelerator
 
 
 def with_origins(options: Mapping[str, Json], origins: Mapping[str, str]) -> dict[str, Json]:

@@ -11,8 +11,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +70,10 @@ class Started:
 
     def wait(self) -> Done:
         _, status = os.waitpid(self.pid, 0)
-        code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
-        return Done(code, self.log.read_text("utf-8", errors="replace"), time.monotonic() - self.begun)
+        return Done(_code(status), self.output(), time.monotonic() - self.begun)
+
+    def output(self) -> str:
+        return self.log.read_text("utf-8", errors="replace")
 
 
 def started(argv: list[str], *, trainer: str = TRAINER, log: Path, patch: Callable[[], None] = lambda: None) -> Started:
@@ -96,9 +100,47 @@ def forked(argv: list[str], *, trainer: str = TRAINER, log: Path, patch: Callabl
     """
     run = started(argv, trainer=trainer, log=log, patch=patch)
     if kill_when:
-        _kill_when(run.pid, kill_when, number)
+        _kill_when([run.pid], kill_when, number)
         run.begun = time.monotonic()
     return run.wait()
+
+
+def forked_ranks(argv: list[str], *, trainer: str = TRAINER, log: Path, kill_when: Callable[[], bool] | None = None,
+                 number: int = signal.SIGKILL, victims: Sequence[int] = (0, 1)) -> list[Done]:
+    """`forked` as two processes of one run -> how each ended. Launchers send a signal to every process.
+
+    victims  which ranks get the signal
+    """
+    common = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{free_port()}",
+                  ACCELERATE_USE_CPU="1")
+    places = [common | dict(RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
+    runs = [started(argv, trainer=trainer, log=log.with_name(f"{log.name}-rank{place['RANK']}"),
+                    patch=partial(os.environ.update, place)) for place in places]
+    try:
+        if kill_when:
+            _kill_when([run.pid for run in runs], kill_when, number, victims)
+        return _wait_for_all(runs)
+    except AssertionError as error:
+        for run in runs:
+            with suppress(ProcessLookupError):
+                os.kill(run.pid, signal.SIGKILL)
+        raise AssertionError(f"{error}", *(run.output() for run in runs)) from error
+
+
+def _wait_for_all(runs: Sequence[Started], *, timeout: float = 120) -> list[Done]:
+    """How each ended, with the seconds from now."""
+    begun, ended = time.monotonic(), {}
+    while len(ended) < len(runs):
+        assert time.monotonic() < begun + timeout, "a process hangs"
+        for run in runs:
+            if run.pid not in ended and (found := os.waitpid(run.pid, os.WNOHANG)) != (0, 0):
+                ended[run.pid] = Done(_code(found[1]), run.output(), time.monotonic() - begun)
+        time.sleep(0.01)
+    return [ended[run.pid] for run in runs]
+
+
+def _code(status: int) -> int:
+    return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
 
 
 def require_mark() -> None:
@@ -138,11 +180,13 @@ def _child(module, argv: list[str], trainer: str, log: Path) -> None:
     os._exit(code)
 
 
-def _kill_when(pid: int, ready: Callable[[], bool], number: int, *, timeout: float = 120) -> None:
+def _kill_when(pids: Sequence[int], ready: Callable[[], bool], number: int, victims: Sequence[int] = (0,), *,
+               timeout: float = 120) -> None:
     end = time.monotonic() + timeout
-    while time.monotonic() < end and os.waitpid(pid, os.WNOHANG) == (0, 0):
+    while time.monotonic() < end and all(os.waitpid(pid, os.WNOHANG) == (0, 0) for pid in pids):
         if ready():
-            os.kill(pid, number)
+            for rank in victims:
+                os.kill(pids[rank], number)
             return
         time.sleep(0.01)
     raise AssertionError("the run ended or hung before it could be killed")
@@ -174,3 +218,13 @@ def torchrun(processes: int) -> list[str]:
 
 def metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def wait_for_metrics(out: Path, run: subprocess.Popen, *, timeout: float = 120) -> None:
+    """Until a run has logged its first step."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end and run.poll() is None:
+        if (out / "metrics.jsonl").is_file() and metrics(out):
+            return
+        time.sleep(0.05)
+    raise AssertionError("the run logged no step")

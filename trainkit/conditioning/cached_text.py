@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from trainkit.condition import Condition
-from trainkit.data.cache import Store, content_key
+from trainkit.data.cache import Store, content_key, fill_together
+from trainkit.runtime import ranks
 
 if TYPE_CHECKING:
 
@@ -35,8 +37,8 @@ class FrozenText:
 
     Prompts are sorted and encoded in groups that depend on the set of prompts alone, `also` in groups of its own, and a
     group is encoded whole or not at all: matrix products may round differently in batches of other sizes, and a
-    restarted run must see the same bits as an uninterrupted one. An entry that is there stays as it is, since another
-    run may be reading it.
+    restarted run must see the same bits as an uninterrupted one. For the same reason several processes share out whole
+    groups. An entry that is there stays as it is, since another run may be reading it.
     """
 
     networks: Sequence[Adapters] = ()
@@ -55,13 +57,16 @@ class FrozenText:
         distinct = sorted(set(prompts) - self.keys.keys())
         parts = (family.text_identity, self.clip_skip, *([state] if state else []))
         self.keys |= {prompt: content_key(ENTRIES, *parts, prompt) for prompt in distinct}
-        there = self.store.keys()
-        for start in range(0, len(distinct), PROMPTS_AT_ONCE):
-            group = distinct[start : start + PROMPTS_AT_ONCE]
-            if any(self.keys[prompt] not in there for prompt in group):
-                self._encode(family, group)
+        groups = [distinct[i : i + PROMPTS_AT_ONCE] for i in range(0, len(distinct), PROMPTS_AT_ONCE)]
+        fill_together(self.store, groups, groups[ranks.rank() :: ranks.world()], partial(self._encode, family))
 
-    def _encode(self, family: Family, prompts: list[str]) -> None:
+    def _encode(self, family: Family, groups: Sequence[Sequence[str]]) -> None:
+        there = self.store.keys()
+        for prompts in groups:
+            if any(self.keys[prompt] not in there for prompt in prompts):
+                self._encode_group(family, prompts)
+
+    def _encode_group(self, family: Family, prompts: Sequence[str]) -> None:
         tensors = family.encode_prompts(prompts, self.clip_skip).to(torch.device("cpu"))  # [B,...] each
         for place, prompt in enumerate(prompts):
             if self.keys[prompt] not in self.store:

@@ -38,6 +38,7 @@ STALE_SECONDS = 86_400  # unfinished files of a killed run are swept after a day
 SUFFIX = ".safetensors"
 DIGEST = "blake2b"  # name of the digest in a file's metadata
 ENCODER = json.JSONEncoder(sort_keys=True)  # of keys, which a large set has many of
+SENT_AT_ONCE = 64  # entries; those of SDXL's captions take 40 MB
 VIEWS_AT_ONCE = 8  # of one image in memory; at 1024 pixels a view takes 12 MiB
 
 EncodeImages = Callable[[Tensor], tuple[Tensor, Tensor]]  # pixels [B,3,H,W] -> mean, logvar [B,C,h,w]
@@ -196,19 +197,14 @@ def cache_latents(
     """Encode every variant of every row that the store lacks; `progress(done, total)` counts those.
 
     `identity` is plain data that changes when the VAE does. With batch_size 1 an entry does not depend, to the last
-    bit, on which others were missing. Several processes with a disk store encode a part each, all wait for the last,
-    and each encodes what it still lacks: nothing where they share the disk. Raises UserError naming the image when
-    the VAE gives NaN or infinity.
+    bit, on which others were missing, and so not on the number of processes: each of them encodes a part. Raises
+    UserError naming the image when the VAE gives NaN or infinity.
     """
     latents = Latents(store, policy, identity=identity, dtype=dtype)
     missing = _missing(_all_views(rows, latents, seed), store)
-    encode_views = partial(_encode_views, latents=latents, encode=encode, batch_size=batch_size,
-                           num_workers=num_workers, progress=progress)
-    if isinstance(store, DiskStore) and ranks.world() > 1:
-        encode_views(_own_part(missing, rows))
-        ranks.barrier()
-        missing = _missing(missing, store)
-    encode_views(missing)
+    fill_together(store, missing, _own_part(missing, rows), partial(
+        _encode_missing, latents=latents, encode=encode, batch_size=batch_size, num_workers=num_workers,
+        progress=progress))
     return latents
 
 
@@ -224,6 +220,32 @@ def _missing(views: Iterable[_Wanted], store: Store) -> list[_Wanted]:
     return list({key: sample for key, sample in views if key not in there}.items())
 
 
+def fill_together(store: Store, whole: Sequence[Item], part: Sequence[Item], fill: Callable[[Sequence[Item]], object],
+                  ) -> None:
+    """Every rank fills the store with its part of the whole; afterwards each has all of it.
+
+    Ranks send each other what they have in memory. On disks each looks for what it still lacks, which is nothing where
+    they share the disk.
+    """
+    if ranks.world() == 1:
+        fill(whole)
+    elif isinstance(store, dict):
+        before = set(store)
+        fill(part)
+        _exchange(store, [key for key in store if key not in before])
+    else:
+        fill(part)
+        ranks.barrier()
+        fill(whole)
+
+
+def _exchange(store: dict[str, StoredTensors], new: Sequence[str]) -> None:
+    """All ranks get the new entries of each; a few at once, since they are in memory several times meanwhile."""
+    for start in range(0, max(ranks.gather(len(new))), SENT_AT_ONCE):
+        for entries in ranks.gather({key: store[key] for key in new[start : start + SENT_AT_ONCE]}):
+            store.update({key: entry for key, entry in entries.items() if key not in store})
+
+
 def _own_part(missing: Sequence[_Wanted], rows: Iterable[Row]) -> list[_Wanted]:
     """Every world-th image, with all its views; counted over all images, since the ranks differ in what they find
     missing while others are writing.
@@ -232,10 +254,11 @@ def _own_part(missing: Sequence[_Wanted], rows: Iterable[Row]) -> list[_Wanted]:
     return [view for view in missing if number[view[1].row.digest] % ranks.world() == ranks.rank()]
 
 
-def _encode_views(
-    missing: Sequence[_Wanted], *, latents: Latents, encode: EncodeImages, batch_size: int, num_workers: int,
+def _encode_missing(
+    wanted: Sequence[_Wanted], *, latents: Latents, encode: EncodeImages, batch_size: int, num_workers: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
+    missing = _missing(wanted, latents.store)
     loader = DataLoader(_Views(latents.policy, missing), batch_size=None, collate_fn=_as_is, num_workers=num_workers,
                         generator=generator("latent cache"))  # its own: the global one must not move with the loader
     done = 0

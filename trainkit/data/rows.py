@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainkit.data.batch import Listed, Row
+from trainkit.data.images import content_digest
 from trainkit.data.sources.account import Account
 from trainkit.data.sources.captions import METADATA
 from trainkit.data.sources.folder import IMAGES, list_image_folder
@@ -18,6 +19,7 @@ from trainkit.data.sources.text import one_line
 from trainkit.data.verdicts import Verdict, judge
 from trainkit.errors import SHOWN, Problem, listing, printable, shell_word
 from trainkit.rng import permutation
+from trainkit.runtime import ranks
 
 if TYPE_CHECKING:
     from trainkit.options import ImageOptions
@@ -116,12 +118,22 @@ def _warn_twins(rows: Sequence[Row]) -> None:
 
 def check(listed: Sequence[Listed], where: str) -> tuple[list[Row], list[Problem]]:
     """A row for every image that can be used; all that cannot become one problem."""
-    judged = list(zip(listed, judge([found.source for found in listed]), strict=True))
+    judged = list(zip(listed, _judge_together(listed), strict=True))
     _warn_notes(judged)
     bad = [(found, verdict) for found, verdict in judged if verdict.refused]
     rows = [Row(found.id, found.source, found.caption, verdict.size, verdict.digest, others=found.others)
             for found, verdict in judged if not verdict.refused]
     return rows, [_unreadable(bad, len(listed), where)] if bad else []
+
+
+def _judge_together(listed: Sequence[Listed]) -> list[Verdict]:
+    """Several processes judge a part each. If their lists differ, they share no disk, and each judges all of its own."""
+    sources = [found.source for found in listed]
+    names = content_digest("\n".join(found.id for found in listed).encode(errors="surrogateescape"))
+    if len(set(ranks.gather(names))) > 1:
+        return judge(sources)
+    parts = ranks.gather(judge(sources[ranks.rank() :: ranks.world()]))
+    return [parts[i % len(parts)][i // len(parts)] for i in range(len(sources))]
 
 
 def _warn_notes(judged: Sequence[tuple[Listed, Verdict]]) -> None:

@@ -1,10 +1,18 @@
-"""What a process must know about its siblings. With one process every function here does nothing at no cost."""
+"""What a process must know about its siblings. With one process every function here does nothing at no cost.
+
+Tensors of a training step are summed and gathered by the backend of the device, with PyTorch's own timeout. Everything
+else goes through a group of its own on the CPUs: waiting for a rank that works alone, and exchanging Python objects.
+That group has the timeout WAIT, so no watchdog ends a run while rank 0 draws previews or uploads files.
+"""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +22,10 @@ from torch import Tensor
 from trainkit.errors import Problem, UserError, refuse
 
 T = TypeVar("T")
+WAIT = timedelta(days=1)  # the longest that rank 0 may work alone; torch's own are 10 minutes on GPUs, 30 on CPUs
+GO_ON = ("see the message of that process, if it left one; then the same command with --resume_from_checkpoint latest "
+         "goes on from the newest checkpoint")
+PAUSES = (0.001, 0.05)  # seconds between two looks at what is waited for: at first, at last
 
 WRAPPERS = {  # what `accelerate launch` sets for its children, and what it stands for
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -56,6 +68,29 @@ def refuse_wrappers(environ: Mapping[str, str]) -> None:
     )] if wrappers else [])
 
 
+def join(environ: Mapping[str, str]) -> None:
+    """Become one of several processes, where a launcher has started them. A second call does nothing.
+
+    Raises UserError: the launcher wants DeepSpeed or the like, or each process takes itself for the only one.
+    """
+    refuse_wrappers(environ)
+    started = int(environ.get("WORLD_SIZE", 1))
+    if started == 1:
+        return
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    torch.set_flush_denormal(True)  # as in `start_run`; the threads of the process group inherit it
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if state.num_processes != started:  # torchrun without a GPU: each would train alone, all into one folder
+        raise UserError(Problem(
+            what=f"{started} processes were started, and each takes itself for the only one", where="WORLD_SIZE",
+            why="accelerate runs several processes on CPUs only when it is told to",
+            fix="ACCELERATE_USE_CPU=1 in front of the command, or one process",
+        ))
+    barrier()  # connect the CPUs while all ranks are here
+
+
 def world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
@@ -76,14 +111,26 @@ def together() -> Iterator[None]:
     except RuntimeError as error:
         raise UserError(Problem(
             "another process of this run has ended", f"process {rank()} of {world()}, counted from 0",
-            f"{error}".partition("\n")[0], "see the message of that process", kind="sibling")) from error
+            f"{error}".partition("\n")[0], GO_ON, kind="sibling")) from error
+
+
+@cache
+def _on_cpus(everyone: dist.ProcessGroup) -> dist.ProcessGroup:
+    """All ranks again, on the CPUs and with a timeout that suits waiting."""
+    return dist.new_group(backend="gloo", timeout=WAIT)
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
-    if world() > 1:
-        with together():
-            dist.barrier()
+    """Wait until every rank is here. Signals are seen meanwhile: Python does not look at them in a wait of torch."""
+    if world() == 1:
+        return
+    with together():
+        arrival = dist.barrier(group=_on_cpus(dist.group.WORLD), async_op=True)
+        pause, longest = PAUSES
+        while not arrival.is_completed():
+            time.sleep(pause)
+            pause = min(2 * pause, longest)
+        arrival.wait()
 
 
 def from_main(compute: Callable[[], T]) -> T:
@@ -91,9 +138,21 @@ def from_main(compute: Callable[[], T]) -> T:
     if world() == 1:
         return compute()
     box: list[Any] = [compute() if is_main() else None]
+    barrier()
     with together():
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=_on_cpus(dist.group.WORLD))
     return box[0]
+
+
+def gather(mine: T) -> list[T]:
+    """What every rank has, in rank order."""
+    if world() == 1:
+        return [mine]
+    everyone: list[Any] = [None] * world()
+    barrier()
+    with together():
+        dist.all_gather_object(everyone, mine, group=_on_cpus(dist.group.WORLD))
+    return everyone
 
 
 def sum_over_ranks(flat: Tensor) -> Tensor:
