@@ -127,7 +127,7 @@ def check(listed: Sequence[Listed], where: str) -> tuple[list[Row], list[Problem
 
 
 def _judge_together(listed: Sequence[Listed]) -> list[Verdict]:
-    """Several processes judge a part each. If their lists differ, they share no disk, and each judges all of its own."""
+    """Several processes judge a part each. If lists differ, they share no disk, and each judges all of its own."""
     sources = [found.source for found in listed]
     names = content_digest("\n".join(found.id for found in listed).encode(errors="surrogateescape"))
     if len(set(ranks.gather(names))) > 1:
