@@ -17,9 +17,10 @@ from torch import Tensor
 
 from tests.support.images import data_options, marked_folder
 from tests.support.two_ranks import on_two_ranks
-from trainkit import publish
+from trainkit import digests, publish
 from trainkit.conditioning.cached_text import FrozenText
 from trainkit.data import rows as data_rows
+from trainkit.data import verdicts
 from trainkit.data.cache import DiskStore, cache_latents, fill_together
 from trainkit.data.geometry import CropPolicy
 from trainkit.errors import Problem, UserError
@@ -126,8 +127,8 @@ def odd_folder(folder: Path) -> Path:
 
 def told(folder: Path) -> dict[str, object]:
     """The rows, what is wrong with the images, what is logged about them, and how many this rank has decoded."""
-    decoded, decode, lines = [], data_rows.decode, []
-    data_rows.decode = lambda *args, **kwargs: (decoded.append(1), decode(*args, **kwargs))[1]
+    decoded, decode, lines = [], verdicts.decode, []
+    verdicts.decode = lambda *args, **kwargs: (decoded.append(1), decode(*args, **kwargs))[1]
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     logging.getLogger("trainkit").addHandler(handler)
@@ -135,12 +136,13 @@ def told(folder: Path) -> dict[str, object]:
         rows, problems = data_rows.read_rows(data_options(instance_data_dir=folder))
     finally:
         logging.getLogger("trainkit").removeHandler(handler)
-        data_rows.decode = decode
+        verdicts.decode = decode
     return {"rows": [f"{row}" for row in rows], "problems": [f"{problem}" for problem in problems],
             "lines": lines, "decoded": len(decoded)}
 
 
-def test_each_process_decodes_a_part_and_all_tell_the_same_about_all_images(tmp_path):
+def test_each_process_decodes_a_part_and_all_tell_the_same_about_all_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(digests, "FRESH_SECONDS", 1e9)  # nothing is remembered of an image
     folder = odd_folder(tmp_path / "d")
     alone = told(folder)
     first, second = on_two_ranks(lambda: told(folder), tmp_path)
@@ -151,8 +153,9 @@ def test_each_process_decodes_a_part_and_all_tell_the_same_about_all_images(tmp_
     assert any("colour profile" in line and "press.jpg" in line for line in alone["lines"])
 
 
-def test_processes_with_other_files_decode_all_of_their_own(tmp_path):
+def test_processes_with_other_files_decode_all_of_their_own(tmp_path, monkeypatch):
     """Machines without a common disk, before the missing class images are generated on each."""
+    monkeypatch.setattr(digests, "FRESH_SECONDS", 1e9)
     folders = marked_folder(tmp_path / "a", 4), marked_folder(tmp_path / "b", 2)
     counts = [rank["decoded"] for rank in on_two_ranks(lambda: told(folders[ranks.rank()]), tmp_path)]
     assert counts == [4, 2]
