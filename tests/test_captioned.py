@@ -92,7 +92,7 @@ def test_the_nearer_of_two_metadata_files_counts_and_that_is_said(
     write(tmp_path, ["cat/0.png", "cat/1.png"], [{"file_name": f"cat/{i}.png", "text": "far"} for i in range(2)])
     write(tmp_path / "cat", [], [{"file_name": "0.png", "text": "near"}, {"file_name": "1.png", "text": "far"}])
     assert captions_of(tmp_path) == {"cat/0.png": ("near",), "cat/1.png": ("far",)}
-    assert "1 images are named by the metadata of two folders" in caplog.text
+    assert "1 image is named by the metadata of two folders" in caplog.text
 
 
 def test_sidecars_beside_images_in_any_folder(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_a_trainer_of_one_caption_a_image_refuses_lists_and_subfolders(tmp_path:
     write(tmp_path, ["a.png", "below/b.png"], [{"file_name": "a.png", "text": ["one", "two"]}])
     rows, problems = read_rows(data_options(instance_data_dir=tmp_path))
     assert "text is a list, not text" in problems[0].why and [row.id for row in rows] == ["a.png"]
-    assert problems[1].what == "1 images in subfolders are not read" and "below/: 1 images" in problems[1].why
+    assert problems[1].what == "1 image in subfolders is not read" and "below/: 1 image" in problems[1].why
     listed, _ = list_folder(Folder(tmp_path, "--class_data_dir", "--class_prompt"))
     assert [image.id for image in listed] == ["a.png"]
 
@@ -405,7 +405,7 @@ def test_a_caption_of_a_table_that_is_no_caption_is_told_with_its_row(tmp_path: 
     folder = table(tmp_path / "d", features, [
         {"image": {"bytes": content(), "path": None}, "text": text} for text in ("fine", "x" * 70_000)])
     _, (problem,) = table_rows(folder)
-    assert problem.what == "1 unusable captions" and "row 1: text is longer than" in problem.why
+    assert problem.what == "1 unusable caption" and "row 1: text is longer than" in problem.why
 
 
 def test_a_table_where_no_row_has_a_caption_is_refused(tmp_path: Path) -> None:

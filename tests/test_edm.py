@@ -209,7 +209,7 @@ def test_previews_of_an_edm_model_come_from_its_own_scheduler(name, prediction_t
     with torch.no_grad(), preview.evaluating(family.denoiser):
         latent = drawn._latents(pipe, drawn.shots[0], lambda: False)
     assert latent.isfinite().all() and 0.05 < latent.std() < 20
-    assert np.asarray(next(iter(drawn.draw(1).values()))).std() > 0
+    assert np.asarray(next(iter(drawn.generate(1).values()))).std() > 0
 
 
 def test_the_stock_pipeline_draws_what_the_preview_draws(tiny_edm, tmp_path, monkeypatch):
@@ -221,7 +221,7 @@ def test_the_stock_pipeline_draws_what_the_preview_draws(tiny_edm, tmp_path, mon
     noise = rng.normal((4, 8, 8), [(1, 1)], name="preview")
     wanted = stock("a red dog", latents=noise, num_inference_steps=4, guidance_scale=family.guidance_scale, height=32,
                    width=32).images[0]
-    found = next(iter(drawn.draw(1).values()))
+    found = next(iter(drawn.generate(1).values()))
     assert np.abs(np.asarray(found).astype(int) - np.asarray(wanted).astype(int)).max() <= 1
 
 
@@ -232,7 +232,7 @@ def test_a_rescaled_schedule_is_trained_and_drawn_alike(tmp_path, monkeypatch):
     scheduler = preview.sampler(family)
     assert scheduler.config.prediction_type == "v_prediction" and scheduler.config.timestep_spacing == "trailing"
     torch.testing.assert_close(scheduler.alphas_cumprod, family.schedule.a**2, rtol=1e-4, atol=1e-7)
-    assert np.asarray(next(iter(previews(family, tmp_path, monkeypatch).draw(1).values()))).std() > 0
+    assert np.asarray(next(iter(previews(family, tmp_path, monkeypatch).generate(1).values()))).std() > 0
 
 
 # The command ----------------------------------------------------------------------------------------------------------

@@ -210,7 +210,7 @@ def test_images_whose_captions_are_cut_are_listed_once(
     with caplog.at_level(logging.WARNING):
         warn_cut(rows, lambda prompt: prompt, tokenizers)
     record, = caplog.records
-    assert "1 captions are longer than the 77 tokens" in record.getMessage()
+    assert "1 caption is longer than the 77 tokens" in record.getMessage()
     assert "a.png: 'apple red" in record.getMessage() and "apple TOK'" in record.getMessage()
     caplog.clear()
     warn_cut(rows[3:], lambda prompt: prompt.replace("TOK", "<s0> " * 40), tokenizers)

@@ -104,7 +104,7 @@ def test_a_word_in_captions_of_class_images_is_said_in_the_log(caplog):
         assert not caplog.text
         new_tokens.warn(options(), rows_of("a TOK", classes=["a dog", "a TOK dog"]))
     message, = caplog.messages
-    assert "1 captions of class images" in message and "'a TOK dog'" in message
+    assert "1 caption of class images" in message and "'a TOK dog'" in message
 
 
 def test_both_are_said_of_one_run_and_neither_without_new_tokens(caplog):

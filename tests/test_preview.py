@@ -76,18 +76,18 @@ def pixels(path: Path) -> np.ndarray:
 
 def test_the_same_step_twice_gives_the_same_bytes(family, encoded, tmp_path):
     previews = make(family, encoded, tmp_path)
-    first = [path.read_bytes() for path in previews.draw(5)]
+    first = [path.read_bytes() for path in previews.generate(5)]
     torch.rand(3)  # whatever training draws in between
-    assert [path.read_bytes() for path in previews.draw(5)] == first
-    one, two, _ = (pixels(path) for path in previews.draw(5))
+    assert [path.read_bytes() for path in previews.generate(5)] == first
+    one, two, _ = (pixels(path) for path in previews.generate(5))
     assert (one != two).any(), "two seeds, two images"
 
 
 def test_a_image_depends_on_its_own_seed_only(family, encoded, tmp_path):
     for folder in "ab":
         (tmp_path / folder).mkdir()
-    alone = first(make(family, encoded, tmp_path / "a", images=1).draw(1))
-    beside_another = first(make(family, encoded, tmp_path / "b", images=2).draw(1))
+    alone = first(make(family, encoded, tmp_path / "a", images=1).generate(1))
+    beside_another = first(make(family, encoded, tmp_path / "b", images=2).generate(1))
     assert (pixels(alone) == pixels(beside_another)).all()
 
 
@@ -99,7 +99,7 @@ def test_drawing_leaves_no_trace_in_training(family, encoded, tmp_path):
     trainable = [p.requires_grad for p in unet.parameters()]
     before = training_forward(family, encoded)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
-    make(family, encoded, tmp_path).draw(1)
+    make(family, encoded, tmp_path).generate(1)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert (np.random.get_state()[1] == states[2]).all()
@@ -136,18 +136,18 @@ def test_previews_are_what_the_stock_pipeline_draws(tiny_sdxl, tmp_path, zeros):
     size = {"height": SIDE, "width": SIDE}
     expected = stock(PROMPT, latents=noise, num_inference_steps=3, guidance_scale=5.0, **size).images[0]
     family = load(folder)
-    drawn = first(make(family, FrozenText(family, preview_prompts(options())), tmp_path, images=1).draw(1))
+    drawn = first(make(family, FrozenText(family, preview_prompts(options())), tmp_path, images=1).generate(1))
     assert np.abs(pixels(drawn).astype(int) - np.asarray(expected).astype(int)).max() <= 1
 
 
 def test_half_precision_bases_are_drawn_too(tiny_sdxl, tmp_path):
     family = load(tiny_sdxl, dtype=torch.bfloat16)
-    drawn = first(make(family, FrozenText(family, preview_prompts(options())), tmp_path, images=1).draw(1))
+    drawn = first(make(family, FrozenText(family, preview_prompts(options())), tmp_path, images=1).generate(1))
     assert pixels(drawn).std() > 0
 
 
 def test_images_carry_their_prompt_and_seed(family, encoded, tmp_path):
-    paths = [*make(family, encoded, tmp_path).draw(500)]
+    paths = [*make(family, encoded, tmp_path).generate(500)]
     names = ["step_000500_p01_s42.png", "step_000500_p01_s43.png", "step_000500.png"]
     assert [p.relative_to(tmp_path / "samples").as_posix() for p in paths] == names
     first, *settings = Image.open(paths[1]).info["parameters"].splitlines()
@@ -156,7 +156,7 @@ def test_images_carry_their_prompt_and_seed(family, encoded, tmp_path):
 
 
 def test_without_a_prompt_nothing_is_drawn_or_encoded(family, encoded, tmp_path):
-    assert make(family, encoded, tmp_path / "out", prompt=None).draw(1) == {}
+    assert make(family, encoded, tmp_path / "out", prompt=None).generate(1) == {}
     assert not (tmp_path / "out").exists()
     assert preview_prompts(options(prompt=None)) == []
     assert not make(family, encoded, tmp_path, prompt=None).due(1, last=True)
@@ -190,8 +190,8 @@ def test_previews_are_due_every_so_many_steps_and_after_the_last(family, encoded
 
 
 @pytest.mark.parametrize("given, every, said", [
-    ({"validation_epochs": 1}, 2, ["--validation_epochs 1 draws previews every 2 steps"]),
-    ({"validation_epochs": 1}, 1, ["--validation_epochs 1 draws previews every step"]),
+    ({"validation_epochs": 1}, 2, ["--validation_epochs 1 makes previews every 2 steps"]),
+    ({"validation_epochs": 1}, 1, ["--validation_epochs 1 makes previews every step"]),
     ({"validation_epochs": 1}, 20, []), ({"validation_steps": 2}, 2, []), ({"validation_prompt": None}, 2, []),
 ])
 def test_epochs_that_draw_previews_every_few_steps_are_told_at_the_start(tmp_path, caplog, given, every, said):
@@ -231,13 +231,14 @@ def test_a_drawing_is_ended_after_any_denoising_step_or_image(family, encoded, t
     """Two images of three steps, then two to decode: eight looks. Nothing is written, and no mode is left changed."""
     answers = iter([False] * looks + [True])
     modes = [m.training for m in family.denoiser.modules()]
-    assert make(family, encoded, tmp_path).draw(1, lambda: next(answers)) == {}
+    assert make(family, encoded, tmp_path).generate(1, lambda done, total: next(answers)) == {}
     assert not (tmp_path / "samples").exists() and next(answers, None) is None, "it is asked that often"
     assert [m.training for m in family.denoiser.modules()] == modes
 
 
 def test_looking_changes_no_image(family, encoded, tmp_path):
-    plain, looked = (make(family, encoded, tmp_path).draw(1, *stopping) for stopping in ((), (lambda: False,)))
+    plain = make(family, encoded, tmp_path).generate(1)
+    looked = make(family, encoded, tmp_path).generate(1, lambda done, total: False)
     assert all((np.asarray(plain[path]) == np.asarray(image)).all() for path, image in looked.items())
 
 
@@ -255,7 +256,7 @@ def test_a_session_draws_before_the_first_step_and_what_was_cut_off(
 
 def test_a_folder_of_the_run_that_was_taken_away_is_not_made_again(family, encoded, tmp_path):
     with pytest.raises(UserError) as caught:
-        make(family, encoded, tmp_path / "gone").draw(1)
+        make(family, encoded, tmp_path / "gone").generate(1)
     assert caught.value.exit_code == 74 and not (tmp_path / "gone").exists()
 
 
@@ -272,7 +273,7 @@ def test_a_resumed_run_finds_the_images_of_its_first_step(family, encoded, tmp_p
     """All of them, the grid included, and of the same prompt."""
     previews = make(family, encoded, tmp_path)
     assert not previews.there(5)
-    previews.draw(5)
+    previews.generate(5)
     assert previews.there(5) and not previews.there(6)
     assert not make(family, encoded, tmp_path, prompt="a cat").there(5)
     assert not make(family, encoded, tmp_path, images=3).there(5)
@@ -283,7 +284,7 @@ def test_a_resumed_run_finds_the_images_of_its_first_step(family, encoded, tmp_p
 
 
 def test_what_was_drawn_comes_back_as_it_was_written(family, encoded, tmp_path):
-    drawn = make(family, encoded, tmp_path).draw(1)
+    drawn = make(family, encoded, tmp_path).generate(1)
     assert all((np.asarray(image) == pixels(path)).all() for path, image in drawn.items())
 
 

@@ -81,9 +81,9 @@ def test_a_file_too_large_is_not_read_whole(tmp_path):
         read_text(file)
 
 
-@pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_a_config_with_the_mark_of_windows_is_read(tmp_path, mark):
-    (tmp_path / "c.toml").write_text(f"{mark}rank = 7\n", "utf-8")
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])  # the last one is that of PowerShell 5's `>`
+def test_a_config_as_windows_writes_it_is_read(tmp_path, encoding):
+    (tmp_path / "c.toml").write_text("rank = 7\n", encoding)
     assert read(f"--config={tmp_path / 'c.toml'}").lora.rank == 7
 
 

@@ -116,12 +116,12 @@ WAYS = {"one process, Ctrl-C": (1, signal.SIGINT, 130), "two processes, SIGTERM"
 
 def slow_down(stage: str, out: Path, patch: pytest.MonkeyPatch) -> None:
     """Make a stage take a minute, or leave a mark when it is reached."""
-    draw, verify, encode, put = (preview.Previews.draw, lora_files.verify, cached_text.FrozenText._encode_group,
+    generate, verify, encode, put = (preview.Previews.generate, lora_files.verify, cached_text.FrozenText._encode_group,
                                  cache.Latents.put)
 
-    def slow_draw(previews, step, stopping):
+    def slow_previews(previews, step, watch):
         previews.shots *= 200 if step == 2 else 1
-        return draw(previews, step, stopping)
+        return generate(previews, step, watch)
 
     def slow_verify(path, *args, **kwargs):
         time.sleep(60 if path.parent == out and "step" not in path.name else 0)
@@ -137,7 +137,7 @@ def slow_down(stage: str, out: Path, patch: pytest.MonkeyPatch) -> None:
         (out.parent / "cached").touch()
 
     if stage == "previews":
-        patch.setattr(preview.Previews, "draw", slow_draw)
+        patch.setattr(preview.Previews, "generate", slow_previews)
     if stage == "publishing":
         patch.setattr(lora_files, "verify", slow_verify)
     if stage == "captions":

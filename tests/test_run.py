@@ -750,10 +750,10 @@ def test_a_run_with_no_step_left_made_its_progress_before(out):
 def test_previews_are_begun_and_drawn_before_the_first_step_unless_they_are_there(out, there):
     told = []
     previews = SimpleNamespace(begin=lambda start: told.append(("begin", start)), missing=lambda step, last: not there,
-                               draw=lambda step, stopping: told.append(("draw", step)) or {})
+                               generate=lambda step, watch: told.append(("generate", step)) or {})
     with start_run(options(out)) as run:
         run.begin(2, 4, previews)
-    assert told == [("begin", 2), *([] if there else [("draw", 2)])]
+    assert told == [("begin", 2), *([] if there else [("generate", 2)])]
 
 
 @pytest.mark.parametrize("rank, line", [("0", "stopped by Ctrl-C\n"), ("1", "rank 1: stopped by Ctrl-C\n")])
@@ -855,9 +855,9 @@ class SlowPreviews:
     def due(self, step, *, last):
         return step == self.at
 
-    def draw(self, step, stopping):
+    def generate(self, step, watch):
         os.kill(os.getpid(), self.number)
-        while not stopping():
+        while not watch(1, 2):
             self.looks += 1
         return {}
 
@@ -887,7 +887,7 @@ def test_a_signal_ends_previews_and_saves_the_step_they_were_of(out, name, code,
 @pytest.mark.parametrize("start", [0, 2])
 def test_a_signal_in_the_previews_before_the_first_step_ends_the_run_at_once(out, start):
     saves, previews = Saves(every=1), SlowPreviews(start, "SIGTERM")
-    previews.draw = lambda step, stopping: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(5))
+    previews.generate = lambda step, watch: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(5))
     begun = time.monotonic()
     with pytest.raises(UserError) as caught, start_run(options(out)) as run:
         loop(run, saves, previews, start=start)

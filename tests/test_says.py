@@ -398,5 +398,5 @@ def test_a_run_says_its_plan_first_and_its_files_last_and_the_libraries_nothing(
     assert told[2] == "Training  32 px · batch 2 · 2 steps = 0.7 epochs"
     assert [line.split()[0] for line in told[3:6]] == ["Device", "Folder", "Learning"]
     assert told[-1].split() == ["report.html", "the", "report:", "open", "it", "in", "a", "browser"]
-    starts = ("Done", "WARNING", "1/2", "2/2", " ", "pytorch_lora", "out.safetensors", "1 checkpoints of this run")
+    starts = ("Done", "WARNING", "1/2", "2/2", " ", "pytorch_lora", "out.safetensors", "1 checkpoint of this run")
     assert [line for line in told[6:] if not line.startswith(starts)] == []

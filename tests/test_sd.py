@@ -334,7 +334,7 @@ def test_previews_are_what_the_stock_pipeline_draws(folders, version, tmp_path, 
     family, pipe = load(folders[version]), stock(folders[version])
     text = FrozenText(family, preview_prompts(options))
     family.free_text_encoders()
-    path, image = next(iter(Previews(family, options, text, tmp_path, seed=42, resolution=32).draw(1).items()))
+    path, image = next(iter(Previews(family, options, text, tmp_path, seed=42, resolution=32).generate(1).items()))
     pipe.scheduler = preview.sampler(family)
     noise = rng.normal((4, 8, 8), [(42, 1)], name="preview")
     wanted = pipe("a red dog", latents=noise, num_inference_steps=3, height=32, width=32).images[0]

@@ -394,10 +394,10 @@ def test_d10_stock_diffusers_draws_our_preview_after_the_two_documented_calls(as
     prompt, seed = "3d icon in the style of TOK, a fox", 7
     previews = Previews(family, ValidationOptions(validation_prompt=prompt, num_validation_images=1), words, tmp_path,
                         seed=seed, resolution=64)
-    before, _ = previews.draw(2).values()
+    before, _ = previews.generate(2).values()
     condition = words([prompt])
     settled = words([prompt], 2)
-    after, _ = previews.draw(3).values()
+    after, _ = previews.generate(3).values()
 
     pipe = stock_pipeline(assets / "tiny-sdxl-icons", tmp_path / "icons_emb.safetensors")
     pipe.scheduler = sampler(family)

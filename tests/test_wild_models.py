@@ -210,7 +210,7 @@ def test_a_model_as_it_is_found_is_trained_previewed_and_exported(model, name, t
     family = loaded(opt)
     assert loss(family, opt).isfinite()
     previews = preview.Previews(family, opt.validation, family.encode_prompts, tmp_path, seed=0, resolution=SIDE)
-    assert len(previews.draw(0)) == 2
+    assert len(previews.generate(0)) == 2
     adapters = add_adapters(family.denoiser, opt.lora, targets=family.lora_targets, seed=0)
     file = tmp_path / "lora.safetensors"
     export.write_kohya([adapters], family, file, {})

@@ -25,7 +25,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from trainkit import files
-from trainkit.errors import Problem, UserError
+from trainkit.errors import Problem, UserError, counted
 from trainkit.files import Json
 from trainkit.runtime import checkpoint_folders, manifest, previous, ranks
 from trainkit.runtime.record import timestamp, versions
@@ -140,7 +140,8 @@ class Checkpoints:
             return
         if not self.exports.keep and self.keep:
             count = min(count, self.keep)
-        log.info("%d checkpoints of this run leave a LoRA for WebUIs in %s: %s each, %s together%s", count,
+        log.info("%s a LoRA for WebUIs in %s: %s each, %s together%s",
+                 counted(count, "checkpoint of this run leaves", "checkpoints of this run leave"),
                  self.folders.dir, files.size_text(size), files.size_text(count * size),
                  " (--no_keep_loras deletes each with its checkpoint)" if self.exports.keep else "")
 

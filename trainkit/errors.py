@@ -130,6 +130,11 @@ def _in_ascii(error: UnicodeError) -> tuple[str, int]:
 SHOWN = 20  # entries of a list in a message
 
 
+def counted(number: int, one: str, several: str = "") -> str:
+    """A number with its noun, and with the verb that follows: "1 image is", "3 images are". Several: one + s."""
+    return f"{number:,} {one if number == 1 else several or f'{one}s'}"
+
+
 def listing(items: Iterable[str]) -> str:
     """At most SHOWN items, one a line, and how many more there are."""
     items = list(items)

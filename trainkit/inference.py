@@ -247,12 +247,12 @@ def generate_images(pipe: Pipeline, prompts: Sequence[str], noise: Sequence[Gene
         some = slice(start, start + batch_size)
         images += finite_images(
             pipe, prompt=list(prompts[some]), num_inference_steps=steps, guidance_scale=guidance_scale,
-            generator=list(noise[some]), callback_on_step_end=counted(show, start, len(prompts[some])))
+            generator=list(noise[some]), callback_on_step_end=after_denoising_step(show, start, len(prompts[some])))
         show(len(images))
     return images
 
 
-def counted(show: Callable[[float], None], done: int, size: int) -> Callable[..., dict[str, object]]:
+def after_denoising_step(show: Callable[[float], None], done: int, size: int) -> Callable[..., dict[str, object]]:
     """The pipeline's callback after each denoising step: with `done` images before, how far the batch of `size` is.
 
     The decoding that follows the last step counts as one step more.

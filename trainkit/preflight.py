@@ -119,7 +119,8 @@ def output_problems(opt: FolderOptions) -> list[Problem]:
             continue
         if lies_in(out, folder):
             where = "is the folder of the images" if lies_in(folder, out) else "lies in the folder of the images"
-            fix = f"--output_dir {shell_word(Path(*folder.absolute().parts[:-1], 'runs', out.absolute().name))}"
+            name = "mine" if out.absolute().name == "runs" else out.absolute().name
+            fix = f"--output_dir {shell_word(folder.absolute().parent / 'runs' / name)}"
             problems.append(_mixed(f"--output_dir {where}", out, f"{flag} {folder}", fix))
         elif writes_into(out, folder):
             problems.append(_mixed("the images lie where the run writes its own files", out, f"{flag} {folder}",

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from trainkit import rng
 from trainkit.diffusion import is_edm
+from trainkit.errors import counted
 from trainkit.families.pretrained import empty_device_cache
 from trainkit.files import disk_errors
 from trainkit.report.facts import sample_files
@@ -32,13 +34,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-OFTEN = 20  # training steps between previews, below which drawing may well take longer than training
+Watch = Callable[[int, int], bool]  # (parts done, of) -> whether to end there
+OFTEN = 20  # training steps between previews, below which previews may well take longer than training
 STEPS = 25  # denoising steps of the Diffusers trainers' validation
 
 
 @dataclass(frozen=True)
 class PreviewImage:
-    """One image to draw at every step."""
+    """One image of every preview."""
 
     prompt: str
     number: int  # of the prompt, from 1
@@ -76,14 +79,14 @@ class Previews:
         count = options.num_validation_images if options.validation_prompt else 0
         self.shots = [PreviewImage(options.validation_prompt or "", 1, seed + k) for k in range(count)]
         if self.shots and 0 < every < OFTEN and options.validation_steps is None:
-            log.warning("--validation_epochs %d draws previews every %s, which may take longer than the training does: "
-                        "--validation_steps 100 draws fewer", options.validation_epochs,
+            log.warning("--validation_epochs %d makes previews every %s, which may take longer than the training does: "
+                        "--validation_steps 100 makes fewer", options.validation_epochs,
                         "step" if every == 1 else f"{every} steps")
 
     def begin(self, start: int) -> None:
         """Once a run, on rank 0, before its first image: move images of another run to earlier/.
 
-        Those of later steps than `start`, or all when starting afresh; a run that draws none does so too.
+        Those of later steps than `start`, or all when starting afresh; a run without previews does so too.
         """
         others = [path for path, step in sample_files(self.folder.parent).items() if step > start or start == 0]
         put_away(others, self.folder.parent, "samples")
@@ -95,8 +98,8 @@ class Previews:
         return all(is_of(self.folder / name, shot.prompt) for shot, name in files)
 
     def missing(self, start: int, *, last: bool) -> bool:
-        """Whether a session that begins after `start` steps has to draw: before the first step, and what a signal cut
-        off. A step at which none are due gets none.
+        """Whether a session that begins after `start` steps makes previews at once: before the first step, and where a
+        signal has cut them off. A step at which none are due gets none.
         """
         return (start == 0 or self.due(start, last=last)) and not self.there(start)
 
@@ -104,15 +107,15 @@ class Previews:
         """Whether previews are due after `step` finished steps: every `every` steps, and after the last."""
         return bool(self.shots) and (last or bool(self.every) and step % self.every == 0)
 
-    def draw(self, step: int, stopping: Callable[[], bool] = lambda: False) -> dict[Path, Image.Image]:
+    def generate(self, step: int, watch: Watch = lambda done, total: False) -> dict[Path, Image.Image]:
         """Write samples/step_<step>_p<prompt>_s<seed>.png and the grid samples/step_<step>.png -> them, grid last.
 
-        stopping  asked after every denoising step and image; when it says yes, nothing is written
+        watch  called after every denoising step and image with how far it is; when it says yes, nothing is written
         """
         if not self.shots:
             return {}
         try:
-            images = self._images(stopping)
+            images = self._images(watch)
         except _Stopped:
             return {}
         with disk_errors(self.folder):
@@ -120,15 +123,20 @@ class Previews:
 
     def _write(self, step: int, images: Sequence[Image.Image]) -> dict[Path, Image.Image]:
         self.folder.mkdir(exist_ok=True)  # not its parents: a run's folder that was taken away must be told
-        drawn = {self.folder / shot.file_name(step): one for shot, one in zip(self.shots, images, strict=True)}
-        for shot, (path, image) in zip(self.shots, drawn.items(), strict=True):
+        files = {self.folder / shot.file_name(step): one for shot, one in zip(self.shots, images, strict=True)}
+        for shot, (path, image) in zip(self.shots, files.items(), strict=True):
             save_png(path, image, self._parameters(shot, image))
         grid, page = self.folder / grid_name(step), self._grid(step, images)
         save_png(grid, page, self._parameters(self.shots[0], images[0]))
-        return drawn | {grid: page}
+        return files | {grid: page}
 
-    def _images(self, stopping: Callable[[], bool]) -> list[Image.Image]:
+    def _images(self, watch: Watch) -> list[Image.Image]:
         family, dtype = self.family, self.family.weight_dtype
+        parts, total = count(1), len(self.shots) * (STEPS + 1)  # the decoder counts as a step
+
+        def stopping() -> bool:
+            return watch(next(parts), total)
+
         precision = torch.autocast(family.device.type, dtype=dtype, enabled=dtype != torch.float32)
         pipe = family.pipeline(sampler(family))
         with self.averaged(), evaluating(family.denoiser), precision:
@@ -166,7 +174,7 @@ class _Stopped(Exception):
 
 
 def unless(stopping: Callable[[], bool], value: T) -> T:
-    """`value`, or the end of the drawing."""
+    """`value`, or the end of the previews."""
     if stopping():
         raise _Stopped
     return value
@@ -219,4 +227,4 @@ def put_away(paths: Sequence[Path], run_dir: Path, name: str) -> None:
         away.mkdir(parents=True)
         for path in paths:
             path.rename(away / path.name)
-    log.warning("%d files of an earlier run (%s, ...) moved to %s", len(paths), paths[0].name, away)
+    log.warning("%s of an earlier run (%s, ...) moved to %s", counted(len(paths), "file"), paths[0].name, away)

@@ -6,6 +6,7 @@ may end in a traceback, take minutes, or run a program out of memory or stack.
 
 from __future__ import annotations
 
+import codecs
 import json
 import tomllib
 from collections.abc import Callable, Mapping
@@ -18,16 +19,23 @@ MOST_VALUES = 1_000_000
 BAD_TEXT = (ValueError, RecursionError, KeyError, AttributeError, TypeError, IndexError, OverflowError)  # of parsers
 
 
-def read_text(path: Path, *, most: int = MOST_BYTES) -> str:
-    """A UTF-8 file of `most` bytes at most. Raises ValueError where it is none, OSError where it cannot be read."""
+def read_text(path: Path, *, most: int = MOST_BYTES, of_windows: bool = False) -> str:
+    """A UTF-8 file of `most` bytes at most. Raises ValueError where it is none, OSError where it cannot be read.
+
+    of_windows  also what Windows' programs write: a mark before UTF-8, and UTF-16 with its mark (`>` of PowerShell 5)
+    """
     with path.open("rb") as file:
         data = file.read(most + 1)
     if len(data) > most:
         raise ValueError(f"it is larger than {most / 2**20:g} MiB")
+    encoding = "utf-8"
+    if of_windows:
+        encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
-        return data.decode("utf-8")
+        return data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise ValueError(f"it is not UTF-8: byte 0x{data[error.start]:02x} at {error.start:,}") from error
+        name = encoding.removesuffix("-sig").upper()
+        raise ValueError(f"it is not {name}: byte 0x{data[error.start]:02x} at {error.start:,}") from error
 
 
 def parse_json(text: str) -> Any:

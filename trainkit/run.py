@@ -196,7 +196,7 @@ class Run:
     def begin(self, start: int, total: int, previews: Previews | None = None) -> None:
         """Just before the loop, with `start` finished steps of `total`: afterwards signals wait for a save.
 
-        The output folder is this run's from here on. `previews` are drawn before the first step, and at the start of a
+        The output folder is this run's from here on. `previews` come before the first step, and at the start of a
         session where they are due and an earlier session has not left them.
         """
         self._clock, self._step, self._total = time.monotonic(), start, total
@@ -208,7 +208,7 @@ class Run:
             if self.is_main:
                 previews.begin(start)
             if ranks.from_main(lambda: previews.missing(start, last=start == total)):
-                self.draw(start, previews)
+                self.preview(start, previews)
         self.signals.wait_for_a_save()
 
     def train(
@@ -264,15 +264,19 @@ class Run:
         trackers.log_values(self.accelerator, {k: v for k, v in values.items() if math.isfinite(v)}, step=step)
         self.progress.update(step, row, notes=self._notes(step))
 
-    def draw(self, step: int, previews: Previews) -> None:
+    def preview(self, step: int, previews: Previews) -> None:
         """Previews after `step` finished steps, on rank 0 while the others wait; the trackers get them too.
 
-        A signal ends the drawing after a denoising step, and without files.
+        A signal ends them after a denoising step, and without files.
         """
         if self.is_main:
-            drawn = [*previews.draw(step, lambda: self.signals.wish is not None).values()]  # the last: the sheet of all
-            self.log_images(step, {"validation": drawn[:-1]} if drawn else {})
+            images = [*previews.generate(step, self._watch_previews).values()]  # the last: the sheet of all
+            self.log_images(step, {"validation": images[:-1]} if images else {})
         ranks.barrier()
+
+    def _watch_previews(self, done: int, total: int) -> bool:
+        self.progress.task("previews", done, total)
+        return self.signals.wish is not None
 
     def log_images(self, step: int, images: Mapping[str, list[Image]]) -> None:
         """Images of one size per name, to the trackers. Rank 0 only."""
@@ -332,16 +336,16 @@ class Run:
             ))
 
     def after_step(self, done: int, optimizer: Steppable, *, saves: Checkpoints, previews: Previews, stop: int) -> None:
-        """What is due after `done` finished steps: save (and end there when a signal asked for it), draw, a last look.
+        """What is due after `done` finished steps: save (and end there if a signal asks for it), previews, a last look.
 
         stop  finished steps at the end of this session
         """
         if saves.due(done, stop=stop, total=self._total) or self.stopping:
             self.save(done, optimizer, saves)
         if previews.due(done, last=done == stop):
-            self.draw(done, previews)
+            self.preview(done, previews)
             self.listen()
-            if self.stopping:  # a signal has come since the update, and ended the drawing
+            if self.stopping:  # a signal has come since the update, and ended the previews
                 self.save(done, optimizer, saves)
         if done == stop:
             self.require_finite(optimizer, done)

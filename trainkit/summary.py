@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from trainkit.errors import printable
+from trainkit.errors import counted, printable
 from trainkit.runtime.progress import clock
 
 if TYPE_CHECKING:
@@ -162,10 +162,6 @@ def batch(facts: Plan) -> str:
 def epochs(number: float) -> str:
     shown = f"{number:.0f}" if number >= 10 else f"{number:.1f}".removesuffix(".0")
     return f"{shown} epoch" + ("" if shown == "1" else "s")
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

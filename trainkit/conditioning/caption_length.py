@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from trainkit.errors import listing, printable
+from trainkit.errors import counted, listing, printable
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -30,8 +30,9 @@ def warn_cut(rows: Sequence[Row], rewrite: Callable[[str], str], tokenizers: Seq
     found = [f"{first[caption]}: {_shortened(words)!r}" for caption, words in zip(captions, lost, strict=True) if words]
     if found:
         limit = min(tokenizer.model_max_length for tokenizer in tokenizers)
-        log.warning("%d captions are longer than the %d tokens that a text encoder reads; these words are cut off and "
-                    "not learned (put what matters first, or shorten them): %s", len(found), limit, listing(found))
+        log.warning("%s longer than the %d tokens that a text encoder reads; these words are cut off and "
+                    "not learned (put what matters first, or shorten them): %s",
+                    counted(len(found), "caption is", "captions are"), limit, listing(found))
 
 
 def cut_off(prompts: Sequence[str], tokenizers: Sequence[CLIPTokenizer]) -> list[str]:

@@ -23,7 +23,7 @@ from trainkit import rng
 from trainkit.condition import Condition
 from trainkit.data.cache import tensors_digest
 from trainkit.data.clip_features import CLIPS, FILE_NAME, SCRIPT, TOO_WIDE, read_features
-from trainkit.errors import Problem, UserError, listing, shell_word
+from trainkit.errors import Problem, UserError, counted, listing, shell_word
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -91,8 +91,8 @@ def make_clip_token(options: GuidanceOptions, rows: Sequence[Row], family: Famil
     free = has_free_place(family.tokenizers, captions)
     full = [caption for caption, is_free in zip(captions, free, strict=True) if not is_free]
     if full:
-        log.warning("%d captions fill the text encoder's whole context; their images are trained on without the "
-                    "guidance token: %s", len(full), listing(full))
+        log.warning("%s the text encoder's whole context; their images are trained on without the "
+                    "guidance token: %s", counted(len(full), "caption fills", "captions fill"), listing(full))
     return ClipToken(features.rows, features.places([row.digest for row in rows]), frozenset(full),
                      options.guidance_token_scale, options.guidance_token_dropout)
 
@@ -118,7 +118,8 @@ def problems(options: GuidanceOptions, rows: Sequence[Row], width: int) -> Itera
     missing = sorted({row.id for row in rows if row.digest not in features})
     if missing and not incompatible:
         fix = f"{_extract(rows, features.clip, options.guidance_features)}; it adds what is missing"
-        yield Problem(f"{len(missing)} images have no CLIP features", where, listing(missing), fix, "data")
+        what = f"{counted(len(missing), 'image has', 'images have')} no CLIP features"
+        yield Problem(what, where, listing(missing), fix, "data")
 
 
 def _no_file(rows: Sequence[Row], width: int) -> Problem:

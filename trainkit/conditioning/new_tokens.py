@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from trainkit import rng
-from trainkit.errors import Problem, UserError, refuse
+from trainkit.errors import Problem, UserError, counted, refuse
 from trainkit.families.tokenize import token_ids
 from trainkit.files import disk_errors, load_tensors, save_tensors
 from trainkit.reading import parse_json
@@ -88,8 +88,9 @@ def warn(options: PivotalOptions, rows: Sequence[Row]) -> None:
                     len(without), len(captions), ", ".join(options.abstractions), without[0])
     both = [row.caption for row in rows if row.is_class and options.rewrite(row.caption) != row.caption]
     if both:
-        log.warning("%d captions of class images hold a word of --token_abstraction: the new tokens learn the class "
-                    "from them (%r for one)", len(both), both[0])
+        log.warning("%s a word of --token_abstraction: the new tokens learn the class "
+                    "from it (%r for one)", counted(len(both), "caption of class images holds",
+                                                    "captions of class images hold"), both[0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from trainkit.data.sources.folder import IMAGES, list_image_folder
 from trainkit.data.sources.table import list_table
 from trainkit.data.sources.text import one_line
 from trainkit.data.verdicts import Verdict, judge
-from trainkit.errors import SHOWN, Problem, listing, printable, shell_word
+from trainkit.errors import SHOWN, Problem, counted, listing, printable, shell_word
 from trainkit.rng import permutation
 from trainkit.runtime import ranks
 
@@ -96,8 +96,9 @@ def warn_enlarged(rows: Sequence[Row], resolution: int) -> None:
     factors = {row.id: resolution / max(1, min(row.size)) for row in rows}
     small = sorted((name for name in factors if factors[name] >= ENLARGED), key=lambda name: -factors[name])
     if small:
-        log.warning("%d images are far smaller than --resolution %d; enlarged they teach blur: %s", len(small),
-                    resolution, listing(f"{name}, {factors[name]:.3g} times" for name in small))
+        log.warning("%s far smaller than --resolution %d; enlarging teaches blur: %s",
+                    counted(len(small), "image is", "images are"), resolution,
+                    listing(f"{name}, {factors[name]:.3g} times" for name in small))
 
 
 def _warn_twins(rows: Sequence[Row]) -> None:
@@ -107,7 +108,8 @@ def _warn_twins(rows: Sequence[Row]) -> None:
         by_content[row.digest].append(row)
     twins = [same for same in by_content.values() if len(same) > 1]
     if twins:
-        log.warning("%d images are there more than once and are seen so much more often: %s", len(twins),
+        log.warning("%s there more than once, and seen so much more often: %s",
+                    counted(len(twins), "image is", "images are"),
                     listing(" = ".join(row.id for row in same)
                             + (" (with different captions)" if len({row.all_captions for row in same}) > 1 else "")
                             for same in twins))
@@ -140,13 +142,14 @@ def _warn_notes(judged: Sequence[tuple[Listed, Verdict]]) -> None:
     """Tell what is remarkable about images, each remark once with all that it is about."""
     animated = [found.id for found, verdict in judged if verdict.animated]
     if animated:
-        log.warning("%d files hold several frames; the first is used: %s", len(animated), listing(animated))
+        log.warning("%s several frames; the first is used: %s", counted(len(animated), "file holds", "files hold"),
+                    listing(animated))
     notes: dict[str, set[str]] = defaultdict(set)
     for found, verdict in judged:
         for note in verdict.notes:
             notes[note].add(found.id)
     for note, names in notes.items():
-        log.warning("%d images: %s: %s", len(names), note, listing(sorted(names)))
+        log.warning("%s: %s: %s", counted(len(names), "image"), note, listing(sorted(names)))
 
 
 def _unreadable(bad: list[tuple[Listed, Verdict]], total: int, where: str) -> Problem:

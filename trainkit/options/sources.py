@@ -208,7 +208,7 @@ def _load(path: Path) -> dict[str, object]:
     parse = CONFIGS.get(path.suffix.lower())
     if parse is None:
         raise ValueError(f"{path.suffix or 'no ending'} is not one of .toml, .yaml, .yml, .json")
-    data = parse(read_text(path).removeprefix("\ufeff"))  # a mark that Windows' editors write
+    data = parse(read_text(path, of_windows=True))
     if not isinstance(data, dict):
         raise ValueError("it holds no table of flags")
     return data

@@ -14,7 +14,7 @@ from typing import TextIO
 import torch
 
 from trainkit import terminal
-from trainkit.errors import LineFormatter
+from trainkit.errors import LineFormatter, counted
 
 LOSS_MEMORY = 0.98  # the shown loss is an average over about the last 50 steps
 REDRAW_SECONDS = 0.1
@@ -154,7 +154,7 @@ def line(pace: Pace, loss: float | None, values: Mapping[str, float], *, notes: 
         (6, "" if fourier is None else f"fourier_component {fourier:.4f}"),
         (3, "" if rate is None else f"{name} {rate:.1e}"),
         (5, "" if pace.per_second is None else f"{pace.per_second:.2f} it/s"),
-        (9, f"{values['images']:.0f} images" if "images" in values else ""),
+        (9, counted(int(values["images"]), "image") if "images" in values else ""),
         (2, time_left(pace)),
         (8, memory()),
         *((4 + 3 * place, note) for place, note in enumerate(notes)),

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainkit.errors import Problem, UserError, refuse
+from trainkit.errors import Problem, UserError, counted, refuse
 from trainkit.process import own_settings, quiet_imported, say
 from trainkit.reading import parse_json, read_text
 from trainkit.tools import ASSETS
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet_libraries()
     images = list_folder(args.images) if args.images else list_table(args)
     features = convert(args, images) if args.legacy else extract(args, images)
-    print(f"{len(features.digests)} images, features {features.width} wide, of {features.clip}: {args.out}")
+    print(f"{counted(len(features.digests), 'image')}, features {features.width} wide, of {features.clip}: {args.out}")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

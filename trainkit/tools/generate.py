@@ -24,12 +24,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainkit.errors import Problem, refuse
+from trainkit.errors import Problem, counted, refuse
 from trainkit.inference import (
     DTYPES,
     add_new_tokens,
+    after_denoising_step,
     base_problems,
-    counted,
     embeddings_of,
     finite_images,
     fuse_lora,
@@ -286,7 +286,7 @@ def draw_all(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) ->
     images: list[Image] = []
     with watched("generating images", len(shots)) as show:
         for some in chunks(shots, args.batch_size):
-            images += run_pipeline(pipe, args, some, counted(show, len(images), len(some)))
+            images += run_pipeline(pipe, args, some, after_denoising_step(show, len(images), len(some)))
             show(len(images))
     return images
 
@@ -327,7 +327,7 @@ def write(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot], image
         for shot, image in zip(shots, images, strict=True):
             save_png(args.out / shot.file_name, image, parameters(pipe, args, shot, image))
         save_png(args.out / "sheet.png", page, parameters(pipe, args, shots[0], images[0]))
-    print(f"{len(images)} images and sheet.png in {args.out}")
+    print(f"{counted(len(images), 'image')} and sheet.png in {args.out}")
 
 
 def contact_sheet(args: argparse.Namespace, shots: Sequence[Shot], images: Sequence[Image]) -> Image:

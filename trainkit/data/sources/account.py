@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from trainkit.data.batch import Listed
-from trainkit.errors import Problem
+from trainkit.errors import Problem, counted
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,13 @@ class Account:
 
     def __str__(self) -> str:
         of = f" of {self.in_all}" if self.in_all > self.images else ""
-        parts = [f"{self.images}{of} images"]
-        parts += [f"{count} captions from {source}" for source, count in self.captions.items()] or ["no captions"]
+        parts = [counted(self.images, "image") if not of else f"{self.images}{of} images"]
+        sources = [f"{counted(count, 'caption')} from {source}" for source, count in self.captions.items()]
+        parts += sources or ["no captions"]
         if self.left_out:
             few = ", ".join(f"{one.name} ({one.why})" for one in self.left_out[:3])
-            parts.append(f"{len(self.left_out)} files not read: {few}" + (", …" if len(self.left_out) > 3 else ""))
+            more = ", …" if len(self.left_out) > 3 else ""
+            parts.append(f"{counted(len(self.left_out), 'file')} not read: {few}{more}")
         return ", ".join(parts)
 
 

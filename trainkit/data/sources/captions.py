@@ -27,7 +27,7 @@ from trainkit.data.sources.records import (
     read_records,
 )
 from trainkit.data.sources.text import UnclearText, decode_text, iconv, one_line
-from trainkit.errors import Problem, listing, printable, shell_word
+from trainkit.errors import Problem, counted, listing, printable, shell_word
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,8 @@ def read_sidecars(folder: Path, images: Sequence[Path], texts: Sequence[Path], f
             else:
                 odd += [f"{printable(path.name)} ({encoding})"] if not encoding.startswith("utf-8") else []
     if odd:
-        log.warning("%d captions are not UTF-8 and were read in the encoding they seem to have: %s", len(odd),
+        log.warning("%s not UTF-8, and read in the encoding that it seems to be: %s",
+                    counted(len(odd), "caption is", "captions are"),
                     listing(odd))
     found.problems = [*_problem(bad, "caption files", folder, "fix or delete these files"), *_unclear(folder, unclear)]
     known = {image.stem for image in images}
@@ -138,8 +139,8 @@ def _unclear(folder: Path, files: Mapping[Path, UnclearText]) -> list[Problem]:
     if by_encoding:
         why += "\n             Where these are not the right words, the name after -f is another one"
     fix = iconv(by_encoding, str(folder)) if by_encoding else "save them as UTF-8 in the editor that wrote them"
-    return [Problem(f"{len(files)} files with captions are in an encoding that can only be guessed", f"{folder}", why,
-                    fix, kind="data")]
+    what = f"{counted(len(files), 'file')} with captions in an encoding that can only be guessed"
+    return [Problem(what, f"{folder}", why, fix, kind="data")]
 
 
 # ---------------------------------------------------------------------------------------------------------- metadata

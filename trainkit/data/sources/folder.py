@@ -17,7 +17,7 @@ from trainkit.data.sources.glimpse import HEIC, SUFFIXES
 from trainkit.data.sources.kohya import kohya_problems, number_notice
 from trainkit.data.sources.tree import HELD_OUT, Tree, walk
 from trainkit.data.sources.unread import find_unread, not_followed
-from trainkit.errors import Problem, listing, printable, shell_word
+from trainkit.errors import Problem, counted, listing, printable, shell_word
 
 if TYPE_CHECKING:
     from trainkit.options import ImageOptions
@@ -121,20 +121,20 @@ class Captions:
         shared = sorted(path.name for path in self.beside if stems[path.with_suffix("")] > 1)
         blank = [path.name for path in sorted(p for p in {*self.named, *self.beside} if not self.of(p)[0])]
         forgotten = [p.name for p in images if self.named and p not in self.named and p not in self.beside]
-        instead = f"get {prompt_flag}" if prompt_flag else "are trained on with an empty one"
-        _warn("%d captions have no word in them, only numbers and signs: %s",
+        instead = f"{prompt_flag} is used" if prompt_flag else "an empty one is used"
+        _warn("caption has", "captions have", "no word, only numbers and signs",
               [path.name for path, text in self.beside.items() if text and not any(map(str.isalpha, text))])
-        _warn("%d images are named by the metadata of two folders; the nearer one's is used: %s", self.twice)
-        _warn("%d images have two captions; the metadata's is used: %s", both)
-        _warn("%d images share a caption file with another of the same name: %s", shared)
-        _warn(f"%d images have a blank caption and {instead}: %s", blank)
+        _warn("image is", "images are", "named by the metadata of two folders; the nearer one's is used", self.twice)
+        _warn("image has", "images have", "two captions; the metadata's is used", both)
+        _warn("image shares", "images share", "a caption file with another of the same name", shared)
+        _warn("image has", "images have", f"a blank caption: {instead}", blank)
         if prompt_flag:
-            _warn(f"%d images are not in the metadata and {instead}: %s", forgotten)
+            _warn("image is", "images are", f"not in the metadata: {instead}", forgotten)
 
 
-def _warn(sentence: str, names: list[str]) -> None:
+def _warn(one: str, several: str, what: str, names: list[str]) -> None:
     if names:
-        log.warning(sentence, len(names), listing(map(printable, names)))
+        log.warning("%s %s: %s", counted(len(names), one, several), what, listing(map(printable, names)))
 
 
 def _read_captions(where: Folder, tree: Tree, there: Mapping[str, Path]) -> Captions:
@@ -193,14 +193,16 @@ def _images_below(where: Folder, tree: Tree, images: list[Path], empty_is_wrong:
 
 
 def _subfolders(where: Folder, unread: Mapping[Path, int], images: list[Path]) -> Problem:
-    counts = [f"{printable(os.path.relpath(path, where.path))}/: {count} images" for path, count in unread.items()]
+    counts = [f"{printable(os.path.relpath(path, where.path))}/: {counted(count, 'image')}"
+              for path, count in unread.items()]
     why = f"subfolders are not searched; there are {listing(counts)}"
     if images:
         why += "\n             Move what is not meant to be trained on elsewhere"
     best = max(unread, key=lambda path: (path.name not in HELD_OUT, path.name == "train", unread[path]))
     moves = "; ".join(f"mv -n -- {shell_word(path)}/* {shell_word(where.path)}/" for path in [*unread][:5])
     fix = moves if images else f"{where.flag} {shell_word(best)}"
-    what = f"{sum(unread.values())} images in subfolders are not read" if images else "no images"
+    below = counted(sum(unread.values()), "image in subfolders is", "images in subfolders are")
+    what = f"{below} not read" if images else "no images"
     return Problem(what, f"{where.flag} {where.path}", why, fix, kind="data")
 
 
@@ -221,4 +223,5 @@ def _no_images(where: Folder, tree: Tree) -> Problem:
 
 def _report_left_out(left_out: tuple[LeftOut, ...]) -> None:
     if left_out:
-        log.warning("%d files are left out: %s", len(left_out), listing(f"{one.name}: {one.why}" for one in left_out))
+        log.warning("%s left out: %s", counted(len(left_out), "file is", "files are"),
+                    listing(f"{one.name}: {one.why}" for one in left_out))

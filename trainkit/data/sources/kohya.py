@@ -18,7 +18,7 @@ def number_notice(folder: Path) -> str:
     """What to say where the data folder itself is called so, and no --repeats are given."""
     match = NUMBERED.fullmatch(folder.absolute().name)
     return f"the number in the folder's name {printable(folder.absolute().name)} is not read: --repeats {match[1]} " \
-        "visits each image so often an epoch" if match and match[1] != "1" else ""
+        "uses each image so often in an epoch" if match and match[1] != "1" else ""
 
 
 def kohya_problems(
@@ -32,10 +32,10 @@ def kohya_problems(
     found = {path: match for path in tops if (match := NUMBERED.fullmatch(path.name))}
     if not found or any(map(metadata_files, [*tree.read, *found])) or _are_in_order(found, tops):
         return []
-    why = listing(f"{printable(path.name)}/ asks for {match[1]} visits of each image an epoch"
+    why = listing(f"{printable(path.name)}/ asks for each image {'once' if match[1] == '1' else f'{match[1]} times'}"
                   for path, match in found.items())
     return [Problem("numbers in the names of folders are not read", f"{flag} {printable(str(folder))}",
-                    f"in kohya's layout they are repeats: {why}", _fix(folder, flag, found, captioned), kind="data")]
+                    f"in kohya's layout they are repeats in an epoch: {why}", _fix(folder, flag, found, captioned), kind="data")]
 
 
 def _are_in_order(found: Mapping[Path, re.Match[str]], tops: Mapping[Path, None]) -> bool:

@@ -15,7 +15,7 @@ from trainkit.data.sources.records import CAPTION_COLUMNS
 from trainkit.data.sources.text import one_line
 from trainkit.data.sources.tree import walk
 from trainkit.data.sources.unread import find_unread
-from trainkit.errors import Problem, listing, printable, shell_word
+from trainkit.errors import Problem, counted, listing, printable, shell_word
 from trainkit.process import quiet_imported
 
 if TYPE_CHECKING:
@@ -134,8 +134,8 @@ def _folder_of_images(data: ImageOptions) -> Problem | None:
         strange = [path for path in texts if path not in captions]
         unread = find_unread(folder, tree, bare=[] if described else tree.images, strange=strange)
         return next(iter(unread.problems), None)
-    why = f"{len(captions)} images have captions in files beside them, which the datasets library does not read: " \
-          f"{printable(next(iter(captions)).name)} is one"
+    why = f"{counted(len(captions), 'image has', 'images have')} captions in files that the datasets library does " \
+          f"not read: {printable(next(iter(captions)).name)} is one"
     return Problem("a folder of images with caption files is no data set", f"--dataset_name {folder}", why,
                    f"--{data.folder_flag} {shell_word(folder)}", kind="data")
 
@@ -146,7 +146,7 @@ def _row_problems(data: ImageOptions, bad: Sequence[str], *, empty: bool) -> Ite
         yield Problem("the data set is empty", where, "its train split has no rows", "--dataset_name ANOTHER",
                       kind="data")
     if bad:
-        yield Problem(f"{len(bad)} unusable captions", where, listing(bad), "fix these rows, or leave them out",
+        yield Problem(counted(len(bad), "unusable caption"), where, listing(bad), "fix these rows, or leave them out",
                       kind="data")
 
 

@@ -18,6 +18,7 @@ TEXTS = {  # what tools write captions into beside an image; SIDECARS of these a
 }
 HELD_OUT = {"test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"}  # folders beside train/
 JUNK = {"__MACOSX", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN", "@eaDir", "Icon\r"}
+APPLE_DOUBLE = "._"  # how macOS's companions of files begin, on disks of other systems
 MOST_BELOW = 20_000  # entries looked at in folders that are not read
 
 
@@ -74,8 +75,11 @@ def scan(folder: Path) -> Contents:
     found = Contents()
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
+            path = folder / entry.name
             if not entry.name.startswith(".") and entry.name not in JUNK:
-                _sort_in(found, entry, folder / entry.name)
+                _sort_in(found, entry, path)
+            elif is_image(path) and not entry.name.startswith(APPLE_DOUBLE):
+                found.special[path] = "hidden: its name begins with a dot"
     return found
 
 

@@ -21,7 +21,7 @@ from trainkit.data.sources.glimpse import HEIC, MAX_BYTES, KnownImages, Mentions
 from trainkit.data.sources.records import CAPTION_COLUMNS, DELIMITERS, NAME_COLUMN, header_of
 from trainkit.data.sources.text import MARKS, UnclearText, decode_text
 from trainkit.data.sources.tree import TEXTS, Contents, Tree, is_image, scan
-from trainkit.errors import SHOWN, Problem, listing, printable, shell_word
+from trainkit.errors import SHOWN, Problem, counted, listing, printable, shell_word
 
 TABLES = {
     ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".tab", ".parquet", ".arrow", ".feather", ".xlsx", ".xls", ".ods",
@@ -162,7 +162,7 @@ def _json_files(folder: Path, files: Sequence[Path]) -> Problem:
         f'pathlib.Path({str(folder)!r}).rglob("*.json")'
     text = f'next(filter(None, map(json.loads(p.read_text("utf-8")).get, {CAPTION_COLUMNS})))'
     loop = f'[p.with_name(p.name[:-5]).with_suffix(".txt").write_text({text}, "utf-8") for p in {paths}]'
-    return Problem(f"{len(files)} JSON files hold captions and are not read", f"{folder}",
+    return Problem(f"{counted(len(files), 'JSON file')} with captions that are not read", f"{folder}",
                    listing(_name(path, folder) for path in files),
                    f"python3 -c {shell_word(f'import json, pathlib; {loop}')}", kind="data")
 
@@ -170,7 +170,8 @@ def _json_files(folder: Path, files: Sequence[Path]) -> Problem:
 def _misnamed(folder: Path, lost: Mapping[Path, Path]) -> Problem:
     moves = {path: image.with_suffix(".txt") for path, image in lost.items()}
     why = listing(f"{_name(path, folder)} should be called {_name(target, folder)}" for path, target in moves.items())
-    return Problem(f"{len(lost)} caption files are not named as their images are, or lie elsewhere", f"{folder}", why,
+    what = f"{counted(len(lost), 'caption file is', 'caption files are')} not named as the image is, or elsewhere"
+    return Problem(what, f"{folder}", why,
                    _move(moves), kind="data")
 
 
@@ -202,7 +203,7 @@ def _is_companion(path: Path, tree: Tree) -> bool:
 def _table(folder: Path, path: Path, images: KnownImages) -> tuple[Problem | None, str]:
     """(the problem that a file's captions would be lost, else why it is left out)."""
     if path.suffix.lower() in HEIC:
-        return None, "pip install pillow-heif reads it"
+        return None, "an iPhone photo; it is read after: pip install pillow-heif"
     if _is_an_image(path):
         return None, "an image by its content; give it the suffix of its kind, such as .jpg or .png"
     if path.suffix.lower() == ".json" and (key(path.stem) in images.by_stem or key(path.stem) in images.by_name):
@@ -248,7 +249,7 @@ def misplaced(folder: Path, path: Path, images: KnownImages, about: Mentions) ->
     homes = Counter(image.parent for image in about.captions)
     home = homes.most_common(1)[0][0]
     what = f"{_name(path, folder)} holds captions and is not read"
-    why = (f"it names {len(about.captions)} images without a caption; captions are read from "
+    why = (f"it names {counted(len(about.captions), 'image')} without a caption; captions are read from "
            f"{', '.join(METADATA[:-1])} or {METADATA[-1]} beside the images, or from .txt files named as they are. "
            "If it is about other images, move it elsewhere")
     fix = _as_metadata(path, home, about) or _by_example(home, about)
