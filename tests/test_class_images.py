@@ -357,7 +357,7 @@ def test_images_the_metadata_forgot_are_said_once_to_get_the_class_prompt(
     opt = options(folder, num_class_images=2)
     assert problems(opt) == []
     assert [row.caption for row in class_rows(opt, JOB)] == ["a cat asleep", "a photo of a cat"]
-    assert caplog.text.count("get --class_prompt: 001.png") == 1
+    assert caplog.text.count("--class_prompt is used: 001.png") == 1
 
 
 def test_bad_metadata_of_the_class_folder_is_a_problem(tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ def kohya_problems(
     why = listing(f"{printable(path.name)}/ asks for each image {'once' if match[1] == '1' else f'{match[1]} times'}"
                   for path, match in found.items())
     return [Problem("numbers in the names of folders are not read", f"{flag} {printable(str(folder))}",
-                    f"in kohya's layout they are repeats in an epoch: {why}", _fix(folder, flag, found, captioned), kind="data")]
+                    f"in kohya's layout they are repeats in an epoch: {why}", _fix(folder, flag, found, captioned),
+                    kind="data")]
 
 
 def _are_in_order(found: Mapping[Path, re.Match[str]], tops: Mapping[Path, None]) -> bool:
