@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from trainkit.devices import synchronize
 from trainkit.errors import UserError
 from trainkit.optim import OPTIMIZERS, library, make_optimizer, problems
-from trainkit.optim.devices import synchronize
 from trainkit.optim.schedules import SCHEDULES, SchedulePlan, parse_rules
 from trainkit.optim.state import pack_state
 from trainkit.optim.table import decisive_arguments
@@ -479,7 +479,7 @@ def test_a_warmup_longer_than_the_run_is_warned_about(caplog):
 
 
 @pytest.mark.parametrize(("name", "package"), [
-    ("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt"), ("came", "pytorch_optimizer")])
+    ("adamw8bit", "bitsandbytes"), ("came", "pytorch_optimizer")])
 def test_a_missing_package_is_named_with_its_pip_command(name, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f"pip install {package}"):

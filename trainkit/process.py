@@ -20,7 +20,7 @@ QUIET = {  # environment variables that the libraries read when they are importe
 }
 LIBRARIES = (
     "accelerate", "bitsandbytes", "datasets", "diffusers", "huggingface_hub", "multiprocess", "numpy", "peft",
-    "prodigyopt", "pytorch_optimizer", "pytorch_wavelets", "tensorboard", "torch", "torchvision", "transformers",
+    "pytorch_optimizer", "pytorch_wavelets", "tensorboard", "torch", "torchvision", "transformers",
 )
 AUDIBLE = "torch.cuda"  # warns of a driver or a card that does not fit: the user's business
 LIBRARY_LOGS = ("diffusers.utils.logging", "transformers.utils.logging", "datasets.utils.tqdm")

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from trainkit.devices import synchronize
 from trainkit.errors import Problem, UserError
-from trainkit.optim.devices import synchronize
 
 Plain = bool | int | float | str | None
 NOT_STATE = {"params", "lr"}

@@ -86,7 +86,7 @@ OPTIMIZERS = {
     "paged_adamw": OptimizerEntry("bitsandbytes.optim.PagedAdamW", adam),
     "paged_adamw8bit": OptimizerEntry("bitsandbytes.optim.PagedAdamW8bit", adam),
     # Mishchenko & Defazio 2024, "Prodigy", arXiv:2306.06101, algorithm 4
-    "prodigy": OptimizerEntry("prodigyopt.Prodigy", prodigy),
+    "prodigy": OptimizerEntry("trainkit.optim.Prodigy", prodigy),
     # Shazeer & Stern 2018, "Adafactor", arXiv:1804.04235
     "adafactor": OptimizerEntry("pytorch_optimizer.AdaFactor", adafactor),
     # Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", arXiv:2302.06675

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 RUNNING, KILLED = "running", "killed"  # the status while a run lasts, and what the next start makes of one left so
 PACKAGES = (
-    "torch", "diffusers", "transformers", "peft", "accelerate", "datasets", "safetensors", "prodigyopt",
+    "torch", "diffusers", "transformers", "peft", "accelerate", "datasets", "safetensors",
     "bitsandbytes", "pillow", "numpy",
 )
 SECRET_FLAGS = [name for name, flag in known_flags().items() if flag.secret]

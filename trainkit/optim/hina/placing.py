@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import StateDict
 
-from trainkit.optim.devices import synchronize
+from trainkit.devices import synchronize
 from trainkit.optim.hina.offload_stream import adjacent
 from trainkit.optim.hina.rounding import Rounder
 from trainkit.optim.hina.settings import Group
