@@ -1,0 +1,105 @@
+"""Both trainers' main() on a made-up CUDA card: no mismatch of devices or dtypes, and few waits in a step.
+
+Numbers on the card are made up, so nothing here says what is learned; see tests/support/fake_cuda.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+from tests.support.fake_cuda import hooks
+from tests.support.pairs import every_value_first, pairwise
+from tests.support.trainers import command, make_images, require_mark
+
+pytestmark = [
+    pytest.mark.trains, pytest.mark.xdist_group("fake card"),
+    pytest.mark.skipif(not hooks.available(), reason="the fake card needs g++: apt install g++"),
+]
+
+DREAMBOOTH, CAPTIONED = "train_dreambooth_lora_sdxl_advanced", "train_text_to_image_lora"
+HINA = "preset=fork reduce_precision=True cpu_offload_states=True"
+FEATURES: dict[str, list[dict[str, object]]] = {
+    "adapter": [{}, {"use_dora": True}, {"lora_type": "loha"}, {"lora_layers": "attention+conv", "use_ema": True}],
+    "optimizer": [{}, {"optimizer": "prodigy", "learning_rate": 1.0}, {"optimizer": "schedule_free_adamw"},
+                  {"optimizer": "hina_adaptive", "optimizer_args": HINA}],
+    "precision": [{"mixed_precision": "bf16"}, {"mixed_precision": "fp16"}, {}],
+    "text": [{}, {"train_text_encoder_ti": True}, {"train_text_encoder": True}],
+    "loss": [{}, {"snr_gamma": 5.0, "noise_offset": 0.1}, {"loss_type": "fourier"}, {"loss_type": "huber"}],
+    "images": [{}, {"cache_latents": True}],
+    "checkpointing": [{}, {"gradient_checkpointing": True}],
+    "class images": [{}, {"with_prior_preservation": True, "class_prompt": "an icon", "num_class_images": 2}],
+    "previews": [{}, {"validation_prompt": "a TOK icon", "num_validation_images": 1, "validation_epochs": 1}],
+    "resume": [{}, {"resume_from_checkpoint": "latest"}],
+}
+FIRST, OTHERS = every_value_first(pairwise(FEATURES))
+NOT_CAPTIONED = ("train_text_encoder_ti", "with_prior_preservation", "class_prompt", "num_class_images")
+ASYNCHRONOUS = ", asynchronous"
+MOST_WAITS = 4  # of the host for the device in a step, whatever is trained; one reads the loss and the gradients' norm
+
+
+def named(row: tuple[int, ...]) -> str:
+    return "".join(map(str, row))
+
+
+def flags_of(row: tuple[int, ...]) -> dict[str, object]:
+    return {name: value for choices, index in zip(FEATURES.values(), row, strict=True)
+            for name, value in choices[index].items()}
+
+
+def rows_of(table: list[tuple[int, ...]], folder: Path, sdxl: Path, sd: Path) -> list[dict]:
+    """A command line for each row, for the two trainers in turn; a row that resumes is two of them."""
+    images, class_images = make_images(folder / "images", n=5), make_images(folder / "class", n=2, captions=False)
+    rows = []
+    for number, row in enumerate(table):
+        flags = flags_of(row)
+        resumes = flags.pop("resume_from_checkpoint", None) is not None
+        trainer = (DREAMBOOTH, CAPTIONED)[number % 2]
+        if trainer == CAPTIONED:
+            flags = {name: value for name, value in flags.items() if name not in NOT_CAPTIONED} | dict(
+                pretrained_model_name_or_path=sd, train_data_dir=images, instance_data_dir=None, instance_prompt=None)
+        elif "class_prompt" in flags:
+            flags["class_data_dir"] = class_images
+        argv = command(sdxl, images, folder / named(row), max_train_steps=3, checkpointing_steps=2, **flags)
+        parts = ["--stop_after_steps=1"], ["--resume_from_checkpoint=latest"]
+        for part, more in enumerate(parts if resumes else [[]]):
+            rows.append({"name": f"{named(row)}-{part}", "trainer": trainer, "argv": argv + more})
+    return rows
+
+
+def on_the_card(folder: Path, rows: list[dict]) -> list[dict]:
+    """Run the rows in one process -> what became of each."""
+    require_mark()
+    (folder / "rows.json").write_text(json.dumps(rows), "utf-8")
+    command = [sys.executable, "-m", "tests.support.fake_cuda.runs", "rows.json", "results.jsonl"]
+    done = subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": f"{ROOT}", "OMP_NUM_THREADS": "1"},
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_modes_run_on_a_card(tiny_sdxl, tiny_sd, tmp_path):
+    check(on_the_card(tmp_path, rows_of(FIRST, tmp_path, tiny_sdxl, tiny_sd)))
+
+
+@pytest.mark.slow
+def test_every_pair_of_modes_runs_on_a_card(tiny_sdxl, tiny_sd, tmp_path):
+    check(on_the_card(tmp_path, rows_of(OTHERS, tmp_path, tiny_sdxl, tiny_sd)))
+
+
+def check(runs: list[dict]) -> None:
+    """Each run ended well, and waited at most so often in a step that is not the first of its session."""
+    failed = [f"{run['name']}, exit {run['code']}: {run['output'][-3000:]}" for run in runs if run["code"]]
+    assert not failed, "\n\n".join(failed)
+    for run in runs:
+        assert "holds the trained weights" in run["output"] or "stopped after" in run["output"], run["output"]
+        for step in run["steps"][1:]:
+            waits = Counter(f"{kind}: {lines}" for kind, lines in step if not kind.endswith(ASYNCHRONOUS))
+            assert 1 <= sum(waits.values()) <= MOST_WAITS, f"{run['name']} waits for the card: {waits.most_common(8)}"
