@@ -103,7 +103,7 @@ def test_level_tells_the_network_its_timestep():
 
 
 def test_a_level_moves_as_one():
-    level = EDMSchedule(sigma_data=0.7).nearest(torch.tensor([1.0])).to("meta")
+    level = EDMSchedule(sigma_data=0.7).nearest(torch.tensor([1.0])).to(torch.device("meta"))
     assert level.a.is_meta and level.s.is_meta and level.cond.is_meta and level.time.is_meta
     assert level.sigma_data == 0.7
 

@@ -23,8 +23,8 @@ BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.AsyncFor, ast.Async
 
 # The layers of CONTRIBUTING's list, lowest first. A room imports rooms of its own layer or below.
 LAYERS = (
-    {"redact", "reading", "digests", "terminal", "process", "errors", "commands", "files", "rng", "condition",
-     "frequency"},
+    {"redact", "reading", "digests", "terminal", "process", "errors", "commands", "files", "devices", "rng",
+     "condition", "frequency"},
     {"options", "diffusion"},
     {"optim", "runtime", "losses", "adapters", "lean_lora", "evaluation", "sheets"},
     {"families"},
@@ -38,7 +38,8 @@ LAYERS = (
 )
 LIGHT = {  # third-party packages a room may import at module level, where the rule is stricter than its layer
     "redact": set(), "reading": {"yaml"}, "terminal": set(), "process": set(), "errors": set(), "commands": set(),
-    "train": set(), "options": {"pydantic", "yaml", "tomllib"}, "rng": {"torch"}, "condition": {"torch"},
+    "train": set(), "options": {"pydantic", "yaml", "tomllib"}, "rng": {"torch"}, "devices": {"torch"},
+    "condition": {"torch"},
     "frequency": {"torch"}, "diffusion": {"torch"},
     "losses": {"torch"}, "optim": {"torch"},
 }

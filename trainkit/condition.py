@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from trainkit.devices import upload
+
 
 class Condition(dict[str, Tensor]):
     """Named tensors [B,...] of one batch, such as encoded prompts and image sizes; never changed in place.
@@ -19,7 +21,7 @@ class Condition(dict[str, Tensor]):
     """
 
     def to(self, device: torch.device) -> Condition:
-        return Condition({name: tensor.to(device) for name, tensor in self.items()})
+        return Condition(zip(self, upload([*self.values()], device), strict=True))
 
     def take(self, index: Tensor) -> Condition:
         """The entries that `index` [N] names, in its order. By indexing: its backward adds repeats in a fixed order."""

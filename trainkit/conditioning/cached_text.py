@@ -77,7 +77,7 @@ class FrozenText:
         unknown = set(prompts) - self.keys.keys()
         assert not unknown, f"not encoded before training: {sorted(unknown)}"
         entries = [self.store[self.keys[prompt]] for prompt in prompts]
-        return Condition({name: torch.stack([entry[name] for entry in entries]).to(self.device) for name in entries[0]})
+        return Condition({name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}).to(self.device)
 
     # What a text in training has, see LiveText: here there is none of it.
 

@@ -23,6 +23,7 @@ from trainkit import rng
 from trainkit.condition import Condition
 from trainkit.data.cache import tensors_digest
 from trainkit.data.clip_features import CLIPS, FILE_NAME, SCRIPT, TOO_WIDE, read_features
+from trainkit.devices import upload
 from trainkit.errors import Problem, UserError, counted, listing, shell_word
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ log = logging.getLogger(__name__)
 
 def with_token(embeds: Tensor, tokens: Tensor, where: Tensor) -> Tensor:
     """A copy of embeds [B,T,D] whose last position is tokens [B,D] in the rows that `where` [B] names."""
-    last = torch.where(where.to(embeds.device)[:, None], tokens.to(embeds), embeds[:, -1])
+    where, tokens = upload([where, tokens.to(embeds.dtype)], embeds.device)
+    last = torch.where(where[:, None], tokens, embeds[:, -1])
     return torch.cat([embeds[:, :-1], last[:, None]], dim=1)
 
 

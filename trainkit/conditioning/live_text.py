@@ -18,6 +18,7 @@ from trainkit.condition import Condition
 from trainkit.conditioning.cached_text import FrozenText
 from trainkit.conditioning.new_tokens import NewTokens, unseen
 from trainkit.data.cache import Store
+from trainkit.devices import upload
 from trainkit.errors import refuse
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ class LiveText:
         parts = [self._learned(learned, training=training)] if learned else []
         parts += [self.table(plain)] if plain else []
         place = {text: row for row, text in enumerate([*learned, *plain])}
-        rows = torch.tensor([place[text] for text in texts], device=self.family.device)
+        rows, = upload([torch.tensor([place[text] for text in texts])], self.family.device)
         return Condition.cat(parts).take(rows)
 
     def _learned(self, texts: Sequence[str], *, training: bool) -> Condition:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from trainkit.devices import upload
 from trainkit.errors import UserError
 from trainkit.rng import Key
 
@@ -97,7 +98,8 @@ class Batch:
     mask: Tensor | None = None  # [B,1,h,w]
 
     def to(self, device: torch.device) -> Batch:
-        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = dict(zip(tensors, upload([*tensors.values()], device), strict=True))
         return replace(self, **moved)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from trainkit.devices import upload
 
 
 def col(v: Tensor, like: Tensor) -> Tensor:
@@ -29,6 +30,6 @@ class Level:
         """Signal-to-noise ratio (a·σ_data/s)² -> [B]."""
         return (self.a * self.sigma_data / self.s) ** 2
 
-    def to(self, device: torch.device | str) -> Level:
-        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+    def to(self, device: torch.device) -> Level:
+        a, s, cond, time = upload([self.a, self.s, self.cond, self.time], device)
+        return replace(self, a=a, s=s, cond=cond, time=time)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from trainkit import diffusion, rng
 from trainkit.condition import Condition
+from trainkit.devices import upload
 from trainkit.diffusion import Level, Schedule, ScheduleChange
 from trainkit.errors import Problem
 from trainkit.families.pretrained import (
@@ -118,7 +119,7 @@ class Family(ABC):
         self.identity, self.sampled_identity = dict(identity), dict(sampled_identity)
         self.denoiser: UNet2DConditionModel = freeze(denoiser)
         self.vae: AutoencoderKL = freeze(vae)
-        self.latent_mean, self.latent_std = latent_statistics(vae.config)
+        self.latent_mean, self.latent_std = upload(latent_statistics(vae.config), device)
         self.text_encoders = tuple(freeze(encoder) for encoder in text_encoders)
 
     # What differs from family to family
@@ -211,17 +212,17 @@ class Family(ABC):
         if mean is None or logvar is None:
             assert batch.pixels is not None, "a batch has pixels or a cached posterior"
             mean, logvar = self.encode_pixels(batch.pixels)
-        noise = rng.normal(mean.shape[1:], keys, name="posterior").to(mean.device)
+        noise, = upload([rng.normal(mean.shape[1:], keys, name="posterior")], mean.device)
         sample = mean + (0.5 * logvar).exp() * noise
-        return (sample - self.latent_mean.to(sample)) * self.vae.config.scaling_factor / self.latent_std.to(sample)
+        return (sample - self.latent_mean) * self.vae.config.scaling_factor / self.latent_std
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """x0 [B,C,h,w] -> images."""
         vae = self.vae.to(self.device)
         latents = latents.to(self.device, vae.dtype)
-        mean, std = self.latent_mean.to(latents), self.latent_std.to(latents)
-        pixels = vae.decode(latents * std / vae.config.scaling_factor + mean).sample  # [B,3,H,W]
+        scaled = latents * self.latent_std.to(vae.dtype) / vae.config.scaling_factor + self.latent_mean.to(vae.dtype)
+        pixels = vae.decode(scaled).sample  # [B,3,H,W]
         levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)  # [B,H,W,3]
         return [Image.fromarray(image) for image in levels.cpu().numpy()]
 

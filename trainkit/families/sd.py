@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from trainkit.condition import Condition
+from trainkit.devices import upload
 from trainkit.diffusion import AS_SAVED, Level, ScheduleChange
 from trainkit.errors import Problem
 from trainkit.families import base, checks
@@ -91,9 +92,10 @@ class SD(Family):
         The last hidden state behind the final layer norm; clip_skip k takes the layer k before it through that norm.
         """
         (encoder,), (tokenizer,) = self._ready_encoders(), self.tokenizers
-        given = tokens(tokenizer, prompts).to(self.device)
-        mask = given.attention_mask if masks_padding(encoder.config) else None
-        out = encoder(given.input_ids, attention_mask=mask, output_hidden_states=clip_skip is not None)
+        given = tokens(tokenizer, prompts)
+        ids, attended = upload([given.input_ids, given.attention_mask], self.device)  # [B,T] each
+        mask = attended if masks_padding(encoder.config) else None
+        out = encoder(ids, attention_mask=mask, output_hidden_states=clip_skip is not None)
         embeds = out.last_hidden_state
         if clip_skip is not None:
             body = getattr(encoder, "text_model", encoder)  # a level that Transformers 5 has dropped

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trainkit.condition import Condition
+from trainkit.devices import upload
 from trainkit.diffusion import AS_SAVED, Level, ScheduleChange
 from trainkit.errors import Problem
 from trainkit.families import base, checks
@@ -78,7 +79,7 @@ class SDXL(Family):
         clip_skip k takes layer −(k+2). The pooled vector is the second encoder's, projected, at the true end token.
         """
         encoders, layer = self._ready_encoders(), -(PENULTIMATE + (clip_skip or 0))
-        ids = [token_ids(tokenizer, prompts).to(self.device) for tokenizer in self.tokenizers]  # 2 × [B,T]
+        ids = upload([token_ids(tokenizer, prompts) for tokenizer in self.tokenizers], self.device)  # 2 × [B,T]
         outs = [encoder(i, output_hidden_states=True) for encoder, i in zip(encoders, ids, strict=True)]
         embeds = torch.cat([out.hidden_states[layer] for out in outs], dim=-1)
         pooled = outs[-1].text_embeds

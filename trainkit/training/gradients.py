@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from trainkit.devices import upload
 from trainkit.errors import Problem, UserError
 from trainkit.runtime import ranks
 
@@ -97,12 +98,12 @@ class Gradients:
         params = [p for inner in optimizer.active for group in inner.param_groups for p in group["params"]]
         for p in params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        loss, *summed = self._sum_over_ranks(params, votes).tolist()
+        tail = self._sum_over_ranks(params, votes)
         if self.scaler is not None:
             for inner in optimizer.active:
                 self.scaler.unscale_(inner)
         grads = gradients_of(params)
-        norm = total_norm(grads)
+        norm, loss, *summed = torch.cat([total_norm(grads).view(1), tail]).tolist()  # the one wait for the device
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             clip(grads, norm, max_grad_norm)
@@ -124,7 +125,7 @@ class Gradients:
 
     def _sum_over_ranks(self, params: Sequence[Tensor], votes: Sequence[float]) -> Tensor:
         """Sum gradients in place -> [1 + len(votes)]: loss and votes, summed too."""
-        tail = torch.cat([self.loss.view(1), torch.tensor(votes, device=self.device)])
+        tail = torch.cat([self.loss.view(1), *upload([torch.tensor(votes)], self.device)])
         if ranks.world() == 1:
             return tail
         grads = gradients_of(params)
@@ -180,10 +181,10 @@ def gradients_of(params: Sequence[Tensor]) -> list[Tensor]:
     return [p.grad for p in params if p.grad is not None]
 
 
-def total_norm(grads: list[Tensor]) -> float:
-    """2-norm of all gradients as one vector. One wait for the device; a LoRA's hundreds of tensors in one call."""
+def total_norm(grads: list[Tensor]) -> Tensor:
+    """2-norm of all gradients as one vector -> a scalar on their device; a LoRA's hundreds of tensors in one call."""
     assert grads, "nothing trains in this step"
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))).item()
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
 
 
 def clip(grads: list[Tensor], norm: float, limit: float | None) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trainkit import rng
 from trainkit.condition import Condition
+from trainkit.devices import upload
 
 if TYPE_CHECKING:
     from trainkit.data.batch import Batch
@@ -64,7 +65,7 @@ class TrainStep:
         else:
             u = rng.uniform(keys, "timestep")
         level = objective.levels(u).to(device)
-        n, added = (noise.to(device) for noise in self.noise(x0.shape[1:], keys))  # [B,C,h,w]
+        n, added = upload(self.noise(x0.shape[1:], keys), device)  # [B,C,h,w] each
         z = pred.add_noise(x0, added, level)
 
         # What the network is given: the prompts, the sizes, and what images add.
