@@ -397,7 +397,8 @@ def secrets(bench: Bench, result: Result) -> None:
     for kind, secret in SECRETS.items():
         for place in PLACES:
             out, data, flags = bench.fresh("secret_run"), bench.data, {}
-            text = f"WANDB_API_KEY={secret}" if kind == "W&B" and place != "environment" else secret
+            plain = place in ("environment", "--hub_token")  # elsewhere 40 hexadecimal digits alone may be a commit
+            text = f"WANDB_API_KEY={secret}" if kind == "W&B" and not plain else secret
             if place == "a caption":
                 data = bench.fresh("secret_data")
                 shutil.copytree(bench.data, data)
@@ -405,7 +406,7 @@ def secrets(bench: Bench, result: Result) -> None:
                 words = (data / "metadata.jsonl").read_text("utf-8").replace('"words"', json.dumps(f"TOK {text}"))
                 (data / "metadata.jsonl").write_text(words, "utf-8")
             elif place.startswith("--"):
-                flags = {place[2:]: f"TOK {text}" if "prompt" in place else secret}
+                flags = {place[2:]: f"TOK {text}" if "prompt" in place else text}
             variables = {"WANDB_API_KEY": secret} if place == "environment" else {}
             done = bench.run(out, patch=lambda variables=variables: os.environ.update(variables), max_train_steps=1,
                              instance_data_dir=data, checkpointing_steps=1, report_to="tensorboard",
