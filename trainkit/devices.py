@@ -1,13 +1,14 @@
-"""Devices: waiting for one, and moving tensors to one without waiting."""
+"""Devices: what a card can do, waiting for one, and moving tensors to one without waiting."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+HAS_BF16 = (8, 0)  # compute capability, from Ampere on; older cards emulate it, and their attention kernels refuse it
 ALIGNMENT = 16  # bytes: each tensor in a shared buffer begins on a multiple, which any dtype may stand on
 
 
@@ -23,6 +24,36 @@ def synchronize(device: torch.device) -> None:
         wait(device)
     else:
         wait()
+
+
+def allow_tf32(allow: bool) -> None:
+    """Matrix products and convolutions on NVIDIA cards in TF32 (10 bits of mantissa), or not.
+
+    By itself PyTorch computes convolutions in TF32 and matrix products not.
+    """
+    torch.set_float32_matmul_precision("high" if allow else "highest")
+    torch.backends.cudnn.allow_tf32 = allow
+
+
+def uses_tf32(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.backends.cudnn.allow_tf32
+
+
+def precision_notices(device: torch.device, precision: str) -> Iterator[str]:
+    """What the user should know about a precision on a card, in sentences for the log.
+
+    precision  as Accelerate names it: no, fp16 or bf16
+    """
+    if device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    fast = "bf16" if capability >= HAS_BF16 else "fp16"
+    if precision == "no":
+        yield (f"the model is in fp32: --mixed_precision {fast} takes half the memory for its weights and is several "
+               "times faster on this card")
+    elif precision == "bf16" and fast == "fp16":
+        yield (f"this card has no bf16 (compute capability {capability[0]}.{capability[1]}, it begins with 8.0): it is "
+               "emulated, slow and takes more memory. --mixed_precision fp16 is what this card can do")
 
 
 def upload(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:

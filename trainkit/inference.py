@@ -155,10 +155,10 @@ def lora_problems(files: Sequence[Path], base: str) -> Iterator[Problem]:
 # The pipeline, and what is put on it
 
 
-def load_pipeline(base: str, dtype: str) -> Pipeline:
+def load_pipeline(base: str, dtype: str | None) -> Pipeline:
     """The stock pipeline of a base model, without what would paint over its images: watermark and safety checker.
 
-    dtype  one of DTYPES
+    dtype  one of DTYPES; None: bfloat16 on a GPU, float32 on a CPU
     """
     from trainkit.runtime.trackers import quiet_libraries
 
@@ -172,7 +172,8 @@ def load_pipeline(base: str, dtype: str) -> Pipeline:
     pipe = load_part(Repo(base, "--base"), AutoPipelineForText2Image, "", use_safetensors=True,
                      add_watermarker=False, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device, getattr(torch, dtype))
+    pipe.vae.enable_slicing()  # one image at a time: decoding takes most of the memory
+    return pipe.to(device, getattr(torch, dtype or ("bfloat16" if device == "cuda" else "float32")))
 
 
 def networks(pipe: Pipeline) -> list[str]:

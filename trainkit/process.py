@@ -143,13 +143,15 @@ def _imported(names: Iterable[str]) -> dict[str, ModuleType]:
 @contextmanager
 def _torch() -> Iterator[None]:
     torch = sys.modules.get("torch")
-    before = None if torch is None else (torch.get_rng_state(), torch.get_float32_matmul_precision())
+    before = None if torch is None else (
+        torch.get_rng_state(), torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
     try:
         yield
     finally:
         if (torch := sys.modules.get("torch")) is not None:
-            state, precision = before or (None, "highest")
+            state, precision, convolutions = before or (None, "highest", True)
             torch.set_float32_matmul_precision(precision)
+            torch.backends.cudnn.allow_tf32 = convolutions
             torch.set_flush_denormal(False)
             if state is not None:
                 torch.set_rng_state(state)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from trainkit.data.sampler import Shard
+from trainkit.devices import allow_tf32, precision_notices
 from trainkit.errors import Problem, UserError, is_out_of_memory, out_of_memory, refuse
 from trainkit.files import DISK_ERRORS, Json, disk_error, disk_errors
 from trainkit.runtime import ranks, trackers
@@ -162,9 +163,9 @@ class Run:
         logging.getLogger("trainkit").setLevel(logging.INFO if self.is_main else logging.ERROR)
         trackers.quiet_libraries()
         torch.manual_seed(self.seed)  # for libraries that draw by themselves; ours draw from trainkit.rng
-        if self.opts.precision.allow_tf32:
-            torch.set_float32_matmul_precision("high")
-        for notice in [*self.opts.notices(), *ranks.unused_settings(os.environ)]:
+        allow_tf32(self.opts.precision.allow_tf32)
+        for notice in (*self.opts.notices(), *ranks.unused_settings(os.environ),
+                       *precision_notices(self.device, self.precision)):
             log.warning("%s", notice)
         if self.is_main:
             self.record.write()

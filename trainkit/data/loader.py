@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import count, islice
@@ -31,7 +31,7 @@ class Encoder(Protocol):
     """What this package asks of a model family."""
 
     @property
-    def identity(self) -> Mapping[str, str]: ...
+    def latents_identity(self) -> str: ...
 
     def encode_pixels(self, pixels: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -78,7 +78,7 @@ def ready_images(
 ) -> Images:
     """The rows as --cache_latents and its companions want them: encoded now into `store`, or at each visit.
 
-    family  offers encode_pixels (pixels [B,3,H,W] -> mean, logvar [B,C,h,w]) and identity["vae"]
+    family  offers encode_pixels (pixels [B,3,H,W] -> mean, logvar [B,C,h,w]) and latents_identity
     """
     policy = CropPolicy.from_options(options)
     if not options.cache_latents:
@@ -86,7 +86,7 @@ def ready_images(
     if not policy.cacheable:
         log.warning("--cached_crops 0: fresh random crops cannot be cached, so the VAE runs at every visit")
         return Images(rows, policy, seed=seed)
-    latents = cache_latents(rows, policy, family.encode_pixels, store, seed=seed, identity=family.identity["vae"],
+    latents = cache_latents(rows, policy, family.encode_pixels, store, seed=seed, identity=family.latents_identity,
                             num_workers=num_workers, progress=progress and partial(progress, "caching latents"))
     return Images(rows, policy, seed=seed, latents=latents)
 

@@ -22,7 +22,9 @@ class PrecisionOptions(Concern):
         "decides. The adapters and the optimizer are always in fp32.", card=always("Mixed precision"),
         differs="the adapters are in fp32 under bf16 too")
     allow_tf32: bool = opt(
-        False, "Allow matrix products in TF32. This works on NVIDIA GPUs since Ampere (RTX 30 series).")
+        False,
+        "Allow matrix products and convolutions in TF32. This works on NVIDIA GPUs since Ampere (RTX 30 series).",
+        differs="without the flag, convolutions are not in TF32 either")
     gradient_checkpointing: bool = opt(
         False,
         "Compute activations again in the backward pass instead of keeping them. This needs less memory and more "

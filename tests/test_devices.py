@@ -1,0 +1,74 @@
+"""What is said and done about a card, tried without one; what runs on it is in test_fake_card.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trainkit import devices
+from trainkit.families import Family, base, sdxl
+from trainkit.options import ModelOptions
+from trainkit.process import own_settings
+
+CARD = torch.device("cuda")
+
+
+@pytest.fixture
+def family(tiny_sdxl) -> Family:
+    return sdxl.load(ModelOptions(pretrained_model_name_or_path=str(tiny_sdxl)), device=torch.device("cpu"),
+                     weight_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("capability, precision, said", [
+    ((8, 6), "no", "--mixed_precision bf16"), ((7, 5), "no", "--mixed_precision fp16"),
+    ((7, 5), "bf16", "--mixed_precision fp16"), ((8, 6), "bf16", ""), ((7, 5), "fp16", ""),
+])
+def test_a_precision_that_costs_much_on_a_card_is_told(monkeypatch, capability, precision, said):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    notices = list(devices.precision_notices(CARD, precision))
+    assert len(notices) == bool(said) and all(said in notice for notice in notices)
+    assert not list(devices.precision_notices(torch.device("cpu"), precision)), "a CPU asks for no other precision"
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_as_the_flag_says_also_in_convolutions(allowed):
+    with own_settings():
+        devices.allow_tf32(allowed)
+        assert torch.backends.cudnn.allow_tf32 is allowed
+        assert torch.get_float32_matmul_precision() == ("high" if allowed else "highest")
+        assert devices.uses_tf32(CARD) is allowed and not devices.uses_tf32(torch.device("cpu"))
+    assert torch.backends.cudnn.allow_tf32, "as PyTorch has it for the next user of this process"
+
+
+def test_latents_in_tf32_are_other_entries_of_the_cache(family):
+    assert family.latents_identity == family.identity["vae"]
+    family.device = CARD
+    with own_settings():
+        devices.allow_tf32(False)
+        plain = family.latents_identity
+        devices.allow_tf32(True)
+        assert family.latents_identity != plain == family.identity["vae"]
+
+
+def test_large_images_to_look_at_are_decoded_in_tiles(family, monkeypatch):
+    """Tiles of a small side show that nothing but the seams changes, and that encoding is never tiled."""
+    largest = []
+    decoder = family.vae.decoder.forward
+    monkeypatch.setattr(family.vae.decoder, "forward", lambda z: (largest.append(max(z.shape[-2:])), decoder(z))[1])
+    monkeypatch.setattr(base, "TILE", 32)
+    side = 64 // family.vae_factor
+    image, = family.decode(torch.zeros(1, family.latent_channels, side, side))
+    assert image.size == (64, 64) and len(largest) > 1 and max(largest) <= 32 // family.vae_factor
+    assert not family.vae.use_tiling, "what is encoded for training has no seams"
+
+
+def test_the_vae_takes_one_image_at_a_time(family, monkeypatch):
+    pixels = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    alone = torch.cat([family.encode_pixels(one[None])[0] for one in pixels])
+    assert torch.equal(family.encode_pixels(pixels)[0], alone), "what an image is trained as depends on its neighbours"
+
+
+def test_tensors_go_up_together_and_come_as_they_were():
+    """On a CPU nothing is copied; the packed way is that of CUDA, tried on the fake card."""
+    tensors = [torch.arange(3), torch.tensor([True]), torch.randn(2, 2), torch.tensor(1.0)]
+    assert all(a is b for a, b in zip(devices.upload(tensors, torch.device("cpu")), tensors, strict=True))
