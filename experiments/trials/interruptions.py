@@ -38,7 +38,7 @@ MODES: dict[str, dict[str, object]] = {
         lora_type="lokr", lokr_factor=4, optimizer="schedule_free_adamw", mixed_precision="bf16"),
     "Fourier loss, 8-bit Adam": dict(loss_type="fourier", optimizer="adamw8bit", optimizer_args="min_8bit_size=16"),
     "HinaAdaptive with its rules": dict(optimizer="hina_adaptive", optimizer_args="preset=fork"),
-    "distribution matching": dict(dist_match=0.01, train_batch_size=4),
+    "Huber loss, offset noise, LoRA+": dict(loss_type="huber", noise_offset=0.1, loraplus_lr_ratio=4.0),
 }
 
 
