@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Try to lose a training in about 1,500 ways, count what came of it, and write docs/reliability.md.
+"""Try to make a run lose its work, count what came of it, and write docs/reliability.md.
 
     .venv/bin/python experiments/reliability.py                       # each trial without a result, then the page
     .venv/bin/python experiments/reliability.py --only kills secrets  # these, again
@@ -27,43 +27,41 @@ from experiments.trials import Bench, Result, attempt, inputs, interruptions, st
 TRIALS = {trial.__name__: trial for part in (interruptions, storage, inputs) for trial in part.TRIALS}
 PAGE = ROOT / "docs" / "reliability.md"
 
-HEAD = """# What was tried to lose a training
+HEAD = """# How we tried to make a run lose its work
 
-This page is written by [`experiments/reliability.py`](../experiments/reliability.py), which you can run yourself. The
-program interrupts short trainings, damages their files, refuses their writes and gives them bad input. Then it looks
-at what is left. All of it ran on Linux and on CPUs, with a small random SDXL. **Nothing on this page was tried on a
-GPU, on Windows or on macOS.**
+[`experiments/reliability.py`](../experiments/reliability.py) writes this page, and you can run it yourself. It does to
+short runs what the table says, and then looks at what is left. All of it ran on Linux and on CPUs, with a small random
+SDXL. **Nothing on this page was tried on a GPU, on Windows or on macOS.**
 
 An attempt ends in one of three ways:
 
-- *went on*: the run, or the same command with `--resume_from_checkpoint=latest`, ended with the weights of a run that
-  nobody disturbed, bit for bit;
-- *refused*: one message named what was wrong, and nothing that was saved before was touched;
-- *lost*: neither of the two. Each is a defect, and stands below the table.
+- *went on*: the run ended as it should. If it was stopped and continued, its weights are those of a run without a stop,
+  bit for bit;
+- *refused*: the run stopped with a message that says what is wrong;
+- *lost*: neither of the two. Each is a defect. They are listed below the table.
+"""
 
-| What was tried | attempts | went on | refused | lost |
-|---|---:|---:|---:|---:|
+TABLE = """\
+| trial | what we tried, and what must hold | attempts | went on | refused | lost |
+|---|---|---:|---:|---:|---:|
 """
 
 
 def page_of(results: dict[str, Result]) -> str:
-    """The page in Markdown; trials without a result are left out and named."""
-    rows = [f"| {about(name)} | {found.tried:,} | {found.went_on:,} | {found.refused:,} | {found.lost:,} |"
+    """The page in Markdown; trials without a result are named as not run."""
+    missing = [f"`{name}`" for name in TRIALS if name not in results]
+    rows = [f"| `{name}` | {about(name)} | {found.tried:,} | {found.went_on:,} | {found.refused:,} | {found.lost:,} |"
             for name, found in results.items()]
     parts = ("tried", "went_on", "refused", "lost")
     total = [sum(getattr(found, part) for found in results.values()) for part in parts]
-    rows.append("| **all** | " + " | ".join(f"**{number:,}**" for number in total) + " |")
-    page = [HEAD + "\n".join(rows)]
+    rows.append("| **all** | | " + " | ".join(f"**{number:,}**" for number in total) + " |")
     defects = [f"- `{name}`: {line}" for name, found in results.items() for line in found.defects]
-    page.append("## Lost\n\n" + ("\n".join(defects) or "Nothing was lost."))
     measured = [f"- `{name}`: {what}: {value:.3g}" for name, found in results.items()
                 for what, value in found.measured.items()]
+    page = [HEAD.rstrip(), *([f"**Not run:** {', '.join(missing)}."] if missing else []), TABLE + "\n".join(rows)]
+    page.append("## Lost\n\n" + ("\n".join(defects) or "Nothing was lost."))
     page.append("## Largest values that were measured\n\nThe times are of a shared machine with two cores, on which "
-                 "other programs ran.\n\n" + "\n".join(measured))
-    missing = [f"`{name}`" for name in TRIALS if name not in results]
-    page += ["## Not run\n\n" + ", ".join(missing)] if missing else []
-    page.append("## What each trial does\n\n" + "\n".join(
-        f"- `{name}`: {about(name)}" for name in results))
+                "other programs ran.\n\n" + "\n".join(measured))
     return "\n\n".join(page) + "\n"
 
 

@@ -90,7 +90,8 @@ MAKERS: dict[str, Callable[[random.Random], bytes]] = {
 
 
 def hostile_images(bench: Bench, result: Result) -> None:
-    """1,000 files of 15 kinds of damage: each is decoded to a plain RGB image or refused in one sentence."""
+    """1,000 image files have 15 kinds of damage. Each must be decoded to a plain RGB image, or refused in one sentence.
+    """
     chance, kinds = random.Random(2), [*MAKERS]
     for number in range(HOSTILE):
         kind = kinds[number % len(kinds)]
@@ -108,7 +109,9 @@ def hostile_images(bench: Bench, result: Result) -> None:
 
 
 def hostile_folder(bench: Bench, result: Result) -> None:
-    """50 such files among six good images: the trainer names every one of them that it cannot use, and stops."""
+    """60 such files are put among six good images. The trainer must name every file that it cannot read, and stop. Only
+    files that cannot be read are attempts. The others can be read in spite of the damage.
+    """
     chance, folder = random.Random(3), bench.fresh("hostile") / "data"
     shutil.copytree(bench.data, folder)
     bad = []
@@ -146,7 +149,9 @@ ODD_NAMES = (
 
 
 def hostile_names(bench: Bench, result: Result) -> None:
-    """60 names of images, each with a caption file: trained on, or refused by name; no name is carried out."""
+    """Images and their captions have 60 odd names. Each must be trained on, or refused. No name may be run as a
+    command.
+    """
     assert len(ODD_NAMES) == NAMES
     for name in ODD_NAMES:
         folder, out = bench.fresh("names") / "data", bench.fresh("names_out")
@@ -162,7 +167,7 @@ def hostile_names(bench: Bench, result: Result) -> None:
 
 
 def escapes(bench: Bench, result: Result) -> None:
-    """60 paths out of the data folder in its metadata: refused, and the file there is never opened."""
+    """The metadata names a file outside the data folder in 60 ways. All must be refused, and the file never opened."""
     secret = bench.fresh("secret") / "private.png"
     secret.parent.mkdir()
     shutil.copy(next(bench.data.glob("*.png")), secret)
@@ -228,7 +233,9 @@ class Touch:
 
 
 def pickles(bench: Bench, result: Result) -> None:
-    """Pickles where weights, features and states are read from: not one is unpickled."""
+    """A pickle is a file that can run code when it is read. It stands where weights, features or states should be. It
+    must never be unpickled.
+    """
     canary = bench.folder / "unpickled"
     data = pickle.dumps(Touch(canary))
     zipped = io.BytesIO()
@@ -318,7 +325,9 @@ def ended(done: Done) -> tuple[int, str]:
 
 
 def nonfinite(bench: Bench, result: Result) -> None:
-    """NaN and infinity from each network, forward and backward, and a rate that is too high: none reaches a file."""
+    """A network or a gradient gives NaN or infinity, or the learning rate is 100. No such number may reach a file of
+    weights.
+    """
     for name, patch in injections().items():
         out = bench.fresh("nonfinite")
         flags: dict[str, object] = {"learning_rate": 100.0} if "rate" in name else {}
@@ -390,9 +399,8 @@ PLACES = ("--revision", "--hub_token", "--validation_prompt", "--instance_prompt
 
 
 def secrets(bench: Bench, result: Result) -> None:
-    """Eight kinds of secrets in six places of a run that logs to TensorBoard: none is in a file or on the terminal.
-
-    Words that are trained on stand in the LoRA's own caption lists only masked.
+    """A run that logs to TensorBoard gets eight kinds of secrets in six places. None may be in a file or on the
+    terminal. A W&B key is given with its name, because 40 hexadecimal digits alone may be a commit.
     """
     for kind, secret in SECRETS.items():
         for place in PLACES:

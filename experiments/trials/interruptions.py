@@ -43,7 +43,8 @@ MODES: dict[str, dict[str, object]] = {
 
 
 def kills(bench: Bench, result: Result) -> None:
-    """`kill -9` at a random moment of a run that saves every second step, then the same command with resume."""
+    """A run that saves every second step is killed (`kill -9`) at a random moment. The same command must continue it.
+    """
     chance, seconds = random.Random(0), bench_seconds(bench)
     for number in range(KILLS):
         out = bench.fresh("killed")
@@ -68,7 +69,7 @@ def whole_checkpoints(out: Path) -> list[str]:
 
 
 def save_stages(bench: Bench, result: Result) -> None:
-    """`kill -9` after each of the eight stages of a save; one process."""
+    """A run of one process is killed after each of the eight stages of a save. The same command must continue it."""
     for stage in get_args(Stage):
         out = bench.fresh("stage")
         killed = bench.run(out, patch=lambda stage=stage: kill_after(stage))
@@ -80,7 +81,7 @@ def save_stages(bench: Bench, result: Result) -> None:
 
 
 def save_stages_of_two(bench: Bench, result: Result) -> None:
-    """The same with two processes, of which the first is killed: the second must end by itself, and both resume."""
+    """The same with two processes. The first is killed. The second must end by itself, and both must continue."""
     whole = bench.fresh("whole2")
     ended = bench.ranks(whole)
     assert [done.code for done in ended] == [0, 0], [done.output for done in ended]
@@ -104,7 +105,8 @@ def kill_after(stage: Stage) -> None:
 
 
 def signals(bench: Bench, result: Result) -> None:
-    """SIGTERM, Ctrl-C and SIGUSR1 at a random moment after the first step: saved, out, and resumed."""
+    """SIGTERM, Ctrl-C or SIGUSR1 comes at a random moment. The run must save and end, and the same command continue it.
+    """
     chance = random.Random(1)
     for number in range(SIGNALS):
         kind = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)[number % 3]
@@ -128,7 +130,9 @@ def signals(bench: Bench, result: Result) -> None:
 
 
 def resume(bench: Bench, result: Result) -> None:
-    """Stopped after 1, 4 and 9 of 10 steps, and resumed: bit for bit the run that was not stopped."""
+    """Runs of 10 steps are stopped after 1, 4 and 9 steps, and continued. Every bit must be that of a run without a
+    stop.
+    """
     for number, (mode, flags) in enumerate(MODES.items()):
         folders = dict(class_data_dir=bench.folder / "class") if "class_prompt" in flags else {}
         whole = bench.uninterrupted(f"mode{number}", **flags | folders)
@@ -153,7 +157,9 @@ def watched(out: Path, stop: threading.Event, found: list[int]) -> None:
 
 
 def one_is_always_there(bench: Bench, result: Result) -> None:
-    """With one checkpoint kept, one whole checkpoint is on the disk at every look, every 5 ms, once there was one."""
+    """With `--checkpoints_total_limit=1`, we look every 5 ms. After the first checkpoint, there must always be one
+    complete checkpoint on the disk. Each look is an attempt.
+    """
     out, stop, found = bench.fresh("watched"), threading.Event(), []
     watcher = threading.Thread(target=watched, args=(out, stop, found))
     watcher.start()

@@ -52,9 +52,8 @@ DAMAGES: tuple[Callable[[Path, Path], None], ...] = (
 
 
 def damage(bench: Bench, result: Result) -> None:
-    """Each kind of damage to each file of the newest checkpoint; the one before it is used, and the file is named.
-
-    Files for other programs are not read by a resume, and their damage does not matter to it.
+    """Each file of the newest checkpoint is damaged in seven ways. The same command must name the damaged checkpoint,
+    and continue from the one before it. Files that only other programs read do not matter here.
     """
     stopped = bench.fresh("stopped_at_8")
     bench.run(stopped, f"--stop_after_steps={STEPS - EVERY}")
@@ -73,7 +72,9 @@ def damage(bench: Bench, result: Result) -> None:
 
 
 def full_disk(bench: Bench, result: Result) -> None:
-    """One write refused, whichever it is: exit code 74 or a run that ends well, older checkpoints whole, no litter."""
+    """The disk refuses one write. The run must end with exit code 74, or as if nothing had happened. All checkpoints
+    must be complete, no temporary file may be left, and the same command must continue the run.
+    """
     for code in REFUSALS:
         for nth in range(1, WRITES + 1, 1 if code == errno.ENOSPC else 4):
             out = bench.fresh("full")
