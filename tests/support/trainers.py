@@ -82,21 +82,16 @@ def started(argv: list[str], *, trainer: str = TRAINER, log: Path, patch: Callab
 
     patch  is called in the child before the trainer
     """
-    module = preloaded(trainer)
-
-    def run() -> None:
-        patch()
-        module.main()
-
-    return _start(run, [f"{trainer}.py", *argv], log)
+    return _start(preloaded(trainer).main, [f"{trainer}.py", *argv], log, patch)
 
 
-def _start(call: Callable[[], object], argv: list[str], log: Path) -> Started:
+def _start(call: Callable[[], object], argv: list[str], log: Path, patch: Callable[[], None] = lambda: None) -> Started:
     require_mark()
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
+        patch()
         _child(call, argv, log)
     return Started(pid, log, time.monotonic())
 
