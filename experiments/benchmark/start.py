@@ -86,7 +86,7 @@ def main() -> None:
     one_thread = dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1", XDG_CACHE_HOME=str(folder))
     for _ in range(int(given[3]) if len(given) > 3 else STARTS):
         start = subprocess.run([sys.executable, __file__, "--measure", str(data), str(folder)], cwd=ROOT,
-                               env={**os.environ, **one_thread}, capture_output=True, text=True)
+                               env={**os.environ, **one_thread}, capture_output=True, encoding="utf-8")
         print(start.stdout if not start.returncode else start.stderr, end="", flush=True)
 
 
