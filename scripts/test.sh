@@ -15,6 +15,7 @@ bash scripts/install.sh
 # Two busy threads on one loaded core are ten times slower than one thread: one thread a process.
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline
+export PYTHONDONTWRITEBYTECODE= # where it is set, every process of a test compiles all of the code again
 .venv/bin/ruff check .
 .venv/bin/mypy
-exec .venv/bin/python -m pytest -n 2 --dist loadgroup -m "$chosen" "$@"
+exec .venv/bin/python -m pytest -n 2 --dist worksteal -m "$chosen" "$@"

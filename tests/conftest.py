@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,6 +31,12 @@ def own_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(digests, "cache_folder", lambda: folder)
         yield
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the garbage collector passes it by, here and in forked children."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.trainers import TRAINER, Done, command, forked, launched, make_images
+from tests.support.trainers import Done, command, forked, make_images
 
 pytestmark = pytest.mark.trains
 
@@ -95,7 +94,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tiny_sdxl, images, tmp_path)
     first = OutputLock(tmp_path / "out")
     first.acquire()
     command_line = command(tiny_sdxl, images, tmp_path / "out")
-    done = launched([sys.executable, f"{TRAINER}.py", *command_line])
+    done = forked(command_line, log=tmp_path / "log")
     first.release()
     refused(done, 2, str(os.getpid()))
     assert not (tmp_path / "out" / "run.json").exists()

@@ -25,6 +25,7 @@ def charged(count: int, bank: float) -> float:
     return float(torch.stack(terms[STEPS // 2:]).mean())
 
 
+@pytest.mark.trains
 def test_a_bank_charges_the_right_denoiser_of_few_images_for_their_own_errors():
     """1/(1 + SNR) of an error, here 0.25 of 0.5, is the same whenever the image comes; of that a bank holds 1/N."""
     own = 0.25 / 22

@@ -249,6 +249,7 @@ def intact(folder: Path, n: int) -> int:
     return there
 
 
+@pytest.mark.trains
 def test_kill_9_while_caching_leaves_only_whole_entries(tmp_path: Path) -> None:
     """Killed as soon as a number of entries is seen, wherever in the next one the writer then is."""
     many = 1000

@@ -278,6 +278,7 @@ def test_a_kill_between_the_two_renames_of_a_replacement_is_finished_on_resume(t
     assert resumed(tmp_path) == 4 and hidden(tmp_path) == []
 
 
+@pytest.mark.trains
 def test_thirty_kills_at_random_moments_lose_no_finished_checkpoint(tmp_path):
     chance = random.Random(0)
     for _ in range(30):

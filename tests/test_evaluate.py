@@ -71,6 +71,7 @@ def test_every_strength_is_drawn_from_the_same_noise_and_measured(tiny_sdxl, lor
     assert Image.open(tmp_path / "out" / "grid.png").width > 5 * 192
 
 
+@pytest.mark.trains
 def test_a_image_depends_on_its_noun_and_seed_not_on_the_others(tiny_sdxl, lora, icons, judged, tmp_path):
     evaluate.main(arguments(tiny_sdxl, lora, icons, tmp_path / "a", "--strengths=0"))
     evaluate.main(arguments(tiny_sdxl, lora, icons, tmp_path / "b", "--strengths=0", "--nouns=cat,bird",

@@ -122,12 +122,13 @@ def icons_pipeline():
     return StableDiffusionXLPipeline.from_pretrained("assets/tiny-sdxl-icons")
 
 
-def all_networks(family: sdxl.SDXL, **options: object) -> list[Adapters]:
-    """Adapters on the UNet's first up block and on both text encoders, every parameter moved."""
-    settings = LoraOptions(**{"rank": 4, "lora_alpha": 6, "lora_unet_blocks": "up_blocks.0", **options})
-    unet = add_adapters(copy.deepcopy(family.denoiser), settings, targets=family.lora_targets, seed=0)
-    texts = [add_adapters(copy.deepcopy(encoder), settings, targets=family.text_lora_targets, seed=0, prefix=prefix)
-             for encoder, prefix in zip(family.text_encoders, ("text_encoder", "text_encoder_2"), strict=True)]
+@pytest.fixture(scope="module", params=KINDS, ids=str)
+def networks(request: pytest.FixtureRequest, icons: sdxl.SDXL) -> list[Adapters]:
+    """Adapters of one kind on the UNet's first up block and on both text encoders, every parameter moved."""
+    settings = LoraOptions(**{"rank": 4, "lora_alpha": 6, "lora_unet_blocks": "up_blocks.0", **request.param})
+    unet = add_adapters(copy.deepcopy(icons.denoiser), settings, targets=icons.lora_targets, seed=0)
+    texts = [add_adapters(copy.deepcopy(encoder), settings, targets=icons.text_lora_targets, seed=0, prefix=prefix)
+             for encoder, prefix in zip(icons.text_encoders, ("text_encoder", "text_encoder_2"), strict=True)]
     g, size = torch.Generator().manual_seed(7), 0.05 if settings.lora_type == "lora" else 0.2
     for network in (unet, *texts):
         for parameter in network.parameters():
@@ -151,10 +152,9 @@ def all_near(found: list[Tensor], wanted: list[Tensor], base: list[Tensor], tole
                for f, w, b in zip(found, wanted, base, strict=True))
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_the_stock_pipeline_loads_every_kind_into_unet_and_text_encoders(icons, icons_pipeline, tmp_path, kind):
+def test_the_stock_pipeline_loads_every_kind_into_unet_and_text_encoders(networks, icons, icons_pipeline, tmp_path):
     """D9. `load_lora_weights` with the Diffusers file, whatever was trained."""
-    networks, pipe = all_networks(icons, **kind), icons_pipeline
+    pipe = icons_pipeline
     wanted, base = answers(*(n.network for n in networks)), answers(icons.denoiser, *icons.text_encoders)
     assert not all_near(base, wanted, base, 0.5)
     export.write_diffusers(networks, tmp_path / "ours.safetensors", METADATA)
@@ -165,10 +165,8 @@ def test_the_stock_pipeline_loads_every_kind_into_unet_and_text_encoders(icons, 
     assert all_near(found, wanted, base, 1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_the_webui_file_read_by_lycoris_rules_is_what_was_trained(icons, tmp_path, kind):
+def test_the_webui_file_read_by_lycoris_rules_is_what_was_trained(networks, icons, tmp_path):
     """D9. UNet and both text encoders in one file; every kind by the rules of LyCORIS's own modules."""
-    networks = all_networks(icons, **kind)
     wanted, base = answers(*(n.network for n in networks)), answers(icons.denoiser, *icons.text_encoders)
     export.write_kohya(networks, icons, tmp_path / "others.safetensors", METADATA)
     assert export.verify(tmp_path / "others.safetensors", networks, icons, layout="webui") < 2e-3
@@ -226,10 +224,8 @@ def test_a_pissa_file_is_a_plain_lora_of_twice_the_rank(family, tmp_path):
 
 
 @pytest.mark.usefixtures("both_ways")
-@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("layout", ["diffusers", "webui"])
-def test_any_changed_number_of_any_kind_is_found_out(icons, tmp_path, kind, layout):
-    networks = all_networks(icons, **kind)
+def test_any_changed_number_of_any_kind_is_found_out(networks, icons, tmp_path, layout):
     path = tmp_path / "file.safetensors"
     if layout == "diffusers":
         export.write_diffusers(networks, path, {})
@@ -237,7 +233,7 @@ def test_any_changed_number_of_any_kind_is_found_out(icons, tmp_path, kind, layo
         export.write_kohya(networks, icons, path, {})
     tensors = load_tensors(path)
     ends = {name.partition(".lora_")[2] or name.rpartition(".")[2]: name for name in tensors}
-    if kind.get("rank") == 64:
+    if networks[0].rank == 64:
         ends.pop("alpha", None)  # nothing reads it where both of LoKr's factors are whole
     for name in ends.values():
         changed = tensors | {name: tensors[name] * 1.01}
@@ -268,7 +264,7 @@ def test_the_diffusers_file_needs_no_alpha_and_says_so(adapters, family, tmp_pat
 def test_the_webui_file_is_kohyas_rule_in_fp16(adapters, family, tmp_path):
     _, others = write(adapters, family, tmp_path)
     tensors = load_tensors(others)
-    name = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    name = "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q"
     down, up, alpha = (tensors[f"{name}.{part}"] for part in ("lora_down.weight", "lora_up.weight", "alpha"))
     assert down.dtype == up.dtype == torch.float16 and alpha.ndim == 0
     found = (up.double() @ down.double()) * (alpha.item() / down.shape[0])

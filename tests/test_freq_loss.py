@@ -1148,6 +1148,7 @@ def test_the_package_imports_torch_alone():
     assert not [name for name in at_the_top if name.startswith(("pywt", "pytorch_wavelets"))]
 
 
+@pytest.mark.trains
 def test_the_file_and_the_package_can_be_copied_into_another_project(tmp_path):
     shutil.copy(ROOT / "freq_loss.py", tmp_path)
     shutil.copytree(ROOT / "trainkit" / "frequency", tmp_path / "trainkit" / "frequency")

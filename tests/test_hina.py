@@ -163,7 +163,7 @@ FEATURES = {flag: {flag: True} for flag in RULE_FLAGS} | {
 
 @pytest.mark.trains
 @pytest.mark.parametrize("settings", [ALL, FEATURES["all reduced"]], ids=["all", "all reduced"])
-def test_a_thousand_steps_keep_no_more_tensors_than_ten(settings):
+def test_two_hundred_steps_keep_no_more_tensors_than_ten(settings):
     """H27: no leak with every rule on, in the states or beside them."""
     params = parameters()
     opt = HinaAdaptive(params, **(OFTEN | settings))
@@ -175,7 +175,7 @@ def test_a_thousand_steps_keep_no_more_tensors_than_ten(settings):
 
     train(opt, params, range(10))
     before = kept()
-    train(opt, params, range(10, 1000))
+    train(opt, params, range(10, 200))
     assert kept() == before
 
 
@@ -332,6 +332,7 @@ def run_of(shapes, **settings) -> list[Tensor]:
 LARGE = ((16, 4096), (300, 16), (70000,), (1, 40001))  # some past the 32768 elements from which torch uses threads
 
 
+@pytest.mark.trains
 def test_threads_and_the_seeds_of_python_change_no_bit():
     """H6, with states that are rounded at random."""
     settings = ALL | {"reduce_precision": True}

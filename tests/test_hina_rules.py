@@ -118,6 +118,7 @@ def test_adopt_bounds_a_gradient_after_zeros():
     assert torch.allclose(u, 3**0.25 * g.sign())
 
 
+@pytest.mark.trains
 def test_adopt_converges_on_reddis_example_where_adam_does_not():
     """After Reddi et al. 2018: gradient 5 in 22 % of the steps, else -1; the mean is 0.32, so the best of [-1,1] is -1.
 

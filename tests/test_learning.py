@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,12 +17,11 @@ from PIL import Image
 from experiments import seeds
 from experiments.learning import cases, chart, exam, results, run
 from experiments.learning.exam import Exam
-from tests.support import ROOT
-from tests.support.trainers import command, forked, launched, metrics
+from tests.support.trainers import command, forked, metrics
 from trainkit.errors import UserError
 
-STEPS = 150  # the quick start takes 400
-DENOISING_STEPS = 8  # the quick start takes 20
+STEPS = 75  # the quick start takes 400
+DENOISING_STEPS = 3  # the quick start takes 20
 
 
 def test_a_result_of_other_arguments_does_not_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -292,25 +290,23 @@ def trained(assets: Path, out: Path, **changes: object) -> Path:
 
 def evaluated(assets: Path, out: Path, *more: str) -> dict[str, float]:
     """Style distance and share of the gap closed at strength 1."""
-    line = [sys.executable, "scripts/evaluate.py", "--base", str(assets / "tiny-sdxl-icons"), "--strengths", "0,1",
-            "--lora", str(out / "pytorch_lora_weights.safetensors"), "--steps", str(DENOISING_STEPS),
-            "--out", str(out / "evaluation"), *more]
-    drawn = launched(line, timeout=600)
+    line = ["--base", str(assets / "tiny-sdxl-icons"), "--strengths", "0,1", "--steps", str(DENOISING_STEPS),
+            "--lora", str(out / "pytorch_lora_weights.safetensors"), "--out", str(out / "evaluation"), *more]
+    drawn = forked(line, trainer="trainkit.tools.evaluate", log=out / "evaluation.log")
     assert drawn.code == 0, drawn.output
-    report = json.loads((ROOT / out / "evaluation" / "evaluation.json").read_text("utf-8"))
+    report = json.loads((out / "evaluation" / "evaluation.json").read_text("utf-8"))
     base, lora = report["strengths"]
     assert lora["style_distance"] < base["style_distance"], drawn.output
     return lora
 
 
 @pytest.mark.trains
-@pytest.mark.timeout(900)
 def test_a_short_run_closes_part_of_the_style_gap_on_untaught_nouns(assets: Path, tmp_path: Path):
     assert evaluated(assets, trained(assets, tmp_path / "icons"))["share_of_gap_closed"] >= 0.10
 
 
+@pytest.mark.slow
 @pytest.mark.trains
-@pytest.mark.timeout(900)
 def test_new_tokens_hold_part_of_the_style(assets: Path, tmp_path: Path):
     """The LoRA alone, asked for by the word, closes less of the gap than with the tokens it was trained with."""
     out = trained(assets, tmp_path / "icons", train_text_encoder_ti=True, text_encoder_lr=1e-3)

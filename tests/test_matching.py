@@ -124,7 +124,8 @@ def test_the_term_sees_the_x0_of_the_output():
 
 
 def test_swap_has_one_pass_and_swaps_the_share_of_steps_asked_for():
-    chosen = [passes("swap", dist_match_swap=0.3).of_step(step) for step in range(600)]
+    swapping = passes("swap", dist_match_swap=0.3)
+    chosen = [swapping.of_step(step) for step in range(600)]
     assert all(len(found) == 1 for found in chosen)
     assert sum(found[0].shared for found in chosen) / 600 == pytest.approx(0.3, abs=0.06)
     assert not any(found[0].name for found in chosen), "its noise is the ordinary one"
@@ -133,7 +134,8 @@ def test_swap_has_one_pass_and_swaps_the_share_of_steps_asked_for():
 @pytest.mark.parametrize("p", [0.2, 0.5, 0.9])
 def test_swap_keeps_the_expectation_of_the_ordinary_loss(p):
     """Σ over u of (1−p)·loss at base levels + p·loss at window levels, reweighed = Σ of the plain loss."""
-    found = [one for step in range(400) for one in passes("swap", Recorder(0.0), dist_match_swap=p).of_step(step)]
+    swapping = passes("swap", Recorder(0.0), dist_match_swap=p)
+    found = [one for step in range(400) for one in swapping.of_step(step)]
     ordinary, shared = next(f for f in found if not f.shared), next(f for f in found if f.shared)
     u = (torch.arange(20_000) + 0.5) / 20_000
 

@@ -54,11 +54,14 @@ class RunWithPlace(RunOptions):
 
 
 @pytest.fixture
-def options(monkeypatch: pytest.MonkeyPatch) -> type[OptionSet]:
+def options() -> Iterator[type[OptionSet]]:
     """The DreamBooth trainer's options, as if its concerns of adapters and of the run had a field more."""
     kinds = CONCERNS | {"lora": LoraWithDummy, "run": RunWithPlace}
-    monkeypatch.setitem(TRAINERS, "DreamBooth", kinds)
-    return option_set(kinds)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TRAINERS, "DreamBooth", kinds)
+        known_flags.cache_clear()
+        yield option_set(kinds)
+    known_flags.cache_clear()
 
 
 def read(options: type[OptionSet], *argv: str) -> OptionSet:

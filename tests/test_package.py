@@ -167,6 +167,7 @@ def test_every_tool_has_a_name():
     assert sorted(name.replace("_", "-") for name in with_main) == sorted(name for _, name in TOOLS)
 
 
+@pytest.mark.trains  # imports torch
 def test_a_default_that_only_a_clone_has_is_asked_for(installed, tiny_sd, tmp_path):
     made = make_images(tmp_path / "images")
     given = (f"--base={tiny_sd}", f"--lora={tmp_path / 'lora.safetensors'}", f"--training={made}")
@@ -203,20 +204,20 @@ def trained(installed: Installed, tiny_sd: Path) -> tuple[str, str]:
 
 
 @pytest.mark.trains
-def test_installed_tools_take_the_files_of_an_installed_trainer(installed, trained, assets):
-    for tool in (
-        ["extract-clip-features", "--images=images", f"--clip={assets / 'tiny-clip-icons'}", "--out=f.safetensors"],
-        ["generate", *trained, "--prompt=a thing", "--steps=1", "--width=32", "--height=32", "--out=drawn"],
-    ):
-        done = installed.run("lora-tools", *tool)
-        assert done.code == 0, done.output
-    assert (installed.elsewhere / "f.safetensors").is_file()
+def test_an_installed_tool_takes_the_files_of_an_installed_trainer(installed, trained):
+    asked = ("--prompt=a thing", "--steps=1", "--width=32", "--height=32", "--out=drawn")
+    done = installed.run("lora-tools", "generate", *trained, *asked)
+    assert done.code == 0, done.output
     assert (installed.elsewhere / "drawn/sheet.png").is_file()
 
 
 @pytest.mark.slow
 @pytest.mark.trains
-def test_an_installed_evaluation_writes_its_page(installed, trained, assets):
+def test_installed_tools_that_look_at_images_write_their_files(installed, trained, assets):
+    done = installed.run("lora-tools", "extract-clip-features", f"--images={assets / 'icons-3d'}",
+                         f"--clip={assets / 'tiny-clip-icons'}", "--out=f.safetensors")
+    assert done.code == 0, done.output
+    assert (installed.elsewhere / "f.safetensors").is_file()
     shipped = [f"--{flag}={assets / name}" for flag, name in (
         ("clip", "tiny-clip-icons"), ("training", "icons-3d"), ("reference", "icons-3d-reference"))]
     done = installed.run("lora-tools", "evaluate", *trained, *shipped, "--strengths=1", "--steps=1", "--out=page",

@@ -264,7 +264,8 @@ def printed(options: type[OptionSet], argv: Sequence[str]) -> str:
 
 def values_of(options: OptionSet) -> dict[str, tuple[object, bool]]:
     """Each flag's value, and whether it was given."""
-    return {name: (value, options.origins.get(name, "default") != "default")
+    origins = options.origins
+    return {name: (value, origins.get(name, "default") != "default")
             for name, value in options.flat().items() if name not in SOURCES}
 
 

@@ -215,7 +215,7 @@ def test_the_card_of_a_dora_sends_nobody_to_a_webui_that_cannot_draw_it(tmp_path
         (folder / f"{name}.safetensors").write_bytes(b"weights")
     body = card(tmp_path / "dora")[1]
     assert "| `dora.safetensors` | ComfyUI, Forge: see above |" in body
-    assert "A1111 cannot draw it" in body and "Comfy-Org/ComfyUI\\#15458" in body
+    assert "A1111 cannot use it" in body and "Comfy-Org/ComfyUI\\#15458" in body
     assert "A1111 cannot" in (write_report(tmp_path / "dora")).read_text("utf-8")
     body = card(tmp_path / "plain")[1]
     assert "| `plain.safetensors` | ComfyUI, A1111, Forge |" in body and "DoRA" not in body

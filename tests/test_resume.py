@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT
 from tests.support.compare import same_checkpoint, same_tensors
 from tests.support.trainers import (
-    TRAINER,
     Done,
     command,
     forked,
     forked_ranks,
     make_images,
     metrics,
-    wait_for_metrics,
 )
 from trainkit import lora_files, preview
 from trainkit.conditioning import cached_text
@@ -46,7 +41,7 @@ def test_resumed_equals_uninterrupted(mode, tiny_sdxl, images, tmp_path):
     """7 steps at once = 3 steps, stop, 4 steps: weights, optimizer state and logged losses, exactly."""
 
     def run(out: str, **changes: object) -> None:
-        options = MODES[mode] | {"checkpointing_steps": 1, "lr_scheduler": "constant"} | MODES[mode] | changes
+        options = {"lr_scheduler": "constant"} | MODES[mode] | changes
         done = forked(command(tiny_sdxl, images, tmp_path / out, **options), log=tmp_path / f"{out}.log")
         assert done.code == 0, done.output
 
@@ -84,11 +79,8 @@ def test_kill_9_in_training_loses_at_most_one_interval(tiny_sdxl, images, tmp_pa
 def test_a_signal_saves_and_exits(sent, code, tiny_sdxl, images, tmp_path):
     out = tmp_path / "out"
     argv = command(tiny_sdxl, images, out, max_train_steps=5000, checkpointing_steps=5000)
-    line = [sys.executable, f"{TRAINER}.py", *argv]
-    run = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for_metrics(out, run)
-    run.send_signal(sent)
-    assert run.wait(timeout=60) == code
+    ended = forked(argv, log=tmp_path / "log", kill_when=lambda: is_ready(out, metrics), number=sent)
+    assert ended.code == code, ended.output
     saved = [p for p in out.glob("checkpoint-*") if (p / "manifest.json").is_file()]
     assert len(saved) == 1
 

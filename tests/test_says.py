@@ -13,7 +13,7 @@ import warnings
 import pytest
 
 from tests.support import ROOT
-from tests.support.trainers import command, forked, launched, make_images
+from tests.support.trainers import command, forked, forked_script, make_images
 from trainkit import process, summary, terminal
 from trainkit.errors import LineFormatter, Problem, UserError
 from trainkit.process import own_settings
@@ -380,7 +380,8 @@ def test_main_can_be_called_again_and_leaves_the_process_as_it_was(tiny_sd, tmp_
     runs = [[*common, f"--output_dir={tmp_path / 'a'}", "--report_to=tensorboard"],
             [*common, f"--output_dir={tmp_path / 'b'}", "--report_to=none", "--mixed_precision=bf16"],
             [*common, f"--output_dir={tmp_path / 'c'}", "--report_to=none", "--optimizer=adamw8bit"]]
-    done = launched([sys.executable, "-c", TWICE, json.dumps(runs)], env={"PYTHONPATH": str(ROOT)})
+    (tmp_path / "twice.py").write_text(TWICE, "utf-8")
+    done = forked_script([str(tmp_path / "twice.py"), json.dumps(runs)], cwd=ROOT, log=tmp_path / "log")
     assert done.code == 0, done.output
     assert "Generating train split" not in done.output and "|" not in done.output, "a library's bar"
 

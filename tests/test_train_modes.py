@@ -77,7 +77,7 @@ def check(row: tuple[int, ...], model: Path, folders: dict[str, Path], tmp_path:
     chosen, cut = switches(row, folders), 1 + sum(row) % (STEPS - 1)
     outs = [tmp_path / name / "lora" for name in ("whole", "resumed")]
     for out, resumed in zip(outs, (None, outs[0] / f"checkpoint-{cut}"), strict=True):
-        argv = command(model, folders["data"], out, max_train_steps=STEPS, checkpointing_steps=1,
+        argv = command(model, folders["data"], out, max_train_steps=STEPS, checkpointing_steps=cut,
                        resume_from_checkpoint=resumed, **chosen)
         done = forked(argv, log=tmp_path / "log")
         assert done.code == 0, f"{chosen}, from {resumed}\n{done.output}"

@@ -202,6 +202,7 @@ def loss(family: Family, opt: OptionSet) -> Tensor:
     return part
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_model_as_it_is_found_is_trained_previewed_and_exported(model, name, tmp_path, monkeypatch):
     monkeypatch.setattr(preview, "STEPS", 1)

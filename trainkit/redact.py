@@ -52,5 +52,5 @@ def redact(text: str, known: Iterable[str] = ()) -> str:
 
 def environment_secrets() -> list[str]:
     """Values of those variables of the environment whose names say that they are secret."""
-    return [value for name, value in os.environ.items()
-            if SURE_NAME.search(name) or (SECRET_NAME.search(name) and len(value) >= UNSURE_LENGTH)]
+    named = [(name, os.environ[name]) for name in os.environ if SECRET_NAME.search(name)]
+    return [value for name, value in named if SURE_NAME.search(name) or len(value) >= UNSURE_LENGTH]

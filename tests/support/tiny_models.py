@@ -153,11 +153,12 @@ def tiny_unet(widths: Sequence[int]):
     """SDXL's block layout: no attention on the first level, more transformer layers on the last."""
     from diffusers import UNet2DConditionModel
 
+    attending = len(widths) - 1
     return UNet2DConditionModel(
         sample_size=16, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, block_out_channels=tuple(widths),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), layers_per_block=2,
-        transformer_layers_per_block=(1, 1, 2), attention_head_dim=tuple(w // 32 for w in widths),
+        down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * attending),
+        up_block_types=(*["CrossAttnUpBlock2D"] * attending, "UpBlock2D"), layers_per_block=1,
+        transformer_layers_per_block=(*[1] * attending, 2), attention_head_dim=tuple(w // 32 for w in widths),
         cross_attention_dim=sum(TEXT_WIDTHS), use_linear_projection=True, addition_embed_type="text_time",
         addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + TEXT_WIDTHS[1],
     )
@@ -170,7 +171,7 @@ def tiny_sd_unet(widths: Sequence[int], version: int):
     return UNet2DConditionModel(
         sample_size=16, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, block_out_channels=tuple(widths),
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), layers_per_block=2,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), layers_per_block=1,
         attention_head_dim=2 if version == 1 else tuple(w // 16 for w in widths), use_linear_projection=version == 2,
         cross_attention_dim=SD_TEXT_WIDTHS[version],
     )

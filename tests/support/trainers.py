@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -77,18 +78,21 @@ class Started:
 
 
 def started(argv: list[str], *, trainer: str = TRAINER, log: Path, patch: Callable[[], None] = lambda: None) -> Started:
-    """Start the trainer's main in a forked child: the real code path without nine seconds of imports.
+    """Start the main of a trainer or tool in a forked child: the real code path without nine seconds of imports.
 
     patch  is called in the child before the trainer
     """
+    return _start(preloaded(trainer).main, [f"{trainer}.py", *argv], log, patch)
+
+
+def _start(call: Callable[[], object], argv: list[str], log: Path, patch: Callable[[], None] = lambda: None) -> Started:
     require_mark()
-    module = preloaded(trainer)
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
         patch()
-        _child(module, argv, trainer, log)
+        _child(call, argv, log)
     return Started(pid, log, time.monotonic())
 
 
@@ -105,14 +109,26 @@ def forked(argv: list[str], *, trainer: str = TRAINER, log: Path, patch: Callabl
     return run.wait()
 
 
+def forked_script(words: list[str], *, cwd: Path, log: Path) -> Done:
+    """`python WORDS` in the folder `cwd`, a file and its arguments, in a forked child as well."""
+    preloaded(TRAINER)
+
+    def run() -> None:
+        os.chdir(cwd)
+        runpy.run_path(words[0], run_name="__main__")
+
+    return _start(run, words, log).wait()
+
+
 def forked_ranks(argv: list[str], *, trainer: str = TRAINER, log: Path, kill_when: Callable[[], bool] | None = None,
-                 number: int = signal.SIGKILL, victims: Sequence[int] = (0, 1)) -> list[Done]:
+                 number: int = signal.SIGKILL, victims: Sequence[int] = (0, 1), on_cpu: bool = True) -> list[Done]:
     """`forked` as two processes of one run -> how each ended. Launchers send a signal to every process.
 
     victims  which ranks get the signal
+    on_cpu   whether Accelerate is told that a CPU is meant
     """
-    common = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{free_port()}",
-                  ACCELERATE_USE_CPU="1")
+    common = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{free_port()}")
+    common |= {"ACCELERATE_USE_CPU": "1"} if on_cpu else {}
     places = [common | dict(RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
     runs = [started(argv, trainer=trainer, log=log.with_name(f"{log.name}-rank{place['RANK']}"),
                     patch=partial(os.environ.update, place)) for place in places]
@@ -156,7 +172,7 @@ def preloaded(trainer: str):
     return importlib.import_module(trainer)
 
 
-def _child(module, argv: list[str], trainer: str, log: Path) -> None:
+def _child(call: Callable[[], object], argv: list[str], log: Path) -> None:
     """Never returns: the child must not run pytest's own exit code."""
     import traceback
 
@@ -166,10 +182,10 @@ def _child(module, argv: list[str], trainer: str, log: Path) -> None:
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)  # not pytest's own
-    sys.argv = [f"{trainer}.py", *argv]
+    sys.argv = argv
     code = 0
     try:
-        exit_with_message(module.main)
+        exit_with_message(call)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException:

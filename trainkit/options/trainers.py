@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
+from functools import cache, reduce
 
 from trainkit.options.base import Concern, Flag
 from trainkit.options.captioned import (
@@ -47,6 +47,7 @@ def only_script_with(name: str) -> str | None:
     return SCRIPTS[having[0]] if len(having) == 1 else None
 
 
+@cache
 def known_flags() -> dict[str, Flag]:
     """Every flag of any trainer by name, in the order of docs/flags.md; one of several is the first trainer's."""
     found = {}
