@@ -47,6 +47,18 @@ TABLE = """\
 """
 
 
+ELSEWHERE = """\
+## What tests hold beside this
+
+- The 81 flags of the Diffusers DreamBooth script and the 55 of its text-to-image scripts are read as there, and the
+  published commands that we know are accepted: [`tests/test_options.py`](../tests/test_options.py).
+- The LoRA files hold the trained weights by the rules of Diffusers, ComfyUI and kohya:
+  [`tests/test_export.py`](../tests/test_export.py). Every run also reads its files back and prints the largest error.
+- Mistakes of a user end in one message with what, where, why and the next command:
+  [`tests/test_bad_input.py`](../tests/test_bad_input.py).
+- There is no forecast of memory and time yet."""
+
+
 def page_of(results: dict[str, Result]) -> str:
     """The page in Markdown; trials without a result are named as not run."""
     missing = [f"`{name}`" for name in TRIALS if name not in results]
@@ -62,6 +74,7 @@ def page_of(results: dict[str, Result]) -> str:
     page.append("## Lost\n\n" + ("\n".join(defects) or "Nothing was lost."))
     page.append("## Largest values that were measured\n\nThe times are of a shared machine with two cores, on which "
                 "other programs ran.\n\n" + "\n".join(measured))
+    page.append(ELSEWHERE)
     return "\n\n".join(page) + "\n"
 
 
