@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -38,6 +40,13 @@ def test_tf32_is_as_the_flag_says_also_in_convolutions(allowed):
         assert torch.get_float32_matmul_precision() == ("high" if allowed else "highest")
         assert devices.uses_tf32(CARD) is allowed and not devices.uses_tf32(torch.device("cpu"))
     assert torch.backends.cudnn.allow_tf32, "as PyTorch has it for the next user of this process"
+
+
+def test_deterministic_operations_end_with_the_run():
+    with own_settings():
+        devices.only_deterministic()
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 
 
 def test_latents_in_tf32_are_other_entries_of_the_cache(family):

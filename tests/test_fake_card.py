@@ -34,7 +34,7 @@ FEATURES: dict[str, list[dict[str, object]]] = {
     "text": [{}, {"train_text_encoder_ti": True}, {"train_text_encoder": True}],
     "loss": [{}, {"snr_gamma": 5.0, "noise_offset": 0.1}, {"loss_type": "fourier"}, {"loss_type": "huber"}],
     "images": [{}, {"cache_latents": True}],
-    "checkpointing": [{}, {"gradient_checkpointing": True}],
+    "checkpointing": [{}, {"gradient_checkpointing": True, "deterministic": True}],
     "class images": [{}, {"with_prior_preservation": True, "class_prompt": "an icon", "num_class_images": 2}],
     "previews": [{}, {"validation_prompt": "a TOK icon", "num_validation_images": 1, "validation_epochs": 1}],
     "resume": [{}, {"resume_from_checkpoint": "latest"}],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -33,6 +34,16 @@ def allow_tf32(allow: bool) -> None:
     """
     torch.set_float32_matmul_precision("high" if allow else "highest")
     torch.backends.cudnn.allow_tf32 = allow
+
+
+def only_deterministic() -> None:
+    """From now on, operations give the same bits in every run on one device, or raise RuntimeError.
+
+    Source: docs.pytorch.org/docs/stable/notes/randomness.html
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
 
 
 def uses_tf32(device: torch.device) -> bool:

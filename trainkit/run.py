@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from trainkit.data.sampler import Shard
-from trainkit.devices import allow_tf32, precision_notices
+from trainkit.devices import allow_tf32, only_deterministic, precision_notices
 from trainkit.errors import Problem, UserError, is_out_of_memory, out_of_memory, refuse
 from trainkit.files import DISK_ERRORS, Json, disk_error, disk_errors
 from trainkit.runtime import ranks, trackers
@@ -164,6 +164,8 @@ class Run:
         trackers.quiet_libraries()
         torch.manual_seed(self.seed)  # for libraries that draw by themselves; ours draw from trainkit.rng
         allow_tf32(self.opts.precision.allow_tf32)
+        if self.opts.precision.deterministic:
+            only_deterministic()
         for notice in (*self.opts.notices(), *ranks.unused_settings(os.environ),
                        *precision_notices(self.device, self.precision)):
             log.warning("%s", notice)

@@ -25,6 +25,11 @@ class PrecisionOptions(Concern):
         False,
         "Allow matrix products and convolutions in TF32. This works on NVIDIA GPUs since Ampere (RTX 30 series).",
         differs="without the flag, convolutions are not in TF32 either")
+    deterministic: bool = opt(
+        False,
+        "Use only operations that give the same bits in every run on the same GPU. This is slower; how much is not "
+        "measured. If an operation has no such form, the run ends with PyTorch's message. On a CPU, runs have the same "
+        "bits without this flag.", resume="may change")
     gradient_checkpointing: bool = opt(
         False,
         "Compute activations again in the backward pass instead of keeping them. This needs less memory and more "
