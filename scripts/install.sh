@@ -19,4 +19,5 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
   .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
     -r requirements.txt -r requirements-dev.txt
   echo "$wanted" > .venv/installed
+  echo "install: done. Next: bash scripts/quickstart.sh, or .venv/bin/python train_dreambooth_lora_sdxl_advanced.py --help"
 fi

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -98,3 +99,11 @@ def test_a_second_run_in_the_same_folder_is_refused(tiny_sdxl, images, tmp_path)
     first.release()
     refused(done, 2, str(os.getpid()))
     assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_a_mistyped_model_folder_names_the_folders_that_are_there(tiny_sdxl, images, tmp_path):
+    wrong = tiny_sdxl.with_name(f"{tiny_sdxl.name}s")
+    relative = Path(wrong.parent.name) / wrong.name
+    with contextlib.chdir(wrong.parent.parent):
+        done = forked(command(relative, images, tmp_path / "out"), log=tmp_path / "log")
+    refused(done, 2, f"there is no folder {relative}", tiny_sdxl.name)

@@ -17,6 +17,7 @@ A resume reads the parts and state.json. What `exports` wrote may be missing or 
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +34,9 @@ from trainkit.runtime.weight_files import step_of
 
 log = logging.getLogger(__name__)
 
+DIGEST = re.compile(r"[0-9a-f]{16,}")
+CONTENTS = {  # in the fingerprint, known by digests: what may differ
+    "images": "the images, their captions, or their number", "class images": "the class images or their captions"}
 UNKNOWN_BEFORE = "base model contents"  # in the fingerprint: what older checkpoints lack, and resume without
 Stage = Literal["preflight", "reserve", "write", "flush", "manifest", "publish", "point", "prune"]
 Packed = tuple[dict[str, Tensor], dict[str, Json]]
@@ -267,7 +271,7 @@ class Checkpoints:
         if keys:
             raise UserError(Problem(
                 what=f"{folder.name} belongs to a run with other settings", where=str(folder),
-                why="; ".join(f"{k}: checkpoint {theirs.get(k)!r}, now {ours.get(k)!r}" for k in keys),
+                why="; ".join(_difference(k, theirs.get(k), ours.get(k)) for k in keys),
                 fix="repeat the settings of the checkpoint, or give a new --output_dir",
             ))
 
@@ -281,6 +285,14 @@ class Checkpoints:
             ))
         for name, part in self.parts.items():
             part.unpack(files.load_tensors(folder / f"{name}.safetensors"), data[name])
+
+
+def _difference(name: str, theirs: Json, ours: Json) -> str:
+    """What is another one now; of contents, which are known by their digests, that they are."""
+    digests = [isinstance(value, str) and DIGEST.fullmatch(value) for value in (theirs, ours)]
+    if all(digests):
+        return f"{CONTENTS.get(name, name)} are not those of the checkpoint"
+    return f"{name}: checkpoint {theirs!r}, now {ours!r}"
 
 
 def flatten(tree: Json, prefix: str = "") -> dict[str, Json]:

@@ -98,6 +98,7 @@ def _blocked_imports() -> Iterator[None]:
 def _loggers() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in LOGGERS]
     before = [(logger, logger.level, list(logger.handlers)) for logger in loggers]
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at its import it misses kernels that we do not use
     try:
         yield
     finally:

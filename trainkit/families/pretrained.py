@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trainkit.digests import remembered
-from trainkit.errors import Category, Problem, UserError, is_out_of_memory, refuse
+from trainkit.errors import Category, Problem, UserError, is_out_of_memory, listing, refuse
 from trainkit.reading import parse_json, read_text
 
 if TYPE_CHECKING:
@@ -53,11 +54,23 @@ class Repo:
         try:
             self.json(probe)
         except hub_errors() as error:
+            beside = self._folders_beside()
+            if beside is not None:
+                return [self.problem(f"there is no folder {self.path}, and it cannot be read from the Hub",
+                                     f"folders there: {beside or 'none'}", f"correct {self.flag}")]
             revision = f" at revision {self.revision}" if self.revision else ""
             return [self.problem(
                 f"cannot read {self.path}{revision} from the Hub", str(error).strip().splitlines()[0],
                 "check the id and the network, log in (hf auth login) if it is gated, or name a folder")]
         return []
+
+    def _folders_beside(self) -> str | None:
+        """Where the name begins with a folder that is here, the folders in that: the nearest in name, or the first."""
+        parent, name = Path(self.path).parent, Path(self.path).name
+        if parent == Path() or not parent.is_dir():
+            return None
+        names = sorted(path.name for path in parent.iterdir() if path.is_dir())
+        return listing(get_close_matches(name, names, n=3) or names[:3])
 
     def _local_problem(self) -> list[Problem]:
         path = Path(self.path)

@@ -164,18 +164,19 @@ def _better(flag: Flag, written: str) -> str:
     if flag.is_switch:
         return f"--{flag.name} or --no_{flag.name}"
     example = f", for example the default {flag.default}" if flag.default is not None else ""
-    return f"give --{flag.name} {flag.takes}{example}{_how_off(flag)}"
+    return f"give --{flag.name} {flag.takes}{example}{_how_off(flag, written)}"
 
 
-def _how_off(flag: Flag) -> str:
+def _how_off(flag: Flag, written: str) -> str:
     """How a number is switched off: by a value of its own, or with what it is read with."""
     if flag.value_type not in (int, float):
         return ""
+    asks_off = written.strip().lower() in ("0", "none", "off", "no", "false", "null", "")
     if flag.facts.can_be_off:
         return f"; --{flag.name} 0 switches it off"
     if flag.optional:
         return f"; --{flag.name} none leaves it open"
     needed = next(flag.prerequisites, None)
     words = needed and (needed.said or " or ".join(sorted(f"--{name}" for name in needed.flags)))
-    return f"; it has no effect without {words}" if words else ""
+    return f"; it has no effect without {words}" if words and asks_off else ""
 

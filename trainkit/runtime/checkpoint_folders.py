@@ -186,7 +186,7 @@ class CheckpointFolders:
                 what=f"none of the {len(skipped)} checkpoints is whole", where=str(self.dir), why="; ".join(skipped),
                 fix="restore one from a backup, or start anew without --resume_from_checkpoint", kind="disk",
             ))
-        log.warning("NO CHECKPOINT in %s yet: --resume_from_checkpoint latest starts from step 0", self.dir)
+        log.info("no checkpoint in %s yet: --resume_from_checkpoint latest starts from step 0", self.dir)
         return None
 
     def named(self, which: str) -> Found:

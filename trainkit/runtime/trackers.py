@@ -103,5 +103,4 @@ def quiet_libraries() -> None:
     import transformers.utils.logging  # noqa: F401
 
     quiet_imported()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses optional kernels we do not use
     logging.getLogger("accelerate").setLevel(logging.ERROR)
