@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trainkit.condition import Condition
 from trainkit.data.cache import Store, content_key, fill_together
+from trainkit.devices import upload
 from trainkit.runtime import ranks
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ class FrozenText:
         unknown = set(prompts) - self.keys.keys()
         assert not unknown, f"not encoded before training: {sorted(unknown)}"
         entries = [self.store[self.keys[prompt]] for prompt in prompts]
-        return Condition({name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}).to(self.device)
+        stacked = [torch.stack([entry[name] for entry in entries]) for name in entries[0]]
+        return Condition(zip(entries[0], upload(stacked, self.device), strict=True))
 
     # What a text in training has, see LiveText: here there is none of it.
 
