@@ -149,8 +149,8 @@ ODD_NAMES = (
 
 
 def hostile_names(bench: Bench, result: Result) -> None:
-    """Images and their captions have 60 odd names. Each must be trained on, or refused. No name may be run as a
-    command.
+    """Images and their captions have 60 odd names. Each must be trained on, refused, or listed as not read. No name may
+    be run as a command.
     """
     assert len(ODD_NAMES) == NAMES
     for name in ODD_NAMES:
@@ -162,7 +162,7 @@ def hostile_names(bench: Bench, result: Result) -> None:
         done = bench.run(out, instance_data_dir=folder, max_train_steps=1)
         safe = not [*ROOT.glob("CANARY"), *folder.glob("CANARY")] and "\x1b[31m" not in done.output
         result.count(repr(name)[:40], went_on=safe and done.code == 0 and "2 captions" in done.output,
-                     refused=safe and done.code == EXIT_CODES["data"],
+                     refused=safe and (done.code == EXIT_CODES["data"] or "1 file not read" in done.output),
                      why=f"exit {done.code}, {last_line(done.output)}")
 
 
