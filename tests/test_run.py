@@ -69,7 +69,7 @@ def options(out: Path, precision="no", **run) -> Options:
     )
     return Options(
         run=SimpleNamespace(**defaults | run), optimizer=SimpleNamespace(max_grad_norm=1.0),
-        precision=SimpleNamespace(mixed_precision=precision, allow_tf32=False),
+        precision=SimpleNamespace(mixed_precision=precision, allow_tf32=False, deterministic=False),
     )
 
 
@@ -524,9 +524,11 @@ def test_files_that_are_useful_and_not_needed_refuse_no_start(out, name, junk):
 
 def test_the_record_of_a_killed_run_is_completed_at_the_next_start(out, caplog):
     if (pid := os.fork()) == 0:
-        with start_run(options(out)) as run:
-            train(run, steps=9, after=lambda step: step == 3 and os.kill(os.getpid(), signal.SIGKILL))
-        os._exit(1)
+        try:
+            with start_run(options(out)) as run:
+                train(run, steps=9, after=lambda step: step == 3 and os.kill(os.getpid(), signal.SIGKILL))
+        finally:
+            os._exit(1)  # a child must not return into pytest
     os.waitpid(pid, 0)
     assert records(out)["status"] == "running"
     heard = int((out / "metrics.jsonl").stat().st_mtime)

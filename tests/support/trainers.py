@@ -91,8 +91,7 @@ def _start(call: Callable[[], object], argv: list[str], log: Path, patch: Callab
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
-        patch()
-        _child(call, argv, log)
+        _child(lambda: (patch(), call()), argv, log)  # an error of either must not return into pytest
     return Started(pid, log, time.monotonic())
 
 
