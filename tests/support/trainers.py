@@ -91,7 +91,7 @@ def _start(call: Callable[[], object], argv: list[str], log: Path, patch: Callab
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
-        _child(lambda: (patch(), call()), argv, log)  # an error of either must not return into pytest
+        _child(call, argv, log, patch)
     return Started(pid, log, time.monotonic())
 
 
@@ -171,7 +171,7 @@ def preloaded(trainer: str):
     return importlib.import_module(trainer)
 
 
-def _child(call: Callable[[], object], argv: list[str], log: Path) -> None:
+def _child(call: Callable[[], object], argv: list[str], log: Path, patch: Callable[[], None]) -> None:
     """Never returns: the child must not run pytest's own exit code."""
     import traceback
 
@@ -184,6 +184,7 @@ def _child(call: Callable[[], object], argv: list[str], log: Path) -> None:
     sys.argv = argv
     code = 0
     try:
+        patch()
         exit_with_message(call)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
