@@ -19,6 +19,7 @@ from tests.support.loras import random_lora
 from tests.support.tiny_models import build_tiny_clip
 from trainkit.data.clip_features import load_clip
 from trainkit.errors import Problem, UserError
+from trainkit.inference import lora_name
 from trainkit.runtime.weight_files import DIFFUSERS_FILE
 from trainkit.tools import extract_clip_features, generate
 
@@ -271,3 +272,11 @@ def test_models_that_cannot_be_drawn_with_are_refused_before_loading(file, key, 
 def test_what_is_no_file_of_embeddings_is_refused(tiny_sdxl, lora, tmp_path):
     problem, = refused(tiny_sdxl, tmp_path / "out", f"--embeddings={lora / DIFFUSERS_FILE}")
     assert "no file of embeddings" in problem.what and problem.kind == "data"
+
+
+@pytest.mark.parametrize("file, name", [
+    ("runs/dog/pytorch_lora_weights.safetensors", "dog"), ("runs/dog/dog-step00000500.safetensors", "dog-step00000500"),
+    ("runs/dog/checkpoint-500/pytorch_lora_weights.safetensors", "dog@500"), ("style.safetensors", "style"),
+])
+def test_sheets_of_two_steps_can_be_told_apart(file, name):
+    assert lora_name(Path(file)) == name

@@ -55,6 +55,14 @@ def embeddings_of(path: Path) -> Path:
     return of_step(path, own_embeddings, "{}_emb.safetensors")
 
 
+def lora_name(file: Path) -> str:
+    """What an image sheet calls a LoRA file: dog of a run, dog@500 of its checkpoint, else the file's own name."""
+    folder, step = file.parent, step_of(file.parent)
+    if file.name != DIFFUSERS_FILE:
+        return file.stem
+    return folder.absolute().name if step is None else f"{folder.absolute().parent.name}@{step}"
+
+
 def of_step(path: Path, in_folder: Callable[[Path, str], Path], beside: str) -> Path:
     run, step = at_step(path)
     if step is None:

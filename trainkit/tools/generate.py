@@ -35,6 +35,7 @@ from trainkit.inference import (
     fuse_lora,
     load_pipeline,
     lora_file,
+    lora_name,
     lora_problems,
     missing_file,
 )
@@ -343,7 +344,8 @@ def contact_sheet(args: argparse.Namespace, shots: Sequence[Shot], images: Seque
         for row, shot in zip(rows, shots[::across], strict=True):
             assert shot.image is not None, "every shot has one, or none"
             row.append(decode(shot.image.read_bytes()))
-    return sheet(rows, columns=columns, names=args.prompt, title=Path(args.base).name)
+    title = " + ".join([Path(args.base).name, *map(lora_name, args.lora)])
+    return sheet(rows, columns=columns, names=args.prompt, title=title)
 
 
 def parameters(pipe: Pipeline, args: argparse.Namespace, shot: Shot, image: Image) -> str:
