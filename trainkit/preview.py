@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Watch = Callable[[int, int], bool]  # (parts done, of) -> whether to end there
+Watch = Callable[[float, int], bool]  # (images done, of) -> whether to end there
 OFTEN = 20  # training steps between previews, below which previews may well take longer than training
 STEPS = 25  # denoising steps of the Diffusers trainers' validation
 
@@ -132,10 +132,10 @@ class Previews:
 
     def _images(self, watch: Watch) -> list[Image.Image]:
         family, dtype = self.family, self.family.weight_dtype
-        parts, total = count(1), len(self.shots) * (STEPS + 1)  # the decoder counts as a step
+        parts = count(1)
 
         def stopping() -> bool:
-            return watch(next(parts), total)
+            return watch(next(parts) / (STEPS + 1), len(self.shots))  # the decoder counts as a step
 
         precision = torch.autocast(family.device.type, dtype=dtype, enabled=dtype != torch.float32)
         pipe = family.pipeline(sampler(family))

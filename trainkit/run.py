@@ -277,7 +277,7 @@ class Run:
             self.log_images(step, {"validation": images[:-1]} if images else {})
         ranks.barrier()
 
-    def _watch_previews(self, done: int, total: int) -> bool:
+    def _watch_previews(self, done: float, total: int) -> bool:
         self.progress.task("previews", done, total)
         return self.signals.wish is not None
 

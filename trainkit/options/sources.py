@@ -22,9 +22,9 @@ NO_SUCH = "--help lists all flags, docs/from-kohya.md those of kohya's trainers"
 OTHER_DATA = {"train_data_dir": "instance_data_dir", "instance_data_dir": "train_data_dir"}  # of the two trainers
 CONFIGS = {".toml": parse_toml, ".json": parse_json, ".yaml": parse_yaml, ".yml": parse_yaml}
 
-PRESET_USES = {"style": "a style from about twenty images", "face": "a face from about six photographs"}
+PRESET_USES = {"style": "a style from about 25 images", "face": "a face from about six photographs"}
 PRESETS: dict[str, dict[str, str | int | float | bool]] = {
-    # A style from about twenty images: a small rank and Prodigy finding the rate; larger ranks learn the images.
+    # A style from about 25 images: a small rank and Prodigy finding the rate; larger ranks learn the images.
     "style": {
         "rank": 8, "optimizer": "prodigy", "learning_rate": 1.0, "lr_scheduler": "constant", "lr_warmup_steps": 0,
         "snr_gamma": 5.0, "train_batch_size": 3, "max_train_steps": 1000,

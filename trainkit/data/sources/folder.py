@@ -130,6 +130,8 @@ class Captions:
         _warn("image has", "images have", f"a blank caption: {instead}", blank)
         if prompt_flag:
             _warn("image is", "images are", f"not in the metadata: {instead}", forgotten)
+            bare = [p.name for p in images if self.beside and not self.named and p not in self.beside]
+            _warn("image has", "images have", f"no caption file: {instead}", bare)
 
 
 def _warn(one: str, several: str, what: str, names: list[str]) -> None:
