@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tests.support.images import data_options, marked, marked_folder
 from tests.support.tiny_models import build_tiny_edm
@@ -365,3 +366,15 @@ def test_bad_metadata_of_the_class_folder_is_a_problem(tmp_path: Path) -> None:
     (folder / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}\n')
     problem, = problems(options(folder))
     assert "metadata.jsonl" in problem.what and "gone.png" in problem.why
+
+
+def test_one_other_value_in_the_unet_makes_other_class_images(tiny_sdxl: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_sdxl, base)
+    before = recipe(options(None, base))
+    weights, = (base / "unet").glob("*.safetensors")
+    tensors = load_file(weights)
+    largest = max(tensors.values(), key=torch.Tensor.numel)
+    largest.view(-1)[1] += 1
+    save_file(tensors, weights)
+    assert recipe(options(None, base)) != before, "class images of another model would be trained on"

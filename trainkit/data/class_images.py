@@ -31,7 +31,7 @@ from trainkit.families.pretrained import (
     json_digest,
     load_part,
     quiet_loading,
-    sampled_digest,
+    weights_digest,
 )
 from trainkit.files import atomic_write, disk_errors
 from trainkit.rng import generator
@@ -134,7 +134,7 @@ def contents(options: ModelOptions) -> list[object]:
     if not model.is_local or any(model.weight_problems(("unet",), options.variant)):
         return []
     try:
-        return [sampled_digest(model.folder("unet"), options.variant), model.json("scheduler/scheduler_config.json")]
+        return [weights_digest(model.folder("unet"), options.variant), model.json("scheduler/scheduler_config.json")]
     except (OSError, SafetensorError, UserError):
         return []
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainkit.data.cache import DIGEST, tensors_digest
 from trainkit.errors import Problem, UserError, refuse, shell_word
-from trainkit.families.pretrained import Repo, freeze, json_digest, load_part, quiet_loading, sampled_digest
+from trainkit.families.pretrained import Repo, freeze, json_digest, load_part, quiet_loading, weights_digest
 from trainkit.files import load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -174,5 +174,5 @@ def load_clip(name: str, flag: str = "--clip", device: torch.device | str = "cpu
         model = load_part(repo, getattr(transformers, CLIP_CLASSES[config["model_type"]]), "", dtype=torch.float32,
                           use_safetensors=True)
     settings = {key: getattr(processor, key) for key in PREPROCESSING}
-    made_by = json_digest(sampled_digest(repo.folder(""), None), settings)
+    made_by = json_digest(weights_digest(repo.folder(""), None), settings)
     return Clip(name, made_by, freeze(model).to(device), processor, torch.device(device))

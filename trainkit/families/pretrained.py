@@ -215,8 +215,7 @@ def tensors_digest(path: Path) -> str:
 def sampled_digest(folder: Path, variant: str | None) -> str:
     """Digest of names, shapes and some evenly spaced values of each tensor: fast, and blind to all other values.
 
-    It names generated class images and the CLIP of features, and compares with checkpoints from before
-    `weights_digest`.
+    It compares with checkpoints from before `weights_digest`.
     """
     from safetensors import safe_open
 
