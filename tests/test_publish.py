@@ -287,6 +287,10 @@ def test_hostile_prompts_change_neither_metadata_nor_snippet_nor_layout(tmp_path
     assert matter["instance_prompt"] == prompt and matter["license"] == "other"
     texts = [node.value for node in ast.walk(ast.parse(python_block(body))) if isinstance(node, ast.Constant)]
     assert prompt in texts, "the snippet draws exactly this prompt"
+    _, body = card(make_run(tmp_path / "other", pretrained_model_name_or_path="/models/base\nimport this"))
+    names = [name.name for node in ast.walk(ast.parse(python_block(body))) if isinstance(node, ast.Import)
+             for name in node.names]
+    assert names == ["torch"], "a folder's name became code"
     outside = re.sub(r"```.*?\n```|`[^`\n]*`", "", body, flags=re.DOTALL)
     assert "\n# Heading" not in body and not re.search(r"(?<!\\)<", outside)
 

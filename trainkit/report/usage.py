@@ -76,7 +76,7 @@ def pipeline_lines(run: RunFacts) -> Iterator[str]:
         yield f"vae = AutoencoderKL.from_pretrained({quoted(run.vae)})"
     vae = ", vae=vae" if run.vae else ""
     if "/" not in run.base_model:
-        yield f"# {run.base_model} was a folder on the computer of the training: write its path here"
+        yield f"# {quoted(run.base_model)} was a folder on the computer of the training: write its path here"
     yield f"pipe = {pipeline(run)}.from_pretrained({quoted(run.base_model)}{vae}).to(device, dtype)"
 
 
@@ -90,10 +90,10 @@ def scheduler_line(run: RunFacts) -> Iterator[str]:
 
 
 def lora_lines(run: RunFacts) -> Iterator[str]:
-    if not run.hub_name:
-        yield "# \".\" is the folder of this file: start Python there, or write its path"
     if run.has_lora:
         place = quoted(run.hub_name or ".")
+        if not run.hub_name:
+            yield f"# {place} is the folder of this file: start Python there, or write its path"
         yield f'pipe.load_lora_weights({place}, weight_name="{DIFFUSERS_FILE}", adapter_name="lora")'
         yield 'pipe.set_adapters("lora", 1.0)  # strength'
 
