@@ -60,8 +60,8 @@ def precision_notices(device: torch.device, precision: str) -> Iterator[str]:
     capability = torch.cuda.get_device_capability(device)
     fast = "bf16" if capability >= HAS_BF16 else "fp16"
     if precision == "no":
-        yield (f"the model is in fp32: --mixed_precision {fast} takes half the memory for its weights and is several "
-               "times faster on this card")
+        yield (f"the model is in fp32: --mixed_precision {fast} takes half the memory for its weights, and is usually "
+               "faster")
     elif precision == "bf16" and fast == "fp16":
         yield (f"this card has no bf16 (compute capability {capability[0]}.{capability[1]}, it begins with 8.0): it is "
                "emulated, slow and takes more memory. --mixed_precision fp16 is what this card can do")

@@ -146,14 +146,15 @@ def _torch() -> Iterator[None]:
     torch = sys.modules.get("torch")
     before = None if torch is None else (
         torch.get_rng_state(), torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32,
-        torch.are_deterministic_algorithms_enabled())
+        torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled())
     try:
         yield
     finally:
         if (torch := sys.modules.get("torch")) is not None:
-            state, precision, convolutions, deterministic = before or (None, "highest", True, False)
+            state, precision, tf32, benchmark, deterministic = before or (None, "highest", True, False, False)
             torch.set_float32_matmul_precision(precision)
-            torch.backends.cudnn.allow_tf32 = convolutions
+            torch.backends.cudnn.allow_tf32 = tf32
+            torch.backends.cudnn.benchmark = benchmark
             torch.use_deterministic_algorithms(deterministic)
             torch.set_flush_denormal(False)
             if state is not None:

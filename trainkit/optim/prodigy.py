@@ -1,9 +1,8 @@
 """Prodigy with one wait for the device in a step, in few large operations.
 
-    prodigyopt reads two numbers of every tensor in every step, and a card waits each time. Here all are read together.
-
-On a CPU in fp32 the weights, d and the state are those of prodigyopt 1.1.2 bit for bit, and so is the layout of the
-state, but for the counter `step`, which nothing reads. On other devices sums are formed in another order.
+prodigyopt reads two numbers of every tensor in every step, and waits for the device each time. Here all are read
+together. On a CPU in fp32 the weights, d and the state are those of prodigyopt 1.1.2 bit for bit, and so is the layout
+of the state, but for the counter `step`, which nothing reads. On other devices sums are formed in another order.
 """
 
 from __future__ import annotations
@@ -113,7 +112,6 @@ class Prodigy(torch.optim.Optimizer):
         On a CPU one of each for a tensor, so that their sum is prodigyopt's, and elsewhere one for the chunk.
         """
         (beta1, beta2), d, every = group["betas"], group["d"], group["slice_p"]
-        beta3 = math.sqrt(beta2) if group["beta3"] is None else group["beta3"]
         gradient = self._gradient(chunk, group)
         pieces = gradient.split([w.numel() for w in chunk.weights])
         sliced = gradient if every == 1 else _slices(pieces, every)
@@ -126,7 +124,7 @@ class Prodigy(torch.optim.Optimizer):
         if beta1 > 0:
             chunk.exp_avg.mul_(beta1).add_(gradient, alpha=d * (1 - beta1))
         chunk.exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=d * d * (1 - beta2))
-        chunk.s.mul_(beta3).add_(sliced, alpha=d / group["d0"] * (d if group["safeguard_warmup"] else dlr))
+        chunk.s.mul_(_beta3(group)).add_(sliced, alpha=d / group["d0"] * (d if group["safeguard_warmup"] else dlr))
         lengths = torch.abs(chunk.s, out=gone)
         return dots, list(map(torch.sum, lengths.split(sizes))) if on_cpu else [lengths.sum()]
 
@@ -138,14 +136,13 @@ class Prodigy(torch.optim.Optimizer):
         terms = list(zip(found[: len(dots)], found[len(dots) :], strict=True))
         if len(terms) == len(order):  # one for each tensor: prodigyopt goes through them in the user's order
             terms = [term for _, term in sorted(zip(order, terms, strict=True))]
-        beta3 = math.sqrt(group["betas"][1]) if group["beta3"] is None else group["beta3"]
         d, numerator, denominator = group["d"], 0.0, 0.0
         for dot, length in terms:
             numerator += d / group["d0"] * dlr * dot
             denominator += length
         if denominator == 0:
             return False
-        total = group["d_numerator"] * beta3 + numerator
+        total = group["d_numerator"] * _beta3(group) + numerator
         d_hat = group["d_coef"] * total / denominator
         d_max = max(group["d_max"], d_hat)
         d = min(d_max, (max(d, d_hat) if d == group["d0"] else d) * group["growth_rate"])
@@ -205,6 +202,10 @@ class Prodigy(torch.optim.Optimizer):
             for p, piece in zip(params, start.split([s.numel() for s in starts]), strict=True):
                 self.state[p]["p0"] = piece
         return TensorGroup(order, params, [p.detach().view(-1) for p in params], start=start, **buffers)
+
+
+def _beta3(group: dict[str, Any]) -> float:
+    return math.sqrt(group["betas"][1]) if group["beta3"] is None else group["beta3"]
 
 
 def _dot(gradient: Tensor, gone: Tensor, every: int) -> Tensor:

@@ -293,7 +293,7 @@ def draw_all(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) ->
 
 
 def run_pipeline(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot], after_step: Callable[..., dict]
-         ) -> list[Image]:
+                 ) -> list[Image]:
     import torch
 
     with torch.no_grad():
