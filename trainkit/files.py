@@ -29,6 +29,7 @@ DISK_ERRORS = {  # the disk's doing wherever they show
 }
 WRITE_ERRORS = DISK_ERRORS | {errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}  # in a write, too
 SPACE_MARGIN = 1.2  # free bytes asked for per byte about to be written
+LONG_NAME = 200  # bytes; file systems take 255, and a draft's name has some more
 SPACE_RESERVE = 32 * 2**20  # bytes left for logs and previews
 
 
@@ -65,7 +66,8 @@ def atomic_write(path: Path, data: bytes) -> None:
 
     An OSError names `path`, whichever of the calls here raised it.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    name = path.name if len(os.fsencode(path.name)) <= LONG_NAME else path.name[: LONG_NAME // 4]
+    draft = path.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with draft.open("xb") as file:
             file.write(data)

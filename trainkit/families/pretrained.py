@@ -90,7 +90,7 @@ class Repo:
 
     def json(self, name: str) -> Config | None:
         """A JSON object of the repository, or None where it has no such file. UserError for a file that holds none."""
-        file = self._file(name)
+        file = self.file(name)
         if file is None:
             return None
         try:
@@ -116,11 +116,12 @@ class Repo:
         from huggingface_hub.errors import LocalEntryNotFoundError
 
         try:
-            return self._file(name) is not None
+            return self.file(name) is not None
         except LocalEntryNotFoundError:  # offline, and not among the files fetched before
             return False
 
-    def _file(self, name: str) -> Path | None:
+    def file(self, name: str) -> Path | None:
+        """A file of the repository on this machine, fetched if need be; None where the repository has none."""
         file = Path(self.path) / name if self.is_local else self._download(name)
         return file if file is not None and file.is_file() else None
 

@@ -46,7 +46,12 @@ class Entry:
 
     name: str  # path under the folder, forward slashes
     captions: tuple[str, ...]  # none of them blank
-    where: str  # "metadata.jsonl:3"
+    file: str  # "metadata.jsonl"
+    line: int  # from 1
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}:{self.line}"
 
 
 def inside(path: Path, folder: Path) -> bool:
@@ -91,15 +96,19 @@ class CaptionFiles:
         self.memory.keep(self.new)
 
 
+def caption_files(images: Sequence[Path], texts: Sequence[Path]) -> dict[Path, list[Path]]:
+    """The caption files of each image among `texts`; the first one is read."""
+    by_name: dict[tuple[str, str], list[Path]] = defaultdict(list)
+    for path in texts:
+        by_name[path.stem, path.suffix.lower()].append(path)
+    return {image: [path for suffix in SIDECARS for path in by_name.get((image.stem, suffix), ())] for image in images}
+
+
 def read_sidecars(folder: Path, images: Sequence[Path], texts: Sequence[Path], files: CaptionFiles) -> Sidecars:
     """What the files `texts` say about images; other encodings than UTF-8 are understood and reported, or refused."""
     found, bad, odd = Sidecars(), [], []
     unclear: dict[Path, UnclearText] = {}
-    by_name: dict[tuple[str, str], list[Path]] = defaultdict(list)
-    for path in texts:
-        by_name[path.stem, path.suffix.lower()].append(path)
-    for image in images:
-        paths = [path for suffix in SIDECARS for path in by_name.get((image.stem, suffix), ())]
+    for image, paths in caption_files(images, texts).items():
         found.spare += paths[1:]
         for path in paths[:1]:
             try:
@@ -157,16 +166,20 @@ class Metadata:
     entries: list[Entry] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     file: str = ""  # its name; "" where there is none
+    name_column: str = NAME_COLUMN
+    caption_column: str | None = None  # None: it has none
 
 
 def read_metadata(
-    folder: Path, column: str | None, *, image_column: str = "image", several: bool = False, known: Container[str] = ()
+    folder: Path, column: str | None, *, image_column: str = "image", several: bool = False,
+    known: Container[str] = (), verbose: bool = True,
 ) -> Metadata:
     """Every line of the folder's metadata file, captions from `column`; no file and no column is fine.
 
     image_column  the image's file is named in `file_name`, or in `<image_column>_file_name`
     several       whether an image may have a list of captions
     known         images that are known to lie there, by their paths under the folder; others are looked for
+    verbose       log that no column holds captions, and what the encoding seems to be
 
     Every bad line is reported with its number, all in one problem.
     """
@@ -180,13 +193,16 @@ def read_metadata(
         return Metadata(problems=_problem([f"{error}"], "metadata files", path, f"chmod u+r {shell_word(path)}"))
     except UnclearText as error:
         return Metadata(problems=_unclear(folder, {path: error}))
-    if encoding == "cp1252":
+    if encoding == "cp1252" and verbose:
         log.warning("%s is not UTF-8 and was read in the encoding it seems to have (%s)", printable(path.name),
                     encoding)
     columns = list(dict.fromkeys(key for _, record in records for key in record))
     named_in = _name_column(columns, image_column)
     chosen = next(filter(None, (find_column(columns, c) for c in ([column] if column else CAPTION_COLUMNS))), column)
     problems = list(_column_problems(path, columns, named_in, chosen)) if records else []
+    if records and chosen is None and verbose:
+        log.warning("%s has columns %s: none is named %s, so none is read as captions (--caption_column names one)",
+                    printable(str(path)), ", ".join(map(printable, columns)), " or ".join(CAPTION_COLUMNS))
     entries: dict[str, Entry] = {}
     for line, record in records if not problems else []:
         try:
@@ -196,7 +212,7 @@ def read_metadata(
         except BadEntry as error:
             bad.append(f"{error}")
     problems += _problem(bad, f"lines of {path.name}", path, "fix or delete these lines")
-    return Metadata(list(entries.values()), problems, path.name)
+    return Metadata(list(entries.values()), problems, path.name, named_in or NAME_COLUMN, chosen)
 
 
 def _two_files(folder: Path, files: list[Path]) -> Problem:
@@ -218,10 +234,7 @@ def _column_problems(path: Path, columns: list[str], named_in: str | None, chose
         cells = f"; columns are parted by a {', '.join(DELIMITERS.values())}" if path.suffix == ".csv" else ""
         yield Problem("the metadata has no column 'file_name'", f"{path}", f"columns there: {there}{cells}",
                       "name each image in a column file_name", kind="data")
-    if chosen is None:
-        log.warning("%s has columns %s: none is named %s, so none is read as captions (--caption_column names one)",
-                    printable(str(path)), there, " or ".join(CAPTION_COLUMNS))
-    elif chosen not in columns:
+    if chosen is not None and chosen not in columns:
         yield Problem(f"there is no column {chosen!r}", f"--caption_column {chosen}, {path}", f"columns there: {there}",
                       f"--caption_column {shlex.quote(printable(others[0]))}" if others else "drop --caption_column")
 
@@ -240,7 +253,7 @@ def _entry(
     except BadEntry as error:
         raise BadEntry(f"{where}: {column} {error}") from None
     try:
-        return Entry(_existing(name, path.parent, known), captions, where)
+        return Entry(_existing(name, path.parent, known), captions, path.name, line)
     except (BadEntry, OSError) as error:
         raise BadEntry(f"{where}: {printable(name[:200])!r} {error}") from None
 
@@ -257,10 +270,16 @@ def read_captions(value: object, *, several: bool) -> tuple[str, ...]:
     return tuple(filter(None, captions))
 
 
+def is_portable(name: str) -> bool:
+    """Whether metadata may name an image so: a path that means the same on every system."""
+    odd = "\0" in name or "\\" in name or "://" in name or re.match("[A-Za-z]:", name)
+    return bool(PurePosixPath(name).parts) and not odd
+
+
 def _existing(name: str, folder: Path, known: Container[str]) -> str:
     """`name` as the file system spells it (accents may be composed or not). Raises BadEntry when it cannot be used."""
     parts = PurePosixPath(name).parts
-    if not parts or "\0" in name or "\\" in name or "://" in name or re.match("[A-Za-z]:", name):
+    if not is_portable(name):
         raise BadEntry("is no relative path with forward slashes")
     if name in known:
         return name

@@ -64,9 +64,9 @@ def read_folder(where: Folder, *, verbose: bool = True, empty_is_wrong: bool = T
     try:
         tree = walk(folder, subfolders=where.captioned)
     except OSError as error:
-        return SourceListing([], [_unreadable_folder(where, error)])
+        return SourceListing([], [unreadable_folder(where, error)])
     there = tree.by_name()
-    captions = _read_captions(where, tree, there)
+    captions = read_all_captions(where, tree, there, verbose=verbose)
     images = dict(sorted((there | _named_only(captions, tree)).items()))  # a path under the folder: the image
     listed = [Listed(printable(name), path, *captions.of(path)) for name, path in images.items()]
     bare = [found.source for found in listed if not found.caption and isinstance(found.source, Path)]
@@ -76,7 +76,7 @@ def read_folder(where: Folder, *, verbose: bool = True, empty_is_wrong: bool = T
     account = Account(len(listed), captions.sources(images.values()), left_out)
     if verbose:
         captions.report(tree.images, prompt_flag=where.prompt_flag)
-        _report_left_out(left_out)
+        report_left_out(left_out)
     return SourceListing(listed, problems, account)
 
 
@@ -139,7 +139,7 @@ def _warn(one: str, several: str, what: str, names: list[str]) -> None:
         log.warning("%s %s: %s", counted(len(names), one, several), what, listing(map(printable, names)))
 
 
-def _read_captions(where: Folder, tree: Tree, there: Mapping[str, Path]) -> Captions:
+def read_all_captions(where: Folder, tree: Tree, there: Mapping[str, Path], *, verbose: bool = True) -> Captions:
     """All metadata and sidecars of the tree, from the outside in.
 
     there  the images of the tree, by their paths under the folder
@@ -148,7 +148,7 @@ def _read_captions(where: Folder, tree: Tree, there: Mapping[str, Path]) -> Capt
     for folder, contents in tree.read.items():
         known = there if folder == where.path else {image.name: image for image in contents.images}
         metadata = read_metadata(folder, where.caption_column, image_column=where.image_column,
-                                 several=where.captioned, known=known)
+                                 several=where.captioned, known=known, verbose=verbose)
         nearer = {known.get(entry.name) or folder / entry.name: entry.captions for entry in metadata.entries}
         found.twice += [path.name for path in nearer if found.named.get(path, nearer[path]) != nearer[path]]
         found.named |= nearer
@@ -174,7 +174,7 @@ def _nowhere(where: Folder) -> Problem:
 # ------------------------------------------------------------------------------------------------------------ problems
 
 
-def _unreadable_folder(where: Folder, error: OSError) -> Problem:
+def unreadable_folder(where: Folder, error: OSError) -> Problem:
     why = {FileNotFoundError: "there is no such folder", NotADirectoryError: "it is a file, not a folder"}
     path = Path(error.filename or where.path)
     table = isinstance(error, NotADirectoryError) and path.suffix in (".parquet", ".arrow")
@@ -191,7 +191,7 @@ def _images_below(where: Folder, tree: Tree, images: list[Path], empty_is_wrong:
         return kohya
     if unread:
         return [_subfolders(where, unread, images)]
-    return [] if images or not empty_is_wrong else [_no_images(where, tree)]
+    return [] if images or not empty_is_wrong else [no_images(where, tree)]
 
 
 def _subfolders(where: Folder, unread: Mapping[Path, int], images: list[Path]) -> Problem:
@@ -208,7 +208,7 @@ def _subfolders(where: Folder, unread: Mapping[Path, int], images: list[Path]) -
     return Problem(what, f"{where.flag} {where.path}", why, fix, kind="data")
 
 
-def _no_images(where: Folder, tree: Tree) -> Problem:
+def no_images(where: Folder, tree: Tree) -> Problem:
     top = tree.read[where.path]
     tables = [path.name for contents in (*tree.read.values(), *tree.below.values()) for path in contents.others
               if path.suffix in (".parquet", ".arrow")]
@@ -223,7 +223,7 @@ def _no_images(where: Folder, tree: Tree) -> Problem:
     return Problem("no images", f"{where.flag} {where.path}", why, fix, kind="data")
 
 
-def _report_left_out(left_out: tuple[LeftOut, ...]) -> None:
+def report_left_out(left_out: tuple[LeftOut, ...]) -> None:
     if left_out:
         log.warning("%s left out: %s", counted(len(left_out), "file is", "files are"),
                     listing(f"{one.name}: {one.why}" for one in left_out))
