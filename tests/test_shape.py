@@ -192,5 +192,5 @@ def test_help_imports_no_torch(program):
     )
     done = subprocess.run([sys.executable, "-c", code, str(program)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, f"{program.name} --help would take seconds, or fail: {done.stderr}"
-    flag = "--pretrained_model_name_or_path" if program.parent == ROOT else "--out"
+    flag = "--pretrained_model_name_or_path" if program.parent == ROOT else "--debug"
     assert flag in done.stdout

@@ -6,6 +6,7 @@ from trainkit.errors import exit_with_message
 PROGRAM = Program("lora-tools", "trainkit.tools", (
     Command("generate", "trainkit.tools.generate", "generate images with a base model and LoRAs"),
     Command("evaluate", "trainkit.tools.evaluate", "measure how far a LoRA moves the base model towards its style"),
+    Command("caption-images", "trainkit.tools.caption_images", "write captions of training images with a model"),
     Command("extract-clip-features", "trainkit.tools.extract_clip_features", "write the CLIP features of images"),
 ))
 

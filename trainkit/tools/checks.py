@@ -31,7 +31,8 @@ def text_problems(args: argparse.Namespace) -> Iterator[Problem]:
     for flag, value in vars(args).items():
         for text in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(text, (str, Path)) and (why := unwritable(str(text))):
-                yield Problem(f"--{flag} cannot be {str(text)!r}", f"--{flag}", why, IN_UTF8)
+                name = flag if flag.isupper() else f"--{flag}"  # DIR has no name to type
+                yield Problem(f"{name} cannot be {str(text)!r}", name, why, IN_UTF8)
 
 
 def shipped_problems(args: argparse.Namespace, *flags: str) -> Iterator[Problem]:
