@@ -59,7 +59,7 @@ def images(tmp_path: Path) -> Path:
 
 
 def coloured(path: Path, colour: tuple[int, ...]) -> Path:
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB" if len(colour) == 3 else "RGBA", (40, 40), colour).save(path)
     return path
 
@@ -245,6 +245,13 @@ def test_captions_under_a_name_that_is_not_read_stop_it_before_they_are_forgotte
     caption(images, tagger, "--overwrite")
 
 
+def test_folders_of_kohya_are_captioned(tmp_path, tagger):
+    """Whose numbers the trainers may refuse: that is no matter of captions."""
+    coloured(tmp_path / "10_fox" / "red.png", COLOURS["red"])
+    caption(tmp_path, tagger)
+    assert (tmp_path / "10_fox" / "red.txt").read_text() == f"{OF_RED}\n"
+
+
 def test_a_dry_run_writes_nothing(images, tagger, capsys):
     before = sorted(images.rglob("*"))
     caption(images, tagger, "--dry_run", "--trigger=TOK")
@@ -333,7 +340,6 @@ def test_images_of_one_stem_have_one_caption_file(images, tagger, caplog):
 ], ids=["unicode", "quotes", "below", "long", "long unicode"])
 def test_any_name_and_place(name, form, tmp_path, tagger):
     path = tmp_path / "images" / name
-    path.parent.mkdir(parents=True)
     coloured(path, COLOURS["red"])
     caption(tmp_path / "images", tagger, f"--format={form}")
     assert trained(tmp_path / "images") == {name: OF_RED}

@@ -314,7 +314,7 @@ def report(args: argparse.Namespace, writer: CaptionWriter, outcome: Outcome, to
     captioned = outcome.captioned - len(writer.skipped)
     done = "would get a caption" if args.dry_run else "got a caption"
     kept = outcome.kept + len(writer.skipped)
-    print(f"{counted(captioned, 'image')} {done}, {kept:,} had one already: {args.DIR}")
+    print(f"{counted(captioned, 'image')} {done}, {kept:,} had one already: {printable(str(args.DIR))}")
     if outcome.unreadable:
         refuse([Problem(f"{len(outcome.unreadable)} of {counted(total, 'image')} cannot be read", f"{args.DIR}",
                         listing(outcome.unreadable), "convert these images, or take them out; the others are captioned",
