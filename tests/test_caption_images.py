@@ -225,16 +225,18 @@ def test_a_blank_caption_is_none(images, tagger):
     assert (images / "green.caption").exists()
 
 
-def test_a_caption_that_someone_writes_meanwhile_is_kept(images, tagger, monkeypatch, capsys):
+@pytest.mark.parametrize("form, file, words", [
+    ("sidecar", "red.txt", "mine"), ("metadata", "metadata.jsonl", '{"file_name": "red.png", "text": "mine"}')])
+def test_a_caption_that_someone_writes_meanwhile_is_kept(form, file, words, images, tagger, monkeypatch, capsys):
     said = captioners.Tagger.__call__
 
     def slowly(model, prepared):
-        (images / "red.txt").write_text("mine")
+        (images / file).write_text(words)
         return said(model, prepared)
 
     monkeypatch.setattr(captioners.Tagger, "__call__", slowly)
-    caption(images, tagger)
-    assert trained(images)["red.png"] == "mine"
+    caption(images, tagger, f"--format={form}")
+    assert trained(images) == {"red.png": "mine", "green.png": "green_sky", "blue.png": "blue_sky"}
     assert "2 images got a caption, 1 had one already" in capsys.readouterr().out
 
 
