@@ -39,7 +39,8 @@ def options(folder: Path | None, model: Path | str = "no/model", *, resolution: 
     prior = dict(with_prior_preservation=True, class_data_dir=folder and str(folder), class_prompt="a photo of a cat",
                  num_class_images=6, sample_batch_size=2) | changes
     return SimpleNamespace(model=ModelOptions(pretrained_model_name_or_path=str(model)), prior=PriorOptions(**prior),
-                           data=data_options(resolution=resolution, instance_data_dir=instances))
+                           data=data_options(resolution=resolution, instance_data_dir=instances),
+                           run=SimpleNamespace(compat=None))
 
 
 @pytest.fixture

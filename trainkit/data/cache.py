@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -176,7 +176,9 @@ class Latents:
 
     def key(self, sample: Sample) -> str:
         crop = [*sample.resized, sample.top, sample.left, sample.flip]
-        content = [sample.row.digest, crop, self.policy.resolution, self.policy.interpolation]
+        height, width = sample.shape
+        size = height if height == width else [height, width]
+        content = [sample.row.digest, crop, size, self.policy.interpolation]
         return content_key(VERSION, content, self.identity, str(self.dtype))
 
     def __call__(self, sample: Sample) -> tuple[Tensor, Tensor]:
@@ -261,8 +263,9 @@ def _encode_missing(
     missing = _missing(wanted, latents.store)
     loader = DataLoader(_Views(latents.policy, missing), batch_size=None, collate_fn=_as_is, num_workers=num_workers,
                         generator=generator("latent cache"))  # its own: the global one must not move with the loader
-    done = 0
-    for views in _chunks(chain.from_iterable(unguarded(loader)), batch_size):
+    done, all_views = 0, chain.from_iterable(unguarded(loader))
+    alike = (views for _, views in groupby(all_views, key=lambda view: view.pixels.shape))
+    for views in chain.from_iterable(_chunks(views, batch_size) for views in alike):
         for view, mean, logvar in zip(views, *encode(torch.stack([view.pixels for view in views])), strict=True):
             _refuse_nonfinite(view.name, mean, logvar)
             latents.put(view.key, mean, logvar)
@@ -279,15 +282,15 @@ class _View:
 
 
 class _Views(Dataset["list[_View] | UserError"]):
-    """The missing variants, one item an image, so that each is decoded and resized once.
+    """The missing variants, one item an image and size, so that each is decoded and resized once for it.
 
     An error is an item, see `unguarded`.
     """
 
     def __init__(self, policy: CropPolicy, missing: Iterable[_Wanted]):
-        images: dict[str, list[_Wanted]] = {}
+        images: dict[object, list[_Wanted]] = {}
         for key, sample in missing:
-            images.setdefault(sample.row.digest, []).append((key, sample))
+            images.setdefault((sample.row.digest, sample.resized, sample.shape), []).append((key, sample))
         self.policy = policy
         self.items = [some for every in images.values() for some in _chunks(iter(every), VIEWS_AT_ONCE)]
 

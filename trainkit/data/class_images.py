@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
+from trainkit.data import buckets
 from trainkit.data.batch import Listed, Row
 from trainkit.data.rows import check, warn_enlarged
 from trainkit.data.sources.folder import Folder, list_folder
@@ -34,13 +35,14 @@ from trainkit.families.pretrained import (
     weights_digest,
 )
 from trainkit.files import atomic_write, disk_errors
+from trainkit.options.sizes import Size, size_of
 from trainkit.rng import generator
 from trainkit.runtime import ranks
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
 
-    from trainkit.options import DataOptions, ModelOptions, PriorOptions
+    from trainkit.options import DataOptions, ModelOptions, PriorOptions, RunOptions
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +62,9 @@ class ClassImageOptions(Protocol):
 
     @property
     def prior(self) -> PriorOptions: ...
+
+    @property
+    def run(self) -> RunOptions: ...
 
 
 class ClassImageRun(Protocol):
@@ -85,8 +90,9 @@ def problems(opt: ClassImageOptions) -> list[Problem]:
                         "the instances would be trained on as images of the class too", f"{FLAG} ANOTHER_FOLDER")]
     listed, found = folder.read(verbose=False)
     plan = folder.plan(listed)
-    unreadable = check([*plan.user_images, *plan.generated.values()], f"{folder.path}")[1]
-    return found + unreadable + (folder.unwritable() if plan.absent and not found else [])
+    images, unreadable = check([*plan.user_images, *plan.generated.values()], f"{folder.path}")
+    small = buckets.problems([*buckets.with_sizes(images, opt.data, opt.run.compat)], opt.data, f"{folder.path}")
+    return [*found, *unreadable, *small, *(folder.unwritable() if plan.absent and not found else [])]
 
 
 def class_rows(opt: ClassImageOptions, run: ClassImageRun) -> list[Row]:
@@ -106,8 +112,10 @@ def class_rows(opt: ClassImageOptions, run: ClassImageRun) -> list[Row]:
     if plan.absent:
         log.info("generating %d of %d class images in %s", len(plan.absent), folder.wanted, folder.path)
         fill(folder, plan, opt, run)
-    rows, unreadable = check(folder.images(plan), f"{folder.path}")
+    images, unreadable = check(folder.images(plan), f"{folder.path}")
     refuse(unreadable)
+    rows = [*buckets.with_sizes(images, opt.data, opt.run.compat)]
+    refuse([*buckets.problems(rows, opt.data, f"{folder.path}")])
     warn_enlarged(rows, opt.data.resolution)
     return [replace(row, id=f"class/{row.id}", caption=row.caption or prior.class_prompt, is_class=True,
                     loss_weight=prior.prior_loss_weight) for row in rows]
@@ -278,7 +286,7 @@ class Painter:
 
     pipe: StableDiffusionXLPipeline
     prompt: str
-    side: int  # pixels
+    size: Size
     seed: int
 
     @classmethod
@@ -286,12 +294,13 @@ class Painter:
         """Raises UserError when a file of the model is damaged."""
         precision = opt.prior.prior_generation_precision or ("fp32" if run.device.type == "cpu" else "fp16")
         pipe = load_pipeline(opt.model, DTYPES[precision]).to(run.device)
-        return cls(pipe, opt.prior.class_prompt or "", opt.data.resolution, run.seed)
+        return cls(pipe, opt.prior.class_prompt or "", size_of(opt.data.resolution), run.seed)
 
     def __call__(self, numbers: Sequence[int]) -> list[Image.Image]:
         """Raises UserError when an image has values that are not finite."""
         noise = [generator("class picture", self.seed, number) for number in numbers]
-        pixels = self.pipe([self.prompt] * len(numbers), height=self.side, width=self.side, generator=noise,
+        height, width = self.size
+        pixels = self.pipe([self.prompt] * len(numbers), height=height, width=width, generator=noise,
                            callback_on_step_end=last_in_fp32, output_type="pt").images  # [B,3,H,W] in 0..1
         if not pixels.isfinite().all():
             raise UserError(Problem(

@@ -128,14 +128,14 @@ class Family(ABC):
     def __init__(self, *, path: str, revision: str | None, denoiser: UNet2DConditionModel, vae: AutoencoderKL,
                  tokenizers: tuple[CLIPTokenizer, ...], text_encoders: tuple[PreTrainedModel, ...],
                  schedule: Schedule, scheduler_config: Config, identity: Mapping[str, str],
-                 sampled_identity: Mapping[str, str], device: torch.device):
+                 sampled_identity: Mapping[str, str], device: torch.device, vae_batch_size: int = 1):
         self.path, self.revision = path, revision
         self.schedule, self.scheduler_config = schedule, dict(scheduler_config)
         self.tokenizers, self.device, self.weight_dtype = tokenizers, device, denoiser.dtype
         self.identity, self.sampled_identity = dict(identity), dict(sampled_identity)
         self.denoiser: UNet2DConditionModel = freeze(denoiser)
-        vae.enable_slicing()  # one image at a time: at 1024 px each takes 2.5 GiB (computed)
         self.vae: AutoencoderKL = freeze(vae)
+        self.vae_batch_size = vae_batch_size  # at 1024 px each image takes 2.5 GiB (computed)
         self.latent_mean, self.latent_std = upload(latent_statistics(vae.config), device)
         self.text_encoders = tuple(freeze(encoder) for encoder in text_encoders)
 
@@ -217,8 +217,9 @@ class Family(ABC):
     def encode_pixels(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """pixels [B,3,H,W] in −1..1 -> mean, logvar [B,C,h,w] of the VAE posterior, fp32 and unscaled."""
         vae = self.vae.to(self.device)
-        posterior = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist
-        return posterior.mean.float(), posterior.logvar.float()
+        posteriors = [vae.encode(some).latent_dist
+                      for some in pixels.to(self.device, vae.dtype).split(self.vae_batch_size)]
+        return torch.cat([p.mean for p in posteriors]).float(), torch.cat([p.logvar for p in posteriors]).float()
 
     def sample_latents(self, batch: Encodable) -> Tensor:
         """Clean latents of a batch, drawn from the VAE's posterior, one key a sample -> x0 [B,C,h,w] fp32.
@@ -240,14 +241,16 @@ class Family(ABC):
         latents = latents.to(self.device, vae.dtype)
         scaled = latents * self.latent_std.to(vae.dtype) / vae.config.scaling_factor + self.latent_mean.to(vae.dtype)
         with in_tiles(vae, self.vae_factor):
-            pixels = vae.decode(scaled).sample  # [B,3,H,W]
+            pixels = torch.cat([vae.decode(latent).sample for latent in scaled.split(1)])  # [B,3,H,W]
         levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)  # [B,H,W,3]
         return [Image.fromarray(image) for image in levels.cpu().numpy()]
 
     @property
     def latents_identity(self) -> str:
         """Digest of everything that decides what `encode_pixels` returns."""
-        return json_digest(self.identity["vae"], "tf32") if uses_tf32(self.device) else self.identity["vae"]
+        details = [name for name, there in {
+            "tf32": uses_tf32(self.device), f"{self.vae_batch_size} at once": self.vae_batch_size > 1}.items() if there]
+        return json_digest(self.identity["vae"], *details) if details else self.identity["vae"]
 
     def _ready_encoders(self) -> tuple[PreTrainedModel, ...]:
         """The text encoders, on the device."""

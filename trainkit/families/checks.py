@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from trainkit.errors import Problem, UserError, refuse
 from trainkit.families.base import ModelLayout, halvings
 from trainkit.families.numbers import SCHEDULER, TEXT_ENCODER, TOKENIZER, UNET, VAE, Table, shown, wrong_values
 from trainkit.families.pretrained import MODEL_FLAG, VAE_FLAG, Config, Repo, first_line, vae_place
+from trainkit.options.sizes import sides_of, size_of
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -22,18 +24,22 @@ NETWORK = "UNet2DConditionModel"  # what is trained
 CLIP_LAYERS = 12  # where a text encoder's config does not say
 CLIP_TOKENS = 77  # likewise
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
+NO_SIDES: Mapping[str, int | str] = MappingProxyType({})
 SIZES = 6  # that SDXL is given beside the pooled text: heights, widths, crops
 TIMESTEPS = 1000  # where a scheduler's does not
 UNET_NEEDS, VAE_NEEDS = ("in_channels", "block_out_channels"), ("latent_channels", "block_out_channels")  # of a config
 
 
-def problems(layout: ModelLayout, path: str, *, resolution: int, vae_path: str | None = None,
+def problems(layout: ModelLayout, path: str, *, resolution: int | str, vae_path: str | None = None,
              revision: str | None = None, variant: str | None = None, clip_skip: int | None = None,
-             schedule: ScheduleChange = AS_SAVED, timesteps: tuple[int, int | None] = (0, None)) -> list[Problem]:
+             schedule: ScheduleChange = AS_SAVED, timesteps: tuple[int, int | None] = (0, None),
+             sides: Mapping[str, int | str] = NO_SIDES) -> list[Problem]:
     """Everything that stops training from this model folder or Hub id, read from its small JSON files.
 
     timesteps  --min_timestep and --max_timestep
+    sides      further sides of images, by the flag that gives them
     """
+    sides = {"resolution": resolution, **sides}
     model = Repo(str(path), MODEL_FLAG, revision)
     vae, vae_folder = vae_place(model, vae_path)
     vae_file = f"{vae_folder}/config.json".lstrip("/")
@@ -53,7 +59,7 @@ def problems(layout: ModelLayout, path: str, *, resolution: int, vae_path: str |
         found = [*fit_problems(model, unet_config, vae_config), *width_problems(layout, model, unet_config),
                  *latent_problems(vae, vae_file, vae_config),
                  *schedule_problems(model, schedule, timesteps),
-                 *resolution_problems(resolution, unet_config, vae_config), *text_problems(layout, model, clip_skip)]
+                 *side_problems(sides, unet_config, vae_config), *text_problems(layout, model, clip_skip)]
     except UserError as damaged:  # a JSON file that is none
         return [*damaged.problems]
     found += model.weight_problems(("unet", *layout.text_encoders), variant)
@@ -221,25 +227,26 @@ def length_problems(model: Repo, file: str, tokenizer: Config, encoder: str) -> 
                             f'write "model_max_length": {places} into {file}', kind="data")
 
 
-def resolution_problems(resolution: int, unet: Config, vae: Config) -> Iterator[Problem]:
+def side_problems(given: Mapping[str, int | str], unet: Config, vae: Config) -> Iterator[Problem]:
     """A side must survive the VAE's and then the UNet's halvings without a remainder."""
     vae_factor, unet_stride = halvings(vae), halvings(unet)
     step = vae_factor * unet_stride
-    if resolution <= 0 or resolution % step:
-        near = max(step, round(resolution / step) * step)
-        yield Problem(
-            f"the model cannot take {resolution} px", f"--resolution {resolution}",
-            f"sides must be multiples of {step} (VAE factor {vae_factor} × UNet stride {unet_stride})",
-            f"--resolution {near}")
+    for flag, sides in given.items():
+        near = [max(step, round(side / step) * step) for side in sides_of(sides)]
+        if near != sides_of(sides):
+            yield Problem(
+                f"the model cannot take {sides} px", f"--{flag} {sides}",
+                f"sides must be multiples of {step} (VAE factor {vae_factor} × UNet stride {unet_stride})",
+                f"--{flag} {','.join(map(str, near))}")
 
 
-def latents(path: str, resolution: int, *, vae_path: str | None = None, revision: str | None = None
+def latents(path: str, resolution: int | str, *, vae_path: str | None = None, revision: str | None = None
             ) -> tuple[int, int, int]:
-    """Shape (C,h,w) of the latents of square images, for a model that `problems` has nothing against."""
+    """Shape (C,h,w) of the latents of such images, for a model that `problems` has nothing against."""
     vae, folder = vae_place(Repo(str(path), MODEL_FLAG, revision), vae_path)
     config = vae.json(f"{folder}/config.json".lstrip("/")) or {}
-    side = resolution // halvings(config)
-    return int(config["latent_channels"]), side, side
+    height, width = size_of(resolution)
+    return int(config["latent_channels"]), height // halvings(config), width // halvings(config)
 
 
 def native_resolution(path: str, revision: str | None = None) -> int:

@@ -63,8 +63,8 @@ class Window:
         """Of the window under the distribution itself."""
         return self.end - self.first
 
-    def __call__(self, u: Tensor) -> Level:
-        return self.levels(self.first + u.double() * self.probability)
+    def __call__(self, u: Tensor, size: tuple[int, int] | None = None) -> Level:
+        return self.levels(self.first + u.double() * self.probability, size)
 
 
 def window_of(levels: LevelSampler, min_snr: float, max_snr: float) -> Window:

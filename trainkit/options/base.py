@@ -25,6 +25,7 @@ SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}  # of pydantic's limits
 
 Value = str | int | float | bool | None
 Resume = Literal["decisive", "may change", "in the data"]
+Compat = Literal["diffusers", "kohya"]  # the trainer that --compat names
 PathKind = Literal["or Hub name"] | bool
 OFF_WORDS = ("none", "off", "no", "never", "null", "disabled")  # and 0, for a number that can be switched off
 

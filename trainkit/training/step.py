@@ -64,7 +64,7 @@ class TrainStep:
             u = rng.uniform([keys[0][:2]], "shared timestep").expand(len(keys))
         else:
             u = rng.uniform(keys, "timestep")
-        level = objective.levels(u).to(device)
+        level = objective.levels(u, (x0.shape[-2], x0.shape[-1])).to(device)
         n, added = upload(self.noise(x0.shape[1:], keys), device)  # [B,C,h,w] each
         z = pred.add_noise(x0, added, level)
 
