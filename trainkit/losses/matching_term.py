@@ -188,8 +188,11 @@ MODES: dict[str, Callable[[Objective, MatchingTerm, Window, MatchingOptions, int
 
 
 def make_matcher(o: MatchingOptions) -> Matcher:
-    """The loss that --dist_match and its companions describe, over all ranks."""
-    return DistributionMatchingLoss(**o.loss, gather=ranks.gather_rows)
+    """The loss that --dist_match and its companions describe, over all ranks.
+
+    With aspect buckets some micro-batches have one image; `make_passes` refuses runs in which every one has.
+    """
+    return DistributionMatchingLoss(**o.loss, gather=ranks.gather_rows, lone=True)
 
 
 def problems(
