@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,9 +22,10 @@ from trainkit.data.batch import Row, Slot
 from trainkit.data.buckets import bucket_sizes, by_log_ratio, by_ratio, nearest, not_enlarged, not_enlarged_by_kohya
 from trainkit.data.cache import cache_latents
 from trainkit.data.geometry import CropPolicy, cut_away, resized_size
-from trainkit.data.loader import Images, micro_batches
+from trainkit.data.loader import Images, micro_batches, ready_images
 from trainkit.data.rows import read_rows
 from trainkit.data.sampler import BucketOrder, Order, Shard, make_order
+from trainkit.families import sdxl
 from trainkit.options import DataOptions
 
 ALIKE = dict(deadline=None, database=None, derandomize=True, print_blob=False,
@@ -361,3 +363,30 @@ def test_images_that_have_many_fewer_pixels_than_asked_for_are_told(tmp_path, ca
         read_rows(opt)
     assert "--max_bucket_reso 64: 1 of 2 images" in caplog.text and "--max_bucket_reso 128" in caplog.text
 
+
+
+def test_the_steps_of_buckets_must_fit_the_model(tiny_sdxl):
+    """Strides of 4 in its VAE and 4 in its UNet."""
+    problem, = sdxl.problems(str(tiny_sdxl), resolution="96,64", sides={"bucket_reso_steps": 24})
+    assert (problem.where, problem.fix) == ("--bucket_reso_steps 24", "--bucket_reso_steps 32")
+    problem, = sdxl.problems(str(tiny_sdxl), resolution="96,70", sides={"bucket_reso_steps": 16})
+    assert (problem.where, problem.fix) == ("--resolution 96,70", "--resolution 96,64")
+    assert sdxl.latents(str(tiny_sdxl), "96,64") == (4, 16, 24)
+
+
+def test_losses_are_checked_at_the_smallest_size_that_the_options_allow():
+    assert buckets.smallest(options(enable_bucket=False, resolution="96,64")) == (64, 96)
+    assert buckets.smallest(options()) == (32, 32)
+    assert buckets.smallest(options(bucket_no_upscale=True)) == (16, 16)
+    assert buckets.smallest(options(enable_bucket=False, resolutions="128,48")) == (48, 48)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cached_latents_are_kept_in_the_format_asked_for_and_read_in_fp32(folder, dtype):
+    name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    opt = options(instance_data_dir=folder, cache_latents=True, latent_dtype=name)
+    family = SimpleNamespace(encode_pixels=corner, latents_identity="corner", vae_batch_size=3)
+    rows, store = read_rows(opt)[0], {}
+    images = ready_images(rows, opt, family, store, seed=0)
+    assert {entry["mean"].dtype for entry in store.values()} == {dtype}
+    assert images[make_order(rows, 1, batch_size=1, seed=0).slot(0, 0)].mean.dtype == torch.float32

@@ -557,6 +557,9 @@ def test_an_abbreviation_is_named_but_not_taken():
     assert "--resume_from_checkpoint" in refused("--resume=latest")["unknown flag --resume"].fix
 
 
+B = "--enable_bucket"
+
+
 @pytest.mark.parametrize(("argv", "said"), [
     (["--use_8bit_adam", "--optimizer=prodigy"], "--use_8bit_adam with --optimizer prodigy"),
     (["--with_prior_preservation", "--class_prompt=a cat"], "--with_prior_preservation without --class_data_dir"),
@@ -582,6 +585,11 @@ def test_an_abbreviation_is_named_but_not_taken():
     (["--loss_weighting=soft_min_snr"], "--loss_weighting soft_min_snr without --snr_gamma"),
     (["--edm_sigmas=karras", "--timestep_sampling=uniform"], "--edm_sigmas with --timestep_sampling"),
     (["--min_timestep=500", "--max_timestep=500"], "no timestep from --min_timestep 500 to below --max_timestep 500"),
+    ([B, "--min_bucket_reso=2000"], "--min_bucket_reso 2000 is more than --max_bucket_reso 1024"),
+    ([B, "--resolution=128"], "--min_bucket_reso 256 is more than --resolution 128"),
+    ([B, "--resolution=2000,1000"], "--max_bucket_reso 1024 is less than --resolution 2000,1000"),
+    ([B, "--resolutions=512,1280"], "--max_bucket_reso 1024 is less than --resolutions 512,1280"),
+    ([B, "--bucket_no_upscale", "--resolution=32"], "--bucket_reso_steps 64 is more than a side of --resolution 32"),
     (["--train_unet_frac=0.5"], "nothing would be trained after 50% of the steps"),
     (["--train_unet_frac=0", "--train_text_encoder_ti"], "nothing would be trained after 50% of the steps"),
     (["--train_unet_frac=0", "--train_text_encoder_ti_frac=1"], "nothing would be trained after 0% of the steps"),
@@ -670,6 +678,13 @@ def test_captions_are_kept_in_a_latent_cache_without_cache_latents():
 def test_the_largest_seed_and_a_fraction_of_alpha_are_taken():
     options = read(f"--seed={2**63 - 1}", "--lora_alpha=0.5")
     assert (options.run.seed, options.lora.lora_alpha) == (2**63 - 1, 0.5)
+
+
+def test_limits_of_buckets_that_are_not_read_are_told():
+    notices = read("--min_bucket_reso=128", "--enable_bucket", "--bucket_no_upscale").notices()
+    assert len(notices) == 1 and "--min_bucket_reso" in notices[0]
+    assert "--enable_bucket" in read("--bucket_reso_steps=32").notices()[0]
+    assert not list(read("--enable_bucket", "--bucket_no_upscale", "--resolution=1280").problems())
 
 
 def test_a_plain_command_gives_no_notice():

@@ -298,3 +298,8 @@ def test_previews_read_the_pipeline_of_the_runs_own_revision(family, monkeypatch
     monkeypatch.setattr(family, "revision", "v1", raising=False)
     family.pipeline(preview.sampler(family))
     assert seen == ["v1"]
+
+
+def test_previews_of_a_size_that_is_no_square_have_it(family, encoded, tmp_path):
+    previews = Previews(family, options(images=1), encoded, tmp_path, seed=42, resolution=f"{2 * SIDE},{SIDE}")
+    assert Image.open(first(previews.generate(1))).size == (2 * SIDE, SIDE)
