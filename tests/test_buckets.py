@@ -356,6 +356,17 @@ def test_a_resumed_run_sees_the_batches_of_an_uninterrupted_one(num_workers):
     assert keys(0)[4:] == keys(4)
 
 
+@pytest.mark.parametrize("bucketed, said", [
+    (False, "3 images lose more than 15 % of the area in each square crop: 03.png 75 %, 01.png 50 %, 02.png 50 %. "
+            "--enable_bucket keeps the shape"),
+    (True, None)])
+def test_images_that_lose_much_of_their_area_are_named_with_the_flag_that_keeps_it(folder, caplog, bucketed, said):
+    with caplog.at_level(logging.WARNING):
+        read_rows(options(instance_data_dir=folder, enable_bucket=bucketed, min_bucket_reso=16, bucket_reso_steps=8))
+    found = [record.getMessage() for record in caplog.records if "of the area" in record.getMessage()]
+    assert not found if said is None else len(found) == 1 and found[0].startswith(said)
+
+
 def test_images_that_have_many_fewer_pixels_than_asked_for_are_told(tmp_path, caplog):
     folder = folder_of(tmp_path / "d", [(64, 64), (50, 200)])
     opt = options(instance_data_dir=folder, max_bucket_reso=64)

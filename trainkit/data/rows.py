@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from trainkit.data import buckets
 from trainkit.data.batch import Listed, Row
-from trainkit.data.geometry import enlargement
+from trainkit.data.geometry import cut_away, enlargement
 from trainkit.data.images import content_digest
 from trainkit.data.sources.account import Account
 from trainkit.data.sources.captions import METADATA
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ENLARGED = 2.0  # an image enlarged by this factor or more is told: it teaches blur
+CROPPED = 0.15  # an image that loses more of its area than this is told
+NAMED = 3  # images that are named in a line
 
 
 class Rows(list[Row]):
@@ -57,12 +59,15 @@ def read_rows(data: ImageOptions, *, seed: int = 0, compat: Compat | None = None
         problems = list(_caption_problems(rows, data, where))
     prompted = [row if row.caption else replace(row, caption=data.prompt) for row in rows]
     repeated = Rows(buckets.with_sizes(prompted, data, compat, repeats=data.repeats))
-    warn_enlarged(repeated, data.resolution)
-    buckets.warn_small_buckets(repeated, data)
+    small = list(buckets.problems(repeated, data, where))
+    if not small:
+        warn_enlarged(repeated, data.resolution)
+        _warn_cropped(repeated, data)
+        buckets.warn_small_buckets(repeated, data)
     _warn_twins(rows)
     repeated.account = replace(source.account, images=len(rows), in_all=len(source.listed))
     log.info("%s: %s", where, repeated.account)
-    return repeated, [*problems, *unreadable, *buckets.problems(repeated, data, where)]
+    return repeated, [*problems, *unreadable, *small]
 
 
 def _source_problem(data: ImageOptions) -> Problem | None:
@@ -104,6 +109,21 @@ def warn_enlarged(rows: Sequence[Row], resolution: int | str) -> None:
         log.warning("%s far smaller than --resolution %s; enlarging teaches blur: %s",
                     counted(len(small), "image is", "images are"), resolution,
                     listing(f"{name}, {factors[name]:.3g} times" for name in small))
+
+
+def _warn_cropped(rows: Sequence[Row], data: ImageOptions) -> None:
+    """Tell which images have another shape than what is cut out of them, of which the network sees only a part."""
+    lost = {row.id: cut_away(row.size, row.cut or size_of(data.resolution)) for row in rows}
+    odd = sorted((name for name in lost if lost[name] > CROPPED), key=lambda name: -lost[name])
+    if odd:
+        named = [f"{name} {100 * lost[name]:.0f} %" for name in odd[:NAMED]]
+        more = [f"{len(odd) - NAMED} more"] if len(odd) > NAMED else []
+        them = "it" if len(odd) == 1 else "them"
+        advice = f"Crop {them} yourself" if data.enable_bucket else (
+            f"--enable_bucket keeps the shape of images; to choose what stays, crop {them} yourself")
+        log.warning("%s more than %.0f %% of the area in each %scrop: %s. %s",
+                    counted(len(odd), "image loses", "images lose"), 100 * CROPPED,
+                    "" if data.enable_bucket else "square ", ", ".join([*named, *more]), advice)
 
 
 def _warn_twins(rows: Sequence[Row]) -> None:
