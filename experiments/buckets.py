@@ -3,11 +3,14 @@
     .venv/bin/python experiments/buckets.py [PICTURE]
 
 Makes photographs of four common shapes out of the shipped icons, and cuts each of them as a run at --resolution 1024
-with --center_crop does: without buckets, and with --enable_bucket --max_bucket_reso 2048. Ten seconds.
+with --center_crop does: without buckets, and with --enable_bucket --max_bucket_reso 2048. Then counts how many forward
+passes a step has with images of random shapes: --train_batch_size 4 --gradient_accumulation_steps 4, which without
+buckets are 4. Ten seconds.
 """
 
 from __future__ import annotations
 
+import random
 import sys
 from pathlib import Path
 
@@ -20,6 +23,8 @@ SHAPES = {"3:2, a camera": (1500, 1000), "2:3, a portrait": (1000, 1500), "9:16,
           "5:2, a panorama": (2500, 1000)}  # width, height
 COLOURS = ("#dbe7f3", "#f3e4d3", "#dcecd8", "#eadcf0")
 SHOWN = 240  # pixels of the longest side in the picture
+FLAGS = dict(instance_prompt="a photo", resolution=1024, enable_bucket=True, max_bucket_reso=2048)
+STEPS, SIDES = 200, (600, 3000)
 
 
 def photograph(size: tuple[int, int], first: int) -> Image.Image:
@@ -54,6 +59,21 @@ def small(image: Image.Image) -> Image.Image:
     return page
 
 
+def passes(images: int) -> str:
+    """How many forward passes a step has, with images whose sides are random."""
+    from trainkit.data.batch import Row
+    from trainkit.data.buckets import with_sizes
+    from trainkit.data.sampler import BucketOrder, Shard
+    from trainkit.options import DataOptions
+
+    draw = random.Random(0)
+    sizes = [(draw.randint(*SIDES), draw.randint(*SIDES)) for _ in range(images)]
+    rows = [*with_sizes([Row(f"{i}", Path("a"), "", size, "") for i, size in enumerate(sizes)], DataOptions(**FLAGS))]
+    order = BucketOrder(rows, 16, batch_size=4, seed=0)
+    mean = sum(order.micro_batches(step, Shard(accumulation=4)) for step in range(STEPS)) / STEPS
+    return f"{images} images in {len({row.cut for row in rows})} buckets: {mean:.1f} forward passes a step"
+
+
 def main() -> None:
     from trainkit.data.batch import Row
     from trainkit.data.buckets import with_sizes
@@ -61,7 +81,7 @@ def main() -> None:
     from trainkit.options import DataOptions
     from trainkit.sheets import save_png, sheet
 
-    options = DataOptions(instance_prompt="a photo", resolution=1024, enable_bucket=True, max_bucket_reso=2048)
+    options = DataOptions(**FLAGS)
     pages, names = [], []
     for i, (name, (width, height)) in enumerate(SHAPES.items()):
         image, square = photograph((width, height), i), (1024, 1024)
@@ -74,6 +94,7 @@ def main() -> None:
     page = sheet(pages, columns=["the image", "without buckets", "with buckets"], names=names,
                  title="What the model sees of an image at --resolution 1024")
     save_png(Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "docs" / "images" / "buckets.png"), page, "")
+    print(passes(100), passes(1000), passes(10_000), sep="\n")
 
 
 if __name__ == "__main__":

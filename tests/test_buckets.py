@@ -144,6 +144,15 @@ def test_with_several_resolutions_an_image_is_seen_at_each_in_every_epoch(folder
     assert len(rows) == 8 and len({row.cut for row in rows}) > 4
 
 
+def test_compat_kohya_chooses_as_kohya_does(tmp_path):
+    folder = folder_of(tmp_path / "d", [(156, 100)])
+    large = dict(instance_data_dir=folder, resolution=1024, min_bucket_reso=256, max_bucket_reso=2048,
+                 bucket_reso_steps=64)
+    for compat, expected in ((None, (1216, 832)), ("diffusers", (1216, 832)), ("kohya", (1280, 768))):
+        rows, _ = read_rows(options(**large), compat=compat)
+        assert [row.cut for row in rows] == [expected]
+
+
 def test_a_resolution_may_be_width_and_height(folder):
     assert [options(resolution=given).resolution for given in ("96,64", "96x64", [96, 64], "64,64", 64, "64")] == [
         "96,64", "96,64", "96,64", 64, 64, 64]
