@@ -26,7 +26,7 @@ from trainkit.data.loader import Images, micro_batches, ready_images
 from trainkit.data.rows import read_rows
 from trainkit.data.sampler import BucketOrder, Order, Shard, make_order
 from trainkit.families import sdxl
-from trainkit.options import DataOptions
+from trainkit.options import DataOptions, rules
 
 ALIKE = dict(deadline=None, database=None, derandomize=True, print_blob=False,
              suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
@@ -162,6 +162,12 @@ def test_a_resolution_may_be_width_and_height(folder):
     for wrong in ("0", "-64", "64,64,64", "a", "", "64.5", True):
         with pytest.raises(ValueError, match="resolution"):
             options(resolution=wrong)
+
+
+def test_a_step_above_the_resolution_is_left_to_the_options_to_refuse(folder):
+    opt = options(instance_data_dir=folder, resolution=32, bucket_reso_steps=64)
+    rows, found = read_rows(opt)
+    assert len(rows) == 4 and not found and len([*rules.problems(opt.model_dump())]) == 1
 
 
 def test_an_image_smaller_than_the_smallest_bucket_is_refused_where_none_is_enlarged(tmp_path):

@@ -33,6 +33,16 @@ def lines(written) -> dict[str, str]:
 # -- the plan ----------------------------------------------------------------------------------------------------------
 
 
+def test_the_plan_has_the_sizes_of_images_where_they_have_their_own():
+    sizes = {(64, 64): 12, (48, 80): 9, (80, 48): 1}
+    told = lines(plan_lines(Plan(**PLAN | dict(sizes=sizes, passes=1.3333, repeats=2))))
+    assert told["Buckets"] == (
+        "64x64 12 images, 80x48 9, 48x80 1; an epoch is 44 images = 15 steps of 1.3 forward passes each")
+    assert told["Training"].endswith("400 steps = 27 epochs")
+    many = lines(plan_lines(Plan(**PLAN | dict(sizes={(64, side): 1 for side in range(10)}, images=10))))
+    assert many["Buckets"].startswith("0x64 1 image, 1x64 1, ") and "7x64 1, and 2 more sizes; " in many["Buckets"]
+
+
 def test_the_plan_is_four_lines_of_facts():
     assert [str(line) for line in plan_lines(Plan(**PLAN))] == [
         "Images    22 images, 22 captions from metadata.jsonl; in assets/icons-3d",

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 LABEL_WIDTH = 10
 SIZES_SHOWN = 8
+STEPS_COUNTED = 200  # for the mean number of forward passes
 KINDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
 PRECISIONS = {"no": "fp32"}
 LAST_FILES = {"README.md": "the model card", "report.html": "the report: open it in a browser"}
@@ -95,8 +96,8 @@ class Plan:
     prompted      images whose caption is the prompt
     class_images  trained on beside the others
     batch         images in a micro-batch; times accumulation and processes in an optimizer step
-    sizes         images by the size (h, w) they are cut to, where there are several; an image may have several sizes
-    passes        forward passes of a step on each process, the mean over an epoch, where there are several sizes
+    sizes         images by the size (h, w) they are cut to, where each has its own; an image may have several
+    passes        forward passes of a step on each process, where images have sizes of their own
     """
 
     images: int
@@ -137,7 +138,7 @@ def plan(opt: PlanOptions, rows: Rows, run: PlanRun, *, steps: int, class_images
     images = [row for row in rows if row.repeat == 0]
     sizes = Counter(row.cut for row in rows if row.cut and row.repeat % data.repeats == 0)
     return Plan(
-        sizes=sizes if len(sizes) > 1 else {}, passes=passes(opt, rows, run) if len(sizes) > 1 else 1,
+        sizes=sizes, passes=passes(opt, rows, run) if sizes else 1,
         images=len(images), account=str(rows.account), source=printable(str(data.dataset_name or data.folder)),
         prompt=data.prompt, prompted=sum(row.caption == data.prompt for row in images) if data.prompt else 0,
         repeats=data.repeats, class_images=class_images, resolution=data.resolution, batch=options.train_batch_size,
@@ -146,10 +147,11 @@ def plan(opt: PlanOptions, rows: Rows, run: PlanRun, *, steps: int, class_images
 
 
 def passes(opt: PlanOptions, rows: Rows, run: PlanRun) -> float:
-    """Micro-batches of a step on each process, the mean over the first epoch, class images aside."""
+    """Micro-batches of a step on each process, the mean over the first steps, class images aside."""
     shard = Shard(0, run.world, opt.run.gradient_accumulation_steps)
     order = make_order(rows, opt.run.global_batch(run.world), batch_size=opt.run.train_batch_size, seed=opt.run.seed)
-    return sum(order.micro_batches(step, shard) for step in range(order.steps_per_epoch)) / order.steps_per_epoch
+    steps = min(order.steps_per_epoch, STEPS_COUNTED)
+    return sum(order.micro_batches(step, shard) for step in range(steps)) / steps
 
 
 def plan_lines(facts: Plan) -> Iterator[Line]:

@@ -31,8 +31,8 @@ Distance = Callable[[Size, Size], float]  # of an image and a bucket
 
 
 def bucket_sizes(pixels: int, *, shortest: int, longest: int, step: int) -> list[Size]:
-    """(h, w) of every bucket: for each side the longest other side that keeps to the number of pixels; by width."""
-    square = math.isqrt(pixels) // step * step
+    """(h, w) of every bucket: the square, and for each side the longest other one within the pixels; by width."""
+    square = max(step, math.isqrt(pixels) // step * step)
     found = {(square, square)}
     first, last = math.ceil(shortest / step) * step, longest // step * step
     for side in range(first, last + 1, step):

@@ -74,7 +74,6 @@ class Order:
         bases = [stream * self.global_batch for stream in range(len(self.streams))]
         return [[self.slot(step, base + first + i) for base in bases for i in range(size)] for first in firsts]
 
-
     def micro_batches(self, step: int, shard: Shard = WHOLE) -> int:
         """How many micro-batches a rank has in `step`: as many as every other rank."""
         return len(self.slots(step, shard))
