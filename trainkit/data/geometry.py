@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -76,7 +77,7 @@ class CropPolicy:
     def sample(self, row: Row, *, seed: int, epoch: int) -> Sample:
         """What this row (repeats differ) is seen as in this epoch: a pure function."""
         visit = (seed, epoch, row.id, row.repeat)
-        cut = self.size_of(row)
+        cut = row.cut or self.size
         resized = resized_size(row.size, cut)
         corners = self._corners(row, resized, seed)
         top, left = corners[rng.integer(len(corners), "crop", *visit)]
@@ -86,15 +87,16 @@ class CropPolicy:
     def variants(self, row: Row, seed: int) -> list[Sample]:
         """Everything `sample` may return for this row, each once."""
         assert self.cacheable, "a fresh random crop has no list of variants"
-        cut = self.size_of(row)
+        cut = row.cut or self.size
         resized = resized_size(row.size, cut)
         flips = (False, True) if self.random_flip else (False,)
         return [Sample(row, resized, top, left, flip, cut) for top, left in self._corners(row, resized, seed)
                 for flip in flips]
 
-    def size_of(self, row: Row) -> Size:
-        """(h, w) in pixels of what is cut out of the row's image."""
-        return row.cut or size_of(self.resolution)
+    @cached_property
+    def size(self) -> Size:
+        """What is cut out of the images of rows that have no size of their own."""
+        return size_of(self.resolution)
 
     def views(self, image: Image.Image, samples: Sequence[Sample]) -> Tensor:
         """Pixels of several samples of one image, resized once -> [V,3,H,W] in -1..1."""
@@ -110,7 +112,7 @@ class CropPolicy:
 
     def _corners(self, row: Row, resized: tuple[int, int], seed: int) -> list[tuple[int, int]]:
         """(top, left) of every crop this row may get. One of the two ranges is a single place: the short side fits."""
-        height, width = self.size_of(row)
+        height, width = row.cut or self.size
         slack_h, slack_w = resized[0] - height, resized[1] - width
         if self.center_crop:
             return [(round(slack_h / 2), round(slack_w / 2))]
