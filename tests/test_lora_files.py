@@ -259,3 +259,11 @@ def test_headers_have_width_and_height_and_count_the_epochs_of_all_resolutions(t
     run = RunFacts(make_run(tmp_path / "run", resolution="96,64", resolutions="32,64", repeats=2))
     found = lora_files.header(run, num_images=5, step=30)
     assert found["ss_resolution"] == "(96, 64)" and found["ss_num_epochs"] == "6"
+    assert not [name for name in found if "bucket" in name]
+    limits = dict(min_bucket_reso=256, max_bucket_reso=2048, bucket_no_upscale=False)
+    run = RunFacts(make_run(tmp_path / "buckets", enable_bucket=True, **limits))
+    assert lora_files.header(run, num_images=5, step=30).items() >= {
+        "ss_enable_bucket": "True", "ss_min_bucket_reso": "256", "ss_max_bucket_reso": "2048",
+        "ss_bucket_no_upscale": "False"}.items()
+    run = RunFacts(make_run(tmp_path / "none", enable_bucket=False, **limits))
+    assert not [name for name in lora_files.header(run, num_images=5, step=30) if "bucket" in name]

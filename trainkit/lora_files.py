@@ -116,6 +116,9 @@ def header(run: RunFacts, *, num_images: int | None, step: int) -> dict[str, str
     visits = (num_images or 0) * int(run.option("repeats") or 1) * len(sides_of(run.option("resolutions") or 0))
     values = {
         "ss_output_name": run.name, "ss_sd_model_name": run.base_model, "ss_resolution": f"({width}, {height})",
+        "ss_enable_bucket": run.option("enable_bucket") or None, "ss_min_bucket_reso": run.setting("min_bucket_reso"),
+        "ss_max_bucket_reso": run.setting("max_bucket_reso"),
+        "ss_bucket_no_upscale": run.setting("bucket_no_upscale"),
         "ss_num_train_images": num_images, "ss_steps": step, "ss_max_train_steps": run.total_steps,
         "ss_num_epochs": math.ceil(step * int(run.record["global_batch"]) / visits) if visits else None,
         "ss_seed": run.record["seed"], "ss_learning_rate": run.option("learning_rate"),
