@@ -20,13 +20,14 @@ from tests.support.images import data_options, marked, row_of
 from trainkit.data import buckets
 from trainkit.data.batch import Row, Slot
 from trainkit.data.buckets import bucket_sizes, by_log_ratio, by_ratio, nearest, not_enlarged, not_enlarged_by_kohya
-from trainkit.data.cache import cache_latents
+from trainkit.data.cache import cache_latents, content_key
 from trainkit.data.geometry import CropPolicy, cut_away, resized_size
 from trainkit.data.loader import Images, micro_batches, ready_images
 from trainkit.data.rows import read_rows
 from trainkit.data.sampler import BucketOrder, Order, Shard, make_order
 from trainkit.families import sdxl
 from trainkit.options import DataOptions, rules
+from trainkit.run_fingerprint import contents, several_sizes
 
 ALIKE = dict(deadline=None, database=None, derandomize=True, print_blob=False,
              suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
@@ -416,3 +417,11 @@ def test_cached_latents_are_kept_in_the_format_asked_for_and_read_in_fp32(folder
     images = ready_images(rows, opt, family, store, seed=0)
     assert {entry["mean"].dtype for entry in store.values()} == {dtype}
     assert images[make_order(rows, 1, batch_size=1, seed=0).slot(0, 0)].mean.dtype == torch.float32
+
+
+def test_a_checkpoint_knows_the_sizes_and_without_them_is_the_one_of_before():
+    rows = rows_of([2, 1])
+    plain = [replace(row, cut=None) for row in rows]
+    assert contents(rows) != contents([replace(row, cut=(64, 64)) for row in rows]) != contents(plain)
+    assert contents(plain) == content_key(*[(row.id, row.digest, row.caption, 0) for row in rows])
+    assert several_sizes(rows) and not several_sizes(plain)
