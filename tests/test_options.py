@@ -37,6 +37,7 @@ from trainkit.options import (
     RunOptions,
     parse,
 )
+from trainkit.options.cli import help_text
 from trainkit.options.config_text import markdown
 from trainkit.options.help import ESSENTIAL, answer
 from trainkit.options.rules import trained_fractions, unread
@@ -379,6 +380,20 @@ def test_a_bad_config_is_refused(tmp_path, text, said, fix):
     ((what, problem),) = refused(f"--config={tmp_path / 'c.toml'}").items()
     assert what.startswith(said) and fix in problem.fix
     assert "c.toml" in what + problem.where
+
+
+def test_a_config_that_cannot_be_read_is_not_followed_by_what_it_may_have_given():
+    with pytest.raises(UserError) as caught:
+        parse(Options, ["--config=nope.toml", "--rankk=4"], description="")
+    assert [problem.what for problem in caught.value.problems] == [
+        "unknown flag --rankk", "cannot read the config file nope.toml"]
+
+
+def test_a_number_that_is_off_by_default_is_not_said_to_be_off_at_another():
+    flags = Options.flags()
+    assert "0 is off" in help_text(flags["max_grad_norm"]) and "0 is off" in help_text(flags["adam_weight_decay"])
+    for name in ("gradient_accumulation_steps", "loraplus_lr_ratio"):
+        assert help_text(flags[name]).endswith("(default: 1)")
 
 
 def test_an_empty_table_of_a_yaml_file_is_said_to_be_none(tmp_path):

@@ -447,6 +447,7 @@ def test_tensorboard_gets_every_number_and_the_images(out):
         train(run)
         run.log_images(4, {"validation": [Image.new("RGB", (8, 8), "red")] * 2})
     [folder] = out.glob("logs/*")
+    assert folder.name == out.name, "what TensorBoard calls the run; runs of one trainer would look alike"
     events = EventAccumulator(str(folder)).Reload()
     assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4] and "lr/unet" in events.Tags()["scalars"]
     assert events.Tags()["images"] == ["validation"]

@@ -203,9 +203,8 @@ def cache_latents(
     UserError naming the image when the VAE gives NaN or infinity.
     """
     latents = Latents(store, policy, identity=identity, dtype=dtype)
-    missing = _missing(_all_views(rows, latents, seed), store)
-    fill_together(store, missing, _own_part(missing, rows), partial(
-        _encode_missing, latents=latents, encode=encode, batch_size=batch_size, num_workers=num_workers,
+    fill_together(store, rows, _own_part(rows), partial(
+        _encode_missing, latents=latents, seed=seed, encode=encode, batch_size=batch_size, num_workers=num_workers,
         progress=progress))
     return latents
 
@@ -248,19 +247,19 @@ def _exchange(store: dict[str, StoredTensors], new: Sequence[str]) -> None:
             store.update({key: entry for key, entry in entries.items() if key not in store})
 
 
-def _own_part(missing: Sequence[_Wanted], rows: Iterable[Row]) -> list[_Wanted]:
-    """Every world-th image, with all its views; counted over all images, since the ranks differ in what they find
-    missing while others are writing.
+def _own_part(rows: Sequence[Row]) -> list[Row]:
+    """The rows of every world-th image, whether they are missing or not: while others are writing, ranks differ in what
+    they find missing.
     """
     number = {digest: i for i, digest in enumerate(dict.fromkeys(row.digest for row in rows))}
-    return [view for view in missing if number[view[1].row.digest] % ranks.world() == ranks.rank()]
+    return [row for row in rows if number[row.digest] % ranks.world() == ranks.rank()]
 
 
 def _encode_missing(
-    wanted: Sequence[_Wanted], *, latents: Latents, encode: EncodeImages, batch_size: int, num_workers: int,
+    rows: Sequence[Row], *, latents: Latents, seed: int, encode: EncodeImages, batch_size: int, num_workers: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    missing = _missing(wanted, latents.store)
+    missing = _missing(_all_views(rows, latents, seed), latents.store)
     loader = DataLoader(_Views(latents.policy, missing), batch_size=None, collate_fn=_as_is, num_workers=num_workers,
                         generator=generator("latent cache"))  # its own: the global one must not move with the loader
     done, all_views = 0, chain.from_iterable(unguarded(loader))

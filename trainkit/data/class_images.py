@@ -244,13 +244,13 @@ def fill(folder: ClassFolder, plan: ClassImagePlan, opt: ClassImageOptions, run:
     size = opt.prior.sample_batch_size
     wanted = set(plan.absent)
     batches = [range(first, first + size) for first in sorted({number // size * size for number in wanted})]
-    draw_batches(batches[ranks.rank():: ranks.world()], wanted, folder, opt, run)
+    generate_batches(batches[ranks.rank():: ranks.world()], wanted, folder, opt, run)
     ranks.barrier()
     missing = {number for number in wanted if not folder.file(number).exists()}  # none on a shared disk
-    draw_batches([batch for batch in batches if missing.intersection(batch)], missing, folder, opt, run)
+    generate_batches([batch for batch in batches if missing.intersection(batch)], missing, folder, opt, run)
 
 
-def draw_batches(
+def generate_batches(
     batches: Sequence[Sequence[int]], wanted: Set[int], folder: ClassFolder, opt: ClassImageOptions, run: ClassImageRun,
 ) -> None:
     """Generate whole batches of numbers and write the wanted ones; a file that is there is never replaced."""

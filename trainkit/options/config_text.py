@@ -101,7 +101,7 @@ def _value(flag: Flag) -> str:
     """What the flag takes: choices, or a unit and its range."""
     if flag.choices:
         return " · ".join(f"`{choice}`" for choice in flag.choices)
-    off = "or 0 for off" if flag.facts.can_be_off and flag.facts.off != 0 else ""  # which no limit shows
+    off = "or 0 for off" if flag.facts.off is None else ""  # which no limit shows
     return "on/off" if flag.is_switch else ", ".join(filter(None, [flag.facts.unit or "text", flag.limits, off]))
 
 

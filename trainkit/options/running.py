@@ -114,7 +114,7 @@ class RunOptions(Concern):
     max_skipped_steps: int = opt(
         10,
         "A step whose loss or gradient is not finite is skipped. The run ends with an error after more than this "
-        "many such steps in a row.", unit="steps", resume="may change", ge=0, off=0)
+        "many such steps in a row. With 0, the first one ends it.", unit="steps", resume="may change", ge=0, off=0)
     dataloader_num_workers: int = opt(
         0, "The number of processes that prepare images. With 0, the main process prepares them.", unit="processes",
         resume="may change", ge=0, off=0)

@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         renamed = add_new_tokens(pipe, args.embeddings)
         shots = [replace(shot, prompt=renamed(shot.prompt)) for shot in shots]
     warn_of_full(pipe, shots)
-    images = draw_all(pipe, args, shots)
+    images = generate_images(pipe, args, shots)
     write(pipe, args, shots, images)
 
 
@@ -280,7 +280,7 @@ def encode(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) -> d
     return text | guided
 
 
-def draw_all(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) -> list[Image]:
+def generate_images(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) -> list[Image]:
     """Every image, with a line that tells how far it is."""
     from trainkit.runtime.progress import watched
 

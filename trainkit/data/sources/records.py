@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from trainkit.data.sources.text import decode_text
+from trainkit.reading import parse_json
 
 MAX_LINE = 1_048_576  # characters of one metadata line
 NAME_COLUMN = "file_name"
@@ -52,8 +52,8 @@ def _jsonl(text: str) -> Numbered:
 
 def _json_object(content: str) -> JsonRecord | str:
     try:
-        item = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        item = parse_json(content)
+    except ValueError as error:
         return f"not JSON ({error})"
     return item if isinstance(item, dict) else "not a JSON object"
 

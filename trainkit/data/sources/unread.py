@@ -22,6 +22,7 @@ from trainkit.data.sources.records import CAPTION_COLUMNS, DELIMITERS, NAME_COLU
 from trainkit.data.sources.text import MARKS, UnclearText, decode_text
 from trainkit.data.sources.tree import TEXTS, Contents, Tree, is_image, scan
 from trainkit.errors import SHOWN, Problem, counted, listing, printable, shell_word
+from trainkit.reading import parse_json
 
 TABLES = {
     ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".tab", ".parquet", ".arrow", ".feather", ".xlsx", ".xls", ".ods",
@@ -150,8 +151,8 @@ def _json_captions(paths: Iterable[Path]) -> list[Path]:
 
 def _json_caption(path: Path) -> str:
     try:
-        item = json.loads(decode_text(path.read_bytes()[:MAX_CAPTION])[0])
-    except (OSError, ValueError, RecursionError, UnclearText):
+        item = parse_json(decode_text(path.read_bytes()[:MAX_CAPTION])[0])
+    except (OSError, ValueError, UnclearText):
         return ""
     texts = [item.get(name) for name in CAPTION_COLUMNS] if isinstance(item, dict) else []
     return next((text for text in texts if isinstance(text, str)), "")
@@ -278,8 +279,8 @@ def _as_metadata(path: Path, home: Path, about: Mentions) -> str | None:
 def _jsonl_move(path: Path, home: Path, first: str, suffix: str) -> str | None:
     if suffix == ".jsonl":
         try:
-            columns = json.loads(first)
-        except (ValueError, RecursionError):
+            columns = parse_json(first)
+        except ValueError:
             return None
         if NAME_COLUMN not in columns or not columns.keys() & {*CAPTION_COLUMNS}:
             return None
