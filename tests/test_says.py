@@ -94,13 +94,18 @@ def test_what_learns_is_one_line(changes, told):
 
 def test_the_end_names_every_file_and_what_it_is_for():
     files = {"mine.safetensors": "ComfyUI, A1111, Forge", "pytorch_lora_weights.safetensors": "Diffusers"}
-    assert [str(line).rstrip() for line in end_lines("runs/mine", files, steps=400, seconds=125)] == [
+    assert [str(line).rstrip() for line in end_lines("runs/mine", files, start=0, steps=400, seconds=125)] == [
         "Done      400 steps in 2:05; in runs/mine:",
         "          mine.safetensors                  ComfyUI, A1111, Forge",
         "          pytorch_lora_weights.safetensors  Diffusers",
         "          README.md                         the model card",
         "          report.html                       the report: open it in a browser",
     ]
+
+
+def test_a_finished_run_that_is_started_again_does_not_say_that_it_trained():
+    first, *_ = end_lines("runs/mine", {}, start=400, steps=400, seconds=125)
+    assert first.text == "400 steps in 2:05; all were finished already, none was trained now; in runs/mine:"
 
 
 # -- the line ----------------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def publish_here(options: RunOptions, files: LoraFiles) -> list[Path]:
         for sentence in standstills(files.networks, run):
             log.warning("%s", sentence)
     uses = {path.name: purposes(run)[path.name].replace("see above", "see README.md") for path in weights}
-    summary.log_end(options.output_dir, uses, steps=run.step, seconds=run.seconds)
+    summary.log_end(options.output_dir, uses, start=run.start_step, steps=run.step, seconds=run.seconds)
     if options.push_to_hub:
         token = options.hub_token.get_secret_value() if options.hub_token else None
         url = push(folder, uploads(folder, weights), repo_id=repo_id(options), private=options.hub_private, token=token)

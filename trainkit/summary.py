@@ -79,8 +79,8 @@ def log_trainables(networks: Sequence[Adapters], optimizer: Optim) -> None:
     log_lines(trainable_lines(trainables(networks, optimizer)))
 
 
-def log_end(folder: str, files: Mapping[str, str], *, steps: int, seconds: float | None) -> None:
-    log_lines(end_lines(folder, files, steps=steps, seconds=seconds))
+def log_end(folder: str, files: Mapping[str, str], *, start: int, steps: int, seconds: float | None) -> None:
+    log_lines(end_lines(folder, files, start=start, steps=steps, seconds=seconds))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -270,10 +270,15 @@ def rates(by_group: Mapping[str, float]) -> str:
 # At the end
 
 
-def end_lines(folder: str, files: Mapping[str, str], *, steps: int, seconds: float | None) -> Iterator[Line]:
-    """What lies in the folder, and what for: weight files as `files` says, then what every run writes."""
+def end_lines(folder: str, files: Mapping[str, str], *, start: int, steps: int, seconds: float | None
+              ) -> Iterator[Line]:
+    """What lies in the folder, and what for: weight files as `files` says, then what every run writes.
+
+    start  finished steps at the start of this session
+    """
     spent = f" in {clock(seconds)}" if seconds else ""
-    yield Line("Done", f"{counted(steps, 'step')}{spent}; in {folder}:")
+    already = "all were finished already, none was trained now; " if start == steps else ""
+    yield Line("Done", f"{counted(steps, 'step')}{spent}; {already}in {folder}:")
     files = {**files, **LAST_FILES}
     width = max(map(len, files))
     for name, purpose in files.items():

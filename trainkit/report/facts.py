@@ -176,6 +176,11 @@ class RunFacts:
         return int(self.metrics[-1]["step"]) if self.metrics else int(self.record["step"] or 0)
 
     @property
+    def start_step(self) -> int:
+        """Finished steps at the start of its last session."""
+        return int(self.record.get("start_step") or 0)
+
+    @property
     def total_steps(self) -> int | None:
         total = self.record.get("total_steps")
         return int(total) if total else None
