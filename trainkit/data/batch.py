@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from trainkit.devices import upload
+from trainkit.digests import Place
 from trainkit.errors import UserError
 from trainkit.rng import Key
 
@@ -18,6 +20,11 @@ class Source(Protocol):
     """Where an image's file content comes from; a Path is one."""
 
     def read_bytes(self) -> bytes: ...
+
+
+def place_of(source: Source) -> Place | None:
+    """What is remembered of an image is bound to this; None: nothing can be remembered."""
+    return source if isinstance(source, Path) else getattr(source, "place", None)
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class CaptionFiles:
     def __init__(self, paths: Iterable[Path]):
         version = digests.code_version(sys.modules[__name__], text, encodings)
         self.memory = digests.FileMemory("caption", paths, version=version)
-        self.new: dict[Path, str] = {}  # encoding, line break, caption
+        self.new: dict[digests.Place, str] = {}  # encoding, line break, caption
 
     def read(self, path: Path, folder: Path) -> tuple[str, str]:
         """(the caption, the encoding it was in). Raises OSError, BadEntry and UnclearText."""

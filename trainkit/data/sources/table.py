@@ -15,6 +15,7 @@ from trainkit.data.sources.records import CAPTION_COLUMNS
 from trainkit.data.sources.text import one_line
 from trainkit.data.sources.tree import walk
 from trainkit.data.sources.unread import find_unread
+from trainkit.digests import Place, TableRow
 from trainkit.errors import Problem, counted, listing, printable, shell_word
 from trainkit.process import quiet_imported
 
@@ -33,12 +34,14 @@ class TableCell:
     """The image in one cell of a `datasets` table, fetched when read.
 
     homes  folders that hold the data set: a cell may name a file there, and nowhere else
+    place  what is known of the image is remembered by this
     """
 
     table: Dataset
     index: int
     column: str
     homes: tuple[Path, ...]
+    place: Place | None = None
 
     def read_bytes(self) -> bytes:
         cell = self.table[self.index][self.column]  # {"bytes": ..., "path": ...} or None
@@ -47,7 +50,7 @@ class TableCell:
         if cell["bytes"] is not None:
             return cell["bytes"]
         path = Path(cell["path"] or "")
-        if cell["path"] and not any(path.resolve().is_relative_to(home.resolve()) for home in self.homes):
+        if cell["path"] and not _is_below(path, self.homes):
             raise UnreadableImage(f"the cell names a file outside the data set, {cell['path']}")
         if not (cell["path"] and path.is_file()):
             raise UnreadableImage("the cell holds no image and names no file")
@@ -55,6 +58,10 @@ class TableCell:
 
     def __str__(self) -> str:
         return f"column {self.column}, row {self.index}"
+
+
+def _is_below(path: Path, homes: Sequence[Path]) -> bool:
+    return any(path.resolve().is_relative_to(home.resolve()) for home in homes)
 
 
 def list_table(data: ImageOptions) -> SourceListing:
@@ -76,11 +83,13 @@ def list_table(data: ImageOptions) -> SourceListing:
         return SourceListing([], problems)
     images = table.select_columns([data.image_column]).cast_column(data.image_column, Image(decode=False))
     homes = homes_of(data.dataset_name or "", data.cache_dir)
+    places = _places(images, data, homes)
     found, bad = [], []
     for i, cell in enumerate(table[column] if column else [None] * len(table)):
         try:
             caption, *others = read_captions(cell, several=data.captioned) or ("",)
-            found.append(Listed(f"row {i}", TableCell(images, i, data.image_column, homes), caption, tuple(others)))
+            image = TableCell(images, i, data.image_column, homes, places[i])
+            found.append(Listed(f"row {i}", image, caption, tuple(others)))
         except BadEntry as error:
             bad.append(f"row {i}: {column} {error}")
     captions = {f"column {column}": sum(bool(one.caption) for one in found)} if column else {}
@@ -100,6 +109,20 @@ def _load(data: ImageOptions) -> Dataset:
             raise ValueError(f"it holds the splits {', '.join(saved)}, and no train split")
         return saved["train"] if isinstance(saved, DatasetDict) else saved
     return load_dataset(data.dataset_name, data.dataset_config_name, cache_dir=data.cache_dir, split="train")
+
+
+def _places(images: Dataset, data: ImageOptions, homes: Sequence[Path]) -> list[Place | None]:
+    """What is known of each image is remembered by the file that its cell names, or by its row in this very table."""
+    from pyarrow import compute
+
+    cells = images.with_format("arrow")[:][data.image_column]  # mapped into memory, not read
+    embedded = compute.is_valid(compute.struct_field(cells, "bytes")).to_pylist()
+    paths = [path and Path(path) for path in compute.struct_field(cells, "path").to_pylist()]
+    files = [Path(file["filename"]).stat() for file in images.cache_files]
+    state = " ".join([images._fingerprint, *(f"{stat.st_size} {stat.st_mtime_ns}" for stat in files)])
+    name = f"{data.dataset_name} {data.dataset_config_name or ''} {data.image_column}"
+    return [TableRow(name, f"{i}", state) if inside else path if path and _is_below(path, homes) else None
+            for i, (inside, path) in enumerate(zip(embedded, paths, strict=True))]
 
 
 def homes_of(name: str, cache_dir: str | None) -> tuple[Path, ...]:
