@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
             family, [row.caption for row in rows], store, also=preview.preview_prompts(opt.validation), text=opt.text,
             pivotal=opt.pivotal, lora=opt.lora, total=total, seed=run.seed,
             gradient_checkpointing=opt.precision.gradient_checkpointing)
-        caption_length.warn_cut(rows, text.rewrite, family.tokenizers)
+        caption_length.warn_cut(rows, text.rewrite, family.tokenizers, preview=opt.validation.validation_prompt)
         images = loader.ready_images(rows, opt.data, family, store, seed=run.seed, progress=run.show_task,
                                      num_workers=opt.run.dataloader_num_workers)
 

@@ -389,6 +389,15 @@ def test_a_config_that_cannot_be_read_is_not_followed_by_what_it_may_have_given(
         "unknown flag --rankk", "cannot read the config file nope.toml"]
 
 
+def test_none_takes_back_a_text_too(tmp_path):
+    """`none` would else be a prompt that previews are generated with."""
+    file = tmp_path / "c.toml"
+    file.write_text('validation_prompt = "a fox"\nresume_from_checkpoint = "latest"\n')
+    options = read(f"--config={file}", "--validation_prompt=none", "--resume_from_checkpoint=None", "--variant=none")
+    assert options.validation.validation_prompt is None and options.model.variant is None
+    assert options.run.resume_from_checkpoint is None
+
+
 def test_a_number_that_is_off_by_default_is_not_said_to_be_off_at_another():
     flags = Options.flags()
     assert "0 is off" in help_text(flags["max_grad_norm"]) and "0 is off" in help_text(flags["adam_weight_decay"])

@@ -219,7 +219,7 @@ def command_lines(draw: st.DrawFn, options: type[OptionSet]) -> list[str]:
 
 def value_or_off(flag: Flag) -> st.SearchStrategy[str]:
     off = ["0"] if flag.facts.can_be_off else []
-    off += ["none"] if flag.optional and flag.value_type is not str else []
+    off += ["none"] if flag.optional else []
     return value_of(flag) | st.sampled_from(off) if off else value_of(flag)
 
 

@@ -46,7 +46,7 @@ class FileState(NamedTuple):
         return int(self.state.rpartition(" ")[2])
 
 
-class TableRow(NamedTuple):
+class TablePlace(NamedTuple):
     """A row of a table, which is remembered as a file is: its name, and the state that the whole table is in."""
 
     table: str
@@ -54,7 +54,7 @@ class TableRow(NamedTuple):
     state: str
 
 
-Place = Path | TableRow
+Place = Path | TablePlace
 
 
 def cache_folder() -> Path:
@@ -114,7 +114,7 @@ class FileMemory:
 
     def _state(self, place: Place) -> FileState | None:
         """None where there is no such file. All is text: an inode may be larger than SQLite's numbers."""
-        if isinstance(place, TableRow):
+        if isinstance(place, TablePlace):
             return FileState(ascii(place.table), place.row, f"{self.version} {place.state} 0")
         folder, name = os.path.split(place)
         try:

@@ -125,7 +125,7 @@ def output_problems(opt: FolderOptions) -> list[Problem]:
     problems = []
     for flag, name in folders.items():
         folder = Path(name or "")
-        if not (name and folder.is_dir()):
+        if not name or flag == "--dataset_name" and not folder.is_dir():  # it may be on the Hub
             continue
         if lies_in(out, folder):
             where = "is the folder of the images" if lies_in(folder, out) else "lies in the folder of the images"

@@ -33,6 +33,7 @@ from trainkit.families.pretrained import (
     json_digest,
     load_part,
     quiet_loading,
+    refuse_unknown_ids,
     sampled_digest,
     tokenizer_digest,
     vae_place,
@@ -326,6 +327,8 @@ def load_parts(options: ModelOptions, layout: ModelLayout, encoders: Sequence[ty
         texts = tuple(load_part(model, encoder_class, folder, dtype=full, **files)
                       for encoder_class, folder in zip(encoders, layout.text_encoders, strict=True))
         tokenizers = tuple(load_part(model, CLIPTokenizer, folder) for folder in layout.tokenizers)
+    for folder, tokenizer, encoder in zip(layout.tokenizers, tokenizers, texts, strict=True):
+        refuse_unknown_ids(model, folder, tokenizer, encoder)
     folders: dict[str, tuple[Path, str | None]] = {
         name: (model.folder(name), variant) for name in (layout.denoiser, *layout.text_encoders)}
     folders["vae"] = vae_repo.folder(vae_folder), vae_variant

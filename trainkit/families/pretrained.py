@@ -17,20 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from trainkit.digests import remembered
-from trainkit.errors import Category, Problem, UserError, is_out_of_memory, listing, refuse
+from trainkit.errors import Category, Problem, UserError, counted, is_out_of_memory, listing, printable, refuse
 from trainkit.reading import parse_json, read_text
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTokenizer, PreTrainedModel
 
 Config = Mapping[str, Any]  # a JSON file of a model folder
 
 MODEL_FLAG, VAE_FLAG = "--pretrained_model_name_or_path", "--pretrained_vae_model_name_or_path"
 CLASS_INPUTS = ("class_embed_type", "encoder_hid_dim_type", "num_class_embeds")  # a UNet with these asks for more
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_PAGE = re.compile(rf"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/)?(?:datasets/)?({HUB_ID.pattern})(?:/.*)?")
 # What libraries raise for values that a config cannot have
 BAD_CONFIG = (AttributeError, KeyError, TypeError, ValueError, NotImplementedError)
 MISMATCHED = "ignore_mismatched_sizes"  # in what Transformers raises, a RuntimeError, where shapes differ
+OTHER_SIZES = "its config and its weight files disagree about the sizes of tensors"
 SAMPLED_VALUES = 256  # of each tensor at least, if it has as many
 DIGEST_BITS, HASHING_THREADS = 256, 4
 
@@ -82,8 +84,9 @@ class Repo:
                 "convert it once: python -c \"from diffusers import StableDiffusionXLPipeline as P; "
                 f"P.from_single_file('{path.as_posix()}').save_pretrained('{path.with_suffix('').as_posix()}')\" "
                 "(StableDiffusionPipeline for SD 1.x and 2.x)")]
+        hub = hub_id(self.path)
         return [self.problem("the model folder does not exist", "no folder of this name, and not a Hub id (owner/name)",
-                             f"correct {self.flag}")]
+                             f"{self.flag} {hub}" if hub else f"correct {self.flag}")]
 
     def problem(self, what: str, why: str, fix: str, *, kind: Category = "usage") -> Problem:
         return Problem(what, f"{self.flag} {self.path}", why, fix, kind)
@@ -159,6 +162,12 @@ class Repo:
             "add --variant fp16 if the weights are the fp16 ones; pickled .bin weights are not read, re-save them once "
             "with save_pretrained")
         return self.problem(f"no {wanted} for {component or 'the model'}", why, fix, kind="data")
+
+
+def hub_id(address: str) -> str | None:
+    """owner/name in the address of a page of the Hub; None in other text."""
+    found = HUB_PAGE.fullmatch(address) if ".co/" in address or address.endswith("/") else None
+    return found[1] if found else None
 
 
 def part_class(index: Config, name: str) -> str | None:
@@ -261,7 +270,8 @@ def load_part(repo: Repo, part_class: Any, folder: str, **settings: object) -> A
         known = isinstance(error, expected) or type(error) is Exception or MISMATCHED in f"{error}"
         if not known or is_out_of_memory(error):
             raise
-        raise UserError(unloadable(repo, folder or part_class.__name__, first_line(error))) from error
+        why = OTHER_SIZES if MISMATCHED in f"{error}" else first_line(error)
+        raise UserError(unloadable(repo, folder or part_class.__name__, why)) from error
     if not is_network:
         return part
     network, found = part
@@ -270,6 +280,16 @@ def load_part(repo: Repo, part_class: Any, folder: str, **settings: object) -> A
         refuse([unloadable(repo, folder or part_class.__name__, f"its config asks for {len(missing)} tensors that its "
                            f"files lack, such as {missing[0]}")])
     return network
+
+
+def refuse_unknown_ids(repo: Repo, folder: str, tokenizer: CLIPTokenizer, encoder: PreTrainedModel) -> None:
+    """Raises UserError where the tokenizer has ids that the text encoder has no embedding for."""
+    known = encoder.get_input_embeddings().num_embeddings
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= known}
+    if beyond:
+        token, number = max(beyond.items(), key=lambda pair: pair[1])
+        refuse([unloadable(repo, folder, f"{counted(len(beyond), 'token has', 'tokens have')} no embedding in the text "
+                           f"encoder, which knows {known}: {printable(token)} is number {number}")])
 
 
 def unloadable(repo: Repo, name: str, why: str) -> Problem:

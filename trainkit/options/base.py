@@ -297,7 +297,7 @@ class Concern(BaseModel):
             return flag.facts.off
         if isinstance(value, bool) and flag.value_type in (int, float):
             raise ValueError("true and false are not numbers")
-        if flag.optional and flag.value_type is not str and _is_none(value):
+        if flag.optional and _is_none(value):
             return None
         return value
 

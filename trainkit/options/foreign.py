@@ -22,6 +22,7 @@ SAME_VALUE = {  # their name: ours
     "sample_every_n_steps": "validation_steps", "sample_every_n_epochs": "validation_epochs",
     "zero_terminal_snr": "rescale_betas_zero_snr", "dataset_repeats": "repeats", "config_file": "config",
     "num_repeats": "repeats", "num_epochs": "num_train_epochs", "grad_clip": "max_grad_norm",
+    "output": "output_dir", "r": "rank", "prompt": "instance_prompt", "tokenizer_cache_dir": "cache_dir",
 }
 INSTEAD = {  # their name: what to do here
     # Model and files
@@ -44,6 +45,9 @@ INSTEAD = {  # their name: what to do here
     "wandb_api_key": "run `wandb login` once, or set WANDB_API_KEY in the environment, and write --report_to wandb",
     "no_half_vae": "the VAE always runs in fp32: leave it out",
     "v2": "the model folder says that itself: leave it out",
+    "training_comment": "the model card tells what a file was trained with: leave it out",
+    "wandb_run_name": "the last part of --output_dir names the run: --output_dir runs/{value}",
+    "log_prefix": "the last part of --output_dir names the run: --output_dir runs/{value}",
     # Images and captions
     "dataset_config": "several data sets with settings of their own are not read yet: put the images into one folder "
                       "and name it with --instance_data_dir or --train_data_dir",
@@ -84,7 +88,13 @@ INSTEAD = {  # their name: what to do here
     "adaptive_noise_scale": "--noise_offset is the same for every image; it does not adapt yet",
     "huber_scale": "--huber_c sets where the loss turns linear; it cannot be scaled yet",
     "fused_backward_pass": "the LoRA's gradients are small: leave it out",
+    "noise_offset_type": "--noise_offset adds noise to each channel's mean; --multires_noise_iterations adds that of "
+                         "several resolutions",
     # Memory and previews
+    "fp16": "write --mixed_precision fp16", "bf16": "write --mixed_precision bf16",
+    "use_8bit": "write --use_8bit_adam",
+    "train_unet_only": "text encoders are frozen unless you write --train_text_encoder: leave it out",
+    "persistent_data_loader_workers": "the processes of --dataloader_num_workers last as long as the run: leave it out",
     "full_fp16": "the LoRA is always trained in fp32; --mixed_precision fp16 makes the base model fp16",
     "full_bf16": "the LoRA is always trained in fp32; --mixed_precision bf16 makes the base model bf16",
     "fp8_base": "fp8 is not there yet; --mixed_precision bf16 --gradient_checkpointing saves memory",

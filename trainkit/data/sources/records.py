@@ -64,12 +64,12 @@ def _csv(text: str) -> Numbered:
     stated = first.strip()[4:] if first.lower().startswith("sep=") else ""  # as Excel writes it
     delimiter, above = (stated, 1) if stated in DELIMITERS else (delimiter_of(text), 0)
     cells = io.StringIO(rest if above else text, newline="")
-    reader = csv.DictReader(cells, delimiter=delimiter, skipinitialspace=True)
+    reader = csv.DictReader(cells, delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         for record in reader:
             yield reader.line_num + above, _too_many(delimiter) if None in record else record
     except csv.Error as error:
-        yield reader.line_num + above, f"not CSV ({error})"
+        yield reader.line_num + above, f"not CSV: is a double quote not closed, or followed by more? ({error})"
 
 
 def _too_many(delimiter: str) -> str:

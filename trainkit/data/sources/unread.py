@@ -28,9 +28,12 @@ TABLES = {
     ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".tab", ".parquet", ".arrow", ".feather", ".xlsx", ".xls", ".ods",
 }
 NOT_WORDS = {".xmp", ".xml", ".yaml", ".yml", ".aae", ".thm", ".toml"}  # of one image, and no caption of it
-QUIET = {".md", ".html", ".npz", ".safetensors", ".ini", ".db", ".py", ".sh", ".lock", ".log", ".url", ".lnk"}
+QUIET = {".html", ".npz", ".safetensors", ".ini", ".db", ".py", ".sh", ".lock", ".log", ".url", ".lnk"}
 CAPTION_FOLDERS = {"captions", "caption", "txt", "text", "texts", "labels", "label", "tags", "prompts", "annotations"}
-ENDINGS = re.compile(r"[ _.-](?:captions?|caps?|tags?|te?xt|prompts?|desc(?:ription)?|labels?)$")
+ENDINGS = re.compile(r"[ _.-](?:captions?|caps?|tags?|te?xt|prompts?|desc(?:ription)?|labels?)$"
+                     r"| ?\(\d+\)$| - copy$", re.IGNORECASE)  # the last two are of what is downloaded or copied twice
+DOCUMENTS = {".rtf", ".docx", ".doc", ".odt", ".pdf", ".pages"}  # of word processors
+NOTES = {".md"}  # a data set's card may show a few of its images; one that has words about most holds the captions
 MOST_TABLES = 50  # files looked into for names of images
 MOST_BESIDE = 2000  # entries of the folder above that are looked at
 
@@ -51,20 +54,22 @@ def find_unread(folder: Path, tree: Tree, *, bare: Sequence[Path], strange: Sequ
     """
     images = KnownImages(bare)
     tables = [path for contents in _all(tree) for path in contents.others if not _is_companion(path, tree)]
-    odd = [path for path in tables if _is_odd_text(path, images)]
+    documents = [path for path in tables if path.suffix.lower() in DOCUMENTS and meant_by(path, images)]
+    odd = [path for path in tables if path not in documents and _is_odd_text(path, images)]
     lost, idle = _lost_texts(folder, tree, images, [*strange, *odd])
     json_files = _json_captions(path for path in tables if path.suffix.lower() == ".json" and meant_by(path, images))
     problems = [_misnamed(folder, lost)] if lost else []
     problems += [_json_files(folder, json_files)] if json_files else []
-    saved = {*lost.values(), *(image for path in json_files if (image := meant_by(path, images)))}
-    looked_at = {*odd, *json_files}
+    problems += [_documents(folder, documents)] if documents else []
+    saved = {*lost.values(), *(image for path in [*json_files, *documents] if (image := meant_by(path, images)))}
+    looked_at = {*odd, *json_files, *documents}
     tables = [path for path in tables if path not in looked_at]
     remaining = KnownImages(path for path in bare if path not in saved)
     left = []
     for number, path in enumerate([*tables, *idle]):
         problem, why = _table(folder, path, remaining if number < MOST_TABLES else KnownImages(()))
         problems += [problem] if problem else []
-        left += [] if problem else [LeftOut(_name(path, folder), why)]
+        left += [] if problem or not why else [LeftOut(_name(path, folder), why)]
     if remaining.paths and not problems:
         problems += _around(folder, remaining)
     left += [LeftOut(_name(path, folder), f"it is {why}") for contents in _all(tree)
@@ -168,6 +173,13 @@ def _json_files(folder: Path, files: Sequence[Path]) -> Problem:
                    f"python3 -c {shell_word(f'import json, pathlib; {loop}')}", kind="data")
 
 
+def _documents(folder: Path, files: Sequence[Path]) -> Problem:
+    what = counted(len(files), "document is", "documents are")
+    return Problem(f"{what} named as an image is, and not read", f"{folder}",
+                   listing(_name(path, folder) for path in files), "save the caption as plain text (UTF-8) in a .txt "
+                   "file with the image's name, or move these files elsewhere", kind="data")
+
+
 def _misnamed(folder: Path, lost: Mapping[Path, Path]) -> Problem:
     moves = {path: image.with_suffix(".txt") for path, image in lost.items()}
     why = listing(f"{_name(path, folder)} should be called {_name(target, folder)}" for path, target in moves.items())
@@ -202,7 +214,7 @@ def _is_companion(path: Path, tree: Tree) -> bool:
 
 
 def _table(folder: Path, path: Path, images: KnownImages) -> tuple[Problem | None, str]:
-    """(the problem that a file's captions would be lost, else why it is left out)."""
+    """(the problem that a file's captions would be lost, else why it is left out; "": nobody expects it to be read)."""
     if path.suffix.lower() in HEIC:
         return None, "an iPhone photo; it is read after: pip install pillow-heif"
     if _is_an_image(path):
@@ -210,6 +222,8 @@ def _table(folder: Path, path: Path, images: KnownImages) -> tuple[Problem | Non
     if path.suffix.lower() == ".json" and (key(path.stem) in images.by_stem or key(path.stem) in images.by_name):
         return None, "JSON of one image is not read; write its caption into a .txt file"
     about = _look(path, images) if images.paths else Mentions()
+    if path.suffix.lower() in NOTES and (len(about.captions) < 2 or 2 * len(about.captions) <= len(images.paths)):
+        return None, ""
     if about.captions:
         return misplaced(folder, path, images, about), ""
     if about.images:
