@@ -65,9 +65,10 @@ class TableCell:
 
 def _is_below(path: Path, homes: Sequence[Path]) -> bool:
     try:
-        return any(path.resolve().is_relative_to(home.resolve()) for home in homes)
+        whole = path.resolve()
     except ValueError:  # no path at all: it has a NUL in it
         return False
+    return any(whole.is_relative_to(home) for home in homes)
 
 
 def list_table(data: ImageOptions) -> SourceListing:
@@ -133,15 +134,19 @@ def _places(images: Dataset, data: ImageOptions, homes: Sequence[Path]) -> list[
 
 
 def homes_of(name: str, cache_dir: str | None) -> tuple[Path, ...]:
-    """The folders below which a data set's files lie: its own where it is local, else its part of the caches."""
+    """The folders below which a data set's files lie, links followed: its own where it is local, else its part of the
+    caches.
+    """
     from datasets import config
     from huggingface_hub.constants import HF_HUB_CACHE
 
     path = Path(name)
     downloads = Path(cache_dir) / "downloads" if cache_dir else Path(config.DOWNLOADED_DATASETS_PATH)
     if path.exists():
-        return path if path.is_dir() else path.parent, downloads / "extracted"  # of archives in it
-    return downloads, Path(HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
+        places = [path if path.is_dir() else path.parent, downloads / "extracted"]  # of archives in it
+    else:
+        places = [downloads, Path(HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"]
+    return tuple(place.resolve() for place in places)
 
 
 def _another_file(data: ImageOptions) -> Problem | None:

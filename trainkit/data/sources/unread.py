@@ -55,7 +55,7 @@ def find_unread(folder: Path, tree: Tree, *, bare: Sequence[Path], strange: Sequ
     images = KnownImages(bare)
     tables = [path for contents in _all(tree) for path in contents.others if not _is_companion(path, tree)]
     documents = [path for path in tables if path.suffix.lower() in DOCUMENTS and meant_by(path, images)]
-    odd = [path for path in tables if path not in documents and _is_odd_text(path, images)]
+    odd = [path for path in tables if _is_odd_text(path, images)]
     lost, idle = _lost_texts(folder, tree, images, [*strange, *odd])
     json_files = _json_captions(path for path in tables if path.suffix.lower() == ".json" and meant_by(path, images))
     problems = [_misnamed(folder, lost)] if lost else []
@@ -141,7 +141,7 @@ def has_words(path: Path) -> bool:
 def _is_odd_text(path: Path, images: KnownImages) -> bool:
     """Whether a small text has the name of an image beside it and a suffix that nobody reads: fox.blip."""
     beside = any(image.parent == path.parent for image in images.by_stem.get(key(path.stem), ()))
-    if not beside or path.suffix.lower() in (*TABLES, *NOT_WORDS, *HEIC):
+    if not beside or path.suffix.lower() in (*TABLES, *NOT_WORDS, *DOCUMENTS, *HEIC):
         return False
     try:
         return path.stat().st_size <= MAX_CAPTION and not _is_binary(path)
