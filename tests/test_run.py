@@ -583,6 +583,16 @@ def test_a_full_disk_under_the_metrics_is_told_by_name(out):
     assert caught.value.exit_code == 74 and records(out)["status"] == "disk"
 
 
+@pytest.mark.parametrize("target", ["", "README.md"])
+def test_a_folder_where_a_file_is_to_be_is_told_and_not_a_full_disk(out, target):
+    (out / "README.md").mkdir(parents=True)
+    with pytest.raises(UserError) as caught, files.disk_errors(out / target):
+        files.atomic_write(out / "README.md", b"x")
+    problem, = caught.value.problems
+    assert problem.what.startswith("cannot write README.md")
+    assert problem.fix.startswith(f"move {out / 'README.md'} away")
+
+
 def refuse_writing(monkeypatch, name: str) -> None:
     """Every write of a file called `name` fails as on a full disk."""
     real = files.atomic_write
