@@ -104,20 +104,6 @@ def test_animated_files_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert "a.gif" in caplog.text and "first" in caplog.text
 
 
-def test_images_that_lose_much_of_their_area_are_named_the_worst_first(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    sizes = {"wide": (300, 80), "photo": (40, 30), "tall": (30, 60), "nearly": (35, 30), "square": (30, 30),
-             "post": (30, 45)}
-    for number, (name, size) in enumerate(sizes.items()):
-        marked(number, *size).save(tmp_path / f"{name}.png")
-    rows_of(tmp_path, repeats=2)
-    line, = (record.getMessage() for record in caplog.records if "loses" in record.getMessage()
-             or " lose " in record.getMessage())
-    assert line.startswith("4 images lose more than 15 % of the area in each square crop: wide.png 73 %, "
-                           "tall.png 50 %, post.png 33 %, 1 more. ") and "--enable_bucket" in line
-
-
 # ---------------------------------------------------------------------------------------------------------- captions
 
 
