@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     from trainkit.training.step import TrainStep
     from trainkit.training.trainables import make_trainables
 
-    family_module = families.of(opt.model)  # SD 1.x and 2.x, or SDXL: what the model folder holds
+    family_module = families.of(opt.model)  # SD 1.x and 2.x, or SDXL: what the file or folder holds
     rows = preflight(opt, family_module)  # every problem in one message
     with start_run(opt, "text-to-image-lora") as run:
         total, stop = opt.run.ends(len(rows), run.world)  # finished steps of the run, and of this session

@@ -99,9 +99,9 @@ def base_problems(base: str, embeddings: Path | None, *, sized: bool = True) -> 
 
     sized  whether the model must say how large its images are
     """
-    from trainkit.families.pretrained import Repo
+    from trainkit.families.single_file import model_at
 
-    repo = Repo(base, "--base")
+    repo = model_at(base, "--base")
     if found := repo.unreachable("model_index.json"):
         return found
     if repo.json("model_index.json") is None or repo.json("unet/config.json") is None:
@@ -152,9 +152,9 @@ def embeddings_problems(repo: Repo, file: Path) -> list[Problem]:
 
 def lora_problems(files: Sequence[Path], base: str) -> Iterator[Problem]:
     """What the headers of those files that are there say against using them on the base model."""
-    from trainkit.families.pretrained import Repo
+    from trainkit.families.single_file import model_at
 
-    unet = Repo(base, "--base").glance("unet/config.json")
+    unet = model_at(base, "--base").glance("unet/config.json")
     for file in (file for file in files if file.is_file() and file.suffix == ".safetensors"):
         yield from lora_headers.problems(file, unet)
 
@@ -174,10 +174,11 @@ def load_pipeline(base: str, dtype: str | None) -> Pipeline:
     import torch
     from diffusers import AutoPipelineForText2Image
 
-    from trainkit.families.pretrained import Repo, load_part
+    from trainkit.families.pretrained import load_part
+    from trainkit.families.single_file import model_at
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = load_part(Repo(base, "--base"), AutoPipelineForText2Image, "", use_safetensors=True,
+    pipe = load_part(model_at(base, "--base"), AutoPipelineForText2Image, "", use_safetensors=True,
                      add_watermarker=False, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.enable_slicing()  # one image at a time: decoding takes most of the memory

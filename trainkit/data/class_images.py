@@ -27,13 +27,13 @@ from trainkit.data.rows import check, warn_enlarged
 from trainkit.data.sources.folder import Folder, list_folder
 from trainkit.errors import Problem, UserError, refuse
 from trainkit.families.pretrained import (
-    Repo,
+    MODEL_FLAG,
     empty_device_cache,
     json_digest,
     load_part,
     quiet_loading,
-    weights_digest,
 )
+from trainkit.families.single_file import model_at, vae_place
 from trainkit.files import atomic_write, disk_errors
 from trainkit.options.sizes import Size, size_of
 from trainkit.rng import generator
@@ -138,11 +138,11 @@ def contents(options: ModelOptions) -> list[object]:
     [] for a Hub id, which its revision describes and whose files may not be here yet; and for a folder that cannot be
     loaded, which is the model's own problem (families/base.py) and not repeated here.
     """
-    model = Repo(options.pretrained_model_name_or_path, "--pretrained_model_name_or_path")
+    model = model_at(options.pretrained_model_name_or_path, MODEL_FLAG)
     if not model.is_local or any(model.weight_problems(("unet",), options.variant)):
         return []
     try:
-        return [weights_digest(model.folder("unet"), options.variant), model.json("scheduler/scheduler_config.json")]
+        return [model.digest("unet", options.variant), model.json("scheduler/scheduler_config.json")]
     except (OSError, SafetensorError, UserError):
         return []
 
@@ -317,14 +317,12 @@ def load_pipeline(options: ModelOptions, dtype: torch.dtype) -> StableDiffusionX
     """
     from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
-    model = Repo(options.pretrained_model_name_or_path, "--pretrained_model_name_or_path", options.revision)
+    model = model_at(options.pretrained_model_name_or_path, MODEL_FLAG, options.revision)
     other, files = options.pretrained_vae_model_name_or_path, {"variant": options.variant, "use_safetensors": True}
+    vae_repo, folder = vae_place(model, other)
     with quiet_loading():
-        if other:
-            vae = load_part(Repo(other, "--pretrained_vae_model_name_or_path"), AutoencoderKL, "",
-                            torch_dtype=torch.float32, use_safetensors=True)
-        else:
-            vae = load_part(model, AutoencoderKL, "vae", torch_dtype=torch.float32, **files)
+        vae = load_part(vae_repo, AutoencoderKL, folder, torch_dtype=torch.float32,
+                        **({"use_safetensors": True} if other else files))
         pipe = load_part(model, StableDiffusionXLPipeline, "", dtype=dtype, vae=vae, add_watermarker=False, **files)
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.enable_slicing()  # one image at a time: decoding takes most of the memory

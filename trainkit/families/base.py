@@ -34,11 +34,9 @@ from trainkit.families.pretrained import (
     load_part,
     quiet_loading,
     refuse_unknown_ids,
-    sampled_digest,
     tokenizer_digest,
-    vae_place,
-    weights_digest,
 )
+from trainkit.families.single_file import model_at, vae_place
 from trainkit.families.unet_targets import LORA_TARGETS, TEXT_LORA_TARGETS
 
 if TYPE_CHECKING:
@@ -54,6 +52,7 @@ log = logging.getLogger(__name__)
 TILE = 512  # pixels a side of what is decoded at once
 TEXT_CONFIG = ("hidden_act", "hidden_size", "intermediate_size", "layer_norm_eps", "max_position_embeddings",
                "num_attention_heads", "num_hidden_layers", "projection_dim", "vocab_size")
+NOTHING: Mapping[str, str] = {}
 EncodePrompts = Callable[[Sequence[str]], Condition]  # prompts to what the network is given for them
 
 
@@ -116,6 +115,9 @@ def halvings(config: Config) -> int:
 class Family(ABC):
     """The frozen base model.
 
+    file_metadata  what LoRA files say of the files of models that are one file
+    doubted        whether what the denoiser predicts is not said anywhere and taken to be ε
+
     The denoiser, a UNet here, is in the weight dtype. The VAE is in fp32, because it overflows in fp16. Text encoders
     are in fp32, because they run once and their rounding would stay in every step; what they return is cast to the
     weight dtype. Each part moves to the device when it is first asked, the denoiser in `prepare_for_training`, so that
@@ -129,8 +131,9 @@ class Family(ABC):
     def __init__(self, *, path: str, revision: str | None, denoiser: UNet2DConditionModel, vae: AutoencoderKL,
                  tokenizers: tuple[CLIPTokenizer, ...], text_encoders: tuple[PreTrainedModel, ...],
                  schedule: Schedule, scheduler_config: Config, identity: Mapping[str, str],
-                 sampled_identity: Mapping[str, str], device: torch.device, vae_batch_size: int = 1):
-        self.path, self.revision = path, revision
+                 sampled_identity: Mapping[str, str], device: torch.device, vae_batch_size: int = 1,
+                 file_metadata: Mapping[str, str] = NOTHING, doubted: bool = False):
+        self.path, self.revision, self.file_metadata, self.doubted = path, revision, dict(file_metadata), doubted
         self.schedule, self.scheduler_config = schedule, dict(scheduler_config)
         self.tokenizers, self.device, self.weight_dtype = tokenizers, device, denoiser.dtype
         self.identity, self.sampled_identity = dict(identity), dict(sampled_identity)
@@ -189,7 +192,12 @@ class Family(ABC):
     @property
     def name(self) -> str:
         """The base model without the folders it lies in."""
-        return Path(self.path).resolve().name if Repo(self.path, MODEL_FLAG).is_local else self.path
+        return Path(self.path).resolve().name if self.model.is_local else self.path
+
+    @property
+    def model(self) -> Repo:
+        """The base model's files."""
+        return model_at(self.path, MODEL_FLAG, self.revision)
 
     @property
     def latent_channels(self) -> int:
@@ -296,7 +304,10 @@ AnyFamily = TypeVar("AnyFamily", bound=Family)
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a model as they lie in its files, and digests of their weights by folder: of all, and of some."""
+    """The parts of a model as they lie in its files, and digests of their weights by folder: of all, and of some.
+
+    file_metadata  what LoRA files say of the files of models that are one file
+    """
 
     model: Repo
     denoiser: UNet2DConditionModel
@@ -305,6 +316,7 @@ class Parts:
     text_encoders: tuple[PreTrainedModel, ...]
     weights: dict[str, str]
     sampled: dict[str, str]
+    file_metadata: dict[str, str]
 
 
 def load_parts(options: ModelOptions, layout: ModelLayout, encoders: Sequence[type[PreTrainedModel]], *,
@@ -316,7 +328,7 @@ def load_parts(options: ModelOptions, layout: ModelLayout, encoders: Sequence[ty
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTokenizer
 
-    model = Repo(str(options.pretrained_model_name_or_path), MODEL_FLAG, options.revision)
+    model = model_at(str(options.pretrained_model_name_or_path), MODEL_FLAG, options.revision)
     other, variant = options.pretrained_vae_model_name_or_path, options.variant
     (vae_repo, vae_folder), vae_variant = vae_place(model, other), None if other else variant
     files, full = {"variant": variant, "use_safetensors": True}, torch.float32
@@ -329,12 +341,13 @@ def load_parts(options: ModelOptions, layout: ModelLayout, encoders: Sequence[ty
         tokenizers = tuple(load_part(model, CLIPTokenizer, folder) for folder in layout.tokenizers)
     for folder, tokenizer, encoder in zip(layout.tokenizers, tokenizers, texts, strict=True):
         refuse_unknown_ids(model, folder, tokenizer, encoder)
-    folders: dict[str, tuple[Path, str | None]] = {
-        name: (model.folder(name), variant) for name in (layout.denoiser, *layout.text_encoders)}
-    folders["vae"] = vae_repo.folder(vae_folder), vae_variant
+    places: dict[str, tuple[Repo, str, str | None]] = {
+        name: (model, name, variant) for name in (layout.denoiser, *layout.text_encoders)}
+    places["vae"] = vae_repo, vae_folder, vae_variant
     return Parts(model, denoiser, vae, tokenizers, texts,
-                 weights={name: weights_digest(*place) for name, place in folders.items()},
-                 sampled={name: sampled_digest(*place) for name, place in folders.items()})
+                 weights={name: repo.digest(folder, files) for name, (repo, folder, files) in places.items()},
+                 sampled={name: repo.sampled(folder, files) for name, (repo, folder, files) in places.items()},
+                 file_metadata={**model.file_metadata(), **vae_repo.file_metadata()})
 
 
 def assemble(family: type[AnyFamily], parts: Parts, *, device: torch.device, schedule: ScheduleChange,
@@ -352,15 +365,16 @@ def assemble(family: type[AnyFamily], parts: Parts, *, device: torch.device, sch
                 identity=identity(parts, family.layout, scheduler_config=config, text_detail=text_detail),
                 sampled_identity=identity(parts, family.layout, scheduler_config=config, text_detail=text_detail,
                                           sampled=True),
-                device=torch.device(device), **more)
+                device=torch.device(device), file_metadata=parts.file_metadata,
+                doubted=parts.model.assumes and not schedule.prediction_type, **more)
 
 
 def scheduler_config(model: Repo, schedule: ScheduleChange) -> dict[str, Any]:
-    """The model's scheduler config as the flags change it; says so when it makes the run an EDM one."""
-    from diffusers import DDPMScheduler
-
-    config = diffusion.effective_config(
-        DDPMScheduler.load_config(model.path, subfolder="scheduler", revision=model.revision), schedule)
+    """The model's scheduler config as the flags change it; says what it assumes, and when the run is an EDM one."""
+    config = diffusion.effective_config(model.json("scheduler/scheduler_config.json") or {}, schedule)
+    if model.assumes and not schedule.prediction_type:
+        log.info("%s does not say what it predicts: epsilon is assumed. If it predicts v, add --prediction_type "
+                 "v_prediction", Path(model.path).name)
     if diffusion.is_edm(config):
         log.info("%s has an EDM scheduler (%s): it is preconditioned and trained as in Karras et al. 2022", model.path,
                  config["_class_name"])

@@ -13,7 +13,8 @@ from trainkit.diffusion import AS_SAVED, ScheduleChange
 from trainkit.errors import Problem, UserError, refuse
 from trainkit.families.base import ModelLayout, halvings
 from trainkit.families.numbers import SCHEDULER, TEXT_ENCODER, TOKENIZER, UNET, VAE, Table, shown, wrong_values
-from trainkit.families.pretrained import MODEL_FLAG, VAE_FLAG, Config, Repo, first_line, vae_place
+from trainkit.families.pretrained import MODEL_FLAG, VAE_FLAG, Config, Repo, first_line
+from trainkit.families.single_file import model_at, vae_place
 from trainkit.options.sizes import sides_of, size_of
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def problems(layout: ModelLayout, path: str, *, resolution: int | str, vae_path:
     sides      further sides of images, by the flag that gives them
     """
     sides = {"resolution": resolution, **sides}
-    model = Repo(str(path), MODEL_FLAG, revision)
+    model = model_at(str(path), MODEL_FLAG, revision)
     vae, vae_folder = vae_place(model, vae_path)
     vae_file = f"{vae_folder}/config.json".lstrip("/")
     try:
@@ -167,6 +168,7 @@ def schedule_problems(model: Repo, change: ScheduleChange, timesteps: tuple[int,
         yield model.problem("the model folder has no scheduler", f"{SCHEDULER_FILE} is missing",
                             "copy the scheduler folder of the model there", kind="data")
         return
+    yield from model.unsaid(change.prediction_type)
     config = diffusion.effective_config(scheduler, change)
     found = [*diffusion.config_problems(config)]
     yield from found or unreadable_schedule(model, config)
@@ -243,7 +245,7 @@ def side_problems(given: Mapping[str, int | str], unet: Config, vae: Config) -> 
 def latents(path: str, resolution: int | str, *, vae_path: str | None = None, revision: str | None = None
             ) -> tuple[int, int, int]:
     """Shape (C,h,w) of the latents of such images, for a model that `problems` has nothing against."""
-    vae, folder = vae_place(Repo(str(path), MODEL_FLAG, revision), vae_path)
+    vae, folder = vae_place(model_at(str(path), MODEL_FLAG, revision), vae_path)
     config = vae.json(f"{folder}/config.json".lstrip("/")) or {}
     height, width = size_of(resolution)
     return int(config["latent_channels"]), height // halvings(config), width // halvings(config)
@@ -254,7 +256,7 @@ def native_resolution(path: str, revision: str | None = None) -> int:
 
     Raises UserError for a model that cannot be read, or does not say.
     """
-    model = Repo(str(path), MODEL_FLAG, revision)
+    model = model_at(str(path), MODEL_FLAG, revision)
     refuse(model.unreachable("unet/config.json"))
     unet, vae = model.json("unet/config.json") or {}, model.json("vae/config.json") or {}
     refuse([*missing_values(model, "unet/config.json", unet, ("sample_size",)),
@@ -265,7 +267,7 @@ def native_resolution(path: str, revision: str | None = None) -> int:
 
 def skeleton(path: str, *, revision: str | None = None) -> UNet2DConditionModel:
     """The UNet without its weights, to look up module paths in. Raises UserError: its config makes no UNet."""
-    return _built(Repo(str(path), MODEL_FLAG, revision), "unet/config.json", "UNet", _unet)
+    return _built(model_at(str(path), MODEL_FLAG, revision), "unet/config.json", "UNet", _unet)
 
 
 def unbuildable(layout: ModelLayout, model: Repo, vae: Repo, vae_file: str) -> Iterator[Problem]:

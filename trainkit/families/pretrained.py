@@ -75,15 +75,8 @@ class Repo:
         return listing(get_close_matches(name, names, n=3) or names[:3])
 
     def _local_problem(self) -> list[Problem]:
-        path = Path(self.path)
-        if path.is_dir():
+        if Path(self.path).is_dir():
             return []
-        if path.is_file():
-            return [self.problem(
-                "a model folder is needed, not a file", f"{path.name} is a single file",
-                "convert it once: python -c \"from diffusers import StableDiffusionXLPipeline as P; "
-                f"P.from_single_file('{path.as_posix()}').save_pretrained('{path.with_suffix('').as_posix()}')\" "
-                "(StableDiffusionPipeline for SD 1.x and 2.x)")]
         hub = hub_id(self.path)
         return [self.problem("the model folder does not exist", "no folder of this name, and not a Hub id (owner/name)",
                              f"{self.flag} {hub}" if hub else f"correct {self.flag}")]
@@ -154,6 +147,31 @@ class Repo:
             if not any(weight_name(variant).fullmatch(file) for file in files):
                 yield self._no_weights(name, files, variant)
 
+    def digest(self, component: str, variant: str | None) -> str:
+        """Of the weights of a component, see `weights_digest`."""
+        return weights_digest(self.folder(component), variant)
+
+    def sampled(self, component: str, variant: str | None) -> str:
+        """As checkpoints from before have it, see `sampled_digest`."""
+        return sampled_digest(self.folder(component), variant)
+
+    def unsaid(self, prediction_type: str | None) -> Iterator[Problem]:
+        """What the model does not say of itself and the user must; the configs of a folder say all of it."""
+        yield from ()
+
+    @property
+    def assumes(self) -> bool:
+        """Whether what the UNet predicts is not said anywhere and taken to be ε."""
+        return False
+
+    def file_metadata(self) -> dict[str, str]:
+        """What LoRA files say of the file that they were trained on; nothing of a folder."""
+        return {}
+
+    def part(self, part_class: Any, folder: str, settings: Mapping[str, Any]) -> Any:
+        """See `load_part`."""
+        return from_pretrained(self, part_class, folder, **settings)
+
     def _no_weights(self, component: str, files: set[str], variant: str | None) -> Problem:
         wanted = f"{variant} safetensors" if variant else "safetensors"
         others = sorted(file for file in files if file.endswith((".safetensors", ".bin")))
@@ -207,8 +225,11 @@ def weights_digest(folder: Path, variant: str | None) -> str:
     return f"{sum(parts) % 2 ** DIGEST_BITS:0{DIGEST_BITS // 4}x}"
 
 
-def tensors_digest(path: Path) -> str:
-    """Sum of the digests of a file's tensors; threads, for hashing takes longer than reading what is in memory."""
+def tensors_digest(path: Path, prefix: str = "") -> str:
+    """Sum of the digests of a file's tensors, those whose names begin with `prefix`.
+
+    Threads, for hashing takes longer than reading what is in memory.
+    """
     from safetensors import safe_open
 
     def one(name: str) -> int:
@@ -219,7 +240,8 @@ def tensors_digest(path: Path) -> str:
         return int(digest.hexdigest(), 16)
 
     with safe_open(path, framework="pt") as file, ThreadPoolExecutor(HASHING_THREADS) as pool:
-        return f"{sum(pool.map(one, file.keys())) % 2 ** DIGEST_BITS:x}"
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+        return f"{sum(pool.map(one, names)) % 2 ** DIGEST_BITS:x}"
 
 
 def sampled_digest(folder: Path, variant: str | None) -> str:
@@ -252,6 +274,14 @@ def tokenizer_digest(tokenizer: CLIPTokenizer) -> str:
 
 
 def load_part(repo: Repo, part_class: Any, folder: str, **settings: object) -> Any:
+    """A part of a model, or with "" a pipeline of all or the model's own network. Raises UserError.
+
+    settings  those of `part_class.from_pretrained`
+    """
+    return repo.part(part_class, folder, settings)
+
+
+def from_pretrained(repo: Repo, part_class: Any, folder: str, **settings: object) -> Any:
     """`part_class.from_pretrained` on one folder of a model, "" for the model's own.
 
     Raises UserError: a file is damaged, or config and weights are not of one network.
@@ -327,8 +357,3 @@ def freeze(module: nn.Module) -> nn.Module:
 def empty_device_cache() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def vae_place(model: Repo, vae_path: str | None) -> tuple[Repo, str]:
-    """Whose VAE it is, and the folder in there."""
-    return (Repo(str(vae_path), VAE_FLAG), "") if vae_path else (model, "vae")

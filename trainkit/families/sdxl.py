@@ -98,10 +98,10 @@ class SDXL(Family):
         """The stock pipeline around the denoiser in training: no text encoders, no VAE."""
         from diffusers import StableDiffusionXLPipeline
 
-        repo = StableDiffusionXLPipeline.load_config(self.path, revision=self.revision)
+        index = self.model.json("model_index.json") or {}
         return self._silent(StableDiffusionXLPipeline(
             vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=self.denoiser,
-            scheduler=scheduler, force_zeros_for_empty_prompt=repo.get("force_zeros_for_empty_prompt", True),
+            scheduler=scheduler, force_zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt", True),
             add_watermarker=False,
         ))
 
