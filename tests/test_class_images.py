@@ -24,7 +24,7 @@ from trainkit.data import class_images
 from trainkit.data.batch import Row
 from trainkit.data.class_images import Painter, class_rows, problems, recipe
 from trainkit.errors import UserError
-from trainkit.options import ModelOptions, PriorOptions
+from trainkit.options import ModelOptions, ObjectiveOptions, PriorOptions
 from trainkit.rng import generator
 from trainkit.runtime import ranks
 from trainkit.runtime.progress import Progress
@@ -39,8 +39,8 @@ def options(folder: Path | None, model: Path | str = "no/model", *, resolution: 
     prior = dict(with_prior_preservation=True, class_data_dir=folder and str(folder), class_prompt="a photo of a cat",
                  num_class_images=6, sample_batch_size=2) | changes
     return SimpleNamespace(model=ModelOptions(pretrained_model_name_or_path=str(model)), prior=PriorOptions(**prior),
-                           data=data_options(resolution=resolution, instance_data_dir=instances),
-                           run=SimpleNamespace(compat=None))
+                           objective=ObjectiveOptions(), run=SimpleNamespace(compat=None),
+                           data=data_options(resolution=resolution, instance_data_dir=instances))
 
 
 @pytest.fixture

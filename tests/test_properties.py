@@ -336,7 +336,7 @@ class Names:
 
     layout, webui_name, read_webui_name = sd.LAYOUT, sd.SD.webui_name, sd.SD.read_webui_name
     architecture, base_metadata, native_size = "stable-diffusion-v1", {"ss_v2": "False"}, (512, 512)
-    schedule = SimpleNamespace(prediction_type="epsilon")
+    schedule, file_metadata = SimpleNamespace(prediction_type="epsilon"), {}
 
 
 def trained(network: Tree, rank: int, alpha: float, kind: Mapping[str, object], seed: int) -> Adapters:

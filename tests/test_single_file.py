@@ -32,12 +32,13 @@ from tests.support.single_files import (
 )
 from tests.support.trainers import command, forked, make_images
 from trainkit import families
+from trainkit.data import class_images
 from trainkit.diffusion import AS_SAVED, Eps, Level, ScheduleChange, V, make_schedule
 from trainkit.families.pretrained import MODEL_FLAG
 from trainkit.families.single_file import model_at
 from trainkit.families.vocabulary import clip_tokenizer
-from trainkit.inference import generate_images, load_pipeline
-from trainkit.options import ModelOptions
+from trainkit.inference import base_problems, generate_images, load_pipeline
+from trainkit.options import ModelOptions, ObjectiveOptions, PriorOptions
 from trainkit.runtime.weight_files import DIFFUSERS_FILE
 from trainkit.training.doubt import Doubt
 
@@ -464,3 +465,41 @@ def test_a_damaged_file_is_one_message(case, tmp_path):
 def test_a_single_file_has_no_variant(models):
     found, = problems(models("sdxl")[1], variant="fp16")
     assert "leave --variant out" in found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is said of it afterwards
+
+
+@pytest.mark.trains
+def test_a_model_of_v_prediction_and_zero_terminal_snr_from_its_marks_to_the_card(models, images, tmp_path):
+    marked = write_single_file(models("sdxl")[0], tmp_path / "noob.safetensors", markers=("v_pred", "ztsnr"))
+    done = forked(command(marked, images, tmp_path / "run", max_train_steps=1), log=tmp_path / "log")
+    assert done.code == 0 and "assumed" not in done.output, done.output
+    with safe_open(tmp_path / "run/run.safetensors", framework="pt") as opened:
+        metadata = opened.metadata()
+    assert metadata["modelspec.prediction_type"] == "v" and metadata["ss_zero_terminal_snr"] == "True"
+    card = (tmp_path / "run/README.md").read_text("utf-8")
+    assert 'StableDiffusionXLPipeline.from_single_file("noob.safetensors")' in card
+    assert ('pipe.scheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction", '
+            'rescale_betas_zero_snr=True, timestep_spacing="trailing")') in card
+    assert str(tmp_path) not in card
+
+
+def test_generate_says_how_a_file_of_sd_2_is_told(models, tmp_path):
+    bare = write_single_file(models("sd2")[0], tmp_path / "sd2.safetensors")
+    found, = base_problems(str(bare), None)
+    assert "--prediction_type v_prediction" in found.fix and found.where == f"--base {bare}"
+    assert base_problems(str(bare), None, prediction_type="v_prediction") == []
+
+
+@pytest.mark.trains
+def test_prediction_type_changes_what_the_tools_and_class_images_draw_with(models):
+    _, file = models("sdxl")
+    assert load_pipeline(str(file), "float32", "v_prediction").scheduler.config.prediction_type == "v_prediction"
+    assert load_pipeline(str(file), "float32").scheduler.config.prediction_type == "epsilon"
+    painters = [class_images.Painter.load(SimpleNamespace(
+        model=ModelOptions(pretrained_model_name_or_path=str(file)), prior=PriorOptions(class_prompt="a cat"),
+        objective=ObjectiveOptions(prediction_type=told), data=SimpleNamespace(resolution=64)),
+        SimpleNamespace(device=CPU, seed=0)) for told in (None, "v_prediction")]
+    assert [painter.pipe.scheduler.config.prediction_type for painter in painters] == ["epsilon", "v_prediction"]

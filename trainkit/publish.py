@@ -142,7 +142,7 @@ def write_card(folder: Path) -> Path:
     card = env.get_template("card.md").render(
         run=run, samples=samples, samples_grid=f"samples/step_{samples[-1].step:06d}.png" if samples else "",
         usage=usage(run), files=run.files, purposes=purposes(run), settings=settings(run), dataset=hub_dataset(run),
-        licence=licence, base_is_local=Path(run.base_path).is_dir(),
+        licence=licence, base_is_local=Path(run.base_path).is_dir() or run.base_is_file,
         vae_is_local=bool(run.vae) and Path(str(run.option("pretrained_vae_model_name_or_path"))).is_dir(),
         front_matter=matter, title=title(run), parts=parts(run), tokens=run.embeddings.tokens if run.embeddings else {},
     )

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -25,6 +25,7 @@ from trainkit.data import buckets
 from trainkit.data.batch import Listed, Row
 from trainkit.data.rows import check, warn_enlarged
 from trainkit.data.sources.folder import Folder, list_folder
+from trainkit.diffusion import AS_SAVED, ScheduleChange, rescheduled
 from trainkit.errors import Problem, UserError, refuse
 from trainkit.families.pretrained import (
     MODEL_FLAG,
@@ -42,7 +43,7 @@ from trainkit.runtime import ranks
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
 
-    from trainkit.options import DataOptions, ModelOptions, PriorOptions, RunOptions
+    from trainkit.options import DataOptions, ModelOptions, ObjectiveOptions, PriorOptions, RunOptions
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,9 @@ class ClassImageOptions(Protocol):
 
     @property
     def run(self) -> RunOptions: ...
+
+    @property
+    def objective(self) -> ObjectiveOptions: ...
 
 
 class ClassImageRun(Protocol):
@@ -129,11 +133,14 @@ def recipe(opt: ClassImageOptions) -> str:
     o = opt.model
     names = [name and Path(name).resolve().name
              for name in (o.pretrained_model_name_or_path, o.pretrained_vae_model_name_or_path)]
-    return json_digest(opt.prior.class_prompt, opt.data.resolution, *names, o.revision, o.variant, contents(o))[:8]
+    change = ScheduleChange.from_options(opt.objective)
+    changed = [] if change == AS_SAVED else [astuple(change)]
+    return json_digest(opt.prior.class_prompt, opt.data.resolution, *names, o.revision, o.variant, contents(o),
+                       *changed)[:8]
 
 
 def contents(options: ModelOptions) -> list[object]:
-    """What a local model folder generates with: a digest of its UNet, and its scheduler's config.
+    """What a local model generates with: a digest of its UNet, and its scheduler's config.
 
     [] for a Hub id, which its revision describes and whose files may not be here yet; and for a folder that cannot be
     loaded, which is the model's own problem (families/base.py) and not repeated here.
@@ -294,6 +301,7 @@ class Painter:
         """Raises UserError when a file of the model is damaged."""
         precision = opt.prior.prior_generation_precision or ("fp32" if run.device.type == "cpu" else "fp16")
         pipe = load_pipeline(opt.model, DTYPES[precision]).to(run.device)
+        pipe.scheduler = rescheduled(pipe.scheduler, ScheduleChange.from_options(opt.objective))
         return cls(pipe, opt.prior.class_prompt or "", size_of(opt.data.resolution), run.seed)
 
     def __call__(self, numbers: Sequence[int]) -> list[Image.Image]:

@@ -115,7 +115,7 @@ def halvings(config: Config) -> int:
 class Family(ABC):
     """The frozen base model.
 
-    file_metadata  what LoRA files say of the files of models that are one file
+    file_metadata  what LoRA files say of the files of models that are one file, and of zero-terminal SNR
     doubted        whether what the denoiser predicts is not said anywhere and taken to be ε
 
     The denoiser, a UNet here, is in the weight dtype. The VAE is in fp32, because it overflows in fp16. Text encoders
@@ -359,13 +359,14 @@ def assemble(family: type[AnyFamily], parts: Parts, *, device: torch.device, sch
     more         what this family takes besides
     """
     config = scheduler_config(parts.model, schedule)
+    zero_snr = {"ss_zero_terminal_snr": "True"} if config.get("rescale_betas_zero_snr") else {}
     return family(path=parts.model.path, revision=parts.model.revision, denoiser=parts.denoiser, vae=parts.vae,
                 tokenizers=parts.tokenizers, text_encoders=parts.text_encoders,
                 schedule=diffusion.make_schedule(config), scheduler_config=config,
                 identity=identity(parts, family.layout, scheduler_config=config, text_detail=text_detail),
                 sampled_identity=identity(parts, family.layout, scheduler_config=config, text_detail=text_detail,
                                           sampled=True),
-                device=torch.device(device), file_metadata=parts.file_metadata,
+                device=torch.device(device), file_metadata={**parts.file_metadata, **zero_snr},
                 doubted=parts.model.assumes and not schedule.prediction_type, **more)
 
 
