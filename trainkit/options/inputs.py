@@ -16,10 +16,12 @@ class ModelOptions(Concern):
     """The base model"""
 
     pretrained_model_name_or_path: str = required(
-        "The base model. It is a folder in the Diffusers layout or a name on the Hub.", path="or Hub name",
-        resume="in the data", min_length=1)
+        "The base model. It is a .safetensors file, a folder in the Diffusers layout, or a name on the Hub.",
+        path="or Hub name", resume="in the data", min_length=1)
     pretrained_vae_model_name_or_path: str | None = opt(
-        None, "A separate VAE that replaces the VAE of the base model. It is a folder or a name on the Hub.",
+        None,
+        "A separate VAE that replaces the VAE of the base model. It is a .safetensors file, a folder, or a name on the "
+        "Hub.",
         path="or Hub name", resume="in the data", card="VAE", min_length=1)
     revision: str | None = opt(
         None, "The branch, tag or commit of the base model on the Hub.", unit="name", resume="in the data",

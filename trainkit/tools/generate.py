@@ -108,16 +108,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     described = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=described, allow_abbrev=False)
     add = parser.add_argument
-    add("--base", required=True, metavar="MODEL", help="The base model: SDXL, SD 1.x or SD 2.x. It is a "
-        ".safetensors file, a folder, or a name on the Hub.")
-    add("--prediction_type", choices=PREDICTION_TYPES, help="What the base model predicts. Give this flag if you "
-        "trained with it, or if a single file does not say it. Without this flag, the base model says it.")
-    add("--lora", type=Path, action="append", default=[], metavar="FILE", help="A LoRA file, or the folder of a run or "
-        "of a checkpoint, or RUN@STEP, such as runs/dog@500. Repeat this flag for several LoRAs.")
-    add("--strength", type=float, action="append", default=[], metavar="X", help="The strength of the LoRAs. Give one "
-        "for all of them, or repeat this flag for each in their order. The default is 1.")
-    add("--embeddings", type=Path, metavar="FILE", help="The file NAME_emb.safetensors of a run with new tokens. "
-        "It can also be a folder or RUN@STEP. The tokens then take the place of their words in the prompts.")
+    add_models(parser)
     add("--prompt", action="append", required=True, metavar="TEXT", help="The prompt. Repeat this flag for several "
         "prompts.")
     add("--negative_prompt", metavar="TEXT", help="A negative prompt for all prompts.")
@@ -146,6 +137,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.lora = [lora_file(path) for path in args.lora]
     args.embeddings = args.embeddings and embeddings_of(args.embeddings)
     return args
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """The flags of what is loaded."""
+    add = parser.add_argument
+    add("--base", required=True, metavar="MODEL", help="The base model: SDXL, SD 1.x or SD 2.x. It is a "
+        ".safetensors file, a folder, or a name on the Hub.")
+    add("--prediction_type", choices=PREDICTION_TYPES, help="What the base model predicts. Give this flag if you "
+        "trained with it, or if a single file does not say it. Without this flag, the base model says it.")
+    add("--lora", type=Path, action="append", default=[], metavar="FILE", help="A LoRA file, or the folder of a run or "
+        "of a checkpoint, or RUN@STEP, such as runs/dog@500. Repeat this flag for several LoRAs.")
+    add("--strength", type=float, action="append", default=[], metavar="X", help="The strength of the LoRAs. Give one "
+        "for all of them, or repeat this flag for each in their order. The default is 1.")
+    add("--embeddings", type=Path, metavar="FILE", help="The file NAME_emb.safetensors of a run with new tokens. "
+        "It can also be a folder or RUN@STEP. The tokens then take the place of their words in the prompts.")
 
 
 def loras(args: argparse.Namespace) -> list[tuple[Path, float]]:
