@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tests.support import ROOT
 from tests.support.compare import same_bits, same_tensors
 from tests.support.single_files import (
     build_folder,
@@ -256,6 +259,12 @@ def test_a_vae_of_one_file_replaces_that_of_the_model(models, tmp_path, layout, 
     assert found.vae.config.scaling_factor == 0.13025  # the model's: a file does not tell
     assert found.file_metadata["ss_new_vae_hash"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert found.file_metadata["ss_vae_name"] == file.name
+
+
+@pytest.mark.trains
+def test_a_base_without_a_vae_is_read_with_another_vae(models, tmp_path):
+    bare = header_only(tmp_path, left_out="^first_stage")
+    assert problems(bare, vae_path=str(models("sdxl")[1])) == []
 
 
 def renamed(name: str, names: dict[str, str]) -> str:
@@ -503,3 +512,80 @@ def test_prediction_type_changes_what_the_tools_and_class_images_draw_with(model
         objective=ObjectiveOptions(prediction_type=told), data=SimpleNamespace(resolution=64)),
         SimpleNamespace(device=CPU, seed=0)) for told in (None, "v_prediction")]
     assert [painter.pipe.scheduler.config.prediction_type for painter in painters] == ["epsilon", "v_prediction"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Full width
+
+RELEASED = {  # channels, text, depth of the transformers, and layers of the text encoders
+    "unet": dict(block_out_channels=(320, 640, 1280), cross_attention_dim=2048, layers_per_block=2,
+                 transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
+                 projection_class_embeddings_input_dim=2816),
+    "vae": dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+                down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4),
+    "text_encoder": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+                         projection_dim=768),
+    "text_encoder_2": dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
+                           projection_dim=1280),
+}
+
+
+def full_width() -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and shapes of SDXL as released, on the meta device."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    with torch.device("meta"):
+        network = UNet2DConditionModel.from_config({**unet("sdxl").config, **RELEASED["unet"]})
+        yield from ((f"{UNET}{unet_name(name, network.config)}", tensor)
+                    for name, tensor in network.state_dict().items())
+        yield from clip_tensors(CLIPTextModel(CLIPTextConfig(**RELEASED["text_encoder"])),
+                                "conditioner.embedders.0.transformer.", True)
+        yield from open_clip_tensors(CLIPTextModelWithProjection(CLIPTextConfig(**RELEASED["text_encoder_2"])),
+                                     "conditioner.embedders.1.model.")
+        yield from vae_tensors(AutoencoderKL.from_config({**vae("sdxl").config, **RELEASED["vae"]}),
+                               "first_stage_model.")
+
+
+def write_streaming(file: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """Random fp16 weights, one tensor in memory at a time."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors}
+    header, place = {}, 0
+    for name, shape in shapes.items():
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [place, place + 2 * math.prod(shape)]}
+        place += 2 * math.prod(shape)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    noise = torch.Generator().manual_seed(0)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for shape in shapes.values():
+            out.write((0.02 * torch.randn(shape, generator=noise)).half().numpy().tobytes())
+
+
+LOAD = """
+import json, sys, torch
+from trainkit import families
+from trainkit.options import ModelOptions
+options = ModelOptions(pretrained_model_name_or_path=sys.argv[1])
+module = families.of(options)
+assert module.problems(sys.argv[1], resolution=1024) == []
+anonymous = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1])
+family = module.load(options, device=torch.device("cpu"), weight_dtype=torch.bfloat16)
+print(json.dumps(dict(module=module.__name__, size=family.native_size, anonymous=anonymous() * 1024, weights=sum(
+    p.numel() * p.element_size() for part in (family.denoiser, family.vae, *family.text_encoders)
+    for p in part.parameters()))))
+"""
+
+
+@pytest.mark.slow
+def test_a_file_of_full_width_is_read_with_the_memory_of_its_weights(tmp_path):
+    """6.9 GB in the layout of SDXL as released; what stays in memory is each weight once, in its format."""
+    write_streaming(file := tmp_path / "sdxl.safetensors", full_width())
+    assert file.stat().st_size > 6.9e9
+    done = subprocess.run([sys.executable, "-c", LOAD, str(file)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["module"] == "trainkit.families.sdxl" and found["size"] == [1024, 1024]
+    assert found["weights"] > 8e9  # the UNet in bf16, the rest in fp32
+    assert found["anonymous"] < found["weights"] + 1e9

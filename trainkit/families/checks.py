@@ -92,7 +92,8 @@ def no_vae(model: Repo, vae: Repo, config: Config | None) -> Iterator[Problem]:
     """Is there a VAE? Asked of a model folder only: what is none lacks more than that."""
     if config is None and model.has("model_index.json"):
         missing = "config.json" if vae.flag == VAE_FLAG else "vae/config.json"
-        yield vae.problem("no VAE there", f"{missing} is missing", f"name a folder that holds a VAE in {VAE_FLAG}")
+        yield vae.problem("no VAE there", f"it has no {missing}, and no first_stage_model if it is a single file",
+                          f"name a folder or a file that holds a VAE in {VAE_FLAG}")
 
 
 def missing_values(repo: Repo, file: str, config: Config | None, names: Sequence[str]) -> Iterator[Problem]:
