@@ -471,6 +471,12 @@ def test_a_damaged_file_is_one_message(case, tmp_path):
     assert "x.safetensors cannot be read" in found and words in found
 
 
+def test_the_folder_of_a_single_file_is_answered_with_the_file(tmp_path):
+    file = header_only(tmp_path)
+    found, = problems(tmp_path)
+    assert "not a Diffusers model folder" in found and f"a model of one file: {file}" in found
+
+
 def test_a_single_file_has_no_variant(models):
     found, = problems(models("sdxl")[1], variant="fp16")
     assert "leave --variant out" in found

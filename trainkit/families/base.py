@@ -192,7 +192,10 @@ class Family(ABC):
     @property
     def name(self) -> str:
         """The base model without the folders it lies in."""
-        return Path(self.path).resolve().name if self.model.is_local else self.path
+        path = Path(self.path)
+        if path.is_file():  # which may be a link to one with a hash for a name
+            return path.name
+        return path.resolve().name if self.model.is_local else self.path
 
     @property
     def model(self) -> Repo:

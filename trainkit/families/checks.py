@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 
 from trainkit import diffusion
 from trainkit.diffusion import AS_SAVED, ScheduleChange
-from trainkit.errors import Problem, UserError, refuse
+from trainkit.errors import Problem, UserError, refuse, shell_word
 from trainkit.families.base import ModelLayout, halvings
 from trainkit.families.numbers import SCHEDULER, TEXT_ENCODER, TOKENIZER, UNET, VAE, Table, shown, wrong_values
 from trainkit.families.pretrained import MODEL_FLAG, VAE_FLAG, Config, Repo, first_line
@@ -72,8 +73,10 @@ def folder_problems(layout: ModelLayout, model: Repo) -> Iterator[Problem]:
     """Is this a base model of the family in the Diffusers layout?"""
     index, unet = model.json("model_index.json"), model.json("unet/config.json")
     if index is None:
+        files = sorted(Path(model.path).glob("*.safetensors")) if model.is_local else []
         yield model.problem("not a Diffusers model folder", "it has no model_index.json",
-                            f"name the folder that holds model_index.json in {MODEL_FLAG}")
+                            f"name the folder that holds model_index.json in {MODEL_FLAG}" + (
+                                f", or a model of one file: {shell_word(files[0])}" if files else ""))
     elif unet is None and index.get("transformer"):
         yield model.problem("a model without a UNet cannot be trained here",
                             f"its network is a transformer ({index.get('_class_name')})",
