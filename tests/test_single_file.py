@@ -6,12 +6,14 @@ import hashlib
 import json
 import logging
 import math
+import random
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,11 +39,13 @@ from tests.support.trainers import command, forked, make_images
 from trainkit import families
 from trainkit.data import class_images
 from trainkit.diffusion import AS_SAVED, Eps, Level, ScheduleChange, V, make_schedule
+from trainkit.families import single_file
 from trainkit.families.pretrained import MODEL_FLAG
 from trainkit.families.single_file import model_at
 from trainkit.families.vocabulary import clip_tokenizer
 from trainkit.inference import base_problems, generate_images, load_pipeline
 from trainkit.options import ModelOptions, ObjectiveOptions, PriorOptions
+from trainkit.reading import read_tensor_header
 from trainkit.runtime.weight_files import DIFFUSERS_FILE
 from trainkit.training.doubt import Doubt
 
@@ -408,7 +412,7 @@ CHANGED = {  # changes of a good SDXL file -> what the message says
     "a missing layer": (dict(left_out=r"output_blocks\.1\.0\.in_layers\.2\.bias"),
                         "it lacks model.diffusion_model.output_blocks.1.0.in_layers.2.bias"),
     "a layer too many": ({f"{UNET}output_blocks.0.0.adapter.weight": torch.zeros(1)}, "belong to no layer"),
-    "another shape": ({f"{UNET}out.2.bias": torch.zeros(5)}, "is [5], not [4]"),
+    "another shape": ({f"{UNET}out.2.bias": torch.zeros(5)}, "is [5], which makes no [4]"),
 }
 
 
@@ -475,6 +479,24 @@ def test_the_folder_of_a_single_file_is_answered_with_the_file(tmp_path):
     file = header_only(tmp_path)
     found, = problems(tmp_path)
     assert "not a Diffusers model folder" in found and f"a model of one file: {file}" in found
+
+
+@pytest.mark.trains
+def test_whatever_the_shapes_are_it_is_one_message(tmp_path, monkeypatch):
+    """Tensors are taken away, or have another shape, one at a time."""
+    file = header_only(tmp_path)
+    whole, drawn = read_tensor_header(file), random.Random(0)
+    names = [*whole.shapes]
+    assert model_at(str(file), MODEL_FLAG).unreachable("") == []
+    for name in [*drawn.sample(names, 8), "conditioner.embedders.1.model.text_projection",
+                 "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight"]:
+        for shape in (None, (), (2, 0)):
+            shapes = {**whole.shapes, name: shape}
+            if shape is None:
+                del shapes[name]
+            monkeypatch.setattr(single_file, "_header", lambda *_, shapes=shapes: replace(whole, shapes=shapes))
+            found = model_at(str(file), MODEL_FLAG).unreachable("")
+            assert len(found) == (not single_file.UNUSED.search(name)), (name, shape, found)
 
 
 def test_a_single_file_has_no_variant(models):

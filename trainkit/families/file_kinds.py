@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from trainkit.errors import Problem, UserError, shell_word
 from trainkit.families.pretrained import VAE_FLAG, Repo
-from trainkit.families.sizes import KEPT_LAYERS, count, cross_attention_width
+from trainkit.families.sizes import KEPT_LAYERS, count
 from trainkit.reading import TensorHeader
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -115,7 +115,7 @@ def base_kind(file: Repo, header: TensorHeader) -> Kind:
         unused = [name for name in shapes if name.startswith(last) and layers != KEPT_LAYERS]
         return Kind("sd2", {"unet": UNET, "text_encoder": OPEN_CLIP, **vae}, frozenset(unused))
     if has(CLIP):
-        wide = cross_attention_width(shapes, UNET) == SD2_WIDTH
+        wide = shapes.get(f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight", ())[1:] == (SD2_WIDTH,)
         return Kind("sd2" if wide else "sd1", {"unet": UNET, "text_encoder": CLIP, **vae})
     missing = "text encoder 2" if has(CLIP_L) else "text encoder 1" if has(CLIP_G) else "a text encoder"
     raise UserError(file.problem(

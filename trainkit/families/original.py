@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from trainkit.families.pretrained import Config
@@ -30,7 +31,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def transposed(tensor: Tensor) -> Tensor:
-    return tensor.T
+    return tensor.transpose(0, 1)
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
@@ -44,6 +45,13 @@ class Place:
 
     name: str
     take: Callable[[Tensor], Tensor] = whole
+
+    def shape(self, there: tuple[int, ...]) -> tuple[int, ...] | None:
+        """What is taken of a tensor of the shape `there`; None if it cannot be taken."""
+        try:
+            return tuple(self.take(torch.empty(there, device="meta")).shape)
+        except (IndexError, RuntimeError):
+            return None
 
 
 def third(k: int) -> Callable[[Tensor], Tensor]:

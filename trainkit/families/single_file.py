@@ -40,7 +40,7 @@ from trainkit.families.pretrained import (
     tensors_digest,
     unloadable,
 )
-from trainkit.families.sizes import text_config, unet_config, vae_config
+from trainkit.families.sizes import BAD_SHAPES, text_config, uncounted, unet_config, vae_config
 from trainkit.families.vocabulary import clip_tokenizer
 from trainkit.files import sha256
 from trainkit.reading import TensorHeader, read_tensor_header
@@ -121,11 +121,9 @@ class WeightFile(Repo):
     def unreachable(self, probe: str) -> list[Problem]:
         """What keeps the file from being read exactly."""
         try:
-            found = self.configs, self.kind
+            return [*self._layer_problems()]
         except UserError as error:
             return [*error.problems]
-        assert found
-        return [*self._layer_problems()]
 
     def json(self, name: str) -> Config | None:
         return self.configs.get(name)
@@ -165,8 +163,9 @@ class WeightFile(Repo):
         """Tensors that the networks ask for and the file lacks, or has in another shape; and those left over."""
         shapes, used = self.header.shapes, set[str]()
         for folder, prefix in self.kind.prefixes.items():
+            config = self._config(folder)
             try:
-                wanted = self._skeleton(folder).state_dict()
+                wanted = skeleton(folder, config).state_dict()
             except Exception as error:  # whatever the sizes make the libraries stumble over
                 yield self._unknown_layers(folder, first_line(error))
                 return
@@ -176,9 +175,9 @@ class WeightFile(Repo):
                 if place.name not in shapes:
                     yield self._unknown_layers(folder, f"it lacks {place.name}")
                     return
-                found = tuple(place.take(torch.empty(shapes[place.name], device="meta")).shape)
-                if found != tuple(wanted[name].shape):
-                    yield self._unknown_layers(folder, f"{place.name} is {list(found)}, not {list(wanted[name].shape)}")
+                found, asked = shapes[place.name], tuple(wanted[name].shape)
+                if place.shape(found) != asked:
+                    yield self._unknown_layers(folder, f"{place.name} is {list(found)}, which makes no {list(asked)}")
                     return
             over = [name for name in shapes if name.startswith(prefix) and name not in used and self._matters(name)]
             if over:
@@ -196,13 +195,6 @@ class WeightFile(Repo):
 
     def _config(self, folder: str) -> dict[str, Any]:
         return self.configs[f"{folder}/config.json".lstrip("/")]
-
-    def _skeleton(self, folder: str) -> nn.Module:
-        """A network without weights; what it computes for itself is there."""
-        from accelerate import init_empty_weights
-
-        with init_empty_weights():
-            return build(folder, self._config(folder))
 
     def _places(self, folder: str, names: Mapping[str, object]) -> dict[str, Place]:
         prefix, config, there = self.kind.prefixes[folder], self._config(folder), self.header.shapes
@@ -228,7 +220,7 @@ class WeightFile(Repo):
         """A network with its weights in a number format; each tensor is cast as it is read."""
         from safetensors import SafetensorError, safe_open
 
-        network = self._skeleton(folder)
+        network = skeleton(folder, self._config(folder))
         places = self._places(folder, network.state_dict())
         try:
             with safe_open(self.path, framework="pt") as file:
@@ -282,8 +274,8 @@ class SingleFile(WeightFile):
                 del configs["vae/config.json"]
             for folder in (name for name in kind.prefixes if name.startswith("text_encoder")):
                 configs[f"{folder}/config.json"] |= text_config(shapes, kind.prefixes[folder], kind.name)
-        except (KeyError, IndexError) as error:
-            raise UserError(self._unknown_layers("network", f"it lacks {error.args[0]}")) from error
+        except BAD_SHAPES as error:
+            raise UserError(self._unknown_layers("network", uncounted(error))) from error
         self._schedule(configs)
         return configs
 
@@ -344,8 +336,8 @@ class VaeFile(WeightFile):
                 if name in of_base}
         try:
             sizes = vae_config(self.header.shapes, kind.prefixes[""], diffusers_names=kind.diffusers_names)
-        except (KeyError, IndexError) as error:
-            raise UserError(self._unknown_layers("VAE", f"it lacks {error.args[0]}")) from error
+        except BAD_SHAPES as error:
+            raise UserError(self._unknown_layers("VAE", uncounted(error))) from error
         return {"config.json": template | kept | sizes}
 
     def _family(self) -> str:
@@ -356,6 +348,14 @@ class VaeFile(WeightFile):
     def file_metadata(self) -> dict[str, str]:
         short, full = self.webui_hashes()
         return {"ss_vae_name": Path(self.path).name, "ss_vae_hash": short, "ss_new_vae_hash": full}
+
+
+def skeleton(folder: str, config: dict[str, Any]) -> nn.Module:
+    """A network without weights; what it computes for itself is there."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        return build(folder, config)
 
 
 def build(folder: str, config: dict[str, Any]) -> nn.Module:

@@ -11,7 +11,13 @@ from typing import Any
 Shapes = Mapping[str, tuple[int, ...]]
 
 HEAD_WIDTH = 64  # of the attention in SD 2.x, SDXL and all text encoders; SD 1.x has eight heads at any width
+BAD_SHAPES = (KeyError, IndexError, ValueError, ZeroDivisionError)  # what counting raises in another kind of file
 KEPT_LAYERS = 23  # SD 2.x reads OpenCLIP's last layer but one: folders, and files made from one, lack the 24th
+
+
+def uncounted(error: Exception) -> str:
+    """What counting stumbled over."""
+    return f"it lacks {error.args[0]}" if isinstance(error, KeyError) else f"a tensor has another shape ({error})"
 
 
 def count(shapes: Shapes, name: str) -> int:
@@ -44,15 +50,11 @@ def unet_config(shapes: Shapes, prefix: str, released: Mapping[str, Any]) -> dic
         "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
         "transformer_layers_per_block": [*(number or 1 for number in depth[:-1]), inner],
         "attention_head_dim": released.get("attention_head_dim") or [width // HEAD_WIDTH for width in widths],
-        "cross_attention_dim": cross_attention_width(shapes, prefix),
+        "cross_attention_dim": shapes[f"{prefix}middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
         "use_linear_projection": len(shapes[f"{prefix}middle_block.1.proj_in.weight"]) == 2,
         **({"projection_class_embeddings_input_dim": shapes[f"{prefix}label_emb.0.0.weight"][1]}
            if released.get("addition_embed_type") else {}),
     }
-
-
-def cross_attention_width(shapes: Shapes, prefix: str) -> int:
-    return shapes[f"{prefix}middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1]
 
 
 def vae_config(shapes: Shapes, prefix: str, *, diffusers_names: bool = False) -> dict[str, Any]:
