@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FIRST_STEPS = 10  # in which the LoRA has changed the base's prediction by little
-CLEARLY = 0.5  # of the error under ε: a model of ε comes nowhere near it under v
-DIFFERENT = 0.25  # squared distance of the two targets, from which on a model's error tells them apart
+CLEARLY = 0.5  # of the other error
 
 
 class Doubt:
@@ -44,5 +43,5 @@ class Doubt:
                 "v and %.3g as epsilon. Stop here and add --prediction_type v_prediction, and --rescale_betas_zero_snr "
                 "if the model was trained with zero-terminal SNR", self.family.name, v_error, eps_error)
             self.open = False
-        elif float((as_eps - as_v).square().mean()) >= DIFFERENT:
+        elif eps_error < CLEARLY * v_error:
             self.open = False
