@@ -40,7 +40,7 @@ def as_matrix(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """Where a tensor lies in a file, and how it is taken from there."""
 
     name: str
@@ -58,18 +58,18 @@ def third(k: int) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor.chunk(3)[k]
 
 
-def unet_places(names: Iterable[str], config: Config, prefix: str) -> dict[str, Place]:
+def unet_places(names: Iterable[str], config: Config, prefix: str) -> dict[str, TensorPlace]:
     blocks = block_names(config)
-    return {name: Place(f"{prefix}{original_path(path, blocks)}.{end}") for name in names
+    return {name: TensorPlace(f"{prefix}{original_path(path, blocks)}.{end}") for name in names
             for path, _, end in (name.rpartition("."),)}
 
 
-def vae_places(names: Iterable[str], config: Config, prefix: str) -> dict[str, Place]:
+def vae_places(names: Iterable[str], config: Config, prefix: str) -> dict[str, TensorPlace]:
     levels = len(config["block_out_channels"])
     return {name: vae_place(name, levels, prefix) for name in names}
 
 
-def vae_place(name: str, levels: int, prefix: str) -> Place:
+def vae_place(name: str, levels: int, prefix: str) -> TensorPlace:
     """The original code counts the decoder's levels from the innermost resolution's end, Diffusers from its start."""
     side, _, rest = name.partition(".")
     kind, _, inner = rest.partition(".")
@@ -79,45 +79,48 @@ def vae_place(name: str, levels: int, prefix: str) -> Place:
         way, sampler = ("down", "downsample") if kind == "down_blocks" else ("up", "upsample")
         block = f"block.{parts[2]}" if parts[1] == "resnets" else sampler
         last = ".".join(parts[3:]).replace("conv_shortcut", "nin_shortcut")
-        return Place(f"{prefix}{side}.{way}.{level}.{block}.{last}")
+        return TensorPlace(f"{prefix}{side}.{way}.{level}.{block}.{last}")
     if kind == "mid_block" and parts[0] == "resnets":
-        return Place(f"{prefix}{side}.mid.block_{int(parts[1]) + 1}.{'.'.join(parts[2:])}")
+        return TensorPlace(f"{prefix}{side}.mid.block_{int(parts[1]) + 1}.{'.'.join(parts[2:])}")
     if kind == "mid_block":
         module, _, end = ".".join(parts[2:]).rpartition(".")
-        return Place(f"{prefix}{side}.mid.attn_1.{VAE_ATTENTION[module]}.{end}", as_matrix)
-    return Place(prefix + name.replace("conv_norm_out", "norm_out"))
+        return TensorPlace(f"{prefix}{side}.mid.attn_1.{VAE_ATTENTION[module]}.{end}", as_matrix)
+    return TensorPlace(prefix + name.replace("conv_norm_out", "norm_out"))
 
 
-def diffusers_vae_places(names: Iterable[str], there: Mapping[str, object], prefix: str) -> dict[str, Place]:
+def diffusers_vae_places(names: Iterable[str], there: Mapping[str, object], prefix: str) -> dict[str, TensorPlace]:
     """A VAE that Diffusers saved, under its names of today or those of the attention before version 0.17."""
     found = {}
     for name in names:
         old = name
         for now, before in OLD_ATTENTION.items():
             old = old.replace(f".attentions.0.{now}.", f".attentions.0.{before}.")
-        found[name] = Place(prefix + (name if prefix + name in there else old), as_matrix if old != name else whole)
+        found[name] = TensorPlace(prefix + (name if prefix + name in there else old),
+                                  as_matrix if old != name else whole)
     return found
 
 
-def clip_places(names: Iterable[str], there: Mapping[str, object], prefix: str) -> dict[str, Place]:
+def clip_places(names: Iterable[str], there: Mapping[str, object], prefix: str) -> dict[str, TensorPlace]:
     """A text encoder under Transformers' names, with the level "text_model" or without."""
     inner = f"{prefix}text_model." if any(name.startswith(f"{prefix}text_model.") for name in there) else prefix
-    return {name: Place((prefix if name.startswith("text_projection") else inner) + name.removeprefix("text_model."))
-            for name in names}
+    return {name: TensorPlace(
+        (prefix if name.startswith("text_projection") else inner) + name.removeprefix("text_model.")) for name in names}
 
 
-def open_clip_places(names: Iterable[str], there: Mapping[str, object], prefix: str) -> dict[str, Place]:
+def open_clip_places(names: Iterable[str], there: Mapping[str, object], prefix: str) -> dict[str, TensorPlace]:
     """OpenCLIP's text encoder: one projection for queries, keys and values; its last projection is transposed."""
     return {name: open_clip_place(name.removeprefix("text_model."), there, prefix) for name in names}
 
 
-def open_clip_place(name: str, there: Mapping[str, object], prefix: str) -> Place:
+def open_clip_place(name: str, there: Mapping[str, object], prefix: str) -> TensorPlace:
     if name in OPEN_CLIP_ENDS:
-        return Place(prefix + OPEN_CLIP_ENDS[name])
+        return TensorPlace(prefix + OPEN_CLIP_ENDS[name])
     if name == "text_projection.weight":  # ComfyUI saves it under this name, as Transformers has it
-        return Place(prefix + name) if prefix + name in there else Place(f"{prefix}text_projection", transposed)
+        if prefix + name in there:
+            return TensorPlace(prefix + name)
+        return TensorPlace(f"{prefix}text_projection", transposed)
     _, _, layer, *parts = name.split(".")
     block, module, end = f"{prefix}transformer.resblocks.{layer}", ".".join(parts[:-1]), parts[-1]
     if parts[1] in THIRDS:
-        return Place(f"{block}.attn.in_proj_{end}", third(THIRDS[parts[1]]))
-    return Place(f"{block}.{OPEN_CLIP[module]}.{end}")
+        return TensorPlace(f"{block}.attn.in_proj_{end}", third(THIRDS[parts[1]]))
+    return TensorPlace(f"{block}.{OPEN_CLIP[module]}.{end}")

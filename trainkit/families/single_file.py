@@ -24,7 +24,7 @@ from trainkit.digests import remembered
 from trainkit.errors import Problem, UserError, refuse
 from trainkit.families.file_kinds import Kind, base_kind, stranger, vae_kind
 from trainkit.families.original import (
-    Place,
+    TensorPlace,
     clip_places,
     diffusers_vae_places,
     open_clip_places,
@@ -196,7 +196,7 @@ class WeightFile(Repo):
     def _config(self, folder: str) -> dict[str, Any]:
         return self.configs[f"{folder}/config.json".lstrip("/")]
 
-    def _places(self, folder: str, names: Mapping[str, object]) -> dict[str, Place]:
+    def _places(self, folder: str, names: Mapping[str, object]) -> dict[str, TensorPlace]:
         prefix, config, there = self.kind.prefixes[folder], self._config(folder), self.header.shapes
         if folder == "unet":
             return unet_places(names, config, prefix)
