@@ -63,7 +63,7 @@ class LowRankUpdate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, dy: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
-        dx, dA, dB = update_gradients(ctx, dy)
+        dx, dA, dB = update_gradients(ctx, dy, *ctx.saved_tensors)
         return dx, None, None, dA, dB, None
 
 
@@ -77,9 +77,12 @@ def products(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, c: fl
     return y.addmm_(h, B.to(dtype).t(), alpha=c), rows, h
 
 
-def update_gradients(ctx: Context, dz: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-    """dx (where it is asked for), dA and dB of z = x Wᵀ + c · (x Aᵀ) Bᵀ from dz [..., out]."""
-    rows, h, W, A, B = ctx.saved_tensors[:5]
+def update_gradients(ctx: Context, dz: Tensor, rows: Tensor, h: Tensor, W: Tensor, A: Tensor, B: Tensor
+                     ) -> tuple[Tensor | None, Tensor, Tensor]:
+    """dx (where it is asked for), dA and dB of z = x Wᵀ + c · (x Aᵀ) Bᵀ from dz [..., out].
+
+    A backward pass unpacks ctx.saved_tensors once: under gradient checkpointing they are gone afterwards.
+    """
     dz = dz.reshape(-1, dz.shape[-1])  # [n,out]
     g = (dz @ B.to(dz.dtype)).mul_(ctx.c)  # [n,r]
     dA, dB = g.t() @ rows, (dz.t() @ h).mul_(ctx.c)
@@ -109,9 +112,9 @@ class DecomposedUpdate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, dy: Tensor) -> tuple[Tensor | None, ...]:
-        *_, z, s = ctx.saved_tensors
+        *saved, z, s = ctx.saved_tensors
         ds = torch.linalg.vecdot(dy.reshape(z.shape), z, dim=0)  # [out]
-        dx, dA, dB = update_gradients(ctx, dy * s.to(dy.dtype))
+        dx, dA, dB = update_gradients(ctx, dy * s.to(dy.dtype), *saved)
         return dx, None, None, dA, dB, ds.to(s.dtype), None
 
 
@@ -266,6 +269,11 @@ def install(layer: BaseTunerLayer, adapter: str) -> bool:
 def install_started(layer: BaseTunerLayer, adapter: str) -> None:
     """Let the update of a PEFT layer count from what its factors hold now."""
     assert install(layer, adapter) and type(layer) is LeanLinear, "PiSSA and OLoRA are for plain LoRA on linear layers"
+    start_here(layer)
+
+
+def start_here(layer: LeanLinear) -> None:
+    """Remember the factors as they are: the update counts from them."""
     layer.__class__ = StartedLinear
     A, B = LeanLinear.low_rank(layer)
     layer.register_buffer("start_A", A.detach().clone(), persistent=False)
