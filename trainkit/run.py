@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from trainkit.data.sampler import Shard
-from trainkit.devices import allow_tf32, only_deterministic, precision_notices
+from trainkit.devices import WEIGHT_DTYPES, allow_tf32, only_deterministic, precision_notices
 from trainkit.errors import Problem, UserError, is_out_of_memory, out_of_memory, refuse
 from trainkit.files import DISK_ERRORS, Json, disk_error, disk_errors
 from trainkit.runtime import ranks, trackers
@@ -55,7 +55,6 @@ log = logging.getLogger(__name__)
 SAVES_MEMORY = (
     "add --gradient_checkpointing, --cache_latents and --mixed_precision bf16, then halve --train_batch_size and "
     "double --gradient_accumulation_steps (the same gradient); --resume_from_checkpoint latest keeps what is saved")
-WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class RunSettings(Protocol):

@@ -228,12 +228,7 @@ def make_text(family: Family, prompts: Iterable[str], store: Store | None, *, te
         frozen = FrozenText(family, prompts, store, text.clip_skip, also=also)
         family.free_text_encoders()
         return frozen
-    for encoder in family.text_encoders:
-        encoder.to(family.device, family.weight_dtype)
-        if gradient_checkpointing:  # called gradient_checkpointing_enable before Transformers 5.23
-            part: Any = encoder
-            enable = getattr(part, "activation_checkpointing_enable", None) or part.gradient_checkpointing_enable
-            enable({"use_reentrant": False})  # needs no gradient at the input
+    prepare_to_learn(family, gradient_checkpointing=gradient_checkpointing)
     if text.text_encoder_2_lr is not None and len(family.text_encoders) == 1:
         log.warning("--text_encoder_2_lr has no effect: %s has one text encoder", family.name)
     if pivotal is None or not learns_tokens:
@@ -242,3 +237,13 @@ def make_text(family: Family, prompts: Iterable[str], store: Store | None, *, te
     prompts, tokens = list(prompts), NewTokens(cast("SDXL", family), pivotal, seed=seed)
     refuse(unseen(tokens.names, family.tokenizers[0], [tokens.rewrite(prompt) for prompt in prompts]))
     return LiveText(family, tokens, prompts, store, text, stop=pivotal.stop(total), also=also)
+
+
+def prepare_to_learn(family: Family, *, gradient_checkpointing: bool) -> None:
+    """The text encoders on the device, in the weight dtype, as they are while anything in them trains."""
+    for encoder in family.text_encoders:
+        encoder.to(family.device, family.weight_dtype)
+        if gradient_checkpointing:  # called gradient_checkpointing_enable before Transformers 5.23
+            part: Any = encoder
+            enable = getattr(part, "activation_checkpointing_enable", None) or part.gradient_checkpointing_enable
+            enable({"use_reentrant": False})  # needs no gradient at the input

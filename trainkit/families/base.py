@@ -246,16 +246,19 @@ class Family(ABC):
         sample = mean + (0.5 * logvar).exp() * noise
         return (sample - self.latent_mean) * self.vae.config.scaling_factor / self.latent_std
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """x0 [B,C,h,w] -> images."""
+        return [Image.fromarray(image) for image in self.decode_pixels(latents).cpu().numpy()]
+
+    @torch.no_grad()
+    def decode_pixels(self, latents: Tensor) -> Tensor:
+        """x0 [B,C,h,w] -> [B,H,W,3] in 0..255, on the device."""
         vae = self.vae.to(self.device)
         latents = latents.to(self.device, vae.dtype)
         scaled = latents * self.latent_std.to(vae.dtype) / vae.config.scaling_factor + self.latent_mean.to(vae.dtype)
         with in_tiles(vae, self.vae_factor):
             pixels = torch.cat([vae.decode(latent).sample for latent in scaled.split(1)])  # [B,3,H,W]
-        levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)  # [B,H,W,3]
-        return [Image.fromarray(image) for image in levels.cpu().numpy()]
+        return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
 
     @property
     def latents_identity(self) -> str:
