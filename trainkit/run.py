@@ -149,6 +149,7 @@ class Run:
         self._agreed: Wish | None = None
         self._step, self._total, self._over = 0, 0, False
         self._clock, self._seconds_before = time.monotonic(), 0.0
+        self.saves_memory: Callable[[], str] = lambda: SAVES_MEMORY  # what helps, once memory has run out
         self._options = redact_json(opts.flat(), self.secrets)
         if self.is_main:
             self.record = RunRecord(
@@ -455,10 +456,16 @@ class Run:
         if self.signals.wish is not None and not self.signals.patient and not isinstance(error, UserError):
             return self.signals.error()
         if is_out_of_memory(error):
-            return out_of_memory(error, describe_device(self.device), SAVES_MEMORY)
+            return out_of_memory(error, describe_device(self.device), self._what_saves_memory())
         if isinstance(error, OSError) and (error.errno in DISK_ERRORS or not self.out_dir.is_dir()):
             return disk_error(error, Path(error.filename or self.out_dir), "read or write")
         return error
+
+    def _what_saves_memory(self) -> str:
+        try:
+            return self.saves_memory()
+        except Exception:  # whatever a plan stumbles over: that memory ran out is what must be told
+            return SAVES_MEMORY
 
 
 def make_accelerator(opts: RunSettings, tracker_names: list[str]) -> Accelerator:

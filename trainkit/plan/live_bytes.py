@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 WEIGHTS, ADAPTERS, OPTIMIZER, GRADIENTS, GRAPH = KINDS = ("weights", "adapters", "optimizer", "gradients", "graph")
+META = torch.device("meta")  # stands for the card: its tensors have shapes and dtypes and no numbers, and need no GPU
 BLOCK = 512  # bytes: what CUDA's caching allocator rounds a tensor up to
 
 
@@ -92,15 +93,66 @@ class LiveBytes(TorchDispatchMode):
         self.sums[kind] -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out, flops = answer(func, args, kwargs or {})
+        self.flops += flops
         for result in out if isinstance(out, (list, tuple)) else (out,):
             if isinstance(result, Tensor):
                 self.add(result, GRAPH)
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=out)
         return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shapes that were worked out before: the same block comes many times
+
+aten = torch.ops.aten
+INTO_FIRST = {aten.addmm_.default, aten.add_.Tensor, aten.mul_.Tensor}  # write into their first argument, as it is
+Made = tuple[torch.Size, tuple[int, ...], torch.dtype] | None  # of an output; None where there is none
+_remembered: dict[Any, tuple[type, tuple[Made, ...], int]] = {}
+_makes_new: dict[Any, bool] = {}  # operator -> whether its outputs share no memory with its inputs
+
+
+def answer(func: Any, args: tuple, kwargs: dict) -> tuple[Any, int]:
+    """What the operator returns, and its FLOPs. On the meta device, one that was asked before is not worked out again.
+    """
+    if func in INTO_FIRST and args[0].device.type == "meta":
+        return args[0], 0
+    if func not in _makes_new:
+        places = (*func._schema.arguments, *func._schema.returns)
+        _makes_new[func] = all(place.alias_info is None for place in places)
+    key = (func, look(args), look([*kwargs.items()])) if _makes_new[func] else None
+    try:
+        known = _remembered.get(key)
+    except TypeError:  # an argument that cannot be looked up, such as a tensor with values
+        key = known = None
+    if key is not None and known is not None:
+        kind, made, flops = known
+        outputs = [None if one is None else torch.empty_strided(*one[:2], dtype=one[2], device=META) for one in made]
+        return (outputs[0] if kind is Tensor else kind(outputs)), flops
+    out = func(*args, **kwargs)
+    formula = flop_registry.get(func._overloadpacket)
+    flops = 0 if formula is None else formula(*args, **kwargs, out_val=out)
+    outputs = [out] if isinstance(out, Tensor) else [*out] if isinstance(out, (list, tuple)) else []
+    if key is not None and outputs and all(one is None or is_plain(one) for one in outputs):
+        made = tuple(None if one is None else (one.shape, one.stride(), one.dtype) for one in outputs)
+        _remembered[key] = Tensor if isinstance(out, Tensor) else type(out), made, flops
+    return out, flops
+
+
+def look(value: Any) -> Any:
+    """What an operator's answer depends on, fit for a table; not so for tensors with values."""
+    if isinstance(value, Tensor):
+        return (value.shape, value.stride(), value.dtype) if value.device.type == "meta" else [value]
+    if isinstance(value, (list, tuple)):
+        return tuple(look(one) for one in value)
+    return type(value), value
+
+
+def is_plain(output: Any) -> bool:
+    """Whether it is a tensor on the meta device that has its storage to itself."""
+    if not isinstance(output, Tensor) or output.device.type != "meta":
+        return False
+    like = torch.empty_strided(output.shape, output.stride(), dtype=output.dtype, device=META)
+    return like.untyped_storage().nbytes() == output.untyped_storage().nbytes() and output.storage_offset() == 0
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
@@ -108,5 +160,3 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     sizes = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(-(-size // BLOCK) * BLOCK for size in sizes.values())
 
-
-META = torch.device("meta")  # stands for the card: its tensors have shapes and dtypes and no numbers, and need no GPU

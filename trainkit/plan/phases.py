@@ -116,6 +116,7 @@ class Trace:
     loaded           bytes of all networks as they are loaded, before the first of them moves to the card
     latent, prompt   bytes of a cached latent and of a cached prompt
     checkpoint       bytes of adapters and optimizer state in a checkpoint
+    flops            floating-point operations of an optimizer step
     """
 
     phases: tuple[Phase, ...]
@@ -125,6 +126,7 @@ class Trace:
     latent: int
     prompt: int
     checkpoint: int
+    flops: int
 
     def __getitem__(self, name: str) -> Peak:
         return next(phase.peak for phase in self.phases if phase.name == name)
@@ -281,9 +283,11 @@ def account(skeleton: Skeleton, phases: tuple[Phase, ...]) -> Trace:
     places = skeleton.family.latent_channels * (skeleton.side // factor) ** 2
     given = sum(tensor[:1].nbytes for tensor in skeleton.given.values())
     trained = sum(parameter.numel() for parameter in skeleton.trained)
+    flops = next(phase.peak.flops for phase in phases if phase.name == "training")
     return Trace(
         phases, adapters=trained, state_on_host=state.on_host, loaded=skeleton.loaded,
-        latent=2 * 4 * places, prompt=given, checkpoint=4 * trained + state.on_card + state.on_host)
+        latent=2 * 4 * places, prompt=given, checkpoint=4 * trained + state.on_card + state.on_host,
+        flops=flops * skeleton.opt.run.gradient_accumulation_steps)
 
 
 def generate_class_images(opt: TracedOptions, configs: ModelConfigs, *, block: int) -> Peak:
