@@ -83,17 +83,16 @@ def table(asked: Trace) -> Iterator[str]:
 
 def around(opt: TracedOptions, asked: Trace) -> Iterator[str]:
     """Host memory, disk, operations."""
-    images = opt.data.cached_crops if opt.data.cache_latents and not opt.data.center_crop else 1
+    crops = opt.data.cached_crops if opt.data.cache_latents and not opt.data.center_crop else 1
     host = asked.loaded + asked.state_on_host
-    yield (f"Host memory: about {host / GIB + PYTHON:.0f} GiB while the model is loaded ({host / GIB:.1f} of weights, "
-           f"{PYTHON:g} assumed for Python)")
+    parts = f"{host / GIB:.1f} of weights, {PYTHON:g} for Python (assumed)"
+    yield f"Host memory  about {host / GIB + PYTHON:.0f} GiB: {parts}"
     if opt.data.cache_latents:
         where = "on disk" if opt.data.latent_cache_dir else "of host memory"
-        yield f"Cache: {size(images * asked.latent)} {where} for each image, {size(asked.prompt)} for each caption"
+        yield f"Cache        {size(crops * asked.latent)} {where} for each image, {size(asked.prompt)} for each caption"
     checkpoint, beside = asked.checkpoint + 4 * asked.adapters, 2 * asked.adapters
-    yield f"Disk: {size(checkpoint)} a checkpoint, and {size(beside)} for the LoRA beside it"
-    numbers = f"{asked.adapters / 1e6:.1f} million numbers are trained"
-    yield f"Work: {asked.flops / 1e12:.1f} TFLOP an optimizer step; {numbers}"
+    yield f"Disk         {size(checkpoint)} for each checkpoint, and {size(beside)} for the LoRA beside it"
+    yield f"Work         {asked.flops / 1e12:.1f} TFLOP for each optimizer step"
 
 
 def ladder(card: Card, steps: Sequence[Step]) -> Iterator[str]:
@@ -130,8 +129,8 @@ def conclusion(card: Card, steps: Sequence[Step], rungs: Flags) -> Iterator[str]
     seconds = card.seconds(last.trace.flops)
     if seconds is not None:
         fast, slow = seconds
-        yield (f"An optimizer step takes about {fast:.2g} to {slow:.2g} s: {FASTEST:.0%} to {SLOWEST:.0%} of "
-               f"{card.tflops:g} TFLOPS (assumed).")
+        yield f"An optimizer step takes about {fast:.2g} to {slow:.2g} s, if the card reaches"
+        yield f"{FASTEST:.0%} to {SLOWEST:.0%} of its {card.tflops:g} TFLOPS (assumed)."
 
 
 def command_lines(flags: Flags) -> list[str]:

@@ -22,6 +22,7 @@ CARDS = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)  # GB
 HALF, CHECKPOINTING = "--mixed_precision=bf16", "--gradient_checkpointing"
 MODELS = {"sd15": ("SD 1.5", (512,)), "sdxl": ("SDXL", (512, 768, 1024))}
 BASE = ("--pretrained_model_name_or_path=sdxl", "--rank=16", "--train_batch_size=1", "--cache_latents", HALF)
+CLASS_IMAGES = ["--with_prior_preservation", "--class_data_dir=people", "--class_prompt=a photo of a person"]
 ADDITIONS = {  # what is added to SDXL at 1024 px, batch 1, bf16, gradient checkpointing, rank 16, AdamW
     "`--rank=32`": ["--rank=32"], "`--rank=64`": ["--rank=64"], "`--rank=128`": ["--rank=128"],
     "`--lora_layers=all-linear`": ["--lora_layers=all-linear"], "`--use_dora`": ["--use_dora"],
@@ -30,8 +31,7 @@ ADDITIONS = {  # what is added to SDXL at 1024 px, batch 1, bf16, gradient check
     "no `--cache_latents`": ["--no_cache_latents"],
     "`--train_text_encoder`": ["--train_text_encoder"],
     "`--train_text_encoder_ti`": ["--train_text_encoder_ti"],
-    "class images (`--with_prior_preservation`)": [
-        "--with_prior_preservation", "--class_data_dir=people", "--class_prompt=a photo of a person"],
+    "class images (`--with_prior_preservation`)": CLASS_IMAGES,
 }
 
 
@@ -89,7 +89,7 @@ def additions() -> Iterator[str]:
 
 
 def other_phases() -> Iterator[str]:
-    flags = (*BASE, CHECKPOINTING, "--validation_prompt=a dog", *ADDITIONS["class images (`--with_prior_preservation`)"])
+    flags = (*BASE, CHECKPOINTING, "--validation_prompt=a dog", *CLASS_IMAGES)
     for phase in planned("sdxl", flags).phases:
         if phase.name != "training":
             yield f"| {phase.name} | {phase.peak.total / GIB:.1f} | {smallest_card(phase.peak.total)} |"
@@ -103,9 +103,10 @@ def presets() -> Iterator[str]:
 
 def page() -> str:
     """The whole of docs/memory.md."""
-    return PAGE.format(rows="\n".join(map(str, ROWS)), additions="\n".join(additions()),
-                       phases="\n".join(other_phases()), presets="\n".join(presets()), batches=" | ".join(f"batch {batch}" for batch in BATCHES),
-                       line="---|" * (4 + len(BATCHES)), eight=f"{eight_gb() / GIB:.1f}")
+    parts = {
+        "rows": map(str, ROWS), "additions": additions(), "phases": other_phases(), "presets": presets()}
+    return PAGE.format(batches=" | ".join(f"batch {batch}" for batch in BATCHES), line="---|" * (4 + len(BATCHES)),
+                       eight=f"{eight_gb() / GIB:.1f}", **{name: "\n".join(lines) for name, lines in parts.items()})
 
 
 def eight_gb() -> int:
