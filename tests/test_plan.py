@@ -295,6 +295,17 @@ def test_sdxl_fits_eight_gigabytes_as_sd_scripts_says():
     assert 4.78 * GIB < tables.eight_gb() <= 8 * GIB - OTHERS
 
 
+@pytest.mark.trains
+def test_the_readme_shows_what_its_command_prints(capsys):
+    text = (ROOT / "README.md").read_text("utf-8")
+    found = re.search(r"python scripts/plan.py (.+)\n```\n\n```text\n((?:  .+\n)+)", text)
+    assert found
+    with pytest.raises(SystemExit):
+        tool.main(found[1].split())
+    printed = capsys.readouterr().out.splitlines()
+    assert found[2].splitlines() == [line for line in printed if re.search(r"GiB [✓✗]", line)]
+
+
 MEMORY_PAGE = ROOT / "docs" / "memory.md"
 
 

@@ -14,7 +14,7 @@ from trainkit.errors import EXIT_CODES
 from trainkit.plan import cards, page
 from trainkit.plan.cards import Card
 from trainkit.plan.ladder import Step, climb
-from trainkit.plan.models import read_configs
+from trainkit.plan.models import ModelConfigs, read_configs
 from trainkit.plan.need import GIB, Need
 from trainkit.plan.phases import PlannedOptions, TracedOptions, class_images, learns_text, trace
 from trainkit.process import say
@@ -22,9 +22,11 @@ from trainkit.process import say
 log = logging.getLogger(__name__)
 
 # More than SD 1.x and SDXL come to with adapters on attention; it only decides whether a plan is made at all.
-MOST_WEIGHTS = 5 * GIB  # of the UNet in half precision
+MOST_WEIGHTS = 5 * GIB  # of the UNet in half precision, at their widths
 MOST_GRAPH = 8 * GIB  # for each megapixel in a batch, in half precision
-CHECKPOINTED = 1 / 6  # of it with gradient checkpointing
+NARROWEST, WIDEST = 320, 1280  # channels of their UNets
+CHECKPOINTED = 1 / 6  # of the graph with gradient checkpointing
+UNUSUAL = 3  # times as much with other layers, high ranks, text encoders in training
 
 
 class StartingRun(Protocol):
@@ -61,10 +63,12 @@ def at_start(opt: PlannedOptions, run: StartingRun) -> None:
     if card is None:
         return
     run.saves_memory = partial(what_helps, opt, card)
-    if at_most(opt) <= card.free:
-        log.info("memory    less than %.0f GiB will be needed (computed) of %s", at_most(opt) / GIB, card.name)
+    configs = read_configs(opt.model)
+    enough = at_most(opt, configs)
+    if enough <= card.free:
+        log.info("memory    less than %.0f GiB will be needed (computed) of %s", enough / GIB, card.name)
         return
-    steps = [*climb(opt, read_configs(opt.model), card)]
+    steps = [*climb(opt, configs, card)]
     need = steps[0].need
     if need.fits(card.free):
         log.info("memory    about %.1f GiB will be needed (computed) of %s", need.bytes / GIB, card.name)
@@ -73,14 +77,16 @@ def at_start(opt: PlannedOptions, run: StartingRun) -> None:
                     need.bytes / GIB, steps[0].worst, card.name, advice(steps, card))
 
 
-def at_most(opt: TracedOptions) -> int:
-    """A cheap bound on what a run with adapters on attention needs, in bytes; any other run may need anything."""
-    half = (opt.precision.mixed_precision or "no") != "no"
+def at_most(opt: TracedOptions, configs: ModelConfigs) -> int:
+    """A cheap bound on what a run needs, in bytes, from the widths of its UNet, the batch and the precision."""
+    widths = configs.of("unet/config.json")["block_out_channels"]
     images = opt.run.train_batch_size * (2 if class_images(opt) else 1)
-    graph = MOST_GRAPH * images * opt.data.resolution**2 / 1e6
+    graph = MOST_GRAPH * widths[0] / NARROWEST * images * opt.data.resolution**2 / 1e6
     graph *= CHECKPOINTED if opt.precision.gradient_checkpointing else 1
+    bound = graph + MOST_WEIGHTS * (max(widths) / WIDEST) ** 2
+    half = (opt.precision.mixed_precision or "no") != "no"
     unusual = opt.lora.lora_layers != "attention" or opt.lora.rank > 64 or learns_text(opt) or class_images(opt)
-    return Need(int((MOST_WEIGHTS + graph) * (1 if half else 2))).bytes + (100 * GIB if unusual else 0)
+    return Need(int(bound * (1 if half else 2) * (UNUSUAL if unusual else 1))).bytes
 
 
 def advice(steps: list[Step], card: Card) -> str:

@@ -34,6 +34,20 @@ ADDITIONS = {  # what is added to SDXL at 1024 px, batch 1, bf16, gradient check
     "class images (`--with_prior_preservation`)": CLASS_IMAGES,
 }
 
+LEAN = (HALF, CHECKPOINTING, "--cache_latents")
+PREVIEWS = "--validation_prompt=a dog"
+RECIPES = {  # what of the commands in README.md and docs/recipes.md decides memory
+    "[the first command](../README.md#train-sdxl-on-your-own-images)": ["--train_batch_size=1", "--rank=16", *LEAN],
+    "[a style at 8 GB](recipes.md#a-style-at-8-gb)": [
+        "--preset=style", "--train_batch_size=1", "--gradient_accumulation_steps=3", *LEAN],
+    "[a face or an object at 8 GB](recipes.md#a-face-or-an-object-at-8-gb)": ["--preset=face", "--rank=16", *LEAN],
+    "[an object](recipes.md#an-object)": [
+        "--train_batch_size=1", "--rank=16", "--optimizer=prodigy", "--learning_rate=1", *CLASS_IMAGES, *LEAN],
+    "[a face](recipes.md#a-face)": ["--preset=face", PREVIEWS, *CLASS_IMAGES, *LEAN],
+    "[a style](recipes.md#a-style), which has new tokens": [
+        "--preset=style", "--train_text_encoder_ti", PREVIEWS, *LEAN],
+}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -89,10 +103,17 @@ def additions() -> Iterator[str]:
 
 
 def other_phases() -> Iterator[str]:
-    flags = (*BASE, CHECKPOINTING, "--validation_prompt=a dog", *CLASS_IMAGES)
+    flags = (*BASE, CHECKPOINTING, PREVIEWS, *CLASS_IMAGES)
     for phase in planned("sdxl", flags).phases:
         if phase.name != "training":
             yield f"| {phase.name} | {phase.peak.total / GIB:.1f} | {smallest_card(phase.peak.total)} |"
+
+
+def recipes() -> Iterator[str]:
+    """A line for each recipe; class images are there already."""
+    for name, flags in RECIPES.items():
+        peak = max(phase.peak.total for phase in planned("sdxl", tuple(flags)).phases if phase.name != "class images")
+        yield f"| {name} | {peak / GIB:.1f} | {Need(peak).bytes / GIB:.1f} | {smallest_card(peak)} |"
 
 
 def presets() -> Iterator[str]:
@@ -103,8 +124,8 @@ def presets() -> Iterator[str]:
 
 def page() -> str:
     """The whole of docs/memory.md."""
-    parts = {
-        "rows": map(str, ROWS), "additions": additions(), "phases": other_phases(), "presets": presets()}
+    parts = {"rows": map(str, ROWS), "recipes": recipes(), "additions": additions(), "phases": other_phases(),
+             "presets": presets()}
     return PAGE.format(batches=" | ".join(f"batch {batch}" for batch in BATCHES), line="---|" * (4 + len(BATCHES)),
                        eight=f"{eight_gb() / GIB:.1f}", **{name: "\n".join(lines) for name, lines in parts.items()})
 
@@ -150,6 +171,15 @@ attention layers, AdamW and `--cache_latents`. **Checkpointing** is `--gradient_
 |{line}
 {rows}
 
+## The recipes
+
+SDXL at 1024 px. The peak is that of the largest phase, and the **need** is what a card must have free for
+it, in GiB. Class images are in their folder already.
+
+| recipe | peak | need | card |
+|---|---|---|---|
+{recipes}
+
 ## What you add
 
 Added to SDXL at 1024 px, batch 1, bf16, with gradient checkpointing: a peak of the training.
@@ -189,7 +219,8 @@ step on one small tensor of each shape.
 
     need = 1.05 x peak + 0.6 GiB
 
-is what a card must have free. The second part is for CUDA itself, and the 5 % are for gaps between the
+is what a card must have free. What distribution matching computes beside the network is left out: it is as
+small as the latents. The second part is for CUDA itself, and the 5 % are for gaps between the
 pieces of memory in use. **Both are assumed.** The 0.6 GiB may be 0.3 GiB too high or too low. A card of
 8 GB counts as 7.5 GiB here, because the desktop has some of it.
 
