@@ -68,7 +68,7 @@ def smaller(side: int) -> Callable[[TracedOptions, Card], Flags]:
 
 RUNGS = (
     Rung(half_precision, ("training", "previews", "class images"), "the base model is rounded to half precision"),
-    Rung(cached_latents, ("training",), "crops of an image are drawn once, --cached_crops of them"),
+    Rung(cached_latents, ("training",), "an image is seen in --cached_crops crops only"),
     Rung(checkpointing, ("training",), "the same gradients"),
     Rung(one_at_a_time, ("training",), "the same gradients, except for rounding; slower"),
     Rung(no_previews, ("previews",), "no images during the run"),

@@ -98,6 +98,7 @@ def around(opt: TracedOptions, asked: Trace) -> Iterator[str]:
 def ladder(card: Card, steps: Sequence[Step]) -> Iterator[str]:
     """A line for each step, its cost below it, and what to type."""
     yield f"On {card.name}, of which {card.free / GIB:.1f} GiB are for the run:"
+    yield f"  {'':<54} {'need':>9}    largest phase"
     rungs: Flags = {}
     before = None
     for step in steps:

@@ -43,7 +43,7 @@ def show(opt: PlannedOptions, asked: str) -> int:
     Raises UserError: there is no such model or card.
     """
     card, configs = cards.find(asked) if asked else here(), read_configs(opt.model)
-    say("computing the memory of each phase from shapes; with a card, for several settings")
+    say("computing the memory of each phase from shapes")
     steps = [*climb(opt, configs, card)] if card else []
     first = steps[0].trace if steps else trace(opt, configs)
     sys.stdout.write("\n".join(page.page(opt, configs, first, card, steps)) + "\n")

@@ -215,12 +215,12 @@ A preset that lowers the batch size makes an optimizer step smaller. Add
 The trainer's own code makes one optimizer step with tensors (arrays of numbers) that have a shape but no
 content: the model from its configs, the adapters, the loss and the backward pass. The peak is the
 largest sum of all tensors that are alive at one moment. For the optimizer's state, the optimizer makes a
-step on one small tensor of each shape.
+step on one small tensor of each shape. What distribution matching computes beside the network is left out:
+it is as small as the latents.
 
     need = 1.05 x peak + 0.6 GiB
 
-is what a card must have free. What distribution matching computes beside the network is left out: it is as
-small as the latents. The second part is for CUDA itself, and the 5 % are for gaps between the
+is what a card must have free. The second part is for CUDA itself, and the 5 % are for gaps between the
 pieces of memory in use. **Both are assumed.** The 0.6 GiB may be 0.3 GiB too high or too low. A card of
 8 GB counts as 7.5 GiB here, because the desktop has some of it.
 
