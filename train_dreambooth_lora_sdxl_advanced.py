@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from trainkit.errors import exit_with_message, refuse
 from trainkit.options import (
@@ -59,16 +59,13 @@ class Options(OptionSet):
 @own_settings()
 def main(argv: list[str] | None = None) -> None:
     opt = parse(Options, argv, description=__doc__)  # frozen; --help and --print_config end here
-    if opt.run.plan is not None:
-        show_plan(opt, opt.run.plan)
-    say("loading PyTorch and Diffusers, then the model and the images")
+    announce(opt)  # --plan ends here
     from trainkit import checkpoints, lora_files, preview, publish, run_fingerprint, summary
     from trainkit.conditioning import caption_length, live_text, new_tokens
     from trainkit.data import cache, class_images, loader, sampler
     from trainkit.diffusion import ScheduleChange, make_noise
     from trainkit.families import sdxl
     from trainkit.losses.passes import Passes, always, plain_objective
-    from trainkit.plan import report
     from trainkit.run import start_run
     from trainkit.training.step import TrainStep
     from trainkit.training.trainables import make_trainables
@@ -76,7 +73,6 @@ def main(argv: list[str] | None = None) -> None:
     instances = preflight(opt)  # every problem in one message
     with start_run(opt, "dreambooth-lora-sdxl") as run:
         total, stop = opt.run.ends(len(instances), run.world)  # finished steps of the run, and of this session
-        report.at_start(opt, run)  # on a card: whether its memory will do
         summary.log_plan(opt, instances, run, steps=total, class_images=opt.prior.images)
         # Images of the concept, and of its class where the prior is kept: those are generated where they are missing.
         rows = [*instances, *class_images.class_rows(opt, run)]
@@ -123,11 +119,14 @@ def main(argv: list[str] | None = None) -> None:
             publish.publish(opt.run, exports)
 
 
-def show_plan(opt: Options, card: str) -> NoReturn:
-    """What --plan asks for. Ends the program, with exit code 4 where nothing makes the run fit."""
+def announce(opt: Options) -> None:
+    """Say what comes; or with --plan print it and end the program, with exit code 4 where nothing makes the run fit."""
+    if opt.run.plan is None:
+        say("loading PyTorch and Diffusers, then the model and the images")
+        return
     from trainkit.plan import report
 
-    sys.exit(report.show(opt, card))
+    sys.exit(report.show(opt, opt.run.plan))
 
 
 def preflight(opt: Options) -> Rows:

@@ -29,6 +29,8 @@ from trainkit.data.sampler import Shard
 from trainkit.devices import WEIGHT_DTYPES, allow_tf32, only_deterministic, precision_notices
 from trainkit.errors import Problem, UserError, is_out_of_memory, out_of_memory, refuse
 from trainkit.files import DISK_ERRORS, Json, disk_error, disk_errors
+from trainkit.plan import report
+from trainkit.plan.phases import TracedOptions
 from trainkit.runtime import ranks, trackers
 from trainkit.runtime.checkpoint_folders import pointed
 from trainkit.runtime.lock import OutputLock
@@ -46,7 +48,6 @@ if TYPE_CHECKING:
     from trainkit.conditioning.live_text import Text
     from trainkit.data.batch import Batch
     from trainkit.optim import Optim
-    from trainkit.options import OptimizerOptions, PrecisionOptions, RunOptions
     from trainkit.preview import Previews
     from trainkit.training.step import TrainStep
 
@@ -57,17 +58,9 @@ SAVES_MEMORY = (
     "double --gradient_accumulation_steps (the same gradient); --resume_from_checkpoint latest keeps what is saved")
 
 
-class RunSettings(Protocol):
-    """What of a trainer's options is about the run; an OptionSet with these concerns."""
-
-    @property
-    def run(self) -> RunOptions: ...
-
-    @property
-    def precision(self) -> PrecisionOptions: ...
-
-    @property
-    def optimizer(self) -> OptimizerOptions: ...
+class RunSettings(TracedOptions, Protocol):
+    """What of a trainer's options is about the run, and on a card about its memory; an OptionSet with these concerns.
+    """
 
     @property
     def origins(self) -> dict[str, str]: ...
@@ -169,6 +162,7 @@ class Run:
         for notice in (*self.opts.notices(), *ranks.unused_settings(os.environ),
                        *precision_notices(self.device, self.precision)):
             log.warning("%s", notice)
+        report.at_start(self.opts, self)
         if self.is_main:
             self.record.write()
         if tracker_names:

@@ -106,8 +106,28 @@ class LiveBytes(TorchDispatchMode):
 
 aten = torch.ops.aten
 INTO_FIRST = {aten.addmm_.default, aten.add_.Tensor, aten.mul_.Tensor}  # write into their first argument, as it is
-Made = tuple[torch.Size, tuple[int, ...], torch.dtype] | None  # of an output; None where there is none
-_remembered: dict[Any, tuple[type, tuple[Made, ...], int]] = {}
+Output = tuple[torch.Size, tuple[int, ...], torch.dtype] | None  # shape and strides; None where there is no output
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an operator returns on the meta device, and its FLOPs.
+
+    kind  of the whole answer: a tensor, or a tuple or list of them
+    """
+
+    kind: type
+    outputs: tuple[Output, ...]
+    flops: int
+
+    def again(self) -> Any:
+        """The same, in new storages."""
+        found = [None if one is None else torch.empty_strided(*one[:2], dtype=one[2], device=META)
+                 for one in self.outputs]
+        return found[0] if self.kind is Tensor else self.kind(found)
+
+
+_remembered: dict[Any, Answer] = {}
 _makes_new: dict[Any, bool] = {}  # operator -> whether its outputs share no memory with its inputs
 
 
@@ -124,17 +144,15 @@ def answer(func: Any, args: tuple, kwargs: dict) -> tuple[Any, int]:
         known = _remembered.get(key)
     except TypeError:  # an argument that cannot be looked up, such as a tensor with values
         key = known = None
-    if key is not None and known is not None:
-        kind, made, flops = known
-        outputs = [None if one is None else torch.empty_strided(*one[:2], dtype=one[2], device=META) for one in made]
-        return (outputs[0] if kind is Tensor else kind(outputs)), flops
+    if known is not None:
+        return known.again(), known.flops
     out = func(*args, **kwargs)
     formula = flop_registry.get(func._overloadpacket)
     flops = 0 if formula is None else formula(*args, **kwargs, out_val=out)
     outputs = [out] if isinstance(out, Tensor) else [*out] if isinstance(out, (list, tuple)) else []
     if key is not None and outputs and all(one is None or is_plain(one) for one in outputs):
-        made = tuple(None if one is None else (one.shape, one.stride(), one.dtype) for one in outputs)
-        _remembered[key] = Tensor if isinstance(out, Tensor) else type(out), made, flops
+        shapes = tuple(None if one is None else (one.shape, one.stride(), one.dtype) for one in outputs)
+        _remembered[key] = Answer(Tensor if isinstance(out, Tensor) else type(out), shapes, flops)
     return out, flops
 
 
