@@ -14,6 +14,7 @@ from dataclasses import dataclass
 GIB = 2**30
 GAPS = 0.05  # of the peak
 CUDA = int(0.6 * GIB)  # bytes: context and workspaces
+UNSURE = int(0.3 * GIB)  # bytes by which it may be too low
 OTHERS = int(0.5 * GIB)  # bytes of a card that the desktop and other programs have
 
 
@@ -29,3 +30,7 @@ class Need:
 
     def fits(self, free: int) -> bool:
         return self.bytes <= free
+
+    def is_tight(self, free: int) -> bool:
+        """Whether it fits only if the rule is not too low."""
+        return self.fits(free) and not self.fits(free - UNSURE)

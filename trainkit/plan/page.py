@@ -127,6 +127,8 @@ def conclusion(card: Card, steps: Sequence[Step], rungs: Flags) -> Iterator[str]
         return
     yield "It fits as it is." if not rungs else "It fits with these flags:"
     yield from (f"  {line}" for line in command_lines(rungs))
+    if last.need.is_tight(card.free):
+        yield "It is tight: what CUDA itself takes is assumed, and may be 0.3 GiB more."
     seconds = card.seconds(last.trace.flops)
     if seconds is not None:
         fast, slow = seconds

@@ -50,7 +50,7 @@ RECIPES = {  # what of the commands in README.md and docs/recipes.md decides mem
 
 
 @dataclass(frozen=True)
-class Row:
+class Setting:
     """A line of the first table: a setting, at each of BATCHES."""
 
     model: str
@@ -71,7 +71,7 @@ class Row:
         return f"| {name} | {self.side} px | {precision} | {kept} | {' | '.join(cells)} |"
 
 
-ROWS = [Row(model, side, flags) for model, (_, sides) in MODELS.items() for side in sides
+ROWS = [Setting(model, side, flags) for model, (_, sides) in MODELS.items() for side in sides
         for flags in ((HALF, CHECKPOINTING), (HALF,), (CHECKPOINTING,), ())]
 
 
@@ -91,8 +91,9 @@ def options(model: str, flags: Sequence[str]) -> Any:
 
 
 def smallest_card(peak: int) -> str:
-    """The smallest usual card that should do."""
-    return next((f"{size} GB" for size in CARDS if Need(peak).fits(size * GIB - OTHERS)), "more than 80 GB")
+    """The smallest usual card that should do; with a star where it is tight."""
+    size = next((size for size in CARDS if Need(peak).fits(size * GIB - OTHERS)), None)
+    return "more than 80 GB" if size is None else f"{size} GB{'*' * Need(peak).is_tight(size * GIB - OTHERS)}"
 
 
 def additions() -> Iterator[str]:
@@ -165,7 +166,8 @@ should help.
 ## The table
 
 The peak of the training in GiB, and the smallest usual card that should do. All rows have rank 16,
-attention layers, AdamW and `--cache_latents`. **Checkpointing** is `--gradient_checkpointing`.
+attention layers, AdamW and `--cache_latents`. **Checkpointing** is `--gradient_checkpointing`. A star
+means that it is tight: with 0.3 GiB more, it would not fit.
 
 | model | size | precision | checkpointing | {batches} |
 |{line}
@@ -182,7 +184,7 @@ it, in GiB. Class images are in their folder already.
 
 ## What you add
 
-Added to SDXL at 1024 px, batch 1, bf16, with gradient checkpointing: a peak of the training.
+How much the peak of the training rises, for SDXL at 1024 px, batch 1, bf16, gradient checkpointing.
 
 | what you add | more memory |
 |---|---|
