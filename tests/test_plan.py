@@ -92,7 +92,7 @@ def test_the_card_in_the_machine_is_known_by_the_name_that_cuda_gives():
 # -- the ladder -------------------------------------------------------------------------------------------------------
 
 
-def made_up_trace(opt, configs) -> Trace:
+def made_up_trace(opt, configs, known=None) -> Trace:
     """Training needs 16 GiB in fp32, half of it in half precision, 2 GiB less with each other flag; previews 7."""
     half = (opt.precision.mixed_precision or "no") != "no"
     training = 16 * (0.5 if half else 1) - 2 * opt.precision.gradient_checkpointing + opt.run.train_batch_size - 1
@@ -298,7 +298,7 @@ def test_sdxl_fits_eight_gigabytes_as_sd_scripts_says():
 @pytest.mark.trains
 def test_the_readme_shows_what_its_command_prints(capsys):
     text = (ROOT / "README.md").read_text("utf-8")
-    found = re.search(r"python scripts/plan.py (.+)\n```\n\n```text\n((?:  .+\n)+)", text)
+    found = re.search(r"python scripts/plan.py (.+)\n```\n\n```text\n((?: .+\n)+)", text)
     assert found
     with pytest.raises(SystemExit):
         tool.main(found[1].split())

@@ -24,7 +24,7 @@ class Rung:
     """A way to need less memory.
 
     flags   what it sets, for a run and a card; {} where the run has it already or it does not help there
-    phases  of which it can lower the peak
+    phases  of which it can change the peak
     cost    what is lost by it, besides time
     """
 
@@ -66,15 +66,17 @@ def smaller(side: int) -> Callable[[TracedOptions, Card], Flags]:
     return lambda opt, card: {"resolution": side} if opt.data.resolution > side else {}
 
 
+EVERY = ("class images", "caching", "training", "previews", "publishing")
 RUNGS = (
-    Rung(half_precision, ("training", "previews", "class images"), "the base model is rounded to half precision"),
-    Rung(cached_latents, ("training",), "an image is seen in --cached_crops crops only"),
+    Rung(half_precision, ("training", "previews", "publishing"), "the base model is rounded to half precision"),
+    Rung(cached_latents, ("caching", "training", "previews", "publishing"),
+         "an image is seen in --cached_crops crops only"),
     Rung(checkpointing, ("training",), "the same gradients"),
     Rung(one_at_a_time, ("training",), "the same gradients, except for rounding; slower"),
     Rung(no_previews, ("previews",), "no images during the run"),
     Rung(fewer_class_images, ("class images",), "class images are generated one by one"),
-    Rung(smaller(768), ("training", "previews", "caching", "class images"), "less detail is learned"),
-    Rung(smaller(512), ("training", "previews", "caching", "class images"), "less detail is learned"),
+    Rung(smaller(768), EVERY, "less detail is learned"),
+    Rung(smaller(512), EVERY, "less detail is learned"),
 )
 
 
@@ -117,7 +119,8 @@ def climb(opt: PlannedOptions, configs: ModelConfigs, card: Card, asked: Trace |
         if not flags or step.worst not in rung.phases:
             continue
         changed = with_flags(opt, flags)
-        lower = Step(flags, rung.cost, trace(changed, configs))
+        same = {phase.name: phase.peak for phase in step.trace.phases if phase.name not in rung.phases}
+        lower = Step(flags, rung.cost, trace(changed, configs, known=same))
         if lower.of(step.worst) <= HELPS * step.of(step.worst):
             opt, step = changed, lower
             yield step

@@ -97,16 +97,15 @@ def around(opt: TracedOptions, asked: Trace) -> Iterator[str]:
 
 def ladder(card: Card, steps: Sequence[Step]) -> Iterator[str]:
     """A line for each step, its cost below it, and what to type."""
-    yield f"On {card.name}, of which {card.free / GIB:.1f} GiB are for the run:"
-    yield f"  {'':<54} {'need':>9}    largest phase"
+    yield f"On {card.name}, of which {card.free / GIB:.1f} GiB are for the run, the largest phase needs:"
     rungs: Flags = {}
     before = None
     for step in steps:
         mark = FITS if step.need.fits(card.free) else TOO_MUCH
         name = "as asked" if not step.flags else f"+ {typed(step.flags)}"
-        yield f"  {name[:54]:<54} {step.need.bytes / GIB:>5.1f} GiB {mark}  {step.worst}"
+        yield f" {name:<54} {step.need.bytes / GIB:>5.1f} GiB {mark} {step.worst}"
         if step.flags:
-            yield f"      costs: {step.cost}{slower(before, step)}"
+            yield f"     costs: {step.cost}{slower(before, step)}"
         rungs, before = {**rungs, **step.flags}, step
     yield ""
     yield from conclusion(card, steps, rungs)
