@@ -5,6 +5,7 @@ A rung is a row of RUNGS. Another way to save memory is another row, as soon as 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from trainkit.options.base import Value
 from trainkit.plan.cards import Card
 from trainkit.plan.models import ModelConfigs
 from trainkit.plan.need import Need
-from trainkit.plan.phases import PlannedOptions, Trace, TracedOptions, class_images, trace, with_flags
+from trainkit.plan.phases import PlannedOptions, Trace, TracedOptions, class_images, largest, trace, with_flags
 
 Flags = Mapping[str, Value]
 HELPS = 0.99  # of what was needed before: a rung that leaves more is left out
@@ -63,7 +64,11 @@ def fewer_class_images(opt: TracedOptions, card: Card) -> Flags:
 
 
 def smaller(side: int) -> Callable[[TracedOptions, Card], Flags]:
-    return lambda opt, card: {"resolution": side} if opt.data.resolution > side else {}
+    def flags(opt: TracedOptions, card: Card) -> Flags:
+        several: Flags = {"resolutions": None} if opt.data.resolutions else {}
+        return {"resolution": side, **several} if math.prod(largest(opt.data)) > side**2 else {}
+
+    return flags
 
 
 EVERY = ("class images", "caching", "training", "previews", "publishing")

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from trainkit.errors import Problem, UserError, refuse
-from trainkit.families.pretrained import MODEL_FLAG, VAE_FLAG, Config, Repo, vae_place
+from trainkit.families.pretrained import MODEL_FLAG, Config
+from trainkit.families.single_file import SCHEDULER_FILE, model_at, vae_place
 
 if TYPE_CHECKING:
     from trainkit.options import ModelOptions
 
-VAE_FILE, SCHEDULER_FILE = "vae/config.json", "scheduler/scheduler_config.json"
+VAE_FILE = "vae/config.json"
 
 
 def clip_text(width: int, layers: int, heads: int, projection: int, act: str = "gelu") -> Config:
@@ -109,15 +110,15 @@ def read_configs(options: ModelOptions) -> ModelConfigs:
     Raises UserError: there is no such model.
     """
     name, vae_path = str(options.pretrained_model_name_or_path), options.pretrained_vae_model_name_or_path
-    repo = Repo(name, MODEL_FLAG, options.revision)
+    repo = model_at(name, MODEL_FLAG, options.revision)
     known = PUBLISHED.get(name, name)
-    built_in = known in SIZES and not Path(name).is_dir()
+    built_in = known in SIZES and not Path(name).exists()
     files: Files = BuiltIn(SIZES[known]) if built_in else repo
     if not built_in:
         refuse(repo.unreachable("unet/config.json"))
     if vae_path is None:
         return ModelConfigs(name, files, files.json(VAE_FILE) or {})
     (vae_repo, folder) = vae_place(repo, vae_path)
-    refuse(Repo(vae_path, VAE_FLAG).unreachable("config.json"))
+    refuse(vae_repo.unreachable(f"{folder}/config.json".lstrip("/")))
     return ModelConfigs(name, files, vae_repo.json(f"{folder}/config.json".lstrip("/")) or {})
 

@@ -13,7 +13,7 @@ from trainkit.plan.ladder import Flags, Step
 from trainkit.plan.live_bytes import KINDS
 from trainkit.plan.models import ModelConfigs
 from trainkit.plan.need import CUDA, GAPS, GIB, Need
-from trainkit.plan.phases import Trace, TracedOptions
+from trainkit.plan.phases import Trace, TracedOptions, largest
 
 COMPUTED = "Computed from the model's configs. Nothing of it was measured on a card."
 PYTHON = 2.5  # GiB of host memory that Python, PyTorch with CUDA and the other libraries take: assumed
@@ -64,7 +64,8 @@ def heading(opt: TracedOptions, configs: ModelConfigs) -> Iterator[str]:
     several = f" x {o.gradient_accumulation_steps}" if o.gradient_accumulation_steps > 1 else ""
     precision = {"no": "fp32", None: "fp32"}.get(opt.precision.mixed_precision, opt.precision.mixed_precision)
     yield f"Memory plan of {configs.name}"
-    yield (f"{opt.data.resolution} px, batch {o.train_batch_size}{several}, {opt.lora.lora_type} of rank "
+    size = " x ".join(map(str, dict.fromkeys(largest(opt.data))))
+    yield (f"{size} px, batch {o.train_batch_size}{several}, {opt.lora.lora_type} of rank "
            f"{opt.lora.rank}, {opt.optimizer.algorithm}, {precision}")
     yield COMPUTED
     yield ""

@@ -12,6 +12,7 @@ What kernels need inside, cuDNN's workspaces for example, is not seen here: `nee
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +48,7 @@ from trainkit.options import (
     TextOptions,
     ValidationOptions,
 )
+from trainkit.options.sizes import Size, size_of
 from trainkit.plan import optimizer_state
 from trainkit.plan.as_on_cuda import Attention, Autocast, as_on_cuda, cuda_attention
 from trainkit.plan.live_bytes import ADAPTERS, BLOCK, GRADIENTS, META, OPTIMIZER, WEIGHTS, LiveBytes, Peak, bytes_of
@@ -160,12 +162,13 @@ class Skeleton:
     def encode_image(self) -> Peak:
         known = weights_of([self.vae, *(self.family.text_encoders if learns_text(self.opt) else ())])
         with self.live({WEIGHTS: known}) as live:
-            self.family.encode_pixels(torch.empty(1, 3, self.side, self.side, device=META))
+            self.family.encode_pixels(torch.empty(1, 3, *self.size, device=META))
         return live.peak
 
     @property
-    def side(self) -> int:
-        return self.opt.data.resolution
+    def size(self) -> Size:
+        """The largest that images are trained at; a bucket has about as many pixels as its square."""
+        return largest(self.opt.data)
 
     # What trains
 
@@ -218,14 +221,18 @@ class Skeleton:
 
     def batch(self) -> Batch:
         rows = self.opt.run.train_batch_size * (2 if class_images(self.opt) else 1)
-        places, factor = range(rows), self.family.vae_factor
-        latent = torch.empty(rows, self.family.latent_channels, self.side // factor, self.side // factor)
-        posterior = {"mean": latent, "logvar": latent}
+        places = range(rows)
+        latent = torch.empty(rows, *self.latent_shape(self.size))
+        pixels = {"pixels": torch.empty(rows, 3, *self.size)}
+        content: dict[str, Any] = {"mean": latent, "logvar": latent} if caches(self.opt) else pixels
         return Batch(
             step=0, keys=tuple((0, 0, place) for place in places), rows=tuple(places), prompts=("",) * rows,
             time_ids=torch.zeros(rows, 6), loss_weight=torch.ones(rows), is_class=torch.zeros(rows, dtype=torch.bool),
-            num_instance=rows, images=("",) * rows,
-            **(posterior if caches(self.opt) else {"pixels": torch.empty(rows, 3, self.side, self.side)}))
+            num_instance=rows, images=("",) * rows, **content)
+
+    def latent_shape(self, size: Size) -> tuple[int, int, int]:
+        """(C,h,w) of the latents of an image of that size"""
+        return self.family.latent_channels, size[0] // self.family.vae_factor, size[1] // self.family.vae_factor
 
     # Beside and after training
 
@@ -242,9 +249,8 @@ class Skeleton:
         return live.peak
 
     def denoised(self, rows: int) -> Tensor:
-        """The network's answer to so many rows -> [B,C,h,w]"""
-        factor = self.family.vae_factor
-        z = torch.empty(rows, self.family.latent_channels, self.side // factor, self.side // factor, device=META)
+        """The network's answer to so many rows of --resolution -> [B,C,h,w]"""
+        z = torch.empty(rows, *self.latent_shape(size_of(self.opt.data.resolution)), device=META)
         scale = torch.empty(rows, device=META)
         level = Level(scale, scale, cond=torch.zeros(rows, dtype=torch.long, device=META), time=scale)
         given = Condition({name: tensor[:1].expand(rows, *tensor.shape[1:]) for name, tensor in self.given.items()},
@@ -285,8 +291,7 @@ def trace(opt: TracedOptions, configs: ModelConfigs, *, known: Mapping[str, Peak
 
 def account(skeleton: Skeleton, phases: tuple[Phase, ...]) -> Trace:
     """The phases, and what is outside of the card."""
-    factor, state = skeleton.family.vae_factor, skeleton.state
-    places = skeleton.family.latent_channels * (skeleton.side // factor) ** 2
+    state, places = skeleton.state, math.prod(skeleton.latent_shape(skeleton.size))
     given = sum(tensor[:1].nbytes for tensor in skeleton.given.values())
     trained = sum(parameter.numel() for parameter in skeleton.trained)
     flops = next(phase.peak.flops for phase in phases if phase.name == "training")
@@ -314,6 +319,11 @@ def generate_class_images(opt: TracedOptions, configs: ModelConfigs, *, block: i
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What the options ask for
+
+
+def largest(data: ImageOptions) -> Size:
+    """(h, w) in pixels of the largest images that are trained on."""
+    return max(data.sizes, key=math.prod)
 
 
 def caches(opt: TracedOptions) -> bool:

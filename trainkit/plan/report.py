@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +17,7 @@ from trainkit.plan.cards import Card
 from trainkit.plan.ladder import Step, climb
 from trainkit.plan.models import ModelConfigs, read_configs
 from trainkit.plan.need import GIB, Need
-from trainkit.plan.phases import PlannedOptions, TracedOptions, class_images, learns_text, trace
+from trainkit.plan.phases import PlannedOptions, TracedOptions, class_images, largest, learns_text, trace
 from trainkit.process import say
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def at_most(opt: TracedOptions, configs: ModelConfigs) -> int:
     """A cheap bound on what a run needs, in bytes, from the widths of its UNet, the batch and the precision."""
     widths = configs.of("unet/config.json")["block_out_channels"]
     images = opt.run.train_batch_size * (2 if class_images(opt) else 1)
-    graph = MOST_GRAPH * widths[0] / NARROWEST * images * opt.data.resolution**2 / 1e6
+    graph = MOST_GRAPH * widths[0] / NARROWEST * images * math.prod(largest(opt.data)) / 1e6
     graph *= CHECKPOINTED if opt.precision.gradient_checkpointing else 1
     bound = graph + MOST_WEIGHTS * (max(widths) / WIDEST) ** 2
     half = (opt.precision.mixed_precision or "no") != "no"

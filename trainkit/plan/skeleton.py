@@ -12,8 +12,9 @@ from torch import nn
 from trainkit import diffusion
 from trainkit.diffusion import ScheduleChange
 from trainkit.families import Family
+from trainkit.families.single_file import SCHEDULER_FILE
 from trainkit.plan.live_bytes import META
-from trainkit.plan.models import SCHEDULER_FILE, ModelConfigs
+from trainkit.plan.models import ModelConfigs
 
 TOKENS = 77  # of every prompt, to which CLIP's tokenizers pad
 

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else list(argv)
     if not words or words[0].startswith("-"):
         asked = bool(words) and words[0] in ("-h", "--help")
-        sys.stdout.write(f"{USAGE}{__doc__}\n--help of a trainer lists the flags, such as --rank, --optimizer and --debug.\n")
+        sys.stdout.write(f"{USAGE}{__doc__}\nA trainer's --help lists the flags, such as --rank and --debug.\n")
         sys.exit(0 if asked else 2)
     from trainkit.plan import report
 
