@@ -6,7 +6,10 @@
     skeleton.py         the family of those configs, without numbers
     optimizer_state.py  what the optimizer keeps
     phases.py           the phases of a run, traced
-    need.py             from the peak to what a card must have free
+    need.py             from the peak to what a card must have free: the assumed rule
+    cards.py            cards by their data sheets
+    ladder.py           the flags that make a run fit, one row of a table each
+    page.py             the plan in words; report.py: when it is told; tables.py: docs/memory.md
 
 Nothing is measured on a card: docs/memory.md says what was.
 """

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import create_model
@@ -21,7 +22,7 @@ from trainkit.options.cli import underscored
 from trainkit.options.trainers import SCRIPTS, only_script_with
 from trainkit.process import own_settings
 
-USAGE = "usage: plan MODEL [CARD] --flag VALUE ...\n\n"
+USAGE = "MODEL [CARD] --flag VALUE ..."
 
 
 @own_settings()
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else list(argv)
     if not words or words[0].startswith("-"):
         asked = bool(words) and words[0] in ("-h", "--help")
-        sys.stdout.write(f"{USAGE}{__doc__}\nA trainer's --help lists the flags, such as --rank and --debug.\n")
+        sys.stdout.write(f"usage: {Path(sys.argv[0]).name} {USAGE}\n\n{__doc__}\nA trainer's --help lists the flags, such as --rank and --debug.\n")
         sys.exit(0 if asked else 2)
     from trainkit.plan import report
 
