@@ -298,7 +298,7 @@ def test_sdxl_fits_eight_gigabytes_as_sd_scripts_says():
 @pytest.mark.trains
 def test_the_readme_shows_what_its_command_prints(capsys):
     text = (ROOT / "README.md").read_text("utf-8")
-    found = re.search(r"python scripts/plan.py (.+)\n```\n\n```text\n((?: .+\n)+)", text)
+    found = re.search(r"python scripts/plan.py (.+)\n```\n```text\n((?: .+\n)+)", text)
     assert found
     with pytest.raises(SystemExit):
         tool.main(found[1].split())

@@ -22,15 +22,14 @@ from trainkit.options.cli import underscored
 from trainkit.options.trainers import SCRIPTS, only_script_with
 from trainkit.process import own_settings
 
-USAGE = "MODEL [CARD] --flag VALUE ..."
-
 
 @own_settings()
 def main(argv: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else list(argv)
     if not words or words[0].startswith("-"):
         asked = bool(words) and words[0] in ("-h", "--help")
-        sys.stdout.write(f"usage: {Path(sys.argv[0]).name} {USAGE}\n\n{__doc__}\nA trainer's --help lists the flags, such as --rank and --debug.\n")
+        usage = f"usage: {Path(sys.argv[0]).name} MODEL [CARD] --flag VALUE ..."
+        sys.stdout.write(f"{usage}\n\n{__doc__}\nA trainer's --help lists the flags, such as --rank and --debug.\n")
         sys.exit(0 if asked else 2)
     from trainkit.plan import report
 
