@@ -17,12 +17,13 @@ import train_dreambooth_lora_sdxl_advanced as dreambooth
 import train_text_to_image_lora as text_to_image
 from tests.support import ROOT
 from tests.support.command_lines import read
-from trainkit.errors import EXIT_CODES, UserError
+from trainkit.errors import EXIT_CODES, Problem, UserError
 from trainkit.options import PRESETS, TRAINERS
 from trainkit.plan import cards, ladder, models, page, phases, report, tables
 from trainkit.plan.live_bytes import GRAPH, WEIGHTS, Peak
 from trainkit.plan.need import GIB, OTHERS, Need
 from trainkit.plan.phases import Phase, Trace, with_flags
+from trainkit.run import SAVES_MEMORY, Run
 from trainkit.tools import plan as tool
 
 EIGHT_GB = cards.find("8gb")
@@ -134,6 +135,19 @@ def test_previews_go_only_where_they_are_what_does_not_fit(quick):
     with_previews = of_sdxl("--train_batch_size=1", "--validation_prompt=a dog")
     assert {"validation_prompt": None} in [s.flags for s in steps(with_previews, cards.find("7.5gb"))]
     assert {"validation_prompt": None} not in [s.flags for s in steps(with_previews, cards.find("9gb"))]
+
+
+def test_a_rung_that_helped_nothing_before_is_taken_when_its_phase_is_the_largest(monkeypatch):
+    """Class images come first here, and then the batch, though its rung stands before theirs."""
+    def made_up(opt, configs, known=None):
+        sizes = {"class images": 10 * opt.prior.sample_batch_size, "training": 12 * opt.run.train_batch_size}
+        found = tuple(Phase(name, Peak({GRAPH: gib * GIB}, flops=1)) for name, gib in sizes.items())
+        return Trace(found, 1, 0, 1, 1, 1, 1, 1)
+
+    monkeypatch.setattr(ladder, "trace", made_up)
+    opt = of_sdxl("--train_batch_size=2", *tables.CLASS_IMAGES, *tables.LEAN)
+    flags = [step.flags for step in steps(opt, cards.find("14gb"))]
+    assert flags == [{}, {"sample_batch_size": 1}, {"train_batch_size": 1, "gradient_accumulation_steps": 2}]
 
 
 def test_a_card_without_bf16_is_advised_fp16(quick):
@@ -284,6 +298,14 @@ def test_a_run_that_died_though_it_should_have_fitted_is_told_the_next_rung(quic
     run = on_a_card(24)
     report.at_start(of_sdxl("--train_batch_size=1"), run)
     assert run.saves_memory().startswith("Add --mixed_precision=bf16, with which")
+
+
+def test_a_plan_that_fails_does_not_hide_that_memory_ran_out():
+    def fails() -> str:
+        raise UserError(Problem("no config", "there", "it is gone", "put it back"))
+
+    assert Run._what_saves_memory(SimpleNamespace(saves_memory=fails)) == SAVES_MEMORY
+    assert Run._what_saves_memory(SimpleNamespace(saves_memory=lambda: "less")) == "less"
 
 
 # -- published figures, and the docs ----------------------------------------------------------------------------------

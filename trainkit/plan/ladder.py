@@ -115,14 +115,14 @@ def climb(opt: PlannedOptions, configs: ModelConfigs, card: Card, asked: Trace |
 
     asked  the trace of the run as it was asked for, where it is there already
     """
-    step = Step({}, "", asked or trace(opt, configs))
+    step, left = Step({}, "", asked or trace(opt, configs)), list(RUNGS)
     yield step
-    for rung in RUNGS:
-        if step.need.fits(card.free):
+    while left and not step.need.fits(card.free):
+        rung = next((rung for rung in left if step.worst in rung.phases and rung.flags(opt, card)), None)
+        if rung is None:
             return
+        left.remove(rung)
         flags = rung.flags(opt, card)
-        if not flags or step.worst not in rung.phases:
-            continue
         changed = with_flags(opt, flags)
         same = {phase.name: phase.peak for phase in step.trace.phases if phase.name not in rung.phases}
         lower = Step(flags, rung.cost, trace(changed, configs, known=same))

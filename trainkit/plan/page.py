@@ -123,7 +123,7 @@ def slower(before: Step | None, step: Step) -> str:
 def conclusion(card: Card, steps: Sequence[Step], rungs: Flags) -> Iterator[str]:
     last = steps[-1]
     if not last.need.fits(card.free):
-        yield f"It does not fit: {last.worst} needs {last.need.bytes / GIB:.1f} GiB with every flag above."
+        yield f"It does not fit: with every flag above, {last.need.bytes / GIB:.1f} GiB are needed for {last.worst}."
         return
     yield "It fits as it is." if not rungs else "It fits with these flags:"
     yield from (f"  {line}" for line in command_lines(rungs))

@@ -313,6 +313,7 @@ def generate_class_images(opt: TracedOptions, configs: ModelConfigs, *, block: i
     with skeleton.live({WEIGHTS: known}) as live, torch.no_grad():
         skeleton.given = skeleton.family.encode_prompts([""] * rows, None)
         latents = skeleton.denoised(rows)[: prior.sample_batch_size].float()
+        skeleton.vae.enable_slicing()  # as trainkit.data.class_images does
         skeleton.vae.decode(latents)
     return live.peak
 
