@@ -511,9 +511,10 @@ def test_a_unet_trains_the_same_with_lean_layers_as_with_pefts(base, inputs, mon
 
 
 @pytest.mark.parametrize("merge_up_to", [0, lean_lora.MERGE_UP_TO], ids=["low rank", "merged"])
-def test_gradient_checkpointing_changes_no_gradient(base, inputs, monkeypatch, merge_up_to):
+@pytest.mark.parametrize("kind", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
+def test_gradient_checkpointing_changes_no_gradient(base, inputs, monkeypatch, merge_up_to, kind):
     monkeypatch.setattr(lean_lora, "MERGE_UP_TO", merge_up_to)
-    adapters = lora(base)
+    adapters = lora(base, **kind)
     train_a_little(adapters)
     plain = gradients(adapters, inputs)
     adapters.network.enable_gradient_checkpointing()

@@ -50,8 +50,11 @@ def named(row: tuple[int, ...]) -> str:
 
 
 def flags_of(row: tuple[int, ...]) -> dict[str, object]:
-    return {name: value for choices, index in zip(FEATURES.values(), row, strict=True)
-            for name, value in choices[index].items()}
+    flags = {name: value for choices, index in zip(FEATURES.values(), row, strict=True)
+             for name, value in choices[index].items()}
+    if flags.get("optimizer") == "schedule_free_adamw":
+        flags.pop("use_ema", None)  # refused: it averages by itself
+    return flags
 
 
 def rows_of(table: list[tuple[int, ...]], folder: Path, sdxl: Path, sd: Path) -> list[dict]:

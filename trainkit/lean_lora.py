@@ -63,7 +63,7 @@ class LowRankUpdate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, dy: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
-        dx, dA, dB = update_gradients(ctx, dy)
+        dx, dA, dB = update_gradients(ctx, dy, *ctx.saved_tensors)
         return dx, None, None, dA, dB, None
 
 
@@ -77,9 +77,12 @@ def products(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, c: fl
     return y.addmm_(h, B.to(dtype).t(), alpha=c), rows, h
 
 
-def update_gradients(ctx: Context, dz: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-    """dx (where it is asked for), dA and dB of z = x Wᵀ + c · (x Aᵀ) Bᵀ from dz [..., out]."""
-    rows, h, W, A, B = ctx.saved_tensors[:5]
+def update_gradients(ctx: Context, dz: Tensor, rows: Tensor, h: Tensor, W: Tensor, A: Tensor, B: Tensor
+                     ) -> tuple[Tensor | None, Tensor, Tensor]:
+    """dx (where it is asked for), dA and dB of z = x Wᵀ + c · (x Aᵀ) Bᵀ from dz [..., out].
+
+    rows, h, W, A, B  what the forward pass saved; under gradient checkpointing it can be read only once
+    """
     dz = dz.reshape(-1, dz.shape[-1])  # [n,out]
     g = (dz @ B.to(dz.dtype)).mul_(ctx.c)  # [n,r]
     dA, dB = g.t() @ rows, (dz.t() @ h).mul_(ctx.c)
@@ -109,9 +112,9 @@ class DecomposedUpdate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, dy: Tensor) -> tuple[Tensor | None, ...]:
-        *_, z, s = ctx.saved_tensors
+        *saved, z, s = ctx.saved_tensors
         ds = torch.linalg.vecdot(dy.reshape(z.shape), z, dim=0)  # [out]
-        dx, dA, dB = update_gradients(ctx, dy * s.to(dy.dtype))
+        dx, dA, dB = update_gradients(ctx, dy * s.to(dy.dtype), *saved)
         return dx, None, None, dA, dB, ds.to(s.dtype), None
 
 
