@@ -83,6 +83,21 @@ def test_the_same_step_twice_gives_the_same_bytes(family, encoded, tmp_path):
     assert (one != two).any(), "two seeds, two images"
 
 
+def test_where_the_card_is_full_the_frozen_weights_wait_aside_while_images_are_decoded(
+        family, encoded, tmp_path, monkeypatch):
+    want = make(family, encoded, tmp_path / "a")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    there = pixels(first(want.generate(1)))
+    events, decode, weights = [], family.decode, dict(family.denoiser.named_parameters())
+    monkeypatch.setattr(family, "decode", lambda latents: (events.append("decode"), decode(latents))[1])
+    monkeypatch.setattr(preview, "move", lambda some, device: events.append({id(p) for p in some}))
+    monkeypatch.setattr(preview, "free_memory", lambda device: preview.DECODER - 1)
+    aside = pixels(first(make(family, encoded, tmp_path / "b").generate(1)))
+    frozen = {id(p) for name, p in weights.items() if "lora" not in name}
+    assert events == [frozen, "decode", "decode", frozen] and (there == aside).all()
+
+
 def test_a_image_depends_on_its_own_seed_only(family, encoded, tmp_path):
     for folder in "ab":
         (tmp_path / folder).mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Iterator, Sequence
 
@@ -25,6 +26,18 @@ def synchronize(device: torch.device) -> None:
         wait(device)
     else:
         wait()
+
+
+def empty_device_cache() -> None:
+    """Give memory that PyTorch keeps for later back to the device; a CPU keeps none."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        torch.get_device_module(accelerator).empty_cache()
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on a card; infinity where there is none."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
 
 
 def allow_tf32(allow: bool) -> None:

@@ -29,7 +29,8 @@ EXIT_CODES: dict[Category, int] = {  # a sibling's failure is told by that proce
 OUT_OF_MEMORY = re.compile(
     r"out of memory|cannot allocate memory|can't allocate memory|not enough memory|failed to allocate memory"
     r"|unable to allocate|insufficient memory|memory allocation (?:failed|failure)|\bbad_?alloc\b|error out of memory"
-    r"|could not create a (?:primitive|memory)|_STATUS_ALLOC_FAILED|StatusAllocFailed|rocblas_status_memory_error"
+    r"|could not create a (?:primitive|memory)|_STATUS_ALLOC_FAILED|_ALLOCATION_FAILED|StatusAllocFailed"
+    r"|rocblas_status_memory_error|OUT_OF_(?:DEVICE|HOST)_MEMORY"
     r"|cudaErrorMemoryAllocation|hipErrorOutOfMemory|CUDA_ERROR_OUT_OF_MEMORY|ENOMEM", re.IGNORECASE)
 ASCII = {"√": "sqrt", "≥": ">=", "≤": "<=", "×": "x", "·": "-", "…": "...", "–": "-", "—": "-", "→": "->", "−": "-",
          "’": "'", "‘": "'", "“": '"', "”": '"'}  # what help and messages spell with other letters

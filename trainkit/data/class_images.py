@@ -24,10 +24,11 @@ from torch import Tensor
 from trainkit.data.batch import Listed, Row
 from trainkit.data.rows import check, warn_enlarged
 from trainkit.data.sources.folder import Folder, list_folder
+from trainkit.devices import empty_device_cache
 from trainkit.errors import Problem, UserError, refuse
+from trainkit.families.base import halvings, in_tiles
 from trainkit.families.pretrained import (
     Repo,
-    empty_device_cache,
     json_digest,
     load_part,
     quiet_loading,
@@ -291,8 +292,9 @@ class Painter:
     def __call__(self, numbers: Sequence[int]) -> list[Image.Image]:
         """Raises UserError when an image has values that are not finite."""
         noise = [generator("class picture", self.seed, number) for number in numbers]
-        pixels = self.pipe([self.prompt] * len(numbers), height=self.side, width=self.side, generator=noise,
-                           callback_on_step_end=last_in_fp32, output_type="pt").images  # [B,3,H,W] in 0..1
+        with in_tiles(self.pipe.vae, halvings(self.pipe.vae.config)):
+            pixels = self.pipe([self.prompt] * len(numbers), height=self.side, width=self.side, generator=noise,
+                               callback_on_step_end=last_in_fp32, output_type="pt").images  # [B,3,H,W] in 0..1
         if not pixels.isfinite().all():
             raise UserError(Problem(
                 "the base model generates class images of NaN or infinity", f"--class_prompt {self.prompt!r}",

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from trainkit import diffusion, rng
 from trainkit.condition import Condition
-from trainkit.devices import upload, uses_tf32
+from trainkit.devices import empty_device_cache, upload, uses_tf32
 from trainkit.diffusion import Level, Schedule, ScheduleChange
-from trainkit.errors import Problem
+from trainkit.errors import Problem, UserError
 from trainkit.families.pretrained import (
+    ANOTHER_VAE,
     MODEL_FLAG,
     Config,
     Repo,
-    empty_device_cache,
     freeze,
     json_digest,
     load_part,
@@ -103,6 +103,12 @@ def in_tiles(vae: AutoencoderKL, factor: int) -> Iterator[None]:
         vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = before
 
 
+def nonfinite_vae(what: str, where: str) -> Problem:
+    return Problem(f"the VAE turns {what} into NaN or infinity", where,
+                   "its weights are damaged, or their numbers overflow also in fp32, in which it runs", ANOTHER_VAE,
+                   "nonfinite")
+
+
 def halvings(config: Config) -> int:
     """Pixels (or latents) a side per innermost cell: every level but the last halves the sides."""
     return 2 ** (len(config["block_out_channels"]) - 1)
@@ -136,6 +142,7 @@ class Family(ABC):
         self.denoiser: UNet2DConditionModel = freeze(denoiser)
         vae.enable_slicing()  # one image at a time: at 1024 px each takes 2.5 GiB (computed)
         self.vae: AutoencoderKL = freeze(vae)
+        self._vae_checked = False
         self.latent_mean, self.latent_std = upload(latent_statistics(vae.config), device)
         self.text_encoders = tuple(freeze(encoder) for encoder in text_encoders)
 
@@ -229,18 +236,30 @@ class Family(ABC):
         if mean is None or logvar is None:
             assert batch.pixels is not None, "a batch has pixels or a cached posterior"
             mean, logvar = self.encode_pixels(batch.pixels)
+            self._check_vae(mean, logvar)
         noise, = upload([rng.normal(mean.shape[1:], keys, name="posterior")], mean.device)
         sample = mean + (0.5 * logvar).exp() * noise
         return (sample - self.latent_mean) * self.vae.config.scaling_factor / self.latent_std
 
+    def _check_vae(self, mean: Tensor, logvar: Tensor) -> None:
+        """Of the first batch only, since it waits for the device; what is cached is checked image by image.
+
+        Raises UserError where the VAE gives NaN or infinity.
+        """
+        if not (self._vae_checked or (mean.isfinite().all() and logvar.isfinite().all())):
+            raise UserError(nonfinite_vae("images", "the first batch"))
+        self._vae_checked = True
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """x0 [B,C,h,w] -> images."""
+        """x0 [B,C,h,w] -> images. Raises UserError where the VAE turns finite latents into NaN or infinity."""
         vae = self.vae.to(self.device)
         latents = latents.to(self.device, vae.dtype)
         scaled = latents * self.latent_std.to(vae.dtype) / vae.config.scaling_factor + self.latent_mean.to(vae.dtype)
         with in_tiles(vae, self.vae_factor):
             pixels = vae.decode(scaled).sample  # [B,3,H,W]
+        if latents.isfinite().all() and not pixels.isfinite().all():
+            raise UserError(nonfinite_vae("latents", "images to look at"))
         levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)  # [B,H,W,3]
         return [Image.fromarray(image) for image in levels.cpu().numpy()]
 
