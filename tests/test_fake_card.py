@@ -50,7 +50,8 @@ WAITS = {  # for the card in a step, by what for and the file that waits: how ma
     "item, prodigy.py": 3,  # its sums, for each group
     "synchronize, eight_bit.py": 3,  # bitsandbytes, for each group
     "device to host, devices.py": 8,  # in the step of the pivot: what the text encoders said last
-    "item, distribution_matching.py": 3,  # what it remembers of a step
+    "item, distribution_matching.py": 3,  # its report; with a bank its keys and weights too, and the counts go up
+    "host to device, distribution_matching.py": 1,
 }
 WAITS_OF_A_PREVIEW = 350  # of 25 denoising steps; nearly all are those of Diffusers' scheduler
 
@@ -87,11 +88,11 @@ def rows_of(table: list[tuple[int, ...]], folder: Path, sdxl: Path, sd: Path) ->
     return rows
 
 
-def on_the_card(folder: Path, rows: list[dict]) -> list[dict]:
+def on_the_card(folder: Path, rows: list[dict], device: str = "cuda") -> list[dict]:
     """Run the rows in one process -> what became of each."""
     require_mark()
     (folder / "rows.json").write_text(json.dumps(rows), "utf-8")
-    command = [sys.executable, "-m", "tests.support.fake_cuda.runs", "rows.json", "results.jsonl"]
+    command = [sys.executable, "-m", "tests.support.fake_cuda.runs", "rows.json", "results.jsonl", device]
     done = subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": f"{ROOT}", "OMP_NUM_THREADS": "1"},
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout
@@ -133,6 +134,34 @@ def test_what_the_table_has_not_runs_on_a_card_too(tiny_sdxl, tiny_sd, tmp_path)
                                   for number, (trainer, argv) in enumerate(rows)])
     check(runs)
     assert len(list((tmp_path / "generated").glob("*.png"))) == 3
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu"])
+def test_both_trainers_and_the_tools_run_on_other_devices(device, tiny_sdxl, tiny_sd, tmp_path):
+    """torch.cuda is asked nothing, and no fp64 goes to an Apple GPU, which has none."""
+    images, out = make_images(tmp_path / "images", n=3), tmp_path / "captioned"
+    shared = dict(max_train_steps=2, validation_prompt="an icon", num_validation_images=1, validation_epochs=2)
+    class_images = dict(with_prior_preservation=True, class_prompt="an icon", num_class_images=1,
+                        class_data_dir=tmp_path / "generated")
+    rank_penalty = "preset=fork lora_rank_penalty=True rank_penalty_interval=1 cpu_offload_states=True"
+    rows = [
+        (DREAMBOOTH, command(tiny_sdxl, images, tmp_path / "dreambooth", mixed_precision="fp16", use_dora=True,
+                             train_text_encoder=True, optimizer="hina_adaptive", optimizer_args=rank_penalty,
+                             allow_tf32=True, gradient_checkpointing=True, **class_images, **shared)),
+        (CAPTIONED, command(tiny_sd, None, out, instance_prompt=None, train_data_dir=images, mixed_precision="bf16",
+                            optimizer="prodigy", learning_rate=1.0, cache_latents=True, loss_type="fourier",
+                            fourier_warmup_steps=0, **shared)),
+        (CAPTIONED, command(tiny_sd, None, tmp_path / "matching", instance_prompt=None, train_data_dir=images,
+                            dist_match_gain=0.3, dist_match_mode="combo", dist_match_bank=0.9, max_train_steps=2)),
+        (DREAMBOOTH, command(tiny_sdxl, images, tmp_path / "pivotal", train_text_encoder_ti=True, use_ema=True,
+                             max_train_steps=2)),
+        ("trainkit.tools.generate", [f"--base={tiny_sd}", f"--lora={out}", "--prompt=a fox", "--steps=2",
+                                     f"--out={tmp_path / 'drawn'}"]),
+    ]
+    runs = on_the_card(tmp_path, [{"name": f"{number}", "trainer": trainer, "argv": argv}
+                                  for number, (trainer, argv) in enumerate(rows)], device)
+    check(runs)
+    assert all("Device" in run["output"] and device.upper() in run["output"] for run in runs[:-1])
 
 
 @pytest.mark.slow

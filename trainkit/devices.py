@@ -28,16 +28,20 @@ def synchronize(device: torch.device) -> None:
         wait()
 
 
-def empty_device_cache() -> None:
+def empty_cache(device: torch.device) -> None:
     """Give memory that PyTorch keeps for later back to the device; a CPU keeps none."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is not None:
-        torch.get_device_module(accelerator).empty_cache()
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
 
 
 def free_memory(device: torch.device) -> float:
     """Bytes that are free on a card; infinity where there is none."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+
+
+def in_fp64(tensor: Tensor) -> Tensor:
+    """The tensor in fp64, where it is or on the CPU: Apple GPUs have no fp64."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def allow_tf32(allow: bool) -> None:

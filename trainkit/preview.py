@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trainkit import rng
-from trainkit.devices import empty_device_cache, free_memory
+from trainkit.devices import empty_cache, free_memory
 from trainkit.diffusion import is_edm
 from trainkit.errors import counted
 from trainkit.files import disk_errors
@@ -144,11 +144,11 @@ class Previews:
             latents = [self._latents(pipe, shot, stopping) for shot in self.shots]  # N × [1,C,h,w]
         if not all(bool(one.isfinite().all()) for one in latents):
             log.warning("the network generates NaN or infinity, which previews show as black")
-        empty_device_cache()
+        empty_cache(family.device)
         room = aside(family.denoiser) if free_memory(family.device) < DECODER else nullcontext()
         with room, visiting(family.vae, family.device):
             images = [image for one in latents for image in family.decode(unless(stopping, one))]
-        empty_device_cache()
+        empty_cache(family.device)
         return images
 
     def _latents(self, pipe: DiffusionPipeline, shot: PreviewImage, stopping: Callable[[], bool]) -> Tensor:
@@ -232,7 +232,7 @@ def aside(network: nn.Module) -> Iterator[None]:
     frozen = [parameter for parameter in network.parameters() if not parameter.requires_grad]
     home = frozen[0].device
     move(frozen, torch.device("cpu"))
-    empty_device_cache()
+    empty_cache(home)
     try:
         yield
     finally:

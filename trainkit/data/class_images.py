@@ -24,7 +24,7 @@ from torch import Tensor
 from trainkit.data.batch import Listed, Row
 from trainkit.data.rows import check, warn_enlarged
 from trainkit.data.sources.folder import Folder, list_folder
-from trainkit.devices import empty_device_cache
+from trainkit.devices import empty_cache
 from trainkit.errors import Problem, UserError, refuse
 from trainkit.families.base import halvings, in_tiles
 from trainkit.families.pretrained import (
@@ -260,7 +260,7 @@ def draw_batches(
         run.show_task("generating class images", done, total)
     del painter
     gc.collect()
-    empty_device_cache()
+    empty_cache(run.device)
 
 
 def write(path: Path, image: Image.Image) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from trainkit import diffusion, rng
 from trainkit.condition import Condition
-from trainkit.devices import empty_device_cache, upload, uses_tf32
+from trainkit.devices import empty_cache, upload, uses_tf32
 from trainkit.diffusion import Level, Schedule, ScheduleChange
 from trainkit.errors import Problem, UserError
 from trainkit.families.pretrained import (
@@ -294,12 +294,12 @@ class Family(ABC):
         """Give their memory back, but for one that somebody else holds; every prompt must be encoded by now."""
         self.text_encoders = ()
         gc.collect()
-        empty_device_cache()
+        empty_cache(self.device)
 
     def free_vae(self) -> None:
         """Move the VAE to host memory: the latents are cached, and only images to look at need it again."""
         self.vae.to("cpu")
-        empty_device_cache()
+        empty_cache(self.device)
 
 
 AnyFamily = TypeVar("AnyFamily", bound=Family)
