@@ -250,18 +250,22 @@ class Family(ABC):
             raise UserError(nonfinite_vae("images", "the first batch"))
         self._vae_checked = True
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """x0 [B,C,h,w] -> images. Raises UserError where the VAE turns finite latents into NaN or infinity."""
-        vae = self.vae.to(self.device)
-        latents = latents.to(self.device, vae.dtype)
-        scaled = latents * self.latent_std.to(vae.dtype) / vae.config.scaling_factor + self.latent_mean.to(vae.dtype)
-        with in_tiles(vae, self.vae_factor):
-            pixels = vae.decode(scaled).sample  # [B,3,H,W]
+        pixels = self.decode_pixels(latents)
         if latents.isfinite().all() and not pixels.isfinite().all():
             raise UserError(nonfinite_vae("latents", "images to look at"))
         levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)  # [B,H,W,3]
         return [Image.fromarray(image) for image in levels.cpu().numpy()]
+
+    @torch.no_grad()
+    def decode_pixels(self, latents: Tensor) -> Tensor:
+        """x0 [B,C,h,w] -> [B,3,H,W] in −1..1, on the device."""
+        vae = self.vae.to(self.device)
+        latents = latents.to(self.device, vae.dtype)
+        scaled = latents * self.latent_std.to(vae.dtype) / vae.config.scaling_factor + self.latent_mean.to(vae.dtype)
+        with in_tiles(vae, self.vae_factor):
+            return vae.decode(scaled).sample
 
     @property
     def latents_identity(self) -> str:
