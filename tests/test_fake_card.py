@@ -43,14 +43,14 @@ FEATURES: dict[str, list[dict[str, object]]] = {
     "resume": [{}, {"resume_from_checkpoint": "latest"}],
 }
 FIRST, OTHERS = every_value_first(pairwise(FEATURES))
-NOT_CAPTIONED = ("train_text_encoder_ti", "with_prior_preservation", "class_prompt", "num_class_images")
+NOT_CAPTIONED = ("train_text_encoder_ti", "token_std_pull", "with_prior_preservation", "class_prompt", "num_class_images")
 ASYNCHRONOUS = ", asynchronous"
 WAITS = {  # for the card in a step, by what for and the file that waits: how many there may be; nobody else waits
     "item, gradients.py": 1,  # the loss and the gradients' norm
     "item, prodigy.py": 3,  # its sums, for each group
     "synchronize, eight_bit.py": 3,  # bitsandbytes, for each group
     "device to host, devices.py": 8,  # in the step of the pivot: what the text encoders said last
-    "item, distribution_matching.py": 3,  # its report; with a bank its keys and weights too, and the counts go up
+    "item, distribution_matching.py": 3,  # its report, and with a bank keys and weights; the bank's counts go up
     "host to device, distribution_matching.py": 1,
 }
 WAITS_OF_A_PREVIEW = 350  # of 25 denoising steps; nearly all are those of Diffusers' scheduler
@@ -63,8 +63,9 @@ def named(row: tuple[int, ...]) -> str:
 def flags_of(row: tuple[int, ...]) -> dict[str, object]:
     flags = {name: value for choices, index in zip(FEATURES.values(), row, strict=True)
              for name, value in choices[index].items()}
-    if flags.get("optimizer") == "schedule_free_adamw":
-        flags.pop("use_ema", None)  # refused: it averages by itself
+    if flags.get("optimizer") == "schedule_free_adamw":  # it averages by itself, which refuses both
+        flags.pop("use_ema", None)
+        flags |= {"token_std_pull": 0} if "train_text_encoder_ti" in flags else {}
     return flags
 
 
@@ -175,6 +176,23 @@ def test_sdxl_at_its_released_sizes_runs_on_a_card(tiny_sdxl, tmp_path):
     check([run])
     assert "560 layers" in run["output"] and "23.22 M" in run["output"], run["output"]
     assert run["peak_rss"] < 3e9
+
+
+@pytest.mark.slow
+def test_the_hour_on_a_card_can_be_run_and_continued(tiny_sdxl, tmp_path):
+    page = tmp_path / "benchmarks.md"
+    page.write_text((ROOT / "docs" / "benchmarks.md").read_text("utf-8"), "utf-8")
+    argv = [f"--out={tmp_path / 'hour'}", f"--model={tiny_sdxl}", "--resolution=32", "--steps=3", f"--docs={page}"]
+    rows = [{"name": "first", "trainer": "experiments.gpu_hour", "argv": [*argv, "--parts", "modes", "--minutes=0"]},
+            {"name": "again", "trainer": "experiments.gpu_hour", "argv": argv}]
+    first, again = on_the_card(tmp_path, rows)
+    assert (first["code"], again["code"]) == (0, 0), first["output"] + again["output"]
+    assert "modes:" not in first["output"], "no time is left for a run"
+    found = json.loads((tmp_path / "hour" / "results.json").read_text("utf-8"))
+    ended = {f"{part}, {name}": run["ended"] for part in ("modes", "bits", "waits", "gaps")
+             for name, run in found[part].items()}
+    assert len(ended) == 21 and set(ended.values()) == {"trained"}, ended
+    assert "made-up card" in page.read_text("utf-8")
 
 
 def check(runs: list[dict]) -> None:

@@ -270,6 +270,7 @@ def _answers(device: str, synchronized: Callable[[], None]) -> dict[Any, dict[st
         "reset_peak_memory_stats": lambda *a: None, "mem_get_info": lambda *a: (MEMORY - 2**30, MEMORY),
         "Stream": _Stream, "Event": _Stream, "stream": _Stream, "current_stream": _Stream,
         "is_current_stream_capturing": lambda: False, "_lazy_init": lambda: None,
+        "set_sync_debug_mode": lambda mode: None,
     }
     return {torch.get_device_module(device): like_cuda}
 
