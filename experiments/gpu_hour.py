@@ -201,17 +201,17 @@ def peer(args: argparse.Namespace) -> dict[str, Callable[[], Result]]:
 def waits(args: argparse.Namespace) -> dict[str, Callable[[], Result]]:
     """In sync-debug mode PyTorch warns at each call that waits; counted are those between the last two updates."""
     def count(name: str, more: tuple[str, ...]) -> Result:
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             marks: list[int] = []
-            hook = register_optimizer_step_post_hook(lambda *a: marks.append(len(told)))
+            hook = register_optimizer_step_post_hook(lambda *a: marks.append(len(caught)))
             torch.cuda.set_sync_debug_mode("warn")
             try:
                 found = train([*flags(args, f"waits/{name}", steps=4), *LEAN, *more])
             finally:
                 torch.cuda.set_sync_debug_mode("default")
                 hook.remove()
-            step = told[marks[-2]:marks[-1]] if len(marks) > 1 else []
+            step = caught[marks[-2]:marks[-1]] if len(marks) > 1 else []
         lines = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in step if "synchroniz" in f"{w.message}")
         return {"ended": found["ended"], "waits": dict(lines.most_common(8)), "count": lines.total()}
 
@@ -227,15 +227,15 @@ def gaps(args: argparse.Namespace) -> dict[str, Callable[[], Result]]:
         kernels: list[float] = []  # seconds of each
         active = args.steps - WARM
 
-        def ready(seen: torch.profiler.profile) -> None:
-            events = [event for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        def ready(profiler: torch.profiler.profile) -> None:
+            events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
             kernels.extend(event.time_range.elapsed_us() / 1e6 for event in events)
 
         argv = [*flags(args, f"gaps{batch}", steps=args.steps), *LEAN, f"--train_batch_size={batch}"]
         with step_times() as times, torch.profiler.profile(
                 activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], on_trace_ready=ready,
-                schedule=schedule(wait=0, warmup=WARM, active=active, repeat=1)) as seen:
-            hook = register_optimizer_step_post_hook(lambda *a: seen.step())
+                schedule=schedule(wait=0, warmup=WARM, active=active, repeat=1)) as profiler:
+            hook = register_optimizer_step_post_hook(lambda *a: profiler.step())
             try:
                 found = train(argv)
             finally:
@@ -325,9 +325,10 @@ def section(results: dict[str, Any]) -> str:
     for part in ("modes", "peer"):
         if results.get(part):
             lines += ["| run | ended | planned, GiB | allocated, GiB | reserved, GiB | steps per second |",
-                      "|---|---|---|---|---|---|", *(speed_row(name, found) for name, found in results[part].items()), ""]
+                      "|---|---|---|---|---|---|", *(speed_row(*found) for found in results[part].items()), ""]
     for name, found in results.get("bits", {}).items():
-        lines += [f"- Two equal runs, {name}: {said(found, 'same')}; a resumed run: {said(found, 'same_resumed')}."]
+        lines += [f"- Two equal runs, {name}: {outcome(found, 'same')}; a resumed run: "
+                  f"{outcome(found, 'same_resumed')}."]
     for name, found in results.get("waits", {}).items():
         lines += [f"- Waits in a step with {name}: {found['count']} ({found['waits'] or 'none'})."]
     for name, found in results.get("gaps", {}).items():
@@ -343,7 +344,7 @@ def speed_row(name: str, found: Result) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def said(found: Result, key: str) -> str:
+def outcome(found: Result, key: str) -> str:
     return found["ended"] if key not in found else "the same bits" if found[key] else "other bits"
 
 

@@ -43,7 +43,8 @@ FEATURES: dict[str, list[dict[str, object]]] = {
     "resume": [{}, {"resume_from_checkpoint": "latest"}],
 }
 FIRST, OTHERS = every_value_first(pairwise(FEATURES))
-NOT_CAPTIONED = ("train_text_encoder_ti", "token_std_pull", "with_prior_preservation", "class_prompt", "num_class_images")
+NOT_CAPTIONED = ("train_text_encoder_ti", "token_std_pull", "with_prior_preservation", "class_prompt",
+                 "num_class_images")
 ASYNCHRONOUS = ", asynchronous"
 WAITS = {  # for the card in a step, by what for and the file that waits: how many there may be; nobody else waits
     "item, gradients.py": 1,  # the loss and the gradients' norm

@@ -35,7 +35,8 @@ def test_the_section_says_what_was_found_and_where():
     assert "made-up card" in text and "| DoRA | trained | not planned | 1.00 | 2.00 | 2.00 |" in text
     assert "| fp32 | out of memory |  | 0.00 | 0.00 |  |" in text
     assert "as it is: other bits; a resumed run: the same bits" in text and "exact: failed: x" in text
-    assert "Waits in a step with AdamW: 1 (" in text and "9 kernels in 8 steps, which kept the card busy for 1.00 of 2.00 s" in text
+    assert "Waits in a step with AdamW: 1 (" in text
+    assert "9 kernels in 8 steps, which kept the card busy for 1.00 of 2.00 s" in text
 
 
 def test_a_rate_needs_steps_that_were_timed():

@@ -145,8 +145,8 @@ class Previews:
         if not all(bool(one.isfinite().all()) for one in latents):
             log.warning("the network generates NaN or infinity, which previews show as black")
         empty_cache(family.device)
-        room = aside(family.denoiser) if free_memory(family.device) < DECODER else nullcontext()
-        with room, visiting(family.vae, family.device):
+        context = aside(family.denoiser) if free_memory(family.device) < DECODER else nullcontext()
+        with context, visiting(family.vae, family.device):
             images = [image for one in latents for image in family.decode(unless(stopping, one))]
         empty_cache(family.device)
         return images

@@ -21,7 +21,7 @@ ON_A_CARD = 1 << 22  # few launches, and 32 MiB of scratch memory in fp32
 
 
 @dataclass
-class Term:
+class PartOfSums:
     """A tensor's part of d's numerator and denominator.
 
     gradient, gone  its pieces of a chunk's buffers: the gradient, and what the weights have gone, later |s|
@@ -58,7 +58,7 @@ class TensorGroup:
     gradient: Tensor
     scratch: Tensor
     sums: Tensor
-    terms: list[Term]
+    terms: list[PartOfSums]
 
 
 class Prodigy(torch.optim.Optimizer):
@@ -226,11 +226,11 @@ class Prodigy(torch.optim.Optimizer):
         return TensorGroup(order, params, weights, start=start, **buffers, sums=sums, terms=terms)
 
 
-def _terms(gradient: Tensor, scratch: Tensor, sizes: Sequence[int], every: int, sums: Tensor) -> list[Term]:
+def _terms(gradient: Tensor, scratch: Tensor, sizes: Sequence[int], every: int, sums: Tensor) -> list[PartOfSums]:
     """Those of tensors of these sizes that lie one behind another."""
     parts = [-(-size // every) for size in sizes]
     pieces = zip(gradient.split(list(sizes)), scratch[: sum(parts)].split(parts), strict=True)
-    return [Term(piece, part, sums[0, i], sums[1, i], not (piece.data_ptr() % ALIGNED or part.data_ptr() % ALIGNED))
+    return [PartOfSums(piece, part, sums[0, i], sums[1, i], not (piece.data_ptr() % ALIGNED or part.data_ptr() % ALIGNED))
             for i, (piece, part) in enumerate(pieces)]
 
 
@@ -238,7 +238,7 @@ def _beta3(group: dict[str, Any]) -> float:
     return math.sqrt(group["betas"][1]) if group["beta3"] is None else group["beta3"]
 
 
-def _dot(term: Term, every: int) -> None:
+def _dot(term: PartOfSums, every: int) -> None:
     """As for tensors of their own: how BLAS forms a sum depends on strides and on where in memory it begins."""
     gradient, gone = (term.gradient, term.gone) if term.aligned else (term.gradient.clone(), term.gone.clone())
     torch.dot(gradient if every == 1 else gradient[::every], gone, out=term.dot)
