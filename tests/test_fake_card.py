@@ -196,6 +196,47 @@ def test_the_hour_on_a_card_can_be_run_and_continued(tiny_sdxl, tmp_path):
     assert "made-up card" in page.read_text("utf-8")
 
 
+MISTAKES = """
+import sys
+from tests.support.fake_cuda import hooks
+hooks.load(sys.argv[1])
+import torch
+from tests.support.fake_cuda.machine import machine
+from trainkit.optim.hina import memory
+
+device = sys.argv[1]
+mistakes = [
+    lambda: torch.ones(2, device=device) + torch.ones(2),
+    lambda: torch.randn(2, device=device, generator=torch.Generator()),
+    lambda: torch.ones(2)[torch.zeros(1, dtype=torch.long, device=device)],
+    lambda: torch.ones(2, 2, device=device) @ torch.ones(2, 2, device=device, dtype=torch.bfloat16),
+    lambda: torch.nn.functional.layer_norm(torch.ones(2, 2, device=device, dtype=torch.bfloat16), (2,),
+                                           torch.ones(2, device=device)),
+    *([lambda: torch.ones(2, device=device).double()] if device == "mps" else []),
+    *([] if device == "cuda" else [lambda: memory._device_used(torch.device("cuda"))]),
+]
+with machine(device=device) as card:
+    for number, mistake in enumerate(mistakes):
+        try:
+            mistake()
+        except (RuntimeError, TypeError, AssertionError) as error:
+            continue
+        print("passed", number)
+    before = len(card.waits)
+    torch.ones(2, device=device).sum().item(), torch.ones(2).to(device), torch.ones(2, device=device).tolist()
+    print("waits", len(card.waits) - before)
+"""
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps", "xpu"])
+def test_a_made_up_device_refuses_what_a_real_one_does(device):
+    """Else every run on it would end well."""
+    done = subprocess.run([sys.executable, "-c", MISTAKES, device], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:-1] == ["waits 3"], done.stdout
+
+
 def check(runs: list[dict]) -> None:
     """Each run ended well, and waited only where it may in a step that is not the first of its session."""
     failed = [f"{run['name']}, exit {run['code']}: {run['output'][-3000:]}" for run in runs if run["code"]]

@@ -230,7 +230,8 @@ def _terms(gradient: Tensor, scratch: Tensor, sizes: Sequence[int], every: int, 
     """Those of tensors of these sizes that lie one behind another."""
     parts = [-(-size // every) for size in sizes]
     pieces = zip(gradient.split(list(sizes)), scratch[: sum(parts)].split(parts), strict=True)
-    return [PartOfSums(piece, part, sums[0, i], sums[1, i], not (piece.data_ptr() % ALIGNED or part.data_ptr() % ALIGNED))
+    return [PartOfSums(piece, part, sums[0, i], sums[1, i],
+                       aligned=piece.data_ptr() % ALIGNED == part.data_ptr() % ALIGNED == 0)
             for i, (piece, part) in enumerate(pieces)]
 
 

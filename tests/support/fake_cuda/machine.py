@@ -2,8 +2,9 @@
 
 CPU tensors stay real, so that random draws, data, tokens and control flow are the true ones. A number that is asked of
 a tensor on the card is made up, and the wait is noted with the lines that asked. What a card refuses and fake tensors
-let pass is refused: a CPU generator for a draw on the card, an index on the card into a CPU tensor, and on "mps" every
-tensor in fp64. Where the card is not "cuda", our code may ask torch.cuda nothing but whether it is there.
+let pass is refused: a CPU generator for a draw on the card, an index on the card into a CPU tensor, a product or norm
+of two number formats, and on "mps" every tensor in fp64. Where the card is not "cuda", our code may ask torch.cuda
+nothing but whether it is there.
 Scaled dot product attention takes the kernels that CUDA takes from compute capability 8.0 on, by their shape functions;
 on other cards it is written out.
 """
@@ -31,6 +32,8 @@ aten = torch.ops.aten
 MOST_READ = 1 << 22  # elements of a tensor that comes back from the card with made-up numbers; larger ones stay fake
 COPY, COPY_INTO = aten._to_copy.default, aten.copy_.default
 INDEXING = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
+ONE_DTYPE = (aten.mm, aten.bmm, aten.addmm, aten.addmm_, aten.baddbmm, aten.mv, aten.dot, aten.linear, aten.convolution,
+             aten.native_layer_norm, aten.native_group_norm)  # kernels that take no tensors of two number formats
 LIKE = (aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,
         aten.new_empty.default, aten.new_zeros.default, aten.new_full.default, aten.new_empty_strided.default)
 ASYNCHRONOUS = ", asynchronous"  # a copy that the host does not wait for
@@ -121,6 +124,10 @@ class _Watch(TorchDispatchMode):
             raise RuntimeError(f"Expected a '{target}' device type for generator but found '{generator.device}'")
         if func in INDEXING and args[0].device.type == "cpu":
             raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
+        if func.overloadpacket in ONE_DTYPE:
+            dtypes = {tensor.dtype for tensor in args if isinstance(tensor, Tensor)}
+            if len(dtypes) > 1:
+                raise RuntimeError(f"{func}: expected tensors of the same dtype, but found {dtypes}")
 
     def _note_index(self, func: Any, args: tuple) -> None:
         if func in INDEXING:
