@@ -54,7 +54,7 @@ WAITS = {  # for the card in a step, by what for and the file that waits: how ma
     "item, distribution_matching.py": 3,  # its report, and with a bank keys and weights; the bank's counts go up
     "host to device, distribution_matching.py": 1,
 }
-WAITS_OF_A_PREVIEW = 350  # of 25 denoising steps; nearly all are those of Diffusers' scheduler
+WAITS_OF_A_PREVIEW = 550  # nearly all are those of the VAE's tensors (248 in SDXL), which come to the card and go back
 
 
 def named(row: tuple[int, ...]) -> str:

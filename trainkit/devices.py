@@ -14,6 +14,14 @@ HAS_BF16 = (8, 0)  # compute capability, from Ampere on; older cards emulate it,
 ALIGNMENT = 16  # bytes: each tensor in a shared buffer begins on a multiple, which any dtype may stand on
 
 
+def present() -> torch.device:
+    """The GPU of this machine, else its CPU: the choice of Accelerate, for programs that run without it."""
+    for name in ("mps", "cuda", "xpu"):
+        if torch.get_device_module(name).is_available():
+            return torch.device(name)
+    return torch.device("cpu")
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until everything that is queued on `device` is done; the CPU queues nothing.
 

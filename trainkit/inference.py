@@ -166,7 +166,7 @@ def lora_problems(files: Sequence[Path], base: str) -> Iterator[Problem]:
 def load_pipeline(base: str, dtype: str | None) -> Pipeline:
     """The stock pipeline of a base model, without what would paint over its images: watermark and safety checker.
 
-    dtype  one of DTYPES; None: bfloat16 on a GPU, float32 on a CPU
+    dtype  one of DTYPES; None: bfloat16 on a GPU, float32 on a CPU and on Apple's GPUs
     """
     from trainkit.runtime.trackers import quiet_libraries
 
@@ -174,14 +174,15 @@ def load_pipeline(base: str, dtype: str | None) -> Pipeline:
     import torch
     from diffusers import AutoPipelineForText2Image
 
+    from trainkit.devices import present
     from trainkit.families.pretrained import Repo, load_part
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = present()
     pipe = load_part(Repo(base, "--base"), AutoPipelineForText2Image, "", use_safetensors=True,
                      add_watermarker=False, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.enable_slicing()  # one image at a time: decoding takes most of the memory
-    return pipe.to(device, getattr(torch, dtype or ("bfloat16" if device == "cuda" else "float32")))
+    return pipe.to(device, getattr(torch, dtype or ("float32" if device.type in ("cpu", "mps") else "bfloat16")))
 
 
 def networks(pipe: Pipeline) -> list[str]:

@@ -136,7 +136,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--guidance_both_branches", action="store_true", help="Also show the guidance image with the negative "
         "prompt.")
     add("--batch_size", type=int, default=4, help="How many images are generated at once. The default is 4.")
-    add("--dtype", choices=DTYPES, help="The precision. The default is bfloat16 on a GPU, and float32 on a CPU.")
+    add("--dtype", choices=DTYPES, help="The precision. The default is bfloat16 on GPUs except Apple's.")
     add("--out", required=True, type=Path, metavar="DIR", help="The folder for the images and sheet.png.")
     add("--debug", action="store_true", help="Show a traceback with every error message.")
     args = parser.parse_args(argv)

@@ -268,7 +268,7 @@ def _answers(device: str, synchronized: Callable[[], None]) -> dict[Any, dict[st
     }
     if device == "mps":
         backend = {"is_available": lambda: True, "is_built": lambda: True, "is_macos_or_newer": lambda *a: True}
-        return {torch.mps: common, torch.backends.mps: backend}
+        return {torch.mps: common | {"is_available": lambda: True}, torch.backends.mps: backend}
     like_cuda = common | {
         "is_available": lambda: True, "is_bf16_supported": lambda *a, **k: True,
         "get_device_properties": lambda *a: properties, "get_device_capability": lambda *a: CAPABILITY,
