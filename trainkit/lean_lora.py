@@ -83,7 +83,7 @@ def update_gradients(ctx: Context, dz: Tensor, rows: Tensor, h: Tensor, W: Tenso
                      ) -> tuple[Tensor | None, Tensor, Tensor]:
     """dx (where it is asked for), dA and dB of z = x Wᵀ + c · (x Aᵀ) Bᵀ from dz [..., out].
 
-    rows, h, W, A, B  what the forward pass saved; under gradient checkpointing it can be read only once
+    A backward pass unpacks ctx.saved_tensors once: under gradient checkpointing they are gone afterwards.
     """
     dz = dz.reshape(-1, dz.shape[-1])  # [n,out]
     g = (dz @ B.to(dz.dtype)).mul_(ctx.c)  # [n,r]
