@@ -222,7 +222,7 @@ def waits(args: argparse.Namespace) -> dict[str, Callable[[], Result]]:
 def gaps(args: argparse.Namespace) -> dict[str, Callable[[], Result]]:
     """In the steps that are timed: kernels, and how long the card was busy with them."""
     def profile(batch: int) -> Result:
-        from torch.profiler import ProfilerActivity, schedule
+        from torch.profiler import schedule, supported_activities
 
         kernels: list[float] = []  # seconds of each
         active = args.steps - WARM
@@ -233,7 +233,7 @@ def gaps(args: argparse.Namespace) -> dict[str, Callable[[], Result]]:
 
         argv = [*flags(args, f"gaps{batch}", steps=args.steps), *LEAN, f"--train_batch_size={batch}"]
         with step_times() as times, torch.profiler.profile(
-                activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], on_trace_ready=ready,
+                activities=supported_activities(), on_trace_ready=ready,
                 schedule=schedule(wait=0, warmup=WARM, active=active, repeat=1)) as profiler:
             hook = register_optimizer_step_post_hook(lambda *a: profiler.step())
             try:
