@@ -310,6 +310,7 @@ def card_there(device: str = "cuda", synchronized: Callable[[], None] = lambda: 
             for name, real in list(vars(torch.cuda).items()):
                 if inspect.isfunction(real) and not name.startswith("_") and name != "is_available":
                     patch(torch.cuda, name, _not_for_ours(name, real))
+        patch(torch.profiler, "supported_activities", lambda: {torch.profiler.ProfilerActivity.CPU})
         patch(functional, "scaled_dot_product_attention", attention)
         patch(torch.nn.Module, "_apply", _apply)
         patch(Tensor, "data_ptr", _pointers())
