@@ -34,6 +34,20 @@ def test_a_precision_that_costs_much_on_a_card_is_told(monkeypatch, capability, 
     assert not list(devices.precision_notices(torch.device("cpu"), precision)), "a CPU asks for no other precision"
 
 
+@pytest.mark.parametrize("name", ["cuda", "mps", "xpu"])
+def test_tools_take_the_gpu_that_is_there(name, monkeypatch):
+    for other in ("cuda", "mps", "xpu"):
+        monkeypatch.setattr(torch.get_device_module(other), "is_available", lambda there=other == name: there)
+    assert devices.present() == torch.device(name)
+    monkeypatch.setattr(torch.get_device_module(name), "is_available", lambda: False)
+    assert devices.present() == torch.device("cpu")
+
+
+def test_fp64_is_as_exact_as_the_tensor_was():
+    weights = torch.rand(3, 3, generator=torch.Generator().manual_seed(0))
+    assert devices.in_fp64(weights).dtype == torch.float64 and torch.equal(devices.in_fp64(weights).float(), weights)
+
+
 @pytest.mark.parametrize("allowed", [True, False])
 def test_tf32_is_as_the_flag_says_also_in_convolutions(allowed):
     with own_settings():
