@@ -162,7 +162,7 @@ def test_both_trainers_and_the_tools_run_on_other_devices(device, tiny_sdxl, tin
     ]
     runs = on_the_card(tmp_path, [{"name": f"{number}", "trainer": trainer, "argv": argv}
                                   for number, (trainer, argv) in enumerate(rows)], device)
-    check(runs)
+    ended_well(runs)
     assert all("Device" in run["output"] and device.upper() in run["output"] for run in runs[:-1])
 
 
@@ -239,11 +239,8 @@ def test_a_made_up_device_refuses_what_a_real_one_does(device):
 
 def check(runs: list[dict]) -> None:
     """Each run ended well, and waited only where it may in a step that is not the first of its session."""
-    failed = [f"{run['name']}, exit {run['code']}: {run['output'][-3000:]}" for run in runs if run["code"]]
-    assert not failed, "\n\n".join(failed)
+    ended_well(runs)
     for run in runs:
-        ended = ("holds the trained weights", "stopped after", "/features.safetensors", "/drawn", "gap closed")
-        assert any(words in run["output"] for words in ended), run["output"]
         for step in run["steps"][1:]:
             waits = Counter((f"{kind}, {lines.partition(':')[0]}", lines) for kind, lines in step
                             if not kind.endswith(ASYNCHRONOUS))
@@ -253,3 +250,11 @@ def check(runs: list[dict]) -> None:
                 f"{run['name']} waits for the card: {waits.most_common(8)}")
         for preview in run["previews"]:
             assert sum(not kind.endswith(ASYNCHRONOUS) for kind, _ in preview) <= WAITS_OF_A_PREVIEW, run["name"]
+
+
+def ended_well(runs: list[dict]) -> None:
+    failed = [f"{run['name']}, exit {run['code']}: {run['output'][-3000:]}" for run in runs if run["code"]]
+    assert not failed, "\n\n".join(failed)
+    for run in runs:
+        ended = ("holds the trained weights", "stopped after", "/features.safetensors", "/drawn", "gap closed")
+        assert any(words in run["output"] for words in ended), run["output"]
