@@ -140,7 +140,7 @@ def test_what_the_table_has_not_runs_on_a_card_too(tiny_sdxl, tiny_sd, tmp_path)
 
 @pytest.mark.parametrize("device", ["mps", "xpu"])
 def test_both_trainers_and_the_tools_run_on_other_devices(device, tiny_sdxl, tiny_sd, tmp_path):
-    """torch.cuda is asked nothing, and no fp64 goes to an Apple GPU, which has none."""
+    """torch.cuda is asked nothing, and no fp64 goes to a GPU that has none."""
     images, out = make_images(tmp_path / "images", n=3), tmp_path / "captioned"
     shared = dict(max_train_steps=2, validation_prompt="an icon", num_validation_images=1, validation_epochs=2)
     class_images = dict(with_prior_preservation=True, class_prompt="an icon", num_class_images=1,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 HAS_BF16 = (8, 0)  # compute capability, from Ampere on; older cards emulate it, and their attention kernels refuse it
+WITHOUT_FP64 = ("mps", "xpu")  # no Apple GPU has it, and not every Intel GPU (Arc A)
 ALIGNMENT = 16  # bytes: each tensor in a shared buffer begins on a multiple, which any dtype may stand on
 
 
@@ -48,8 +49,8 @@ def free_memory(device: torch.device) -> float:
 
 
 def in_fp64(tensor: Tensor) -> Tensor:
-    """The tensor in fp64, where it is or on the CPU: Apple GPUs have no fp64."""
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+    """The tensor in fp64, where it is or on the CPU."""
+    return (tensor.cpu() if tensor.device.type in WITHOUT_FP64 else tensor).double()
 
 
 def allow_tf32(allow: bool) -> None:

@@ -3,8 +3,8 @@
 CPU tensors stay real, so that random draws, data, tokens and control flow are the true ones. A number that is asked of
 a tensor on the card is made up, and the wait is noted with the lines that asked. What a card refuses and fake tensors
 let pass is refused: a CPU generator for a draw on the card, an index on the card into a CPU tensor, a product or norm
-of two number formats, and on "mps" every tensor in fp64. Where the card is not "cuda", our code may ask torch.cuda
-nothing but whether it is there.
+of two number formats, and on "mps" every tensor in fp64; "xpu" is a card that has it, as torch's GradScaler asks
+of one. Where the card is not "cuda", our code may ask torch.cuda nothing but whether it is there.
 Scaled dot product attention takes the kernels that CUDA takes from compute capability 8.0 on, by their shape functions;
 on other cards it is written out.
 """
@@ -162,7 +162,7 @@ class _Watch(TorchDispatchMode):
 
 def _refuse_float64(tensor: Tensor) -> Tensor:
     if tensor.device.type == "mps" and tensor.dtype == torch.float64:
-        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+        raise TypeError(f"{tensor.device} has no float64")
     return tensor
 
 
@@ -260,7 +260,7 @@ def _pointers() -> Callable[[Tensor], int]:
 def _answers(device: str, synchronized: Callable[[], None]) -> dict[Any, dict[str, Any]]:
     """What torch says of the card, by the module that is asked."""
     properties = SimpleNamespace(name="made-up card", total_memory=MEMORY, major=CAPABILITY[0], minor=CAPABILITY[1],
-                                 multi_processor_count=28)
+                                 multi_processor_count=28, has_fp64=True)
     common: dict[str, Any] = {
         "synchronize": lambda *a: synchronized(), "empty_cache": lambda: None, "device_count": lambda: 1,
         "manual_seed": lambda seed: None, "manual_seed_all": lambda seed: None, "current_device": lambda: 0,
