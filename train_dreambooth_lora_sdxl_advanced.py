@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         summary.log_plan(opt, instances, run, steps=total, class_images=opt.prior.images)
         # Images of the concept, and of its class where the prior is kept: those are generated where they are missing.
         rows = [*instances, *class_images.class_rows(opt, run)]
-        stream = sampler.Order(rows, run.global_batch, seed=run.seed)  # the same on 1 or N processes
+        stream = sampler.make_order(rows, run.global_batch, batch_size=opt.run.train_batch_size, seed=run.seed)
         new_tokens.warn(opt.pivotal, rows)
 
         # The frozen model. Prompts become conditioning (cached, by new tokens or by LoRA), images become latents.
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
             family, [row.caption for row in rows], store, also=preview.preview_prompts(opt.validation), text=opt.text,
             pivotal=opt.pivotal, lora=opt.lora, total=total, seed=run.seed,
             gradient_checkpointing=opt.precision.gradient_checkpointing)
-        caption_length.warn_cut(rows, text.rewrite, family.tokenizers)
+        caption_length.warn_cut(rows, text.rewrite, family.tokenizers, preview=opt.validation.validation_prompt)
         images = loader.ready_images(rows, opt.data, family, store, seed=run.seed, progress=run.show_task,
                                      num_workers=opt.run.dataloader_num_workers)
 
@@ -103,11 +103,11 @@ def main(argv: list[str] | None = None) -> None:
         previews = preview.Previews(
             family, opt.validation, text, run.out_dir, seed=run.seed, resolution=opt.data.resolution,
             every=opt.validation.every(stream.steps_per_epoch), averaged=optimizer.averaged)
-        exports = lora_files.LoraFiles(opt.run, family, lora, text, num_images=len(instances) // opt.data.repeats,
+        exports = lora_files.LoraFiles(opt.run, family, lora, text, num_images=instances.account.images,
                                        averaged=optimizer.averaged)
         saves = checkpoints.Checkpoints(
             run.out_dir, keep=opt.run.checkpoints_total_limit, every=opt.run.checkpointing_steps,
-            after_last=opt.run.compat is None, exports=exports,
+            after_last=opt.run.compat != "diffusers", exports=exports,
             fingerprint=run_fingerprint.fingerprint(opt, rows, family, run, total), adapters=lora, text=text,
             passes=passes, optimizer=optimizer, run=run)
         start = saves.resume(opt.run.resume_from_checkpoint, stop=stop)
@@ -130,7 +130,7 @@ def preflight(opt: Options) -> Rows:
     preflight.leave_out_unused(opt.optimizer)
     ranks.join(os.environ)  # several processes share out the decoding of images
     model = preflight.check_model(opt, sdxl)
-    rows, data_problems = read_rows(opt.data)
+    rows, data_problems = read_rows(opt.data, compat=opt.run.compat)
     option_problems = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run),
                        *checkpoints.problems(opt.run)]
     token_problems = new_tokens.problems(opt.pivotal, [row.caption for row in rows])

@@ -71,12 +71,12 @@ def main(argv: list[str] | None = None) -> None:
     from trainkit.training.step import TrainStep
     from trainkit.training.trainables import make_trainables
 
-    family_module = families.of(opt.model)  # SD 1.x and 2.x, or SDXL: what the model folder holds
+    family_module = families.of(opt.model)  # SD 1.x and 2.x, or SDXL: what the file or folder holds
     rows = preflight(opt, family_module)  # every problem in one message
     with start_run(opt, "text-to-image-lora") as run:
         total, stop = opt.run.ends(len(rows), run.world)  # finished steps of the run, and of this session
         summary.log_plan(opt, rows, run, steps=total)
-        stream = sampler.Order(rows, run.global_batch, seed=run.seed)  # the same on 1 or N processes
+        stream = sampler.make_order(rows, run.global_batch, batch_size=opt.run.train_batch_size, seed=run.seed)
         # The frozen model. Prompts become conditioning (cached, or by LoRA on the encoders), images become latents.
         family = family_module.load(opt.model, device=run.device, weight_dtype=run.weight_dtype, compat=opt.run.compat,
                            schedule=ScheduleChange.from_options(opt.objective))
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
             family, [caption for row in rows for caption in row.all_captions], store,
             also=preview.preview_prompts(opt.validation), text=opt.text, pivotal=None, lora=opt.lora, total=total,
             seed=run.seed, gradient_checkpointing=opt.precision.gradient_checkpointing)
-        caption_length.warn_cut(rows, text.rewrite, family.tokenizers)
+        caption_length.warn_cut(rows, text.rewrite, family.tokenizers, preview=opt.validation.validation_prompt)
         images = loader.ready_images(rows, opt.data, family, store, seed=run.seed, progress=run.show_task,
                                      num_workers=opt.run.dataloader_num_workers)
 
@@ -105,11 +105,11 @@ def main(argv: list[str] | None = None) -> None:
         previews = preview.Previews(
             family, opt.validation, text, run.out_dir, seed=run.seed, resolution=opt.data.resolution,
             every=opt.validation.every(stream.steps_per_epoch), averaged=optimizer.averaged)
-        exports = lora_files.LoraFiles(opt.run, family, lora, text, num_images=len(rows) // opt.data.repeats,
+        exports = lora_files.LoraFiles(opt.run, family, lora, text, num_images=rows.account.images,
                                        averaged=optimizer.averaged)
         saves = checkpoints.Checkpoints(
             run.out_dir, keep=opt.run.checkpoints_total_limit, every=opt.run.checkpointing_steps,
-            after_last=opt.run.compat is None, exports=exports,
+            after_last=opt.run.compat != "diffusers", exports=exports,
             fingerprint=run_fingerprint.fingerprint(opt, rows, family, run, total, **(token.identity if token else {})),
             adapters=lora, text=text, passes=passes, optimizer=optimizer, run=run)
         start = saves.resume(opt.run.resume_from_checkpoint, stop=stop)
@@ -131,7 +131,7 @@ def preflight(opt: Options, family_module: ModuleType) -> Rows:
     preflight.leave_out_unused(opt.optimizer)
     ranks.join(os.environ)  # several processes share out the decoding of images
     model = preflight.check_model(opt, family_module)
-    rows, data_problems = read_rows(opt.data, seed=opt.run.seed)
+    rows, data_problems = read_rows(opt.data, seed=opt.run.seed, compat=opt.run.compat)
     input_problems = [] if model.latents is None else [
         *clip_token.problems(opt.guidance, rows, model.text_width),
         *matching_term.problems(opt.matching, {row.digest: row.caption for row in rows}, model.latents)]

@@ -12,25 +12,29 @@ Pivotal tuning: TOK stands for two new tokens, which are trained in the first ha
 out. The output folder has evaluation/grid.png (each row is a noun; the columns are the base model, the LoRA at
 strengths 0.5 and 1, and a real icon), evaluation/evaluation.json, the LoRA for Diffusers and for WebUIs, the embeddings
 of the new tokens, README.md (the model card) and report.html. If you run the program again after a stop, it continues.
+What is finished, it does not repeat: for another run, give another OUTPUT_DIR.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trainkit.errors import Problem, exit_with_message, refuse
+from trainkit.reading import parse_json, read_text
+from trainkit.runtime.weight_files import DIFFUSERS_FILE
 
 ROOT = Path(__file__).absolute().parents[1]  # where a link to this file lies, as bash would have it
 TRAINER = "train_dreambooth_lora_sdxl_advanced.py"
 BASE = "assets/tiny-sdxl-icons"
+IMAGES = "evaluation"  # the folder for them
 NEW_TOKENS = ("--train_text_encoder_ti", "--token_abstraction=TOK", "--train_text_encoder_ti_frac=0.5")
 
 
@@ -44,11 +48,41 @@ def main() -> None:
                         f'"{sys.executable}" -m pip install -c constraints.txt -r requirements.txt')])
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # on a busy CPU two threads are slower than one
     tokens = os.environ.get("TOKENS", "1") != "0"
-    say("\nTraining (about 2 minutes):\n")
-    start(*training(out, tokens=tokens, steps=os.environ.get("STEPS", "400")))
-    say("\nGenerating 120 nouns that are not in the training images, at three strengths (about 3 minutes):\n")
-    start(*evaluation(out, tokens=tokens, denoising_steps=os.environ.get("DENOISING_STEPS", "20")))
-    say(f"\nLook at {Path(out, 'evaluation', 'grid.png')} and open {Path(out, 'report.html')} in a browser.")
+    train = training(out, tokens=tokens, steps=os.environ.get("STEPS", "400"))
+    if is_trained(out, train):
+        say(f"\nThe run in {out} is finished already. For another one, give another folder, such as {out}-2.")
+    else:
+        say("\nTraining (about 2 minutes):\n")
+        start(*train)
+    denoising_steps = os.environ.get("DENOISING_STEPS", "20")
+    if is_evaluated(out, denoising_steps):
+        say("Its images are there already, too.")
+    else:
+        say("\nGenerating 120 nouns that are not in the training images, at three strengths (about 3 minutes):\n")
+        start(*evaluation(out, tokens=tokens, denoising_steps=denoising_steps))
+    say(f"\nLook at {Path(out, IMAGES, 'grid.png')} and open {Path(out, 'report.html')} in a browser.")
+
+
+def is_trained(out: str, command: list[str]) -> bool:
+    """Whether the same command has run to its end there, and its LoRA is still there."""
+    record, lora = written(ROOT / out / "run.json"), ROOT / out / DIFFUSERS_FILE
+    return record.get("status") == "done" and record.get("command") == command and lora.is_file()
+
+
+def is_evaluated(out: str, denoising_steps: str) -> bool:
+    """Whether the grid shows the LoRA that is there."""
+    lora, images = ROOT / out / DIFFUSERS_FILE, ROOT / out / IMAGES
+    return (written(images / "evaluation.json").get("steps") == int(denoising_steps) and (images / "grid.png").is_file()
+            and (images / "grid.png").stat().st_mtime_ns > lora.stat().st_mtime_ns)
+
+
+def written(path: Path) -> dict[str, Any]:
+    """What a program of ours has written into a JSON file; nothing where there is none that can be read."""
+    try:
+        found: dict[str, Any] = parse_json(read_text(path))
+    except (OSError, ValueError):
+        return {}
+    return found
 
 
 def training(out: str, *, tokens: bool, steps: str) -> list[str]:
@@ -69,10 +103,10 @@ def training(out: str, *, tokens: bool, steps: str) -> list[str]:
 
 
 def evaluation(out: str, *, tokens: bool, denoising_steps: str) -> list[str]:
-    name = json.loads(Path(ROOT, out, "run.json").read_text("utf-8"))["name"]
-    return ["scripts/evaluate.py", "--base", BASE, "--lora", f"{out}/pytorch_lora_weights.safetensors",
+    name = written(ROOT / out / "run.json")["name"]
+    return ["scripts/evaluate.py", "--base", BASE, "--lora", f"{out}/{DIFFUSERS_FILE}",
             *(["--embeddings", f"{out}/{name}_emb.safetensors"] if tokens else []),
-            "--strengths", "0,0.5,1", "--steps", denoising_steps, "--out", f"{out}/evaluation"]
+            "--strengths", "0,0.5,1", "--steps", denoising_steps, "--out", f"{out}/{IMAGES}"]
 
 
 def start(*words: str) -> None:

@@ -216,6 +216,14 @@ def test_ranks_share_the_work_where_they_share_the_store(tmp_path: Path, monkeyp
     assert encoded_by_two_ranks(rows, apart, monkeypatch) == [5, 5], "each machine needs every entry"
 
 
+def test_one_process_lists_the_store_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 100,000 entries on a network disk, a listing takes its time."""
+    listed, keys = [], DiskStore.keys
+    monkeypatch.setattr(DiskStore, "keys", lambda store: listed.append(1) or keys(store))
+    rows, store = folder_rows(tmp_path / "d"), DiskStore(tmp_path / "cache")
+    assert [fill(rows, store)[1] for _ in range(2)] == [5, 0] and len(listed) == 2
+
+
 def in_child(work: object, *args: object) -> int:
     """Fork a child that runs `work(*args)` -> its process id."""
     pid = os.fork()

@@ -17,7 +17,7 @@ from PIL import Image as Pillow
 from pyarrow import parquet
 
 from tests.support.images import data_options, marked, marked_folder
-from trainkit.data.batch import Row
+from trainkit.data.batch import Row, Slot
 from trainkit.data.geometry import CropPolicy
 from trainkit.data.images import load_image
 from trainkit.data.loader import Images, micro_batches
@@ -293,7 +293,7 @@ def test_workers_ranks_and_a_resume_draw_the_same_captions(tmp_path: Path, accum
     for _, batches in micro_batches(images, order, stop_step=6):
         for batch in batches:
             for (_, step, index), place, prompt in zip(batch.keys, batch.rows, batch.prompts, strict=True):
-                _, row, epoch, _ = order.slot(step, index)
+                _, row, epoch, *_ = order.slot(step, index)
                 assert row == place, "the slot says whose caption it is"
                 assert prompt == images.caption(rows[row], epoch)
 
@@ -302,7 +302,7 @@ def test_a_row_with_one_caption_has_that_one(tmp_path: Path) -> None:
     row, = rows_of(write(tmp_path, ["a.png"], LINES[:1]))
     images = Images([row], CropPolicy(resolution=32), seed=0)
     assert {images.caption(row, epoch) for epoch in range(20)} == {"an a"}
-    assert {images[(0, epoch, 0), 0, epoch, 1].prompt for epoch in range(20)} == {"an a"}
+    assert {images[Slot((0, epoch, 0), 0, epoch, 1)].prompt for epoch in range(20)} == {"an a"}
     assert replace(row, caption="b").all_captions == ("b",)
 
 

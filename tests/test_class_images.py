@@ -25,7 +25,7 @@ from trainkit.data.batch import Row
 from trainkit.data.class_images import Painter, class_rows, problems, recipe
 from trainkit.errors import UserError
 from trainkit.families import base
-from trainkit.options import ModelOptions, PriorOptions
+from trainkit.options import ModelOptions, ObjectiveOptions, PriorOptions
 from trainkit.rng import generator
 from trainkit.runtime import ranks
 from trainkit.runtime.progress import Progress
@@ -40,6 +40,7 @@ def options(folder: Path | None, model: Path | str = "no/model", *, resolution: 
     prior = dict(with_prior_preservation=True, class_data_dir=folder and str(folder), class_prompt="a photo of a cat",
                  num_class_images=6, sample_batch_size=2) | changes
     return SimpleNamespace(model=ModelOptions(pretrained_model_name_or_path=str(model)), prior=PriorOptions(**prior),
+                           objective=ObjectiveOptions(), run=SimpleNamespace(compat=None),
                            data=data_options(resolution=resolution, instance_data_dir=instances))
 
 

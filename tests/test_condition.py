@@ -1,4 +1,4 @@
-"""What a network is told: named tensors of one batch that are moved, picked and joined together."""
+"""What a network is told: named tensors of one batch that are picked and joined together."""
 
 from __future__ import annotations
 
@@ -20,18 +20,6 @@ def test_one_with_more_leaves_the_first_as_it_is() -> None:
     assert set(more) == {"embeds", "pooled", "time_ids"} and set(first) == {"embeds", "pooled"}
     assert more["embeds"] is first["embeds"] and torch.equal(more["pooled"], torch.ones(2, 1))
     assert first["pooled"].flatten().tolist() == [1, 2]
-
-
-def test_to_moves_every_tensor_and_keeps_names_dtypes_and_values() -> None:
-    first = condition_of(1, 2)
-    moved = first.to(torch.device("meta"))
-    assert isinstance(moved, Condition) and {name: t.device.type for name, t in moved.items()} == {
-        "embeds": "meta", "pooled": "meta"}
-    assert {name: (t.dtype, t.shape) for name, t in moved.items()} == {
-        name: (t.dtype, t.shape) for name, t in first.items()}
-    assert {t.device.type for t in first.values()} == {"cpu"}, "the first one stays where it was"
-    here = first.to(torch.device("cpu"))
-    assert here is not first and all(torch.equal(here[name], t) for name, t in first.items())
 
 
 def test_take_picks_entries_of_every_tensor_in_the_order_of_the_index() -> None:

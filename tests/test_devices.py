@@ -75,6 +75,22 @@ def test_latents_in_tf32_are_other_entries_of_the_cache(family):
         assert family.latents_identity != plain == family.identity["vae"]
 
 
+def test_the_vae_encodes_one_image_at_a_time_or_as_many_as_asked_for(family, monkeypatch):
+    """With one at a time, a latent is that of the image alone, to the last bit; other numbers are other entries."""
+    encode, asked = family.vae.encode, []
+    monkeypatch.setattr(family.vae, "encode", lambda x: (asked.append(len(x)), encode(x))[1])
+    pixels = torch.randn(5, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    together, alone = family.encode_pixels(pixels), [family.encode_pixels(image[None]) for image in pixels]
+    assert asked == [1] * 10 and together[0].shape == (5, family.latent_channels, 8, 12)
+    for i, one in enumerate(alone):
+        assert all(torch.equal(part[i], of_one[0]) for part, of_one in zip(together, one, strict=True))
+    asked.clear()
+    monkeypatch.setattr(family, "vae_batch_size", 2)
+    for part, other in zip(family.encode_pixels(pixels), together, strict=True):
+        torch.testing.assert_close(part, other, rtol=1e-4, atol=1e-5)
+    assert asked == [2, 2, 1] and family.latents_identity != family.identity["vae"]
+
+
 def test_large_images_to_look_at_are_decoded_in_tiles(family, monkeypatch):
     """Tiles of a small side show that nothing but the seams changes, and that encoding is never tiled."""
     largest = []

@@ -59,11 +59,16 @@ OUT_OF_MEMORY = [
     "[enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: not enough memory: you tried to allocate 12 bytes.",
     "unable to mmap 100 bytes from file <x.safetensors>: Cannot allocate memory (12)", "miopenStatusAllocFailed",
     "NCCL error: unhandled cuda error, Cuda failure 'out of memory'", "cudaErrorMemoryAllocation: out of memory",
+    "Native API failed. Native API returns: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)",
+    "Unable to find a valid cuDNN algorithm to run convolution", "GET was unable to find an engine to execute this",
+    "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+    "DataLoader worker (pid 4242) is killed by signal: Killed. ",
     "Error out of memory at line 380 in file /src/csrc/ops.cu", "Unable to allocate 1.5 GiB for an array",
 ]
 OTHERS = [
     "CUDA error: an illegal memory access was encountered", "mat1 and mat2 shapes cannot be multiplied",
     "Expected memory format channels_last", "could not create a file", "size mismatch",
+    "DataLoader worker (pid 4242) is killed by signal: Segmentation fault. ",
 ]
 
 

@@ -63,6 +63,9 @@ def test_output_among_class_images_or_in_a_local_data_set_is_refused(tmp_path: P
     classes = tmp_path / "classes"
     found = output_problems(run_options(classes / "run", data=tmp_path / "d", classes=classes))
     assert ["--class_data_dir" in p.where for p in found] == [True]
+    for missing in (tmp_path / "run", tmp_path / "run" / "samples"):  # class images would be generated there
+        found = output_problems(run_options(tmp_path / "run", data=tmp_path / "d", classes=missing))
+        assert ["--class_data_dir" in p.where for p in found] == [True], missing
     assert len(output_problems(run_options(tmp_path / "d" / "run", dataset=tmp_path / "d"))) == 1
     assert not output_problems(run_options(tmp_path / "run", dataset="owner/name"))
 
@@ -98,7 +101,7 @@ def read(name: Path, tmp_path: Path) -> tuple[list[Row], list[Problem]]:
 
 @pytest.mark.parametrize("path", [
     "{secret}", "{set}/../private/secret.png", "{set}/link.png", "{set}/linked/secret.png", "../private/secret.png",
-    "file://{secret}", "~/secret.png"])
+    "file://{secret}", "~/secret.png", "{set}/a\0.png"])
 def test_a_cell_reads_no_file_outside_its_data_set(tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     secret, folder = tmp_path / "private" / "secret.png", tmp_path / "set"
     secret.parent.mkdir()
@@ -111,6 +114,41 @@ def test_a_cell_reads_no_file_outside_its_data_set(tmp_path: Path, path: str, mo
     monkeypatch.chdir(folder)
     rows, (problem,) = read(folder, tmp_path)
     assert [row.id for row in rows] == ["row 0"] and problem.what == "1 of 2 images cannot be read"
+
+
+OTHER_FILES = {  # what somebody may give as --dataset_name -> a word of what to do instead
+    "captions.csv": "metadata.jsonl, metadata.csv", "captions.jsonl": "metadata.jsonl", "icons.zip": "unzip",
+    "icons.tar": "tar xf", "a.png": "metadata.jsonl",
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_a_file_that_is_no_data_set_is_not_said_to_be_missing(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(content())
+    _, (problem,) = read(tmp_path / name, tmp_path)
+    assert OTHER_FILES[name] in problem.fix and "--instance_data_dir" in problem.fix
+    assert "find" not in problem.why
+
+
+def test_a_table_is_read_whatever_the_case_of_its_suffix(tmp_path: Path) -> None:
+    file = table(tmp_path / "set", [{"bytes": content(), "path": None}]) / "train.parquet"
+    rows, problems = read(file.rename(tmp_path / "TRAIN.PARQUET"), tmp_path)
+    assert not problems and [row.caption for row in rows] == ["t0"]
+
+
+def test_the_address_of_a_page_of_the_hub_is_answered_with_the_name(tmp_path: Path) -> None:
+    _, (problem,) = read_rows(data_options(dataset_name="https://huggingface.co/datasets/linoyts/3d_icon/tree/main",
+                                           cache_dir=tmp_path / "hf"))
+    assert problem.fix == "--dataset_name linoyts/3d_icon"
+
+
+def test_a_set_of_addresses_and_one_of_webdataset_say_what_is_missing(tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"url": ["https://h/a.png"], "text": ["a"]}), tmp_path / "a.parquet")
+    _, (problem,) = read(tmp_path / "a.parquet", tmp_path)
+    assert problem.what == "there is no column 'image'" and "download" in problem.fix
+    parquet.write_table(pa.table({"image": [content()], "__key__": ["000"]}), tmp_path / "b.parquet")
+    _, (problem,) = read(tmp_path / "b.parquet", tmp_path)
+    assert problem.what == "there is no column 'text'" and "__key__" not in problem.fix
 
 
 def test_a_cell_may_name_a_file_of_its_data_set(tmp_path: Path) -> None:
@@ -215,6 +253,16 @@ def test_images_whose_captions_are_cut_are_listed_once(
     caplog.clear()
     warn_cut(rows[3:], lambda prompt: prompt.replace("TOK", "<s0> " * 40), tokenizers)
     assert "b.png" in caplog.text, "new tokens count as they are given to the encoder"
+
+
+def test_the_words_of_a_preview_that_are_cut_are_told(
+    tokenizers: list[CLIPTokenizer], caplog: pytest.LogCaptureFixture
+) -> None:
+    for prompt in (None, "a fox TOK"):
+        warn_cut([], lambda prompt: prompt, tokenizers, preview=prompt)
+    assert not caplog.records
+    warn_cut([], lambda prompt: prompt, tokenizers, preview="red apple " * 60 + "TOK")
+    assert "--validation_prompt is longer than the 77 tokens" in caplog.text and "apple TOK'" in caplog.text
 
 
 # -------------------------------------------------------------------------------------------------- names in messages

@@ -551,6 +551,8 @@ def test_u_of_one_sample_is_refused_and_the_sum_form_is_its_ordinary_error():
     error = latents(1, 2, 8, 8)
     with pytest.raises(ValueError, match="this batch has one"):
         value_and_grad(unbiased(), error)
+    value, gradient = value_and_grad(unbiased(lone=True), error)
+    assert value == 0 and not gradient.any(), "where batches differ in size it is known to compare nothing"
     value, _ = value_and_grad(make(gain=1.0, weights=(1.0, 1.0)), error)
     torch.testing.assert_close(value, error.square().mean())
 

@@ -433,7 +433,8 @@ def conditions_of_a_step(text: Condition, *adds: ClipToken, names: Sequence[str]
 
     schedule = NoiseSchedule(torch.linspace(0.99, 0.01, 1000), "epsilon")
     plain = make_objective(ObjectiveOptions(), schedule)
-    family = SimpleNamespace(device=torch.device("cpu"), denoise=denoise, sample_latents=lambda batch: batch.mean)
+    family = SimpleNamespace(device=torch.device("cpu"), denoise=denoise, sample_latents=lambda batch: batch.mean,
+                             doubted=False)
     step = TrainStep(family, lambda prompts, step: text, make_noise(ObjectiveOptions()),
                      Passes(always(*(replace(plain, name=name) for name in names))), nullcontext, adds)
     batch = Batch(step=0, keys=((0, 0, 0), (0, 0, 1)), rows=(0, 2), prompts=(CAPTIONS[0], CAPTIONS[2]),

@@ -20,7 +20,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 from tests.support.images import data_options, marked, row_of
 from tests.support.profiles import ADOBE, P3, SRGB, profile
 from trainkit.data import images
-from trainkit.data.batch import Row, Sample, collate
+from trainkit.data.batch import Row, Sample, Slot, collate
 from trainkit.data.geometry import INTERPOLATIONS, CropPolicy, resized_size
 from trainkit.data.images import UnreadableImage, decode, is_animated, load_image
 from trainkit.data.rows import read_rows
@@ -305,7 +305,7 @@ def test_a_image_that_changed_during_the_run_is_refused(tmp_path: Path) -> None:
     ((10, 15), 64, (64, 96)),  # small images grow
 ])
 def test_the_long_side_is_truncated_like_torchvisions(size, resolution, expected) -> None:
-    assert resized_size(size, resolution) == expected
+    assert resized_size(size, (resolution, resolution)) == expected
 
 
 @pytest.mark.parametrize("filter_name", INTERPOLATIONS)
@@ -327,7 +327,7 @@ def test_the_recorded_corner_is_the_one_that_was_cut() -> None:
     for h, w in [(32, 60), (70, 32), (32, 32)]:
         row, image = a_row(h, w), marked(9, h, w)
         for epoch in range(20):
-            sample = replace(policy.sample(row, seed=0, epoch=epoch), slot=((0, 0, 0), 0, epoch, 1))
+            sample = replace(policy.sample(row, seed=0, epoch=epoch), slot=Slot((0, 0, 0), 0, epoch, 1))
             _, column, line = ((policy.views(image, [sample])[0, :, 0, 0] + 1) * 127.5).round().tolist()
             assert column == (w - 1 - sample.left if sample.flip else sample.left) and line == sample.top
             assert collate([sample]).time_ids.tolist() == [[h, w, sample.top, sample.left, 32, 32]]

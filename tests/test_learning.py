@@ -134,15 +134,18 @@ def no_runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def result(_: Exam, folder: Path, seconds: float, flags: str) -> results.Result:
         return results.Result(**made_up(folder.name.partition("-seed")[0]))
 
-    def references(_: Exam, out: Path) -> dict[str, dict]:
+    def rows(_: Exam, out: Path) -> None:
         row = exam.row_of([Image.new("RGB", (64, 64))] * exam.SHOWN)
-        for name in ("base-row.png", "real-row.png"):
+        for name in (exam.BASE_ROW, exam.REAL_ROW):
             row.save(out / name)
+
+    def references(_: Exam) -> dict[str, dict]:
         return {name: made_up("lora") for name in ("base", "real icons through the VAE")}
 
     monkeypatch.setattr(run, "train", train)
     monkeypatch.setattr(Exam, "result", result)
     monkeypatch.setattr(Exam, "references", references)
+    monkeypatch.setattr(Exam, "rows", rows)
     return ran
 
 
@@ -197,6 +200,15 @@ def test_the_figure_shows_every_curve_in_its_colour(tmp_path: Path, no_runs: lis
     assert {chart.LINES[case] for case in shown[1:]} <= dots and chart.LINES["base"] not in dots
     with Image.open(tmp_path / "fourier-images.png") as page:
         assert {(20 * k, 0, 0) for k in range(len(shown))} <= {pixel for _, pixel in page.getcolors(2**24)}
+
+
+def test_the_sheet_of_the_methods_shows_the_images_of_each(tmp_path: Path, no_runs: list[str]):
+    for k, case in enumerate(cases.METHODS):
+        finish(tmp_path, case, 0)
+        exam.row_of([Image.new("RGB", (64, 64), (20 * k, 0, 0))] * 10).save(tmp_path / f"{case}-seed0" / exam.ROW)
+    run.main(["--cases", *cases.METHODS, "--seeds=1", f"--out={tmp_path}"])
+    with Image.open(tmp_path / "learning.png") as page:
+        assert {(20 * k, 0, 0) for k in range(len(cases.METHODS))} <= {pixel for _, pixel in page.getcolors(2**24)}
 
 
 def test_changes_are_means_over_rings_then_over_seeds():

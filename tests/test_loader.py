@@ -50,7 +50,7 @@ def assert_belongs_together(batch: Batch, i: int, marker: Tensor, images: Images
     """`marker`: number, column and line of the first pixel; check caption, sizes and crop against them."""
     number, column, line = marker.round().long().tolist()
     h, w = (32, 33 + number) if number % 2 else (33 + number, 32)
-    key, place, epoch, num_instance = slots_of(batch, order)[i]
+    key, place, epoch, num_instance, _ = slots_of(batch, order)[i]
     assert (batch.keys[i], batch.rows[i], batch.num_instance) == (key, place, num_instance)
     row = images.rows[place]
     flip = images.policy.sample(row, seed=5, epoch=epoch).flip
@@ -153,8 +153,7 @@ def test_the_gradient_is_the_mean_over_instances_plus_the_weighted_mean_over_cla
 def test_the_loss_divisor_is_what_the_order_counts_in_each_step(folder: Path) -> None:
     class Uneven(Order):
         def slot(self, step: int, index: int) -> Slot:
-            key, place, epoch, _ = super().slot(step, index)
-            return key, place, epoch, 3 + step
+            return super().slot(step, index)._replace(num_instance=3 + step)
 
     images = images_of(folder, cached=True)
     steps = micro_batches(images, Uneven(images.rows, 4, seed=1), Shard(accumulation=2), stop_step=3)
@@ -239,10 +238,10 @@ def test_an_unreadable_image_is_an_item_of_the_data_set_with_all_it_says(tmp_pat
         images.latents.store = DiskStore(tmp_path / "cache")  # an empty one: every entry is gone
     else:
         (tmp_path / "d" / "001.png").write_bytes(b"no image")
-    item = images[(1, 0, 0), 1, 0, 3]
+    item = images[Slot((1, 0, 0), 1, 0, 3)]
     assert isinstance(item, UserError) and item.problems[0].kind == ("disk" if cached else "data")
     assert ("a cache entry is gone" if cached else "001.png") in item.problems[0].what and item.problems[0].fix
-    assert cached or isinstance(images[(1, 0, 0), 2, 0, 3], Sample), "the others can be read"
+    assert cached or isinstance(images[Slot((1, 0, 0), 2, 0, 3)], Sample), "the others can be read"
 
 
 def test_images_reach_spawned_workers(folder: Path) -> None:
@@ -265,7 +264,7 @@ def a_sample(place: int, **changes: object) -> Sample:
     """A sample with latents of 1 channel and 2x3 places, of a row 50 high and 40 + place wide."""
     row = Row(f"{place}.png", Path(f"{place}.png"), f"image {place}", (50, 40 + place), f"digest {place}")
     latent = torch.full((1, 2, 3), float(place))
-    slot = (7, 4, place), place, 0, 6
+    slot = Slot((7, 4, place), place, 0, 6)
     sample = Sample(row, (40, 32), top=place, left=2, flip=False, shape=(32, 24), slot=slot, prompt=row.caption,
                     mean=latent, logvar=-latent)
     return replace(sample, **changes)

@@ -23,6 +23,7 @@ from trainkit.export import verify
 from trainkit.inference import embeddings_of, lora_file, lora_problems, missing_file
 from trainkit.lora_files import LoraFiles
 from trainkit.options import LoraOptions
+from trainkit.report.facts import RunFacts
 from trainkit.runtime.weight_files import DIFFUSERS_FILE, KOHYA_FILE, at_step, step_files
 
 KINDS = {
@@ -251,3 +252,18 @@ def test_a_command_that_is_run_twice_keeps_the_first_runs_files(tiny_sdxl, tmp_p
         same_tensors(out / DIFFUSERS_FILE, out / "previous-1" / DIFFUSERS_FILE)
     assert len(list(out.glob("logs/*/events*"))) == 1, "two runs in one curve"
     shutil.rmtree(out / "previous-1")
+
+
+def test_headers_have_width_and_height_and_count_the_epochs_of_all_resolutions(tmp_path):
+    """As kohya's trainers write them; the made-up run has 30 steps of 4 images."""
+    run = RunFacts(make_run(tmp_path / "run", resolution="96,64", resolutions="32,64", repeats=2))
+    found = lora_files.header(run, num_images=5, step=30)
+    assert found["ss_resolution"] == "(96, 64)" and found["ss_num_epochs"] == "6"
+    assert not [name for name in found if "bucket" in name]
+    limits = dict(min_bucket_reso=256, max_bucket_reso=2048, bucket_no_upscale=False)
+    run = RunFacts(make_run(tmp_path / "buckets", enable_bucket=True, **limits))
+    assert lora_files.header(run, num_images=5, step=30).items() >= {
+        "ss_enable_bucket": "True", "ss_min_bucket_reso": "256", "ss_max_bucket_reso": "2048",
+        "ss_bucket_no_upscale": "False"}.items()
+    run = RunFacts(make_run(tmp_path / "none", enable_bucket=False, **limits))
+    assert not [name for name in lora_files.header(run, num_images=5, step=30) if "bucket" in name]

@@ -54,6 +54,16 @@ def test_a_file_without_a_lora_is_told(tmp_path, shapes, words):
     assert words in said(tmp_path, shapes)
 
 
+@pytest.mark.parametrize("name", [
+    "unet.mid_block.attentions.0.proj_in.lora_A.weight", "unet.mid_block.attentions.0.proj_in.lora.down.weight",
+    f"{STEM}2.lora_down.weight"])
+def test_a_layer_with_one_of_its_two_matrices_is_a_damaged_file(tmp_path, name):
+    assert not said(tmp_path, PLAIN)
+    text = said(tmp_path, PLAIN | {name: (4, 64)})
+    other = name.replace("lora_A", "lora_B").replace("down.weight", "up.weight")
+    assert "damaged" in text and other in text
+
+
 CROSS_NAMES = [
     "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight",
     "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v.lora.down.weight",
@@ -69,7 +79,7 @@ CROSS_NAMES = [
 def test_another_family_is_told_by_the_width_of_the_text(tmp_path, name, width, unet, words):
     text = said(tmp_path, {name: (4, width)}, unet)
     assert "does not fit the base model" in text and all(word in text for word in words)
-    assert not said(tmp_path, {name: (4, 768)}, SD_UNET)
+    assert "does not fit" not in said(tmp_path, {name: (4, 768)}, SD_UNET)
 
 
 @pytest.mark.parametrize("metadata, unet, refused", [

@@ -101,9 +101,10 @@ def test_a_new_flag_without_effect_is_said_to_have_none(options):
 
 def test_a_new_flag_is_in_the_fingerprint_unless_it_says_otherwise(options):
     run = SimpleNamespace(global_batch=4, precision="no", world=1)
-    row = SimpleNamespace(id="a", digest="b", all_captions=("c",), repeat=0, is_class=False)
-    one, other = (fingerprint(read(options, f"--lora_dummy={value}", f"--dummy_dir={value}"), [row],
-                              SimpleNamespace(identity={}, sampled_identity={}), run, 10) for value in (2, 3))
+    row = SimpleNamespace(id="a", digest="b", all_captions=("c",), repeat=0, is_class=False, cut=None)
+    family = SimpleNamespace(identity={}, sampled_identity={}, vae_batch_size=1)
+    one, other = (fingerprint(read(options, f"--lora_dummy={value}", f"--dummy_dir={value}"), [row], family, run, 10)
+                  for value in (2, 3))
     assert (one["--lora_dummy"], other["--lora_dummy"]) == (2.0, 3.0)
     assert {name for name in one if one[name] != other[name]} == {"--lora_dummy"}
 
@@ -175,7 +176,7 @@ def test_the_facts_of_a_flag_hold_together(trainer):
 TEXTS = {  # values of flags that do not take every text
     "optimizer_args": "eps=1e-6", "dist_match_weights": "1,2", "dist_match_wavelet": "db2", "fourier_scales": "1,8",
     "fourier_scale_weights": "1,2", "fourier_scale_high_freq_weights": "1,2,3", "fourier_mix": "0.3,0.7",
-    "fourier_bands": "high:2",
+    "fourier_bands": "high:2", "resolutions": "768,1024",
 }
 SWITCHED_ON = {"guidance_token": {"guidance_token": 8.0}}  # only whether it is above 0 counts
 

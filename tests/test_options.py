@@ -37,6 +37,7 @@ from trainkit.options import (
     RunOptions,
     parse,
 )
+from trainkit.options.cli import help_text
 from trainkit.options.config_text import markdown
 from trainkit.options.help import ESSENTIAL, answer
 from trainkit.options.rules import trained_fractions, unread
@@ -381,6 +382,29 @@ def test_a_bad_config_is_refused(tmp_path, text, said, fix):
     assert "c.toml" in what + problem.where
 
 
+def test_a_config_that_cannot_be_read_is_not_followed_by_what_it_may_have_given():
+    with pytest.raises(UserError) as caught:
+        parse(Options, ["--config=nope.toml", "--rankk=4"], description="")
+    assert [problem.what for problem in caught.value.problems] == [
+        "unknown flag --rankk", "cannot read the config file nope.toml"]
+
+
+def test_none_takes_back_a_text_too(tmp_path):
+    """`none` would else be a prompt that previews are generated with."""
+    file = tmp_path / "c.toml"
+    file.write_text('validation_prompt = "a fox"\nresume_from_checkpoint = "latest"\n')
+    options = read(f"--config={file}", "--validation_prompt=none", "--resume_from_checkpoint=None", "--variant=none")
+    assert options.validation.validation_prompt is None and options.model.variant is None
+    assert options.run.resume_from_checkpoint is None
+
+
+def test_a_number_that_is_off_by_default_is_not_said_to_be_off_at_another():
+    flags = Options.flags()
+    assert "0 is off" in help_text(flags["max_grad_norm"]) and "0 is off" in help_text(flags["adam_weight_decay"])
+    for name in ("gradient_accumulation_steps", "loraplus_lr_ratio"):
+        assert help_text(flags[name]).endswith("(default: 1)")
+
+
 def test_an_empty_table_of_a_yaml_file_is_said_to_be_none(tmp_path):
     (tmp_path / "c.yaml").write_text("fourier_loss:\nrank: 8\n")
     (problem,) = refused(f"--config={tmp_path / 'c.yaml'}").values()
@@ -503,7 +527,8 @@ def test_messages_carry_no_links_and_no_library_words():
     "--snr_gamma=-1", "--noise_offset=-1", "--adam_beta1=1", "--adam_epsilon=0", "--max_grad_norm=-1", "--seed=-1",
     "--seed=1.5", "--validation_epochs=-1", "--validation_steps=-1", "--cached_crops=-1", "--clip_skip=-1",
     "--mixed_precision=fp8", "--lr_scheduler=cosin", "--prediction_type=x", "--instance_data_dir=",
-    "--lora_layers=all", "--compat=kohya", "--image_interpolation_mode=area", "--max_skipped_steps=-1",
+    "--lora_layers=all", "--compat=onetrainer", "--image_interpolation_mode=area", "--max_skipped_steps=-1",
+    "--resolution=64,64,64", "--resolutions=64,a", "--min_bucket_reso=0", "--bucket_reso_steps=0",
     f"--seed={2**63}", "--instance_prompt=", "--instance_prompt= \t",
     "--loss_type=l3", "--loss_weighting=min_snr_diffusers", "--huber_c=0", "--huber_schedule=linear", "--p2_k=0",
     "--multires_noise_discount=0", "--multires_noise_iterations=-1", "--input_perturbation=-0.1", "--logit_std=0",
@@ -556,6 +581,9 @@ def test_an_abbreviation_is_named_but_not_taken():
     assert "--resume_from_checkpoint" in refused("--resume=latest")["unknown flag --resume"].fix
 
 
+B = "--enable_bucket"
+
+
 @pytest.mark.parametrize(("argv", "said"), [
     (["--use_8bit_adam", "--optimizer=prodigy"], "--use_8bit_adam with --optimizer prodigy"),
     (["--with_prior_preservation", "--class_prompt=a cat"], "--with_prior_preservation without --class_data_dir"),
@@ -581,6 +609,11 @@ def test_an_abbreviation_is_named_but_not_taken():
     (["--loss_weighting=soft_min_snr"], "--loss_weighting soft_min_snr without --snr_gamma"),
     (["--edm_sigmas=karras", "--timestep_sampling=uniform"], "--edm_sigmas with --timestep_sampling"),
     (["--min_timestep=500", "--max_timestep=500"], "no timestep from --min_timestep 500 to below --max_timestep 500"),
+    ([B, "--min_bucket_reso=2000"], "--min_bucket_reso 2000 is more than --max_bucket_reso 1024"),
+    ([B, "--resolution=128"], "--min_bucket_reso 256 is more than --resolution 128"),
+    ([B, "--resolution=2000,1000"], "--max_bucket_reso 1024 is less than --resolution 2000,1000"),
+    ([B, "--resolutions=512,1280"], "--max_bucket_reso 1024 is less than --resolutions 512,1280"),
+    ([B, "--bucket_no_upscale", "--resolution=32"], "--bucket_reso_steps 64 is more than a side of --resolution 32"),
     (["--train_unet_frac=0.5"], "nothing would be trained after 50% of the steps"),
     (["--train_unet_frac=0", "--train_text_encoder_ti"], "nothing would be trained after 50% of the steps"),
     (["--train_unet_frac=0", "--train_text_encoder_ti_frac=1"], "nothing would be trained after 0% of the steps"),
@@ -669,6 +702,13 @@ def test_captions_are_kept_in_a_latent_cache_without_cache_latents():
 def test_the_largest_seed_and_a_fraction_of_alpha_are_taken():
     options = read(f"--seed={2**63 - 1}", "--lora_alpha=0.5")
     assert (options.run.seed, options.lora.lora_alpha) == (2**63 - 1, 0.5)
+
+
+def test_limits_of_buckets_that_are_not_read_are_told():
+    notices = read("--min_bucket_reso=128", "--enable_bucket", "--bucket_no_upscale").notices()
+    assert len(notices) == 1 and "--min_bucket_reso" in notices[0]
+    assert "--enable_bucket" in read("--bucket_reso_steps=32").notices()[0]
+    assert not list(read("--enable_bucket", "--bucket_no_upscale", "--resolution=1280").problems())
 
 
 def test_a_plain_command_gives_no_notice():

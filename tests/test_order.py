@@ -19,18 +19,17 @@ def rows_of(instances: int, classes: int = 0) -> list[SimpleNamespace]:
 
 def index_of(slot: Slot) -> int:
     """Its place in the global batch."""
-    (_, _, index), _, _, _ = slot
+    _, _, index = slot.key
     return index
 
 
 def row_of(slot: Slot) -> int:
-    _, row, _, _ = slot
-    return row
+    return slot.row
 
 
 def visits(slots: Sequence[Slot]) -> list[tuple[int, int]]:
     """(epoch, row) of each slot."""
-    return [(epoch, row) for _, row, epoch, _ in slots]
+    return [(slot.visit, slot.row) for slot in slots]
 
 
 def global_batch(order: Order, step: int, *, world: int, accumulation: int = 1) -> list[Slot]:
@@ -86,7 +85,7 @@ def test_class_images_leave_the_slots_of_the_instances_as_they_are() -> None:
     for step in range(30):
         for one, other in zip(*(order.slots(step, Shard(accumulation=2)) for order in (off, on)), strict=True):
             assert other[:2] == one and [index_of(s) for s in other[2:]] == [index_of(s) + 4 for s in one]
-            assert {num_instance for *_, num_instance in other} == {4}
+            assert {slot.num_instance for slot in other} == {4}
     assert on.steps_per_epoch == off.steps_per_epoch == 6, "epochs are the instances'"
 
 
@@ -99,7 +98,7 @@ def test_every_slot_knows_how_many_instances_its_whole_step_has(classes: int, wo
         slots = global_batch(order, step, world=world, accumulation=accumulation)
         assert len(slots) == (16 if classes else 8)
         counted = sum(row_of(s) < 22 for s in slots)
-        assert [num_instance for *_, num_instance in slots] == [counted] * len(slots) and counted == 8
+        assert [slot.num_instance for slot in slots] == [counted] * len(slots) and counted == 8
 
 
 def test_a_ranks_slots_draw_by_their_places_in_the_global_batch() -> None:

@@ -33,7 +33,7 @@ def options(*, prompt: str | None = PROMPT, images: int = 2) -> SimpleNamespace:
 
 def load(folder: Path, *, dtype: torch.dtype = torch.float32) -> sdxl.SDXL:
     model = SimpleNamespace(pretrained_model_name_or_path=str(folder), pretrained_vae_model_name_or_path=None,
-                            revision=None, variant=None)
+                            revision=None, variant=None, vae_batch_size=1)
     return sdxl.load(model, device=torch.device("cpu"), weight_dtype=dtype)
 
 
@@ -313,3 +313,8 @@ def test_previews_read_the_pipeline_of_the_runs_own_revision(family, monkeypatch
     monkeypatch.setattr(family, "revision", "v1", raising=False)
     family.pipeline(preview.sampler(family))
     assert seen == ["v1"]
+
+
+def test_previews_of_a_size_that_is_no_square_have_it(family, encoded, tmp_path):
+    previews = Previews(family, options(images=1), encoded, tmp_path, seed=42, resolution=f"{2 * SIDE},{SIDE}")
+    assert Image.open(first(previews.generate(1))).size == (2 * SIDE, SIDE)

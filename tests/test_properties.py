@@ -71,9 +71,9 @@ def test_one_shuffle_visits_each_image_exactly_as_often_as_it_is_repeated(images
     for stream, (count, visits) in enumerate([(images * repeats, repeats), (classes, 1)][: 1 + bool(classes)]):
         places = range(epoch * count, (epoch + 1) * count)
         slots = [order.slot(place // batch, stream * batch + place % batch) for place in places]
-        assert {e for _, _, e, _ in slots} == {epoch}
-        assert len({row for _, row, _, _ in slots}) == count, "a row came twice in one shuffle"
-        seen = Counter(rows[row].id for _, row, _, _ in slots)
+        assert {slot.visit for slot in slots} == {epoch}
+        assert len({slot.row for slot in slots}) == count, "a row came twice in one shuffle"
+        seen = Counter(rows[slot.row].id for slot in slots)
         assert len(seen) == count // visits and set(seen.values()) == {visits}
 
 
@@ -134,7 +134,7 @@ def gradient(rows: Sequence[Row], order: Order, ranks: Sequence[Shard], step: in
 
 
 def sample_of(rows: Sequence[Row], slot: Slot) -> Sample:
-    row = rows[slot[1]]
+    row = rows[slot.row]
     mean = rng.normal(SHAPE, [(row.id, row.repeat)], "latents")[0]
     return Sample(row, row.size, 0, 0, flip=False, shape=(32, 32), slot=slot, prompt=row.caption, mean=mean)
 
@@ -146,20 +146,21 @@ IDENTITIES = st.one_of(st.sampled_from(["vae", "other vae", "", "1", "11"]),
                        st.dictionaries(st.sampled_from(["a", "b"]), st.sampled_from(["vae", "1"]), max_size=2))
 VIEWS = st.fixed_dictionaries({
     "digest": st.sampled_from(["1", "11", "ab", "a"]), "resized": st.tuples(ALIKE_NUMBERS, ALIKE_NUMBERS),
-    "top": ALIKE_NUMBERS, "left": ALIKE_NUMBERS, "flip": st.booleans(), "resolution": ALIKE_NUMBERS,
+    "top": ALIKE_NUMBERS, "left": ALIKE_NUMBERS, "flip": st.booleans(),
+    "shape": st.tuples(ALIKE_NUMBERS, ALIKE_NUMBERS),
     "interpolation": st.sampled_from([*INTERPOLATIONS]), "identity": IDENTITIES,
     "dtype": st.sampled_from([torch.float32, torch.float16, torch.bfloat16])})
 
 
 def key_of(view: Mapping[str, Any]) -> str:
     row = replace(rows_of(1)[0], digest=view["digest"])
-    policy = CropPolicy(resolution=view["resolution"], interpolation=view["interpolation"])
-    sample = Sample(row, view["resized"], view["top"], view["left"], view["flip"], (view["resolution"],) * 2)
+    policy = CropPolicy(resolution=32, interpolation=view["interpolation"])
+    sample = Sample(row, view["resized"], view["top"], view["left"], view["flip"], view["shape"])
     return Latents({}, policy, identity=view["identity"], dtype=view["dtype"]).key(sample)
 
 
 PARTS = st.sampled_from(
-    ["digest", "resized", "top", "left", "flip", "resolution", "interpolation", "identity", "dtype"])
+    ["digest", "resized", "top", "left", "flip", "shape", "interpolation", "identity", "dtype"])
 
 
 @settings(max_examples=300, **ALIKE)
@@ -218,7 +219,7 @@ def command_lines(draw: st.DrawFn, options: type[OptionSet]) -> list[str]:
 
 def value_or_off(flag: Flag) -> st.SearchStrategy[str]:
     off = ["0"] if flag.facts.can_be_off else []
-    off += ["none"] if flag.optional and flag.value_type is not str else []
+    off += ["none"] if flag.optional else []
     return value_of(flag) | st.sampled_from(off) if off else value_of(flag)
 
 
@@ -335,7 +336,7 @@ class Names:
 
     layout, webui_name, read_webui_name = sd.LAYOUT, sd.SD.webui_name, sd.SD.read_webui_name
     architecture, base_metadata, native_size = "stable-diffusion-v1", {"ss_v2": "False"}, (512, 512)
-    schedule = SimpleNamespace(prediction_type="epsilon")
+    schedule, file_metadata = SimpleNamespace(prediction_type="epsilon"), {}
 
 
 def trained(network: Tree, rank: int, alpha: float, kind: Mapping[str, object], seed: int) -> Adapters:

@@ -47,7 +47,7 @@ def publish(options: SimpleNamespace, family: sdxl.SDXL, adapters: Adapters) -> 
 @pytest.fixture(scope="module")
 def family(tiny_sdxl: Path) -> sdxl.SDXL:
     model = SimpleNamespace(pretrained_model_name_or_path=str(tiny_sdxl), pretrained_vae_model_name_or_path=None,
-                            revision=None, variant=None)
+                            revision=None, variant=None, vae_batch_size=1)
     return sdxl.load(model, device=torch.device("cpu"), weight_dtype=torch.float32)
 
 
@@ -172,6 +172,18 @@ def test_the_cards_snippet_draws_a_image(family, adapters, tiny_sdxl, tmp_path, 
     snippet = python_block(card(folder)[1])
     exec(snippet.replace(").images[0]", ", num_inference_steps=2).images[0]"), {})
     assert Image.open("image.png").size == (64, 64)
+
+
+@pytest.mark.parametrize("capability, dtype", [(None, "float32"), (7, "float16"), (8, "bfloat16")])
+def test_the_cards_snippet_takes_fp16_only_where_there_is_no_bf16(tmp_path, monkeypatch, capability, dtype):
+    """SDXL's own VAE overflows in fp16."""
+    lines = python_block(card(make_run(tmp_path / "run"))[1]).splitlines()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: capability is not None)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(major=capability))
+    found: dict[str, object] = {}
+    exec("\n".join(["import torch", *(line for line in lines if re.match("device|half|dtype", line))]), found)
+    assert found["dtype"] is getattr(torch, dtype)
 
 
 def table(body: str) -> dict[str, str]:

@@ -70,6 +70,20 @@ def test_every_block_runs_in_order_and_leaves_what_the_page_says(page, checkout)
     assert [path for path in promised if not (checkout / path).exists()] == []
 
 
+@pytest.mark.trains
+def test_a_second_quick_start_repeats_nothing_and_says_so(checkout):
+    quick = ["env", "-C", str(checkout), PYTHON, "scripts/quickstart.py", "runs/quick"]
+    few = {"STEPS": "1", "DENOISING_STEPS": "1"}
+    first = launched(quick, env=few, timeout=900)
+    assert first.code == 0 and "Training" in first.output, first.output
+    grid = checkout / "runs/quick/evaluation/grid.png"
+    made = grid.stat().st_mtime_ns
+    again = launched(quick, env=few, timeout=900)
+    assert again.code == 0 and grid.stat().st_mtime_ns == made, again.output
+    assert "runs/quick is finished already" in again.output and "images are there already" in again.output
+    assert "Training" not in again.output and "Generating" not in again.output
+
+
 def shortened(code: str) -> str:
     few = "--max_train_steps=2" + " --num_validation_images=1" * ("--validation_prompt" in code)
     return re.sub(r"--max_train_steps=\d+", few, code)

@@ -25,6 +25,7 @@ TOKENS = {
     "AWS": "AKIAABCDEFGHIJKLMNOP", "AWS, temporary": "ASIAABCDEFGHIJKLMNOP", "Google": "AIzaSy" + LETTERS,
     "Slack": "xoxb-123456789012-abcdefABCDEF", "Slack, user": "xoxp-123456789012-abcdefABCDEF",
     "W&B, new": "wandb_v1_" + LETTERS, "JWT": f"eyJhbGciOi{HEX}.eyJzdWIi{HEX}.c2ln{HEX}",
+    "NVIDIA": "nvapi-" + LETTERS, "Groq": "gsk_" + LETTERS, "Docker": "dckr_pat_" + LETTERS, "Comfy": "comfyui-" + HEX,
     "Replicate": "r8_" + LETTERS, "npm": "npm_" + LETTERS, "PyPI": "pypi-AgEIcHlwaS5vcmc" + LETTERS,
 }
 PLACES = {  # a secret of no shape of its own, known by where it stands
@@ -33,12 +34,14 @@ PLACES = {  # a secret of no shape of its own, known by where it stands
     "query": "https://civitai.com/api/download/1?type=Model&token=S3cret&x=1", "first": "http://h/?token=S3cret",
     "signed": "https://b.s3.amazonaws.com/k?X-Amz-Signature=S3cret", "Azure": "https://a.windows.net/c?sig=S3cret",
     "api_key": "https://h/x?api_key=S3cret#top", "header": "Authorization: Bearer S3cret",
+    "key header": "X-Api-Key: 0123456789S3cret", "header of a token": "private-token: abcdefgh1234S3cret",
     "basic": "{'Authorization': 'Basic S3cret'}", "assignment": "API_KEY=S3cret", "json": '{"password": "S3cret"}',
 }
 KEYED = ("WANDB_API_KEY={}", "wandb login {}", '{{"api_key": "{}"}}', "wandb: {}", "key: {}", "token {}")
 HARMLESS = (
     "a photo of TOK dog, secret garden, key light", "git@github.com:owner/name", "mail me@example.org",
     "https://example.org/a@b?x=1", "stabilityai/stable-diffusion-xl-base-1.0", "bearer of good news", "task-sk-01",
+    "the access token: see the page of the Hub", "api_key: none",
     f"--revision={HEX}", f"sha256 {HEX}{HEX}", "token=TOK", "--token_abstraction=TOK", "hf_hub", "guidance token: 1",
 )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import ROOT
 from tests.support.compare import same_checkpoint, same_tensors
 from tests.support.trainers import (
     Done,
@@ -27,6 +28,11 @@ MODES = {
     "mid-epoch with accumulation": dict(train_batch_size=2, gradient_accumulation_steps=2),
     "dropout and live crops": dict(lora_dropout=0.2, random_flip=True),
     "cached crops and prodigy": dict(cache_latents=True, random_flip=True, optimizer="prodigy", learning_rate=1.0),
+    "buckets, class images and two resolutions": dict(
+        enable_bucket=True, resolution=64, resolutions="48,64", min_bucket_reso=16, max_bucket_reso=96,
+        bucket_reso_steps=16, train_batch_size=2, gradient_accumulation_steps=2, random_flip=True,
+        with_prior_preservation=True, class_prompt="icon", num_class_images=2,
+        class_data_dir=ROOT / "assets" / "icons-class"),
     "8-bit adam and cosine": dict(use_8bit_adam=True, lr_scheduler="cosine", rank=64, lora_layers="all-linear"),
 }
 

@@ -119,6 +119,15 @@ def test_sidecars_in_any_encoding_become_one_line(tmp_path: Path, caplog: pytest
     assert "c.v1.txt (utf-16)" in caplog.text and "d.v1.txt (cp1252)" in caplog.text and "a.v1" not in caplog.text
 
 
+@pytest.mark.parametrize("line", ['a.png,"an a\n', 'a.png,"an "a" here"\n'])
+def test_a_quote_that_is_not_closed_does_not_swallow_the_other_rows(tmp_path: Path, line: str) -> None:
+    for number, name in enumerate("ab"):
+        marked(number, 20, 20).save(tmp_path / f"{name}.png")
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\n{line}b.png,a b\n")
+    problem = problems_of(tmp_path)[0]
+    assert "metadata.csv" in problem.why and "quote" in problem.why
+
+
 def test_half_a_surrogate_pair_in_metadata_never_reaches_a_tokenizer(tmp_path: Path) -> None:
     marked(1, 20, 20).save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a \\ud800cat \\ud83d\\udc08"}\n')

@@ -447,6 +447,7 @@ def test_tensorboard_gets_every_number_and_the_images(out):
         train(run)
         run.log_images(4, {"validation": [Image.new("RGB", (8, 8), "red")] * 2})
     [folder] = out.glob("logs/*")
+    assert folder.name == out.name, "what TensorBoard calls the run; runs of one trainer would look alike"
     events = EventAccumulator(str(folder)).Reload()
     assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4] and "lr/unet" in events.Tags()["scalars"]
     assert events.Tags()["images"] == ["validation"]
@@ -580,6 +581,16 @@ def test_a_full_disk_under_the_metrics_is_told_by_name(out):
         (out / "metrics.jsonl").symlink_to("/dev/full")
         run.log(1, {"loss": 1.0})
     assert caught.value.exit_code == 74 and records(out)["status"] == "disk"
+
+
+@pytest.mark.parametrize("target", ["", "README.md"])
+def test_a_folder_where_a_file_is_to_be_is_told_and_not_a_full_disk(out, target):
+    (out / "README.md").mkdir(parents=True)
+    with pytest.raises(UserError) as caught, files.disk_errors(out / target):
+        files.atomic_write(out / "README.md", b"x")
+    problem, = caught.value.problems
+    assert problem.what.startswith("cannot write README.md")
+    assert problem.fix.startswith(f"move {out / 'README.md'} away")
 
 
 def refuse_writing(monkeypatch, name: str) -> None:

@@ -33,6 +33,16 @@ def lines(written) -> dict[str, str]:
 # -- the plan ----------------------------------------------------------------------------------------------------------
 
 
+def test_the_plan_has_the_sizes_of_images_where_they_have_their_own():
+    sizes = {(64, 64): 12, (48, 80): 9, (80, 48): 1}
+    told = lines(plan_lines(Plan(**PLAN | dict(sizes=sizes, passes=1.3333, repeats=2))))
+    assert told["Buckets"] == (
+        "64x64 12 images, 80x48 9, 48x80 1; an epoch is 44 images = 15 steps of 1.3 forward passes each")
+    assert told["Training"].endswith("400 steps = 27 epochs")
+    many = lines(plan_lines(Plan(**PLAN | dict(sizes={(64, side): 1 for side in range(10)}, images=10))))
+    assert many["Buckets"].startswith("0x64 1 image, 1x64 1, ") and "7x64 1, and 2 more sizes; " in many["Buckets"]
+
+
 def test_the_plan_is_four_lines_of_facts():
     assert [str(line) for line in plan_lines(Plan(**PLAN))] == [
         "Images    22 images, 22 captions from metadata.jsonl; in assets/icons-3d",
@@ -84,13 +94,18 @@ def test_what_learns_is_one_line(changes, told):
 
 def test_the_end_names_every_file_and_what_it_is_for():
     files = {"mine.safetensors": "ComfyUI, A1111, Forge", "pytorch_lora_weights.safetensors": "Diffusers"}
-    assert [str(line).rstrip() for line in end_lines("runs/mine", files, steps=400, seconds=125)] == [
+    assert [str(line).rstrip() for line in end_lines("runs/mine", files, start=0, steps=400, seconds=125)] == [
         "Done      400 steps in 2:05; in runs/mine:",
         "          mine.safetensors                  ComfyUI, A1111, Forge",
         "          pytorch_lora_weights.safetensors  Diffusers",
         "          README.md                         the model card",
         "          report.html                       the report: open it in a browser",
     ]
+
+
+def test_a_finished_run_that_is_started_again_does_not_say_that_it_trained():
+    first, *_ = end_lines("runs/mine", {}, start=400, steps=400, seconds=125)
+    assert first.text == "400 steps in 2:05; all were finished already, none was trained now; in runs/mine:"
 
 
 # -- the line ----------------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ def one_file(model: Path) -> None:
 
 STRANGE = {  # what the user is told: what is done to a good folder
     "an SDXL refiner": refiner, "a model without a UNet": flux, "not a Diffusers model folder": emptied,
-    "a model folder is needed, not a file": one_file, "the model folder does not exist": shutil.rmtree,
+    "model is no .safetensors file": one_file, "the model folder does not exist": shutil.rmtree,
     "model_index.json is damaged": lambda m: (m / "model_index.json").write_text("{"),
     "unet/config.json is damaged": lambda m: (m / "unet/config.json").write_text("[]"),
     "not an SDXL model": lambda m: edit_json(m / "model_index.json", text_encoder_2=["transformers", "CLIPTextModel"]),

@@ -387,13 +387,6 @@ def test_a_model_that_is_not_there_is_one_problem(path, monkeypatch):
     assert path in problem.where
 
 
-def test_a_single_file_is_answered_with_the_command_that_converts_it(tmp_path):
-    file = tmp_path / "model.safetensors"
-    file.touch()
-    problem, = sdxl.problems(str(file), resolution=64)
-    assert "from_single_file" in problem.fix
-
-
 def test_a_missing_vae_folder_is_named_by_its_own_flag(tiny_sdxl, tmp_path):
     problem, = sdxl.problems(str(tiny_sdxl), resolution=64, vae_path=str(tmp_path / "none"))
     assert problem.where.startswith("--pretrained_vae_model_name_or_path")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import shutil
@@ -17,6 +18,7 @@ from PIL import Image
 from tests.support.images import data_options, marked, marked_folder
 from trainkit import digests
 from trainkit.data import verdicts
+from trainkit.data.images import load_image
 from trainkit.data.rows import Rows, read_rows
 from trainkit.errors import Problem
 
@@ -74,6 +76,59 @@ def test_a_second_start_says_what_the_first_one_said(
         said.append([record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING])
     assert said[0] == said[1] and all(any(what in line for line in said[0]) for what in ("profile", "frames", "cp1252"))
     assert start(folder, opened)[0][-1].caption == "un café"
+
+
+def from_table(where: Path, tmp_path: Path, decoded: list[bytes]) -> tuple[Rows, int]:
+    """(rows, how many images were decoded for them)."""
+    decoded.clear()
+    rows, problems = read_rows(data_options(dataset_name=where, cache_dir=tmp_path / "hf", caption_column="text"))
+    assert not problems
+    return rows, len(decoded)
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    images, decode = [], verdicts.decode
+    monkeypatch.setattr(verdicts, "decode", lambda data, note: images.append(data) or decode(data, note=note))
+    return images
+
+
+def save_table(path: Path, numbers: list[int]) -> Path:
+    from datasets import Dataset
+
+    cells = [{"bytes": png(number), "path": None} for number in numbers]
+    Dataset.from_dict({"image": cells, "text": ["a", "b", "c"]}).to_parquet(path)
+    return path
+
+
+def png(number: int) -> bytes:
+    buffer = io.BytesIO()
+    marked(number, 20, 20).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_images_in_a_table_are_decoded_at_the_first_start_only(tmp_path: Path, decoded: list[bytes]) -> None:
+    table = save_table(tmp_path / "table.parquet", [1, 2, 3])
+    first, count = from_table(table, tmp_path, decoded)
+    assert count == 3
+    second, count = from_table(table, tmp_path, decoded)
+    assert count == 0 and [row.digest for row in second] == [row.digest for row in first]
+    save_table(table, [1, 2, 4])
+    third, count = from_table(table, tmp_path, decoded)
+    assert count == 3 and third[2].digest != first[2].digest and load_image(third[2]).size == (20, 20)
+
+
+def test_images_that_a_table_names_are_decoded_again_when_touched(tmp_path: Path, decoded: list[bytes]) -> None:
+    folder = marked_folder(tmp_path / "d", 3)
+    for path in folder.glob("*.txt"):
+        path.unlink()
+    lines = (f'{{"file_name": "{path.name}", "text": "a"}}' for path in sorted(folder.glob("*.png")))
+    (folder / "metadata.jsonl").write_text("\n".join(lines), "utf-8")
+    first, count = from_table(folder, tmp_path, decoded)
+    assert count == 3 and from_table(folder, tmp_path, decoded)[1] == 0
+    marked(9, 30, 30).save(folder / "001.png")
+    rows, count = from_table(folder, tmp_path, decoded)
+    assert count == 1 and rows[1].digest != first[1].digest
 
 
 def edited(path: Path) -> None:

@@ -83,6 +83,23 @@ def test_the_network_and_the_terms_are_told_the_text_the_sizes_and_what_images_a
     assert torch.equal(condition["time_ids"], batch.time_ids)
 
 
+def test_a_distribution_of_noise_levels_sees_the_size_of_the_latents_in_every_mode():
+    """So that a schedule may depend on it; those of today do not."""
+    sizes = []
+    ordinary = plain()
+
+    def levels(u: Tensor, size: tuple[int, int] | None = None):
+        sizes.append(size)
+        return ordinary.levels(u, size)
+
+    for mode in MODES:
+        step = step_of(trainable(), passes=passes(mode, base=replace(ordinary, levels=levels)))
+        sizes.clear()  # those of the window, which is made once
+        keys = [(7, 0, i) for i in range(MICRO_BATCH)]
+        list(step([batch_of(keys, num_instance=NUM_INSTANCE, mean=rng.normal((4, 6, 10), keys, "latents"))]))
+        assert sizes and set(sizes) == {(6, 10)}
+
+
 def test_the_mask_of_a_batch_reaches_the_loss():
     step, batch = step_of(trainable()), micro_batch(2)
     mask = (torch.rand(MICRO_BATCH, 1, 8, 8, generator=torch.Generator().manual_seed(1)) > 0.4).float()

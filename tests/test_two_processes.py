@@ -27,8 +27,12 @@ from tests.support.trainers import (
     wait_for_metrics,
 )
 from trainkit import preview
+from trainkit.data.rows import read_rows
+from trainkit.data.sampler import Shard, make_order
+from trainkit.options import DataOptions
 
 pytestmark = pytest.mark.trains
+BUCKETS = dict(enable_bucket=True, resolution=64, min_bucket_reso=16, max_bucket_reso=96, bucket_reso_steps=16)
 
 
 def test_two_processes_equal_one(tiny_sdxl, tmp_path):
@@ -46,6 +50,25 @@ def test_two_processes_equal_one(tiny_sdxl, tmp_path):
         assert done.code == 0, done.output
     assert [m["step"] for m in metrics(tmp_path / "two") if "loss" in m] == [1, 2, 3], "only rank 0 writes"
     close(tmp_path / "one", tmp_path / "two")
+
+
+def test_two_processes_equal_one_where_images_have_several_sizes(tiny_sdxl, tmp_path):
+    """A rank that lacks a micro-batch adds nothing, neither to the gradient nor to a mean in the log."""
+    images = make_images(tmp_path / "data", n=5)
+    common = dict(max_train_steps=3, checkpointing_steps=3, train_batch_size=2, optimizer="torch.optim.SGD",
+                  learning_rate=1.0, loss_type="fourier", fourier_warmup_steps=0, fourier_ramp_steps=0, **BUCKETS)
+    one = command(tiny_sdxl, images, tmp_path / "one", gradient_accumulation_steps=2, **common)
+    both = forked_ranks(command(tiny_sdxl, images, tmp_path / "two", **common), log=tmp_path / "log2")
+    for done in (forked(one, log=tmp_path / "log"), *both):
+        assert done.code == 0, done.output
+    rows, _ = read_rows(DataOptions(instance_data_dir=f"{images}", instance_prompt="TOK", **BUCKETS))
+    order = make_order(rows, 4, batch_size=2, seed=0)
+    slots = [slot for step in range(3) for micro in order.slots(step, Shard(1, 2)) for slot in micro]
+    assert not all(slot.counts for slot in slots), "no rank lacks a micro-batch: a vacuous test"
+    close(tmp_path / "one", tmp_path / "two")
+    logged = [[[m[name] for name in ("fourier_component", "fourier_raw", "fourier_weight_eff")]
+               for m in metrics(tmp_path / d) if "loss" in m] for d in ("one", "two")]
+    torch.testing.assert_close(torch.tensor(logged[0]), torch.tensor(logged[1]), rtol=1e-4, atol=0)
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(tiny_sdxl, tmp_path):

@@ -77,6 +77,7 @@ TABLES: dict[str, bytes] = {
     "captions.yaml": "".join(f"{name}: {text}\n" for name, text in CAPTIONS.items()).encode(),
     "prose.txt": "".join(f"{name} - {text}\n" for name, text in CAPTIONS.items()).encode(),
     "stems.csv": ("id,words\n" + "".join(f'{Path(n).stem},"{t}"\n' for n, t in CAPTIONS.items())).encode(),
+    "captions.md": "".join(f"| {name} | {text} |\n" for name, text in [("image", "words"), *CAPTIONS.items()]).encode(),
     "windows.csv": ("path;words\n" + "".join(f"C:\\pics\\{n};{t}\n" for n, t in CAPTIONS.items())).encode("utf-16"),
 }
 
@@ -193,8 +194,8 @@ def test_another_data_set_beside_this_one_is_left_alone(tmp_path: Path) -> None:
 
 SIDECARS = [
     "fox.blip", "fox.png.txt", "FOX.txt", "fox.cap", "fox.tags", "fox.captions", "fox.prompt", "fox.caption.txt",
-    "fox_caption.txt", "fox.txt.txt", "fox.wd14", "Fox.TXT", "fox .txt", "captions/fox.txt", "labels/fox.txt",
-    "../captions/fox.txt", "../txt/fox.txt",
+    "fox_caption.txt", "fox.txt.txt", "fox (1).txt", "fox(2).txt", "fox - Copy.txt", "fox.wd14", "Fox.TXT",
+    "fox .txt", "captions/fox.txt", "labels/fox.txt", "../captions/fox.txt", "../txt/fox.txt",
 ]
 
 
@@ -212,6 +213,30 @@ def test_a_caption_file_of_another_name_or_place_is_refused_and_the_command_mend
     subprocess.run(problem.fix, shell=True, check=True)
     rows, problems = read(folder, captioned=captioned)
     assert not problems and captions(rows) == {"fox.png": "a fox", "owl.png": "an owl"}
+
+
+DOCUMENTS = {"fox.rtf": b"{\\rtf1 a fox}", "fox.docx": b"PK\x03\x04 a fox", "fox.pdf": b"%PDF-1.7 a fox"}
+
+
+@both
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_a_document_is_no_caption_under_any_name(tmp_path: Path, name: str, captioned: bool) -> None:
+    """As text it would be trained on with all its codes."""
+    folder = images(tmp_path / "d", ("fox.png", "owl.png"))
+    (folder / "owl.txt").write_text("an owl")
+    (folder / name).write_bytes(DOCUMENTS[name])
+    problem, = read(folder, captioned=captioned)[1]
+    assert name in problem.why and "plain text" in problem.fix and "mv " not in problem.fix
+    (folder / name).rename(folder / "fox.txt")
+    problem, = read(folder, captioned=captioned)[1]
+    assert "fox.txt" in problem.why and "plain text" in problem.why
+
+
+def test_the_card_of_a_data_set_may_show_some_of_its_images(tmp_path: Path) -> None:
+    folder = images(tmp_path / "d", ("fox.png", "owl.png", "key.png", "car.png", "hat.png"))
+    (folder / "README.md").write_text("# Icons\n![a red fox](fox.png)\n![an owl](owl.png)\n")
+    rows, problems = read(folder)
+    assert not problems and not rows.account.left_out
 
 
 @pytest.mark.parametrize("ending", [".png.txt", ".tags", ".cap"])
@@ -312,10 +337,13 @@ def test_blank_captions_are_counted_and_told(
     folder = images(tmp_path / "d", ("fox.png", "owl.png", "key.png", "car.png"))
     lines = [{"file_name": "fox.png", "text": None}, {"file_name": "owl.png", "text": " "},
              {"file_name": "car.png", "text": "a car"}]
+    for name in ("nan", "None", "NULL", "<NA>"):
+        images(folder, (f"{name}.png",))
+        (folder / f"{name}.txt").write_text(f"{name}\n")
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "key.txt").write_text(" \n")
     rows, problems = read(folder, captioned=captioned)
-    assert not problems and "3 images have a blank caption" in caplog.text
+    assert not problems and "7 images have a blank caption" in caplog.text
     assert rows.account.captions == {"metadata.jsonl": 1}
 
 

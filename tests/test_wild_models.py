@@ -143,6 +143,19 @@ TRAINED: dict[str, Change] = {
     "a bare model_index": without("model_index.json", "force_zeros_for_empty_prompt", "requires_safety_checker",
                                   "safety_checker", "feature_extractor", "image_encoder"),
 }
+
+
+def fewer_embeddings(model: Path) -> None:
+    """As where a tokenizer was extended and the text encoder was not."""
+    for folder in model.glob("text_encoder*"):
+        file, = folder.glob("*.safetensors")
+        tensors = load_file(file)
+        name, = (name for name in tensors if name.endswith("token_embedding.weight"))
+        tensors[name] = tensors[name][:-1].contiguous()
+        save_file(tensors, file, {"format": "pt"})
+        edit(f"{folder.name}/config.json", vocab_size=len(tensors[name]))(model)
+
+
 REFUSED: dict[str, tuple[Change, str]] = {  # and the file or folder that is named
     "scaling_factor null": (edit(VAE, scaling_factor=None), "vae/config.json"),
     "scaling_factor in quotes": (edit(VAE, scaling_factor="0.18215"), "vae/config.json"),
@@ -155,6 +168,7 @@ REFUSED: dict[str, tuple[Change, str]] = {  # and the file or folder that is nam
     "unknown betas": (edit(SCHEDULER, beta_schedule="of another version"), "scheduler_config.json"),
     "layers beyond the weights": (edit("text_encoder*/config.json", num_hidden_layers=5), "text_encoder"),
     "a VAE of more layers": (edit(VAE, layers_per_block=2), "vae"),
+    "a token without an embedding": (fewer_embeddings, "tokenizer"),
     "another vocabulary": (edit("text_encoder*/config.json", vocab_size=99), "text_encoder"),
     "no tokenizer inside": (lambda model: [file.write_text('{"model": null}')
                                            for file in model.glob("tokenizer*/tokenizer.json")], "tokenizer"),

@@ -186,7 +186,7 @@ class Checkpoints:
                 fix="raise them, or resume from an earlier checkpoint"))
         if folder is not None:
             self._load(folder)
-            log.info("resumed from %s: %d steps are done", folder, step)
+            log.info("resumed from %s: %s done", folder, counted(step, "step is", "steps are"))
         here = folder is not None and folder.parent.resolve() == self.folders.dir.resolve()
         self.saved = step if here else None  # on every rank: `save` is called by all or by none
         ranks.barrier()  # every rank has all of it

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trainkit.devices import upload
-
 
 class Condition(dict[str, Tensor]):
     """Named tensors [B,...] of one batch, such as encoded prompts and image sizes; never changed in place.
@@ -19,9 +17,6 @@ class Condition(dict[str, Tensor]):
 
     A network reads the names it knows and ignores the others. `Condition(other, name=tensor)` is another one with more.
     """
-
-    def to(self, device: torch.device) -> Condition:
-        return Condition(zip(self, upload([*self.values()], device), strict=True))
 
     def take(self, index: Tensor) -> Condition:
         """The entries that `index` [N] names, in its order. By indexing: its backward adds repeats in a fixed order."""

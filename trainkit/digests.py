@@ -46,6 +46,17 @@ class FileState(NamedTuple):
         return int(self.state.rpartition(" ")[2])
 
 
+class TablePlace(NamedTuple):
+    """A row of a table, which is remembered as a file is: its name, and the state that the whole table is in."""
+
+    table: str
+    row: str
+    state: str
+
+
+Place = Path | TablePlace
+
+
 def cache_folder() -> Path:
     """Where this user's programs keep what they can make again."""
     home = Path.home()
@@ -66,7 +77,7 @@ def remembered(path: Path, kind: str, compute: Callable[[Path], str]) -> str:
 
 
 class FileMemory:
-    """What earlier runs found in these files, as far as the files are untouched since.
+    """What earlier runs found in these files and rows of tables, as far as they are untouched since.
 
     kind     names the computation; a file has one entry for each
     version  what else its result depends on, see `code_version`; an entry of another version is replaced
@@ -75,23 +86,23 @@ class FileMemory:
     However many files there are, they take one query for each of their folders, and one transaction to keep.
     """
 
-    def __init__(self, kind: str, paths: Iterable[Path], *, version: str = ""):
+    def __init__(self, kind: str, places: Iterable[Place], *, version: str = ""):
         self.kind, self.version, self.since = kind, version, time.time_ns()
         self._folders: dict[str, str] = {}
-        found = ((path, self._state(path)) for path in paths)
-        self._before = {path: state for path, state in found if state}
+        found = ((place, self._state(place)) for place in places)
+        self._before = {place: state for place, state in found if state}
         stored = self._stored()
-        self.values = {path: stored[state] for path, state in self._before.items() if state in stored}
+        self.values = {place: stored[state] for place, state in self._before.items() if state in stored}
 
-    def keep(self, values: Mapping[Path, str]) -> None:
+    def keep(self, values: Mapping[Place, str]) -> None:
         """Remember what was found in files read after this memory was made.
 
         A file that has changed since then, or shortly before, is left out.
         """
         old = self.since - FRESH_SECONDS * 1e9
-        before = {path: self._before[path] for path in values if path in self._before}
-        lasting = [(self.kind, *state, values[path]) for path, state in before.items()
-                   if state.changed < old and self._state(path) == state]
+        before = {place: self._before[place] for place in values if place in self._before}
+        lasting = [(self.kind, *state, values[place]) for place, state in before.items()
+                   if state.changed < old and self._state(place) == state]
         if not lasting:
             return
         try:
@@ -101,11 +112,13 @@ class FileMemory:
         except UNUSABLE as error:
             _log_once(error)
 
-    def _state(self, path: Path) -> FileState | None:
+    def _state(self, place: Place) -> FileState | None:
         """None where there is no such file. All is text: an inode may be larger than SQLite's numbers."""
-        folder, name = os.path.split(path)
+        if isinstance(place, TablePlace):
+            return FileState(ascii(place.table), place.row, f"{self.version} {place.state} 0")
+        folder, name = os.path.split(place)
         try:
-            stat = path.stat()
+            stat = place.stat()
             if folder not in self._folders:
                 self._folders[folder] = ascii(os.path.realpath(folder))  # a path need not be UTF-8
         except OSError:
@@ -116,11 +129,12 @@ class FileMemory:
     def _stored(self) -> dict[FileState, str]:
         """Everything that is remembered of the folders."""
         found: dict[FileState, str] = {}
-        if not self._folders:
+        folders = dict.fromkeys(state.folder for state in self._before.values())
+        if not folders:
             return found
         try:
             with _database() as database:
-                for folder in dict.fromkeys(self._folders.values()):
+                for folder in folders:
                     rows = database.execute("SELECT name, state, value FROM files WHERE kind = ? AND folder = ?",
                                             (self.kind, folder))
                     found |= {FileState(folder, name, state): value for name, state, value in rows}

@@ -30,8 +30,11 @@ OUT_OF_MEMORY = re.compile(
     r"out of memory|cannot allocate memory|can't allocate memory|not enough memory|failed to allocate memory"
     r"|unable to allocate|insufficient memory|memory allocation (?:failed|failure)|\bbad_?alloc\b|error out of memory"
     r"|could not create a (?:primitive|memory)|_STATUS_ALLOC_FAILED|_ALLOCATION_FAILED|StatusAllocFailed"
-    r"|rocblas_status_memory_error|OUT_OF_(?:DEVICE|HOST)_MEMORY"
-    r"|cudaErrorMemoryAllocation|hipErrorOutOfMemory|CUDA_ERROR_OUT_OF_MEMORY|ENOMEM", re.IGNORECASE)
+    r"|rocblas_status_memory_error|cudaErrorMemoryAllocation|hipErrorOutOfMemory|CUDA_ERROR_OUT_OF_MEMORY|ENOMEM"
+    r"|RESULT_ERROR_OUT_OF_(?:DEVICE|HOST)_MEMORY"  # Intel's
+    # No room for a workspace: what cuDNN says then, and cuBLAS at its first call
+    r"|unable to find (?:a valid cuDNN algorithm|an engine to execute)|CUBLAS_STATUS_NOT_INITIALIZED"
+    r"|DataLoader worker \(pid[^)]*\) is killed by signal: Killed", re.IGNORECASE)  # by the system, short of memory
 ASCII = {"√": "sqrt", "≥": ">=", "≤": "<=", "×": "x", "·": "-", "…": "...", "–": "-", "—": "-", "→": "->", "−": "-",
          "’": "'", "‘": "'", "“": '"', "”": '"'}  # what help and messages spell with other letters
 

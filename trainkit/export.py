@@ -48,7 +48,7 @@ def architecture_metadata(networks: Sequence[Adapters], family: Family) -> dict[
     v_prediction = family.schedule.prediction_type == "v_prediction"
     h, w = family.native_size
     return {
-        **family.base_metadata, **network_metadata(networks),
+        **family.base_metadata, **family.file_metadata, **network_metadata(networks),
         "modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": f"{family.architecture}/lora",
         "modelspec.resolution": f"{w}x{h}",
         "modelspec.prediction_type": "v" if v_prediction else "epsilon",

@@ -28,6 +28,7 @@ DISK_ERRORS = {  # the disk's doing wherever they show
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG,
 }
 WRITE_ERRORS = DISK_ERRORS | {errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}  # in a write, too
+IN_THE_WAY = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST}  # something else has the name
 SPACE_MARGIN = 1.2  # free bytes asked for per byte about to be written
 LONG_NAME = 200  # bytes; file systems take 255, and a draft's name has some more
 SPACE_RESERVE = 32 * 2**20  # bytes left for logs and previews
@@ -177,8 +178,10 @@ def disk_errors(target: Path) -> Iterator[None]:
 
 def disk_error(error: OSError, target: Path, verb: str) -> UserError:
     """What `error` means to a user who can `verb` neither `target` nor the file the error names."""
+    file = Path(os.fsdecode(error.filename or target))
+    name = file.name if target.is_dir() else target.name
+    todo = f"move {file} away" if error.errno in IN_THE_WAY else "free some space or fix the permissions"
     return UserError(Problem(
-        what=f"cannot {verb} {target.name}: {os.strerror(error.errno or 0)}", where=str(error.filename or target),
-        why="files that were complete before are untouched", kind="disk",
-        fix="free some space or fix the permissions, then --resume_from_checkpoint latest",
+        what=f"cannot {verb} {name}: {os.strerror(error.errno or 0)}", where=str(file), kind="disk",
+        why="files that were complete before are untouched", fix=f"{todo}, then --resume_from_checkpoint latest",
     ))

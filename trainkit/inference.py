@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 Pipeline = Any  # StableDiffusionPipeline or StableDiffusionXLPipeline; importing them takes seconds
 DTYPES = ("float32", "float16", "bfloat16")
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 NETWORKS = ("unet", "text_encoder", "text_encoder_2")  # of a pipeline, where a LoRA may train
 ANY_SIDE = 2**20  # pixels: any model halves it; the pipelines check the sides of the images
 
@@ -94,20 +95,22 @@ def missing_file(flag: str, file: Path, why: str) -> Problem:
 # What can be wrong
 
 
-def base_problems(base: str, embeddings: Path | None, *, sized: bool = True) -> list[Problem]:
-    """What the small files of the base model say against generating images with it.
+def base_problems(base: str, embeddings: Path | None, *, sized: bool = True, prediction_type: str | None = None
+                  ) -> list[Problem]:
+    """What the small files, or the header, of the base model say against generating images with it.
 
-    sized  whether the model must say how large its images are
+    sized            whether the model must say how large its images are
+    prediction_type  what the user says that it predicts
     """
-    from trainkit.families.pretrained import Repo
+    from trainkit.families.single_file import model_at
 
-    repo = Repo(base, "--base")
+    repo = model_at(base, "--base")
     if found := repo.unreachable("model_index.json"):
         return found
     if repo.json("model_index.json") is None or repo.json("unet/config.json") is None:
         return [repo.problem("not a Stable Diffusion model folder", "model_index.json or unet/config.json is missing",
                              "--base FOLDER_OF_A_DIFFUSERS_MODEL (SDXL, SD 1.x or 2.x)", kind="data")]
-    if found := family_problems(repo):
+    if found := [*repo.unsaid(prediction_type)] or family_problems(repo, prediction_type):
         return found
     if sized and repo.glance("unet/config.json").get("sample_size") is None:
         return [repo.problem("the model does not say how large its images are", "unet/config.json has no sample_size",
@@ -119,15 +122,16 @@ def base_problems(base: str, embeddings: Path | None, *, sized: bool = True) -> 
     return embeddings_problems(repo, embeddings) if embeddings and embeddings.is_file() else []
 
 
-def family_problems(repo: Repo) -> list[Problem]:
+def family_problems(repo: Repo, prediction_type: str | None) -> list[Problem]:
     """What keeps the model from being trained keeps it from generating images; flags of the trainers are not named."""
     from trainkit import families
+    from trainkit.diffusion import ScheduleChange
     from trainkit.options import ModelOptions
 
     family = families.of(ModelOptions(pretrained_model_name_or_path=repo.path))
     return [replace(repo.problem(found.what.replace("trained", "used"), found.why, "name a complete SDXL, SD 1.x "
                                  "or 2.x base model, its weights in safetensors, with --base"), kind=found.kind)
-            for found in family.problems(repo.path, resolution=ANY_SIDE)]
+            for found in family.problems(repo.path, resolution=ANY_SIDE, schedule=ScheduleChange(prediction_type))]
 
 
 def embeddings_problems(repo: Repo, file: Path) -> list[Problem]:
@@ -152,9 +156,9 @@ def embeddings_problems(repo: Repo, file: Path) -> list[Problem]:
 
 def lora_problems(files: Sequence[Path], base: str) -> Iterator[Problem]:
     """What the headers of those files that are there say against using them on the base model."""
-    from trainkit.families.pretrained import Repo
+    from trainkit.families.single_file import model_at
 
-    unet = Repo(base, "--base").glance("unet/config.json")
+    unet = model_at(base, "--base").glance("unet/config.json")
     for file in (file for file in files if file.is_file() and file.suffix == ".safetensors"):
         yield from lora_headers.problems(file, unet)
 
@@ -163,10 +167,11 @@ def lora_problems(files: Sequence[Path], base: str) -> Iterator[Problem]:
 # The pipeline, and what is put on it
 
 
-def load_pipeline(base: str, dtype: str | None) -> Pipeline:
+def load_pipeline(base: str, dtype: str | None, prediction_type: str | None = None) -> Pipeline:
     """The stock pipeline of a base model, without what would paint over its images: watermark and safety checker.
 
-    dtype  one of DTYPES; None: bfloat16 on a GPU, float32 on a CPU and on Apple's GPUs
+    dtype            one of DTYPES; None: bfloat16 on a GPU, float32 on a CPU and on Apple's GPUs
+    prediction_type  what the user says that it predicts; None: what its scheduler's config says
     """
     from trainkit.runtime.trackers import quiet_libraries
 
@@ -175,11 +180,14 @@ def load_pipeline(base: str, dtype: str | None) -> Pipeline:
     from diffusers import AutoPipelineForText2Image
 
     from trainkit.devices import present
-    from trainkit.families.pretrained import Repo, load_part
+    from trainkit.diffusion import ScheduleChange, rescheduled
+    from trainkit.families.pretrained import load_part
+    from trainkit.families.single_file import model_at
 
     device = present()
-    pipe = load_part(Repo(base, "--base"), AutoPipelineForText2Image, "", use_safetensors=True,
+    pipe = load_part(model_at(base, "--base"), AutoPipelineForText2Image, "", use_safetensors=True,
                      add_watermarker=False, safety_checker=None)
+    pipe.scheduler = rescheduled(pipe.scheduler, ScheduleChange(prediction_type))
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.enable_slicing()  # one image at a time: decoding takes most of the memory
     return pipe.to(device, getattr(torch, dtype or ("float32" if device.type in ("cpu", "mps") else "bfloat16")))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from trainkit.export import LoraFileFormat, file_bytes, verify, write_diffusers, write_kohya
 from trainkit.files import Json, tensor_bytes
+from trainkit.options.sizes import sides_of, size_of
 from trainkit.report.facts import RunFacts
 from trainkit.runtime.weight_files import DIFFUSERS_FILE, KOHYA_FILE, run_name, step_files, step_name, weight_names
 
@@ -111,9 +112,13 @@ def header(run: RunFacts, *, num_images: int | None, step: int) -> dict[str, str
 
     Source: kohya-ss/sd-scripts, library/train_util.py and train_network.py (ss_* keys); Stability-AI/ModelSpec 1.0.1.
     """
-    side, visits = run.option("resolution"), (num_images or 0) * int(run.option("repeats") or 1)
+    height, width = size_of(run.option("resolution"))
+    visits = (num_images or 0) * int(run.option("repeats") or 1) * len(sides_of(run.option("resolutions") or 0))
     values = {
-        "ss_output_name": run.name, "ss_sd_model_name": run.base_model, "ss_resolution": f"({side}, {side})",
+        "ss_output_name": run.name, "ss_sd_model_name": run.base_model, "ss_resolution": f"({width}, {height})",
+        "ss_enable_bucket": run.option("enable_bucket") or None, "ss_min_bucket_reso": run.setting("min_bucket_reso"),
+        "ss_max_bucket_reso": run.setting("max_bucket_reso"),
+        "ss_bucket_no_upscale": run.setting("bucket_no_upscale"),
         "ss_num_train_images": num_images, "ss_steps": step, "ss_max_train_steps": run.total_steps,
         "ss_num_epochs": math.ceil(step * int(run.record["global_batch"]) / visits) if visits else None,
         "ss_seed": run.record["seed"], "ss_learning_rate": run.option("learning_rate"),

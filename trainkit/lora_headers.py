@@ -38,6 +38,11 @@ class Header:
     shapes: Mapping[str, tuple[int, ...]]
     metadata: Mapping[str, str]
 
+    def other_half(self, name: str) -> str | None:
+        """The matrix B of the matrix A called `name` if it is missing; None for all other tensors."""
+        other = name.replace("lora_A", "lora_B").replace("lora_down", "lora_up").replace("lora.down", "lora.up")
+        return other if A_NAME.fullmatch(name) and other != name and other not in self.shapes else None
+
 
 def read(file: Path) -> Header:
     """Raises OSError or SafetensorError: the header cannot be read, or the end of the file is missing."""
@@ -78,6 +83,9 @@ def problems(file: Path, unet: Mapping[str, Any]) -> Iterator[Problem]:
                       "name the LoRA file, or the folder of its run", "data")
     elif why := other_base(header, unet):
         yield Problem("the LoRA does not fit the base model", where, why, ANOTHER_BASE, "data")
+    elif torn := next(filter(None, map(header.other_half, header.shapes)), None):
+        yield Problem("the LoRA file is damaged", where, f"each layer has two matrices, and {torn} is missing",
+                      "copy or export it again", "data")
 
 
 def beside(file: Path) -> str:

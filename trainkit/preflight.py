@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
 from trainkit import adapters, optim
+from trainkit.data.buckets import smallest
 from trainkit.diffusion import ScheduleChange
 from trainkit.errors import Problem, UserError, shell_word
 from trainkit.losses import fourier_term
@@ -52,7 +53,7 @@ class ModelCheckOptions(Protocol):
 class ModelCheck:
     """What a model folder's JSON files say.
 
-    latents     shape (C,h,w) of the latents of one image; None where there are problems, for these are told first
+    latents     shape (C,h,w) of the smallest latents; None where there are problems, for these are told first
     text_width  of what the network's cross-attention takes
     """
 
@@ -70,17 +71,26 @@ def check_model(opt: ModelCheckOptions, family: ModuleType) -> ModelCheck:
     path, vae_path = o.pretrained_model_name_or_path, o.pretrained_vae_model_name_or_path
     found = family.problems(path, resolution=opt.data.resolution, vae_path=vae_path, revision=o.revision,
                             variant=o.variant, clip_skip=opt.text.clip_skip, schedule=schedule,
-                            timesteps=(opt.objective.min_timestep, opt.objective.max_timestep))
+                            timesteps=(opt.objective.min_timestep, opt.objective.max_timestep),
+                            sides=further_sides(opt.data))
     if found:
         return ModelCheck(found)
     try:
         network = family.skeleton(path, revision=o.revision)
     except UserError as error:
         return ModelCheck([*error.problems])
-    latents = family.latents(path, opt.data.resolution, vae_path=vae_path, revision=o.revision)
+    height, width = smallest(opt.data)
+    latents = family.latents(path, f"{width},{height}", vae_path=vae_path, revision=o.revision)
     found = [*adapters.problems(network, opt.lora, targets=family.LORA_TARGETS),
              *fourier_term.problems(opt.fourier_loss, opt.objective.loss_type, latents)]
     return ModelCheck(found, latents, network.config.cross_attention_dim)
+
+
+def further_sides(data: ImageOptions) -> dict[str, int | str]:
+    """What else the sides of images come from, by flag."""
+    if data.enable_bucket:
+        return {"bucket_reso_steps": data.bucket_reso_steps}
+    return {"resolutions": data.resolutions} if data.resolutions else {}
 
 
 def leave_out_unused(o: OptimizerOptions) -> None:
@@ -115,7 +125,7 @@ def output_problems(opt: FolderOptions) -> list[Problem]:
     problems = []
     for flag, name in folders.items():
         folder = Path(name or "")
-        if not (name and folder.is_dir()):
+        if not name or flag == "--dataset_name" and not folder.is_dir():  # it may be on the Hub
             continue
         if lies_in(out, folder):
             where = "is the folder of the images" if lies_in(folder, out) else "lies in the folder of the images"

@@ -20,6 +20,7 @@ from trainkit.devices import empty_cache, free_memory
 from trainkit.diffusion import is_edm
 from trainkit.errors import counted
 from trainkit.files import disk_errors
+from trainkit.options.sizes import size_of
 from trainkit.report.facts import sample_files
 from trainkit.sheets import is_of, png_parameters, save_png, sheet
 
@@ -72,9 +73,9 @@ class Previews:
     """
 
     def __init__(self, family: Family, options: ValidationOptions, encode: EncodePrompts, output_dir: str | Path, *,
-                 seed: int, resolution: int, every: int = 0,
+                 seed: int, resolution: int | str, every: int = 0,
                  averaged: Callable[[], AbstractContextManager[None]] = nullcontext):
-        self.family, self.encode, self.resolution, self.every = family, encode, resolution, every
+        self.family, self.encode, self.size, self.every = family, encode, size_of(resolution), every
         self.averaged = averaged
         self.folder = Path(output_dir) / "samples"
         count = options.num_validation_images if options.validation_prompt else 0
@@ -153,11 +154,12 @@ class Previews:
 
     def _latents(self, pipe: DiffusionPipeline, shot: PreviewImage, stopping: Callable[[], bool]) -> Tensor:
         """One finished latent -> [1,C,h,w]; one at a time, so that a preview never needs more memory than training."""
-        side = self.resolution // self.family.vae_factor
-        noise = rng.normal((self.family.latent_channels, side, side), [(shot.seed, shot.number)], name="preview")
+        height, width = self.size
+        shape = self.family.latent_channels, height // self.family.vae_factor, width // self.family.vae_factor
+        noise = rng.normal(shape, [(shot.seed, shot.number)], name="preview")
         return pipe(
             **self.family.pipeline_text(pipe, [shot.prompt], self.encode), latents=noise.to(self.family.device),
-            height=self.resolution, width=self.resolution, num_inference_steps=STEPS,
+            height=height, width=width, num_inference_steps=STEPS,
             guidance_scale=self.family.guidance_scale,
             generator=rng.generator("preview-step", shot.seed, shot.number), output_type="latent",
             callback_on_step_end=lambda pipe, step, timestep, now: unless(stopping, now),

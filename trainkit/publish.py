@@ -98,7 +98,7 @@ def publish_here(options: RunOptions, files: LoraFiles) -> list[Path]:
         for sentence in standstills(files.networks, run):
             log.warning("%s", sentence)
     uses = {path.name: purposes(run)[path.name].replace("see above", "see README.md") for path in weights}
-    summary.log_end(options.output_dir, uses, steps=run.step, seconds=run.seconds)
+    summary.log_end(options.output_dir, uses, start=run.start_step, steps=run.step, seconds=run.seconds)
     if options.push_to_hub:
         token = options.hub_token.get_secret_value() if options.hub_token else None
         url = push(folder, uploads(folder, weights), repo_id=repo_id(options), private=options.hub_private, token=token)
@@ -142,7 +142,7 @@ def write_card(folder: Path) -> Path:
     card = env.get_template("card.md").render(
         run=run, samples=samples, samples_grid=f"samples/step_{samples[-1].step:06d}.png" if samples else "",
         usage=usage(run), files=run.files, purposes=purposes(run), settings=settings(run), dataset=hub_dataset(run),
-        licence=licence, base_is_local=Path(run.base_path).is_dir(),
+        licence=licence, base_is_local=Path(run.base_path).is_dir() or run.base_is_file,
         vae_is_local=bool(run.vae) and Path(str(run.option("pretrained_vae_model_name_or_path"))).is_dir(),
         front_matter=matter, title=title(run), parts=parts(run), tokens=run.embeddings.tokens if run.embeddings else {},
     )

@@ -1,4 +1,4 @@
-"""Small text files that others wrote, read within bounds: whatever they hold is a value or one ValueError.
+"""What others wrote, read within bounds: small text files, and headers of tensors. It is a value or one ValueError.
 
 A config, a model card or a line of metadata may be damaged, made by another program, or made to harm. Nothing in one
 may end in a traceback, take minutes, or run a program out of memory or stack.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 import tomllib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +89,63 @@ def _parts(value: object) -> list[object]:
     if isinstance(value, Mapping):
         return [*value.values()]
     return [*value] if isinstance(value, (list, tuple, set)) else []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Headers of safetensors files
+
+# Bytes of a number, by the format's names; others, such as F4, are read by nobody here.
+# Source: huggingface/safetensors, safetensors/src/tensor.rs
+NUMBER_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+}
+MOST_HEADER_BYTES = 16 * 2**20  # SDXL's is 0.3 MiB
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """Shapes and number formats of a safetensors file's tensors by name, and its metadata."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    formats: Mapping[str, str]
+    metadata: Mapping[str, str]
+
+
+def read_tensor_header(path: Path) -> TensorHeader:
+    """Read without a tensor. Raises ValueError for no safetensors file, or one that is not whole; OSError."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or not 2 <= length <= MOST_HEADER_BYTES:
+            raise ValueError(f"no safetensors file: it begins with {start!r}, and the size of a header stands there")
+        if length + 8 > size:
+            raise ValueError(f"its header has {length:,} bytes, and the file {size:,}")
+        text = file.read(length)
+    try:
+        entries = parse_json(text.decode())
+    except ValueError as error:
+        raise ValueError(f"its header is damaged: {error}") from error
+    if not isinstance(entries, dict):
+        raise ValueError("its header is damaged: it is no object")
+    metadata = entries.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its header is damaged: the metadata are not texts")
+    end = max([0, *(_tensor_end(name, entry) for name, entry in entries.items())])
+    if end + length + 8 != size:
+        raise ValueError(f"it should have {end + length + 8:,} bytes and has {size:,}: it was not copied whole")
+    return TensorHeader({name: tuple(entry["shape"]) for name, entry in entries.items()},
+                        {name: entry["dtype"] for name, entry in entries.items()}, metadata)
+
+
+def _tensor_end(name: str, entry: object) -> int:
+    """Where a tensor ends, as its entry in the header says; ValueError where the entry contradicts itself."""
+    try:
+        assert isinstance(entry, dict)
+        number, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        assert isinstance(number, str) and all(type(size) is int and size >= 0 for size in (*shape, begin, end))
+        assert end - begin == math.prod(shape) * NUMBER_BYTES.get(number, math.nan) or number not in NUMBER_BYTES
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"its header is damaged: {name[:100]} is {str(entry)[:100]}") from error
+    return int(end)

@@ -23,6 +23,7 @@ SHAPES = (  # of tokens, by those who issue them
     r"sk-[\w-]{16,}", r"[sr]k_(?:live|test)_\w{16,}",  # OpenAI, Anthropic and others; Stripe
     r"(?:AKIA|ASIA)[0-9A-Z]{16}", r"AIza[\w-]{30,}", r"ya29\.[\w-]{16,}",  # AWS; Google
     r"xox[a-z]-[\w-]{10,}", r"xapp-[\w-]{10,}",  # Slack
+    r"nvapi-[\w-]{16,}", r"gsk_[A-Za-z0-9]{16,}", r"dckr_pat_[\w-]{16,}", r"comfyui-[0-9a-f]{32,}",
     r"wandb_v\d_[\w-]{16,}", r"r8_[A-Za-z0-9]{20,}", r"npm_[A-Za-z0-9]{20,}", r"pypi-[\w-]{16,}",
     r"eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+",  # JSON web tokens
 )
@@ -36,6 +37,7 @@ RULES = tuple((re.compile(pattern), replacement) for pattern, replacement in (
     (r"(?i)(authorization[\"']?\s*[:=]\s*[\"']?\w+\s+)[^\s\"',]+", rf"\1{REDACTED}"),
     (r"(?i)(\bbearer\s+)(?=\S*\d)[\w.~+/=-]{12,}", rf"\1{REDACTED}"),
     (rf"(?i)((?:{_KEY})(?:=|[\"']\s*[:=]\s*)[\"']?)[^\s\"',;&]{{4,}}", rf"\1{REDACTED}"),
+    (rf"(?i)((?:{_KEY}):\s*)(?=\S*\d)[\w.~+/=-]{{16,}}", rf"\1{REDACTED}"),  # x-api-key: VALUE, a header
     (rf"(?i)((?:{_KEYED})[\"']?\s*[:=\s]\s*[\"']?)[0-9a-f]{{32,}}(?![0-9a-z])", rf"\1{REDACTED}"),  # W&B: 40
 ))
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from trainkit.options import (
         Concern,
         FourierOptions,
+        ImageOptions,
         LoraOptions,
         ObjectiveOptions,
         OptimizerOptions,
@@ -43,6 +44,9 @@ class FingerprintOptions(Protocol):
 
     @property
     def fourier_loss(self) -> FourierOptions: ...
+
+    @property
+    def data(self) -> ImageOptions: ...
 
     def flat(self) -> dict[str, Value]: ...
 
@@ -75,7 +79,10 @@ def fingerprint(
         "class images": contents([row for row in rows if row.is_class]),
         "--prior_loss_weight": [row.loss_weight for row in rows if row.is_class][:1],
         "images in a step": run.global_batch,
-        "images in a micro-batch": opt.run.train_batch_size if opt.lora.lora_dropout else None,  # it cuts the masks
+        # Dropout's masks and the images of a step depend on the batch size, the latter where images have several sizes.
+        "images in a micro-batch": opt.run.train_batch_size if opt.lora.lora_dropout or several_sizes(rows) else None,
+        "images that the VAE encodes at once": family.vae_batch_size if family.vae_batch_size > 1 else None,
+        "cached latents": "bf16" if rounded_latents(opt) else None,
         "images matched with one another": opt.run.train_batch_size * run.world if matched else None,
         "steps": total if depends_on_length(opt) else None,
         **decisive,
@@ -102,7 +109,17 @@ def decisive_options(opt: FingerprintOptions) -> dict[str, object]:
 
 def contents(rows: Sequence[Row]) -> str | None:
     """Digest of images and captions; None without any."""
-    return content_key(*[(row.id, row.digest, *row.all_captions, row.repeat) for row in rows]) if rows else None
+    return content_key(*[(row.id, row.digest, *row.all_captions, row.repeat, *(row.cut or ())) for row in rows]
+                       ) if rows else None
+
+
+def several_sizes(rows: Sequence[Row]) -> bool:
+    """Whether images are cut to more than one size."""
+    return len({row.cut for row in rows}) > 1
+
+
+def rounded_latents(opt: FingerprintOptions) -> bool:
+    return opt.data.cache_latents and opt.data.latent_dtype == "bf16"
 
 
 def depends_on_length(opt: FingerprintOptions) -> bool:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from trainkit.data.sampler import Shard, make_order
 from trainkit.errors import counted, printable
+from trainkit.options.sizes import Size
 from trainkit.runtime.progress import clock
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LABEL_WIDTH = 10
+SIZES_SHOWN = 8
+STEPS_COUNTED = 200  # for the mean number of forward passes
 KINDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
 PRECISIONS = {"no": "fp32"}
 LAST_FILES = {"README.md": "the model card", "report.html": "the report: open it in a browser"}
@@ -75,8 +79,8 @@ def log_trainables(networks: Sequence[Adapters], optimizer: Optim) -> None:
     log_lines(trainable_lines(trainables(networks, optimizer)))
 
 
-def log_end(folder: str, files: Mapping[str, str], *, steps: int, seconds: float | None) -> None:
-    log_lines(end_lines(folder, files, steps=steps, seconds=seconds))
+def log_end(folder: str, files: Mapping[str, str], *, start: int, steps: int, seconds: float | None) -> None:
+    log_lines(end_lines(folder, files, start=start, steps=steps, seconds=seconds))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -92,12 +96,14 @@ class Plan:
     prompted      images whose caption is the prompt
     class_images  trained on beside the others
     batch         images in a micro-batch; times accumulation and processes in an optimizer step
+    sizes         images by the size (h, w) they are cut to, where each has its own; an image may have several
+    passes        forward passes of a step on each process, where images have sizes of their own
     """
 
     images: int
     account: str
     source: str
-    resolution: int
+    resolution: int | str
     batch: int
     steps: int
     device: str
@@ -109,21 +115,30 @@ class Plan:
     class_images: int = 0
     accumulation: int = 1
     processes: int = 1
+    sizes: Mapping[Size, int] = field(default_factory=dict)
+    passes: float = 1
 
     @property
     def global_batch(self) -> int:
         return self.batch * self.accumulation * self.processes
 
     @property
+    def visits(self) -> int:
+        """Uses of images in an epoch."""
+        return self.repeats * (sum(self.sizes.values()) or self.images)
+
+    @property
     def epochs(self) -> float:
-        return self.steps * self.global_batch / (self.images * self.repeats)
+        return self.steps * self.global_batch / self.visits
 
 
 def plan(opt: PlanOptions, rows: Rows, run: PlanRun, *, steps: int, class_images: int = 0) -> Plan:
     """The facts of a trainer's options and of the rows that were read, repeats included."""
     data, options = opt.data, opt.run
     images = [row for row in rows if row.repeat == 0]
+    sizes = Counter(row.cut for row in rows if row.cut and row.repeat % data.repeats == 0)
     return Plan(
+        sizes=sizes, passes=passes(opt, rows, run) if sizes else 1,
         images=len(images), account=str(rows.account), source=printable(str(data.dataset_name or data.folder)),
         prompt=data.prompt, prompted=sum(row.caption == data.prompt for row in images) if data.prompt else 0,
         repeats=data.repeats, class_images=class_images, resolution=data.resolution, batch=options.train_batch_size,
@@ -131,12 +146,33 @@ def plan(opt: PlanOptions, rows: Rows, run: PlanRun, *, steps: int, class_images
         precision=run.precision, folder=printable(str(run.out_dir)))
 
 
+def passes(opt: PlanOptions, rows: Rows, run: PlanRun) -> float:
+    """Micro-batches of a step on each process, the mean over the first steps, class images aside."""
+    shard = Shard(0, run.world, opt.run.gradient_accumulation_steps)
+    order = make_order(rows, opt.run.global_batch(run.world), batch_size=opt.run.train_batch_size, seed=opt.run.seed)
+    steps = min(order.steps_per_epoch, STEPS_COUNTED)
+    return sum(order.micro_batches(step, shard) for step in range(steps)) / steps
+
+
 def plan_lines(facts: Plan) -> Iterator[Line]:
     yield Line("Images", "; ".join([f"{facts.account}; in {facts.source}", *prompts(facts), *visits(facts)]))
+    if facts.sizes:
+        yield Line("Buckets", buckets(facts))
     yield Line("Training", " · ".join([f"{facts.resolution} px", batch(facts),
                                        f"{counted(facts.steps, 'step')} = {epochs(facts.epochs)}"]))
     yield Line("Device", f"{PRECISIONS.get(facts.precision, facts.precision)} on {facts.device}")
     yield Line("Folder", facts.folder)
+
+
+def buckets(facts: Plan) -> str:
+    """`1024x1024 12 images, 1216x832 8, 832x1216 5; an epoch is 25 images = 6.2 steps of 1.3 forward passes each`."""
+    common = sorted(facts.sizes, key=lambda size: (-facts.sizes[size], size))
+    listed = [f"{w}x{h} {facts.sizes[h, w]}" for h, w in common[:SIZES_SHOWN]]
+    listed[0] += " images" if facts.sizes[common[0]] > 1 else " image"
+    more = [f"and {len(common) - SIZES_SHOWN} more sizes"] if len(common) > SIZES_SHOWN else []
+    steps = counted_parts(facts.visits / facts.global_batch, "step")
+    return (f"{', '.join([*listed, *more])}; an epoch is {counted(facts.visits, 'image')} = {steps} of "
+            f"{facts.passes:.1f} forward passes each")
 
 
 def prompts(facts: Plan) -> Iterator[str]:
@@ -160,8 +196,13 @@ def batch(facts: Plan) -> str:
 
 
 def epochs(number: float) -> str:
+    return counted_parts(number, "epoch")
+
+
+def counted_parts(number: float, what: str) -> str:
+    """`0.7 epochs`, `1 epoch`, `55 epochs`."""
     shown = f"{number:.0f}" if number >= 10 else f"{number:.1f}".removesuffix(".0")
-    return f"{shown} epoch" + ("" if shown == "1" else "s")
+    return f"{shown} {what}" + ("" if shown == "1" else "s")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -229,10 +270,15 @@ def rates(by_group: Mapping[str, float]) -> str:
 # At the end
 
 
-def end_lines(folder: str, files: Mapping[str, str], *, steps: int, seconds: float | None) -> Iterator[Line]:
-    """What lies in the folder, and what for: weight files as `files` says, then what every run writes."""
+def end_lines(folder: str, files: Mapping[str, str], *, start: int, steps: int, seconds: float | None
+              ) -> Iterator[Line]:
+    """What lies in the folder, and what for: weight files as `files` says, then what every run writes.
+
+    start  finished steps at the start of this session
+    """
     spent = f" in {clock(seconds)}" if seconds else ""
-    yield Line("Done", f"{counted(steps, 'step')}{spent}; in {folder}:")
+    already = "all were finished already, none was trained now; " if start == steps else ""
+    yield Line("Done", f"{counted(steps, 'step')}{spent}; {already}in {folder}:")
     files = {**files, **LAST_FILES}
     width = max(map(len, files))
     for name, purpose in files.items():

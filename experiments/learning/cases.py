@@ -110,6 +110,10 @@ SPECTRA = Comparison(
     "Fourier loss: its presets for l2 (lora)", ("lora", *FOURIER),
     ("style", "closed", "high", "high_vae", "spectrum", "spectrum_vae", "drift", "step"),
     ("style", "closed", "high", "spectrum", "spectrum_vae", "drift"))
+METHODS = {  # a row of learning.png each
+    "lora": "LoRA", "ti": "LoRA + new tokens", "edm": "LoRA, EDM", "snr": "LoRA, Min-SNR", "prodigy": "LoRA, Prodigy",
+    "prior": "LoRA, prior kept", "lora4": "LoRA rank 4", "dora4": "DoRA rank 4",
+}
 COMPARISONS = (
     Comparison("Pivotal tuning: two new tokens beside the LoRA, in the first half of the steps", ("lora", "ti")),
     Comparison("DoRA at rank 4, attention layers", ("lora4", "dora4")),

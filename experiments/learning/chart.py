@@ -1,4 +1,4 @@
-"""The figures of run.py: spectra against the real icons', and the same images drawn by each run."""
+"""The figures of run.py: spectra against the real icons', and the same images generated with each run's LoRA."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from experiments.charts import DODGE, HEIGHT, MARGIN, WIDTH, Axes, Panel, Pen, Points, curve, frame
 from experiments.learning.cases import PRESETS
-from experiments.learning.exam import ROW, SIDE
+from experiments.learning.exam import BASE_ROW, REAL_ROW, ROW, SIDE
 from experiments.learning.results import Result, Results
 from experiments.seeds import standard_error
 from trainkit.sheets import sheet
@@ -26,6 +26,7 @@ TOGETHER = 4  # rings that a point on the right stands for, and between two labe
 
 
 def label(case: str) -> str:
+    """What the figures of the Fourier loss call a case: its loss."""
     return "l2" if case == "lora" else case.removeprefix("fourier_").replace("_", " ")
 
 
@@ -95,16 +96,16 @@ def draw_changes(pen: Pen, panel: Panel, *, x: float) -> None:
         curve(pen, axes, points, LINES[name], shift=DODGE * (i - (len(panel.lines) - 1) / 2))
 
 
-def images(out: Path, cases: Sequence[str], *, nouns: Sequence[str]) -> Image.Image | None:
-    """Untaught nouns as each run of seed 0 draws them, between the base's and real ones; None where none is kept."""
-    kept = {"base": out / "base-row.png", **{case: out / f"{case}-seed0" / ROW for case in cases},
-            "real": out / "real-row.png"}
-    kept = {name: path for name, path in kept.items() if path.is_file()}
-    if len(kept) < 3:  # base, real, and no run
-        return None
-    rows = [cut(path) for path in kept.values()]
-    return sheet(rows, columns=nouns, names=[label(name) for name in kept],
-                 title="nouns that were not taught, seed 0, the same noise")
+def kept_rows(out: Path, names: Mapping[str, str]) -> dict[str, Path]:
+    """The images that runs of seed 0 left of untaught nouns, by what their cases are called in `names`."""
+    rows = {name: out / f"{case}-seed0" / ROW for case, name in names.items()}
+    return {name: path for name, path in rows.items() if path.is_file()}
+
+
+def images(out: Path, rows: Mapping[str, Path], *, nouns: Sequence[str], title: str) -> Image.Image:
+    """The rows of `kept_rows`, between that of the base and that of real icons."""
+    kept = {"base": out / BASE_ROW, **rows, "real": out / REAL_ROW}
+    return sheet([cut(path) for path in kept.values()], columns=nouns, names=[*kept], title=title)
 
 
 def cut(path: Path) -> list[Image.Image]:

@@ -34,15 +34,16 @@ from trainkit.tools.evaluate import (
 )
 
 CLIP, REFERENCE = ROOT / "assets/tiny-clip-icons", ROOT / "assets/icons-3d-reference"
-SIDE = 64  # of the images drawn
+SIDE = 64  # pixels of a generated image
 DRIFT_PROMPTS = 50
 SHOWN = 10  # untaught nouns, to be looked at
 ROW = "untaught-row.png"  # these side by side, without labels
-WARM_UP = 1 / 6  # share of a run after which its steps are timed
+BASE_ROW, REAL_ROW = "base-row.png", "real-row.png"  # the same of the base model, and of real icons
+WARM_UP = 1 / 6  # fraction of a run after which its steps are timed
 
 
 class Exam:
-    """The images every run is judged by; those of the base are drawn once."""
+    """The images every run is judged by; those of the base are generated once."""
 
     def __init__(self, steps: int, denoising_steps: int):
         self.steps, self.denoising_steps = steps, denoising_steps
@@ -57,10 +58,14 @@ class Exam:
             steps=self.steps, denoising_steps=self.denoising_steps, flags=flags, **found,
             step_seconds=step_seconds(folder), state_bytes=state_bytes(folder / f"checkpoint-{self.steps}"))
 
-    def references(self, out: Path) -> dict[str, dict[str, object]]:
-        """What a run's style and spectrum are to be seen beside; rows of images for the figure go to `out`."""
-        row_of([self.base_style[i] for i in self.shown]).save(out / "base-row.png")
-        row_of([self.real[i] for i in self.shown]).save(out / "real-row.png")
+    def rows(self, out: Path) -> None:
+        """The images that the figures show beside those of the runs."""
+        if not (out / BASE_ROW).is_file():
+            row_of([self.base_style[i] for i in self.shown]).save(out / BASE_ROW)
+        row_of([self.real[i] for i in self.shown]).save(out / REAL_ROW)
+
+    def references(self) -> dict[str, dict[str, object]]:
+        """What a run's style and spectrum are to be seen beside."""
         groups = {"base": self.base_style, "training images": self.training,
                   "real icons through the VAE": self.passed}
         return {name: self.beside_real(images) for name, images in groups.items()}
@@ -89,7 +94,7 @@ class Exam:
 
     @cached_property
     def passed(self) -> list[Image.Image]:
-        """Real icons through the VAE: no LoRA of the UNet draws what is lost here."""
+        """Real icons through the VAE: no LoRA of the UNet brings back what is lost here."""
         return through_vae(self.real)
 
     @cached_property
@@ -133,7 +138,7 @@ class Exam:
         return [Wanted(noun, f"icon of {name} in the style of noto", 0) for noun, name in named.items()]
 
     def images(self, folder: Path | None, wanted: list[Wanted]) -> list[Image.Image]:
-        """Drawn with the LoRA (and embeddings) in `folder`; None: by the base alone."""
+        """Generated with the LoRA (and embeddings) in `folder`; None: by the base alone."""
         settings = GenerationSettings(str(BASE), strengths=(0.0,), steps=self.denoising_steps)
         if folder:
             embeddings = folder / embeddings_file(folder.name)

@@ -18,7 +18,7 @@ STEPS, DENOISING_STEPS = 300, 10  # defaults of the arguments
 class Result:
     """What one run came to, and what it was asked for. A file may lack any with a default: it was not measured then.
 
-    ratios  power of the drawn images over that of the real icons, ring by ring of trainkit.evaluation.power_spectrum
+    ratios  power of the generated images over that of the real icons, ring by ring of evaluation.power_spectrum
     high    the same for all that lies above half of Nyquist's frequency
     spectrum  root of the mean over rings of ln²(ratio): too little and too much both count
     …_vae   the same beside the real icons as the VAE passes them: all that a LoRA could come to

@@ -5,9 +5,9 @@
     .venv/bin/python experiments/learning/run.py --cases lora fourier_balanced --seeds 1 --steps 50 --out runs/quick
 
 Each case is the same short run on the 22 shipped 3-D icons but for its flags in cases.py; most have three seeds.
-Measured on images drawn at strength 1 from noise that is the same for all runs:
+Measured on images generated at strength 1 from noise that is the same for all runs:
 
-    gap closed   share of the style distance between the base and real icons that is gone, on nouns it was not taught
+    gap closed   fraction of the style distance between the base and real icons that is gone, on nouns it was not taught
     prior drift  mean of 1 − cos(image with the LoRA, the base's own) in the shipped CLIP, over prompts for one of the
                  base's own styles, which the LoRA should leave alone (nouns that no class image shows)
     high         power of the untaught nouns' images above half of Nyquist's frequency, against the real icons'
@@ -16,8 +16,9 @@ Measured on images drawn at strength 1 from noise that is the same for all runs:
 
 and of the run itself the bytes of optimizer state a trained number, and the median time of a step.
 
-Prints the tables of docs/learning.md and writes tables.md into --out, with fourier.png and fourier-images.png where
-the Fourier loss was run; results lie there too, one folder a run. Needs no network.
+Prints the tables of docs/learning.md and writes tables.md into --out. There learning.png shows the same images of each
+method; fourier.png and fourier-images.png show what the Fourier loss changes. Results lie there too, one folder a run.
+Needs no network.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments import ROOT
-from experiments.learning.cases import CASES, COMMON, PRESETS, SPECTRA
+from experiments.learning.cases import CASES, COMMON, METHODS, PRESETS, SPECTRA
 from experiments.learning.results import DENOISING_STEPS, STEPS, Results, at_hand, read, summary, tables
 from experiments.seeds import save
 from trainkit.errors import Problem, exit_with_message, refuse
@@ -69,7 +70,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"default: all of {', '.join(CASES)}")
     add("--seeds", type=int, default=3, help="seeds 0, 1, … of every case at most; some have one")
     add("--steps", type=int, default=STEPS, help="optimizer steps of a run")
-    add("--denoising_steps", type=int, default=DENOISING_STEPS, help="of every image drawn")
+    add("--denoising_steps", type=int, default=DENOISING_STEPS, help="of every generated image")
     add("--out", type=Path, default=ROOT / "runs/learning", metavar="DIR", help="one folder a run")
     add("--debug", action="store_true", help="show a traceback for user errors")
     return parser.parse_args(argv)
@@ -113,37 +114,47 @@ def train(case: str, seed: int, steps: int, folder: Path) -> float:
 
 
 def report(args: argparse.Namespace, exam: Exam) -> None:
-    """The tables, printed and in tables.md, and where the Fourier loss was run its figures."""
+    """The tables, printed and in tables.md, and the figures."""
     results: Results = {case: [read(args.out / f"{case}-seed{seed}") for one, seed in runs(args) if one == case]
                         for case in args.cases}
     references = references_of(args, exam) if at_hand(SPECTRA, results) else None
     text = "\n".join(tables(results, references))
     (args.out / "tables.md").write_text(f"{text}\n", "utf-8")
     print(text)
+    methods = {case: name for case, name in METHODS.items() if case in results}
+    save_sheet(args, exam, methods, "learning.png", f"nouns that were not taught, seed 0, {args.steps} steps")
     if references:
-        figures(args, exam, results, references)
+        fourier_figures(args, exam, results, references)
 
 
 def references_of(args: argparse.Namespace, exam: Exam) -> dict[str, dict]:
     """Base, training images and real ones through the VAE, measured once a folder and number of steps."""
     path = args.out / f"references-{args.denoising_steps}.json"
     if not path.is_file():
-        save(path, exam.references(args.out))
+        save(path, exam.references())
     return json.loads(path.read_text("utf-8"))
 
 
-def figures(args: argparse.Namespace, exam: Exam, results: Results, references: dict[str, dict]) -> None:
+def save_sheet(args: argparse.Namespace, exam: Exam, names: dict[str, str], file: str, title: str) -> None:
+    from experiments.learning import chart
+
+    if rows := chart.kept_rows(args.out, names):
+        exam.rows(args.out)
+        nouns = [exam.style_prompts[i].noun for i in exam.shown]
+        chart.images(args.out, rows, nouns=nouns, title=title).save(args.out / file)
+        print(f"\nfigure: {args.out / file}")
+
+
+def fourier_figures(args: argparse.Namespace, exam: Exam, results: Results, references: dict[str, dict]) -> None:
     from experiments.learning import chart
 
     seeds = f"{len(results['lora'])} seeds" if len(results["lora"]) > 1 else "one seed"
     page = chart.spectra(results, references, title=f"Images of untaught nouns after {args.steps} steps: power by "
                          f"frequency, mean and standard error of {seeds}")
     page.save(args.out / "fourier.png")
-    shown = [case for case in ("lora", *(f"fourier_{name}" for name in PRESETS)) if case in results]
-    page = chart.images(args.out, shown, nouns=[exam.style_prompts[i].noun for i in exam.shown])
-    if page:
-        page.save(args.out / "fourier-images.png")
-    print(f"\nfigures: {args.out / 'fourier.png'}, fourier-images.png")
+    print(f"\nfigure: {args.out / 'fourier.png'}")
+    shown = {case: chart.label(case) for case in ("lora", *(f"fourier_{name}" for name in PRESETS)) if case in results}
+    save_sheet(args, exam, shown, "fourier-images.png", "nouns that were not taught, seed 0, the same noise")
 
 
 if __name__ == "__main__":

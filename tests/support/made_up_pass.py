@@ -38,7 +38,7 @@ def repeated(names: str, count: int) -> tuple[str, ...]:
 class Network(nn.Module):
     """Stands for a model family. What it is asked is kept; it answers 0 until its one layer is trained."""
 
-    device = torch.device("cpu")
+    device, doubted = torch.device("cpu"), False
 
     def __init__(self):
         super().__init__()

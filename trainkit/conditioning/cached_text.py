@@ -68,7 +68,8 @@ class FrozenText:
                 self._encode_group(family, prompts)
 
     def _encode_group(self, family: Family, prompts: Sequence[str]) -> None:
-        tensors = family.encode_prompts(prompts, self.clip_skip).to(torch.device("cpu"))  # [B,...] each
+        condition = family.encode_prompts(prompts, self.clip_skip)
+        tensors = {name: tensor.cpu() for name, tensor in condition.items()}  # [B,...] each
         for place, prompt in enumerate(prompts):
             if self.keys[prompt] not in self.store:
                 self.store[self.keys[prompt]] = {name: tensor[place].clone() for name, tensor in tensors.items()}

@@ -19,20 +19,25 @@ START, END = 30, 50  # characters shown of what is cut off: its first, and its l
 AT_ONCE = 1024  # captions
 
 
-def warn_cut(rows: Sequence[Row], rewrite: Callable[[str], str], tokenizers: Sequence[CLIPTokenizer]) -> None:
-    """Tell which captions are longer than an encoder's context, and what is cut off.
+def warn_cut(rows: Sequence[Row], rewrite: Callable[[str], str], tokenizers: Sequence[CLIPTokenizer], *,
+             preview: str | None = None) -> None:
+    """Tell which captions are longer than an encoder's context, and what is cut off; also of the previews' prompt.
 
     rewrite  a caption as the encoders are given it, with new tokens for the words that stand for them
     """
+    limit = min(tokenizer.model_max_length for tokenizer in tokenizers)
     first = {caption: row.id for row in reversed(rows) for caption in row.all_captions}
     captions = sorted(first, key=lambda caption: first[caption])
     lost = cut_off([rewrite(caption) for caption in captions], tokenizers)
     found = [f"{first[caption]}: {_shortened(words)!r}" for caption, words in zip(captions, lost, strict=True) if words]
     if found:
-        limit = min(tokenizer.model_max_length for tokenizer in tokenizers)
         log.warning("%s longer than the %d tokens that a text encoder reads; these words are cut off and "
                     "not learned (put what matters first, or shorten them): %s",
                     counted(len(found), "caption is", "captions are"), limit, listing(found))
+    words, = cut_off([rewrite(preview or "")], tokenizers)
+    if words:
+        log.warning("--validation_prompt is longer than the %d tokens that a text encoder reads; these words are cut "
+                    "off, and no preview shows them: %r", limit, _shortened(words))
 
 
 def cut_off(prompts: Sequence[str], tokenizers: Sequence[CLIPTokenizer]) -> list[str]:

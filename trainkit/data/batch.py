@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from trainkit.devices import upload
+from trainkit.digests import Place
 from trainkit.errors import UserError
 from trainkit.rng import Key
 
@@ -18,6 +20,11 @@ class Source(Protocol):
     """Where an image's file content comes from; a Path is one."""
 
     def read_bytes(self) -> bytes: ...
+
+
+def place_of(source: Source) -> Place | None:
+    """What is remembered of an image is bound to this; None: nothing can be remembered."""
+    return source if isinstance(source, Path) else getattr(source, "place", None)
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,7 @@ class Row:
     loss_weight: float = 1.0  # weight of its loss: 1 for instances, prior_loss_weight for class images
     is_class: bool = False  # an image of the class, there to keep what the model knew of it
     others: tuple[str, ...] = ()  # further captions
+    cut: tuple[int, int] | None = None  # h, w in pixels of what is cut out of it; None: as --resolution says
 
     @property
     def all_captions(self) -> tuple[str, ...]:
@@ -50,9 +58,14 @@ class Listed:
     others: tuple[str, ...] = ()
 
 
-# One place in one optimizer step. (seed, step, place in the global batch): what its random numbers are drawn by ·
-# position in the list of rows · visit (epoch) of that row · instance rows in the whole step, over all ranks.
-Slot = tuple[Key, int, int, int]
+class Slot(NamedTuple):
+    """One place in one optimizer step."""
+
+    key: Key  # (seed, step, place in the global batch): what its random numbers are drawn by
+    row: int  # position in the list of rows
+    visit: int  # the epoch of that row
+    num_instance: int  # instance rows in the whole step, over all ranks
+    counts: bool = True  # False: it fills a micro-batch that its rank lacks, and weighs 0
 
 
 @dataclass(frozen=True)
@@ -78,7 +91,7 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A micro-batch on one rank: samples of one shape, instances first, then as many class images if there are any.
+    """A micro-batch on one rank: samples of one shape, instances first, then class images if there are any.
 
     B counts both. Exactly one of `pixels` and `mean` is set.
     """
@@ -92,6 +105,7 @@ class Batch:
     is_class: Tensor  # [B] bool
     num_instance: int  # instance rows in the whole optimizer step, all ranks and micro-batches: the loss divisor
     images: tuple[str, ...] = ()  # B digests of files
+    counts: bool = True  # False: the rank lacks a micro-batch, and this one, of weight 0, stands for it
     pixels: Tensor | None = None  # [B,3,H,W]
     mean: Tensor | None = None  # [B,C,h,w]
     logvar: Tensor | None = None  # [B,C,h,w]
@@ -111,14 +125,15 @@ def collate(items: Sequence[Sample | UserError]) -> Batch | UserError:
             return item
         samples.append(item)
     assert len({s.shape for s in samples}) == 1, "a micro-batch has samples of one shape"
-    keys, places, _, (num_instance, *_) = zip(*(s.slot for s in samples if s.slot is not None), strict=True)
+    keys, places, _, (num_instance, *_), (counts, *_) = zip(*(s.slot for s in samples if s.slot), strict=True)
     # SDXL's size conditioning: original h, w · crop top, left · target h, w (arXiv:2307.01952, 2.2)
     sizes = [[*s.row.size, s.top, s.left, *s.shape] for s in samples]
     tensors = {name: [getattr(s, name) for s in samples] for name in ("pixels", "mean", "logvar", "mask")}
     return Batch(
         step=keys[0][1], keys=keys, rows=places, prompts=tuple(s.prompt for s in samples), num_instance=num_instance,
+        counts=counts,
         time_ids=torch.tensor(sizes, dtype=torch.float32), images=tuple(s.row.digest for s in samples),
-        loss_weight=torch.tensor([s.row.loss_weight for s in samples]),
+        loss_weight=torch.tensor([s.row.loss_weight * counts for s in samples]),
         is_class=torch.tensor([s.row.is_class for s in samples]),
         **{name: torch.stack(values) for name, values in tensors.items() if values[0] is not None},
     )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -177,7 +177,9 @@ class Latents:
 
     def key(self, sample: Sample) -> str:
         crop = [*sample.resized, sample.top, sample.left, sample.flip]
-        content = [sample.row.digest, crop, self.policy.resolution, self.policy.interpolation]
+        height, width = sample.shape
+        size = height if height == width else [height, width]
+        content = [sample.row.digest, crop, size, self.policy.interpolation]
         return content_key(VERSION, content, self.identity, str(self.dtype))
 
     def __call__(self, sample: Sample) -> tuple[Tensor, Tensor]:
@@ -202,9 +204,8 @@ def cache_latents(
     UserError naming the image when the VAE gives NaN or infinity.
     """
     latents = Latents(store, policy, identity=identity, dtype=dtype)
-    missing = _missing(_all_views(rows, latents, seed), store)
-    fill_together(store, missing, _own_part(missing, rows), partial(
-        _encode_missing, latents=latents, encode=encode, batch_size=batch_size, num_workers=num_workers,
+    fill_together(store, rows, _own_part(rows), partial(
+        _encode_missing, latents=latents, seed=seed, encode=encode, batch_size=batch_size, num_workers=num_workers,
         progress=progress))
     return latents
 
@@ -247,23 +248,24 @@ def _exchange(store: dict[str, StoredTensors], new: Sequence[str]) -> None:
             store.update({key: entry for key, entry in entries.items() if key not in store})
 
 
-def _own_part(missing: Sequence[_Wanted], rows: Iterable[Row]) -> list[_Wanted]:
-    """Every world-th image, with all its views; counted over all images, since the ranks differ in what they find
-    missing while others are writing.
+def _own_part(rows: Sequence[Row]) -> list[Row]:
+    """The rows of every world-th image, whether they are missing or not: while others are writing, ranks differ in what
+    they find missing.
     """
     number = {digest: i for i, digest in enumerate(dict.fromkeys(row.digest for row in rows))}
-    return [view for view in missing if number[view[1].row.digest] % ranks.world() == ranks.rank()]
+    return [row for row in rows if number[row.digest] % ranks.world() == ranks.rank()]
 
 
 def _encode_missing(
-    wanted: Sequence[_Wanted], *, latents: Latents, encode: EncodeImages, batch_size: int, num_workers: int,
+    rows: Sequence[Row], *, latents: Latents, seed: int, encode: EncodeImages, batch_size: int, num_workers: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    missing = _missing(wanted, latents.store)
+    missing = _missing(_all_views(rows, latents, seed), latents.store)
     loader = DataLoader(_Views(latents.policy, missing), batch_size=None, collate_fn=_as_is, num_workers=num_workers,
                         generator=generator("latent cache"))  # its own: the global one must not move with the loader
-    done = 0
-    for views in _chunks(chain.from_iterable(unguarded(loader)), batch_size):
+    done, all_views = 0, chain.from_iterable(unguarded(loader))
+    alike = (views for _, views in groupby(all_views, key=lambda view: view.pixels.shape))
+    for views in chain.from_iterable(_chunks(views, batch_size) for views in alike):
         for view, mean, logvar in zip(views, *encode(torch.stack([view.pixels for view in views])), strict=True):
             _refuse_nonfinite(view.name, mean, logvar)
             latents.put(view.key, mean, logvar)
@@ -280,15 +282,15 @@ class _View:
 
 
 class _Views(Dataset["list[_View] | UserError"]):
-    """The missing variants, one item an image, so that each is decoded and resized once.
+    """The missing variants, one item an image and size, so that each is decoded and resized once for it.
 
     An error is an item, see `unguarded`.
     """
 
     def __init__(self, policy: CropPolicy, missing: Iterable[_Wanted]):
-        images: dict[str, list[_Wanted]] = {}
+        images: dict[object, list[_Wanted]] = {}
         for key, sample in missing:
-            images.setdefault(sample.row.digest, []).append((key, sample))
+            images.setdefault((sample.row.digest, sample.resized, sample.shape), []).append((key, sample))
         self.policy = policy
         self.items = [some for every in images.values() for some in _chunks(iter(every), VIEWS_AT_ONCE)]
 

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,27 +21,30 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
+from trainkit.data import buckets
 from trainkit.data.batch import Listed, Row
 from trainkit.data.rows import check, warn_enlarged
 from trainkit.data.sources.folder import Folder, list_folder
 from trainkit.devices import empty_cache
+from trainkit.diffusion import AS_SAVED, ScheduleChange, rescheduled
 from trainkit.errors import Problem, UserError, refuse
 from trainkit.families.base import halvings, in_tiles
 from trainkit.families.pretrained import (
-    Repo,
+    MODEL_FLAG,
     json_digest,
     load_part,
     quiet_loading,
-    weights_digest,
 )
+from trainkit.families.single_file import model_at, vae_place
 from trainkit.files import atomic_write, disk_errors
+from trainkit.options.sizes import Size, size_of
 from trainkit.rng import generator
 from trainkit.runtime import ranks
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
 
-    from trainkit.options import DataOptions, ModelOptions, PriorOptions
+    from trainkit.options import DataOptions, ModelOptions, ObjectiveOptions, PriorOptions, RunOptions
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +64,12 @@ class ClassImageOptions(Protocol):
 
     @property
     def prior(self) -> PriorOptions: ...
+
+    @property
+    def run(self) -> RunOptions: ...
+
+    @property
+    def objective(self) -> ObjectiveOptions: ...
 
 
 class ClassImageRun(Protocol):
@@ -86,8 +95,9 @@ def problems(opt: ClassImageOptions) -> list[Problem]:
                         "the instances would be trained on as images of the class too", f"{FLAG} ANOTHER_FOLDER")]
     listed, found = folder.read(verbose=False)
     plan = folder.plan(listed)
-    unreadable = check([*plan.user_images, *plan.generated.values()], f"{folder.path}")[1]
-    return found + unreadable + (folder.unwritable() if plan.absent and not found else [])
+    images, unreadable = check([*plan.user_images, *plan.generated.values()], f"{folder.path}")
+    small = buckets.problems([*buckets.with_sizes(images, opt.data, opt.run.compat)], opt.data, f"{folder.path}")
+    return [*found, *unreadable, *small, *(folder.unwritable() if plan.absent and not found else [])]
 
 
 def class_rows(opt: ClassImageOptions, run: ClassImageRun) -> list[Row]:
@@ -107,8 +117,10 @@ def class_rows(opt: ClassImageOptions, run: ClassImageRun) -> list[Row]:
     if plan.absent:
         log.info("generating %d of %d class images in %s", len(plan.absent), folder.wanted, folder.path)
         fill(folder, plan, opt, run)
-    rows, unreadable = check(folder.images(plan), f"{folder.path}")
+    images, unreadable = check(folder.images(plan), f"{folder.path}")
     refuse(unreadable)
+    rows = [*buckets.with_sizes(images, opt.data, opt.run.compat)]
+    refuse([*buckets.problems(rows, opt.data, f"{folder.path}")])
     warn_enlarged(rows, opt.data.resolution)
     return [replace(row, id=f"class/{row.id}", caption=row.caption or prior.class_prompt, is_class=True,
                     loss_weight=prior.prior_loss_weight) for row in rows]
@@ -122,20 +134,23 @@ def recipe(opt: ClassImageOptions) -> str:
     o = opt.model
     names = [name and Path(name).resolve().name
              for name in (o.pretrained_model_name_or_path, o.pretrained_vae_model_name_or_path)]
-    return json_digest(opt.prior.class_prompt, opt.data.resolution, *names, o.revision, o.variant, contents(o))[:8]
+    change = ScheduleChange.from_options(opt.objective)
+    changed = [] if change == AS_SAVED else [astuple(change)]
+    return json_digest(opt.prior.class_prompt, opt.data.resolution, *names, o.revision, o.variant, contents(o),
+                       *changed)[:8]
 
 
 def contents(options: ModelOptions) -> list[object]:
-    """What a local model folder generates with: a digest of its UNet, and its scheduler's config.
+    """What a local model generates with: a digest of its UNet, and its scheduler's config.
 
     [] for a Hub id, which its revision describes and whose files may not be here yet; and for a folder that cannot be
     loaded, which is the model's own problem (families/base.py) and not repeated here.
     """
-    model = Repo(options.pretrained_model_name_or_path, "--pretrained_model_name_or_path")
+    model = model_at(options.pretrained_model_name_or_path, MODEL_FLAG)
     if not model.is_local or any(model.weight_problems(("unet",), options.variant)):
         return []
     try:
-        return [weights_digest(model.folder("unet"), options.variant), model.json("scheduler/scheduler_config.json")]
+        return [model.digest("unet", options.variant), model.json("scheduler/scheduler_config.json")]
     except (OSError, SafetensorError, UserError):
         return []
 
@@ -237,13 +252,13 @@ def fill(folder: ClassFolder, plan: ClassImagePlan, opt: ClassImageOptions, run:
     size = opt.prior.sample_batch_size
     wanted = set(plan.absent)
     batches = [range(first, first + size) for first in sorted({number // size * size for number in wanted})]
-    draw_batches(batches[ranks.rank():: ranks.world()], wanted, folder, opt, run)
+    generate_batches(batches[ranks.rank():: ranks.world()], wanted, folder, opt, run)
     ranks.barrier()
     missing = {number for number in wanted if not folder.file(number).exists()}  # none on a shared disk
-    draw_batches([batch for batch in batches if missing.intersection(batch)], missing, folder, opt, run)
+    generate_batches([batch for batch in batches if missing.intersection(batch)], missing, folder, opt, run)
 
 
-def draw_batches(
+def generate_batches(
     batches: Sequence[Sequence[int]], wanted: Set[int], folder: ClassFolder, opt: ClassImageOptions, run: ClassImageRun,
 ) -> None:
     """Generate whole batches of numbers and write the wanted ones; a file that is there is never replaced."""
@@ -279,7 +294,7 @@ class Painter:
 
     pipe: StableDiffusionXLPipeline
     prompt: str
-    side: int  # pixels
+    size: Size
     seed: int
 
     @classmethod
@@ -287,13 +302,15 @@ class Painter:
         """Raises UserError when a file of the model is damaged."""
         precision = opt.prior.prior_generation_precision or ("fp32" if run.device.type == "cpu" else "fp16")
         pipe = load_pipeline(opt.model, DTYPES[precision]).to(run.device)
-        return cls(pipe, opt.prior.class_prompt or "", opt.data.resolution, run.seed)
+        pipe.scheduler = rescheduled(pipe.scheduler, ScheduleChange.from_options(opt.objective))
+        return cls(pipe, opt.prior.class_prompt or "", size_of(opt.data.resolution), run.seed)
 
     def __call__(self, numbers: Sequence[int]) -> list[Image.Image]:
         """Raises UserError when an image has values that are not finite."""
         noise = [generator("class picture", self.seed, number) for number in numbers]
+        height, width = self.size
         with in_tiles(self.pipe.vae, halvings(self.pipe.vae.config)):
-            pixels = self.pipe([self.prompt] * len(numbers), height=self.side, width=self.side, generator=noise,
+            pixels = self.pipe([self.prompt] * len(numbers), height=height, width=width, generator=noise,
                                callback_on_step_end=last_in_fp32, output_type="pt").images  # [B,3,H,W] in 0..1
         if not pixels.isfinite().all():
             raise UserError(Problem(
@@ -310,14 +327,12 @@ def load_pipeline(options: ModelOptions, dtype: torch.dtype) -> StableDiffusionX
     """
     from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
-    model = Repo(options.pretrained_model_name_or_path, "--pretrained_model_name_or_path", options.revision)
+    model = model_at(options.pretrained_model_name_or_path, MODEL_FLAG, options.revision)
     other, files = options.pretrained_vae_model_name_or_path, {"variant": options.variant, "use_safetensors": True}
+    vae_repo, folder = vae_place(model, other)
     with quiet_loading():
-        if other:
-            vae = load_part(Repo(other, "--pretrained_vae_model_name_or_path"), AutoencoderKL, "",
-                            torch_dtype=torch.float32, use_safetensors=True)
-        else:
-            vae = load_part(model, AutoencoderKL, "vae", torch_dtype=torch.float32, **files)
+        vae = load_part(vae_repo, AutoencoderKL, folder, torch_dtype=torch.float32,
+                        **({"use_safetensors": True} if other else files))
         pipe = load_part(model, StableDiffusionXLPipeline, "", dtype=dtype, vae=vae, add_watermarker=False, **files)
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.enable_slicing()  # one image at a time: decoding takes most of the memory

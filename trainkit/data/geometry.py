@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from trainkit import rng
 from trainkit.data.batch import Sample
+from trainkit.options.sizes import Size, size_of
 
 if TYPE_CHECKING:
     from trainkit.data.batch import Row
@@ -28,22 +30,34 @@ INTERPOLATIONS = {
 }
 
 
-def resized_size(size: tuple[int, int], resolution: int) -> tuple[int, int]:
-    """(h, w) after the shorter side became `resolution`; the longer one is truncated, as torchvision's Resize does."""
-    h, w = size
-    long = int(resolution * max(h, w) / min(h, w))
-    return (resolution, long) if h <= w else (long, resolution)
+def resized_size(size: Size, cut: Size) -> Size:
+    """Of an image that just covers what is cut out of it; the other side is truncated, as torchvision's Resize does."""
+    (h, w), (height, width) = size, cut
+    return (height, w * height // h) if w * height >= h * width else (h * width // w, width)
+
+
+def cut_away(size: Size, cut: Size) -> float:
+    """The part of an image, 0 to 1, that is not seen in what is cut out of it."""
+    ratio = size[1] * cut[0] / (size[0] * cut[1])
+    return 1 - min(ratio, 1 / ratio)
+
+
+def enlargement(size: Size, cut: Size) -> float:
+    """The factor by which an image is scaled to cover what is cut out of it."""
+    return max(cut[0] / max(1, size[0]), cut[1] / max(1, size[1]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class CropPolicy:
-    """How images become squares of `resolution` pixels.
+    """How an image becomes what the network sees: scaled until it covers its size, and the rest cut off.
+
+    `resolution`, a side or "width,height", is the size of rows that have none of their own (`Row.cut`).
 
     `cached_crops` = K > 0 restricts random crops to K fixed places an image, the same for all its repeats, so that
     their latents can be cached; 0 draws a fresh place at every visit. It has no effect with `center_crop`.
     """
 
-    resolution: int
+    resolution: int | str
     center_crop: bool = False
     random_flip: bool = False
     interpolation: str = "lanczos"
@@ -63,19 +77,26 @@ class CropPolicy:
     def sample(self, row: Row, *, seed: int, epoch: int) -> Sample:
         """What this row (repeats differ) is seen as in this epoch: a pure function."""
         visit = (seed, epoch, row.id, row.repeat)
-        resized = resized_size(row.size, self.resolution)
+        cut = row.cut or self.size
+        resized = resized_size(row.size, cut)
         corners = self._corners(row, resized, seed)
         top, left = corners[rng.integer(len(corners), "crop", *visit)]
         flip = self.random_flip and rng.integer(2, "flip", *visit) == 1
-        return Sample(row, resized, top, left, flip, (self.resolution, self.resolution))
+        return Sample(row, resized, top, left, flip, cut)
 
     def variants(self, row: Row, seed: int) -> list[Sample]:
         """Everything `sample` may return for this row, each once."""
         assert self.cacheable, "a fresh random crop has no list of variants"
-        resized, shape = resized_size(row.size, self.resolution), (self.resolution, self.resolution)
+        cut = row.cut or self.size
+        resized = resized_size(row.size, cut)
         flips = (False, True) if self.random_flip else (False,)
-        return [Sample(row, resized, top, left, flip, shape) for top, left in self._corners(row, resized, seed)
+        return [Sample(row, resized, top, left, flip, cut) for top, left in self._corners(row, resized, seed)
                 for flip in flips]
+
+    @cached_property
+    def size(self) -> Size:
+        """What is cut out of the images of rows that have no size of their own."""
+        return size_of(self.resolution)
 
     def views(self, image: Image.Image, samples: Sequence[Sample]) -> Tensor:
         """Pixels of several samples of one image, resized once -> [V,3,H,W] in -1..1."""
@@ -91,7 +112,8 @@ class CropPolicy:
 
     def _corners(self, row: Row, resized: tuple[int, int], seed: int) -> list[tuple[int, int]]:
         """(top, left) of every crop this row may get. One of the two ranges is a single place: the short side fits."""
-        slack_h, slack_w = resized[0] - self.resolution, resized[1] - self.resolution
+        height, width = row.cut or self.size
+        slack_h, slack_w = resized[0] - height, resized[1] - width
         if self.center_crop:
             return [(round(slack_h / 2), round(slack_w / 2))]
         places = [(top, left) for top in range(slack_h + 1) for left in range(slack_w + 1)]

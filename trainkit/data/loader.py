@@ -9,6 +9,7 @@ from functools import partial
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -26,9 +27,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 class Encoder(Protocol):
     """What this package asks of a model family."""
+
+    vae_batch_size: int  # images that `encode_pixels` encodes at once
 
     @property
     def latents_identity(self) -> str: ...
@@ -54,10 +59,9 @@ class Images(Dataset["Sample | UserError"]):
         return len(self.rows)
 
     def __getitem__(self, slot: Slot) -> Sample | UserError:
-        _, place, epoch, _ = slot
-        row = self.rows[place]
-        prompt = self.caption(row, epoch) if row.others else row.caption
-        sample = replace(self.policy.sample(row, seed=self.seed, epoch=epoch), slot=slot, prompt=prompt)
+        row = self.rows[slot.row]
+        prompt = self.caption(row, slot.visit) if row.others else row.caption
+        sample = replace(self.policy.sample(row, seed=self.seed, epoch=slot.visit), slot=slot, prompt=prompt)
         try:
             if self.latents is None:
                 return replace(sample, pixels=self.policy.views(load_image(row), [sample])[0])
@@ -87,6 +91,7 @@ def ready_images(
         log.warning("--cached_crops 0: fresh random crops cannot be cached, so the VAE runs at every visit")
         return Images(rows, policy, seed=seed)
     latents = cache_latents(rows, policy, family.encode_pixels, store, seed=seed, identity=family.latents_identity,
+                            batch_size=family.vae_batch_size, dtype=DTYPES[options.latent_dtype],
                             num_workers=num_workers, progress=progress and partial(progress, "caching latents"))
     return Images(rows, policy, seed=seed, latents=latents)
 
@@ -106,4 +111,4 @@ def micro_batches(
                         generator=generator("loader"))  # its own: the global one must not move with the loader
     batches: Iterator[Batch] = unguarded(loader)
     for step in steps():
-        yield step, list(islice(batches, shard.accumulation))
+        yield step, list(islice(batches, order.micro_batches(step, shard)))

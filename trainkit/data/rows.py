@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainkit.data import buckets
 from trainkit.data.batch import Listed, Row
+from trainkit.data.geometry import cut_away, enlargement
 from trainkit.data.images import content_digest
 from trainkit.data.sources.account import Account
 from trainkit.data.sources.captions import METADATA
@@ -18,15 +20,18 @@ from trainkit.data.sources.table import list_table
 from trainkit.data.sources.text import one_line
 from trainkit.data.verdicts import Verdict, judge
 from trainkit.errors import SHOWN, Problem, counted, listing, printable, shell_word
+from trainkit.options.sizes import size_of
 from trainkit.rng import permutation
 from trainkit.runtime import ranks
 
 if TYPE_CHECKING:
-    from trainkit.options import ImageOptions
+    from trainkit.options import Compat, ImageOptions
 
 log = logging.getLogger(__name__)
 
 ENLARGED = 2.0  # an image enlarged by this factor or more is told: it teaches blur
+CROPPED = 0.15  # an image that loses more of its area than this is told
+NAMED = 3  # images that are named in a line
 
 
 class Rows(list[Row]):
@@ -35,13 +40,14 @@ class Rows(list[Row]):
     account = Account()
 
 
-def read_rows(data: ImageOptions, *, seed: int = 0) -> tuple[Rows, list[Problem]]:
+def read_rows(data: ImageOptions, *, seed: int = 0, compat: Compat | None = None) -> tuple[Rows, list[Problem]]:
     """(rows, problems) of the folder or --dataset_name; every image is decoded once to be sure it can be.
 
     Rows are in a fixed order (by name, or the data set's own), repeats of an image beside each other. With problems
     the rows may be incomplete.
 
-    seed  decides which images --max_train_samples takes
+    seed    decides which images --max_train_samples takes
+    compat  the trainer whose choice of buckets is asked for
     """
     wrong = _source_problem(data)
     if wrong:
@@ -51,13 +57,17 @@ def read_rows(data: ImageOptions, *, seed: int = 0) -> tuple[Rows, list[Problem]
     rows, unreadable = check(_sample(source.listed, data.max_images, seed), where=where)
     if not data.prompt and not problems:
         problems = list(_caption_problems(rows, data, where))
-    warn_enlarged(rows, data.resolution)
-    _warn_twins(rows)
     prompted = [row if row.caption else replace(row, caption=data.prompt) for row in rows]
-    repeated = Rows(replace(row, repeat=i) for row in prompted for i in range(data.repeats))
+    repeated = Rows(buckets.with_sizes(prompted, data, compat, repeats=data.repeats))
+    small = list(buckets.problems(repeated, data, where))
+    if not small:
+        warn_enlarged(repeated, data.resolution)
+        _warn_cropped(repeated, data)
+        buckets.warn_small_buckets(repeated, data)
+    _warn_twins(rows)
     repeated.account = replace(source.account, images=len(rows), in_all=len(source.listed))
     log.info("%s: %s", where, repeated.account)
-    return repeated, problems + unreadable
+    return repeated, [*problems, *unreadable, *small]
 
 
 def _source_problem(data: ImageOptions) -> Problem | None:
@@ -91,14 +101,29 @@ def _caption_problems(rows: Sequence[Row], data: ImageOptions, where: str) -> It
     yield Problem("no image has a caption", where, listing(missing), fix, kind="data")
 
 
-def warn_enlarged(rows: Sequence[Row], resolution: int) -> None:
+def warn_enlarged(rows: Sequence[Row], resolution: int | str) -> None:
     """Tell which images are far smaller than what they are trained at."""
-    factors = {row.id: resolution / max(1, min(row.size)) for row in rows}
+    factors = {row.id: enlargement(row.size, row.cut or size_of(resolution)) for row in rows}
     small = sorted((name for name in factors if factors[name] >= ENLARGED), key=lambda name: -factors[name])
     if small:
-        log.warning("%s far smaller than --resolution %d; enlarging teaches blur: %s",
+        log.warning("%s far smaller than --resolution %s; enlarging teaches blur: %s",
                     counted(len(small), "image is", "images are"), resolution,
                     listing(f"{name}, {factors[name]:.3g} times" for name in small))
+
+
+def _warn_cropped(rows: Sequence[Row], data: ImageOptions) -> None:
+    """Tell which images have another shape than what is cut out of them, of which the network sees only a part."""
+    lost = {row.id: cut_away(row.size, row.cut or size_of(data.resolution)) for row in rows}
+    odd = sorted((name for name in lost if lost[name] > CROPPED), key=lambda name: -lost[name])
+    if odd:
+        named = [f"{name} {100 * lost[name]:.0f} %" for name in odd[:NAMED]]
+        more = [f"{len(odd) - NAMED} more"] if len(odd) > NAMED else []
+        them = "it" if len(odd) == 1 else "them"
+        advice = f"Crop {them} yourself" if data.enable_bucket else (
+            f"--enable_bucket keeps the shape of images; to choose what stays, crop {them} yourself")
+        log.warning("%s more than %.0f %% of the area in each %scrop: %s. %s",
+                    counted(len(odd), "image loses", "images lose"), 100 * CROPPED,
+                    "" if data.enable_bucket else "square ", ", ".join([*named, *more]), advice)
 
 
 def _warn_twins(rows: Sequence[Row]) -> None:

@@ -14,14 +14,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TextIO
 
 import PIL
 
 from trainkit import digests
 from trainkit.data import images
-from trainkit.data.batch import Source
+from trainkit.data.batch import Source, place_of
 from trainkit.data.images import UnreadableImage, content_digest, decode, is_animated
 from trainkit.data.sources.text import one_line
 
@@ -50,15 +49,16 @@ class Verdict:
 
 
 def judge(sources: Sequence[Source]) -> list[Verdict]:
-    """A verdict on each image. Files that earlier runs found good, and that were not touched since, are not opened."""
-    memory = digests.FileMemory(KIND, (source for source in sources if isinstance(source, Path)), version=_version())
-    known: dict[Source, Verdict] = {path: Verdict.unpack(text) for path, text in memory.values.items()}
-    unknown = [source for source in sources if source not in known]
-    read = _examine_all(unknown)
-    memory.keep({source: verdict.pack() for source, verdict in zip(unknown, read, strict=True)
-                 if isinstance(source, Path) and not verdict.refused})
+    """A verdict on each image. Those that earlier runs found good, and that were not touched since, are not read."""
+    places = [place_of(source) for source in sources]
+    memory = digests.FileMemory(KIND, filter(None, places), version=_version())
+    known = {place: Verdict.unpack(text) for place, text in memory.values.items()}
+    unknown = [(place, source) for place, source in zip(places, sources, strict=True) if place not in known]
+    read = _examine_all([source for _, source in unknown])
+    memory.keep({place: verdict.pack() for (place, _), verdict in zip(unknown, read, strict=True)
+                 if place and not verdict.refused})
     new = iter(read)
-    return [known[source] if source in known else next(new) for source in sources]
+    return [known[place] if place in known else next(new) for place in places]
 
 
 def _version() -> str:

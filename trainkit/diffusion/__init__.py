@@ -34,6 +34,7 @@ from trainkit.diffusion.schedules import (
     effective_config,
     is_edm,
     make_schedule,
+    rescheduled,
     schedule_fault,
 )
 
@@ -41,5 +42,5 @@ __all__ = [
     "AS_SAVED", "EDM", "EDM_SCHEDULERS", "LEVEL_DISTRIBUTIONS", "PREDICTIONS", "EDMSchedule", "Eps", "Level",
     "LevelSampler", "Noise", "NoiseSchedule", "Prediction", "Schedule", "ScheduleChange", "V", "col", "config_problems",
     "draw_noise", "effective_config", "is_edm", "make_levels", "make_noise", "make_schedule", "range_problems",
-    "schedule_fault",
+    "rescheduled", "schedule_fault",
 ]

@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -22,21 +22,28 @@ from trainkit.diffusion.schedules import GRIDS, EDMSchedule, Schedule, karras
 from trainkit.errors import Problem, refuse
 
 if TYPE_CHECKING:
-    from trainkit.options import ObjectiveOptions
+    from trainkit.options import Compat, ObjectiveOptions
 
 log = logging.getLogger(__name__)
 
-LevelSampler = Callable[[Tensor], Level]  # u [B] in [0,1) -> Level
 SigmaDistribution = Callable[[Tensor, float, float], Tensor]  # u [B], lo, hi -> σ [B] in lo..hi
 
 
-def by_time(u: Tensor, *, schedule: Schedule, distribution: Callable[[Tensor], Tensor], first: int, end: int) -> Level:
+class LevelSampler(Protocol):
+    """A distribution of noise levels: u [B] in [0,1) -> Level. It may depend on the size (h, w) of the latents."""
+
+    def __call__(self, u: Tensor, size: tuple[int, int] | None = None) -> Level: ...
+
+
+def by_time(u: Tensor, size: tuple[int, int] | None = None, *, schedule: Schedule,
+            distribution: Callable[[Tensor], Tensor], first: int, end: int) -> Level:
     """Levels by their time, distribution(u) in 0..1: position = first + distribution(u)·(end − first), below `end`."""
     position = first + distribution(u.double()) * (end - first)  # in fp32, u·T may round up to T
     return schedule.at(position.clamp(max=math.nextafter(end, 0)))
 
 
-def by_sigma(u: Tensor, *, schedule: Schedule, distribution: SigmaDistribution, lo: float, hi: float) -> Level:
+def by_sigma(u: Tensor, size: tuple[int, int] | None = None, *, schedule: Schedule, distribution: SigmaDistribution,
+             lo: float, hi: float) -> Level:
     """Levels by their σ: distribution(u, lo, hi) gives σ in lo..hi."""
     return schedule.nearest(distribution(u.double(), lo, hi).clamp(lo, hi))
 
@@ -100,7 +107,7 @@ LEVEL_DISTRIBUTIONS = (*TIMESTEP_DISTRIBUTIONS, *SIGMA_DISTRIBUTIONS)
 
 
 def make_levels(
-    o: ObjectiveOptions, schedule: Schedule, compat: Literal["diffusers"] | None = None
+    o: ObjectiveOptions, schedule: Schedule, compat: Compat | None = None
 ) -> LevelSampler:
     """The distribution of noise levels that the options ask for. UserError for timesteps that the schedule lacks."""
     name = o.edm_sigmas or o.timestep_sampling or default_distribution(o, schedule, compat)
@@ -114,7 +121,7 @@ def make_levels(
     return partial(by_time, schedule=schedule, distribution=TIMESTEP_DISTRIBUTIONS[name](o), first=first, end=end)
 
 
-def default_distribution(o: ObjectiveOptions, schedule: Schedule, compat: Literal["diffusers"] | None) -> str:
+def default_distribution(o: ObjectiveOptions, schedule: Schedule, compat: Compat | None) -> str:
     """Uniform, but log-normal σ for EDM; Diffusers' trainers draw from the grid or uniformly there."""
     on_edm = isinstance(schedule.prediction, EDM)
     if compat == "diffusers":

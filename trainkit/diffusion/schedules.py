@@ -15,6 +15,8 @@ from trainkit.diffusion.predictions import EDM, EDM_SIGNS, PREDICTIONS, Predicti
 from trainkit.errors import Problem, refuse
 
 if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
     from trainkit.options import ObjectiveOptions
 
 SchedulerConfig = Mapping[str, Any]  # scheduler/scheduler_config.json of a checkpoint
@@ -170,6 +172,13 @@ def effective_config(config: SchedulerConfig, change: ScheduleChange = AS_SAVED)
     if change.rescale_betas_zero_snr:
         changed |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return changed
+
+
+def rescheduled(scheduler: SchedulerMixin, change: ScheduleChange) -> SchedulerMixin:
+    """A pipeline's scheduler as the flags change it."""
+    if change == AS_SAVED:
+        return scheduler
+    return type(scheduler).from_config(effective_config(scheduler.config, change))
 
 
 def config_problems(config: SchedulerConfig) -> Iterator[Problem]:

@@ -9,7 +9,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from trainkit.families.base import Family
-from trainkit.families.pretrained import MODEL_FLAG, Repo
+from trainkit.families.pretrained import MODEL_FLAG
+from trainkit.families.single_file import model_at
 
 if TYPE_CHECKING:
     from trainkit.options import ModelOptions
@@ -18,13 +19,13 @@ __all__ = ["Family", "of"]
 
 
 def of(options: ModelOptions) -> ModuleType:
-    """The family of a model folder or Hub id: `sdxl` where sizes or a second text encoder are asked for, else `sd`.
+    """The family of a file, folder or Hub id: `sdxl` where sizes or a second text encoder are asked for, else `sd`.
 
     A model that cannot be read is left to `sd.problems`, which says why.
     """
     from trainkit.families import sd, sdxl
 
-    model = Repo(str(options.pretrained_model_name_or_path), MODEL_FLAG, options.revision)
+    model = model_at(str(options.pretrained_model_name_or_path), MODEL_FLAG, options.revision)
     index, unet = (model.glance(name) for name in ("model_index.json", "unet/config.json"))
     is_sdxl = unet.get("addition_embed_type") == "text_time" or index.get("text_encoder_2") not in (None, [None, None])
     return sdxl if is_sdxl else sd

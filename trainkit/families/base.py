@@ -33,11 +33,10 @@ from trainkit.families.pretrained import (
     json_digest,
     load_part,
     quiet_loading,
-    sampled_digest,
+    refuse_unknown_ids,
     tokenizer_digest,
-    vae_place,
-    weights_digest,
 )
+from trainkit.families.single_file import model_at, vae_place
 from trainkit.families.unet_targets import LORA_TARGETS, TEXT_LORA_TARGETS
 
 if TYPE_CHECKING:
@@ -53,6 +52,7 @@ log = logging.getLogger(__name__)
 TILE = 512  # pixels a side of what is decoded at once
 TEXT_CONFIG = ("hidden_act", "hidden_size", "intermediate_size", "layer_norm_eps", "max_position_embeddings",
                "num_attention_heads", "num_hidden_layers", "projection_dim", "vocab_size")
+NOTHING: Mapping[str, str] = {}
 EncodePrompts = Callable[[Sequence[str]], Condition]  # prompts to what the network is given for them
 
 
@@ -121,6 +121,9 @@ def halvings(config: Config) -> int:
 class Family(ABC):
     """The frozen base model.
 
+    file_metadata  what LoRA files say of the files of models that are one file, and of zero-terminal SNR
+    doubted        whether what the denoiser predicts is not said anywhere and taken to be ε
+
     The denoiser, a UNet here, is in the weight dtype. The VAE is in fp32, because it overflows in fp16. Text encoders
     are in fp32, because they run once and their rounding would stay in every step; what they return is cast to the
     weight dtype. Each part moves to the device when it is first asked, the denoiser in `prepare_for_training`, so that
@@ -134,14 +137,15 @@ class Family(ABC):
     def __init__(self, *, path: str, revision: str | None, denoiser: UNet2DConditionModel, vae: AutoencoderKL,
                  tokenizers: tuple[CLIPTokenizer, ...], text_encoders: tuple[PreTrainedModel, ...],
                  schedule: Schedule, scheduler_config: Config, identity: Mapping[str, str],
-                 sampled_identity: Mapping[str, str], device: torch.device):
-        self.path, self.revision = path, revision
+                 sampled_identity: Mapping[str, str], device: torch.device, vae_batch_size: int = 1,
+                 file_metadata: Mapping[str, str] = NOTHING, doubted: bool = False):
+        self.path, self.revision, self.file_metadata, self.doubted = path, revision, dict(file_metadata), doubted
         self.schedule, self.scheduler_config = schedule, dict(scheduler_config)
         self.tokenizers, self.device, self.weight_dtype = tokenizers, device, denoiser.dtype
         self.identity, self.sampled_identity = dict(identity), dict(sampled_identity)
         self.denoiser: UNet2DConditionModel = freeze(denoiser)
-        vae.enable_slicing()  # one image at a time: at 1024 px each takes 2.5 GiB (computed)
         self.vae: AutoencoderKL = freeze(vae)
+        self.vae_batch_size = vae_batch_size  # at 1024 px each image takes 2.5 GiB (computed)
         self._vae_checked = False
         self.latent_mean, self.latent_std = upload(latent_statistics(vae.config), device)
         self.text_encoders = tuple(freeze(encoder) for encoder in text_encoders)
@@ -195,7 +199,15 @@ class Family(ABC):
     @property
     def name(self) -> str:
         """The base model without the folders it lies in."""
-        return Path(self.path).resolve().name if Repo(self.path, MODEL_FLAG).is_local else self.path
+        path = Path(self.path)
+        if path.is_file():  # which may be a link to one with a hash for a name
+            return path.name
+        return path.resolve().name if self.model.is_local else self.path
+
+    @property
+    def model(self) -> Repo:
+        """The base model's files."""
+        return model_at(self.path, MODEL_FLAG, self.revision)
 
     @property
     def latent_channels(self) -> int:
@@ -224,8 +236,9 @@ class Family(ABC):
     def encode_pixels(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """pixels [B,3,H,W] in −1..1 -> mean, logvar [B,C,h,w] of the VAE posterior, fp32 and unscaled."""
         vae = self.vae.to(self.device)
-        posterior = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist
-        return posterior.mean.float(), posterior.logvar.float()
+        posteriors = [vae.encode(some).latent_dist
+                      for some in pixels.to(self.device, vae.dtype).split(self.vae_batch_size)]
+        return torch.cat([p.mean for p in posteriors]).float(), torch.cat([p.logvar for p in posteriors]).float()
 
     def sample_latents(self, batch: Encodable) -> Tensor:
         """Clean latents of a batch, drawn from the VAE's posterior, one key a sample -> x0 [B,C,h,w] fp32.
@@ -265,12 +278,14 @@ class Family(ABC):
         latents = latents.to(self.device, vae.dtype)
         scaled = latents * self.latent_std.to(vae.dtype) / vae.config.scaling_factor + self.latent_mean.to(vae.dtype)
         with in_tiles(vae, self.vae_factor):
-            return vae.decode(scaled).sample
+            return torch.cat([vae.decode(latent).sample for latent in scaled.split(1)])
 
     @property
     def latents_identity(self) -> str:
         """Digest of everything that decides what `encode_pixels` returns."""
-        return json_digest(self.identity["vae"], "tf32") if uses_tf32(self.device) else self.identity["vae"]
+        details = [name for name, there in {
+            "tf32": uses_tf32(self.device), f"{self.vae_batch_size} at once": self.vae_batch_size > 1}.items() if there]
+        return json_digest(self.identity["vae"], *details) if details else self.identity["vae"]
 
     def _ready_encoders(self) -> tuple[PreTrainedModel, ...]:
         """The text encoders, on the device."""
@@ -315,7 +330,10 @@ AnyFamily = TypeVar("AnyFamily", bound=Family)
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a model as they lie in its files, and digests of their weights by folder: of all, and of some."""
+    """The parts of a model as they lie in its files, and digests of their weights by folder: of all, and of some.
+
+    file_metadata  what LoRA files say of the files of models that are one file
+    """
 
     model: Repo
     denoiser: UNet2DConditionModel
@@ -324,6 +342,7 @@ class Parts:
     text_encoders: tuple[PreTrainedModel, ...]
     weights: dict[str, str]
     sampled: dict[str, str]
+    file_metadata: dict[str, str]
 
 
 def load_parts(options: ModelOptions, layout: ModelLayout, encoders: Sequence[type[PreTrainedModel]], *,
@@ -335,7 +354,7 @@ def load_parts(options: ModelOptions, layout: ModelLayout, encoders: Sequence[ty
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTokenizer
 
-    model = Repo(str(options.pretrained_model_name_or_path), MODEL_FLAG, options.revision)
+    model = model_at(str(options.pretrained_model_name_or_path), MODEL_FLAG, options.revision)
     other, variant = options.pretrained_vae_model_name_or_path, options.variant
     (vae_repo, vae_folder), vae_variant = vae_place(model, other), None if other else variant
     files, full = {"variant": variant, "use_safetensors": True}, torch.float32
@@ -346,12 +365,15 @@ def load_parts(options: ModelOptions, layout: ModelLayout, encoders: Sequence[ty
         texts = tuple(load_part(model, encoder_class, folder, dtype=full, **files)
                       for encoder_class, folder in zip(encoders, layout.text_encoders, strict=True))
         tokenizers = tuple(load_part(model, CLIPTokenizer, folder) for folder in layout.tokenizers)
-    folders: dict[str, tuple[Path, str | None]] = {
-        name: (model.folder(name), variant) for name in (layout.denoiser, *layout.text_encoders)}
-    folders["vae"] = vae_repo.folder(vae_folder), vae_variant
+    for folder, tokenizer, encoder in zip(layout.tokenizers, tokenizers, texts, strict=True):
+        refuse_unknown_ids(model, folder, tokenizer, encoder)
+    places: dict[str, tuple[Repo, str, str | None]] = {
+        name: (model, name, variant) for name in (layout.denoiser, *layout.text_encoders)}
+    places["vae"] = vae_repo, vae_folder, vae_variant
     return Parts(model, denoiser, vae, tokenizers, texts,
-                 weights={name: weights_digest(*place) for name, place in folders.items()},
-                 sampled={name: sampled_digest(*place) for name, place in folders.items()})
+                 weights={name: repo.digest(folder, files) for name, (repo, folder, files) in places.items()},
+                 sampled={name: repo.sampled(folder, files) for name, (repo, folder, files) in places.items()},
+                 file_metadata={**model.file_metadata(), **vae_repo.file_metadata()})
 
 
 def assemble(family: type[AnyFamily], parts: Parts, *, device: torch.device, schedule: ScheduleChange,
@@ -363,21 +385,23 @@ def assemble(family: type[AnyFamily], parts: Parts, *, device: torch.device, sch
     more         what this family takes besides
     """
     config = scheduler_config(parts.model, schedule)
+    zero_snr = {"ss_zero_terminal_snr": "True"} if config.get("rescale_betas_zero_snr") else {}
     return family(path=parts.model.path, revision=parts.model.revision, denoiser=parts.denoiser, vae=parts.vae,
                 tokenizers=parts.tokenizers, text_encoders=parts.text_encoders,
                 schedule=diffusion.make_schedule(config), scheduler_config=config,
                 identity=identity(parts, family.layout, scheduler_config=config, text_detail=text_detail),
                 sampled_identity=identity(parts, family.layout, scheduler_config=config, text_detail=text_detail,
                                           sampled=True),
-                device=torch.device(device), **more)
+                device=torch.device(device), file_metadata={**parts.file_metadata, **zero_snr},
+                doubted=parts.model.assumes and not schedule.prediction_type, **more)
 
 
 def scheduler_config(model: Repo, schedule: ScheduleChange) -> dict[str, Any]:
-    """The model's scheduler config as the flags change it; says so when it makes the run an EDM one."""
-    from diffusers import DDPMScheduler
-
-    config = diffusion.effective_config(
-        DDPMScheduler.load_config(model.path, subfolder="scheduler", revision=model.revision), schedule)
+    """The model's scheduler config as the flags change it; says what it assumes, and when the run is an EDM one."""
+    config = diffusion.effective_config(model.json("scheduler/scheduler_config.json") or {}, schedule)
+    if model.assumes and not schedule.prediction_type:
+        log.info("%s does not say what it predicts: epsilon is assumed. If it predicts v, add --prediction_type "
+                 "v_prediction", Path(model.path).name)
     if diffusion.is_edm(config):
         log.info("%s has an EDM scheduler (%s): it is preconditioned and trained as in Karras et al. 2022", model.path,
                  config["_class_name"])

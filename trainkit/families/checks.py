@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trainkit import diffusion
 from trainkit.diffusion import AS_SAVED, ScheduleChange
-from trainkit.errors import Problem, UserError, refuse
+from trainkit.errors import Problem, UserError, refuse, shell_word
 from trainkit.families.base import ModelLayout, halvings
 from trainkit.families.numbers import SCHEDULER, TEXT_ENCODER, TOKENIZER, UNET, VAE, Table, shown, wrong_values
-from trainkit.families.pretrained import MODEL_FLAG, VAE_FLAG, Config, Repo, first_line, vae_place
+from trainkit.families.pretrained import MODEL_FLAG, VAE_FLAG, Config, Repo, first_line
+from trainkit.families.single_file import model_at, vae_place
+from trainkit.options.sizes import sides_of, size_of
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -22,19 +26,23 @@ NETWORK = "UNet2DConditionModel"  # what is trained
 CLIP_LAYERS = 12  # where a text encoder's config does not say
 CLIP_TOKENS = 77  # likewise
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
+NO_SIDES: Mapping[str, int | str] = MappingProxyType({})
 SIZES = 6  # that SDXL is given beside the pooled text: heights, widths, crops
 TIMESTEPS = 1000  # where a scheduler's does not
 UNET_NEEDS, VAE_NEEDS = ("in_channels", "block_out_channels"), ("latent_channels", "block_out_channels")  # of a config
 
 
-def problems(layout: ModelLayout, path: str, *, resolution: int, vae_path: str | None = None,
+def problems(layout: ModelLayout, path: str, *, resolution: int | str, vae_path: str | None = None,
              revision: str | None = None, variant: str | None = None, clip_skip: int | None = None,
-             schedule: ScheduleChange = AS_SAVED, timesteps: tuple[int, int | None] = (0, None)) -> list[Problem]:
+             schedule: ScheduleChange = AS_SAVED, timesteps: tuple[int, int | None] = (0, None),
+             sides: Mapping[str, int | str] = NO_SIDES) -> list[Problem]:
     """Everything that stops training from this model folder or Hub id, read from its small JSON files.
 
     timesteps  --min_timestep and --max_timestep
+    sides      further sides of images, by the flag that gives them
     """
-    model = Repo(str(path), MODEL_FLAG, revision)
+    sides = {"resolution": resolution, **sides}
+    model = model_at(str(path), MODEL_FLAG, revision)
     vae, vae_folder = vae_place(model, vae_path)
     vae_file = f"{vae_folder}/config.json".lstrip("/")
     try:
@@ -54,7 +62,7 @@ def problems(layout: ModelLayout, path: str, *, resolution: int, vae_path: str |
         found = [*fit_problems(model, unet_config, vae_config), *width_problems(layout, model, unet_config),
                  *latent_problems(vae, vae_file, vae_config),
                  *schedule_problems(model, schedule, timesteps),
-                 *resolution_problems(resolution, unet_config, vae_config), *text_problems(layout, model, clip_skip)]
+                 *side_problems(sides, unet_config, vae_config), *text_problems(layout, model, clip_skip)]
     except UserError as damaged:  # a JSON file that is none
         return [*damaged.problems]
     found += model.weight_problems(("unet", *layout.text_encoders), variant)
@@ -66,8 +74,10 @@ def folder_problems(layout: ModelLayout, model: Repo) -> Iterator[Problem]:
     """Is this a base model of the family in the Diffusers layout?"""
     index, unet = model.json("model_index.json"), model.json("unet/config.json")
     if index is None:
+        files = sorted(Path(model.path).glob("*.safetensors")) if model.is_local else []
         yield model.problem("not a Diffusers model folder", "it has no model_index.json",
-                            f"name the folder that holds model_index.json in {MODEL_FLAG}")
+                            f"name the folder that holds model_index.json in {MODEL_FLAG}" + (
+                                f", or a model of one file: {shell_word(files[0])}" if files else ""))
     elif unet is None and index.get("transformer"):
         yield model.problem("a model without a UNet cannot be trained here",
                             f"its network is a transformer ({index.get('_class_name')})",
@@ -86,7 +96,8 @@ def no_vae(model: Repo, vae: Repo, config: Config | None) -> Iterator[Problem]:
     """Is there a VAE? Asked of a model folder only: what is none lacks more than that."""
     if config is None and model.has("model_index.json"):
         missing = "config.json" if vae.flag == VAE_FLAG else "vae/config.json"
-        yield vae.problem("no VAE there", f"{missing} is missing", f"name a folder that holds a VAE in {VAE_FLAG}")
+        yield vae.problem("no VAE there", f"it has no {missing}, and no first_stage_model if it is a single file",
+                          f"name a folder or a file that holds a VAE in {VAE_FLAG}")
 
 
 def quantised_parts(layout: ModelLayout, model: Repo, vae: Repo, vae_file: str) -> Iterator[Problem]:
@@ -171,6 +182,7 @@ def schedule_problems(model: Repo, change: ScheduleChange, timesteps: tuple[int,
         yield model.problem("the model folder has no scheduler", f"{SCHEDULER_FILE} is missing",
                             "copy the scheduler folder of the model there", kind="data")
         return
+    yield from model.unsaid(change.prediction_type)
     config = diffusion.effective_config(scheduler, change)
     found = [*diffusion.config_problems(config)]
     yield from found or unreadable_schedule(model, config)
@@ -231,25 +243,26 @@ def length_problems(model: Repo, file: str, tokenizer: Config, encoder: str) -> 
                             f'write "model_max_length": {places} into {file}', kind="data")
 
 
-def resolution_problems(resolution: int, unet: Config, vae: Config) -> Iterator[Problem]:
+def side_problems(given: Mapping[str, int | str], unet: Config, vae: Config) -> Iterator[Problem]:
     """A side must survive the VAE's and then the UNet's halvings without a remainder."""
     vae_factor, unet_stride = halvings(vae), halvings(unet)
     step = vae_factor * unet_stride
-    if resolution <= 0 or resolution % step:
-        near = max(step, round(resolution / step) * step)
-        yield Problem(
-            f"the model cannot take {resolution} px", f"--resolution {resolution}",
-            f"sides must be multiples of {step} (VAE factor {vae_factor} × UNet stride {unet_stride})",
-            f"--resolution {near}")
+    for flag, sides in given.items():
+        near = [max(step, round(side / step) * step) for side in sides_of(sides)]
+        if near != sides_of(sides):
+            yield Problem(
+                f"the model cannot take {sides} px", f"--{flag} {sides}",
+                f"sides must be multiples of {step} (VAE factor {vae_factor} × UNet stride {unet_stride})",
+                f"--{flag} {','.join(map(str, near))}")
 
 
-def latents(path: str, resolution: int, *, vae_path: str | None = None, revision: str | None = None
+def latents(path: str, resolution: int | str, *, vae_path: str | None = None, revision: str | None = None
             ) -> tuple[int, int, int]:
-    """Shape (C,h,w) of the latents of square images, for a model that `problems` has nothing against."""
-    vae, folder = vae_place(Repo(str(path), MODEL_FLAG, revision), vae_path)
+    """Shape (C,h,w) of the latents of such images, for a model that `problems` has nothing against."""
+    vae, folder = vae_place(model_at(str(path), MODEL_FLAG, revision), vae_path)
     config = vae.json(f"{folder}/config.json".lstrip("/")) or {}
-    side = resolution // halvings(config)
-    return int(config["latent_channels"]), side, side
+    height, width = size_of(resolution)
+    return int(config["latent_channels"]), height // halvings(config), width // halvings(config)
 
 
 def native_resolution(path: str, revision: str | None = None) -> int:
@@ -257,7 +270,7 @@ def native_resolution(path: str, revision: str | None = None) -> int:
 
     Raises UserError for a model that cannot be read, or does not say.
     """
-    model = Repo(str(path), MODEL_FLAG, revision)
+    model = model_at(str(path), MODEL_FLAG, revision)
     refuse(model.unreachable("unet/config.json"))
     unet, vae = model.json("unet/config.json") or {}, model.json("vae/config.json") or {}
     refuse([*missing_values(model, "unet/config.json", unet, ("sample_size",)),
@@ -268,7 +281,7 @@ def native_resolution(path: str, revision: str | None = None) -> int:
 
 def skeleton(path: str, *, revision: str | None = None) -> UNet2DConditionModel:
     """The UNet without its weights, to look up module paths in. Raises UserError: its config makes no UNet."""
-    return _built(Repo(str(path), MODEL_FLAG, revision), "unet/config.json", "UNet", _unet)
+    return _built(model_at(str(path), MODEL_FLAG, revision), "unet/config.json", "UNet", _unet)
 
 
 def unbuildable(layout: ModelLayout, model: Repo, vae: Repo, vae_file: str) -> Iterator[Problem]:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from trainkit.digests import remembered
-from trainkit.errors import Category, Problem, UserError, is_out_of_memory, listing, refuse
+from trainkit.errors import Category, Problem, UserError, counted, is_out_of_memory, listing, printable, refuse
 from trainkit.reading import parse_json, read_text
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTokenizer, PreTrainedModel
 
 Config = Mapping[str, Any]  # a JSON file of a model folder
 
@@ -29,9 +29,11 @@ MODEL_FLAG, VAE_FLAG = "--pretrained_model_name_or_path", "--pretrained_vae_mode
 ANOTHER_VAE = f"{VAE_FLAG} madebyollin/sdxl-vae-fp16-fix for SDXL, stabilityai/sd-vae-ft-mse for SD 1.x and 2.x"
 CLASS_INPUTS = ("class_embed_type", "encoder_hid_dim_type", "num_class_embeds")  # a UNet with these asks for more
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_PAGE = re.compile(rf"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/)?(?:datasets/)?({HUB_ID.pattern})(?:/.*)?")
 # What libraries raise for values that a config cannot have
 BAD_CONFIG = (AttributeError, KeyError, TypeError, ValueError, NotImplementedError)
 MISMATCHED = "ignore_mismatched_sizes"  # in what Transformers raises, a RuntimeError, where shapes differ
+OTHER_SIZES = "its config and its weight files disagree about the sizes of tensors"
 SAMPLED_VALUES = 256  # of each tensor at least, if it has as many
 DIGEST_BITS, HASHING_THREADS = 256, 4
 
@@ -74,17 +76,11 @@ class Repo:
         return listing(get_close_matches(name, names, n=3) or names[:3])
 
     def _local_problem(self) -> list[Problem]:
-        path = Path(self.path)
-        if path.is_dir():
+        if Path(self.path).is_dir():
             return []
-        if path.is_file():
-            return [self.problem(
-                "a model folder is needed, not a file", f"{path.name} is a single file",
-                "convert it once: python -c \"from diffusers import StableDiffusionXLPipeline as P; "
-                f"P.from_single_file('{path.as_posix()}').save_pretrained('{path.with_suffix('').as_posix()}')\" "
-                "(StableDiffusionPipeline for SD 1.x and 2.x)")]
+        hub = hub_id(self.path)
         return [self.problem("the model folder does not exist", "no folder of this name, and not a Hub id (owner/name)",
-                             f"correct {self.flag}")]
+                             f"{self.flag} {hub}" if hub else f"correct {self.flag}")]
 
     def problem(self, what: str, why: str, fix: str, *, kind: Category = "usage") -> Problem:
         return Problem(what, f"{self.flag} {self.path}", why, fix, kind)
@@ -152,6 +148,31 @@ class Repo:
             if not any(weight_name(variant).fullmatch(file) for file in files):
                 yield self._no_weights(name, files, variant)
 
+    def digest(self, component: str, variant: str | None) -> str:
+        """Of the weights of a component, see `weights_digest`."""
+        return weights_digest(self.folder(component), variant)
+
+    def sampled(self, component: str, variant: str | None) -> str:
+        """As checkpoints from before have it, see `sampled_digest`."""
+        return sampled_digest(self.folder(component), variant)
+
+    def unsaid(self, prediction_type: str | None) -> Iterator[Problem]:
+        """What the model does not say of itself and the user must; the configs of a folder say all of it."""
+        yield from ()
+
+    @property
+    def assumes(self) -> bool:
+        """Whether what the UNet predicts is not said anywhere and taken to be ε."""
+        return False
+
+    def file_metadata(self) -> dict[str, str]:
+        """What LoRA files say of the file that they were trained on; nothing of a folder."""
+        return {}
+
+    def part(self, part_class: Any, folder: str, settings: Mapping[str, Any]) -> Any:
+        """See `load_part`."""
+        return from_pretrained(self, part_class, folder, **settings)
+
     def _no_weights(self, component: str, files: set[str], variant: str | None) -> Problem:
         wanted = f"{variant} safetensors" if variant else "safetensors"
         others = sorted(file for file in files if file.endswith((".safetensors", ".bin")))
@@ -160,6 +181,12 @@ class Repo:
             "add --variant fp16 if the weights are the fp16 ones; pickled .bin weights are not read, re-save them once "
             "with save_pretrained")
         return self.problem(f"no {wanted} for {component or 'the model'}", why, fix, kind="data")
+
+
+def hub_id(address: str) -> str | None:
+    """owner/name in the address of a page of the Hub; None in other text."""
+    found = HUB_PAGE.fullmatch(address) if ".co/" in address or address.endswith("/") else None
+    return found[1] if found else None
 
 
 def part_class(index: Config, name: str) -> str | None:
@@ -199,8 +226,11 @@ def weights_digest(folder: Path, variant: str | None) -> str:
     return f"{sum(parts) % 2 ** DIGEST_BITS:0{DIGEST_BITS // 4}x}"
 
 
-def tensors_digest(path: Path) -> str:
-    """Sum of the digests of a file's tensors; threads, for hashing takes longer than reading what is in memory."""
+def tensors_digest(path: Path, prefix: str = "") -> str:
+    """Sum of the digests of a file's tensors, those whose names begin with `prefix`.
+
+    Threads, for hashing takes longer than reading what is in memory.
+    """
     from safetensors import safe_open
 
     def one(name: str) -> int:
@@ -211,7 +241,8 @@ def tensors_digest(path: Path) -> str:
         return int(digest.hexdigest(), 16)
 
     with safe_open(path, framework="pt") as file, ThreadPoolExecutor(HASHING_THREADS) as pool:
-        return f"{sum(pool.map(one, file.keys())) % 2 ** DIGEST_BITS:x}"
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+        return f"{sum(pool.map(one, names)) % 2 ** DIGEST_BITS:x}"
 
 
 def sampled_digest(folder: Path, variant: str | None) -> str:
@@ -244,6 +275,14 @@ def tokenizer_digest(tokenizer: CLIPTokenizer) -> str:
 
 
 def load_part(repo: Repo, part_class: Any, folder: str, **settings: object) -> Any:
+    """A part of a model, or with "" a pipeline of all or the model's own network. Raises UserError.
+
+    settings  those of `part_class.from_pretrained`
+    """
+    return repo.part(part_class, folder, settings)
+
+
+def from_pretrained(repo: Repo, part_class: Any, folder: str, **settings: object) -> Any:
     """`part_class.from_pretrained` on one folder of a model, "" for the model's own.
 
     Raises UserError: a file is damaged, or config and weights are not of one network.
@@ -262,7 +301,8 @@ def load_part(repo: Repo, part_class: Any, folder: str, **settings: object) -> A
         known = isinstance(error, expected) or type(error) is Exception or MISMATCHED in f"{error}"
         if not known or is_out_of_memory(error):
             raise
-        raise UserError(unloadable(repo, folder or part_class.__name__, first_line(error))) from error
+        why = OTHER_SIZES if MISMATCHED in f"{error}" else first_line(error)
+        raise UserError(unloadable(repo, folder or part_class.__name__, why)) from error
     if not is_network:
         return part
     network, found = part
@@ -271,6 +311,16 @@ def load_part(repo: Repo, part_class: Any, folder: str, **settings: object) -> A
         refuse([unloadable(repo, folder or part_class.__name__, f"its config asks for {len(missing)} tensors that its "
                            f"files lack, such as {missing[0]}")])
     return network
+
+
+def refuse_unknown_ids(repo: Repo, folder: str, tokenizer: CLIPTokenizer, encoder: PreTrainedModel) -> None:
+    """Raises UserError where the tokenizer has ids that the text encoder has no embedding for."""
+    known = encoder.get_input_embeddings().num_embeddings
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= known}
+    if beyond:
+        token, number = max(beyond.items(), key=lambda pair: pair[1])
+        refuse([unloadable(repo, folder, f"{counted(len(beyond), 'token has', 'tokens have')} no embedding in the text "
+                           f"encoder, which knows {known}: {printable(token)} is number {number}")])
 
 
 def unloadable(repo: Repo, name: str, why: str) -> Problem:

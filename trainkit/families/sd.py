@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from trainkit.families.unet_targets import LORA_TARGETS, TEXT_LORA_TARGETS
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin, StableDiffusionPipeline
 
-    from trainkit.options import ModelOptions
+    from trainkit.options import Compat, ModelOptions
 
 __all__ = ["LAYOUT", "LORA_TARGETS", "SD", "TEXT_LORA_TARGETS", "latents", "load", "native_resolution", "problems",
            "skeleton"]
@@ -143,7 +143,7 @@ def masks_padding(config: object) -> bool:
 
 def load(options: ModelOptions, *, device: torch.device, weight_dtype: torch.dtype,
          schedule: ScheduleChange = AS_SAVED,
-         compat: Literal["diffusers"] | None = None) -> SD:
+         compat: Compat | None = None) -> SD:
     """Load and freeze every part, from safetensors only. Revision and variant are the base model's, not another VAE's.
 
     schedule  what the flags change of the scheduler's config
@@ -152,5 +152,5 @@ def load(options: ModelOptions, *, device: torch.device, weight_dtype: torch.dty
     from transformers import CLIPTextModel
 
     parts = base.load_parts(options, LAYOUT, (CLIPTextModel,), weight_dtype=weight_dtype)
-    return base.assemble(SD, parts, device=device, schedule=schedule,
+    return base.assemble(SD, parts, device=device, schedule=schedule, vae_batch_size=options.vae_batch_size,
                          text_detail=masks_padding(parts.text_encoders[0].config))

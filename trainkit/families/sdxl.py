@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from trainkit.families.unet_targets import LORA_TARGETS, TEXT_LORA_TARGETS
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin, StableDiffusionXLPipeline
 
-    from trainkit.options import ModelOptions
+    from trainkit.options import Compat, ModelOptions
 
 __all__ = ["LAYOUT", "LORA_TARGETS", "SDXL", "TEXT_LORA_TARGETS", "latents", "load", "native_resolution", "problems",
            "skeleton"]
@@ -98,10 +98,10 @@ class SDXL(Family):
         """The stock pipeline around the denoiser in training: no text encoders, no VAE."""
         from diffusers import StableDiffusionXLPipeline
 
-        repo = StableDiffusionXLPipeline.load_config(self.path, revision=self.revision)
+        index = self.model.json("model_index.json") or {}
         return self._silent(StableDiffusionXLPipeline(
             vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=self.denoiser,
-            scheduler=scheduler, force_zeros_for_empty_prompt=repo.get("force_zeros_for_empty_prompt", True),
+            scheduler=scheduler, force_zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt", True),
             add_watermarker=False,
         ))
 
@@ -127,7 +127,7 @@ class SDXL(Family):
 
 def load(options: ModelOptions, *, device: torch.device, weight_dtype: torch.dtype,
          schedule: ScheduleChange = AS_SAVED,
-         compat: Literal["diffusers"] | None = None) -> SDXL:
+         compat: Compat | None = None) -> SDXL:
     """Load and freeze every part, from safetensors only. Revision and variant are the base model's, not another VAE's.
 
     schedule  what the flags change of the scheduler's config
@@ -139,8 +139,8 @@ def load(options: ModelOptions, *, device: torch.device, weight_dtype: torch.dty
 
     parts = base.load_parts(options, LAYOUT, (CLIPTextModel, CLIPTextModelWithProjection), weight_dtype=weight_dtype)
     second, end = parts.text_encoders[1].text_model, parts.tokenizers[1].eos_token_id
-    sets_eos = compat is None and second.eos_token_id != end
+    sets_eos = compat != "diffusers" and second.eos_token_id != end
     if sets_eos:
         second.eos_token_id = end
-    return base.assemble(SDXL, parts, device=device, schedule=schedule, sets_eos=sets_eos,
-                         text_detail=second.eos_token_id)
+    return base.assemble(SDXL, parts, device=device, schedule=schedule, vae_batch_size=options.vae_batch_size,
+                         sets_eos=sets_eos, text_detail=second.eos_token_id)

@@ -15,6 +15,7 @@ library/sdxl_original_unet.py, trains on that layout and joins the parts of a pa
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from trainkit.families.pretrained import Config
 
@@ -58,13 +59,18 @@ def block_names(config: Config) -> dict[str, str]:
 
 def webui_name(path: str, config: Config) -> str:
     """The name of a UNet module in a WebUI LoRA file."""
-    names = {**block_names(config), **OUTER_NAMES}
+    return "_".join([PREFIX, *original_path(path, block_names(config)).split(".")])
+
+
+def original_path(path: str, blocks: Mapping[str, str]) -> str:
+    """What the original code calls a UNet module; `blocks` are `block_names` of the UNet's config."""
+    names = {**blocks, **OUTER_NAMES}
     block = next((b for b in names if path == b or path.startswith(b + ".")), None)
-    assert block, f"{path} has no name in WebUI files"
+    assert block, f"{path} has no name in the original code"
     rest = path[len(block) + 1 :]
     if ".resnets." in block:
         rest = RESNET_NAMES[rest]
-    return "_".join([PREFIX, *f"{names[block]}.{rest}".strip(".").split(".")])
+    return f"{names[block]}.{rest}".strip(".")
 
 
 def text_name(path: str, encoder: str) -> str:

@@ -217,6 +217,8 @@ class DistributionMatchingLoss:
         kernel     k: 1 (none), 1 for equal integers `alike` [B] (class), by the distance of `alike` [B,F] (the others)
         bank       decay of a memory of past errors, which are compared with a sample too (u only); 0: none
         window     lowest and highest SNR; 8 bins between them have an s each
+        lone       what a call with one sample over all processes is, which u has nothing to compare with: refused, or
+                   with lone=True a term of 0, where batches differ in size
 
     r_j of the others are constants, so no graph crosses samples or processes, and the gradient of a sample is the exact
     one of the term, 2 Σ_b κ_b m_bi with m_bi = Σ_j M_ij r_bj. Over processes gradients are to be summed, not averaged.
@@ -231,7 +233,7 @@ class DistributionMatchingLoss:
         self, *, gain: float, statistic: str = "u", method: str = "dct", wavelet: str = "db3", levels: int = 2,
         boundary: str = "zero", backend: str = "matrix", weights: Sequence[float] = (0.7, 0.3),
         band_norm: str = "whiten", timestep_weight: str = "x0", kernel: str = "none", bank: float = 0.0,
-        window: tuple[float, float] = (0.1925, 3.07), gather: Gather = single_process,
+        window: tuple[float, float] = (0.1925, 3.07), gather: Gather = single_process, lone: bool = False,
     ):
         for name, value, choices in (
             ("statistic", statistic, STATISTICS), ("band_norm", band_norm, BAND_NORMS), ("kernel", kernel, KERNELS),
@@ -252,7 +254,7 @@ class DistributionMatchingLoss:
                              f"from 0 to below 1 (here {statistic}, {kernel})")
         self.bands = Bands(LowPass(method, wavelet, levels, boundary, backend), len(weights))
         self.gain, self.weights, self.statistic, self.kernel = gain, tuple(weights), statistic, kernel
-        self.band_norm, self.timestep_weight, self.gather = band_norm, timestep_weight, gather
+        self.band_norm, self.timestep_weight, self.gather, self.lone = band_norm, timestep_weight, gather, lone
         self.usual_errors = UsualErrors(window, len(weights))
         self.bank = Bank(bank) if bank else None
         self.report_sums: Tensor | None = None  # sums over the calls since `describe`, on the device
@@ -268,7 +270,8 @@ class DistributionMatchingLoss:
         observe  whether the running means, the bank and `describe` learn of this call; not in validation. The losses
                  are the same either way
 
-        Raises ValueError for the statistic u of one sample without a bank, and without what the kernel compares.
+        Raises ValueError for the statistic u of one sample without a bank (see `lone`), and without what the kernel
+        compares.
         """
         with torch.autocast(x0.device.type, enabled=False):
             x0_hat = widened(x0_hat)
@@ -378,7 +381,7 @@ class DistributionMatchingLoss:
                  ) -> tuple[Tensor, Tensor]:
         """The factor τ [G,n,1,1,1] of each sample, and what it has in common with the others, m [G,n,C,h,w]."""
         G, weight = len(samples.weight), samples.weight
-        if G == 1 and self.statistic == "u" and not self.bank:
+        if G == 1 and self.statistic == "u" and not (self.bank or self.lone):
             raise ValueError("the statistic u compares samples with one another, and this batch has one: use a batch "
                              "of 2 or more over all processes, or a bank")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainkit.errors import Problem
 from trainkit.frequency import FourierLoss, FourierPart
-from trainkit.losses.objective import Forward
+from trainkit.losses.objective import Forward, Samples
 from trainkit.runtime import ranks
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class FourierTerm:
                          snr=forward.level.snr, clean=clean, gain=self.gain.value)
         if observe:
             self.rate = self.gain.value * self.loss.ramp(step)
-            self._note(part, forward.losses.detach(), factor, forward.batch.num_instance)
+            self._note(part, forward.losses.detach(), factor, forward.batch)
         return part.added
 
     def describe(self) -> dict[str, float]:
@@ -122,10 +122,10 @@ class FourierTerm:
                     "the term is a %s fraction; %s --fourier_weight %g", self.gain.target, self.gain.value,
                     *(("smaller", "raise") if high else ("larger", "lower")), self.loss.weight)
 
-    def _note(self, part: FourierPart, base: Tensor, factor: Tensor, num_instance: int) -> None:
-        added = part.added.detach()
-        row = torch.stack([added.sum() / num_instance, base.sum() / num_instance, part.raw.sum(), part.weight.sum(),
-                           (factor * part.raw).sum(), base.sum(), torch.ones_like(base).sum()])
+    def _note(self, part: FourierPart, base: Tensor, factor: Tensor, batch: Samples) -> None:
+        added, n = part.added.detach(), batch.num_instance
+        row = torch.stack([added.sum() / n, base.sum() / n, part.raw.sum(), part.weight.sum(),
+                           (factor * part.raw).sum(), base.sum(), torch.ones_like(base).sum()]) * batch.counts
         self.sums = row if self.sums is None else self.sums + row
 
 

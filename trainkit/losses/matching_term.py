@@ -64,8 +64,8 @@ class Window:
         """Of the window under the distribution itself."""
         return self.end - self.first
 
-    def __call__(self, u: Tensor) -> Level:
-        return self.levels(self.first + u.double() * self.probability)
+    def __call__(self, u: Tensor, size: tuple[int, int] | None = None) -> Level:
+        return self.levels(self.first + u.double() * self.probability, size)
 
 
 def window_of(levels: LevelSampler, min_snr: float, max_snr: float) -> Window:
@@ -189,8 +189,11 @@ MODES: dict[str, Callable[[Objective, MatchingTerm, Window, MatchingOptions, int
 
 
 def make_matcher(o: MatchingOptions) -> Matcher:
-    """The loss that --dist_match and its companions describe, over all ranks."""
-    return DistributionMatchingLoss(**o.loss, gather=ranks.gather_rows)
+    """The loss that --dist_match and its companions describe, over all ranks.
+
+    With aspect buckets some micro-batches have one image; `make_passes` refuses runs in which every one has.
+    """
+    return DistributionMatchingLoss(**o.loss, gather=ranks.gather_rows, lone=True)
 
 
 def problems(

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from trainkit.condition import Condition
 from trainkit.diffusion import EDM, Level, LevelSampler, Prediction, Schedule, V, col, make_levels
 
 if TYPE_CHECKING:
-    from trainkit.options import ObjectiveOptions
+    from trainkit.options import Compat, ObjectiveOptions
 
 
 def per_sample(x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -182,6 +182,10 @@ class Samples(Protocol):
         """[B,1,h,w], the weight of each place in the mean error."""
 
     @property
+    def counts(self) -> bool:
+        """False: it stands for a micro-batch that its rank lacks, and must show in no mean."""
+
+    @property
     def prompts(self) -> Sequence[str]:
         """B of them."""
 
@@ -289,7 +293,7 @@ class Objective:
 
 
 def make_objective(
-    o: ObjectiveOptions, schedule: Schedule, compat: Literal["diffusers"] | None = None, *, base_loss: str = "l2",
+    o: ObjectiveOptions, schedule: Schedule, compat: Compat | None = None, *, base_loss: str = "l2",
 ) -> Objective:
     """The objective the options ask for, of a model trained on that schedule.
 
@@ -307,7 +311,7 @@ def make_objective(
                      prior_weight=prior_weight, error=error)
 
 
-def default_weight(o: ObjectiveOptions, prediction: Prediction, compat: Literal["diffusers"] | None) -> str:
+def default_weight(o: ObjectiveOptions, prediction: Prediction, compat: Compat | None) -> str:
     """The weight when neither --loss_weighting nor --snr_gamma asks for one.
 
     Diffusers' trainers weigh the x0 error by σ⁻², which is snr, under the EDM flag, and not at all on EDM checkpoints.

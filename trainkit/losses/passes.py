@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from trainkit.losses.objective import Objective, make_objective
 
 if TYPE_CHECKING:
     from trainkit.files import Json
-    from trainkit.options import FourierOptions, ObjectiveOptions
+    from trainkit.options import Compat, FourierOptions, ObjectiveOptions
 
 
 class Memory(Protocol):
@@ -65,7 +65,7 @@ def always(*objectives: Objective) -> Callable[[int], Sequence[Objective]]:
 
 def plain_objective(
     o: ObjectiveOptions, fourier: FourierOptions, schedule: Schedule, *, total_steps: int, note: Callable[..., None],
-    compat: Literal["diffusers"] | None = None,
+    compat: Compat | None = None,
 ) -> tuple[Objective, Mapping[str, Memory]]:
     """The ordinary objective that the options ask for, and what terms of it remember, by name.
 

@@ -3,7 +3,7 @@
 Importing this package imports neither torch nor any model library, so that `--help` answers at once.
 """
 
-from trainkit.options.base import REDACTED, Concern, Flag
+from trainkit.options.base import REDACTED, Compat, Concern, Flag
 from trainkit.options.captioned import (
     CaptionedDataOptions,
     CaptionedOptimizerOptions,
@@ -28,7 +28,8 @@ from trainkit.options.trainers import CONCERNS, TEXT_TO_IMAGE, TRAINERS
 
 __all__ = [
     "CONCERNS", "PRESETS", "REDACTED", "TEXT_TO_IMAGE", "TRAINERS", "CaptionedDataOptions", "CaptionedOptimizerOptions",
-    "CaptionedPrecisionOptions", "CaptionedRunOptions", "CaptionedTextOptions", "CaptionedValidationOptions", "Concern",
+    "CaptionedPrecisionOptions", "CaptionedRunOptions", "CaptionedTextOptions", "CaptionedValidationOptions", "Compat",
+    "Concern",
     "DataOptions", "Flag", "FourierOptions", "GuidanceOptions", "LoraOptions", "MatchingOptions", "ModelOptions",
     "ObjectiveOptions", "OptimizerOptions", "OptionSet", "ImageOptions", "PivotalOptions", "PrecisionOptions",
     "PriorOptions", "RunOptions", "TextOptions", "ValidationOptions", "parse",

@@ -25,6 +25,7 @@ SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}  # of pydantic's limits
 
 Value = str | int | float | bool | None
 Resume = Literal["decisive", "may change", "in the data"]
+Compat = Literal["diffusers", "kohya"]  # the trainer that --compat names
 PathKind = Literal["or Hub name"] | bool
 OFF_WORDS = ("none", "off", "no", "never", "null", "disabled")  # and 0, for a number that can be switched off
 
@@ -296,7 +297,7 @@ class Concern(BaseModel):
             return flag.facts.off
         if isinstance(value, bool) and flag.value_type in (int, float):
             raise ValueError("true and false are not numbers")
-        if flag.optional and flag.value_type is not str and _is_none(value):
+        if flag.optional and _is_none(value):
             return None
         return value
 

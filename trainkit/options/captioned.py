@@ -36,7 +36,7 @@ class CaptionedDataOptions(ImageOptions, TrainFolderOptions):
         help="The column that holds the captions. A cell is one caption or a list of captions. From a list, one "
         "caption is chosen at random each time the image is used. If there is no column text, the columns caption "
         "and prompt are found without this flag.", differs="some images may lack a caption, but not all of them")
-    resolution: int = changed(
+    resolution: int | str = changed(
         ImageOptions, "resolution", 512, differs="the default is 512 for SDXL too, where the SDXL script has 1024")
     center_crop: bool = changed(
         ImageOptions, "center_crop", False, differs="")

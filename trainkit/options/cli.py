@@ -111,7 +111,8 @@ def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
 def help_text(flag: Flag) -> str:
     """Meaning, choices and default."""
     choices = f" Choices: {flag.takes}." if flag.choices else ""
-    off = "; 0 is off" if flag.facts.can_be_off and "0" not in flag.help and flag.default not in (0, None) else ""
+    on = flag.default not in (0, None, flag.facts.off)
+    off = "; 0 is off" if on and flag.facts.can_be_off and "0" not in flag.help else ""
     return f"{flag.help}{choices} ({'required' if flag.required else f'default: {shown(flag.default)}'}{off})"
 
 

@@ -34,7 +34,7 @@ def config_text(flags: Mapping[str, Flag], values: Mapping[str, Value], origins:
 def _assignment(flag: Flag, value: Value, origin: str) -> str:
     if value is not None and (flag.secret or redact(f"{value}") != f"{value}"):
         return f"# {flag.name} is set, not shown"
-    if value is None and (origin == "default" or flag.value_type is str and not flag.choices):
+    if value is None and origin == "default":
         return f"# {flag.name} is not set"
     written = "none" if value is None else value  # switched off, or set by a preset and taken back
     scalar = json.dumps(written, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's are TOML's, but for DEL
@@ -101,7 +101,7 @@ def _value(flag: Flag) -> str:
     """What the flag takes: choices, or a unit and its range."""
     if flag.choices:
         return " · ".join(f"`{choice}`" for choice in flag.choices)
-    off = "or 0 for off" if flag.facts.can_be_off and flag.facts.off != 0 else ""  # which no limit shows
+    off = "or 0 for off" if flag.facts.off is None else ""  # which no limit shows
     return "on/off" if flag.is_switch else ", ".join(filter(None, [flag.facts.unit or "text", flag.limits, off]))
 
 

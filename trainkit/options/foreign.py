@@ -22,6 +22,7 @@ SAME_VALUE = {  # their name: ours
     "sample_every_n_steps": "validation_steps", "sample_every_n_epochs": "validation_epochs",
     "zero_terminal_snr": "rescale_betas_zero_snr", "dataset_repeats": "repeats", "config_file": "config",
     "num_repeats": "repeats", "num_epochs": "num_train_epochs", "grad_clip": "max_grad_norm",
+    "output": "output_dir", "r": "rank", "prompt": "instance_prompt", "tokenizer_cache_dir": "cache_dir",
 }
 INSTEAD = {  # their name: what to do here
     # Model and files
@@ -44,16 +45,14 @@ INSTEAD = {  # their name: what to do here
     "wandb_api_key": "run `wandb login` once, or set WANDB_API_KEY in the environment, and write --report_to wandb",
     "no_half_vae": "the VAE always runs in fp32: leave it out",
     "v2": "the model folder says that itself: leave it out",
+    "training_comment": "the model card tells what a file was trained with: leave it out",
+    "wandb_run_name": "the last part of --output_dir names the run: --output_dir runs/{value}",
+    "log_prefix": "the last part of --output_dir names the run: --output_dir runs/{value}",
     # Images and captions
     "dataset_config": "several data sets with settings of their own are not read yet: put the images into one folder "
                       "and name it with --instance_data_dir or --train_data_dir",
     "in_json": "write captions into metadata.jsonl beside the images (file_name, text)",
     "caption_extension": ".txt and .caption files are read: rename those with another ending",
-    "enable_bucket": "images are cropped to squares of --resolution; buckets are not there yet",
-    "min_bucket_reso": "images are cropped to squares of --resolution; buckets are not there yet",
-    "max_bucket_reso": "images are cropped to squares of --resolution; buckets are not there yet",
-    "bucket_reso_steps": "images are cropped to squares of --resolution; buckets are not there yet",
-    "bucket_no_upscale": "images are scaled to --resolution; buckets are not there yet",
     "random_crop": "crops are random unless you write --center_crop",
     "color_aug": "colours are not changed here yet: make the variants as images of their own",
     "face_crop_aug_range": "crops around faces are not made here yet: crop the images yourself",
@@ -71,7 +70,6 @@ INSTEAD = {  # their name: what to do here
     "cache_latents_to_disk": "--cache_latents --latent_cache_dir FOLDER",
     "cache_text_encoder_outputs": "done always where text encoders are frozen; --latent_cache_dir FOLDER keeps them",
     "cache_text_encoder_outputs_to_disk": "--latent_cache_dir FOLDER keeps them on disk",
-    "vae_batch_size": "images are encoded one by one, so that caches do not depend on it: leave it out",
     # Network
     "rank_dropout": "--lora_dropout drops inputs of the LoRA; ranks are not dropped yet",
     "module_dropout": "--lora_dropout drops inputs of the LoRA; modules are not dropped yet",
@@ -90,7 +88,13 @@ INSTEAD = {  # their name: what to do here
     "adaptive_noise_scale": "--noise_offset is the same for every image; it does not adapt yet",
     "huber_scale": "--huber_c sets where the loss turns linear; it cannot be scaled yet",
     "fused_backward_pass": "the LoRA's gradients are small: leave it out",
+    "noise_offset_type": "--noise_offset adds noise to each channel's mean; --multires_noise_iterations adds that of "
+                         "several resolutions",
     # Memory and previews
+    "fp16": "write --mixed_precision fp16", "bf16": "write --mixed_precision bf16",
+    "use_8bit": "write --use_8bit_adam",
+    "train_unet_only": "text encoders are frozen unless you write --train_text_encoder: leave it out",
+    "persistent_data_loader_workers": "the processes of --dataloader_num_workers last as long as the run: leave it out",
     "full_fp16": "the LoRA is always trained in fp32; --mixed_precision fp16 makes the base model fp16",
     "full_bf16": "the LoRA is always trained in fp32; --mixed_precision bf16 makes the base model bf16",
     "fp8_base": "fp8 is not there yet; --mixed_precision bf16 --gradient_checkpointing saves memory",

@@ -7,16 +7,21 @@ from typing import ClassVar, Literal
 from pydantic import field_validator
 
 from trainkit.options.base import Concern, always, opt, required
+from trainkit.options.sizes import Size, read_resolution, read_sides, sides_of, size_of
+
+BUCKETED = "enable_bucket and no bucket_no_upscale"
 
 
 class ModelOptions(Concern):
     """The base model"""
 
     pretrained_model_name_or_path: str = required(
-        "The base model. It is a folder in the Diffusers layout or a name on the Hub.", path="or Hub name",
-        resume="in the data", min_length=1)
+        "The base model. It is a .safetensors file, a folder in the Diffusers layout, or a name on the Hub.",
+        path="or Hub name", resume="in the data", min_length=1)
     pretrained_vae_model_name_or_path: str | None = opt(
-        None, "A separate VAE that replaces the VAE of the base model. It is a folder or a name on the Hub.",
+        None,
+        "A separate VAE that replaces the VAE of the base model. It is a .safetensors file, a folder, or a name on the "
+        "Hub.",
         path="or Hub name", resume="in the data", card="VAE", min_length=1)
     revision: str | None = opt(
         None, "The branch, tag or commit of the base model on the Hub.", unit="name", resume="in the data",
@@ -24,6 +29,10 @@ class ModelOptions(Concern):
     variant: str | None = opt(
         None, "The variant of the weight files. For example, fp16 loads the files named *.fp16.safetensors.",
         unit="name", resume="in the data", min_length=1)
+    vae_batch_size: int = opt(
+        1,
+        "How many images the VAE encodes at once. With 1, the latent of an image does not depend on other images. "
+        "Latents that were cached with another number are not used.", unit="images", resume="in the data", ge=1)
 
 
 class InstanceOptions(Concern):
@@ -79,11 +88,34 @@ class ImageOptions(Concern):
         1, "How often each image is used in one epoch. Each use has its own random crop and flip. With "
         "--cache_latents, the crop is one of the --cached_crops of the image.", unit="times", resume="in the data",
         ge=1)
-    resolution: int = opt(
+    resolution: int | str = opt(
         1024,
-        "The side of the squares that are trained on. The short side of an image is scaled to this size, and then a "
-        "square is cut out. SDXL was made for 1024 pixels, SD 1.x for 512.", unit="pixels",
-        card=always("Resolution, pixels"), ge=1)
+        "The side of the squares that are trained on, or width and height as 1024,768. An image is scaled until it "
+        "covers this size, and the rest is cut off. With --enable_bucket, only the number of pixels counts. SDXL was "
+        "made for 1024 pixels, SD 1.x for 512.", unit="pixels", card=always("Resolution, pixels"))
+    resolutions: str | None = opt(
+        None,
+        "Several sides, for example 768,1024. Each image is trained on at each of them, so an epoch has that many "
+        "times as many images. Previews keep --resolution.", unit="pixels", resume="in the data",
+        card="Resolutions, pixels", min_length=1)
+    enable_bucket: bool = opt(
+        False,
+        "Keep the shape of wide and tall images. Each image is cut to the bucket that is nearest to its shape. All "
+        "buckets have about as many pixels as the square of --resolution.", resume="in the data",
+        card="Aspect buckets")
+    min_bucket_reso: int = opt(
+        256, "The shortest side of a bucket.", unit="pixels", resume="in the data", read_with=BUCKETED, ge=1)
+    max_bucket_reso: int = opt(
+        1024,
+        "The longest side of a bucket. At --resolution 1024, write 2048: with 1024, wide and tall images have fewer "
+        "pixels than square ones.", unit="pixels", resume="in the data", read_with=BUCKETED, ge=1)
+    bucket_reso_steps: int = opt(
+        64, "The sides of buckets are multiples of this number.", unit="pixels", resume="in the data",
+        read_with="enable_bucket", ge=1)
+    bucket_no_upscale: bool = opt(
+        False,
+        "Never enlarge an image. A small image has a bucket of its own size, rounded down to --bucket_reso_steps.",
+        resume="in the data", read_with="enable_bucket")
     center_crop: bool = opt(
         False, "Cut the square out of the middle of the image. Without this flag, the place is random.",
         differs="a new random crop is chosen each time an image is used, not once at the start")
@@ -98,6 +130,9 @@ class ImageOptions(Concern):
         4,
         "How many random crops of each image are encoded with --cache_latents. With 0, the image is encoded each "
         "time it is used, with a new crop.", unit="crops", read_with="cache_latents", ge=0, off=0)
+    latent_dtype: Literal["fp32", "bf16"] = opt(
+        "fp32", "The number format of cached latents. The format bf16 needs half the space, and rounds them.",
+        resume="in the data", read_with="cache_latents")
     latent_cache_dir: str | None = opt(
         None,
         "A folder on disk for the encoded captions and, with --cache_latents, for the latents. Several runs can use "
@@ -107,6 +142,23 @@ class ImageOptions(Concern):
     @classmethod
     def _pillow_has_one_nearest(cls, value: object) -> object:
         return "nearest" if value == "nearest_exact" else value
+
+    @field_validator("resolution", mode="before")
+    @classmethod
+    def _one_side_or_two(cls, value: object) -> object:
+        return read_resolution(value)
+
+    @field_validator("resolutions", mode="before")
+    @classmethod
+    def _sides(cls, value: object) -> object:
+        return value if value is None or value == "none" else read_sides(value)
+
+    @property
+    def sizes(self) -> list[Size]:
+        """(h, w) that images are trained at: those of --resolutions, or that of --resolution."""
+        if self.resolutions is None:
+            return [size_of(self.resolution)]
+        return [(side, side) for side in sides_of(self.resolutions)]
 
     @property
     def folder(self) -> str | None:

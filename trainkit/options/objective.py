@@ -90,7 +90,9 @@ class ObjectiveOptions(Concern):
     edm_p_std: float = opt(
         1.2, "The standard deviation of the logarithm of sigma in the log-normal distribution.", unit="ln sigma", gt=0)
     prediction_type: Literal["epsilon", "v_prediction"] | None = opt(
-        None, "What the UNet predicts. Without this flag, the scheduler config of the model says it.",
+        None,
+        "What the UNet predicts. Without this flag, the scheduler config of the model says it, or its single file. "
+        "Some files of SD 2.x do not say it.",
         card="Prediction")
     rescale_betas_zero_snr: bool = opt(
         False,

@@ -6,6 +6,7 @@ has no such flag, so every look-up allows for none.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterator, Mapping
 
 from trainkit.errors import Problem
@@ -13,6 +14,7 @@ from trainkit.options.base import Flag, Value
 from trainkit.options.matching import MatchingOptions
 from trainkit.options.objective import SNR_CAPPED
 from trainkit.options.optimizer import EIGHT_BIT, averages_weights, estimates_step
+from trainkit.options.sizes import sides_of, size_of
 
 Values = Mapping[str, Value]
 
@@ -22,6 +24,7 @@ def problems(values: Values) -> Iterator[Problem]:
     yield from _without_class(values)
     yield from _other_optimizer(values)
     yield from _other_adapter(values)
+    yield from _no_buckets(values)
     if values.get("train_text_encoder") and values.get("train_text_encoder_ti"):
         yield Problem(
             "--train_text_encoder with --train_text_encoder_ti", "--train_text_encoder, --train_text_encoder_ti",
@@ -34,6 +37,32 @@ def problems(values: Values) -> Iterator[Problem]:
     yield from _idle_fourier(values)
     if _matches(values):
         yield from _unclear_matching(values)
+
+
+def _no_buckets(values: Values) -> Iterator[Problem]:
+    """Limits that leave no bucket of the size of --resolution."""
+    if not values.get("enable_bucket"):
+        return
+    step, low, high = (int(str(values[name])) for name in ("bucket_reso_steps", "min_bucket_reso", "max_bucket_reso"))
+    flag = "resolutions" if values["resolutions"] else "resolution"
+    given, where = str(values[flag]), f"--{flag} {values[flag]}"
+    budgets = [side**2 for side in sides_of(given)] if values["resolutions"] else [math.prod(size_of(given))]
+    squares = [math.isqrt(pixels) // step * step for pixels in budgets]
+    if min(squares) < step:
+        yield Problem(f"--bucket_reso_steps {step} is more than a side of --{flag} {given}", where,
+                      "the sides of a bucket are multiples of it", "--bucket_reso_steps 64, or a larger resolution")
+    elif values.get("bucket_no_upscale"):
+        return
+    elif low > high:
+        yield Problem(f"--min_bucket_reso {low} is more than --max_bucket_reso {high}",
+                      "--min_bucket_reso, --max_bucket_reso", "no side of a bucket lies between them",
+                      f"--min_bucket_reso {min(squares) // 2} --max_bucket_reso {2 * max(squares)}")
+    elif low > min(squares):
+        yield Problem(f"--min_bucket_reso {low} is more than --{flag} {given}", where,
+                      f"a square bucket has {min(squares)} px a side there", f"--min_bucket_reso {min(squares) // 2}")
+    elif high < max(squares):
+        yield Problem(f"--max_bucket_reso {high} is less than --{flag} {given}", where,
+                      f"a square bucket has {max(squares)} px a side there", f"--max_bucket_reso {2 * max(squares)}")
 
 
 def _unclear_objective(values: Values) -> Iterator[Problem]:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import SecretStr
 
-from trainkit.options.base import Concern, always, opt
+from trainkit.options.base import Compat, Concern, always, opt
 
 OWN_ATTENTION = "PyTorch's scaled_dot_product_attention is used, which is memory-efficient too"
 MAX_SEED = 2**63 - 1  # a whole number of TOML, and one that torch.manual_seed takes
@@ -114,7 +114,7 @@ class RunOptions(Concern):
     max_skipped_steps: int = opt(
         10,
         "A step whose loss or gradient is not finite is skipped. The run ends with an error after more than this "
-        "many such steps in a row.", unit="steps", resume="may change", ge=0, off=0)
+        "many such steps in a row. With 0, the first one ends it.", unit="steps", resume="may change", ge=0, off=0)
     dataloader_num_workers: int = opt(
         0, "The number of processes that prepare images. With 0, the main process prepares them.", unit="processes",
         resume="may change", ge=0, off=0)
@@ -142,10 +142,11 @@ class RunOptions(Concern):
     local_rank: int = opt(
         -1, "Launchers set this flag. Only the environment variable LOCAL_RANK counts.", unit="rank",
         resume="may change", ge=-1)
-    compat: Literal["diffusers"] | None = opt(
+    compat: Compat | None = opt(
         None,
-        "Compute as the Diffusers script does where this suite computes differently. Use it to compare runs with "
-        "those of the script (docs/differences.md).")
+        "Do as another trainer where this suite does differently. diffusers: compute as the script of that name, to "
+        "compare runs with it (docs/differences.md). kohya: choose the bucket of an image as kohya's trainers do "
+        "(docs/from-kohya.md), and nothing else.")
     preset: str | None = opt(
         None, "A name for several values at once. The presets are style and face.", unit="name", resume="in the data",
         min_length=1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from trainkit.errors import Problem
+from trainkit.errors import Problem, UserError
 from trainkit.options.base import Concern, Flag
 from trainkit.options.cli import MISSING, make_parser, one_dash, split_leftovers, underscored
 from trainkit.options.foreign import INSTEAD, SAME_VALUE, advice
@@ -59,7 +59,8 @@ def read_layers(
     problems += more
     layers = [Layer("command line", command), Layer("environment", environment)]
     if (path := first_value(layers, "config")) is not None:
-        values, more = _config(Path(str(path)), flags, concerns)
+        data = _table_in(Path(str(path)), problems)
+        values, more = _config(data, f"config {path}", flags, concerns)
         layers.append(Layer(f"config {path}", values))
         problems += more
     if (name := first_value(layers, "preset")) is not None:
@@ -136,23 +137,30 @@ def _environment(flags: Mapping[str, Flag]) -> tuple[dict[str, object], list[Pro
     return values, problems
 
 
-def _config(
-    path: Path, flags: Mapping[str, Flag], concerns: Mapping[str, type[Concern]]
-) -> tuple[dict[str, object], list[Problem]]:
+def _table_in(path: Path, problems: Sequence[Problem]) -> dict[str, object]:
+    """The table in a config file. Raises UserError where there is none, with the problems that are known already.
+
+    Others are not looked for: what is missing or contradictory then may be in the file.
+    """
     try:
-        data = _load(path)
+        return _load(path)
     except (OSError, ValueError) as error:
-        return {}, [_unreadable_config(path, error)]
+        raise UserError(*problems, _unreadable_config(path, error)) from error
+
+
+def _config(
+    data: Mapping[str, object], origin: str, flags: Mapping[str, Flag], concerns: Mapping[str, type[Concern]],
+) -> tuple[dict[str, object], list[Problem]]:
     values: dict[str, object] = {}
     problems = []
     for key, value in data.items():
-        if problem := _no_table(key, value, flags, concerns, f"config {path}"):
+        if problem := _no_table(key, value, flags, concerns, origin):
             problems.append(problem)
     for table, written, value in _entries(data, flags, concerns):
         prefix = concerns[table].prefix if table else ""
         name = written.replace("-", "_")
         name = prefix + name if prefix + name in flags else name
-        where = f"config {path}" + (f", [{table}]" if table else "")
+        where = origin + (f", [{table}]" if table else "")
         if name == "config":
             problems.append(_file_in_file(where, flags))
         elif name not in flags:

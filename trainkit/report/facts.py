@@ -6,7 +6,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -114,6 +114,10 @@ class RunFacts:
         return public("pretrained_model_name_or_path", self.base_path)
 
     @property
+    def base_is_file(self) -> bool:
+        return self.base_path.endswith(".safetensors")
+
+    @property
     def vae(self) -> str | None:
         """Another VAE than the base model's, where one was trained with."""
         path = self.option("pretrained_vae_model_name_or_path")
@@ -125,8 +129,12 @@ class RunFacts:
 
         ModelSpec's name of its architecture, without the version: stable-diffusion-xl-v1-base/lora.
         """
-        path = self.folder / (weight_names(self.name)[1] if self.has_lora else self.embeddings_file)
-        return read_metadata(path).get("modelspec.architecture", "").partition("-v")[0] or None
+        return self.header.get("modelspec.architecture", "").partition("-v")[0] or None
+
+    @cached_property
+    def header(self) -> Mapping[str, str]:
+        """The metadata of the written LoRA, or of the new tokens where there is none."""
+        return read_metadata(self.folder / (weight_names(self.name)[1] if self.has_lora else self.embeddings_file))
 
     @property
     def trigger(self) -> str:
@@ -174,6 +182,11 @@ class RunFacts:
     @property
     def step(self) -> int:
         return int(self.metrics[-1]["step"]) if self.metrics else int(self.record["step"] or 0)
+
+    @property
+    def start_step(self) -> int:
+        """Finished steps at the start of its last session."""
+        return int(self.record.get("start_step") or 0)
 
     @property
     def total_steps(self) -> int | None:

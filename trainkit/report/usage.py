@@ -41,7 +41,8 @@ def diffusers_snippet(run: RunFacts) -> str:
         *imports(run),
         "",
         'device = "cuda" if torch.cuda.is_available() else "cpu"',
-        'dtype = torch.float16 if device == "cuda" else torch.float32',
+        "half = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16",
+        'dtype = half if device == "cuda" else torch.float32',
         *pipeline_lines(run),
         *scheduler_line(run),
         *lora_lines(run),
@@ -73,17 +74,28 @@ def imports(run: RunFacts) -> Iterator[str]:
 def pipeline_lines(run: RunFacts) -> Iterator[str]:
     """The base model, with the VAE that was trained and previewed with where it is another one."""
     if run.vae:
-        yield f"vae = AutoencoderKL.from_pretrained({quoted(run.vae)})"
+        yield f"vae = AutoencoderKL.{reader(run.vae)}({quoted(run.vae)})"
     vae = ", vae=vae" if run.vae else ""
     if "/" not in run.base_model:
-        yield f"# {quoted(run.base_model)} was a folder on the computer of the training: write its path here"
-    yield f"pipe = {pipeline(run)}.from_pretrained({quoted(run.base_model)}{vae}).to(device, dtype)"
+        kind = "file" if run.base_is_file else "folder"
+        yield f"# {quoted(run.base_model)} was a {kind} on the computer of the training: write its path here"
+    yield f"pipe = {pipeline(run)}.{reader(run.base_model)}({quoted(run.base_model)}{vae}).to(device, dtype)"
+
+
+def reader(model: str) -> str:
+    """Diffusers' function that reads a model; from one file, it gets the configs from the Hub."""
+    return "from_single_file" if model.endswith(".safetensors") else "from_pretrained"
 
 
 def scheduler_line(run: RunFacts) -> Iterator[str]:
-    """The noise schedule that was trained on, where flags have changed the base model's."""
-    prediction, rescaled = run.option("prediction_type"), run.option("rescale_betas_zero_snr")
-    changed = effective_config({}, ScheduleChange(prediction and str(prediction), bool(rescaled)))
+    """The noise schedule that was trained on, where flags have changed the base model's.
+
+    Diffusers reads none from a single file and takes that of SD 1.x, 2.x or SDXL as released.
+    """
+    prediction, rescaled = run.option("prediction_type"), bool(run.option("rescale_betas_zero_snr"))
+    if run.base_is_file and run.header.get("modelspec.prediction_type") == "v":
+        prediction, rescaled = "v_prediction", run.header.get("ss_zero_terminal_snr") == "True"
+    changed = effective_config({}, ScheduleChange(prediction and str(prediction), rescaled))
     if changed:
         listed = ", ".join(f"{name}={quoted(v) if isinstance(v, str) else v}" for name, v in changed.items())
         yield f"pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, {listed})"

@@ -15,6 +15,7 @@ from trainkit.errors import Problem, UserError, is_out_of_memory
 from trainkit.files import Json
 from trainkit.process import quiet_imported
 from trainkit.runtime.record import redacted_command
+from trainkit.runtime.weight_files import run_name
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,18 +41,22 @@ def chosen_trackers(report_to: str) -> list[str]:
 def start_trackers(accelerator: Accelerator, project: str, options: Mapping[str, Json], *, out_dir: Path) -> None:
     """Open the trackers the accelerator was made with. `options` must hold no secret.
 
+    Both call the run by its name. accelerate would call TensorBoard's folder by the project, as that of all runs.
     W&B records sys.argv by itself, so a token on the command line is masked there first.
     """
-    if "tensorboard" in map(str, accelerator.log_with):
+    from accelerate.tracking import TensorBoardTracker
+
+    names = [*map(str, accelerator.log_with)]
+    if "tensorboard" in names:
         require_folder(Path(accelerator.logging_dir))
+        accelerator.log_with[names.index("tensorboard")] = TensorBoardTracker(
+            run_name(out_dir), accelerator.logging_dir, flush_secs=FLUSH_SECONDS)
     sys.argv[1:] = redacted_command(sys.argv)[1:]
     plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in options.items()}
     try:
-        accelerator.init_trackers(project, plain, {
-            "wandb": {"dir": str(out_dir), "name": out_dir.name}, "tensorboard": {"flush_secs": FLUSH_SECONDS},
-        })
+        accelerator.init_trackers(project, plain, {"wandb": {"dir": str(out_dir), "name": run_name(out_dir)}})
     except Exception as error:  # what W&B raises is not always its own class
-        if "wandb" not in map(str, accelerator.log_with) or is_out_of_memory(error):
+        if "wandb" not in names or is_out_of_memory(error):
             raise
         accelerator.trackers = []  # half started: ending them would raise once more
         said = f"{error}".strip().partition("\n")[0] or type(error).__name__

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 from trainkit.errors import Problem, UserError, is_out_of_memory, refuse
 from trainkit.inference import (
     DTYPES,
+    PREDICTION_TYPES,
     add_new_tokens,
     base_problems,
     embeddings_of,
@@ -92,6 +93,7 @@ class GenerationSettings:
     guidance_scale: float = 4.0
     batch_size: int = 25
     dtype: str = "float32"
+    prediction_type: str | None = None
 
 
 @own_settings()
@@ -118,7 +120,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=described, allow_abbrev=False)
     add = parser.add_argument
     add("--base", required=True, metavar="MODEL", help="The base model that the LoRA was trained on: SDXL, SD 1.x "
-        "or SD 2.x. It is a folder or a name on the Hub.")
+        "or SD 2.x. It is a .safetensors file, a folder, or a name on the Hub.")
+    add("--prediction_type", choices=PREDICTION_TYPES, help="What the base model predicts. Give this flag if you "
+        "trained with it, or if a single file does not say it. Without this flag, the base model says it.")
     add("--lora", type=Path, metavar="FILE", help="The LoRA file, the folder of a run or of a checkpoint, or RUN@STEP, "
         "such as runs/dog@500. Without this flag, only --embeddings are measured.")
     add("--embeddings", type=Path, metavar="FILE", help="The file NAME_emb.safetensors of a run with new tokens, or "
@@ -177,7 +181,7 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
         yield missing_file("--lora", args.lora, "the LoRA is what is evaluated")
     if args.embeddings and not args.embeddings.is_file():
         yield missing_file("--embeddings", args.embeddings, "the run's new tokens are in it")
-    yield from base_problems(args.base, args.embeddings)
+    yield from base_problems(args.base, args.embeddings, prediction_type=args.prediction_type)
     yield from lora_problems([args.lora] if args.lora else [], args.base)
     folders = ("training", "clip", "reference")
     yield from shipped_problems(args, *folders)
@@ -324,7 +328,7 @@ def opened(path: Path) -> Image:
 def generate(settings: GenerationSettings, wanted: list[Wanted]) -> Iterator[tuple[float, list[Image]]]:
     """Every noun at every strength, from the same noise -> (strength, images)."""
     say("loading PyTorch, Diffusers and the model")
-    pipe = load_pipeline(settings.base, settings.dtype)
+    pipe = load_pipeline(settings.base, settings.dtype, settings.prediction_type)
     if 0 in settings.strengths:  # before the pipeline learns new tokens
         yield 0.0, images_of(pipe, settings, wanted, 0.0)
     if settings.embeddings:

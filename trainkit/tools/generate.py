@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 from trainkit.errors import Problem, counted, refuse
 from trainkit.inference import (
     DTYPES,
+    PREDICTION_TYPES,
     add_new_tokens,
     after_denoising_step,
     base_problems,
@@ -91,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     refuse(make_out(args.out))
     say("loading PyTorch, Diffusers and the model")
     shots = plan(args)
-    pipe = load_pipeline(args.base, args.dtype)
+    pipe = load_pipeline(args.base, args.dtype, args.prediction_type)
     for file, strength in loras(args):
         fuse_lora(pipe, file, strength)
         pipe.unload_lora_weights()  # what was fused stays
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         renamed = add_new_tokens(pipe, args.embeddings)
         shots = [replace(shot, prompt=renamed(shot.prompt)) for shot in shots]
     warn_of_full(pipe, shots)
-    images = draw_all(pipe, args, shots)
+    images = generate_images(pipe, args, shots)
     write(pipe, args, shots, images)
 
 
@@ -107,14 +108,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     described = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=described, allow_abbrev=False)
     add = parser.add_argument
-    add("--base", required=True, metavar="MODEL", help="The base model: SDXL, SD 1.x or SD 2.x. It is a folder or "
-        "a name on the Hub.")
-    add("--lora", type=Path, action="append", default=[], metavar="FILE", help="A LoRA file, or the folder of a run or "
-        "of a checkpoint, or RUN@STEP, such as runs/dog@500. Repeat this flag for several LoRAs.")
-    add("--strength", type=float, action="append", default=[], metavar="X", help="The strength of the LoRAs. Give one "
-        "for all of them, or repeat this flag for each in their order. The default is 1.")
-    add("--embeddings", type=Path, metavar="FILE", help="The file NAME_emb.safetensors of a run with new tokens. "
-        "It can also be a folder or RUN@STEP. The tokens then take the place of their words in the prompts.")
+    add_models(parser)
     add("--prompt", action="append", required=True, metavar="TEXT", help="The prompt. Repeat this flag for several "
         "prompts.")
     add("--negative_prompt", metavar="TEXT", help="A negative prompt for all prompts.")
@@ -145,6 +139,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """The flags of what is loaded."""
+    add = parser.add_argument
+    add("--base", required=True, metavar="MODEL", help="The base model: SDXL, SD 1.x or SD 2.x. It is a "
+        ".safetensors file, a folder, or a name on the Hub.")
+    add("--prediction_type", choices=PREDICTION_TYPES, help="What the base model predicts. Give this flag if you "
+        "trained with it, or if a single file does not say it. Without this flag, the base model says it.")
+    add("--lora", type=Path, action="append", default=[], metavar="FILE", help="A LoRA file, or the folder of a run or "
+        "of a checkpoint, or RUN@STEP, such as runs/dog@500. Repeat this flag for several LoRAs.")
+    add("--strength", type=float, action="append", default=[], metavar="X", help="The strength of the LoRAs. Give one "
+        "for all of them, or repeat this flag for each in their order. The default is 1.")
+    add("--embeddings", type=Path, metavar="FILE", help="The file NAME_emb.safetensors of a run with new tokens. "
+        "It can also be a folder or RUN@STEP. The tokens then take the place of their words in the prompts.")
+
+
 def loras(args: argparse.Namespace) -> list[tuple[Path, float]]:
     """Each file with its strength."""
     strengths = args.strength or [1.0]
@@ -160,7 +169,8 @@ def whole_numbers(text: str) -> tuple[int, ...]:
 
 
 def problems(args: argparse.Namespace) -> Iterator[Problem]:
-    yield from base_problems(args.base, args.embeddings, sized=not (args.width and args.height))
+    yield from base_problems(args.base, args.embeddings, sized=not (args.width and args.height),
+                             prediction_type=args.prediction_type)
     named = [("--lora", file) for file in args.lora] + [("--guidance_image", file) for file in args.guidance_image]
     named += [("--embeddings", args.embeddings)] if args.embeddings else []
     yield from (missing_file(flag, file, "it is read first") for flag, file in named if not file.is_file())
@@ -201,11 +211,11 @@ def plan(args: argparse.Namespace) -> list[Shot]:
 def guidance_features(args: argparse.Namespace) -> dict[Path, Tensor]:
     """Guidance image -> features [D], scaled. UserError: unreadable, not in the file, not as wide as the text."""
     from trainkit.conditioning.clip_token import incompatible_features
-    from trainkit.families.pretrained import Repo
+    from trainkit.families.single_file import model_at
 
     known = from_file(args) if args.guidance_features else computed(args)
     where = f"--guidance_features {args.guidance_features}" if args.guidance_features else f"--clip {args.clip}"
-    width = Repo(args.base, "--base").glance("unet/config.json").get("cross_attention_dim", 0)
+    width = model_at(args.base, "--base").glance("unet/config.json").get("cross_attention_dim", 0)
     refuse(incompatible_features(len(next(iter(known.values()))), width, where))
     return {image: args.guidance_token_scale * row for image, row in known.items()}
 
@@ -280,7 +290,7 @@ def encode(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) -> d
     return text | guided
 
 
-def draw_all(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) -> list[Image]:
+def generate_images(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) -> list[Image]:
     """Every image, with a line that tells how far it is."""
     from trainkit.runtime.progress import watched
 

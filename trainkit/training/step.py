@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from trainkit import rng
 from trainkit.condition import Condition
 from trainkit.devices import upload
+from trainkit.training.doubt import Doubt
 
 if TYPE_CHECKING:
     from trainkit.data.batch import Batch
@@ -50,6 +52,11 @@ class TrainStep:
             for objective in self.passes.of_step(batch.step):
                 yield self.losses(objective, batch, x0).sum() / batch.num_instance
 
+    @cached_property
+    def doubt(self) -> Doubt:
+        """Looks at the first predictions of a base model that does not say what it predicts."""
+        return Doubt(self.family)
+
     def losses(self, objective: Objective, batch: Batch, x0: Tensor, *, observe: bool = True) -> Tensor:
         """-> losses [B] of one pass. Every draw is a function of (seed, step, slot in the global batch).
 
@@ -64,7 +71,7 @@ class TrainStep:
             u = rng.uniform([keys[0][:2]], "shared timestep").expand(len(keys))
         else:
             u = rng.uniform(keys, "timestep")
-        level = objective.levels(u).to(device)
+        level = objective.levels(u, (x0.shape[-2], x0.shape[-1])).to(device)
         n, added = upload(self.noise(x0.shape[1:], keys), device)  # [B,C,h,w] each
         z = pred.add_noise(x0, added, level)
 
@@ -75,4 +82,5 @@ class TrainStep:
 
         with self.autocast():
             out = self.family.denoise(pred.model_input(z, level), level, condition)
+        self.doubt(batch.step, out, x0=x0, n=n, level=level)
         return objective(out, x0=x0, z=z, n=n, level=level, batch=batch, condition=condition, observe=observe)

@@ -26,7 +26,7 @@ from trainkit.data.sources.records import (
     find_column,
     read_records,
 )
-from trainkit.data.sources.text import UnclearText, decode_text, iconv, one_line
+from trainkit.data.sources.text import UnclearText, as_caption, decode_text, iconv
 from trainkit.errors import Problem, counted, listing, printable, shell_word
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class CaptionFiles:
     def __init__(self, paths: Iterable[Path]):
         version = digests.code_version(sys.modules[__name__], text, encodings)
         self.memory = digests.FileMemory("caption", paths, version=version)
-        self.new: dict[Path, str] = {}  # encoding, line break, caption
+        self.new: dict[digests.Place, str] = {}  # encoding, line break, caption
 
     def read(self, path: Path, folder: Path) -> tuple[str, str]:
         """(the caption, the encoding it was in). Raises OSError, BadEntry and UnclearText."""
@@ -133,7 +133,7 @@ def _read_sidecar(path: Path) -> tuple[str, str]:
     if path.stat().st_size > MAX_CAPTION:
         raise BadEntry(f"is {path.stat().st_size} bytes long; a caption has at most {MAX_CAPTION}")
     caption, encoding = decode_text(path.read_bytes())
-    return one_line(caption), encoding
+    return as_caption(caption), encoding
 
 
 def _unclear(folder: Path, files: Mapping[Path, UnclearText]) -> list[Problem]:
@@ -266,7 +266,7 @@ def read_captions(value: object, *, several: bool) -> tuple[str, ...]:
             raise BadEntry(f"is {_kind(item)}, not text" if item is value else f"holds {_kind(item)}, not text alone")
         if len((item or "").encode("utf-8", "replace")) > MAX_CAPTION:
             raise BadEntry(f"is longer than {MAX_CAPTION} bytes")
-        captions.append(one_line(item or ""))
+        captions.append(as_caption(item or ""))
     return tuple(filter(None, captions))
 
 

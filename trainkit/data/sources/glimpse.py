@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 import unicodedata
 import zipfile
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from trainkit.data.sources.records import DELIMITERS
 from trainkit.data.sources.text import UnclearText, decode_text, one_line
+from trainkit.reading import parse_json
 
 MAX_BYTES = 16 * 2**20  # looked at of one file
 MAX_ROWS = 50_000
@@ -107,8 +107,8 @@ def rows(file: Path) -> Iterator[TableRow]:
         return
     text = _any_text(data)
     try:
-        yield from _json_rows(json.loads(text))
-    except (ValueError, RecursionError):
+        yield from _json_rows(parse_json(text))
+    except ValueError:
         yield from _line_rows(text)
 
 
@@ -180,8 +180,8 @@ def _line_rows(text: str) -> Iterator[TableRow]:
     delimiter = max(DELIMITERS, key=lambda d: sum(line.count(d) > 0 for line in lines[:20]))
     for line in lines:
         try:
-            item = json.loads(line)
-        except (ValueError, RecursionError):
+            item = parse_json(line)
+        except ValueError:
             item = None
         if isinstance(item, dict):
             yield from _json_rows(item)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from trainkit.data.sources.text import decode_text
+from trainkit.reading import parse_json
 
 MAX_LINE = 1_048_576  # characters of one metadata line
 NAME_COLUMN = "file_name"
@@ -52,8 +52,8 @@ def _jsonl(text: str) -> Numbered:
 
 def _json_object(content: str) -> JsonRecord | str:
     try:
-        item = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        item = parse_json(content)
+    except ValueError as error:
         return f"not JSON ({error})"
     return item if isinstance(item, dict) else "not a JSON object"
 
@@ -64,12 +64,12 @@ def _csv(text: str) -> Numbered:
     stated = first.strip()[4:] if first.lower().startswith("sep=") else ""  # as Excel writes it
     delimiter, above = (stated, 1) if stated in DELIMITERS else (delimiter_of(text), 0)
     cells = io.StringIO(rest if above else text, newline="")
-    reader = csv.DictReader(cells, delimiter=delimiter, skipinitialspace=True)
+    reader = csv.DictReader(cells, delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         for record in reader:
             yield reader.line_num + above, _too_many(delimiter) if None in record else record
     except csv.Error as error:
-        yield reader.line_num + above, f"not CSV ({error})"
+        yield reader.line_num + above, f"not CSV: is a double quote not closed, or followed by more? ({error})"
 
 
 def _too_many(delimiter: str) -> str:

@@ -15,7 +15,9 @@ from trainkit.data.sources.records import CAPTION_COLUMNS
 from trainkit.data.sources.text import one_line
 from trainkit.data.sources.tree import walk
 from trainkit.data.sources.unread import find_unread
+from trainkit.digests import Place, TablePlace
 from trainkit.errors import Problem, counted, listing, printable, shell_word
+from trainkit.families.pretrained import hub_id
 from trainkit.process import quiet_imported
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from trainkit.options import ImageOptions
 
 FILES = {".parquet": "parquet", ".arrow": "arrow"}  # tables that are a data set by themselves
+PACKED = {".zip": "unzip {} -d {}", ".tar": "tar xf {} -C {}", ".gz": "tar xf {} -C {}", ".tgz": "tar xf {} -C {}"}
+URLS = ("url", "image_url", "img_url", "urls")  # columns of sets that hold no images, only their addresses
 SAVED = ("state.json", "dataset_dict.json")  # what Dataset.save_to_disk leaves
 
 
@@ -33,12 +37,14 @@ class TableCell:
     """The image in one cell of a `datasets` table, fetched when read.
 
     homes  folders that hold the data set: a cell may name a file there, and nowhere else
+    place  what is known of the image is remembered by this
     """
 
     table: Dataset
     index: int
     column: str
     homes: tuple[Path, ...]
+    place: Place | None = None
 
     def read_bytes(self) -> bytes:
         cell = self.table[self.index][self.column]  # {"bytes": ..., "path": ...} or None
@@ -47,8 +53,8 @@ class TableCell:
         if cell["bytes"] is not None:
             return cell["bytes"]
         path = Path(cell["path"] or "")
-        if cell["path"] and not any(path.resolve().is_relative_to(home.resolve()) for home in self.homes):
-            raise UnreadableImage(f"the cell names a file outside the data set, {cell['path']}")
+        if cell["path"] and not _is_below(path, self.homes):
+            raise UnreadableImage(f"the cell names a file outside the data set, {printable(cell['path'])}")
         if not (cell["path"] and path.is_file()):
             raise UnreadableImage("the cell holds no image and names no file")
         return path.read_bytes()
@@ -57,30 +63,41 @@ class TableCell:
         return f"column {self.column}, row {self.index}"
 
 
+def _is_below(path: Path, homes: Sequence[Path]) -> bool:
+    try:
+        whole = path.resolve()
+    except ValueError:  # no path at all: it has a NUL in it
+        return False
+    return any(whole.is_relative_to(home) for home in homes)
+
+
 def list_table(data: ImageOptions) -> SourceListing:
     """The images of the data set's train split."""
     from datasets import Image
     from datasets.exceptions import DatasetsError
 
     quiet_imported()
-    if wrong := _folder_of_images(data):
+    if wrong := _another_file(data) or _folder_of_images(data):
         return SourceListing([], [wrong])
     try:
         table = _load(data)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         return SourceListing([], [_no_table(data, error)])
-    texts = [name for name, kind in table.features.items() if _holds_text(kind, several=data.captioned)]
+    texts = [name for name, kind in table.features.items() if _holds_text(kind, several=data.captioned)
+             and not name.startswith("__")]  # WebDataset's own, such as __key__
     column = _caption_column(data, texts)
     problems = list(_table_problems(data, table, texts, column))
     if problems:
         return SourceListing([], problems)
     images = table.select_columns([data.image_column]).cast_column(data.image_column, Image(decode=False))
     homes = homes_of(data.dataset_name or "", data.cache_dir)
+    places = _places(images, data, homes)
     found, bad = [], []
     for i, cell in enumerate(table[column] if column else [None] * len(table)):
         try:
             caption, *others = read_captions(cell, several=data.captioned) or ("",)
-            found.append(Listed(f"row {i}", TableCell(images, i, data.image_column, homes), caption, tuple(others)))
+            image = TableCell(images, i, data.image_column, homes, places[i])
+            found.append(Listed(f"row {i}", image, caption, tuple(others)))
         except BadEntry as error:
             bad.append(f"row {i}: {column} {error}")
     captions = {f"column {column}": sum(bool(one.caption) for one in found)} if column else {}
@@ -92,8 +109,8 @@ def _load(data: ImageOptions) -> Dataset:
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     path = Path(data.dataset_name or "")
-    if path.is_file() and path.suffix in FILES:
-        return load_dataset(FILES[path.suffix], data_files=str(path), cache_dir=data.cache_dir, split="train")
+    if path.is_file() and path.suffix.lower() in FILES:
+        return load_dataset(FILES[path.suffix.lower()], data_files=str(path), cache_dir=data.cache_dir, split="train")
     if any((path / name).is_file() for name in SAVED):
         saved = load_from_disk(str(path))
         if isinstance(saved, DatasetDict) and "train" not in saved:
@@ -102,16 +119,51 @@ def _load(data: ImageOptions) -> Dataset:
     return load_dataset(data.dataset_name, data.dataset_config_name, cache_dir=data.cache_dir, split="train")
 
 
+def _places(images: Dataset, data: ImageOptions, homes: Sequence[Path]) -> list[Place | None]:
+    """What is known of each image is remembered by the file that its cell names, or by its row in this very table."""
+    from pyarrow import compute
+
+    cells = images.with_format("arrow")[:][data.image_column]  # mapped into memory, not read
+    embedded = compute.is_valid(compute.struct_field(cells, "bytes")).to_pylist()
+    paths = [path and Path(path) for path in compute.struct_field(cells, "path").to_pylist()]
+    files = [Path(file["filename"]).stat() for file in images.cache_files]
+    state = " ".join([images._fingerprint, *(f"{stat.st_size} {stat.st_mtime_ns}" for stat in files)])
+    name = f"{data.dataset_name} {data.dataset_config_name or ''} {data.image_column}"
+    return [TablePlace(name, f"{i}", state) if inside else path if path and _is_below(path, homes) else None
+            for i, (inside, path) in enumerate(zip(embedded, paths, strict=True))]
+
+
 def homes_of(name: str, cache_dir: str | None) -> tuple[Path, ...]:
-    """The folders below which a data set's files lie: its own where it is local, else its part of the caches."""
+    """The folders below which a data set's files lie, links followed: its own where it is local, else its part of the
+    caches.
+    """
     from datasets import config
     from huggingface_hub.constants import HF_HUB_CACHE
 
     path = Path(name)
     downloads = Path(cache_dir) / "downloads" if cache_dir else Path(config.DOWNLOADED_DATASETS_PATH)
     if path.exists():
-        return path if path.is_dir() else path.parent, downloads / "extracted"  # of archives in it
-    return downloads, Path(HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
+        places = [path if path.is_dir() else path.parent, downloads / "extracted"]  # of archives in it
+    else:
+        places = [downloads, Path(HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"]
+    return tuple(place.resolve() for place in places)
+
+
+def _another_file(data: ImageOptions) -> Problem | None:
+    """That a local file is no table of images."""
+    path = Path(data.dataset_name or "")
+    if not path.is_file() or path.suffix.lower() in FILES:
+        return None
+    if unpack := PACKED.get(path.suffix.lower()):
+        folder = shell_word(path.parent / path.name.partition(".")[0])
+        command = f"mkdir {folder} && {unpack.format(shell_word(path), folder)}"
+        return Problem("a packed file is no data set", f"--dataset_name {path}",
+                       "of single files, those in Parquet and Arrow are read",
+                       f"unpack it and name its folder: {command}; --{data.folder_flag} {folder}", kind="data")
+    return Problem("this file is no data set", f"--dataset_name {path}",
+                   "of single files, those in Parquet and Arrow are read; a table of captions belongs to its images",
+                   f"call it {', '.join(METADATA[:-1])} by its kind, in that folder: --{data.folder_flag} "
+                   f"{shell_word(path.parent)}", kind="data")
 
 
 def _folder_of_images(data: ImageOptions) -> Problem | None:
@@ -156,6 +208,8 @@ def _no_table(data: ImageOptions, error: Exception) -> Problem:
         root = root.__cause__
     why = one_line(f"{root}")[:500] or type(root).__name__
     fix = f"check the name (a local folder needs its path) and the network, or use --{data.folder_flag}"
+    if name := hub_id(data.dataset_name or ""):
+        why, fix = "that is the address of its page", f"--dataset_name {name}"
     if "script" in why.lower():
         why += "; a loading script is a program, and the datasets library runs none any more"
         fix = "take a version of the data set in Parquet (on the Hub often --dataset_config_name or the branch " \
@@ -197,7 +251,9 @@ def _table_problems(
         if name in usable:
             continue
         what = f"column {name!r} does not hold {kind}" if name in table.features else f"there is no column {name!r}"
+        fix = f"{flag} {usable[0]}" if usable else "--dataset_name ANOTHER"
+        if kind == "images" and not usable and any(column.lower() in URLS for column in table.features):
+            fix = f"download the images that it lists, and name their folder: --{data.folder_flag} FOLDER"
         yield Problem(what, f"{flag} {name}, --dataset_name {data.dataset_name}",
-                      f"columns there: {', '.join(table.features)}; with {kind}: {', '.join(usable) or 'none'}",
-                      f"{flag} {usable[0]}" if usable else "--dataset_name ANOTHER")
+                      f"columns there: {', '.join(table.features)}; with {kind}: {', '.join(usable) or 'none'}", fix)
 

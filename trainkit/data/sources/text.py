@@ -46,6 +46,10 @@ SYMBOL_PLACES = {  # where a Western sign may stand; one that is missing here ha
 ALLOWED = {sign: re.compile(place) for sign, place in SYMBOL_PLACES.items()}
 WIDE = 5  # text in which one byte of so many is a control character has two or four bytes a character
 CONTROLS = bytes({*range(32)} - {*b"\t\n\v\f\r"})
+DOCUMENTS = {  # first bytes of what word processors write, whatever it is called
+    b"{\\rtf": "RTF", b"PK\x03\x04": "a packed document", b"%PDF": "a PDF", b"\xd0\xcf\x11\xe0": "a Word document",
+}
+NOTHING = {"nan", "none", "null", "<na>", "n/a", "undefined"}  # what programs write where there is no text
 
 
 class UnclearText(Exception):
@@ -72,8 +76,17 @@ def one_line(text: str) -> str:
     return " ".join("".join(visible).split())
 
 
+def as_caption(text: str) -> str:
+    """Text as a prompt on one line; "" where a program has written that there is none."""
+    line = one_line(text)
+    return "" if line.casefold() in NOTHING else line
+
+
 def decode_text(data: bytes) -> tuple[str, str]:
-    """(text, the encoding it was in). Raises UnclearText where that would be a guess."""
+    """(text, the encoding it was in). Raises UnclearText where that would be a guess, and for what is no plain text."""
+    for start, kind in DOCUMENTS.items():
+        if data.startswith(start):
+            raise UnclearText(why=f"is {kind}, and no plain text: save it as plain text (UTF-8)")
     for mark, encoding in MARKS:
         if data.startswith(mark):
             return _decoded(data, encoding), encoding

@@ -22,14 +22,18 @@ from trainkit.data.sources.records import CAPTION_COLUMNS, DELIMITERS, NAME_COLU
 from trainkit.data.sources.text import MARKS, UnclearText, decode_text
 from trainkit.data.sources.tree import TEXTS, Contents, Tree, is_image, scan
 from trainkit.errors import SHOWN, Problem, counted, listing, printable, shell_word
+from trainkit.reading import parse_json
 
 TABLES = {
     ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".tab", ".parquet", ".arrow", ".feather", ".xlsx", ".xls", ".ods",
 }
 NOT_WORDS = {".xmp", ".xml", ".yaml", ".yml", ".aae", ".thm", ".toml"}  # of one image, and no caption of it
-QUIET = {".md", ".html", ".npz", ".safetensors", ".ini", ".db", ".py", ".sh", ".lock", ".log", ".url", ".lnk"}
+QUIET = {".html", ".npz", ".safetensors", ".ini", ".db", ".py", ".sh", ".lock", ".log", ".url", ".lnk"}
 CAPTION_FOLDERS = {"captions", "caption", "txt", "text", "texts", "labels", "label", "tags", "prompts", "annotations"}
-ENDINGS = re.compile(r"[ _.-](?:captions?|caps?|tags?|te?xt|prompts?|desc(?:ription)?|labels?)$")
+ENDINGS = re.compile(r"[ _.-](?:captions?|caps?|tags?|te?xt|prompts?|desc(?:ription)?|labels?)$"
+                     r"| ?\(\d+\)$| - copy$", re.IGNORECASE)  # the last two are of what is downloaded or copied twice
+DOCUMENTS = {".rtf", ".docx", ".doc", ".odt", ".pdf", ".pages"}  # of word processors
+NOTES = {".md"}  # a data set's card may show a few of its images; one that has words about most holds the captions
 MOST_TABLES = 50  # files looked into for names of images
 MOST_BESIDE = 2000  # entries of the folder above that are looked at
 
@@ -50,20 +54,22 @@ def find_unread(folder: Path, tree: Tree, *, bare: Sequence[Path], strange: Sequ
     """
     images = KnownImages(bare)
     tables = [path for contents in _all(tree) for path in contents.others if not _is_companion(path, tree)]
+    documents = [path for path in tables if path.suffix.lower() in DOCUMENTS and meant_by(path, images)]
     odd = [path for path in tables if _is_odd_text(path, images)]
     lost, idle = _lost_texts(folder, tree, images, [*strange, *odd])
     json_files = _json_captions(path for path in tables if path.suffix.lower() == ".json" and meant_by(path, images))
     problems = [_misnamed(folder, lost)] if lost else []
     problems += [_json_files(folder, json_files)] if json_files else []
-    saved = {*lost.values(), *(image for path in json_files if (image := meant_by(path, images)))}
-    looked_at = {*odd, *json_files}
+    problems += [_documents(folder, documents)] if documents else []
+    saved = {*lost.values(), *(image for path in [*json_files, *documents] if (image := meant_by(path, images)))}
+    looked_at = {*odd, *json_files, *documents}
     tables = [path for path in tables if path not in looked_at]
     remaining = KnownImages(path for path in bare if path not in saved)
     left = []
     for number, path in enumerate([*tables, *idle]):
         problem, why = _table(folder, path, remaining if number < MOST_TABLES else KnownImages(()))
         problems += [problem] if problem else []
-        left += [] if problem else [LeftOut(_name(path, folder), why)]
+        left += [] if problem or not why else [LeftOut(_name(path, folder), why)]
     if remaining.paths and not problems:
         problems += _around(folder, remaining)
     left += [LeftOut(_name(path, folder), f"it is {why}") for contents in _all(tree)
@@ -135,7 +141,7 @@ def has_words(path: Path) -> bool:
 def _is_odd_text(path: Path, images: KnownImages) -> bool:
     """Whether a small text has the name of an image beside it and a suffix that nobody reads: fox.blip."""
     beside = any(image.parent == path.parent for image in images.by_stem.get(key(path.stem), ()))
-    if not beside or path.suffix.lower() in (*TABLES, *NOT_WORDS, *HEIC):
+    if not beside or path.suffix.lower() in (*TABLES, *NOT_WORDS, *DOCUMENTS, *HEIC):
         return False
     try:
         return path.stat().st_size <= MAX_CAPTION and not _is_binary(path)
@@ -150,8 +156,8 @@ def _json_captions(paths: Iterable[Path]) -> list[Path]:
 
 def _json_caption(path: Path) -> str:
     try:
-        item = json.loads(decode_text(path.read_bytes()[:MAX_CAPTION])[0])
-    except (OSError, ValueError, RecursionError, UnclearText):
+        item = parse_json(decode_text(path.read_bytes()[:MAX_CAPTION])[0])
+    except (OSError, ValueError, UnclearText):
         return ""
     texts = [item.get(name) for name in CAPTION_COLUMNS] if isinstance(item, dict) else []
     return next((text for text in texts if isinstance(text, str)), "")
@@ -165,6 +171,13 @@ def _json_files(folder: Path, files: Sequence[Path]) -> Problem:
     return Problem(f"{counted(len(files), 'JSON file')} with captions that are not read", f"{folder}",
                    listing(_name(path, folder) for path in files),
                    f"python3 -c {shell_word(f'import json, pathlib; {loop}')}", kind="data")
+
+
+def _documents(folder: Path, files: Sequence[Path]) -> Problem:
+    what = counted(len(files), "document is", "documents are")
+    return Problem(f"{what} named as an image is, and not read", f"{folder}",
+                   listing(_name(path, folder) for path in files), "save the caption as plain text (UTF-8) in a .txt "
+                   "file with the image's name, or move these files elsewhere", kind="data")
 
 
 def _misnamed(folder: Path, lost: Mapping[Path, Path]) -> Problem:
@@ -201,7 +214,7 @@ def _is_companion(path: Path, tree: Tree) -> bool:
 
 
 def _table(folder: Path, path: Path, images: KnownImages) -> tuple[Problem | None, str]:
-    """(the problem that a file's captions would be lost, else why it is left out)."""
+    """(the problem that a file's captions would be lost, else why it is left out; "": nobody expects it to be read)."""
     if path.suffix.lower() in HEIC:
         return None, "an iPhone photo; it is read after: pip install pillow-heif"
     if _is_an_image(path):
@@ -209,6 +222,8 @@ def _table(folder: Path, path: Path, images: KnownImages) -> tuple[Problem | Non
     if path.suffix.lower() == ".json" and (key(path.stem) in images.by_stem or key(path.stem) in images.by_name):
         return None, "JSON of one image is not read; write its caption into a .txt file"
     about = _look(path, images) if images.paths else Mentions()
+    if path.suffix.lower() in NOTES and (len(about.captions) < 2 or 2 * len(about.captions) <= len(images.paths)):
+        return None, ""
     if about.captions:
         return misplaced(folder, path, images, about), ""
     if about.images:
@@ -278,8 +293,8 @@ def _as_metadata(path: Path, home: Path, about: Mentions) -> str | None:
 def _jsonl_move(path: Path, home: Path, first: str, suffix: str) -> str | None:
     if suffix == ".jsonl":
         try:
-            columns = json.loads(first)
-        except (ValueError, RecursionError):
+            columns = parse_json(first)
+        except ValueError:
             return None
         if NAME_COLUMN not in columns or not columns.keys() & {*CAPTION_COLUMNS}:
             return None

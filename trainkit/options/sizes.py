@@ -1,0 +1,35 @@
+"""Sizes of images as users write them: 1024 for a square, or 1024,768 for width and height, as kohya's trainers do."""
+
+from __future__ import annotations
+
+Size = tuple[int, int]  # h, w in pixels
+SIZES = "a side in pixels such as 1024, or width and height such as 1024,768"
+
+
+def size_of(resolution: int | str) -> Size:
+    """Of 1024, or of "1024,768"."""
+    sides = sides_of(resolution)
+    return sides[-1], sides[0]
+
+
+def sides_of(sides: int | str) -> list[int]:
+    """The numbers in 1024, or in "768,1024"."""
+    return [int(side) for side in f"{sides}".split(",")]
+
+
+def read_sides(value: object, *, most: int | None = None) -> str:
+    """Sides however they are written, as in a config file [1024, 768] -> "1024,768".
+
+    Raises ValueError: one is no whole number above 0, or there are more than `most`.
+    """
+    given = value if isinstance(value, (list, tuple)) else f"{value}".replace("x", ",").split(",")
+    words = [f"{word}".strip() for word in given]
+    if not all(word.isdecimal() and int(word) > 0 for word in words) or most and len(words) > most:
+        raise ValueError(f"it should be {SIZES}" if most else "it should be sides in pixels, such as 768,1024")
+    return ",".join(f"{int(word)}" for word in words)
+
+
+def read_resolution(value: object) -> int | str:
+    """One number or two -> 1024, or "1024,768"; a square is one number however it is written."""
+    sides = read_sides(value, most=2).split(",")
+    return int(sides[0]) if len(set(sides)) == 1 else ",".join(sides)
