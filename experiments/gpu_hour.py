@@ -44,7 +44,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import train_dreambooth_lora_sdxl_advanced as dreambooth
 from experiments import ROOT
 from experiments.benchmark import sdxl
+from trainkit import options
 from trainkit.errors import UserError, is_out_of_memory
+from trainkit.plan.models import read_configs
+from trainkit.plan.phases import trace
 
 log = logging.getLogger(__name__)
 
@@ -130,8 +133,9 @@ def train(argv: list[str]) -> Result:
 
 
 def planned(argv: list[str]) -> str:
-    """GiB at the peak of this command as a plan says it; there is no plan yet to ask."""
-    return "not planned"
+    """GiB of tensors at the peak of this command, as the plan computes it."""
+    opt = options.parse(dreambooth.Options, argv, description="")
+    return f"{max(phase.peak.total for phase in trace(opt, read_configs(opt.model)).phases) / GIB:.2f}"
 
 
 def rate(times: list[float]) -> float | None:

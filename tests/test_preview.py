@@ -19,6 +19,7 @@ from trainkit.condition import Condition
 from trainkit.conditioning.cached_text import FrozenText
 from trainkit.errors import UserError
 from trainkit.families import sdxl
+from trainkit.families.pretrained import Repo
 from trainkit.options import LoraOptions, ValidationOptions
 from trainkit.preview import Previews, evaluating, preview_prompts
 from trainkit.sheets import sheet, tile_px
@@ -304,15 +305,11 @@ def test_what_was_drawn_comes_back_as_it_was_written(family, encoded, tmp_path):
 
 
 def test_previews_read_the_pipeline_of_the_runs_own_revision(family, monkeypatch):
-    from diffusers import StableDiffusionXLPipeline
-
-    seen = []
-    load_config = StableDiffusionXLPipeline.load_config
-    monkeypatch.setattr(StableDiffusionXLPipeline, "load_config",
-                        lambda path, **asked: seen.append(asked["revision"]) or load_config(path))
+    asked = []
+    monkeypatch.setattr(Repo, "json", lambda repo, name: asked.append((repo.revision, name)) or {})
     monkeypatch.setattr(family, "revision", "v1", raising=False)
     family.pipeline(preview.sampler(family))
-    assert seen == ["v1"]
+    assert asked == [("v1", "model_index.json")]
 
 
 def test_previews_of_a_size_that_is_no_square_have_it(family, encoded, tmp_path):

@@ -30,7 +30,7 @@ LAYERS = (
     {"families"},
     {"data"},
     {"conditioning", "training", "summary"},
-    {"checkpoints", "export", "run_fingerprint"},
+    {"checkpoints", "export", "run_fingerprint", "plan"},
     {"lora_headers", "inference", "report"},
     {"lora_files", "preview", "publish"},
     {"run", "preflight"},

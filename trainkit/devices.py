@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed_precision
 HAS_BF16 = (8, 0)  # compute capability, from Ampere on; older cards emulate it, and their attention kernels refuse it
 WITHOUT_FP64 = ("mps", "xpu")  # no Apple GPU has it, and not every Intel GPU (Arc A)
 ALIGNMENT = 16  # bytes: each tensor in a shared buffer begins on a multiple, which any dtype may stand on
@@ -38,8 +39,8 @@ def synchronize(device: torch.device) -> None:
 
 
 def empty_cache(device: torch.device) -> None:
-    """Give memory that PyTorch keeps for later back to the device; a CPU keeps none."""
-    if device.type != "cpu":
+    """Give memory that PyTorch keeps for later back to the device; a CPU keeps none, nor does the meta device."""
+    if device.type not in ("cpu", "meta"):
         torch.get_device_module(device).empty_cache()
 
 

@@ -272,6 +272,11 @@ def install(layer: BaseTunerLayer, adapter: str) -> bool:
 def install_started(layer: BaseTunerLayer, adapter: str) -> None:
     """Let the update of a PEFT layer count from what its factors hold now."""
     assert install(layer, adapter) and type(layer) is LeanLinear, "PiSSA and OLoRA are for plain LoRA on linear layers"
+    start_here(layer)
+
+
+def start_here(layer: LeanLinear) -> None:
+    """Remember the factors as they are: the update counts from them."""
     layer.__class__ = StartedLinear
     A, B = LeanLinear.low_rank(layer)
     layer.register_buffer("start_A", A.detach().clone(), persistent=False)

@@ -26,9 +26,11 @@ import torch
 from torch import Tensor
 
 from trainkit.data.sampler import Shard
-from trainkit.devices import allow_tf32, only_deterministic, precision_notices
+from trainkit.devices import WEIGHT_DTYPES, allow_tf32, only_deterministic, precision_notices
 from trainkit.errors import Problem, UserError, is_out_of_memory, out_of_memory, refuse
 from trainkit.files import DISK_ERRORS, Json, disk_error, disk_errors
+from trainkit.plan import report
+from trainkit.plan.phases import TracedOptions
 from trainkit.runtime import ranks, trackers
 from trainkit.runtime.checkpoint_folders import pointed
 from trainkit.runtime.lock import OutputLock
@@ -46,7 +48,6 @@ if TYPE_CHECKING:
     from trainkit.conditioning.live_text import Text
     from trainkit.data.batch import Batch
     from trainkit.optim import Optim
-    from trainkit.options import OptimizerOptions, PrecisionOptions, RunOptions
     from trainkit.preview import Previews
     from trainkit.training.step import TrainStep
 
@@ -55,20 +56,11 @@ log = logging.getLogger(__name__)
 SAVES_MEMORY = (
     "add --gradient_checkpointing, --cache_latents and --mixed_precision bf16, then halve --train_batch_size and "
     "double --gradient_accumulation_steps (the same gradient); --resume_from_checkpoint latest keeps what is saved")
-WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class RunSettings(Protocol):
-    """What of a trainer's options is about the run; an OptionSet with these concerns."""
-
-    @property
-    def run(self) -> RunOptions: ...
-
-    @property
-    def precision(self) -> PrecisionOptions: ...
-
-    @property
-    def optimizer(self) -> OptimizerOptions: ...
+class RunSettings(TracedOptions, Protocol):
+    """What of a trainer's options is about the run, and on a card about its memory; an OptionSet with these concerns.
+    """
 
     @property
     def origins(self) -> dict[str, str]: ...
@@ -150,6 +142,7 @@ class Run:
         self._agreed: Wish | None = None
         self._step, self._total, self._over = 0, 0, False
         self._clock, self._seconds_before = time.monotonic(), 0.0
+        self.saves_memory: Callable[[], str] = lambda: SAVES_MEMORY  # what helps, once memory has run out
         self._options = redact_json(opts.flat(), self.secrets)
         if self.is_main:
             self.record = RunRecord(
@@ -169,6 +162,7 @@ class Run:
         for notice in (*self.opts.notices(), *ranks.unused_settings(os.environ),
                        *precision_notices(self.device, self.precision)):
             log.warning("%s", notice)
+        report.at_start(self.opts, self)
         if self.is_main:
             self.record.write()
         if tracker_names:
@@ -456,10 +450,16 @@ class Run:
         if self.signals.wish is not None and not self.signals.patient and not isinstance(error, UserError):
             return self.signals.error()
         if is_out_of_memory(error):
-            return out_of_memory(error, describe_device(self.device), SAVES_MEMORY)
+            return out_of_memory(error, describe_device(self.device), self._what_saves_memory())
         if isinstance(error, OSError) and (error.errno in DISK_ERRORS or not self.out_dir.is_dir()):
             return disk_error(error, Path(error.filename or self.out_dir), "read or write")
         return error
+
+    def _what_saves_memory(self) -> str:
+        try:
+            return self.saves_memory()
+        except Exception:  # whatever a plan stumbles over: that memory ran out is what must be told
+            return SAVES_MEMORY
 
 
 def make_accelerator(opts: RunSettings, tracker_names: list[str]) -> Accelerator:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from trainkit.data import buckets
 from trainkit.data.batch import Listed, Row
+from trainkit.data.caption_changes import in_one_line
 from trainkit.data.rows import check, warn_enlarged
 from trainkit.data.sources.folder import Folder, list_folder
 from trainkit.devices import empty_cache
@@ -123,7 +124,7 @@ def class_rows(opt: ClassImageOptions, run: ClassImageRun) -> list[Row]:
     refuse([*buckets.problems(rows, opt.data, f"{folder.path}")])
     warn_enlarged(rows, opt.data.resolution)
     return [replace(row, id=f"class/{row.id}", caption=row.caption or prior.class_prompt, is_class=True,
-                    loss_weight=prior.prior_loss_weight) for row in rows]
+                    loss_weight=prior.prior_loss_weight) for row in map(in_one_line, rows)]
 
 
 def recipe(opt: ClassImageOptions) -> str:

@@ -37,6 +37,7 @@ from trainkit.families.pretrained import (
     tokenizer_digest,
 )
 from trainkit.families.single_file import model_at, vae_place
+from trainkit.families.tokenize import chunk_counts
 from trainkit.families.unet_targets import LORA_TARGETS, TEXT_LORA_TARGETS
 
 if TYPE_CHECKING:
@@ -138,15 +139,16 @@ class Family(ABC):
                  tokenizers: tuple[CLIPTokenizer, ...], text_encoders: tuple[PreTrainedModel, ...],
                  schedule: Schedule, scheduler_config: Config, identity: Mapping[str, str],
                  sampled_identity: Mapping[str, str], device: torch.device, vae_batch_size: int = 1,
-                 file_metadata: Mapping[str, str] = NOTHING, doubted: bool = False):
+                 file_metadata: Mapping[str, str] = NOTHING, doubted: bool = False, max_chunks: int = 1):
         self.path, self.revision, self.file_metadata, self.doubted = path, revision, dict(file_metadata), doubted
         self.schedule, self.scheduler_config = schedule, dict(scheduler_config)
         self.tokenizers, self.device, self.weight_dtype = tokenizers, device, denoiser.dtype
+        self.max_chunks = max_chunks  # that a long prompt is read in
         self.identity, self.sampled_identity = dict(identity), dict(sampled_identity)
         self.denoiser: UNet2DConditionModel = freeze(denoiser)
         self.vae: AutoencoderKL = freeze(vae)
         self.vae_batch_size = vae_batch_size  # at 1024 px each image takes 2.5 GiB (computed)
-        self._vae_checked = False
+        self.vae_checked = False
         self.latent_mean, self.latent_std = upload(latent_statistics(vae.config), device)
         self.text_encoders = tuple(freeze(encoder) for encoder in text_encoders)
 
@@ -230,7 +232,12 @@ class Family(ABC):
     @property
     def text_identity(self) -> str:
         """Digest of everything that decides what `encode_prompts` returns."""
-        return json_digest(self.identity["text"], str(self.weight_dtype))
+        longer = [self.max_chunks] if self.max_chunks > 1 else []
+        return json_digest(self.identity["text"], str(self.weight_dtype), *longer)
+
+    def chunk_counts(self, prompts: Sequence[str]) -> list[int]:
+        """In how many chunks `encode_prompts` reads each prompt."""
+        return chunk_counts(self.tokenizers, prompts, self.max_chunks)
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,9 +266,9 @@ class Family(ABC):
 
         Raises UserError where the VAE gives NaN or infinity.
         """
-        if not (self._vae_checked or (mean.isfinite().all() and logvar.isfinite().all())):
+        if not (self.vae_checked or (mean.isfinite().all() and logvar.isfinite().all())):
             raise UserError(nonfinite_vae("images", "the first batch"))
-        self._vae_checked = True
+        self.vae_checked = True
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """x0 [B,C,h,w] -> images. Raises UserError where the VAE turns finite latents into NaN or infinity."""

@@ -65,6 +65,7 @@ class Facts:
     path: PathKind = False
     notice: str = ""
     off: int | float | None | NoOff = NO_OFF
+    bare: str | None = None
 
     @property
     def can_be_off(self) -> bool:
@@ -74,7 +75,7 @@ class Facts:
 def opt(
     default: object, help: str, *, unit: str = "", differs: str = "", many: bool = False, resume: Resume = "decisive",
     read_with: str | Prerequisite = "", card: str | CardRow = "", path: PathKind = False, notice: str = "",
-    off: int | float | None | NoOff = NO_OFF, **limits: Any,
+    off: int | float | None | NoOff = NO_OFF, bare: str | None = None, **limits: Any,
 ) -> Any:  # as pydantic's Field, which stands as the default of a field of any type
     """A field of a concern, with everything that the suite knows about the flag.
 
@@ -94,11 +95,12 @@ def opt(
                also be a name on the Hub
     notice     what the log says when a switch that does nothing is on
     off        the value that a number has when it is switched off, which 0 and the words of OFF_WORDS then mean
+    bare       the value that the flag has where none is written behind it; else it must have one
     limits     pydantic's ge, gt, le, lt and min_length
     """
     unit = unit or {"or Hub name": "path or name", True: "path"}.get(path, "")
     facts = Facts(unit=unit, differs=differs, many=many, resume=resume, read_with=_prerequisite(read_with),
-                  card=_card_row(card), path=path, notice=notice, off=off)
+                  card=_card_row(card), path=path, notice=notice, off=off, bare=bare)
     return _field(default, help, facts, limits)
 
 

@@ -101,7 +101,8 @@ def _add_group(parser: argparse.ArgumentParser, title: str, flags: Iterable[Flag
 def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
     text = help_text(flag).replace("%", "%%")
     if not flag.is_switch:
-        words = {"nargs": "*", "action": "extend"} if flag.many else {"nargs": "?", "const": MISSING}
+        bare = MISSING if flag.facts.bare is None else flag.facts.bare
+        words = {"nargs": "*", "action": "extend"} if flag.many else {"nargs": "?", "const": bare}
         group.add_argument(f"--{flag.name}", **words, metavar=flag.metavar, help=text)
         return
     group.add_argument(f"--{flag.name}", nargs="?", const="true", help=text)

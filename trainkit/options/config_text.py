@@ -15,7 +15,7 @@ from trainkit.redact import redact
 
 Concerns = Mapping[str, type[Concern]]  # of one trainer, by the name of the table in a config file
 
-SOURCES = ("config", "preset", "print_config")  # they say where values come from: the printed values replace them
+SOURCES = ("config", "preset", "print_config", "plan")  # where values come from, and what ends a command
 
 
 def config_text(flags: Mapping[str, Flag], values: Mapping[str, Value], origins: Mapping[str, str]) -> str:
@@ -114,7 +114,10 @@ def _preset_text(presets: Mapping[str, Mapping[str, Value]]) -> str:
 
 PRESET_STEPS = """\
 The 1000 steps of `style` are right for 25 images. For another number of images, add
-`--num_train_epochs=120`: what you type is stronger than the preset."""
+`--num_train_epochs=120`: what you type is stronger than the preset.
+
+The presets that are named after a card set only what decides memory ([memory.md](memory.md)). Several
+presets can be given, as in `--preset=style,sdxl-8gb`. If two of them set a flag, the later one wins."""
 
 INTRODUCTION = """\
 # Flags

@@ -148,12 +148,19 @@ class RunOptions(Concern):
         "compare runs with it (docs/differences.md). kohya: choose the bucket of an image as kohya's trainers do "
         "(docs/from-kohya.md), and nothing else.")
     preset: str | None = opt(
-        None, "A name for several values at once. The presets are style and face.", unit="name", resume="in the data",
-        min_length=1)
+        None,
+        "A name for several values at once: style and face are recipes, and sdxl-8gb, for example, is what fits a "
+        "card. Separate several names with commas. The later one wins. --preset list shows them all.", unit="names",
+        resume="in the data", min_length=1)
     config: str | None = opt(
         None,
         "A file with flags, in TOML, YAML or JSON. The flags are at the top level or in tables that are named after "
         "the groups.", unit="file", path=True, resume="in the data", min_length=1)
+    plan: str | None = opt(
+        None,
+        "Show how much memory the run needs in each phase, and stop. This needs no GPU, no images and no weights. With "
+        "a card, such as --plan=8gb or --plan=3060, it also shows which flags make the run fit. The exit code is 4 if "
+        "nothing makes it fit.", unit="card", resume="may change", bare="")
     print_config: bool = opt(
         False, "Print every value and where it came from, in TOML, and stop.", resume="may change")
     debug: bool = opt(

@@ -22,7 +22,12 @@ NO_SUCH = "--help lists all flags, docs/from-kohya.md those of kohya's trainers"
 OTHER_DATA = {"train_data_dir": "instance_data_dir", "instance_data_dir": "train_data_dir"}  # of the two trainers
 CONFIGS = {".toml": parse_toml, ".json": parse_json, ".yaml": parse_yaml, ".yml": parse_yaml}
 
-PRESET_USES = {"style": "a style from about 25 images", "face": "a face from about six photographs"}
+PRESET_USES = {
+    "style": "a style from about 25 images", "face": "a face from about six photographs",
+    "sd15-4gb": "SD 1.5 at 512 px on a card with 4 GB", "sd15-8gb": "SD 1.5 at 512 px on a card with 8 GB",
+    "sdxl-8gb": "SDXL at 1024 px on a card with 8 GB", "sdxl-12gb": "SDXL at 1024 px on a card with 12 GB",
+    "sdxl-16gb": "SDXL at 1024 px on a card with 16 GB", "sdxl-24gb": "SDXL at 1024 px on a card with 24 GB",
+}
 PRESETS: dict[str, dict[str, str | int | float | bool]] = {
     # A style from about 25 images: a small rank and Prodigy finding the rate; larger ranks learn the images.
     "style": {
@@ -34,6 +39,19 @@ PRESETS: dict[str, dict[str, str | int | float | bool]] = {
         "rank": 32, "optimizer": "prodigy", "learning_rate": 1.0, "lr_scheduler": "constant", "lr_warmup_steps": 0,
         "snr_gamma": 5.0, "train_batch_size": 1, "num_train_epochs": 120,
     },
+    # By card, only what decides memory; trainkit.plan proves each in tests/test_plan.py. Cards of 4 GB have no bf16.
+    "sd15-4gb": {"mixed_precision": "fp16", "cache_latents": True, "gradient_checkpointing": True,
+                 "train_batch_size": 1},
+    "sd15-8gb": {"mixed_precision": "bf16", "cache_latents": True, "gradient_checkpointing": False,
+                 "train_batch_size": 4},
+    "sdxl-8gb": {"mixed_precision": "bf16", "cache_latents": True, "gradient_checkpointing": True,
+                 "train_batch_size": 1},
+    "sdxl-12gb": {"mixed_precision": "bf16", "cache_latents": True, "gradient_checkpointing": True,
+                  "train_batch_size": 4},
+    "sdxl-16gb": {"mixed_precision": "bf16", "cache_latents": True, "gradient_checkpointing": False,
+                  "train_batch_size": 1},
+    "sdxl-24gb": {"mixed_precision": "bf16", "cache_latents": True, "gradient_checkpointing": False,
+                  "train_batch_size": 2},
 }
 
 
@@ -63,11 +81,11 @@ def read_layers(
         values, more = _config(data, f"config {path}", flags, concerns)
         layers.append(Layer(f"config {path}", values))
         problems += more
-    if (name := first_value(layers, "preset")) is not None:
-        if name in PRESETS:
-            layers.append(Layer(f"preset {name}", {k: v for k, v in PRESETS[str(name)].items() if k in flags}))
-        else:
-            problems.append(_unknown_preset(str(name), layers))
+    if (names := first_value(layers, "preset")) is not None:
+        chosen = [name.strip() for name in str(names).split(",") if name.strip()]
+        problems += [_unknown_preset(name, layers) for name in chosen if name not in PRESETS]
+        layers += [Layer(f"preset {name}", {k: v for k, v in PRESETS[name].items() if k in flags})
+                   for name in reversed(chosen) if name in PRESETS]  # the later one wins
     shorthands = [concern_class.shorthand(partial(first_value, layers)) for concern_class in concerns.values()]
     layers += [Layer(f"preset {name}", values) for name, values in filter(None, shorthands)]
     return without_overruled(layers, flags), problems

@@ -1,0 +1,241 @@
+"""docs/memory.md: the table that users look for, made by the engine. `python -m trainkit.plan > docs/memory.md`"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from pydantic import create_model
+
+from trainkit.options import CONCERNS, PRESETS, TEXT_TO_IMAGE, OptionSet, parse
+from trainkit.options.base import Concern
+from trainkit.options.sources import PRESET_USES
+from trainkit.plan.models import read_configs
+from trainkit.plan.need import GIB, OTHERS, Need
+from trainkit.plan.page import typed
+from trainkit.plan.phases import Trace, trace
+
+BATCHES = (1, 2, 4)
+CARDS = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)  # GB
+HALF, CHECKPOINTING = "--mixed_precision=bf16", "--gradient_checkpointing"
+MODELS = {"sd15": ("SD 1.5", (512,)), "sdxl": ("SDXL", (512, 768, 1024))}
+BASE = ("--pretrained_model_name_or_path=sdxl", "--rank=16", "--train_batch_size=1", "--cache_latents", HALF)
+CLASS_IMAGES = ["--with_prior_preservation", "--class_data_dir=people", "--class_prompt=a photo of a person"]
+ADDITIONS = {  # what is added to SDXL at 1024 px, batch 1, bf16, gradient checkpointing, rank 16, AdamW
+    "`--rank=32`": ["--rank=32"], "`--rank=64`": ["--rank=64"], "`--rank=128`": ["--rank=128"],
+    "`--lora_layers=all-linear`": ["--lora_layers=all-linear"], "`--use_dora`": ["--use_dora"],
+    "`--optimizer=prodigy`": ["--optimizer=prodigy", "--learning_rate=1"],
+    "`--use_ema`": ["--use_ema"],
+    "no `--cache_latents`": ["--no_cache_latents"],
+    "`--train_text_encoder`": ["--train_text_encoder"],
+    "`--train_text_encoder_ti`": ["--train_text_encoder_ti"],
+    "class images (`--with_prior_preservation`)": CLASS_IMAGES,
+}
+
+LEAN = (HALF, CHECKPOINTING, "--cache_latents")
+PREVIEWS = "--validation_prompt=a dog"
+RECIPES = {  # what of the commands in README.md and docs/recipes.md decides memory
+    "[the first command](../README.md#train-sdxl-on-your-own-images)": ["--train_batch_size=1", "--rank=16", *LEAN],
+    "[a style at 8 GB](recipes.md#a-style-at-8-gb)": [
+        "--preset=style", "--train_batch_size=1", "--gradient_accumulation_steps=3", *LEAN],
+    "[a face or an object at 8 GB](recipes.md#a-face-or-an-object-at-8-gb)": ["--preset=face", "--rank=16", *LEAN],
+    "[an object](recipes.md#an-object)": [
+        "--train_batch_size=1", "--rank=16", "--optimizer=prodigy", "--learning_rate=1", *CLASS_IMAGES, *LEAN],
+    "[a face](recipes.md#a-face)": ["--preset=face", PREVIEWS, *CLASS_IMAGES, *LEAN],
+    "[a style](recipes.md#a-style), which has new tokens": [
+        "--preset=style", "--train_text_encoder_ti", PREVIEWS, *LEAN],
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A line of the first table: a setting, at each of BATCHES."""
+
+    model: str
+    side: int
+    flags: tuple[str, ...]
+
+    @property
+    def peaks(self) -> list[int]:
+        """Bytes at the peak of training, for each batch."""
+        return [planned(self.model, (f"--resolution={self.side}", f"--train_batch_size={batch}", "--rank=16",
+                                     "--cache_latents", *self.flags))["training"].total for batch in BATCHES]
+
+    def __str__(self) -> str:
+        name, _ = MODELS[self.model]
+        precision = "bf16" if HALF in self.flags else "fp32"
+        kept = "yes" if CHECKPOINTING in self.flags else "no"
+        cells = [f"{peak / GIB:.1f} → {smallest_card(peak)}" for peak in self.peaks]
+        return f"| {name} | {self.side} px | {precision} | {kept} | {' | '.join(cells)} |"
+
+
+ROWS = [Setting(model, side, flags) for model, (_, sides) in MODELS.items() for side in sides
+        for flags in ((HALF, CHECKPOINTING), (HALF,), (CHECKPOINTING,), ())]
+
+
+@cache
+def planned(model: str, flags: tuple[str, ...]) -> Trace:
+    opt = options(model, flags)
+    return trace(opt, read_configs(opt.model))
+
+
+def options(model: str, flags: Sequence[str]) -> Any:
+    """Of the DreamBooth trainer for SDXL, of the text-to-image trainer for the others."""
+    concerns: Mapping[str, type[Concern]] = CONCERNS if model == "sdxl" else TEXT_TO_IMAGE
+    fields: dict[str, Any] = {name: (concern_class, ...) for name, concern_class in concerns.items()}
+    given = ["--instance_prompt=a photo of TOK"] if model == "sdxl" else []
+    return parse(create_model("Options", __base__=OptionSet, **fields),
+                 [f"--pretrained_model_name_or_path={model}", *given, *flags], description="")
+
+
+def smallest_card(peak: int) -> str:
+    """The smallest usual card that should do; with a star where it is tight."""
+    size = next((size for size in CARDS if Need(peak).fits(size * GIB - OTHERS)), None)
+    return "more than 80 GB" if size is None else f"{size} GB{'*' * Need(peak).is_tight(size * GIB - OTHERS)}"
+
+
+def additions() -> Iterator[str]:
+    base = planned("sdxl", (*BASE, CHECKPOINTING))["training"].total
+    for name, flags in ADDITIONS.items():
+        more = planned("sdxl", (*BASE, CHECKPOINTING, *flags))["training"].total - base
+        yield f"| {name} | {more / GIB:+.2f} GiB |"
+
+
+def other_phases() -> Iterator[str]:
+    flags = (*BASE, CHECKPOINTING, PREVIEWS, *CLASS_IMAGES)
+    for phase in planned("sdxl", flags).phases:
+        if phase.name != "training":
+            yield f"| {phase.name} | {phase.peak.total / GIB:.1f} | {smallest_card(phase.peak.total)} |"
+
+
+def recipes() -> Iterator[str]:
+    """A line for each recipe; class images are there already."""
+    for name, flags in RECIPES.items():
+        peak = max(phase.peak.total for phase in planned("sdxl", tuple(flags)).phases if phase.name != "class images")
+        yield f"| {name} | {peak / GIB:.1f} | {Need(peak).bytes / GIB:.1f} | {smallest_card(peak)} |"
+
+
+def presets() -> Iterator[str]:
+    for name, values in PRESETS.items():
+        if name.endswith("gb"):
+            yield f"| `--preset={name}` | {PRESET_USES[name]} | `{typed(values)}` |"
+
+
+def page() -> str:
+    """The whole of docs/memory.md."""
+    parts = {"rows": map(str, ROWS), "recipes": recipes(), "additions": additions(), "phases": other_phases(),
+             "presets": presets()}
+    return PAGE.format(batches=" | ".join(f"batch {batch}" for batch in BATCHES), line="---|" * (4 + len(BATCHES)),
+                       eight=f"{eight_gb() / GIB:.1f}", **{name: "\n".join(lines) for name, lines in parts.items()})
+
+
+def eight_gb() -> int:
+    """Bytes that a card must have free for SDXL at 1024 px with half precision and gradient checkpointing."""
+    return Need(planned("sdxl", (*BASE, CHECKPOINTING))["training"].total).bytes
+
+
+PAGE = """\
+# Memory: does it fit my card?
+
+You need this page to find out which card a training needs, before you download a model. **Every number
+here is computed, not measured on a card.** The page is generated, with
+`.venv/bin/python -m trainkit.plan`. A test fails if page and code differ.
+
+## Ask for your own settings
+
+```text
+.venv/bin/python scripts/plan.py sdxl 8gb --rank=32
+```
+
+The first word is the base model: `sd15`, `sd21`, `sdxl`, a Diffusers folder or a name on the Hub. The
+second word is your card: its memory, or its name, such as `3060`. All flags of the trainers may follow.
+The program needs no GPU, no images and no weights. It shows
+
+- the memory of each phase of the run, by kind;
+- host memory, disk, and the work of an optimizer step;
+- which flags make the run fit, one after the other, with what each one costs. `✓` fits, and `✗` does not;
+- for a card that it knows by name, about how long an optimizer step takes.
+
+Both trainers have `--plan` and `--plan=8gb` for a whole command line. The exit code is 0 if the run
+fits or no card is given, and 4 if nothing makes it fit. On a machine with a CUDA card, a run says at its
+start whether its memory will do. If a run dies because memory ran out, the message names the flags that
+should help.
+
+## The table
+
+The peak of the training in GiB, and the smallest usual card that should do. All rows have rank 16,
+attention layers, AdamW and `--cache_latents`. **Checkpointing** is `--gradient_checkpointing`. A star
+means that it is tight: with 0.3 GiB more, it would not fit.
+
+| model | size | precision | checkpointing | {batches} |
+|{line}
+{rows}
+
+## The recipes
+
+SDXL at 1024 px. The peak is that of the largest phase, and the **need** is what a card must have free for
+it, in GiB. Class images are in their folder already.
+
+| recipe | peak | need | card |
+|---|---|---|---|
+{recipes}
+
+## What you add
+
+How much the peak of the training rises, for SDXL at 1024 px, batch 1, bf16, gradient checkpointing.
+
+| what you add | more memory |
+|---|---|
+{additions}
+
+## Other phases
+
+SDXL at 1024 px, bf16, with gradient checkpointing. Phases do not add up: the largest one decides.
+
+| phase | peak, GiB | card |
+|---|---|---|
+{phases}
+
+Class images are generated only where the folder has too few. `--sample_batch_size` images at a time are
+generated.
+
+## Presets by card
+
+They set only what decides memory. `--preset=style,sdxl-8gb` takes several, and the later one wins.
+
+| preset | for | what it sets |
+|---|---|---|
+{presets}
+
+A preset that lowers the batch size makes an optimizer step smaller. Add
+`--gradient_accumulation_steps`, with the batch size that you had, to train on as many images in a step.
+
+## How it is computed
+
+The trainer's own code makes one optimizer step with tensors (arrays of numbers) that have a shape but no
+content: the model from its configs, the adapters, the loss and the backward pass. The peak is the
+largest sum of all tensors that are alive at one moment. For the optimizer's state, the optimizer makes a
+step on one small tensor of each shape. What distribution matching computes beside the network is left out:
+it is as small as the latents.
+
+    need = 1.05 x peak + 0.6 GiB
+
+is what a card must have free. The second part is for CUDA itself, and the 5 % are for gaps between the
+pieces of memory in use. **Both are assumed.** The 0.6 GiB may be 0.3 GiB too high or too low. A card of
+8 GB counts as 7.5 GiB here, because the desktop has some of it.
+
+**Measured on a CPU:** the peak of real optimizer steps of the two small models in `assets/`, from the
+events of PyTorch's allocator, in 13 configurations
+(`.venv/bin/python -m pytest -m "slow or not slow" tests/test_plan_memory.py`). Without gradient
+checkpointing, the computed peak is within 1 % of it. With gradient checkpointing, it is up to 10 % lower,
+because kernels need memory of their own while they run, which is not computed. **Computed:** everything
+on this page. **Never tried:** any of it on a real card, and so the rule above, the memory that cuDNN
+takes, and the time of a step.
+
+**Published figures.** kohya's sd-scripts train SDXL on 8 GB with half precision and gradient
+checkpointing: computed here are {eight} GiB. OneTrainer's 4.5 to 4.9 GB need weights in 8 bits, which
+this suite does not have yet. For other published figures, the settings are not known well enough to
+compare them.
+"""
