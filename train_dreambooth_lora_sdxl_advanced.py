@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from trainkit.errors import exit_with_message, refuse
 from trainkit.options import (
+    CaptionOptions,
     DataOptions,
     FourierOptions,
     LoraOptions,
@@ -44,6 +45,7 @@ class Options(OptionSet):
 
     model: ModelOptions
     data: DataOptions
+    captions: CaptionOptions
     prior: PriorOptions
     text: TextOptions
     pivotal: PivotalOptions
@@ -62,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     announce(opt)  # --plan ends here
     from trainkit import checkpoints, lora_files, preview, publish, run_fingerprint, summary
     from trainkit.conditioning import caption_length, live_text, new_tokens
-    from trainkit.data import cache, class_images, loader, sampler
+    from trainkit.data import cache, caption_changes, class_images, loader, sampler
     from trainkit.diffusion import ScheduleChange, make_noise
     from trainkit.families import sdxl
     from trainkit.losses.passes import Passes, always, plain_objective
@@ -74,22 +76,22 @@ def main(argv: list[str] | None = None) -> None:
     with start_run(opt, "dreambooth-lora-sdxl") as run:
         total, stop = opt.run.ends(len(instances), run.world)  # finished steps of the run, and of this session
         summary.log_plan(opt, instances, run, steps=total, class_images=opt.prior.images)
-        # Images of the concept, and of its class where the prior is kept: those are generated where they are missing.
-        rows = [*instances, *class_images.class_rows(opt, run)]
+        rows = [*instances, *class_images.class_rows(opt, run)]  # of its class with the prior, generated where missing
         stream = sampler.make_order(rows, run.global_batch, batch_size=opt.run.train_batch_size, seed=run.seed)
         new_tokens.warn(opt.pivotal, rows)
+        captions = caption_changes.make_changes(opt.captions, rows, seed=run.seed, live=live_text.reads_anew(opt.text))
 
         # The frozen model. Prompts become conditioning (cached, by new tokens or by LoRA), images become latents.
         family = sdxl.load(opt.model, device=run.device, weight_dtype=run.weight_dtype, compat=opt.run.compat,
-                           schedule=ScheduleChange.from_options(opt.objective))
+                           schedule=ScheduleChange.from_options(opt.objective), max_chunks=opt.captions.max_chunks)
         store = cache.open_store(opt.data.latent_cache_dir)
         text = live_text.make_text(
-            family, [row.caption for row in rows], store, also=preview.preview_prompts(opt.validation), text=opt.text,
+            family, captions.announced(rows), store, also=preview.preview_prompts(opt.validation), text=opt.text,
             pivotal=opt.pivotal, lora=opt.lora, total=total, seed=run.seed,
             gradient_checkpointing=opt.precision.gradient_checkpointing)
-        caption_length.warn_cut(rows, text.rewrite, family.tokenizers, preview=opt.validation.validation_prompt)
+        caption_length.warn_cut(rows, text.rewrite, family, captions.examples, opt.validation.validation_prompt)
         images = loader.ready_images(rows, opt.data, family, store, seed=run.seed, progress=run.show_task,
-                                     num_workers=opt.run.dataloader_num_workers)
+                                     num_workers=opt.run.dataloader_num_workers, captions=captions)
 
         # Everything that learns: adapters on the network, and what trains in the text encoders.
         lora, optimizer = make_trainables(opt, family, text, run, keep_vae=images.live, total_steps=total)
@@ -141,10 +143,10 @@ def preflight(opt: Options) -> Rows:
     preflight.leave_out_unused(opt.optimizer)
     ranks.join(os.environ)  # several processes share out the decoding of images
     model = preflight.check_model(opt, sdxl)
-    rows, data_problems = read_rows(opt.data, compat=opt.run.compat)
+    rows, data_problems = read_rows(opt.data, opt.captions, compat=opt.run.compat)
     option_problems = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run),
                        *checkpoints.problems(opt.run)]
-    token_problems = new_tokens.problems(opt.pivotal, [row.caption for row in rows])
+    token_problems = new_tokens.problems(opt.pivotal, [caption for row in rows for caption in row.all_captions])
     refuse([*option_problems, *model.problems, *data_problems, *class_images.problems(opt), *token_problems,
             *preflight.output_problems(opt)])
     return rows

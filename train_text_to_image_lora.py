@@ -24,6 +24,7 @@ from trainkit.options import (
     CaptionedRunOptions,
     CaptionedTextOptions,
     CaptionedValidationOptions,
+    CaptionOptions,
     FourierOptions,
     GuidanceOptions,
     LoraOptions,
@@ -46,6 +47,7 @@ class Options(OptionSet):
 
     model: ModelOptions
     data: CaptionedDataOptions
+    captions: CaptionOptions
     text: CaptionedTextOptions
     guidance: GuidanceOptions
     lora: LoraOptions
@@ -64,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     announce(opt)  # --plan ends here
     from trainkit import checkpoints, families, lora_files, preview, publish, run_fingerprint, summary
     from trainkit.conditioning import caption_length, clip_token, live_text
-    from trainkit.data import cache, loader, sampler
+    from trainkit.data import cache, caption_changes, loader, sampler
     from trainkit.diffusion import ScheduleChange, make_noise
     from trainkit.losses.matching_term import make_passes
     from trainkit.losses.passes import plain_objective
@@ -78,18 +80,18 @@ def main(argv: list[str] | None = None) -> None:
         total, stop = opt.run.ends(len(rows), run.world)  # finished steps of the run, and of this session
         summary.log_plan(opt, rows, run, steps=total)
         stream = sampler.make_order(rows, run.global_batch, batch_size=opt.run.train_batch_size, seed=run.seed)
+        captions = caption_changes.make_changes(opt.captions, rows, seed=run.seed, live=live_text.reads_anew(opt.text))
         # The frozen model. Prompts become conditioning (cached, or by LoRA on the encoders), images become latents.
         family = family_module.load(opt.model, device=run.device, weight_dtype=run.weight_dtype, compat=opt.run.compat,
-                           schedule=ScheduleChange.from_options(opt.objective))
-        token = clip_token.make_clip_token(opt.guidance, rows, family)  # the image's own, where it is asked for
+                           schedule=ScheduleChange.from_options(opt.objective), max_chunks=opt.captions.max_chunks)
+        token = clip_token.make_clip_token(opt.guidance, rows, family, captions)  # the image's own, where asked for
         store = cache.open_store(opt.data.latent_cache_dir)
         text = live_text.make_text(
-            family, [caption for row in rows for caption in row.all_captions], store,
-            also=preview.preview_prompts(opt.validation), text=opt.text, pivotal=None, lora=opt.lora, total=total,
-            seed=run.seed, gradient_checkpointing=opt.precision.gradient_checkpointing)
-        caption_length.warn_cut(rows, text.rewrite, family.tokenizers, preview=opt.validation.validation_prompt)
+            family, captions.announced(rows), store, also=preview.preview_prompts(opt.validation), text=opt.text,
+            lora=opt.lora, total=total, seed=run.seed, gradient_checkpointing=opt.precision.gradient_checkpointing)
+        caption_length.warn_cut(rows, text.rewrite, family, captions.examples, opt.validation.validation_prompt)
         images = loader.ready_images(rows, opt.data, family, store, seed=run.seed, progress=run.show_task,
-                                     num_workers=opt.run.dataloader_num_workers)
+                                     num_workers=opt.run.dataloader_num_workers, captions=captions)
 
         # Everything that learns: adapters on the network, and what trains in the text encoders.
         lora, optimizer = make_trainables(opt, family, text, run, keep_vae=images.live, total_steps=total)
@@ -142,7 +144,7 @@ def preflight(opt: Options, family_module: ModuleType) -> Rows:
     preflight.leave_out_unused(opt.optimizer)
     ranks.join(os.environ)  # several processes share out the decoding of images
     model = preflight.check_model(opt, family_module)
-    rows, data_problems = read_rows(opt.data, seed=opt.run.seed, compat=opt.run.compat)
+    rows, data_problems = read_rows(opt.data, opt.captions, seed=opt.run.seed, compat=opt.run.compat)
     input_problems = [] if model.latents is None else [
         *clip_token.problems(opt.guidance, rows, model.text_width),
         *matching_term.problems(opt.matching, {row.digest: row.caption for row in rows}, model.latents)]

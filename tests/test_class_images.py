@@ -24,6 +24,7 @@ from trainkit.data import class_images
 from trainkit.data.batch import Row
 from trainkit.data.class_images import Painter, class_rows, problems, recipe
 from trainkit.errors import UserError
+from trainkit.families import base
 from trainkit.options import ModelOptions, ObjectiveOptions, PriorOptions
 from trainkit.rng import generator
 from trainkit.runtime import ranks
@@ -298,6 +299,25 @@ def test_half_precision_keeps_the_vae_whole(tiny_sdxl: Path) -> None:
     painter = Painter.load(opt, JOB)
     assert (painter.pipe.unet.dtype, painter.pipe.vae.dtype) == (torch.bfloat16, torch.float32)
     assert painter([0])[0].size == (32, 32)
+
+
+def test_large_class_images_are_decoded_in_tiles(tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                  ) -> None:
+    """The UNet and the text encoders are on the card too; tiles of a small side show it."""
+    largest: list[int] = []
+    load = Painter.load
+
+    def watched(opt: SimpleNamespace, run: SimpleNamespace) -> Painter:
+        painter = load(opt, run)
+        decoder = painter.pipe.vae.decoder
+        forward = decoder.forward
+        decoder.forward = lambda z: (largest.append(max(z.shape[-2:])), forward(z))[1]
+        return painter
+
+    monkeypatch.setattr(Painter, "load", watched)
+    monkeypatch.setattr(base, "TILE", 16)
+    class_rows(options(tmp_path / "d", tiny_sdxl, num_class_images=1), JOB)
+    assert len(largest) > 1 and max(largest) <= 16 // 4
 
 
 def test_images_of_nan_are_an_error_not_black_squares(tiny_sdxl: Path, tmp_path: Path,

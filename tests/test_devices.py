@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from trainkit import devices
+from trainkit.errors import UserError
 from trainkit.families import Family, base, sdxl
 from trainkit.options import ModelOptions
 from trainkit.process import own_settings
@@ -30,6 +32,20 @@ def test_a_precision_that_costs_much_on_a_card_is_told(monkeypatch, capability, 
     notices = list(devices.precision_notices(CARD, precision))
     assert len(notices) == bool(said) and all(said in notice for notice in notices)
     assert not list(devices.precision_notices(torch.device("cpu"), precision)), "a CPU asks for no other precision"
+
+
+@pytest.mark.parametrize("name", ["cuda", "mps", "xpu"])
+def test_tools_take_the_gpu_that_is_there(name, monkeypatch):
+    for other in ("cuda", "mps", "xpu"):
+        monkeypatch.setattr(torch.get_device_module(other), "is_available", lambda there=other == name: there)
+    assert devices.present() == torch.device(name)
+    monkeypatch.setattr(torch.get_device_module(name), "is_available", lambda: False)
+    assert devices.present() == torch.device("cpu")
+
+
+def test_fp64_is_as_exact_as_the_tensor_was():
+    weights = torch.rand(3, 3, generator=torch.Generator().manual_seed(0))
+    assert devices.in_fp64(weights).dtype == torch.float64 and torch.equal(devices.in_fp64(weights).float(), weights)
 
 
 @pytest.mark.parametrize("allowed", [True, False])
@@ -85,6 +101,30 @@ def test_large_images_to_look_at_are_decoded_in_tiles(family, monkeypatch):
     image, = family.decode(torch.zeros(1, family.latent_channels, side, side))
     assert image.size == (64, 64) and len(largest) > 1 and max(largest) <= 32 // family.vae_factor
     assert not family.vae.use_tiling, "what is encoded for training has no seams"
+
+
+def test_a_vae_of_nan_is_found_at_the_first_batch_and_named(family):
+    pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    batch = SimpleNamespace(keys=[(0, 0, 0)], pixels=pixels, mean=None, logvar=None)
+    weight = family.vae.encoder.conv_out.bias.data
+    before = weight.clone()
+    weight[0] = float("inf")
+    with pytest.raises(UserError, match="VAE turns images into NaN") as caught:
+        family.sample_latents(batch)
+    problem, = caught.value.problems
+    assert problem.kind == "nonfinite" and "madebyollin/sdxl-vae-fp16-fix" in problem.fix
+    weight.copy_(before)
+    assert family.sample_latents(batch).isfinite().all()
+    weight[0] = float("inf")
+    family.sample_latents(batch)  # no later batch waits for the device
+
+
+def test_a_vae_that_cannot_decode_is_named_and_a_network_that_diverged_is_not(family):
+    latents = torch.zeros(1, family.latent_channels, 8, 8)
+    assert family.decode(latents.fill_(float("nan"))), "the weights that make the latents are another matter"
+    family.vae.decoder.conv_out.bias.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="VAE turns latents into NaN"):
+        family.decode(latents.zero_())
 
 
 def test_the_vae_takes_one_image_at_a_time(family, monkeypatch):

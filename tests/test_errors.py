@@ -52,6 +52,8 @@ OUT_OF_MEMORY = [
     "HIP error: out of memory", "MPS backend out of memory (MPS allocated: 18.13 GB)", "XPU out of memory.",
     "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "CUDNN_STATUS_ALLOC_FAILED",
     "cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED", "HIPBLAS_STATUS_ALLOC_FAILED",
+    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "UR error: UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY",
     "could not create a primitive", "could not create a memory object", "std::bad_alloc", "bad allocation: bad_alloc",
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 1",
     "[enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: not enough memory: you tried to allocate 12 bytes.",

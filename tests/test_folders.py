@@ -245,23 +245,25 @@ def test_images_whose_captions_are_cut_are_listed_once(
         marked(1, 40, 40).save(tmp_path / name)
     rows = [row_of(tmp_path / "a.png", caption="red apple " * 60 + "TOK", repeat=i) for i in range(3)]
     rows += [row_of(tmp_path / "b.png", caption="a fox TOK")]
+    family = SimpleNamespace(tokenizers=tokenizers, max_chunks=1)
     with caplog.at_level(logging.WARNING):
-        warn_cut(rows, lambda prompt: prompt, tokenizers)
+        warn_cut(rows, lambda prompt: prompt, family)
     record, = caplog.records
     assert "1 caption is longer than the 77 tokens" in record.getMessage()
     assert "a.png: 'apple red" in record.getMessage() and "apple TOK'" in record.getMessage()
     caplog.clear()
-    warn_cut(rows[3:], lambda prompt: prompt.replace("TOK", "<s0> " * 40), tokenizers)
+    warn_cut(rows[3:], lambda prompt: prompt.replace("TOK", "<s0> " * 40), family)
     assert "b.png" in caplog.text, "new tokens count as they are given to the encoder"
 
 
 def test_the_words_of_a_preview_that_are_cut_are_told(
     tokenizers: list[CLIPTokenizer], caplog: pytest.LogCaptureFixture
 ) -> None:
+    family = SimpleNamespace(tokenizers=tokenizers, max_chunks=1)
     for prompt in (None, "a fox TOK"):
-        warn_cut([], lambda prompt: prompt, tokenizers, preview=prompt)
+        warn_cut([], lambda prompt: prompt, family, preview=prompt)
     assert not caplog.records
-    warn_cut([], lambda prompt: prompt, tokenizers, preview="red apple " * 60 + "TOK")
+    warn_cut([], lambda prompt: prompt, family, preview="red apple " * 60 + "TOK")
     assert "--validation_prompt is longer than the 77 tokens" in caplog.text and "apple TOK'" in caplog.text
 
 

@@ -76,6 +76,17 @@ def test_the_images_are_the_stock_pipelines(model, request, tmp_path):
     assert Image.open(tmp_path / "out" / "sheet.png").width > 2 * 192
 
 
+@pytest.mark.trains
+@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl"])
+def test_of_a_long_prompt_as_much_is_read_as_in_training(model, request, tmp_path):
+    """Short prompts beside long ones are what they are alone; of a long one the words behind the cut count too."""
+    base, ends = request.getfixturevalue(model), [f"{'a cat ' * 50}{end}" for end in ("red dog", "blue tree moon")]
+    cut = drawn(base, tmp_path / "cut", prompts=["a red dog", *ends])
+    read = drawn(base, tmp_path / "read", "--max_token_length=150", prompts=["a red dog", *ends])
+    assert near(cut[0], read[0]), "whatever the batch is filled up to"
+    assert near(cut[1], cut[2]) and not near(read[1], read[2])
+
+
 def test_sizes_are_asked_for_or_the_models(tiny_sd, tmp_path):
     assert drawn(tiny_sd, tmp_path, "--width=96", "--height=32")[0].shape == (32, 96, 3)
     assert drawn(tiny_sd, tmp_path / "wide", "--width=96")[0].shape == (64, 96, 3), "the other side is the model's"

@@ -25,13 +25,14 @@ from trainkit.condition import Condition
 from trainkit.conditioning import clip_token
 from trainkit.conditioning.clip_token import ClipToken, has_free_place, make_clip_token, with_token
 from trainkit.data.batch import Batch
+from trainkit.data.caption_changes import CaptionChanges
 from trainkit.data.clip_features import Clip, Features, load_clip, read_features, write_features
 from trainkit.data.images import content_digest, decode
 from trainkit.diffusion import Level, NoiseSchedule, make_noise
 from trainkit.errors import Problem, UserError
 from trainkit.losses.objective import make_objective
 from trainkit.losses.passes import Passes, always
-from trainkit.options import GuidanceOptions, ObjectiveOptions
+from trainkit.options import CaptionOptions, GuidanceOptions, ObjectiveOptions
 from trainkit.rng import uniform
 from trainkit.tools import extract_clip_features as script
 from trainkit.training.step import TrainStep
@@ -314,7 +315,7 @@ CAPTIONS = ("a red dog", "a cat " * 60, "the moon")  # the second fills the cont
 
 def rows_of(captions: Sequence[str] = CAPTIONS) -> list[SimpleNamespace]:
     return [SimpleNamespace(id=f"p{i}.png", source=Path(f"/data/sub {i}/p.png"), digest=f"{i:032x}", caption=caption,
-                            all_captions=(caption,)) for i, caption in enumerate(captions)]
+                            all_captions=(caption,), repeat=0, is_class=False) for i, caption in enumerate(captions)]
 
 
 def written(folder: Path, rows: Sequence[SimpleNamespace], width: int = CLIP_WIDTH) -> Path:
@@ -332,11 +333,17 @@ def tokenizer(tiny_sd: Path):
     return CLIPTokenizer.from_pretrained(tiny_sd, subfolder="tokenizer")
 
 
+def clip_token_of(options: GuidanceOptions, rows: Sequence[SimpleNamespace], tokenizer) -> ClipToken | None:
+    """Of captions that stay as they are, read in one chunk."""
+    family = SimpleNamespace(tokenizers=(tokenizer,), max_chunks=1)
+    return make_clip_token(options, rows, family, CaptionChanges(CaptionOptions(), 0))
+
+
 def token_of(folder: Path, tokenizer, **changes: float) -> ClipToken:
     rows = rows_of()
     given = {"guidance_token": 8.0, "guidance_token_dropout": 0.0, **changes}
     options = GuidanceOptions(guidance_features=str(written(folder, rows)), **given)
-    return make_clip_token(options, rows, SimpleNamespace(tokenizers=(tokenizer,)))
+    return clip_token_of(options, rows, tokenizer)
 
 
 def batch_of(rows: Sequence[int], step: int = 0) -> SimpleNamespace:
@@ -407,7 +414,7 @@ def test_half_precision_text_stays_half(tmp_path, tokenizer):
 
 
 def test_without_the_flag_the_text_passes_through(tokenizer):
-    assert make_clip_token(GuidanceOptions(), rows_of(), SimpleNamespace(tokenizers=(tokenizer,))) is None
+    assert clip_token_of(GuidanceOptions(), rows_of(), tokenizer) is None
     text = text_of(2)
     condition, = conditions_of_a_step(text)
     assert all(condition[name] is tensor for name, tensor in text.items())
@@ -456,7 +463,7 @@ def test_other_features_are_another_run(tmp_path, tokenizer):
     features = read_features(tmp_path / "f.safetensors")
     write_features(tmp_path / "f.safetensors", Features(features.rows + 1, features.digests, "c", "m"))
     options = GuidanceOptions(guidance_token=1.0, guidance_features=str(tmp_path / "f.safetensors"))
-    assert make_clip_token(options, rows_of(), SimpleNamespace(tokenizers=(tokenizer,))).identity != one
+    assert clip_token_of(options, rows_of(), tokenizer).identity != one
 
 
 # ----------------------------------------------------------------------------------------------------------------------

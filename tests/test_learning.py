@@ -33,7 +33,7 @@ def test_a_result_of_other_arguments_does_not_count(tmp_path: Path, capsys: pyte
     asked = ["--cases", "lora", "ti", "--seeds=1", f"--out={tmp_path}"]
     run.main(asked)
     assert "| ti | **50** (50) | **0.100** (0.100) | 60 |" in capsys.readouterr().out
-    for other in ("--steps=50", "--denoising_steps=20"):
+    for other in ("--steps=50", "--denoising_steps=20", "--guidance_scale=8"):
         with pytest.raises(UserError, match="lora-seed0") as refused:
             run.main([*asked, other])
         assert len(refused.value.problems) == 2 and "--out" in refused.value.problems[0].where

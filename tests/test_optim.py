@@ -183,6 +183,25 @@ def test_eight_bit_state_is_eight_bit_and_packed_as_such():
     assert optim.pack()[0]["unet/state.0.state1"].dtype == torch.uint8
 
 
+@pytest.mark.parametrize("name, plain", [("adamw8bit", "AdamW8bit"), ("paged_adamw", "PagedAdamW")])
+def test_bitsandbytes_waits_once_a_step_and_computes_what_it_does_by_itself(name, plain, monkeypatch):
+    import bitsandbytes.optim
+
+    waits = []
+    monkeypatch.setattr(bitsandbytes.optim.optimizer, "sync_gpu", waits.append)
+    ours, bare = model(), model()
+    optim = optim_for(ours, name, lr_scheduler="constant")
+    train(optim, ours, range(3))
+    assert len(waits) == 3
+    by_itself = getattr(bitsandbytes.optim, plain)(bare, lr=rate(name), weight_decay=0.01)
+    for step in range(3):
+        loss_at(step, bare).backward()
+        by_itself.step()
+        by_itself.zero_grad()
+    assert len(waits) > 6, "the library no longer waits after every tensor: optim/eight_bit.py may go"
+    assert same(ours, bare)
+
+
 def test_prodigy_estimate_survives_the_files_exactly(tmp_path):
     params = model()
     optim = optim_for(params, "prodigy")

@@ -19,6 +19,7 @@ from trainkit.conditioning import new_tokens
 from trainkit.conditioning.new_tokens import NewTokens, TokenRows
 from trainkit.errors import UserError
 from trainkit.families import sdxl
+from trainkit.families.tokenize import chunked
 from trainkit.files import load_tensors
 from trainkit.optim import HinaAdaptive
 from trainkit.options import PivotalOptions
@@ -173,7 +174,7 @@ def test_encoders_with_new_rows_agree_with_pefts_trainable_tokens(tiny_sdxl):
         other.get_input_embeddings().weight.data[overlay.first :] = tokens.embeddings[name]
         new = tokenizer.convert_tokens_to_ids(tokens.names)
         oracle = get_peft_model(other, TrainableTokensConfig(token_indices=new, target_modules=["token_embedding"]))
-        ids = sdxl.token_ids(tokenizer, [tokens.rewrite(p) for p in PROMPTS])
+        ids = chunked([tokenizer], [tokens.rewrite(p) for p in PROMPTS]).ids[0]
         outs = [model(ids).last_hidden_state for model in (family.text_encoders[k], oracle)]
         assert torch.equal(*outs)
         weights = torch.randn_like(outs[0])

@@ -19,6 +19,7 @@ from trainkit.condition import Condition
 from trainkit.conditioning.cached_text import FrozenText
 from trainkit.errors import UserError
 from trainkit.families import sdxl
+from trainkit.families.pretrained import Repo
 from trainkit.options import LoraOptions, ValidationOptions
 from trainkit.preview import Previews, evaluating, preview_prompts
 from trainkit.sheets import sheet, tile_px
@@ -81,6 +82,21 @@ def test_the_same_step_twice_gives_the_same_bytes(family, encoded, tmp_path):
     assert [path.read_bytes() for path in previews.generate(5)] == first
     one, two, _ = (pixels(path) for path in previews.generate(5))
     assert (one != two).any(), "two seeds, two images"
+
+
+def test_where_the_card_is_full_the_frozen_weights_wait_aside_while_images_are_decoded(
+        family, encoded, tmp_path, monkeypatch):
+    want = make(family, encoded, tmp_path / "a")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    there = pixels(first(want.generate(1)))
+    events, decode, weights = [], family.decode, dict(family.denoiser.named_parameters())
+    monkeypatch.setattr(family, "decode", lambda latents: (events.append("decode"), decode(latents))[1])
+    monkeypatch.setattr(preview, "move", lambda some, device: events.append({id(p) for p in some}))
+    monkeypatch.setattr(preview, "free_memory", lambda device: preview.DECODER - 1)
+    aside = pixels(first(make(family, encoded, tmp_path / "b").generate(1)))
+    frozen = {id(p) for name, p in weights.items() if "lora" not in name}
+    assert events == [frozen, "decode", "decode", frozen] and (there == aside).all()
 
 
 def test_a_image_depends_on_its_own_seed_only(family, encoded, tmp_path):
@@ -289,15 +305,11 @@ def test_what_was_drawn_comes_back_as_it_was_written(family, encoded, tmp_path):
 
 
 def test_previews_read_the_pipeline_of_the_runs_own_revision(family, monkeypatch):
-    from diffusers import StableDiffusionXLPipeline
-
-    seen = []
-    load_config = StableDiffusionXLPipeline.load_config
-    monkeypatch.setattr(StableDiffusionXLPipeline, "load_config",
-                        lambda path, **asked: seen.append(asked["revision"]) or load_config(path))
+    asked = []
+    monkeypatch.setattr(Repo, "json", lambda repo, name: asked.append((repo.revision, name)) or {})
     monkeypatch.setattr(family, "revision", "v1", raising=False)
     family.pipeline(preview.sampler(family))
-    assert seen == ["v1"]
+    assert asked == [("v1", "model_index.json")]
 
 
 def test_previews_of_a_size_that_is_no_square_have_it(family, encoded, tmp_path):

@@ -34,6 +34,11 @@ MODES = {
         with_prior_preservation=True, class_prompt="icon", num_class_images=2,
         class_data_dir=ROOT / "assets" / "icons-class"),
     "8-bit adam and cosine": dict(use_8bit_adam=True, lr_scheduler="cosine", rank=64, lora_layers="all-linear"),
+    "captions that vary, and new tokens": dict(
+        shuffle_caption=True, caption_dropout_rate=0.4, caption_tag_dropout_rate=0.3, keep_tokens=1, caption_variants=3,
+        max_token_length=150, caption_suffix=", red, blue", train_text_encoder_ti=True),
+    "captions read anew": dict(
+        shuffle_caption=True, caption_dropout_rate=0.3, caption_suffix=", red, blue", train_text_encoder=True),
 }
 
 
@@ -48,14 +53,15 @@ def test_resumed_equals_uninterrupted(mode, tiny_sdxl, images, tmp_path):
 
     def run(out: str, **changes: object) -> None:
         options = {"lr_scheduler": "constant"} | MODES[mode] | changes
-        done = forked(command(tiny_sdxl, images, tmp_path / out, **options), log=tmp_path / f"{out}.log")
+        done = forked(command(tiny_sdxl, images, tmp_path / out / "lora", **options), log=tmp_path / f"{out}.log")
         assert done.code == 0, done.output
 
     run("whole", max_train_steps=7)
     run("parts", max_train_steps=7, stop_after_steps=3)
     run("parts", max_train_steps=7, resume_from_checkpoint="latest")
-    same_checkpoint(tmp_path / "whole" / "checkpoint-7", tmp_path / "parts" / "checkpoint-7")
-    losses = [{m["step"]: m["loss"] for m in metrics(tmp_path / d) if "loss" in m} for d in ("whole", "parts")]
+    whole, parts = (tmp_path / out / "lora" for out in ("whole", "parts"))
+    same_checkpoint(whole / "checkpoint-7", parts / "checkpoint-7")
+    losses = [{m["step"]: m["loss"] for m in metrics(folder) if "loss" in m} for folder in (whole, parts)]
     assert losses[0] == losses[1] and len(losses[0]) == 7
 
 

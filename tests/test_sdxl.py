@@ -19,7 +19,7 @@ from trainkit.data.cache import DiskStore
 from trainkit.diffusion import ScheduleChange
 from trainkit.errors import UserError
 from trainkit.families import sdxl, sgm
-from trainkit.families.tokenize import token_ids
+from trainkit.families.tokenize import tokens
 from trainkit.options import ModelOptions
 
 PROMPTS = ["a photo of a TOK dog", "", "3d icon in the style of a zebra", "red " * 100]
@@ -66,7 +66,7 @@ def test_prompts_encode_bit_for_bit_as_in_the_stock_pipeline(family, pipeline, c
 
 def test_prompts_begin_with_bos_end_with_eos_and_pad_as_each_tokenizer_does(family):
     for tokenizer in family.tokenizers:
-        ids = token_ids(tokenizer, ["a dog"])[0].tolist()
+        ids = tokens(tokenizer, ["a dog"]).input_ids[0].tolist()
         bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
         assert ids == [bos, *ids[1:3], eos] + [pad] * 73
     assert family.tokenizers[0].pad_token_id != family.tokenizers[1].pad_token_id
@@ -78,7 +78,7 @@ def test_pooled_vector_is_the_true_end_tokens_though_new_tokens_have_larger_ids(
         tokenizer.add_tokens(["<s0>"])
         encoder.resize_token_embeddings(len(tokenizer))
     prompt = "a <s0> dog"
-    ids = token_ids(family.tokenizers[1], [prompt])
+    ids = tokens(family.tokenizers[1], [prompt]).input_ids
     end = ids[0].tolist().index(family.tokenizers[1].eos_token_id)
     assert ids.argmax() != end, "the new token has the largest id: the trap this test is about"
     second = family.text_encoders[1]

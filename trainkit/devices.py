@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Iterator, Sequence
 
@@ -11,7 +12,16 @@ from torch import Tensor
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed_precision
 HAS_BF16 = (8, 0)  # compute capability, from Ampere on; older cards emulate it, and their attention kernels refuse it
+WITHOUT_FP64 = ("mps", "xpu")  # no Apple GPU has it, and not every Intel GPU (Arc A)
 ALIGNMENT = 16  # bytes: each tensor in a shared buffer begins on a multiple, which any dtype may stand on
+
+
+def present() -> torch.device:
+    """The GPU of this machine, else its CPU: the choice of Accelerate, for programs that run without it."""
+    for name in ("mps", "cuda", "xpu"):
+        if torch.get_device_module(name).is_available():
+            return torch.device(name)
+    return torch.device("cpu")
 
 
 def synchronize(device: torch.device) -> None:
@@ -26,6 +36,22 @@ def synchronize(device: torch.device) -> None:
         wait(device)
     else:
         wait()
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give memory that PyTorch keeps for later back to the device; a CPU keeps none, nor does the meta device."""
+    if device.type not in ("cpu", "meta"):
+        torch.get_device_module(device).empty_cache()
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on a card; infinity where there is none."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+
+
+def in_fp64(tensor: Tensor) -> Tensor:
+    """The tensor in fp64, where it is or on the CPU."""
+    return (tensor.cpu() if tensor.device.type in WITHOUT_FP64 else tensor).double()
 
 
 def allow_tf32(allow: bool) -> None:

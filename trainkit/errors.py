@@ -29,8 +29,8 @@ EXIT_CODES: dict[Category, int] = {  # a sibling's failure is told by that proce
 OUT_OF_MEMORY = re.compile(
     r"out of memory|cannot allocate memory|can't allocate memory|not enough memory|failed to allocate memory"
     r"|unable to allocate|insufficient memory|memory allocation (?:failed|failure)|\bbad_?alloc\b|error out of memory"
-    r"|could not create a (?:primitive|memory)|_STATUS_ALLOC_FAILED|StatusAllocFailed|rocblas_status_memory_error"
-    r"|cudaErrorMemoryAllocation|hipErrorOutOfMemory|CUDA_ERROR_OUT_OF_MEMORY|ENOMEM"
+    r"|could not create a (?:primitive|memory)|_STATUS_ALLOC_FAILED|_ALLOCATION_FAILED|StatusAllocFailed"
+    r"|rocblas_status_memory_error|cudaErrorMemoryAllocation|hipErrorOutOfMemory|CUDA_ERROR_OUT_OF_MEMORY|ENOMEM"
     r"|RESULT_ERROR_OUT_OF_(?:DEVICE|HOST)_MEMORY"  # Intel's
     # No room for a workspace: what cuDNN says then, and cuBLAS at its first call
     r"|unable to find (?:a valid cuDNN algorithm|an engine to execute)|CUBLAS_STATUS_NOT_INITIALIZED"

@@ -28,13 +28,14 @@ from trainkit.runtime.weight_files import (
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Generator
+    from torch import Generator, Tensor
 
     from trainkit.families.pretrained import Repo
 
 Pipeline = Any  # StableDiffusionPipeline or StableDiffusionXLPipeline; importing them takes seconds
 DTYPES = ("float32", "float16", "bfloat16")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 NETWORKS = ("unet", "text_encoder", "text_encoder_2")  # of a pipeline, where a LoRA may train
 ANY_SIDE = 2**20  # pixels: any model halves it; the pipelines check the sides of the images
 
@@ -170,7 +171,7 @@ def lora_problems(files: Sequence[Path], base: str) -> Iterator[Problem]:
 def load_pipeline(base: str, dtype: str | None, prediction_type: str | None = None) -> Pipeline:
     """The stock pipeline of a base model, without what would paint over its images: watermark and safety checker.
 
-    dtype            one of DTYPES; None: bfloat16 on a GPU, float32 on a CPU
+    dtype            one of DTYPES; None: bfloat16 on a GPU, float32 on a CPU and on Apple's GPUs
     prediction_type  what the user says that it predicts; None: what its scheduler's config says
     """
     from trainkit.runtime.trackers import quiet_libraries
@@ -179,17 +180,18 @@ def load_pipeline(base: str, dtype: str | None, prediction_type: str | None = No
     import torch
     from diffusers import AutoPipelineForText2Image
 
+    from trainkit.devices import present
     from trainkit.diffusion import ScheduleChange, rescheduled
     from trainkit.families.pretrained import load_part
     from trainkit.families.single_file import model_at
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = present()
     pipe = load_part(model_at(base, "--base"), AutoPipelineForText2Image, "", use_safetensors=True,
                      add_watermarker=False, safety_checker=None)
     pipe.scheduler = rescheduled(pipe.scheduler, ScheduleChange(prediction_type))
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.enable_slicing()  # one image at a time: decoding takes most of the memory
-    return pipe.to(device, getattr(torch, dtype or ("bfloat16" if device == "cuda" else "float32")))
+    return pipe.to(device, getattr(torch, dtype or ("float32" if device.type in ("cpu", "mps") else "bfloat16")))
 
 
 def networks(pipe: Pipeline) -> list[str]:
@@ -247,6 +249,48 @@ def add_new_tokens(pipe: Pipeline, file: Path) -> Callable[[str], str]:
         pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id
     table = {word: "".join(names) for word, names in header.tokens.items()}
     return lambda prompt: replace_words(prompt, table)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prompts
+
+
+def tokenizers(pipe: Pipeline) -> list:
+    return [one for one in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if one is not None]
+
+
+def encode_prompts(pipe: Pipeline, prompts: Sequence[str], negative: Sequence[str] | None, *, max_chunks: int = 1
+                   ) -> dict[str, Tensor]:
+    """Prompts as those arguments of the pipeline that take them encoded.
+
+    negative    None: what the pipeline takes without a negative prompt
+    max_chunks  of tokens that a long prompt is read in, as in training; with one, the pipeline itself encodes
+    """
+    if max_chunks == 1:
+        return dict(zip(EMBEDS, pipe.encode_prompt(
+            prompt=list(prompts), device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=True,
+            negative_prompt=negative and list(negative)), strict=False))  # SD has the first two
+    import torch
+
+    from trainkit.condition import equally_long
+
+    given = _encoded_in_chunks(pipe, prompts, max_chunks)
+    if negative is None and pipe.config.get("force_zeros_for_empty_prompt"):
+        absent = [torch.zeros_like(tensor) for tensor in given]
+    else:
+        absent = _encoded_in_chunks(pipe, negative or [""] * len(prompts), max_chunks)
+    embeds = equally_long([given[0], absent[0]])
+    return dict(zip(EMBEDS, [*embeds, *given[1:], *absent[1:]], strict=False))
+
+
+def _encoded_in_chunks(pipe: Pipeline, prompts: Sequence[str], max_chunks: int) -> list[Tensor]:
+    """-> [embeds [B,T,D]], and of SDXL the pooled text [B,P]."""
+    from trainkit.families import sd, sdxl
+
+    if hasattr(pipe, "text_encoder_2"):
+        encoders = (pipe.text_encoder, pipe.text_encoder_2)
+        return [*sdxl.encode(tokenizers(pipe), encoders, prompts, max_chunks=max_chunks)]
+    return [sd.encode(tokenizers(pipe), pipe.text_encoder, prompts, max_chunks=max_chunks)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from trainkit.devices import in_fp64
+
 MERGE_UP_TO = 2**16  # entries of W; measured on a CPU, larger layers are faster without forming W + c · B A
 
 
@@ -261,8 +263,9 @@ def install(layer: BaseTunerLayer, adapter: str) -> bool:
         return False
     layer.__class__, layer.lean_adapter = LeanLinear if variant is None else LeanDora, adapter
     if variant is not None:
-        squares = layer.base_layer.weight.detach().double().square().sum(1).float()
-        layer.register_buffer("squares", squares, persistent=False)
+        W = layer.base_layer.weight.detach()
+        squares = in_fp64(W).square().sum(1).float()
+        layer.register_buffer("squares", squares.to(W.device), persistent=False)
     return True
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from trainkit import rng
+from trainkit.devices import empty_cache, free_memory
 from trainkit.diffusion import is_edm
 from trainkit.errors import counted
-from trainkit.families.pretrained import empty_device_cache
 from trainkit.files import disk_errors
 from trainkit.options.sizes import size_of
 from trainkit.report.facts import sample_files
@@ -38,6 +38,7 @@ T = TypeVar("T")
 Watch = Callable[[float, int], bool]  # (images done, of) -> whether to end there
 OFTEN = 20  # training steps between previews, below which previews may well take longer than training
 STEPS = 25  # denoising steps of the Diffusers trainers' validation
+DECODER = 3 * 2**29  # bytes free on a card for the VAE and what it computes in tiles: 1.1 GiB (computed), and reserve
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,13 @@ class Previews:
         pipe = family.pipeline(sampler(family))
         with self.averaged(), evaluating(family.denoiser), precision:
             latents = [self._latents(pipe, shot, stopping) for shot in self.shots]  # N × [1,C,h,w]
-        with visiting(family.vae, family.device):
+        if not all(bool(one.isfinite().all()) for one in latents):
+            log.warning("the network generates NaN or infinity, which previews show as black")
+        empty_cache(family.device)
+        context = aside(family.denoiser) if free_memory(family.device) < DECODER else nullcontext()
+        with context, visiting(family.vae, family.device):
             images = [image for one in latents for image in family.decode(unless(stopping, one))]
-        empty_device_cache()
+        empty_cache(family.device)
         return images
 
     def _latents(self, pipe: DiffusionPipeline, shot: PreviewImage, stopping: Callable[[], bool]) -> Tensor:
@@ -218,6 +223,27 @@ def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         module.to(home)
+
+
+@contextmanager
+def aside(network: nn.Module) -> Iterator[None]:
+    """The frozen weights of `network` in host memory inside, back home afterwards, which takes seconds for SDXL's.
+
+    What trains stays where it is: optimizers hold pieces of its memory.
+    """
+    frozen = [parameter for parameter in network.parameters() if not parameter.requires_grad]
+    home = frozen[0].device
+    move(frozen, torch.device("cpu"))
+    empty_cache(home)
+    try:
+        yield
+    finally:
+        move(frozen, home)
+
+
+def move(parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+    for parameter in parameters:
+        parameter.data = parameter.data.to(device)
 
 
 def put_away(paths: Sequence[Path], run_dir: Path, name: str) -> None:

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from experiments.benchmark import sdxl
 from trainkit.frequency import PRESETS, DistributionMatchingLoss, FourierLoss, LowPass, get_fourier_loss_config
 
 BATCH, CHANNELS = 4, 4
@@ -55,12 +56,6 @@ SPECTRA = {name: get_fourier_loss_config(name) for name in PRESETS} | {
     "balanced, wiener": get_fourier_loss_config("balanced") | {"fourier_timestep_gate": "wiener"},
 }
 SHAPES = ((4, 16), (1, 64), (4, 64), (1, 128), (4, 128))  # batch, latent side; the first is the shipped model's
-SDXL = dict(  # stabilityai/stable-diffusion-xl-base-1.0, unet/config.json
-    sample_size=128, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(320, 640, 1280),
-    transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
-    use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816)
 PRODUCT = 2048  # side of the matrices whose product is timed
 
 Pass = Callable[[], None]  # one forward and backward
@@ -123,11 +118,9 @@ class Traffic(TorchDispatchMode):
 
 def unet_flops(side: int = 128) -> int:
     """Of one forward of SDXL's UNet on one latent, on the meta device: convolutions, linear layers and attention."""
-    from diffusers import UNet2DConditionModel
-
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         added = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
-        unet = UNet2DConditionModel(**SDXL)
+        unet = sdxl.unet()
         unet(torch.empty(1, CHANNELS, side, side), torch.empty(1), torch.empty(1, 77, 2048), added_cond_kwargs=added)
     return counter.get_total_flops()
 

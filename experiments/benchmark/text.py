@@ -25,24 +25,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
+from transformers import PreTrainedModel
 
+from experiments.benchmark import sdxl
+from experiments.benchmark.sdxl import VOCABULARY
 from trainkit.conditioning.new_tokens import TokenRows
 
-VOCABULARY, TOKENS, NEW = 49_408, 77, 2
-CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-              hidden_act="quick_gelu", projection_dim=768)
-CLIP_G = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
-              hidden_act="gelu", projection_dim=1280)
+TOKENS, NEW = 77, 2
 ROUNDS = 3
 PULL, MAX_NORM = 0.1, 1.0
 
 
 def encoders() -> list[PreTrainedModel]:
-    kinds = ((CLIPTextModel, CLIP_L), (CLIPTextModelWithProjection, CLIP_G))
-    ids = dict(vocab_size=VOCABULARY, eos_token_id=VOCABULARY - 1)
-    towers = [kind(CLIPTextConfig(**ids, **sizes)) for kind, sizes in kinds]
-    return [encoder.requires_grad_(False) for encoder in towers]
+    return [encoder.requires_grad_(False) for encoder in sdxl.text_encoders(eos_token_id=VOCABULARY - 1)]
 
 
 def prompt() -> Tensor:

@@ -87,6 +87,7 @@ CASES: dict[str, Case] = {
     "snr": Case((*RANK_8, *ADAMW, "--snr_gamma=5")),
     "lora4": Case(("--rank=4", *ADAMW)),
     "dora4": Case(("--rank=4", *ADAMW, "--use_dora")),
+    "dropout": Case((*RANK_8, *ADAMW, "--caption_dropout_rate=0.1")),
     **FOURIER,
     **HINA,
 }
@@ -121,6 +122,7 @@ COMPARISONS = (
     Comparison("Prodigy for AdamW", ("lora", "prodigy")),
     Comparison("EDM noise levels and weights on this ε model", ("lora", "edm")),
     Comparison("Min-SNR, γ 5", ("lora", "snr")),
+    Comparison("Caption dropout 0.1", ("lora", "dropout"), changes=("closed", "drift")),
     SPECTRA,
     Comparison("HinaAdaptive for AdamW (lora)", ("lora", *HINA), ("style", "closed", "drift", "bytes", "step"),
                ("style", "closed", "drift")),

@@ -45,8 +45,8 @@ WARM_UP = 1 / 6  # fraction of a run after which its steps are timed
 class Exam:
     """The images every run is judged by; those of the base are generated once."""
 
-    def __init__(self, steps: int, denoising_steps: int):
-        self.steps, self.denoising_steps = steps, denoising_steps
+    def __init__(self, steps: int, denoising_steps: int, guidance_scale: float):
+        self.steps, self.denoising_steps, self.guidance_scale = steps, denoising_steps, guidance_scale
 
     def result(self, folder: Path, seconds: float, flags: str) -> Result:
         style = self.images(folder, self.style_prompts)
@@ -55,7 +55,8 @@ class Exam:
         return Result(
             gap_closed=(self.base_distance - found["style_distance"]) / (self.base_distance - self.floor),
             prior_drift=drift(self.images(folder, self.prior_prompts), self.base_prior), seconds=seconds,
-            steps=self.steps, denoising_steps=self.denoising_steps, flags=flags, **found,
+            steps=self.steps, denoising_steps=self.denoising_steps, guidance_scale=self.guidance_scale, flags=flags,
+            **found,
             step_seconds=step_seconds(folder), state_bytes=state_bytes(folder / f"checkpoint-{self.steps}"))
 
     def rows(self, out: Path) -> None:
@@ -139,7 +140,8 @@ class Exam:
 
     def images(self, folder: Path | None, wanted: list[Wanted]) -> list[Image.Image]:
         """Generated with the LoRA (and embeddings) in `folder`; None: by the base alone."""
-        settings = GenerationSettings(str(BASE), strengths=(0.0,), steps=self.denoising_steps)
+        settings = GenerationSettings(str(BASE), strengths=(0.0,), steps=self.denoising_steps,
+                                      guidance_scale=self.guidance_scale)
         if folder:
             embeddings = folder / embeddings_file(folder.name)
             settings = replace(settings, lora=lora_file(folder), strengths=(1.0,),

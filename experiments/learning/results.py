@@ -11,7 +11,7 @@ from pathlib import Path
 from experiments.learning.cases import COMPARISONS, Comparison
 from experiments.seeds import half_width
 
-STEPS, DENOISING_STEPS = 300, 10  # defaults of the arguments
+STEPS, DENOISING_STEPS, GUIDANCE = 300, 10, 4.0  # defaults of the arguments
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Result:
     seconds: float  # of training, start-up included
     steps: int = STEPS
     denoising_steps: int = DENOISING_STEPS
+    guidance_scale: float = GUIDANCE
     flags: str | None = None  # of the case
     style_distance: float | None = None
     high: float | None = None

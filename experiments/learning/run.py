@@ -3,6 +3,8 @@
 
     .venv/bin/python experiments/learning/run.py                  every case; resumes: what is finished is not run again
     .venv/bin/python experiments/learning/run.py --cases lora fourier_balanced --seeds 1 --steps 50 --out runs/quick
+    for g in 1 2 4 8; do .venv/bin/python experiments/learning/run.py --cases lora dropout --guidance_scale $g \\
+      --out runs/dropout-$g; done
 
 Each case is the same short run on the 22 shipped 3-D icons but for its flags in cases.py; most have three seeds.
 Measured on images generated at strength 1 from noise that is the same for all runs:
@@ -36,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments import ROOT
 from experiments.learning.cases import CASES, COMMON, METHODS, PRESETS, SPECTRA
-from experiments.learning.results import DENOISING_STEPS, STEPS, Results, at_hand, read, summary, tables
+from experiments.learning.results import DENOISING_STEPS, GUIDANCE, STEPS, Results, at_hand, read, summary, tables
 from experiments.seeds import save
 from trainkit.errors import Problem, exit_with_message, refuse
 
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from experiments.learning.exam import Exam
 
-    exam = Exam(args.steps, args.denoising_steps)
+    exam = Exam(args.steps, args.denoising_steps, args.guidance_scale)
     for case, seed in runs(args):
         folder = args.out / f"{case}-seed{seed}"
         if not (folder / "result.json").is_file():
@@ -71,6 +73,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds", type=int, default=3, help="seeds 0, 1, … of every case at most; some have one")
     add("--steps", type=int, default=STEPS, help="optimizer steps of a run")
     add("--denoising_steps", type=int, default=DENOISING_STEPS, help="of every generated image")
+    add("--guidance_scale", type=float, default=GUIDANCE, help="of every generated image")
     add("--out", type=Path, default=ROOT / "runs/learning", metavar="DIR", help="one folder a run")
     add("--debug", action="store_true", help="show a traceback for user errors")
     return parser.parse_args(argv)
@@ -91,9 +94,11 @@ def others(args: argparse.Namespace) -> Iterator[Problem]:
     for case, seed in runs(args):
         folder = args.out / f"{case}-seed{seed}"
         found = read(folder) if (folder / "result.json").is_file() else None
-        if found and (found.steps, found.denoising_steps) != (args.steps, args.denoising_steps):
+        if found and (found.steps, found.denoising_steps, found.guidance_scale) != (
+                args.steps, args.denoising_steps, args.guidance_scale):
             yield Problem(f"{folder.name} is finished, with other arguments", f"--out {args.out}",
-                          f"it had --steps {found.steps} --denoising_steps {found.denoising_steps}",
+                          f"it had --steps {found.steps} --denoising_steps {found.denoising_steps} "
+                          f"--guidance_scale {found.guidance_scale:g}",
                           "name another --out, or give these arguments")
         elif found and found.flags not in (None, flags(case, args.steps)):
             yield Problem(f"{folder.name} is finished, with other flags", f"--out {args.out}",
@@ -129,7 +134,7 @@ def report(args: argparse.Namespace, exam: Exam) -> None:
 
 def references_of(args: argparse.Namespace, exam: Exam) -> dict[str, dict]:
     """Base, training images and real ones through the VAE, measured once a folder and number of steps."""
-    path = args.out / f"references-{args.denoising_steps}.json"
+    path = args.out / f"references-{args.denoising_steps}-{args.guidance_scale:g}.json"
     if not path.is_file():
         save(path, exam.references())
     return json.loads(path.read_text("utf-8"))

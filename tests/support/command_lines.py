@@ -6,6 +6,7 @@ from pydantic import create_model
 
 from trainkit.options import (
     TEXT_TO_IMAGE,
+    CaptionOptions,
     DataOptions,
     FourierOptions,
     LoraOptions,
@@ -26,6 +27,7 @@ from trainkit.options import (
 class Options(OptionSet):
     model: ModelOptions
     data: DataOptions
+    captions: CaptionOptions
     prior: PriorOptions
     text: TextOptions
     pivotal: PivotalOptions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trainkit.condition import Condition
+from trainkit.condition import UNCONDITIONAL, Condition, equally_long
 from trainkit.data.cache import Store, content_key, fill_together
 from trainkit.devices import upload
 from trainkit.runtime import ranks
@@ -39,7 +40,8 @@ class FrozenText:
     Prompts are sorted and encoded in groups that depend on the set of prompts alone, `also` in groups of its own, and a
     group is encoded whole or not at all: matrix products may round differently in batches of other sizes, and a
     restarted run must see the same bits as an uninterrupted one. For the same reason several processes share out whole
-    groups. An entry that is there stays as it is, since another run may be reading it.
+    groups. An entry that is there stays as it is, since another run may be reading it. A group has prompts of equally
+    many chunks, and UNCONDITIONAL is alone in its group, as it is in the stock pipelines.
     """
 
     networks: Sequence[Adapters] = ()
@@ -58,7 +60,7 @@ class FrozenText:
         distinct = sorted(set(prompts) - self.keys.keys())
         parts = (family.text_identity, self.clip_skip, *([state] if state else []))
         self.keys |= {prompt: content_key(ENTRIES, *parts, prompt) for prompt in distinct}
-        groups = [distinct[i : i + PROMPTS_AT_ONCE] for i in range(0, len(distinct), PROMPTS_AT_ONCE)]
+        groups = _groups(distinct, family.chunk_counts(distinct))
         fill_together(self.store, groups, groups[ranks.rank() :: ranks.world()], partial(self._encode, family))
 
     def _encode(self, family: Family, groups: Sequence[Sequence[str]]) -> None:
@@ -79,8 +81,10 @@ class FrozenText:
         unknown = set(prompts) - self.keys.keys()
         assert not unknown, f"not encoded before training: {sorted(unknown)}"
         entries = [self.store[self.keys[prompt]] for prompt in prompts]
-        stacked = [torch.stack([entry[name] for entry in entries]) for name in entries[0]]
-        return Condition(zip(entries[0], upload(stacked, self.device), strict=True))
+        parts = {name: [entry[name] for entry in entries] for name in entries[0]}
+        parts["embeds"] = equally_long(parts["embeds"])
+        stacked = [torch.stack(tensors) for tensors in parts.values()]
+        return Condition(zip(parts, upload(stacked, self.device), strict=True))
 
     # What a text in training has, see LiveText: here there is none of it.
 
@@ -101,3 +105,12 @@ class FrozenText:
 
     def unpack(self, tensors: dict[str, Tensor], data: dict[str, Json]) -> None:
         """There is no state."""
+
+
+def _groups(prompts: Sequence[str], chunks: Sequence[int]) -> list[list[str]]:
+    """Sorted prompts in groups that are encoded at once, those of fewest chunks first."""
+    alike: dict[int, list[str]] = defaultdict(list)
+    for prompt, count in zip(prompts, chunks, strict=True):
+        alike[0 if prompt == UNCONDITIONAL else count].append(prompt)
+    return [part[i : i + PROMPTS_AT_ONCE] for _, part in sorted(alike.items())
+            for i in range(0, len(part), PROMPTS_AT_ONCE)]

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,16 +20,18 @@ import torch
 from torch import Tensor
 
 from trainkit import rng
-from trainkit.condition import Condition
+from trainkit.condition import UNCONDITIONAL, Condition
 from trainkit.data.cache import tensors_digest
 from trainkit.data.clip_features import CLIPS, FILE_NAME, SCRIPT, TOO_WIDE, read_features
 from trainkit.devices import upload
 from trainkit.errors import Problem, UserError, counted, listing, shell_word
+from trainkit.families.tokenize import has_free_place, prompt_lengths
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
     from trainkit.data.batch import Batch, Row
+    from trainkit.data.caption_changes import CaptionChanges
     from trainkit.families import Family
     from trainkit.options import GuidanceOptions
 
@@ -40,19 +42,16 @@ log = logging.getLogger(__name__)
 # The token
 
 
-def with_token(embeds: Tensor, tokens: Tensor, where: Tensor) -> Tensor:
-    """A copy of embeds [B,T,D] whose last position is tokens [B,D] in the rows that `where` [B] names."""
-    where, tokens = upload([where, tokens.to(embeds.dtype)], embeds.device)
-    last = torch.where(where[:, None], tokens, embeds[:, -1])
-    return torch.cat([embeds[:, :-1], last[:, None]], dim=1)
+def with_token(embeds: Tensor, tokens: Tensor, where: Tensor, lengths: Sequence[int] = ()) -> Tensor:
+    """A copy of embeds [B,T,D] whose last position is tokens [B,D] in the rows that `where` [B] names.
 
-
-def has_free_place(tokenizers: Sequence[CLIPTokenizer], prompts: Sequence[str]) -> list[bool]:
-    """Whether each prompt leaves the last position to padding, for every text encoder."""
-    ids = [t(list(prompts), truncation=True, max_length=t.model_max_length).input_ids for t in tokenizers]
-    limits = [t.model_max_length for t in tokenizers]
-    return [all(len(one) < limit for one, limit in zip(of_prompt, limits, strict=True))
-            for of_prompt in zip(*ids, strict=True)]
+    lengths  of the prompts in tokens, B of them: one that is repeated to fill T gets its token at each of its ends
+    """
+    length = embeds.shape[1]
+    periods = torch.tensor(list(lengths) or [length] * len(embeds))  # [B]
+    ends = where.cpu()[:, None] & (torch.arange(1, length + 1) % periods[:, None] == 0)  # [B,T]
+    ends, tokens = upload([ends, tokens.to(embeds.dtype)], embeds.device)
+    return torch.where(ends[:, :, None], tokens[:, None], embeds)
 
 
 @dataclass(frozen=True)
@@ -63,13 +62,17 @@ class ClipToken:
     places   [rows of the data set] -> row of features
     full     captions whose encoding has no pad: their end token stays
     dropout  fraction of visits without the token, so that classifier-free guidance has a branch to start from
+    lengths  the lengths of captions in tokens, where they differ
+
+    A visit without a caption has no token either: it gets exactly what the base model is given without a prompt.
     """
 
     rows: Tensor
     places: Tensor
-    full: frozenset[str]
+    full: Container[str]
     scale: float
     dropout: float
+    lengths: Callable[[Sequence[str]], Sequence[int]] | None = None
 
     @cached_property
     def identity(self) -> Mapping[str, str]:
@@ -77,26 +80,42 @@ class ClipToken:
         return {"--guidance_features": tensors_digest({"features": self.rows[self.places.unique()]})}
 
     def __call__(self, condition: Condition, batch: Batch) -> Condition:
-        free_place = torch.tensor([prompt not in self.full for prompt in batch.prompts])
+        free_place = torch.tensor([prompt not in self.full and prompt != UNCONDITIONAL for prompt in batch.prompts])
         kept = rng.uniform(batch.keys, "guidance dropout") >= self.dropout
         tokens = self.scale * self.rows[self.places[torch.tensor(batch.rows)]]
-        return Condition(condition, embeds=with_token(condition["embeds"], tokens, free_place & kept))
+        lengths = self.lengths(batch.prompts) if self.lengths else ()
+        return Condition(condition, embeds=with_token(condition["embeds"], tokens, free_place & kept, lengths))
 
 
-def make_clip_token(options: GuidanceOptions, rows: Sequence[Row], family: Family) -> ClipToken | None:
+@dataclass(frozen=True)
+class FullPrompts:
+    """Those prompts whose encoding has no pad, whether they are known before the run or not."""
+
+    tokenizers: Sequence[CLIPTokenizer]
+    max_chunks: int
+
+    def __contains__(self, prompt: object) -> bool:
+        return not has_free_place(self.tokenizers, [str(prompt)], self.max_chunks)[0]
+
+
+def make_clip_token(options: GuidanceOptions, rows: Sequence[Row], family: Family,
+                    captions: CaptionChanges) -> ClipToken | None:
     """The token of a run, None where it is not asked for; says which captions leave no place for it."""
     if not options.guidance_token:
         return None
     assert options.guidance_features is not None, "`problems` refuses a token without features"
     features = read_features(options.guidance_features)
-    captions = sorted({caption for row in rows for caption in row.all_captions})
-    free = has_free_place(family.tokenizers, captions)
-    full = [caption for caption, is_free in zip(captions, free, strict=True) if not is_free]
+    texts = sorted({text for row in rows if row.repeat == 0 for text in captions.examples(row)})
+    free = has_free_place(family.tokenizers, texts, family.max_chunks)
+    full = [text for text, is_free in zip(texts, free, strict=True) if not is_free]
     if full:
         log.warning("%s the text encoder's whole context; their images are trained on without the "
                     "guidance token: %s", counted(len(full), "caption fills", "captions fill"), listing(full))
-    return ClipToken(features.rows, features.places([row.digest for row in rows]), frozenset(full),
-                     options.guidance_token_scale, options.guidance_token_dropout)
+    endless = captions.endless
+    return ClipToken(features.rows, features.places([row.digest for row in rows]),
+                     FullPrompts(family.tokenizers, family.max_chunks) if endless else frozenset(full),
+                     options.guidance_token_scale, options.guidance_token_dropout,
+                     partial(prompt_lengths, family.tokenizers, most=family.max_chunks))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

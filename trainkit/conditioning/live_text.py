@@ -98,7 +98,7 @@ class EncoderAdapters:
 class LiveText:
     """Text encoders in training, in the weight dtype, until step `stop`; from there on each prompt is looked up.
 
-    prompts    every prompt to train on, as the user wrote it
+    prompts    every prompt to train on, as the user wrote it; None: they come with the steps, and all are learned from
     also       every other that will ever be asked, see FrozenText
     store      keeps what frozen encoders say; what trained ones say is this run's own and stays in memory
     stop       finished steps after which nothing in the encoders changes: the pivot
@@ -108,10 +108,11 @@ class LiveText:
     either side of the pivot sees the bits of an uninterrupted one (see FrozenText).
     """
 
-    def __init__(self, family: Family, learner: Learner, prompts: Iterable[str], store: Store | None,
+    def __init__(self, family: Family, learner: Learner, prompts: Iterable[str] | None, store: Store | None,
                  options: TextOptions, *, stop: int, also: Iterable[str] = ()):
         self.family, self.learner, self.options, self.stop = family, learner, options, stop
-        texts, others = ([learner.rewrite(prompt) for prompt in part] for part in (prompts, also))
+        self.endless = prompts is None
+        texts, others = ([learner.rewrite(prompt) for prompt in part] for part in (prompts or (), also))
         self.texts = {*texts, *others}
         (learned, plain), (other_learned, other_plain) = self._parted(texts), self._parted(others)
         self.learned = learned, other_learned
@@ -138,7 +139,7 @@ class LiveText:
               gradient, to look at
         """
         texts = [self.rewrite(prompt) for prompt in prompts]
-        assert self.texts.issuperset(texts), f"not announced before training: {set(texts) - self.texts}"
+        assert self.endless or self.texts.issuperset(texts), f"not announced before training: {set(texts) - self.texts}"
         if step is not None and step >= self.stop and self.frozen_tokens is None:
             self._freeze_tokens()
         with torch.set_grad_enabled(step is not None):
@@ -212,12 +213,20 @@ class LiveText:
 Text = FrozenText | LiveText
 
 
-def make_text(family: Family, prompts: Iterable[str], store: Store | None, *, text: TextOptions,
-              pivotal: PivotalOptions | None, lora: LoraOptions, total: int, seed: int, also: Iterable[str] = (),
+def reads_anew(text: TextOptions) -> bool:
+    """Whether every prompt of the run is read by encoders in training, so that it need not be known before.
+
+    New tokens end before: prompts without one are looked up from the start, and all others from the pivot on.
+    """
+    return text.train_text_encoder and text.train_text_encoder_frac == 1
+
+
+def make_text(family: Family, prompts: Iterable[str] | None, store: Store | None, *, text: TextOptions,
+              pivotal: PivotalOptions | None = None, lora: LoraOptions, total: int, seed: int, also: Iterable[str] = (),
               gradient_checkpointing: bool = False) -> Text:
     """The text of a run of `total` optimizer steps: frozen, with new tokens, or with LoRA on the encoders.
 
-    prompts  every prompt to train on: the captions
+    prompts  every prompt to train on: the captions; None, as only `reads_anew` allows: they come with the steps
     also     every other the run will need encoded: those of previews
     pivotal  None in a trainer without new tokens
     Frozen encoders are freed here, those in training stay on the device.
@@ -225,6 +234,7 @@ def make_text(family: Family, prompts: Iterable[str], store: Store | None, *, te
     """
     learns_tokens = pivotal is not None and pivotal.train_text_encoder_ti
     if not (text.train_text_encoder or learns_tokens):
+        assert prompts is not None, "frozen encoders are asked before the run"
         frozen = FrozenText(family, prompts, store, text.clip_skip, also=also)
         family.free_text_encoders()
         return frozen
@@ -234,8 +244,10 @@ def make_text(family: Family, prompts: Iterable[str], store: Store | None, *, te
     if pivotal is None or not learns_tokens:
         learner = EncoderAdapters(family, lora, seed=seed)
         return LiveText(family, learner, prompts, store, text, stop=text.stop(total), also=also)
+    assert prompts is not None, "new tokens are frozen in the run"
     prompts, tokens = list(prompts), NewTokens(cast("SDXL", family), pivotal, seed=seed)
-    refuse(unseen(tokens.names, family.tokenizers[0], [tokens.rewrite(prompt) for prompt in prompts]))
+    refuse(unseen(tokens.names, family.tokenizers[0], [tokens.rewrite(prompt) for prompt in prompts],
+                  family.max_chunks))
     return LiveText(family, tokens, prompts, store, text, stop=pivotal.stop(total), also=also)
 
 

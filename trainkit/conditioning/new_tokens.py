@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from trainkit import rng
 from trainkit.errors import Problem, UserError, counted, refuse
-from trainkit.families.tokenize import token_ids
+from trainkit.families.tokenize import chunked, read_tokens
 from trainkit.files import disk_errors, load_tensors, save_tensors
 from trainkit.reading import parse_json
 from trainkit.runtime.weight_files import embeddings_file
@@ -208,16 +208,16 @@ def taken(names: Sequence[str], tokenizers: Sequence[CLIPTokenizer]) -> Iterator
             return
 
 
-def unseen(names: Sequence[str], tokenizer: CLIPTokenizer, texts: Sequence[str]) -> list[Problem]:
+def unseen(names: Sequence[str], tokenizer: CLIPTokenizer, texts: Sequence[str], max_chunks: int = 1) -> list[Problem]:
     """New tokens that no rewritten prompt shows the encoders, because it is cut before them."""
-    shown = set(token_ids(tokenizer, texts).flatten().tolist()) if texts else set()
+    shown = set(chunked([tokenizer], texts, max_chunks).ids[0].flatten().tolist()) if texts else set()
     lost = [name for name in names if tokenizer.convert_tokens_to_ids(name) not in shown]
     if not lost:
         return []
     listed = ", ".join(lost[:4]) + (", …" if len(lost) > 4 else "")
     return [Problem(f"{len(lost)} of {len(names)} new tokens are cut off in every caption ({listed})",
                     "--token_abstraction, --num_new_tokens_per_abstraction",
-                    f"text encoders read {tokenizer.model_max_length} tokens, and those beyond learn nothing",
+                    f"text encoders read {read_tokens(tokenizer, max_chunks)} tokens, and those beyond learn nothing",
                     "write the word near the start of captions, or give it fewer tokens", kind="data")]
 
 

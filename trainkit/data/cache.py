@@ -26,6 +26,7 @@ from trainkit.data.batch import Sample
 from trainkit.data.geometry import CropPolicy
 from trainkit.data.images import load_image
 from trainkit.errors import Problem, UserError, shell_word
+from trainkit.families.pretrained import ANOTHER_VAE
 from trainkit.files import Json, disk_errors, save_tensors
 from trainkit.rng import generator
 from trainkit.runtime import ranks
@@ -309,8 +310,8 @@ def _refuse_nonfinite(name: str, mean: Tensor, logvar: Tensor) -> None:
     if not (mean.isfinite().all() and logvar.isfinite().all()):
         raise UserError(Problem(
             f"the VAE turns image {name} into NaN or infinity", "--cache_latents",
-            "its weights are damaged, or its activations overflow the number format it runs in; nothing was cached",
-            "--pretrained_vae_model_name_or_path ANOTHER_VAE", kind="nonfinite"))
+            "its weights are damaged, or their numbers overflow also in fp32, in which it runs; nothing was cached",
+            ANOTHER_VAE, kind="nonfinite"))
 
 
 def _chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:

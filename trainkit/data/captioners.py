@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from trainkit.data.sources.text import one_line
+from trainkit.devices import present
 from trainkit.errors import Problem, UserError, is_out_of_memory, refuse
 from trainkit.families.pretrained import Repo, first_line, freeze, hub_errors, load_part, quiet_loading
 from trainkit.reading import read_text
@@ -313,7 +314,7 @@ def _unusable(repo: Repo, why: Exception | str) -> UserError:
 def torch_device(name: str | None) -> torch.device:
     """By default a GPU where there is one. UserError: there is no such device."""
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return present()
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -23,13 +23,15 @@ from torch import Tensor
 
 from trainkit.data import buckets
 from trainkit.data.batch import Listed, Row
+from trainkit.data.caption_changes import in_one_line
 from trainkit.data.rows import check, warn_enlarged
 from trainkit.data.sources.folder import Folder, list_folder
+from trainkit.devices import empty_cache
 from trainkit.diffusion import AS_SAVED, ScheduleChange, rescheduled
 from trainkit.errors import Problem, UserError, refuse
+from trainkit.families.base import halvings, in_tiles
 from trainkit.families.pretrained import (
     MODEL_FLAG,
-    empty_device_cache,
     json_digest,
     load_part,
     quiet_loading,
@@ -122,7 +124,7 @@ def class_rows(opt: ClassImageOptions, run: ClassImageRun) -> list[Row]:
     refuse([*buckets.problems(rows, opt.data, f"{folder.path}")])
     warn_enlarged(rows, opt.data.resolution)
     return [replace(row, id=f"class/{row.id}", caption=row.caption or prior.class_prompt, is_class=True,
-                    loss_weight=prior.prior_loss_weight) for row in rows]
+                    loss_weight=prior.prior_loss_weight) for row in map(in_one_line, rows)]
 
 
 def recipe(opt: ClassImageOptions) -> str:
@@ -274,7 +276,7 @@ def generate_batches(
         run.show_task("generating class images", done, total)
     del painter
     gc.collect()
-    empty_device_cache()
+    empty_cache(run.device)
 
 
 def write(path: Path, image: Image.Image) -> None:
@@ -308,8 +310,9 @@ class Painter:
         """Raises UserError when an image has values that are not finite."""
         noise = [generator("class picture", self.seed, number) for number in numbers]
         height, width = self.size
-        pixels = self.pipe([self.prompt] * len(numbers), height=height, width=width, generator=noise,
-                           callback_on_step_end=last_in_fp32, output_type="pt").images  # [B,3,H,W] in 0..1
+        with in_tiles(self.pipe.vae, halvings(self.pipe.vae.config)):
+            pixels = self.pipe([self.prompt] * len(numbers), height=height, width=width, generator=noise,
+                               callback_on_step_end=last_in_fp32, output_type="pt").images  # [B,3,H,W] in 0..1
         if not pixels.isfinite().all():
             raise UserError(Problem(
                 "the base model generates class images of NaN or infinity", f"--class_prompt {self.prompt!r}",

@@ -15,11 +15,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from trainkit.data.batch import Batch, Sample, Slot, collate
 from trainkit.data.cache import Latents, Store, cache_latents, unguarded
+from trainkit.data.caption_changes import CaptionChanges
 from trainkit.data.geometry import CropPolicy
 from trainkit.data.images import load_image
 from trainkit.data.sampler import WHOLE, Order, Shard
 from trainkit.errors import UserError
-from trainkit.rng import generator, permutation
+from trainkit.options.captions import CaptionOptions
+from trainkit.rng import generator
 
 if TYPE_CHECKING:
     from trainkit.data.batch import Row
@@ -47,8 +49,10 @@ class Images(Dataset["Sample | UserError"]):
     An image that can no longer be read is a UserError instead, see `trainkit.data.cache.unguarded`.
     """
 
-    def __init__(self, rows: Sequence[Row], policy: CropPolicy, *, seed: int, latents: Latents | None = None):
+    def __init__(self, rows: Sequence[Row], policy: CropPolicy, *, seed: int, latents: Latents | None = None,
+                 captions: Callable[[Row, int], str] | None = None):
         self.rows, self.policy, self.seed, self.latents = rows, policy, seed, latents
+        self.caption = captions or CaptionChanges(CaptionOptions(), seed)  # (row, epoch) -> what it is trained with
 
     @property
     def live(self) -> bool:
@@ -60,8 +64,8 @@ class Images(Dataset["Sample | UserError"]):
 
     def __getitem__(self, slot: Slot) -> Sample | UserError:
         row = self.rows[slot.row]
-        prompt = self.caption(row, slot.visit) if row.others else row.caption
-        sample = replace(self.policy.sample(row, seed=self.seed, epoch=slot.visit), slot=slot, prompt=prompt)
+        sample = replace(self.policy.sample(row, seed=self.seed, epoch=slot.visit), slot=slot,
+                         prompt=self.caption(row, slot.visit))
         try:
             if self.latents is None:
                 return replace(sample, pixels=self.policy.views(load_image(row), [sample])[0])
@@ -70,30 +74,26 @@ class Images(Dataset["Sample | UserError"]):
         except UserError as error:
             return error
 
-    def caption(self, row: Row, epoch: int) -> str:
-        """The one of the row's captions that a visit is trained with: a pure function, as its crop is."""
-        place = permutation(len(row.all_captions), "caption", self.seed, epoch, row.id, row.repeat)[0]
-        return row.all_captions[place]
-
 
 def ready_images(
     rows: Sequence[Row], options: ImageOptions, family: Encoder, store: Store, *, seed: int, num_workers: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None, captions: Callable[[Row, int], str] | None = None,
 ) -> Images:
     """The rows as --cache_latents and its companions want them: encoded now into `store`, or at each visit.
 
-    family  offers encode_pixels (pixels [B,3,H,W] -> mean, logvar [B,C,h,w]) and latents_identity
+    family    offers encode_pixels (pixels [B,3,H,W] -> mean, logvar [B,C,h,w]) and latents_identity
+    captions  (row, epoch) -> what this visit is trained with; by default one of the row's captions
     """
     policy = CropPolicy.from_options(options)
     if not options.cache_latents:
-        return Images(rows, policy, seed=seed)
+        return Images(rows, policy, seed=seed, captions=captions)
     if not policy.cacheable:
         log.warning("--cached_crops 0: fresh random crops cannot be cached, so the VAE runs at every visit")
-        return Images(rows, policy, seed=seed)
+        return Images(rows, policy, seed=seed, captions=captions)
     latents = cache_latents(rows, policy, family.encode_pixels, store, seed=seed, identity=family.latents_identity,
                             batch_size=family.vae_batch_size, dtype=DTYPES[options.latent_dtype],
                             num_workers=num_workers, progress=progress and partial(progress, "caching latents"))
-    return Images(rows, policy, seed=seed, latents=latents)
+    return Images(rows, policy, seed=seed, latents=latents, captions=captions)
 
 
 def micro_batches(

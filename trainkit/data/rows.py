@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainkit.data import buckets
+from trainkit.data import buckets, caption_changes
 from trainkit.data.batch import Listed, Row
 from trainkit.data.geometry import cut_away, enlargement
 from trainkit.data.images import content_digest
@@ -20,6 +20,7 @@ from trainkit.data.sources.table import list_table
 from trainkit.data.sources.text import one_line
 from trainkit.data.verdicts import Verdict, judge
 from trainkit.errors import SHOWN, Problem, counted, listing, printable, shell_word
+from trainkit.options.captions import CaptionOptions
 from trainkit.options.sizes import size_of
 from trainkit.rng import permutation
 from trainkit.runtime import ranks
@@ -40,24 +41,28 @@ class Rows(list[Row]):
     account = Account()
 
 
-def read_rows(data: ImageOptions, *, seed: int = 0, compat: Compat | None = None) -> tuple[Rows, list[Problem]]:
+def read_rows(data: ImageOptions, captions: CaptionOptions | None = None, *, seed: int = 0,
+              compat: Compat | None = None) -> tuple[Rows, list[Problem]]:
     """(rows, problems) of the folder or --dataset_name; every image is decoded once to be sure it can be.
 
     Rows are in a fixed order (by name, or the data set's own), repeats of an image beside each other. With problems
     the rows may be incomplete.
 
-    seed    decides which images --max_train_samples takes
-    compat  the trainer whose choice of buckets is asked for
+    captions  what is made of the captions; by default nothing
+    seed      decides which images --max_train_samples takes
+    compat    the trainer whose choice of buckets and ending of caption files is asked for
     """
+    captions = captions or CaptionOptions()
     wrong = _source_problem(data)
     if wrong:
         return Rows(), [wrong]
-    source = list_table(data) if data.dataset_name else list_image_folder(data)
+    source = list_table(data) if data.dataset_name else list_image_folder(data, captions.extension(compat))
     where, problems = printable(f"{data.dataset_name or data.folder}"), source.problems
     rows, unreadable = check(_sample(source.listed, data.max_images, seed), where=where)
     if not data.prompt and not problems:
-        problems = list(_caption_problems(rows, data, where))
+        problems = list(_caption_problems(rows, data, where, captions.extension(compat)))
     prompted = [row if row.caption else replace(row, caption=data.prompt) for row in rows]
+    prompted, unclear = caption_changes.finished(prompted, captions)
     repeated = Rows(buckets.with_sizes(prompted, data, compat, repeats=data.repeats))
     small = list(buckets.problems(repeated, data, where))
     if not small:
@@ -67,7 +72,7 @@ def read_rows(data: ImageOptions, *, seed: int = 0, compat: Compat | None = None
     _warn_twins(rows)
     repeated.account = replace(source.account, images=len(rows), in_all=len(source.listed))
     log.info("%s: %s", where, repeated.account)
-    return repeated, [*problems, *unreadable, *small]
+    return repeated, [*problems, *unclear, *unreadable, *small]
 
 
 def _source_problem(data: ImageOptions) -> Problem | None:
@@ -87,7 +92,7 @@ def _sample(listed: list[Listed], most: int | None, seed: int) -> list[Listed]:
     return [listed[i] for i in sorted(permutation(len(listed), "max_train_samples", seed)[:most].tolist())]
 
 
-def _caption_problems(rows: Sequence[Row], data: ImageOptions, where: str) -> Iterator[Problem]:
+def _caption_problems(rows: Sequence[Row], data: ImageOptions, where: str, ending: str | None) -> Iterator[Problem]:
     """That no image has a caption; where only some lack one, they are told."""
     missing = [row.id for row in rows if not row.caption]
     if not missing:
@@ -97,6 +102,7 @@ def _caption_problems(rows: Sequence[Row], data: ImageOptions, where: str) -> It
                     len(rows), listing(missing))
         return
     fix = "--caption_column COLUMN" if data.dataset_name else \
+        f"--caption_extension .txt, or what the files end with: only {ending} files were read" if ending else \
         f"write {METADATA[0]} with file_name and text in every line, or a .txt file beside each image"
     yield Problem("no image has a caption", where, listing(missing), fix, kind="data")
 
@@ -144,7 +150,7 @@ def _warn_twins(rows: Sequence[Row]) -> None:
 
 
 def check(listed: Sequence[Listed], where: str) -> tuple[list[Row], list[Problem]]:
-    """A row for every image that can be used; all that cannot become one problem."""
+    """A row for every image that can be used, its captions in lines; all that cannot become one problem."""
     judged = list(zip(listed, _judge_together(listed), strict=True))
     _warn_notes(judged)
     bad = [(found, verdict) for found, verdict in judged if verdict.refused]

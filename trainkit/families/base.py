@@ -21,14 +21,14 @@ from torch import Tensor
 
 from trainkit import diffusion, rng
 from trainkit.condition import Condition
-from trainkit.devices import upload, uses_tf32
+from trainkit.devices import empty_cache, upload, uses_tf32
 from trainkit.diffusion import Level, Schedule, ScheduleChange
-from trainkit.errors import Problem
+from trainkit.errors import Problem, UserError
 from trainkit.families.pretrained import (
+    ANOTHER_VAE,
     MODEL_FLAG,
     Config,
     Repo,
-    empty_device_cache,
     freeze,
     json_digest,
     load_part,
@@ -37,6 +37,7 @@ from trainkit.families.pretrained import (
     tokenizer_digest,
 )
 from trainkit.families.single_file import model_at, vae_place
+from trainkit.families.tokenize import chunk_counts
 from trainkit.families.unet_targets import LORA_TARGETS, TEXT_LORA_TARGETS
 
 if TYPE_CHECKING:
@@ -103,6 +104,12 @@ def in_tiles(vae: AutoencoderKL, factor: int) -> Iterator[None]:
         vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = before
 
 
+def nonfinite_vae(what: str, where: str) -> Problem:
+    return Problem(f"the VAE turns {what} into NaN or infinity", where,
+                   "its weights are damaged, or their numbers overflow also in fp32, in which it runs", ANOTHER_VAE,
+                   "nonfinite")
+
+
 def halvings(config: Config) -> int:
     """Pixels (or latents) a side per innermost cell: every level but the last halves the sides."""
     return 2 ** (len(config["block_out_channels"]) - 1)
@@ -132,14 +139,16 @@ class Family(ABC):
                  tokenizers: tuple[CLIPTokenizer, ...], text_encoders: tuple[PreTrainedModel, ...],
                  schedule: Schedule, scheduler_config: Config, identity: Mapping[str, str],
                  sampled_identity: Mapping[str, str], device: torch.device, vae_batch_size: int = 1,
-                 file_metadata: Mapping[str, str] = NOTHING, doubted: bool = False):
+                 file_metadata: Mapping[str, str] = NOTHING, doubted: bool = False, max_chunks: int = 1):
         self.path, self.revision, self.file_metadata, self.doubted = path, revision, dict(file_metadata), doubted
         self.schedule, self.scheduler_config = schedule, dict(scheduler_config)
         self.tokenizers, self.device, self.weight_dtype = tokenizers, device, denoiser.dtype
+        self.max_chunks = max_chunks  # that a long prompt is read in
         self.identity, self.sampled_identity = dict(identity), dict(sampled_identity)
         self.denoiser: UNet2DConditionModel = freeze(denoiser)
         self.vae: AutoencoderKL = freeze(vae)
         self.vae_batch_size = vae_batch_size  # at 1024 px each image takes 2.5 GiB (computed)
+        self.vae_checked = False
         self.latent_mean, self.latent_std = upload(latent_statistics(vae.config), device)
         self.text_encoders = tuple(freeze(encoder) for encoder in text_encoders)
 
@@ -223,7 +232,12 @@ class Family(ABC):
     @property
     def text_identity(self) -> str:
         """Digest of everything that decides what `encode_prompts` returns."""
-        return json_digest(self.identity["text"], str(self.weight_dtype))
+        longer = [self.max_chunks] if self.max_chunks > 1 else []
+        return json_digest(self.identity["text"], str(self.weight_dtype), *longer)
+
+    def chunk_counts(self, prompts: Sequence[str]) -> list[int]:
+        """In how many chunks `encode_prompts` reads each prompt."""
+        return chunk_counts(self.tokenizers, prompts, self.max_chunks)
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,23 +256,36 @@ class Family(ABC):
         if mean is None or logvar is None:
             assert batch.pixels is not None, "a batch has pixels or a cached posterior"
             mean, logvar = self.encode_pixels(batch.pixels)
+            self._check_vae(mean, logvar)
         noise, = upload([rng.normal(mean.shape[1:], keys, name="posterior")], mean.device)
         sample = mean + (0.5 * logvar).exp() * noise
         return (sample - self.latent_mean) * self.vae.config.scaling_factor / self.latent_std
 
+    def _check_vae(self, mean: Tensor, logvar: Tensor) -> None:
+        """Of the first batch only, since it waits for the device; what is cached is checked image by image.
+
+        Raises UserError where the VAE gives NaN or infinity.
+        """
+        if not (self.vae_checked or (mean.isfinite().all() and logvar.isfinite().all())):
+            raise UserError(nonfinite_vae("images", "the first batch"))
+        self.vae_checked = True
+
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """x0 [B,C,h,w] -> images."""
-        return [Image.fromarray(image) for image in self.decode_pixels(latents).cpu().numpy()]
+        """x0 [B,C,h,w] -> images. Raises UserError where the VAE turns finite latents into NaN or infinity."""
+        pixels = self.decode_pixels(latents)
+        if latents.isfinite().all() and not pixels.isfinite().all():
+            raise UserError(nonfinite_vae("latents", "images to look at"))
+        levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)  # [B,H,W,3]
+        return [Image.fromarray(image) for image in levels.cpu().numpy()]
 
     @torch.no_grad()
     def decode_pixels(self, latents: Tensor) -> Tensor:
-        """x0 [B,C,h,w] -> [B,H,W,3] in 0..255, on the device."""
+        """x0 [B,C,h,w] -> [B,3,H,W] in −1..1, on the device."""
         vae = self.vae.to(self.device)
         latents = latents.to(self.device, vae.dtype)
         scaled = latents * self.latent_std.to(vae.dtype) / vae.config.scaling_factor + self.latent_mean.to(vae.dtype)
         with in_tiles(vae, self.vae_factor):
-            pixels = torch.cat([vae.decode(latent).sample for latent in scaled.split(1)])  # [B,3,H,W]
-        return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
+            return torch.cat([vae.decode(latent).sample for latent in scaled.split(1)])
 
     @property
     def latents_identity(self) -> str:
@@ -293,12 +320,12 @@ class Family(ABC):
         """Give their memory back, but for one that somebody else holds; every prompt must be encoded by now."""
         self.text_encoders = ()
         gc.collect()
-        empty_device_cache()
+        empty_cache(self.device)
 
     def free_vae(self) -> None:
         """Move the VAE to host memory: the latents are cached, and only images to look at need it again."""
         self.vae.to("cpu")
-        empty_device_cache()
+        empty_cache(self.device)
 
 
 AnyFamily = TypeVar("AnyFamily", bound=Family)

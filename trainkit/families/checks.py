@@ -55,6 +55,7 @@ def problems(layout: ModelLayout, path: str, *, resolution: int | str, vae_path:
             *missing_values(vae, vae_file, vae_config, VAE_NEEDS)] or [
             *value_problems(model, "unet/config.json", unet_config, UNET),
             *value_problems(vae, vae_file, vae_config, VAE), *text_values(layout, model),
+            *quantised_parts(layout, model, vae, vae_file),
             *value_problems(model, SCHEDULER_FILE, model.json(SCHEDULER_FILE), SCHEDULER)]
         if found or unet_config is None or vae_config is None:
             return found
@@ -97,6 +98,15 @@ def no_vae(model: Repo, vae: Repo, config: Config | None) -> Iterator[Problem]:
         missing = "config.json" if vae.flag == VAE_FLAG else "vae/config.json"
         yield vae.problem("no VAE there", f"it has no {missing}, and no first_stage_model if it is a single file",
                           f"name a folder or a file that holds a VAE in {VAE_FLAG}")
+
+
+def quantised_parts(layout: ModelLayout, model: Repo, vae: Repo, vae_file: str) -> Iterator[Problem]:
+    """Weights in packed bits, which nothing here reads: not DoRA's norms, PiSSA's decompositions or our layers."""
+    files = [(model, f"{folder}/config.json") for folder in (layout.denoiser, *layout.text_encoders)]
+    for repo, file in [*files, (vae, vae_file)]:
+        if (repo.json(file) or {}).get("quantization_config"):
+            yield repo.problem("a quantised model cannot be trained here", f"{file} has a quantization_config",
+                               "name the same model in fp32, bf16 or fp16", kind="data")
 
 
 def missing_values(repo: Repo, file: str, config: Config | None, names: Sequence[str]) -> Iterator[Problem]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Config = Mapping[str, Any]  # a JSON file of a model folder
 
 MODEL_FLAG, VAE_FLAG = "--pretrained_model_name_or_path", "--pretrained_vae_model_name_or_path"
+ANOTHER_VAE = f"{VAE_FLAG} madebyollin/sdxl-vae-fp16-fix for SDXL, stabilityai/sd-vae-ft-mse for SD 1.x and 2.x"
 CLASS_INPUTS = ("class_embed_type", "encoder_hid_dim_type", "num_class_embeds")  # a UNet with these asks for more
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_PAGE = re.compile(rf"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/)?(?:datasets/)?({HUB_ID.pattern})(?:/.*)?")
@@ -354,6 +355,6 @@ def freeze(module: nn.Module) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def empty_device_cache() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def vae_place(model: Repo, vae_path: str | None) -> tuple[Repo, str]:
+    """Whose VAE it is, and the folder in there."""
+    return (Repo(str(vae_path), VAE_FLAG), "") if vae_path else (model, "vae")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trainkit.condition import Condition
+from trainkit.condition import Condition, equally_long
 from trainkit.devices import upload
 from trainkit.diffusion import AS_SAVED, Level, ScheduleChange
 from trainkit.errors import Problem
@@ -23,11 +23,12 @@ from trainkit.families import base, checks
 from trainkit.families.base import EncodePrompts, Family, ModelLayout
 from trainkit.families.checks import latents, native_resolution, skeleton
 from trainkit.families.pretrained import CLASS_INPUTS, Config, Repo, part_class
-from trainkit.families.tokenize import tokens
+from trainkit.families.tokenize import chunked
 from trainkit.families.unet_targets import LORA_TARGETS, TEXT_LORA_TARGETS
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin, StableDiffusionPipeline
+    from transformers import CLIPTokenizer, PreTrainedModel
 
     from trainkit.options import Compat, ModelOptions
 
@@ -87,19 +88,9 @@ class SD(Family):
         return self.schedule.prediction_type == "v_prediction"
 
     def encode_prompts(self, prompts: Sequence[str], clip_skip: int | None = None) -> Condition:
-        """Conditioning as the stock pipeline makes it -> embeds [B,T,D], in the weight dtype.
-
-        The last hidden state behind the final layer norm; clip_skip k takes the layer k before it through that norm.
-        """
-        (encoder,), (tokenizer,) = self._ready_encoders(), self.tokenizers
-        given = tokens(tokenizer, prompts)
-        ids, attended = upload([given.input_ids, given.attention_mask], self.device)  # [B,T] each
-        mask = attended if masks_padding(encoder.config) else None
-        out = encoder(ids, attention_mask=mask, output_hidden_states=clip_skip is not None)
-        embeds = out.last_hidden_state
-        if clip_skip is not None:
-            body = getattr(encoder, "text_model", encoder)  # a level that Transformers 5 has dropped
-            embeds = body.final_layer_norm(out.hidden_states[-(clip_skip + 1)])
+        """Conditioning as the stock pipeline makes it -> embeds [B,T,D], in the weight dtype."""
+        (encoder,) = self._ready_encoders()
+        embeds = encode(self.tokenizers, encoder, prompts, clip_skip, self.max_chunks)
         return Condition({"embeds": embeds.to(self.weight_dtype)})
 
     def denoise(self, z: Tensor, level: Level, condition: Condition) -> Tensor:
@@ -120,7 +111,8 @@ class SD(Family):
     ) -> dict[str, Tensor]:
         """Encoded prompts as arguments of `pipe`; unconditional is the encoded empty prompt."""
         empty = encode([""] * len(prompts))
-        return {"prompt_embeds": encode(prompts)["embeds"], "negative_prompt_embeds": empty["embeds"]}
+        given, unconditional = equally_long([encode(prompts)["embeds"], empty["embeds"]])
+        return {"prompt_embeds": given, "negative_prompt_embeds": unconditional}
 
     def webui_name(self, path: str, network: str = "unet") -> str:
         """What WebUIs call the module `path` of a network: the path as Diffusers has it, its parts joined by "_".
@@ -136,6 +128,23 @@ class SD(Family):
         return name.removeprefix(head) if name.startswith(head) else None
 
 
+def encode(tokenizers: Sequence[CLIPTokenizer], encoder: PreTrainedModel, prompts: Sequence[str],
+           clip_skip: int | None = None, max_chunks: int = 1) -> Tensor:
+    """What the text encoder says of prompts -> embeds [B,T,D]; long ones are read in chunks.
+
+    The last hidden state behind the final layer norm; clip_skip k takes the layer k before it through that norm.
+    """
+    chunks = chunked(tokenizers, prompts, max_chunks)
+    ids, attended = upload([chunks.ids[0], chunks.attended[0]], encoder.device)  # [N,T] each
+    mask = attended if masks_padding(encoder.config) else None
+    out = encoder(ids, attention_mask=mask, output_hidden_states=clip_skip is not None)
+    embeds = out.last_hidden_state
+    if clip_skip is not None:
+        body = getattr(encoder, "text_model", encoder)  # a level that Transformers 5 has dropped
+        embeds = body.final_layer_norm(out.hidden_states[-(clip_skip + 1)])
+    return chunks.joined(embeds)
+
+
 def masks_padding(config: object) -> bool:
     """Whether the text encoder must not look at the padding: not in the released models."""
     return bool(getattr(config, "use_attention_mask", False))
@@ -143,14 +152,16 @@ def masks_padding(config: object) -> bool:
 
 def load(options: ModelOptions, *, device: torch.device, weight_dtype: torch.dtype,
          schedule: ScheduleChange = AS_SAVED,
-         compat: Compat | None = None) -> SD:
+         compat: Compat | None = None, max_chunks: int = 1) -> SD:
     """Load and freeze every part, from safetensors only. Revision and variant are the base model's, not another VAE's.
 
     schedule  what the flags change of the scheduler's config
     compat    changes nothing here: it tells where pooled text is taken, and there is none
+    max_chunks  of tokens that a long text is read in
     """
     from transformers import CLIPTextModel
 
     parts = base.load_parts(options, LAYOUT, (CLIPTextModel,), weight_dtype=weight_dtype)
     return base.assemble(SD, parts, device=device, schedule=schedule, vae_batch_size=options.vae_batch_size,
+                         max_chunks=max_chunks,
                          text_detail=masks_padding(parts.text_encoders[0].config))

@@ -7,13 +7,13 @@ Source: Podell et al. 2023, "SDXL: Improving Latent Diffusion Models for High-Re
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from trainkit.condition import Condition
+from trainkit.condition import UNCONDITIONAL, Condition, equally_long
 from trainkit.devices import upload
 from trainkit.diffusion import AS_SAVED, Level, ScheduleChange
 from trainkit.errors import Problem
@@ -22,11 +22,12 @@ from trainkit.families.base import EncodePrompts, Family, ModelLayout
 from trainkit.families.checks import latents, native_resolution, skeleton
 from trainkit.families.pretrained import CLASS_INPUTS, Config, Repo
 from trainkit.families.sgm import read_name, text_name, webui_name
-from trainkit.families.tokenize import token_ids
+from trainkit.families.tokenize import chunked
 from trainkit.families.unet_targets import LORA_TARGETS, TEXT_LORA_TARGETS
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin, StableDiffusionXLPipeline
+    from transformers import CLIPTokenizer, PreTrainedModel
 
     from trainkit.options import Compat, ModelOptions
 
@@ -76,14 +77,24 @@ class SDXL(Family):
     def encode_prompts(self, prompts: Sequence[str], clip_skip: int | None = None) -> Condition:
         """Conditioning as the stock pipeline makes it -> embeds [B,T,D], pooled [B,P], in the weight dtype.
 
-        clip_skip k takes layer −(k+2). The pooled vector is the second encoder's, projected, at the true end token.
+        UNCONDITIONAL is zeros or the encoded empty prompt, as the base model's pipeline is configured.
         """
-        encoders, layer = self._ready_encoders(), -(PENULTIMATE + (clip_skip or 0))
-        ids = upload([token_ids(tokenizer, prompts) for tokenizer in self.tokenizers], self.device)  # 2 × [B,T]
-        outs = [encoder(i, output_hidden_states=True) for encoder, i in zip(encoders, ids, strict=True)]
-        embeds = torch.cat([out.hidden_states[layer] for out in outs], dim=-1)
-        pooled = outs[-1].text_embeds
-        return Condition({"embeds": embeds.to(self.weight_dtype), "pooled": pooled.to(self.weight_dtype)})
+        embeds, pooled = encode(self.tokenizers, self._ready_encoders(), prompts, clip_skip, self.max_chunks)
+        condition = Condition({"embeds": embeds.to(self.weight_dtype), "pooled": pooled.to(self.weight_dtype)})
+        if UNCONDITIONAL in prompts and self.zeros_without_prompt:
+            absent, = upload([torch.tensor([prompt == UNCONDITIONAL for prompt in prompts])], embeds.device)  # [B]
+            condition = Condition({"embeds": condition["embeds"].masked_fill(absent[:, None, None], 0),
+                                   "pooled": condition["pooled"].masked_fill(absent[:, None], 0)})
+        return condition
+
+    @cached_property
+    def zeros_without_prompt(self) -> bool:
+        """Whether the base model was trained with zeros in place of an absent prompt, as its pipeline's config says."""
+        return self._forces_zeros()
+
+    def _forces_zeros(self) -> bool:
+        index = self.model.json("model_index.json") or {}
+        return bool(index.get("force_zeros_for_empty_prompt", True))
 
     def denoise(self, z: Tensor, level: Level, condition: Condition) -> Tensor:
         """The network's output for noised latents z [B,C,h,w] -> [B,C,h,w].
@@ -98,11 +109,9 @@ class SDXL(Family):
         """The stock pipeline around the denoiser in training: no text encoders, no VAE."""
         from diffusers import StableDiffusionXLPipeline
 
-        index = self.model.json("model_index.json") or {}
         return self._silent(StableDiffusionXLPipeline(
             vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=self.denoiser,
-            scheduler=scheduler, force_zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt", True),
-            add_watermarker=False,
+            scheduler=scheduler, force_zeros_for_empty_prompt=self._forces_zeros(), add_watermarker=False,
         ))
 
     def pipeline_text(self, pipe: StableDiffusionXLPipeline, prompts: list[str], encode: EncodePrompts
@@ -113,8 +122,9 @@ class SDXL(Family):
             empty = Condition({name: torch.zeros_like(tensor) for name, tensor in given.items()})
         else:
             empty = encode([""] * len(prompts))
-        return {"prompt_embeds": given["embeds"], "pooled_prompt_embeds": given["pooled"],
-                "negative_prompt_embeds": empty["embeds"], "negative_pooled_prompt_embeds": empty["pooled"]}
+        embeds, unconditional = equally_long([given["embeds"], empty["embeds"]])
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": given["pooled"],
+                "negative_prompt_embeds": unconditional, "negative_pooled_prompt_embeds": empty["pooled"]}
 
     def webui_name(self, path: str, network: str = "unet") -> str:
         """What WebUIs call the module `path` of a network."""
@@ -125,15 +135,31 @@ class SDXL(Family):
         return read_name(name, network, self.denoiser.config)
 
 
+def encode(tokenizers: Sequence[CLIPTokenizer], encoders: Sequence[PreTrainedModel], prompts: Sequence[str],
+           clip_skip: int | None = None, max_chunks: int = 1) -> tuple[Tensor, Tensor]:
+    """What both text encoders say of prompts -> embeds [B,T,D], pooled [B,P]; long ones are read in chunks.
+
+    clip_skip k takes layer −(k+2). The pooled vector is the second encoder's, projected, at the true end token, and
+    of a long prompt that of its first chunk.
+    """
+    layer = -(PENULTIMATE + (clip_skip or 0))
+    chunks = chunked(tokenizers, prompts, max_chunks)
+    ids = upload(chunks.ids, encoders[0].device)  # 2 × [N,T]
+    outs = [encoder(i, output_hidden_states=True) for encoder, i in zip(encoders, ids, strict=True)]
+    embeds = torch.cat([out.hidden_states[layer] for out in outs], dim=-1)
+    return chunks.joined(embeds), chunks.first(outs[-1].text_embeds)
+
+
 def load(options: ModelOptions, *, device: torch.device, weight_dtype: torch.dtype,
          schedule: ScheduleChange = AS_SAVED,
-         compat: Compat | None = None) -> SDXL:
+         compat: Compat | None = None, max_chunks: int = 1) -> SDXL:
     """Load and freeze every part, from safetensors only. Revision and variant are the base model's, not another VAE's.
 
     schedule  what the flags change of the scheduler's config
     compat    "diffusers" takes the pooled vector where the text encoder's config says; by default it is taken
                      at the end token even where a config says `eos_token_id` 2, which Transformers reads as "the
                      largest id" (huggingface/transformers #24650)
+    max_chunks  of tokens that a long text is read in
     """
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -143,4 +169,4 @@ def load(options: ModelOptions, *, device: torch.device, weight_dtype: torch.dty
     if sets_eos:
         second.eos_token_id = end
     return base.assemble(SDXL, parts, device=device, schedule=schedule, vae_batch_size=options.vae_batch_size,
-                         sets_eos=sets_eos, text_detail=second.eos_token_id)
+                         sets_eos=sets_eos, max_chunks=max_chunks, text_detail=second.eos_token_id)

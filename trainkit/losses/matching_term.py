@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from trainkit import rng
+from trainkit.devices import upload
 from trainkit.diffusion import Level, LevelSampler
 from trainkit.errors import Problem, UserError
 from trainkit.frequency import DistributionMatchingLoss
@@ -96,7 +97,7 @@ def crossing(levels: LevelSampler, snr: float) -> float:
 
 def numbered(names: Sequence[str], like: Tensor) -> Tensor:
     """A number for each name, the same for the same name on every rank -> [B] long."""
-    return torch.tensor([rng.seed_of(name) for name in names], device=like.device)
+    return upload([torch.tensor([rng.seed_of(name) for name in names])], like.device)[0]
 
 
 def text_features(forward: Forward) -> Tensor:

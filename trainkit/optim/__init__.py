@@ -2,7 +2,8 @@
 
 schedules.py · the learning-rate schedules; table.py · the table of optimizers, and any other by its dotted path;
 state.py · state out of and into any torch optimizer; groups.py · one group: who trains when, and its averaged weights;
-optimizers.py · `Optim`, all groups of a run; prodigy.py, hina/ · optimizers of our own.
+optimizers.py · `Optim`, all groups of a run; prodigy.py, hina/ · optimizers of our own; eight_bit.py · those of
+bitsandbytes with fewer waits.
 """
 
 from trainkit.optim.groups import ParamGroup

@@ -21,12 +21,31 @@ ON_A_CARD = 1 << 22  # few launches, and 32 MiB of scratch memory in fp32
 
 
 @dataclass
+class PartOfSums:
+    """A tensor's part of d's numerator and denominator.
+
+    gradient, gone  its pieces of a chunk's buffers: the gradient, and what the weights have gone, later |s|
+    dot, length     the two numbers, scalars on the device
+    aligned         whether the pieces begin where tensors of their own would
+    """
+
+    gradient: Tensor
+    gone: Tensor
+    dot: Tensor
+    length: Tensor
+    aligned: bool
+
+
+@dataclass
 class TensorGroup:
     """Tensors of one dtype on one device, whose states are pieces of common buffers [N].
 
     order  positions of the tensors among all
     start  the weights at the first step, every slice_p-th of them; a scalar 0 where all of them were 0
     gradient, scratch  buffers [N] that chunks share: to allocate them in every step takes as long as to fill them
+    sums   [2,n] the parts of d's numerator and denominator: on a CPU one of each for a tensor, as prodigyopt adds them
+           up, and elsewhere one for the chunk
+    terms  those of the tensors, on a CPU; views are made once, as they take longer than the sums
     """
 
     order: list[int]
@@ -38,6 +57,8 @@ class TensorGroup:
     start: Tensor
     gradient: Tensor
     scratch: Tensor
+    sums: Tensor
+    terms: list[PartOfSums]
 
 
 class Prodigy(torch.optim.Optimizer):
@@ -99,41 +120,38 @@ class Prodigy(torch.optim.Optimizer):
         (beta1, beta2), k = group["betas"], group["k"] + 1
         correction = (1 - beta2**k) ** 0.5 / (1 - beta1**k) if group["use_bias_correction"] else 1
         dlr = group["d"] * group["lr"] * correction
-        sums = [self._accumulate(chunk, group, dlr) for chunk in self._chunks]
-        if self._estimate(sums, group, dlr):
+        for chunk in self._chunks:
+            self._accumulate(chunk, group, dlr)
+        if self._estimate(group, dlr):
             for chunk in self._chunks:
                 self._move(chunk, group, dlr)
             group["k"] = k
         return loss
 
-    def _accumulate(self, chunk: TensorGroup, group: dict[str, Any], dlr: float) -> tuple[list[Tensor], list[Tensor]]:
-        """Take the gradients into the moving averages -> parts of d's numerator and denominator, scalars on the device.
-
-        On a CPU one of each for a tensor, so that their sum is prodigyopt's, and elsewhere one for the chunk.
-        """
+    def _accumulate(self, chunk: TensorGroup, group: dict[str, Any], dlr: float) -> None:
+        """Take the gradients into the moving averages, and the parts of d's numerator and denominator into `sums`."""
         (beta1, beta2), d, every = group["betas"], group["d"], group["slice_p"]
-        gradient = self._gradient(chunk, group)
-        pieces = gradient.split([w.numel() for w in chunk.weights])
-        sliced = gradient if every == 1 else _slices(pieces, every)
-        gone = _slices(chunk.weights, every, out=chunk.scratch[: chunk.s.numel()])
-        torch.sub(chunk.start, gone, out=gone)
-        sizes = [-(-w.numel() // every) for w in chunk.weights]
-        on_cpu = gradient.device.type == "cpu"
-        parts = zip(pieces, gone.split(sizes), strict=True)
-        dots = [_dot(piece, part, every) for piece, part in parts] if on_cpu else [torch.dot(sliced, gone)]
+        gradient, gone = self._gradient(chunk, group), chunk.scratch[: chunk.s.numel()]
+        sliced = gradient if every == 1 else _slices(gradient.split([w.numel() for w in chunk.weights]), every)
+        torch.sub(chunk.start, _slices(chunk.weights, every, out=gone), out=gone)
+        if chunk.terms:
+            for term in chunk.terms:
+                _dot(term, every)
+        else:
+            torch.dot(sliced, gone, out=chunk.sums[0, 0])
         if beta1 > 0:
             chunk.exp_avg.mul_(beta1).add_(gradient, alpha=d * (1 - beta1))
         chunk.exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=d * d * (1 - beta2))
         chunk.s.mul_(_beta3(group)).add_(sliced, alpha=d / group["d0"] * (d if group["safeguard_warmup"] else dlr))
-        lengths = torch.abs(chunk.s, out=gone)
-        return dots, list(map(torch.sum, lengths.split(sizes))) if on_cpu else [lengths.sum()]
+        torch.abs(chunk.s, out=gone)
+        for part, length in [(term.gone, term.length) for term in chunk.terms] or [(gone, chunk.sums[1, 0])]:
+            torch.sum(part, 0, out=length)
 
-    def _estimate(self, sums: Sequence[tuple[list[Tensor], list[Tensor]]], group: dict[str, Any], dlr: float) -> bool:
+    def _estimate(self, group: dict[str, Any], dlr: float) -> bool:
         """A new d -> whether there is one: with gradients of 0 alone nothing moves. The step's one wait."""
-        dots, lengths = ([number for part in parts for number in part] for parts in zip(*sums, strict=True))
-        found = torch.stack(dots + lengths).tolist()
+        dots, lengths = torch.cat([chunk.sums for chunk in self._chunks], 1).tolist()
         order = [place for chunk in self._chunks for place in chunk.order]
-        terms = list(zip(found[: len(dots)], found[len(dots) :], strict=True))
+        terms = list(zip(dots, lengths, strict=True))
         if len(terms) == len(order):  # one for each tensor: prodigyopt goes through them in the user's order
             terms = [term for _, term in sorted(zip(order, terms, strict=True))]
         d, numerator, denominator = group["d"], 0.0, 0.0
@@ -185,9 +203,9 @@ class Prodigy(torch.optim.Optimizer):
         orders = [order for full in groups.values() for order in full]
         sizes = [sum(params[place].numel() for place in order) for order in orders]
         shared = {(p.device, p.dtype): torch.empty(2, max(sizes), dtype=p.dtype, device=p.device) for p in params}
-        return [self._chunk(order, [params[place] for place in order], shared) for order in orders]
+        return [self._chunk(order, [params[place] for place in order], every, shared) for order in orders]
 
-    def _chunk(self, order: list[int], params: list[Tensor], shared: Mapping[tuple, Tensor]) -> TensorGroup:
+    def _chunk(self, order: list[int], params: list[Tensor], every: int, shared: Mapping[tuple, Tensor]) -> TensorGroup:
         size = sum(p.numel() for p in params)
         gradient, scratch = shared[params[0].device, params[0].dtype][:, :size]
         buffers = {"gradient": gradient, "scratch": scratch}
@@ -201,17 +219,30 @@ class Prodigy(torch.optim.Optimizer):
         if start.dim():
             for p, piece in zip(params, start.split([s.numel() for s in starts]), strict=True):
                 self.state[p]["p0"] = piece
-        return TensorGroup(order, params, [p.detach().view(-1) for p in params], start=start, **buffers)
+        weights = [p.detach().view(-1) for p in params]
+        on_cpu = start.device.type == "cpu"
+        sums = gradient.new_empty(2, len(params) if on_cpu else 1)
+        terms = _terms(gradient, scratch, [w.numel() for w in weights], every, sums) if on_cpu else []
+        return TensorGroup(order, params, weights, start=start, **buffers, sums=sums, terms=terms)
+
+
+def _terms(gradient: Tensor, scratch: Tensor, sizes: Sequence[int], every: int, sums: Tensor) -> list[PartOfSums]:
+    """Those of tensors of these sizes that lie one behind another."""
+    parts = [-(-size // every) for size in sizes]
+    pieces = zip(gradient.split(list(sizes)), scratch[: sum(parts)].split(parts), strict=True)
+    return [PartOfSums(piece, part, sums[0, i], sums[1, i],
+                       aligned=piece.data_ptr() % ALIGNED == part.data_ptr() % ALIGNED == 0)
+            for i, (piece, part) in enumerate(pieces)]
 
 
 def _beta3(group: dict[str, Any]) -> float:
     return math.sqrt(group["betas"][1]) if group["beta3"] is None else group["beta3"]
 
 
-def _dot(gradient: Tensor, gone: Tensor, every: int) -> Tensor:
+def _dot(term: PartOfSums, every: int) -> None:
     """As for tensors of their own: how BLAS forms a sum depends on strides and on where in memory it begins."""
-    gradient, gone = (t if t.data_ptr() % ALIGNED == 0 else t.clone() for t in (gradient, gone))
-    return torch.dot(gradient[::every], gone)
+    gradient, gone = (term.gradient, term.gone) if term.aligned else (term.gradient.clone(), term.gone.clone())
+    torch.dot(gradient if every == 1 else gradient[::every], gone, out=term.dot)
 
 
 def _slices(tensors: Sequence[Tensor], every: int, out: Tensor | None = None) -> Tensor:

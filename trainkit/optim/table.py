@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from trainkit.errors import Problem, UserError, refuse
+from trainkit.optim.eight_bit import one_wait
 from trainkit.optim.groups import ParamGroup, averages
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def find_class(o: OptimizerOptions) -> type[torch.optim.Optimizer]:
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
         raise UserError(Problem(f"{path} is no optimizer", flag, "it is not a subclass of torch.optim.Optimizer",
                                 _nearest_class(package, name)))
-    return optimizer_class
+    return one_wait(optimizer_class) if package == "bitsandbytes" else optimizer_class
 
 
 def _nearest_class(package: str, name: str) -> str:

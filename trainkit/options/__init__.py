@@ -12,6 +12,7 @@ from trainkit.options.captioned import (
     CaptionedTextOptions,
     CaptionedValidationOptions,
 )
+from trainkit.options.captions import CaptionOptions
 from trainkit.options.fourier import FourierOptions
 from trainkit.options.guidance import GuidanceOptions
 from trainkit.options.inputs import DataOptions, ImageOptions, ModelOptions
@@ -27,9 +28,9 @@ from trainkit.options.text_encoders import PivotalOptions, TextOptions
 from trainkit.options.trainers import CONCERNS, TEXT_TO_IMAGE, TRAINERS
 
 __all__ = [
-    "CONCERNS", "PRESETS", "REDACTED", "TEXT_TO_IMAGE", "TRAINERS", "CaptionedDataOptions", "CaptionedOptimizerOptions",
-    "CaptionedPrecisionOptions", "CaptionedRunOptions", "CaptionedTextOptions", "CaptionedValidationOptions", "Compat",
-    "Concern",
+    "CONCERNS", "PRESETS", "REDACTED", "TEXT_TO_IMAGE", "TRAINERS", "CaptionOptions", "CaptionedDataOptions",
+    "CaptionedOptimizerOptions", "CaptionedPrecisionOptions", "CaptionedRunOptions", "CaptionedTextOptions",
+    "CaptionedValidationOptions", "Compat", "Concern",
     "DataOptions", "Flag", "FourierOptions", "GuidanceOptions", "LoraOptions", "MatchingOptions", "ModelOptions",
     "ObjectiveOptions", "OptimizerOptions", "OptionSet", "ImageOptions", "PivotalOptions", "PrecisionOptions",
     "PriorOptions", "RunOptions", "TextOptions", "ValidationOptions", "parse",

@@ -23,6 +23,7 @@ SAME_VALUE = {  # their name: ours
     "zero_terminal_snr": "rescale_betas_zero_snr", "dataset_repeats": "repeats", "config_file": "config",
     "num_repeats": "repeats", "num_epochs": "num_train_epochs", "grad_clip": "max_grad_norm",
     "output": "output_dir", "r": "rank", "prompt": "instance_prompt", "tokenizer_cache_dir": "cache_dir",
+    "caption_extention": "caption_extension",
 }
 INSTEAD = {  # their name: what to do here
     # Model and files
@@ -52,19 +53,14 @@ INSTEAD = {  # their name: what to do here
     "dataset_config": "several data sets with settings of their own are not read yet: put the images into one folder "
                       "and name it with --instance_data_dir or --train_data_dir",
     "in_json": "write captions into metadata.jsonl beside the images (file_name, text)",
-    "caption_extension": ".txt and .caption files are read: rename those with another ending",
     "random_crop": "crops are random unless you write --center_crop",
     "color_aug": "colours are not changed here yet: make the variants as images of their own",
     "face_crop_aug_range": "crops around faces are not made here yet: crop the images yourself",
-    "shuffle_caption": "captions are used as they are; words are not shuffled yet",
-    "keep_tokens": "captions are used as they are; words are not shuffled yet",
-    "caption_prefix": "captions are used as they are: write the words into the caption files",
-    "caption_suffix": "captions are used as they are: write the words into the caption files",
-    "enable_wildcard": "captions are used as they are; wildcards are not read yet",
-    "caption_dropout_rate": "captions are not dropped yet",
-    "caption_tag_dropout_rate": "words of captions are not dropped yet",
-    "max_token_length": "captions have 77 tokens: put what matters first",
-    "weighted_captions": "captions are used as they are; weights of words are not read yet",
+    "caption_dropout_every_n_epochs": "--caption_dropout_rate drops captions at random; whole epochs without them are "
+                                      "not there yet",
+    "token_warmup_min": "--caption_tag_dropout_rate drops tags; their number does not grow with the steps yet",
+    "token_warmup_step": "--caption_tag_dropout_rate drops tags; their number does not grow with the steps yet",
+    "weighted_captions": "captions are plain text; weights of words are not read yet",
     "masked_loss": "the loss covers whole images; masks are not read yet",
     "alpha_mask": "the loss covers whole images; masks are not read yet",
     "cache_latents_to_disk": "--cache_latents --latent_cache_dir FOLDER",

@@ -108,6 +108,11 @@ def _unclear_matching(values: Values) -> Iterator[Problem]:
         yield Problem(f"--dist_match_statistic {statistic} with --{flag}", "--dist_match_statistic",
                       f"--{flag} is the strength of {' or '.join(_STATISTICS[flag])}, --{other} that of {statistic}",
                       f"--{other} instead of --{flag}, or leave out --dist_match_statistic")
+    changing = [f"--{name}" for name in _CHANGES_CAPTIONS if values.get(name)]
+    if values.get("dist_match_kernel") == "class" and changing:
+        yield Problem(f"--dist_match_kernel class with {changing[0]}", f"--dist_match_kernel, {', '.join(changing)}",
+                      "a class is made of the images with the same caption, and captions differ at every visit",
+                      "--dist_match_kernel text, or leave out the other flag")
 
 
 def _other_optimizer(values: Values) -> Iterator[Problem]:
@@ -216,6 +221,7 @@ def _trains_text(values: Values) -> bool:
     return bool(values.get("train_text_encoder") or values.get("train_text_encoder_ti"))
 
 
+_CHANGES_CAPTIONS = ("shuffle_caption", "caption_tag_dropout_rate", "enable_wildcard", "caption_dropout_rate")
 _STRENGTHS = ("dist_match", "dist_match_gain")
 _STATISTICS = {"dist_match": ("sum", "diagonal"), "dist_match_gain": ("u",)}
 _LEAST_FP32 = 2.0**-149  # above 0

@@ -14,6 +14,7 @@ from trainkit.options.captioned import (
     CaptionedTextOptions,
     CaptionedValidationOptions,
 )
+from trainkit.options.captions import CaptionOptions
 from trainkit.options.fourier import FourierOptions
 from trainkit.options.guidance import GuidanceOptions
 from trainkit.options.inputs import DataOptions, ModelOptions
@@ -26,13 +27,14 @@ from trainkit.options.running import PrecisionOptions, RunOptions, ValidationOpt
 from trainkit.options.text_encoders import PivotalOptions, TextOptions
 
 CONCERNS: dict[str, type[Concern]] = {  # of the DreamBooth trainer
-    "model": ModelOptions, "data": DataOptions, "prior": PriorOptions, "text": TextOptions, "pivotal": PivotalOptions,
-    "lora": LoraOptions, "objective": ObjectiveOptions, "fourier_loss": FourierOptions,
+    "model": ModelOptions, "data": DataOptions, "captions": CaptionOptions, "prior": PriorOptions, "text": TextOptions,
+    "pivotal": PivotalOptions, "lora": LoraOptions, "objective": ObjectiveOptions, "fourier_loss": FourierOptions,
     "optimizer": OptimizerOptions, "precision": PrecisionOptions, "validation": ValidationOptions, "run": RunOptions,
 }
 TEXT_TO_IMAGE: dict[str, type[Concern]] = {
-    "model": ModelOptions, "data": CaptionedDataOptions, "text": CaptionedTextOptions, "guidance": GuidanceOptions,
-    "lora": LoraOptions, "objective": ObjectiveOptions, "fourier_loss": FourierOptions, "matching": MatchingOptions,
+    "model": ModelOptions, "data": CaptionedDataOptions, "captions": CaptionOptions, "text": CaptionedTextOptions,
+    "guidance": GuidanceOptions, "lora": LoraOptions, "objective": ObjectiveOptions, "fourier_loss": FourierOptions,
+    "matching": MatchingOptions,
     "optimizer": CaptionedOptimizerOptions, "precision": CaptionedPrecisionOptions,
     "validation": CaptionedValidationOptions, "run": CaptionedRunOptions,
 }

@@ -32,6 +32,7 @@ from trainkit.data.geometry import CropPolicy
 from trainkit.devices import WEIGHT_DTYPES
 from trainkit.diffusion import Level, ScheduleChange, make_noise
 from trainkit.families import Family
+from trainkit.families.base import in_tiles
 from trainkit.losses.passes import Passes, always, plain_objective
 from trainkit.options import (
     Concern,
@@ -147,6 +148,7 @@ class Skeleton:
         self.autocast = partial(Autocast, "meta", self.dtype, enabled=self.dtype != torch.float32)
         self.family = family_on_meta(configs, self.dtype, ScheduleChange.from_options(opt.objective))
         self.frozen_text, self.vae = self.family.text_encoders, self.family.vae
+        self.family.vae_checked = True  # there are no numbers to look at
         self.loaded = bytes_of(weights_of([self.family.denoiser, self.vae, *self.frozen_text]))
 
     def live(self, known: dict[str, list[Tensor]]) -> LiveBytes:
@@ -314,7 +316,8 @@ def generate_class_images(opt: TracedOptions, configs: ModelConfigs, *, block: i
         skeleton.given = skeleton.family.encode_prompts([""] * rows, None)
         latents = skeleton.denoised(rows)[: prior.sample_batch_size].float()
         skeleton.vae.enable_slicing()  # as trainkit.data.class_images does
-        skeleton.vae.decode(latents)
+        with in_tiles(skeleton.vae, skeleton.family.vae_factor):
+            skeleton.vae.decode(latents)
     return live.peak
 
 

@@ -221,12 +221,11 @@ def writing(path: Path) -> Iterator[None]:
 
 def extract(args: argparse.Namespace, images: dict[str, Source]) -> Features:
     """Compute what the file lacks; images that cannot be read are named at the end."""
-    import torch
-
     from trainkit.data.clip_features import load_clip
+    from trainkit.devices import present
     from trainkit.runtime.progress import watched
 
-    clip = load_clip(args.clip, device="cuda" if torch.cuda.is_available() else "cpu")
+    clip = load_clip(args.clip, device=present())
     growing = Growing(args.out, clip=clip.name, made_by=clip.made_by, width=clip.width)
     todo, bad = list(images), []
     with ThreadPoolExecutor(DECODERS) as pool, watched("CLIP features", len(todo)) as show:

@@ -32,6 +32,7 @@ from trainkit.inference import (
     after_denoising_step,
     base_problems,
     embeddings_of,
+    encode_prompts,
     finite_images,
     fuse_lora,
     load_pipeline,
@@ -39,7 +40,9 @@ from trainkit.inference import (
     lora_name,
     lora_problems,
     missing_file,
+    tokenizers,
 )
+from trainkit.options.captions import LENGTHS, TOKENS
 from trainkit.process import own_settings, say
 from trainkit.tools import ASSETS
 from trainkit.tools.checks import (
@@ -61,7 +64,6 @@ log = logging.getLogger(__name__)
 
 SEEDS = range(-(2**63), 2**64)  # that torch.manual_seed takes
 SIDE_STEP = 8  # pixels: the stock pipelines take no other sides
-EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.embeddings:
         renamed = add_new_tokens(pipe, args.embeddings)
         shots = [replace(shot, prompt=renamed(shot.prompt)) for shot in shots]
-    warn_of_full(pipe, shots)
+    warn_of_full(pipe, shots, args.max_token_length // TOKENS)
     images = generate_images(pipe, args, shots)
     write(pipe, args, shots, images)
 
@@ -112,6 +114,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--prompt", action="append", required=True, metavar="TEXT", help="The prompt. Repeat this flag for several "
         "prompts.")
     add("--negative_prompt", metavar="TEXT", help="A negative prompt for all prompts.")
+    add("--max_token_length", type=int, choices=LENGTHS, default=TOKENS, help="As in training. The default is 75.")
     add("--seeds", type=whole_numbers, default=(0,), metavar="A,B,..", help="The seeds. Each "
         "prompt gets one image for each seed. The default is 0.")
     add("--steps", type=int, default=25, help="The number of denoising steps. The default is 25.")
@@ -127,10 +130,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "features of the guidance images are read from it and not computed.")
     add("--guidance_token_scale", type=float, default=1.0, metavar="X", help="The factor of the features. "
         "Use the value of the training.")
-    add("--guidance_both_branches", action="store_true", help="Also show the guidance image with the negative "
-        "prompt.")
+    add("--guidance_both_branches", action="store_true", help="Also show the guidance image with the negative prompt.")
     add("--batch_size", type=int, default=4, help="How many images are generated at once. The default is 4.")
-    add("--dtype", choices=DTYPES, help="The precision. The default is bfloat16 on a GPU, and float32 on a CPU.")
+    add("--dtype", choices=DTYPES, help="The precision. The default is bfloat16 on GPUs except Apple's.")
     add("--out", required=True, type=Path, metavar="DIR", help="The folder for the images and sheet.png.")
     add("--debug", action="store_true", help="Show a traceback with every error message.")
     args = parser.parse_args(argv)
@@ -254,16 +256,12 @@ def chunks(shots: Sequence[Shot], size: int) -> Iterator[Sequence[Shot]]:
     yield from (shots[start : start + size] for start in range(0, len(shots), size))
 
 
-def tokenizers(pipe: Pipeline) -> list:
-    return [one for one in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if one is not None]
-
-
-def warn_of_full(pipe: Pipeline, shots: Sequence[Shot]) -> None:
+def warn_of_full(pipe: Pipeline, shots: Sequence[Shot], max_chunks: int) -> None:
     """Say which prompts leave no place for the features."""
-    from trainkit.conditioning.clip_token import has_free_place
+    from trainkit.families.tokenize import has_free_place
 
     prompts = list(dict.fromkeys(shot.prompt for shot in shots if shot.features is not None))
-    free_places = has_free_place(tokenizers(pipe), prompts) if prompts else []
+    free_places = has_free_place(tokenizers(pipe), prompts, max_chunks) if prompts else []
     for prompt in (prompt for prompt, free_place in zip(prompts, free_places, strict=True) if not free_place):
         log.warning("this prompt fills the text encoder's whole context; its image is generated without the guidance "
                     "image: %s", prompt)
@@ -273,20 +271,21 @@ def encode(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) -> d
     """The text of each shot as the stock pipeline takes it, with its guidance image where it has one."""
     import torch
 
-    from trainkit.conditioning.clip_token import has_free_place, with_token
+    from trainkit.conditioning.clip_token import with_token
+    from trainkit.families.tokenize import has_free_place, prompt_lengths
 
     negative = None if args.negative_prompt is None else [args.negative_prompt] * len(shots)
-    text = dict(zip(EMBEDS, pipe.encode_prompt(
-        prompt=[shot.prompt for shot in shots], device=pipe.device, num_images_per_prompt=1,
-        do_classifier_free_guidance=True, negative_prompt=negative), strict=False))  # SD has the first two
+    most = args.max_token_length // TOKENS
+    text = encode_prompts(pipe, [shot.prompt for shot in shots], negative, max_chunks=most)
     if shots[0].features is None:
         return text
     tokens = torch.stack([shot.features for shot in shots if shot.features is not None])  # [B,D], row i for image i
     branches = {"prompt_embeds": [shot.prompt for shot in shots]}
     if args.guidance_both_branches:
         branches["negative_prompt_embeds"] = negative or [""] * len(shots)
-    guided = {name: with_token(text[name], tokens, torch.tensor(has_free_place(tokenizers(pipe), prompts)))
-              for name, prompts in branches.items()}
+    known = tokenizers(pipe)
+    guided = {name: with_token(text[name], tokens, torch.tensor(has_free_place(known, prompts, most)),
+                               prompt_lengths(known, prompts, most)) for name, prompts in branches.items()}
     return text | guided
 
 

@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HISTORY = 20  # losses kept for the message when a run diverges
-NOT_THE_RATE = (  # where no step of a run was finite: no rate has changed a weight yet
-    "add --cache_latents, which names an image that the VAE turns into NaN, or give another "
-    "--pretrained_vae_model_name_or_path; under fp16 use --mixed_precision bf16 or no")
+NOT_THE_RATE = (  # where no step of a run was finite: no rate has changed a weight yet, and the VAE was checked
+    "under fp16 use --mixed_precision bf16 or no; else name another base model")
 WEAKER = "lower --learning_rate, or what else may be too strong (--optimizer_args, --fourier_weight, --dist_match)"
 
 
@@ -169,10 +168,10 @@ class Gradients:
 
     @staticmethod
     def never_finite(steps: int, where: str) -> UserError:
-        """The end of a run of which no step was finite: what the base model makes of the images, not the training."""
+        """The end of a run of which no step was finite: what the base model makes of the latents, not the training."""
         return UserError(Problem(
             f"nothing was learned: all {steps} steps were skipped", where, "no loss or gradient was finite from the "
-            "first step on, so the base model or its VAE makes NaN of the images, not the learning rate",
+            "first step on, so the base model overflows in this precision or is damaged; it is not the learning rate",
             NOT_THE_RATE, "nonfinite"))
 
 

@@ -1,14 +1,18 @@
-"""The card: `machine()` adds to torch's FakeTensorMode what a whole training needs.
+"""The card: `machine()` adds to torch's FakeTensorMode what a whole training needs. It is "cuda", "mps" or "xpu".
 
 CPU tensors stay real, so that random draws, data, tokens and control flow are the true ones. A number that is asked of
-a "cuda" tensor is made up, and the wait is noted with the lines that asked. What CUDA refuses and fake tensors let pass
-is refused: a CPU generator for a draw on the card, an index on the card into a CPU tensor.
-Scaled dot product attention takes the kernels that CUDA takes from compute capability 8.0 on, by their shape functions.
+a tensor on the card is made up, and the wait is noted with the lines that asked. What a card refuses and fake tensors
+let pass is refused: a CPU generator for a draw on the card, an index on the card into a CPU tensor, a product or norm
+of two number formats, and on "mps" every tensor in fp64; "xpu" is a card that has it, as torch's GradScaler asks
+of one. Where the card is not "cuda", our code may ask torch.cuda nothing but whether it is there.
+Scaled dot product attention takes the kernels that CUDA takes from compute capability 8.0 on, by their shape functions;
+on other cards it is written out.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,9 +29,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 aten = torch.ops.aten
-MOST_READ = 1 << 20  # elements of a tensor that comes back from the card with made-up numbers; larger ones stay fake
+MOST_READ = 1 << 22  # elements of a tensor that comes back from the card with made-up numbers; larger ones stay fake
 COPY, COPY_INTO = aten._to_copy.default, aten.copy_.default
 INDEXING = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
+ONE_DTYPE = (aten.mm, aten.bmm, aten.addmm, aten.addmm_, aten.baddbmm, aten.mv, aten.dot, aten.linear, aten.convolution,
+             aten.native_layer_norm, aten.native_group_norm)  # kernels that take no tensors of two number formats
 LIKE = (aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,
         aten.new_empty.default, aten.new_zeros.default, aten.new_full.default, aten.new_empty_strided.default)
 ASYNCHRONOUS = ", asynchronous"  # a copy that the host does not wait for
@@ -42,8 +48,8 @@ Wait = tuple[str, str]  # what for, and the lines of ours that asked, innermost 
 class Card:
     """The waits of the host for the device so far, in their order."""
 
-    def __init__(self) -> None:
-        self.waits: list[Wait] = []
+    def __init__(self, device: str = "cuda") -> None:
+        self.device, self.waits = device, list[Wait]()
 
     def note(self, kind: str) -> None:
         self.waits.append((kind, _lines()))
@@ -101,10 +107,13 @@ class _Watch(TorchDispatchMode):
             if read is not None:
                 return read
         args, kwargs = tree_map_only(Tensor, self._faked, (args, kwargs))
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if self.card.device == "mps":
+            tree_map_only(Tensor, _refuse_float64, out)
+        return out
 
     def _number(self, tensor: Tensor) -> bool | int | float:
-        if tensor.device.type == "cuda":
+        if tensor.device.type == self.card.device:
             self.card.note("item")
         kind = tensor.dtype
         return bool(self.number) if kind == torch.bool else self.number if kind.is_floating_point else int(self.number)
@@ -115,6 +124,10 @@ class _Watch(TorchDispatchMode):
             raise RuntimeError(f"Expected a '{target}' device type for generator but found '{generator.device}'")
         if func in INDEXING and args[0].device.type == "cpu":
             raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
+        if func.overloadpacket in ONE_DTYPE:
+            dtypes = {tensor.dtype for tensor in args if isinstance(tensor, Tensor)}
+            if len(dtypes) > 1:
+                raise RuntimeError(f"{func}: expected tensors of the same dtype, but found {dtypes}")
 
     def _note_index(self, func: Any, args: tuple) -> None:
         if func in INDEXING:
@@ -132,7 +145,7 @@ class _Watch(TorchDispatchMode):
         if source.device.type == target or "meta" in (source.device.type, target):
             return None
         late = kwargs.get("non_blocking", func is COPY_INTO and len(args) > 2 and args[2])
-        self.card.note(f"{'host to device' if target == 'cuda' else 'device to host'}{ASYNCHRONOUS if late else ''}")
+        self.card.note(f"{'device to host' if target == 'cpu' else 'host to device'}{ASYNCHRONOUS if late else ''}")
         if target != "cpu" or source.numel() > MOST_READ:
             return None
         with unset_fake_temporarily():
@@ -147,13 +160,21 @@ class _Watch(TorchDispatchMode):
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
 
 
+def _refuse_float64(tensor: Tensor) -> Tensor:
+    if tensor.device.type == "mps" and tensor.dtype == torch.float64:
+        raise TypeError(f"{tensor.device} has no float64")
+    return tensor
+
+
 def attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:
     """As torch chooses on a card: flash for half precision without a mask, memory-efficient for the rest."""
-    if query.device.type != "cuda":
+    if query.device.type == "cpu":
         return REAL_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if query.device.type != "cuda":
+        return _written_out(query, key, value, attn_mask)
     if torch.is_autocast_enabled("cuda"):  # it is in autocast's list of half-precision functions
         query, key, value = (t.to(torch.get_autocast_dtype("cuda")) for t in (query, key, value))
     assert query.dtype == key.dtype == value.dtype, (
@@ -173,6 +194,14 @@ def attention(
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
         return aten._scaled_dot_product_efficient_attention(
             query, key, value, bias, needs_grad, dropout_p, is_causal, scale=scale)[0]
+
+
+def _written_out(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    assert query.dtype == key.dtype == value.dtype, f"{query.dtype} {key.dtype} {value.dtype}"
+    scores = query @ key.mT * query.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1) @ value
 
 
 def _apply(module: torch.nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> torch.nn.Module:
@@ -204,15 +233,13 @@ class _Stream:
 
 
 def _tolist(card: Card, number: float) -> Callable[[Tensor], Any]:
-    """One wait, as on a card. The first number of several is the made-up one; others are 0, as votes to stop are."""
+    """One wait, as on a card."""
     def tolist(tensor: Tensor) -> Any:
         if not isinstance(tensor, FakeTensor):
             return REAL_TOLIST(tensor)
         card.note("item")
         with unset_fake_temporarily():
-            made_up = torch.zeros(tensor.shape)
-            made_up.view(-1)[:1] = number if made_up.numel() > 2 else 0
-            return REAL_TOLIST(made_up)
+            return REAL_TOLIST(torch.full(tensor.shape, number))
 
     return tolist
 
@@ -230,30 +257,60 @@ def _pointers() -> Callable[[Tensor], int]:
     return data_ptr
 
 
-@contextmanager
-def card_there(synchronized: Callable[[], None] = lambda: None) -> Iterator[FakeTensorMode]:
-    """Inside, torch believes in one card, and tensors may be on it."""
+def _answers(device: str, synchronized: Callable[[], None]) -> dict[Any, dict[str, Any]]:
+    """What torch says of the card, by the module that is asked."""
     properties = SimpleNamespace(name="made-up card", total_memory=MEMORY, major=CAPABILITY[0], minor=CAPABILITY[1],
-                                 multi_processor_count=28)
-    answers: dict[str, Any] = {
-        "is_available": lambda: True, "is_bf16_supported": lambda *a, **k: True, "device_count": lambda: 1,
-        "current_device": lambda: 0, "set_device": lambda *a: None, "get_device_properties": lambda *a: properties,
-        "get_device_capability": lambda *a: CAPABILITY, "get_device_name": lambda *a: properties.name,
-        "synchronize": lambda *a: synchronized(), "empty_cache": lambda: None, "memory_allocated": lambda *a: 0,
-        "max_memory_allocated": lambda *a: 0, "memory_reserved": lambda *a: 0,
+                                 multi_processor_count=28, has_fp64=True)
+    common: dict[str, Any] = {
+        "synchronize": lambda *a: synchronized(), "empty_cache": lambda: None, "device_count": lambda: 1,
+        "manual_seed": lambda seed: None, "manual_seed_all": lambda seed: None, "current_device": lambda: 0,
+        "set_device": lambda *a: None,
+    }
+    if device == "mps":
+        backend = {"is_available": lambda: True, "is_built": lambda: True, "is_macos_or_newer": lambda *a: True}
+        return {torch.mps: common | {"is_available": lambda: True}, torch.backends.mps: backend}
+    like_cuda = common | {
+        "is_available": lambda: True, "is_bf16_supported": lambda *a, **k: True,
+        "get_device_properties": lambda *a: properties, "get_device_capability": lambda *a: CAPABILITY,
+        "get_device_name": lambda *a: properties.name, "memory_allocated": lambda *a: 0,
+        "max_memory_allocated": lambda *a: 0, "memory_reserved": lambda *a: 0, "max_memory_reserved": lambda *a: 0,
         "reset_peak_memory_stats": lambda *a: None, "mem_get_info": lambda *a: (MEMORY - 2**30, MEMORY),
         "Stream": _Stream, "Event": _Stream, "stream": _Stream, "current_stream": _Stream,
         "is_current_stream_capturing": lambda: False, "_lazy_init": lambda: None,
-        "manual_seed": lambda seed: None, "manual_seed_all": lambda seed: None,
+        "set_sync_debug_mode": lambda mode: None,
     }
+    return {torch.get_device_module(device): like_cuda}
+
+
+def _not_for_ours(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of torch.cuda on a machine without CUDA, which libraries may call and we may not."""
+    def asked(*args: Any, **kwargs: Any) -> Any:
+        caller = sys._getframe(1).f_code.co_filename
+        assert not any(part in caller for part in OURS), f"torch.cuda.{name} is asked of another device by {caller}"
+        return real(*args, **kwargs)
+
+    return asked
+
+
+@contextmanager
+def card_there(device: str = "cuda", synchronized: Callable[[], None] = lambda: None) -> Iterator[FakeTensorMode]:
+    """Inside, torch believes in one card, and tensors may be on it."""
     with ExitStack() as stack:
         def patch(owner: object, name: str, value: object) -> None:
             stack.enter_context(mock.patch.object(owner, name, value, create=True))
 
-        for name, answer in answers.items():
-            patch(torch.cuda, name, answer)
-        for module in ("torch.cuda.amp.common", "torch.amp.grad_scaler"):
-            patch(importlib.import_module(module), "amp_definitely_not_available", lambda: False)
+        for module, answers in _answers(device, synchronized).items():
+            for name, answer in answers.items():
+                patch(module, name, answer)
+        if device == "cuda":
+            for path in ("torch.cuda.amp.common", "torch.amp.grad_scaler"):
+                patch(importlib.import_module(path), "amp_definitely_not_available", lambda: False)
+        else:
+            patch(torch.amp.autocast_mode, "is_autocast_available", lambda kind: kind in ("cpu", device))
+            for name, real in list(vars(torch.cuda).items()):
+                if inspect.isfunction(real) and not name.startswith("_") and name != "is_available":
+                    patch(torch.cuda, name, _not_for_ours(name, real))
+        patch(torch.profiler, "supported_activities", lambda: {torch.profiler.ProfilerActivity.CPU})
         patch(functional, "scaled_dot_product_attention", attention)
         patch(torch.nn.Module, "_apply", _apply)
         patch(Tensor, "data_ptr", _pointers())
@@ -263,13 +320,13 @@ def card_there(synchronized: Callable[[], None] = lambda: None) -> Iterator[Fake
 
 
 @contextmanager
-def machine(number: float = 0.01) -> Iterator[Card]:
-    """Inside, CPU tensors are real and those on "cuda" are fake.
+def machine(number: float = 0.01, device: str = "cuda") -> Iterator[Card]:
+    """Inside, CPU tensors are real and those on the device are fake.
 
     number  what is read from a fake tensor
     """
-    card = Card()
-    with card_there(lambda: card.note("synchronize")) as fake, _Watch(fake, card, number), \
+    card = Card(device)
+    with card_there(device, lambda: card.note("synchronize")) as fake, _Watch(fake, card, number), \
             mock.patch.object(Tensor, "tolist", _tolist(card, number)), \
             mock.patch.object(FakeTensor, "tolist", _tolist(card, number)):
         yield card

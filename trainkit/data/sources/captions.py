@@ -96,19 +96,24 @@ class CaptionFiles:
         self.memory.keep(self.new)
 
 
-def caption_files(images: Sequence[Path], texts: Sequence[Path]) -> dict[Path, list[Path]]:
+def caption_files(images: Sequence[Path], texts: Sequence[Path], endings: Sequence[str] = SIDECARS
+                  ) -> dict[Path, list[Path]]:
     """The caption files of each image among `texts`; the first one is read."""
     by_name: dict[tuple[str, str], list[Path]] = defaultdict(list)
     for path in texts:
         by_name[path.stem, path.suffix.lower()].append(path)
-    return {image: [path for suffix in SIDECARS for path in by_name.get((image.stem, suffix), ())] for image in images}
+    return {image: [path for suffix in endings for path in by_name.get((image.stem, suffix), ())] for image in images}
 
 
-def read_sidecars(folder: Path, images: Sequence[Path], texts: Sequence[Path], files: CaptionFiles) -> Sidecars:
-    """What the files `texts` say about images; other encodings than UTF-8 are understood and reported, or refused."""
+def read_sidecars(folder: Path, images: Sequence[Path], texts: Sequence[Path], files: CaptionFiles,
+                  endings: Sequence[str] = SIDECARS) -> Sidecars:
+    """What the files `texts` say about images; other encodings than UTF-8 are understood and reported, or refused.
+
+    endings  of the files that are read, the first one found for an image
+    """
     found, bad, odd = Sidecars(), [], []
     unclear: dict[Path, UnclearText] = {}
-    for image, paths in caption_files(images, texts).items():
+    for image, paths in caption_files(images, texts, endings).items():
         found.spare += paths[1:]
         for path in paths[:1]:
             try:
@@ -125,7 +130,7 @@ def read_sidecars(folder: Path, images: Sequence[Path], texts: Sequence[Path], f
                     listing(odd))
     found.problems = [*_problem(bad, "caption files", folder, "fix or delete these files"), *_unclear(folder, unclear)]
     known = {image.stem for image in images}
-    found.strange = [path for path in texts if path.stem not in known or path.suffix.lower() not in SIDECARS]
+    found.strange = [path for path in texts if path.stem not in known or path.suffix.lower() not in endings]
     return found
 
 
@@ -259,7 +264,7 @@ def _entry(
 
 
 def read_captions(value: object, *, several: bool) -> tuple[str, ...]:
-    """The captions in one cell, each a plain line; blank ones are none. Raises BadEntry for what is no caption."""
+    """The captions in one cell, each in plain lines; blank ones are none. Raises BadEntry for what is no caption."""
     captions = []
     for item in value if several and isinstance(value, list) else [value]:
         if not (item is None or isinstance(item, str)):

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 
 from trainkit.data.batch import Listed
 from trainkit.data.sources.account import Account, LeftOut, SourceListing
-from trainkit.data.sources.captions import METADATA, CaptionFiles, metadata_files, read_metadata, read_sidecars
+from trainkit.data.sources.captions import (
+    METADATA,
+    SIDECARS,
+    CaptionFiles,
+    metadata_files,
+    read_metadata,
+    read_sidecars,
+)
 from trainkit.data.sources.glimpse import HEIC, SUFFIXES
 from trainkit.data.sources.kohya import kohya_problems, number_notice
 from trainkit.data.sources.tree import HELD_OUT, Tree, walk
@@ -37,12 +44,16 @@ class Folder:
     caption_column: str | None = None  # of its metadata; None: the first of CAPTION_COLUMNS that is there
     image_column: str = "image"
     captioned: bool = False  # in the imagefolder layout: subfolders count, and an image may have several captions
+    ending: str | None = None  # of the caption files that are read; None: SIDECARS
 
 
-def list_image_folder(data: ImageOptions) -> SourceListing:
-    """The images of the folder the options name."""
+def list_image_folder(data: ImageOptions, ending: str | None = None) -> SourceListing:
+    """The images of the folder the options name.
+
+    ending  of the caption files that are read; None: SIDECARS
+    """
     where = Folder(Path(f"{data.folder}"), f"--{data.folder_flag}", data.prompt_flag and f"--{data.prompt_flag}",
-                   data.wanted_column, data.image_column, data.captioned)
+                   data.wanted_column, data.image_column, data.captioned, ending)
     if data.repeats == 1 and (notice := number_notice(where.path)):
         log.warning("%s", notice)
     return read_folder(where)
@@ -62,14 +73,14 @@ def read_folder(where: Folder, *, verbose: bool = True, empty_is_wrong: bool = T
     """
     folder = where.path
     try:
-        tree = walk(folder, subfolders=where.captioned)
+        tree = walk(folder, subfolders=where.captioned, ending=where.ending)
     except OSError as error:
         return SourceListing([], [unreadable_folder(where, error)])
     there = tree.by_name()
     captions = read_all_captions(where, tree, there, verbose=verbose)
     images = dict(sorted((there | _named_only(captions, tree)).items()))  # a path under the folder: the image
     listed = [Listed(printable(name), path, *captions.of(path)) for name, path in images.items()]
-    bare = [found.source for found in listed if not found.caption and isinstance(found.source, Path)]
+    bare = [found.source for found in listed if not (found.caption or where.ending) and isinstance(found.source, Path)]
     unread = find_unread(folder, tree, bare=bare, strange=captions.strange)
     problems = [*captions.problems, *unread.problems, *_images_below(where, tree, [*images.values()], empty_is_wrong)]
     left_out = (*unread.left_out, *captions.spare, *(not_followed(folder, tree) if where.captioned else []))
@@ -153,7 +164,11 @@ def read_all_captions(where: Folder, tree: Tree, there: Mapping[str, Path], *, v
         found.twice += [path.name for path in nearer if found.named.get(path, nearer[path]) != nearer[path]]
         found.named |= nearer
         found.files |= dict.fromkeys(nearer, metadata.file)
-        sidecars = read_sidecars(folder, contents.images, contents.texts, files)
+        endings = (where.ending,) if where.ending else SIDECARS
+        others = [path for path in contents.texts if where.ending and path.suffix.lower() != where.ending]
+        texts = [path for path in contents.texts if path not in others] if others else contents.texts
+        sidecars = read_sidecars(folder, contents.images, texts, files, endings)
+        found.spare += [LeftOut(printable(path.name), f"captions are in {where.ending} files") for path in others]
         found.beside |= sidecars.captions
         found.strange += sidecars.strange
         found.spare += [LeftOut(printable(path.name), "its image has another caption file") for path in sidecars.spare]

@@ -77,9 +77,11 @@ def one_line(text: str) -> str:
 
 
 def as_caption(text: str) -> str:
-    """Text as a prompt on one line; "" where a program has written that there is none."""
-    line = one_line(text)
-    return "" if line.casefold() in NOTHING else line
+    """Text as a caption: its lines, each as `one_line` makes it, without blank ones; "" where a program has written
+    that there is none.
+    """
+    lines = "\n".join(filter(None, map(one_line, text.splitlines())))
+    return "" if lines.casefold() in NOTHING else lines
 
 
 def decode_text(data: bytes) -> tuple[str, str]:

@@ -70,28 +70,31 @@ def reads_heic() -> bool:
     return find_spec("pillow_heif") is not None
 
 
-def scan(folder: Path) -> Contents:
-    """The folder's entries. Raises OSError."""
+def scan(folder: Path, ending: str | None = None) -> Contents:
+    """The folder's entries. Raises OSError.
+
+    ending  of caption files, where it is none of TEXTS
+    """
     found = Contents()
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             path = folder / entry.name
             if not entry.name.startswith(".") and entry.name not in JUNK:
-                _sort_in(found, entry, path)
+                _sort_in(found, entry, path, {*TEXTS, ending})
             elif is_image(path) and not entry.name.startswith(APPLE_DOUBLE):
                 found.special[path] = "hidden: its name begins with a dot"
     return found
 
 
-def _sort_in(found: Contents, entry: os.DirEntry[str], path: Path) -> None:
+def _sort_in(found: Contents, entry: os.DirEntry[str], path: Path, endings: Container[str | None]) -> None:
     suffix, image = path.suffix.lower(), is_image(path)
-    named_as_file = image or suffix in TEXTS or entry.name in METADATA
+    named_as_file = image or suffix in endings or entry.name in METADATA
     try:
         is_file, is_folder = entry.is_file(), entry.is_dir()
     except OSError:  # a circle of links
         is_file = is_folder = False
     if is_file:
-        kind = found.images if image else found.texts if suffix in TEXTS else found.others
+        kind = found.images if image else found.texts if suffix in endings else found.others
         kind.append(path)
     elif is_folder:
         (found.links if entry.is_symlink() else found.folders).append(path)
@@ -108,20 +111,21 @@ def _no_file(entry: os.DirEntry[str], is_folder: bool) -> str:
     return "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
 
 
-def walk(folder: Path, *, subfolders: bool) -> Tree:
+def walk(folder: Path, *, subfolders: bool, ending: str | None = None) -> Tree:
     """The folder and, where subfolders are read, those below it: not hidden, not linked, not held out.
 
+    ending  see `scan`
     Raises OSError for what is to be read.
     """
-    tree = Tree({folder: scan(folder)})
+    tree = Tree({folder: scan(folder, ending)})
     top = tree.read[folder]
     names = {path.name for path in top.folders}
     if subfolders:
         tree.held_out = {name for name in names if name.lower() in HELD_OUT} if "train" in names else set()
-        tree.read |= dict(_below(top, tree.held_out))
+        tree.read |= dict(_below(top, tree.held_out, ending))
         links = [link for contents in tree.read.values() for link in contents.links]
     else:
-        tree.below = dict(_unread(_below(top, ())))
+        tree.below = dict(_unread(_below(top, (), ending)))
         links = top.links
     for link in links:
         if not folder.resolve().is_relative_to(link.resolve()):
@@ -129,12 +133,12 @@ def walk(folder: Path, *, subfolders: bool) -> Tree:
     return tree
 
 
-def _below(contents: Contents, without: Container[str]) -> Iterator[tuple[Path, Contents]]:
+def _below(contents: Contents, without: Container[str], ending: str | None) -> Iterator[tuple[Path, Contents]]:
     for path in contents.folders:
         if path.name not in without:
-            inner = scan(path)
+            inner = scan(path, ending)
             yield path, inner
-            yield from _below(inner, ())
+            yield from _below(inner, (), ending)
 
 
 def _scan_if_possible(folder: Path) -> Contents:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from trainkit.devices import in_fp64
 from trainkit.optim.hina.chunk_state import ChunkState
 from trainkit.optim.hina.settings import Group
 
@@ -53,12 +54,12 @@ def shrink_factors(w: Tensor, amount: tuple[float, float]) -> None:
     With W W^T = Q diag(sigma²) Q^T:  W <- W - Q diag(1 - sigma'/sigma) Q^T W; the other side in the same way.
     """
     wide = w.shape[-2] <= w.shape[-1]
-    exact = w.double()
+    exact = in_fp64(w)
     gram = exact @ exact.mT if wide else exact.mT @ exact
     squares, q = torch.linalg.eigh(finite(gram))
     loss = 1 - kept(squares.clamp_(min=0).sqrt_(), *amount)
     removed = (q * loss[:, None]) @ q.mT
-    w.sub_(removed @ exact if wide else exact @ removed)
+    w.copy_(exact - (removed @ exact if wide else exact @ removed))
 
 
 def shrink_products(chunk: ChunkState, amount: tuple[float, float]) -> None:
@@ -70,14 +71,14 @@ def shrink_products(chunk: ChunkState, amount: tuple[float, float]) -> None:
     rows = [i for i, p in enumerate(chunk.params) if p in chunk.context.downs]
     if not rows:
         return
-    b = torch.stack([chunk.whole(chunk.w)[i].flatten(1) for i in rows]).double()
+    b = in_fp64(torch.stack([chunk.whole(chunk.w)[i].flatten(1) for i in rows]))
     basis, left = torch.linalg.qr(finite(b))
     core = left @ triangles([chunk.context.downs[chunk.params[i]] for i in rows]).mT
     u, sigma, _ = torch.linalg.svd(core)
     ub, loss = basis @ u, 1 - kept(sigma, *amount)
     change = (ub * loss[:, None]) @ (ub.mT @ b)
-    for i, part in zip(rows, change, strict=True):
-        chunk.w[i].sub_(part.view_as(chunk.w[i]))
+    for i, exact, part in zip(rows, b, change, strict=True):
+        chunk.w[i].copy_((exact - part).view_as(chunk.w[i]))
 
 
 def triangles(downs: Sequence[Tensor]) -> Tensor:
@@ -86,9 +87,9 @@ def triangles(downs: Sequence[Tensor]) -> Tensor:
     for i, a in enumerate(downs):
         places[a.shape].append(i)
     rank = downs[0].shape[0]
-    found = torch.zeros(len(downs), rank, rank, dtype=torch.float64, device=downs[0].device)
+    found = in_fp64(downs[0]).new_zeros(len(downs), rank, rank)
     for same in places.values():
-        exact = torch.stack([downs[i].detach().flatten(1).double() for i in same])
+        exact = in_fp64(torch.stack([downs[i].detach().flatten(1) for i in same]))
         r = torch.linalg.qr(finite(exact).mT).R  # [k,min(in,r),r]
         found[same, :r.shape[1]] = r
     return found
