@@ -14,11 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.loaders import LOADERS
 from trainkit import export
 from trainkit.adapters import Adapters, add_adapters, updates
 from trainkit.errors import UserError
 from trainkit.families import sdxl
 from trainkit.files import load_tensors, save_tensors
+from trainkit.lora_file.layouts import balanced
+from trainkit.lora_file.rounding import Rounded
 from trainkit.options import LoraOptions, ModelOptions
 
 METADATA = {"ss_output_name": "icons", "modelspec.title": "icons", "ss_seed": "0"}
@@ -165,40 +168,27 @@ def test_the_stock_pipeline_loads_every_kind_into_unet_and_text_encoders(network
     assert all_near(found, wanted, base, 1e-4)
 
 
-def test_the_webui_file_read_by_lycoris_rules_is_what_was_trained(networks, icons, tmp_path):
-    """D9. UNet and both text encoders in one file; every kind by the rules of LyCORIS's own modules."""
+@pytest.mark.parametrize("loader, layout", [("ComfyUI", "webui"), ("LyCORIS", "lycoris"), ("A1111", "webui"),
+                                            ("InvokeAI", "webui")])
+def test_the_webui_file_read_by_other_programs_rules_is_what_was_trained(networks, icons, tmp_path, loader, layout):
+    """D9. UNet and both text encoders in one file; of a DoRA, A1111 and InvokeAI get the whole update as a LoRA."""
     wanted, base = answers(*(n.network for n in networks)), answers(icons.denoiser, *icons.text_encoders)
-    export.write_kohya(networks, icons, tmp_path / "others.safetensors", METADATA)
-    assert export.verify(tmp_path / "others.safetensors", networks, icons, layout="webui") < 2e-3
-    tensors = load_tensors(tmp_path / "others.safetensors")
+    path, tolerance = tmp_path / "others.safetensors", 0.02
+    if networks[0].decomposed and loader in ("A1111", "InvokeAI"):
+        export.write_low_rank(networks, icons, path, METADATA, rank=96)
+    else:
+        export.write_kohya(networks, icons, path, METADATA, layout=layout)
+        assert export.verify(path, networks, icons, layout=layout) < 2e-3
+    tensors = load_tensors(path)
     merged = [copy.deepcopy(part) for part in (icons.denoiser, *icons.text_encoders)]
     for network, bare in zip(networks, merged, strict=True):
-        for path in network.layers:
-            head = f"{icons.webui_name(path, network.prefix)}."
+        for module in network.layers:
+            head = f"{icons.names.webui(module, network.prefix)}."
             parts = {k.removeprefix(head): tensors.pop(k).float() for k in list(tensors) if k.startswith(head)}
-            merge_by_lycoris_rules(bare.get_submodule(path).weight, parts)
+            weight = bare.get_submodule(module).weight
+            weight.data = LOADERS[loader](weight.detach(), parts)
     assert not tensors
-    assert all_near(answers(*merged), wanted, base, 0.02)
-
-
-def merge_by_lycoris_rules(W: Tensor, parts: Tensors) -> None:
-    """What lycoris/modules/locon.py, loha.py and lokr.py make of a weight; DoRA's norm with `wd_on_out`."""
-    alpha = float(parts["alpha"])
-    if "lora_up.weight" in parts:
-        up, down = parts["lora_up.weight"], parts["lora_down.weight"]
-        delta = up.flatten(1) @ down.flatten(1) * alpha / len(down)
-    elif "hada_w1_a" in parts:
-        delta = (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"])
-        delta *= alpha / len(parts["hada_w1_b"])
-    elif "lokr_w2" in parts:
-        w1, w2 = parts["lokr_w1"], parts["lokr_w2"]
-        delta = torch.kron(w1.view(*w1.shape, *[1] * (w2.ndim - 2)), w2)
-    else:
-        delta = torch.kron(parts["lokr_w1"], parts["lokr_w2_a"] @ parts["lokr_w2_b"]) * alpha / len(parts["lokr_w2_b"])
-    W += delta.view(W.shape)
-    if "dora_scale" in parts:
-        assert parts["dora_scale"].shape == (len(W), *[1] * (W.ndim - 1))
-        W *= parts["dora_scale"] / W.flatten(1).norm(dim=1).view(parts["dora_scale"].shape)
+    assert all_near(answers(*merged), wanted, base, tolerance)
 
 
 @pytest.mark.parametrize("kind, module, args", [
@@ -212,7 +202,9 @@ def test_the_webui_header_names_the_module_that_reads_the_kind(family, tmp_path,
     _, others = write(trained(family, **kind), family, tmp_path)
     metadata = header(others)
     assert metadata["ss_network_module"] == module and json.loads(metadata["ss_network_args"]) == args
-    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "6.0")
+    assert metadata["ss_network_dim"] == "4"
+    assert metadata["ss_network_alpha"] == ("4.0" if "lora_type" in kind else "6.0"), "LoHa's scale is in its factors"
+    assert metadata.get("ss_dora_norm") == ("base" if "use_dora" in kind else None)
 
 
 def test_a_pissa_file_is_a_plain_lora_of_twice_the_rank(family, tmp_path):
@@ -306,7 +298,7 @@ def test_modules_are_fp16_unless_their_numbers_leave_its_normal_range(family, tm
     _, others = write(adapters, family, tmp_path)
     full = {name.partition(".")[0] for name, t in load_tensors(others).items()
             if t.dtype == torch.float32 and not name.endswith(".alpha")}
-    assert full == {family.webui_name(small)}
+    assert full == {family.names.webui(small)}
 
 
 @pytest.mark.usefixtures("both_ways")
@@ -326,7 +318,7 @@ def test_rounding_stays_within_its_bound_and_the_bound_is_tight(dtype, sizes):
     g = torch.Generator().manual_seed(0)
     A, B = (torch.randn(shape, generator=g, dtype=torch.float64) * size
             for shape, size in zip(((4, 90), (60, 4)), sizes, strict=True))
-    found = (export.Rounded.read(B.to(dtype)) @ export.Rounded.read(A.to(dtype))) * 1.5
+    found = (Rounded.read(B.to(dtype)) @ Rounded.read(A.to(dtype))) * 1.5
     error = (found.value - 1.5 * (B @ A)).abs()
     assert (error <= found.error).all()
     assert (error / found.error).max() > 0.1
@@ -342,7 +334,7 @@ def test_rounding_is_bounded_through_every_formula(dtype):
     exact = {"had": updates.Hadamard(B, A, B.flip(0), A.flip(1), 1.5), "kron": updates.Kronecker(C, D=D),
              "dora": updates.LowRank(A, B * 1e-3, 1.5)}
     for name, update in exact.items():
-        found = update.map(lambda t: export.Rounded.read(t.to(dtype))).delta()
+        found = update.map(lambda t: Rounded.read(t.to(dtype))).delta()
         wanted = update.delta()
         if name == "dora":
             found, wanted = found.decomposed(W, m), updates.decomposed(W, wanted, m)
@@ -454,12 +446,12 @@ def test_a_disk_that_refuses_is_a_users_problem(adapters, family, tmp_path):
 
 def test_balancing_changes_no_product():
     A, B = torch.randn(4, 9), torch.randn(6, 4) * 1e-9
-    down, up = export.balanced(A, B)
+    down, up = balanced(A, B)
     assert torch.equal(up @ down, B @ A)
     assert 0.25 < down.abs().max() / up.abs().max() < 4
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e-44])
 def test_balancing_survives_any_number(value):
-    down, up = export.balanced(torch.ones(4, 9), torch.full((6, 4), value))
+    down, up = balanced(torch.ones(4, 9), torch.full((6, 4), value))
     assert torch.equal((up @ down).isfinite(), torch.full((6, 9), value < 1))

@@ -16,11 +16,12 @@ from tests.support.compare import same_tensors
 from tests.support.made_up_run import make_run
 from tests.support.text import load_sdxl
 from tests.support.trainers import command, forked, make_images
-from trainkit import export, lora_files, rng
+from trainkit import lora_files, rng
 from trainkit.adapters import Adapters, add_adapters
 from trainkit.errors import UserError
 from trainkit.export import verify
-from trainkit.inference import embeddings_of, lora_file, lora_problems, missing_file
+from trainkit.inference import embeddings_of, fused_lora, load_pipeline, lora_file, lora_problems, missing_file
+from trainkit.lora_file import rounding
 from trainkit.lora_files import LoraFiles
 from trainkit.options import LoraOptions
 from trainkit.report.facts import RunFacts
@@ -34,7 +35,8 @@ KINDS = {
 
 
 def options(folder: Path, **changes) -> SimpleNamespace:
-    return SimpleNamespace(**dict(output_dir=str(folder), keep_loras=True, output_kohya_format=False) | changes)
+    return SimpleNamespace(**dict(output_dir=str(folder), keep_loras=True, output_kohya_format=False, metadata="full",
+               save_paper_dora=False, svd_rank=None) | changes)
 
 
 def trained(family, **changes) -> Adapters:
@@ -59,7 +61,7 @@ def test_a_checkpoint_has_both_files_of_every_kind_verified(tiny_sdxl, checkpoin
     adapters, run = trained(family, **KINDS[kind]), checkpoint.parent
     files = LoraFiles(options(run), family, adapters, num_images=22)
     with monkeypatch.context() as patch:
-        patch.setattr(export, "compare", None)  # the factors prove every module, and no product is computed
+        patch.setattr(rounding, "compare", None)  # the factors prove every module, and no product is computed
         files.write(checkpoint, 12)
     webui = run / "dog-step00000012.safetensors"
     assert {p.name for p in run.glob("*.safetensors")} == {webui.name} and files.beside() == {webui: 12}
@@ -158,12 +160,23 @@ def test_files_of_steps_are_told_from_others(run):
     assert list(step_files(run, "dog").values()) == [10, 10, 20, 20]
 
 
-def test_a_dora_for_webuis_is_not_drawn_as_if_it_were_none(tiny_sdxl, checkpoint):
+@pytest.mark.trains
+@pytest.mark.parametrize("kind", ["dora", "loha", "lokr", "convolutions"])
+def test_both_files_of_a_run_put_the_trained_weights_into_the_stock_pipeline(tiny_sdxl, checkpoint, kind):
+    """A DoRA for WebUIs too, whose magnitudes are turned back with the base's weights."""
     family, run = load_sdxl(tiny_sdxl), checkpoint.parent
-    LoraFiles(options(run), family, trained(family, use_dora=True)).write(checkpoint, 12)
-    [problem] = lora_problems([run / "dog-step00000012.safetensors"], str(tiny_sdxl))
-    assert "DoRA" in problem.why and DIFFUSERS_FILE in problem.fix
-    assert not [*lora_problems([checkpoint / DIFFUSERS_FILE], str(tiny_sdxl))]
+    adapters = trained(family, **KINDS[kind])
+    LoraFiles(options(run), family, adapters).write(checkpoint, 12)
+    for path, tolerance in ((checkpoint / DIFFUSERS_FILE, 1e-5), (run / "dog-step00000012.safetensors", 2e-3)):
+        assert not [*lora_problems([path], str(tiny_sdxl))]
+        pipe = load_pipeline(str(tiny_sdxl), "float32")
+        before = {module: pipe.unet.get_submodule(module).weight.detach().clone() for module in adapters.layers}
+        with fused_lora(pipe, path, 0.5):
+            for module, W in before.items():
+                moved = (pipe.unet.get_submodule(module).weight - W).flatten(1).double()
+                wanted = 0.5 * adapters.delta_weight(module)
+                assert (moved - wanted).abs().max() < tolerance * wanted.abs().max() + 1e-7, path.name
+        assert all(torch.equal(pipe.unet.get_submodule(module).weight, W) for module, W in before.items())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

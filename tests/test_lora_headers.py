@@ -32,19 +32,38 @@ def said(folder: Path, shapes: dict[str, tuple[int, ...]], unet: dict = SD_UNET,
 
 
 UNREAD = {
-    "dora_scale": {f"{STEM}.dora_scale": (64, 1)}, "LoHa": {f"{STEM}.hada_w1_a": (64, 4)},
-    "LoKr": {f"{STEM}.lokr_w1": (8, 8)}, "OFT": {f"{STEM}.oft_blocks": (8, 8, 8)}, "diff": {f"{STEM}.diff": (64, 64)},
-    "lora_mid": {f"{STEM}.lora_mid.weight": (4, 4, 3, 3)}, "w_norm": {f"{STEM}.w_norm": (64,)},
-    "GLoRA": {f"{STEM}.a1.weight": (4, 64)}, "bundle_emb": {"bundle_emb.tok.string_to_param.*": (2, 768)},
+    "OFT": {f"{STEM}.oft_blocks": (8, 8, 8)}, "biases": {f"{STEM}.diff_b": (64,)}, "norms": {f"{STEM}.w_norm": (64,)},
+    "GLoRA": {f"{STEM}.a1.weight": (4, 64)},
     "Flux": {"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": (4, 64)},
+    "nowhere": {"lora_unet_nowhere.lora_down.weight": (4, 8)},
+}
+READ = {
+    "dora_scale": {f"{STEM}.dora_scale": (64, 1)}, "LoHa": {f"{STEM}2.hada_w1_a": (64, 4)},
+    "full": {f"{STEM}2.diff": (64, 64)}, "LoCon in three parts": {f"{STEM}.lora_mid.weight": (4, 4, 3, 3)},
+    "an embedding in it": {"bundle_emb.tok.clip_l": (2, 768)},
 }
 
 
 @pytest.mark.parametrize("kind", UNREAD)
-def test_what_diffusers_would_drop_is_refused_with_the_file_to_take(tmp_path, kind):
-    assert kind in said(tmp_path, PLAIN | UNREAD[kind])
-    save_file({"x": torch.zeros(1)}, tmp_path / "pytorch_lora_weights.safetensors")
-    assert f"--lora {tmp_path / 'pytorch_lora_weights.safetensors'}" in said(tmp_path, PLAIN | UNREAD[kind])
+def test_a_tensor_that_is_not_known_is_refused_by_name_and_kind(tmp_path, kind):
+    text = said(tmp_path, PLAIN | UNREAD[kind])
+    assert kind in text and next(iter(UNREAD[kind])) in text
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_what_other_programs_write_is_not_refused(tmp_path, kind):
+    assert not said(tmp_path, PLAIN | {name.replace("to_q2", "to_k"): shape for name, shape in READ[kind].items()})
+
+
+@pytest.mark.parametrize("data, words", [
+    (b"PK\x03\x04" + b"x" * 99, "run code"), (b"\x80\x02}q" + b"x" * 99, "run code"), (b"<html>xxxxxxx", "web page"),
+    (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"), (b"", "0 bytes"), (b"\xff" * 64, "header"),
+    ((1000).to_bytes(8, "little") + b"{", "rror"), ((2).to_bytes(8, "little") + b"[]", "rror")])
+def test_what_is_no_lora_file_is_told_in_one_message(tmp_path, data, words):
+    file = tmp_path / "mine.safetensors"
+    file.write_bytes(data)
+    found = [*lora_headers.problems(file, SD_UNET)]
+    assert len(found) == 1 and words in str(found[0]) and found[0].kind == "data"
 
 
 @pytest.mark.parametrize("shapes, words", [
@@ -56,7 +75,7 @@ def test_a_file_without_a_lora_is_told(tmp_path, shapes, words):
 
 @pytest.mark.parametrize("name", [
     "unet.mid_block.attentions.0.proj_in.lora_A.weight", "unet.mid_block.attentions.0.proj_in.lora.down.weight",
-    f"{STEM}2.lora_down.weight"])
+    f"{STEM.replace('to_q', 'to_k')}.lora_down.weight"])
 def test_a_layer_with_one_of_its_two_matrices_is_a_damaged_file(tmp_path, name):
     assert not said(tmp_path, PLAIN)
     text = said(tmp_path, PLAIN | {name: (4, 64)})
@@ -97,14 +116,17 @@ def test_a_lora_of_unknown_or_too_many_layers_is_refused_in_our_words(tmp_path):
     pipe = inference.load_pipeline(str(XL), "float32")
     good = random_lora(XL, tmp_path / "good.safetensors")
     inference.fuse_lora(pipe, good, 1.0)
-    pipe.unload_lora_weights()
     tensors = load_file(good)
     strange = {"lora_unet_nowhere.lora_down.weight": (4, 8), "lora_unet_nowhere.lora_up.weight": (8, 4),
                "lora_unet_nowhere.alpha": ()}
     more = {**tensors, "unet.nowhere.lora_A.weight": torch.zeros(2, 8), "unet.nowhere.lora_B.weight": torch.zeros(8, 2)}
     save_file(more, tmp_path / "more.safetensors")
-    for file in (written(tmp_path, strange), tmp_path / "more.safetensors"):
-        with pytest.raises(UserError, match="does not fit the base model"):
+    elsewhere = {"unet.up_blocks.7.attentions.0.proj_in.lora_A.weight": torch.zeros(2, 8),
+                 "unet.up_blocks.7.attentions.0.proj_in.lora_B.weight": torch.zeros(8, 2)}
+    save_file({**tensors, **elsewhere}, tmp_path / "elsewhere.safetensors")
+    for file, words in ((written(tmp_path, strange), "nowhere"), (tmp_path / "more.safetensors", "nowhere"),
+                        (tmp_path / "elsewhere.safetensors", "does not fit the base model")):
+        with pytest.raises(UserError, match=words):
             inference.fuse_lora(pipe, file, 1.0)
 
 

@@ -37,6 +37,7 @@ from trainkit.diffusion import NoiseSchedule
 from trainkit.errors import UserError
 from trainkit.families import sd
 from trainkit.files import load_tensors
+from trainkit.lora_file import LoraFile
 from trainkit.losses.objective import make_objective
 from trainkit.losses.passes import Passes, always
 from trainkit.options import LoraOptions, ObjectiveOptions, OptionSet, parse
@@ -306,9 +307,8 @@ def seconds(step: int, session: int) -> float:
 
 # -- exported files ---------------------------------------------------------------------------------------------------
 
-# A tree of modules: names of the outer level, of the inner one and of layers have none in common, as in a UNet, and no
-# "_", since WebUIs join a path by it
-OUTER, INNER, LAYERS = ("down", "mid", "up"), ("0", "1", "attn"), ("q", "k", "proj")
+# A tree of modules, named with the words of a UNet's paths, which the reader of WebUIs' names knows
+OUTER, INNER, LAYERS = ("down_blocks", "mid_block", "up_blocks"), ("0", "1", "attn1"), ("to_q", "to_k", "proj")
 SIZES = st.integers(2, 9)
 LAYER = st.one_of(st.tuples(SIZES, SIZES), st.tuples(SIZES, SIZES, st.sampled_from([1, 3])))  # a kernel: a convolution
 TREES = st.dictionaries(st.tuples(st.sampled_from(OUTER), st.sampled_from(INNER), st.sampled_from(LAYERS)), LAYER,
@@ -334,7 +334,7 @@ class Tree(nn.Module, PeftAdapterMixin):
 class Names:
     """Of a family, what the export asks: the names in WebUI files are Stable Diffusion's."""
 
-    layout, webui_name, read_webui_name = sd.LAYOUT, sd.SD.webui_name, sd.SD.read_webui_name
+    names = sd.SD.names
     architecture, base_metadata, native_size = "stable-diffusion-v1", {"ss_v2": "False"}, (512, 512)
     schedule, file_metadata = SimpleNamespace(prediction_type="epsilon"), {}
 
@@ -371,9 +371,10 @@ def test_the_webui_file_that_was_read_is_written_the_same_again(tree, rank, alph
     network = trained(Tree(tree), rank, alpha, kind, seed)
     with tempfile.TemporaryDirectory() as folder:
         one, two = Path(folder) / "one.safetensors", Path(folder) / "two.safetensors"
-        export.write_kohya([network], Names(), one, {})
-        export.verify(one, [network], Names(), layout="webui")
-        export.write_kohya([read(one, network)], Names(), two, {})
+        export.write_kohya([network], Names(), one, {}, layout="lycoris")
+        export.verify(one, [network], Names(), layout="lycoris")
+        export.write_kohya([FromFile(network, LoraFile.read(one, names=Names.names))], Names(), two, {},
+                           layout="lycoris")
         assert one.read_bytes() == two.read_bytes()
 
 
@@ -387,19 +388,14 @@ class FromFile:
     """What a file says of the adapters of a network, in the place of the trained ones."""
 
     trained: Adapters
-    stated: Mapping[str, export.Stated]
+    stated: LoraFile
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.trained, name)
 
     def update(self, path: str) -> Update:
-        return self.stated[path].update.map(lambda factor: factor.value)
+        return self.stated.layers["unet", path].update.map(lambda factor: factor.double())
 
     def magnitude(self, path: str) -> Tensor | None:
-        return self.stated[path].magnitude
-
-
-def read(path: Path, network: Adapters) -> FromFile:
-    stems = export.gathered(load_tensors(path), "webui")
-    places = {stem: export.place(stem, [network], Names(), "webui") for stem in stems}
-    return FromFile(network, {places[stem][1]: export.parse(parts, "webui") for stem, parts in stems.items()})
+        held = self.stated.layers["unet", path].magnitude
+        return held and held.value

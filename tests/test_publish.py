@@ -36,7 +36,8 @@ TOKEN = "hf_plantedSecretToken123456"
 
 def options(folder: Path, **changes) -> SimpleNamespace:
     defaults = dict(output_dir=str(folder), push_to_hub=False, hub_model_id=None, hub_token=None, hub_private=True,
-                    keep_loras=True, output_kohya_format=False)
+                    keep_loras=True, output_kohya_format=False, metadata="full",
+                    save_paper_dora=False, svd_rank=None)
     return SimpleNamespace(**defaults | changes)
 
 
@@ -230,7 +231,7 @@ def test_the_card_of_a_dora_sends_nobody_to_a_webui_that_cannot_draw_it(tmp_path
     assert "A1111 cannot use it" in body and "Comfy-Org/ComfyUI\\#15458" in body
     assert "A1111 cannot" in (write_report(tmp_path / "dora")).read_text("utf-8")
     body = card(tmp_path / "plain")[1]
-    assert "| `plain.safetensors` | ComfyUI, A1111, Forge |" in body and "DoRA" not in body
+    assert "| `plain.safetensors` | ComfyUI, A1111, Forge, InvokeAI |" in body and "DoRA" not in body
 
 
 @pytest.mark.parametrize("flags, changed", [

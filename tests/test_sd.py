@@ -464,15 +464,14 @@ RELEASED = {  # names as they stand in SD 1.x and 2.x LoRA files trained with ko
 @pytest.mark.parametrize("place", RELEASED, ids=str)
 def test_webui_names_are_those_of_released_files(models, place):
     network, path = place
-    assert models[1].webui_name(path, network) == RELEASED[place]
-    assert models[1].read_webui_name(RELEASED[place], network) == path.removeprefix("text_model.").replace(".", "_")
+    assert models[1].names.webui(path, network) == RELEASED[place]
+    assert models[1].names.read(RELEASED[place]) == (network, path.removeprefix("text_model."))
 
 
-def test_names_of_another_network_or_family_are_not_read(models):
-    for name in ("lora_te_text_model_encoder_layers_0_mlp_fc1", "lora_te1_text_model_encoder_layers_0_mlp_fc1"):
-        assert models[1].read_webui_name(name, "unet") is None
-    for name in ("lora_te1_text_model_encoder_layers_0_mlp_fc1", "lora_unet_conv_in", "text_lora_te_text_model_x"):
-        assert models[1].read_webui_name(name, "text_encoder") is None
+@pytest.mark.parametrize("name", ["lora_unet_text_model_encoder_layers_0_mlp_fc1", "text_lora_te_text_model_x",
+                                  "lora_te_down_blocks_0_resnets_0_conv1", "lora_unet_down_blocks_0_nowhere"])
+def test_a_name_of_no_module_is_not_read(models, name):
+    assert models[1].names.read(name) is None
 
 
 @pytest.mark.parametrize("version, predicts, architecture, base, v2", [
@@ -511,7 +510,8 @@ def finished(folder: Path, family: sd.SD, **given: object) -> str:
     rows = [json.loads(row) | {"lr/text_encoder": 1e-4} for row in (run / "metrics.jsonl").read_text().splitlines()]
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
     unet, text = networks(family)
-    options = SimpleNamespace(output_dir=str(run), push_to_hub=False, keep_loras=True, output_kohya_format=False)
+    options = SimpleNamespace(output_dir=str(run), push_to_hub=False, keep_loras=True, output_kohya_format=False,
+                              metadata="full", save_paper_dora=False, svd_rank=None)
     words = SimpleNamespace(networks=[text], export=lambda *_: [])
     publish(options, LoraFiles(options, family, unet, words, num_images=22))
     return (run / "README.md").read_text("utf-8") + (run / "report.html").read_text("utf-8")

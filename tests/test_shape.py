@@ -28,7 +28,7 @@ LAYERS = (
     {"options", "diffusion"},
     {"optim", "runtime", "losses", "adapters", "lean_lora", "evaluation", "sheets"},
     {"families"},
-    {"data"},
+    {"data", "lora_file"},
     {"conditioning", "training", "summary"},
     {"checkpoints", "export", "run_fingerprint", "plan"},
     {"lora_headers", "inference", "report"},

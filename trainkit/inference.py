@@ -6,15 +6,13 @@ fast.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainkit import lora_headers
-from trainkit.errors import Problem, is_out_of_memory, refuse
+from trainkit.errors import Problem, UserError, refuse
 from trainkit.runtime.weight_files import (
     DIFFUSERS_FILE,
     STEP,
@@ -30,8 +28,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Generator, Tensor
 
+    from trainkit.families.file_names import FileNames, Place
     from trainkit.families.pretrained import Repo
+    from trainkit.lora_file import LoraFile
 
+Module = Any  # a torch Module with a weight
 Pipeline = Any  # StableDiffusionPipeline or StableDiffusionXLPipeline; importing them takes seconds
 DTYPES = ("float32", "float16", "bfloat16")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -137,15 +138,16 @@ def family_problems(repo: Repo, prediction_type: str | None) -> list[Problem]:
 
 def embeddings_problems(repo: Repo, file: Path) -> list[Problem]:
     """Is it a file of a run's new tokens, as wide as the text encoders?"""
-    from safetensors import SafetensorError
-
+    from trainkit import lora_file
     from trainkit.conditioning.new_tokens import ENCODERS, read_header
-    from trainkit.files import load_tensors
 
     try:
-        names, tensors = read_header(file).names, load_tensors(file)
-        shapes = [tuple(tensors[name].shape) for name in ENCODERS]
-    except (OSError, SafetensorError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        names, held = read_header(file).names, lora_file.read_header(file).shapes
+        shapes = [tuple(held[name]) for name in ENCODERS]
+    except UserError as error:
+        return [replace(problem, what="no file of embeddings", where=f"--embeddings {file}")
+                for problem in error.problems]
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         return [Problem("no file of embeddings", f"--embeddings {file}", f"{error}".partition("\n")[0],
                         "give the path of the NAME_emb.safetensors that the run wrote", "data")]
     configs = [repo.glance(f"{folder}/config.json") for folder in ("text_encoder", "text_encoder_2")]
@@ -157,6 +159,7 @@ def embeddings_problems(repo: Repo, file: Path) -> list[Problem]:
 
 def lora_problems(files: Sequence[Path], base: str) -> Iterator[Problem]:
     """What the headers of those files that are there say against using them on the base model."""
+    from trainkit import lora_headers
     from trainkit.families.single_file import model_at
 
     unet = model_at(base, "--base").glance("unet/config.json")
@@ -198,41 +201,88 @@ def networks(pipe: Pipeline) -> list[str]:
     return [name for name in NETWORKS if getattr(pipe, name, None) is not None]
 
 
-def fuse_lora(pipe: Pipeline, file: Path, strength: float) -> None:
-    """Make a LoRA part of the weights. UserError: the file is damaged, or of another kind of model."""
-    logging.disable(logging.ERROR)  # Diffusers logs every shape that does not fit, and then raises
-    try:
-        pipe.load_lora_weights(str(file.parent), weight_name=file.name)
-        why = left_out(pipe, file)
-    except Exception as error:  # unknown names make the libraries stumble in many ways
-        if is_out_of_memory(error):
-            raise
-        why = f"Diffusers cannot read it ({type(error).__name__}: {f'{error}'.strip().partition(chr(10))[0]})"
-    finally:
-        logging.disable(logging.NOTSET)
-    if why:
-        refuse([Problem("the LoRA does not fit the base model", f"--lora {file}", why,
-                        "name the base model it was trained on with --base", "data")])
-    pipe.fuse_lora(components=networks(pipe), lora_scale=strength)
+def fuse_lora(pipe: Pipeline, file: Path, strength: float, *, keep: bool = False) -> dict[Module, Tensor]:
+    """Make a LoRA part of the weights, W + strength · ΔW in fp32 -> with `keep`, the weights before it.
+
+    Any layout's file and any kind; a DoRA's ΔW is that of the weights as they are, so after LoRAs before it.
+    UserError: the file is damaged, or of another kind of model.
+    """
+    import torch
+
+    from trainkit.lora_file import LoraFile
+
+    found = LoraFile.read(file, names=names_of(pipe), where=f"--lora {file}")
+    modules = modules_of(pipe, found, file)
+    before: dict[Module, Tensor] = {}
+    with torch.no_grad():
+        for place, layer in found.layers.items():
+            weight = modules[place].weight
+            W = weight.float().flatten(1)
+            delta = layer.like(W).delta(W)
+            if delta.shape != W.shape:
+                refuse([does_not_fit(file, f"{place[1]} is {tuple(W.shape)} in this model, and {tuple(delta.shape)} "
+                                           "in the file")])
+            if keep:
+                before[modules[place]] = weight.detach().clone()
+            weight.copy_((W + strength * delta).view_as(weight))
+    add_bundled(pipe, found)
+    return before
 
 
-def left_out(pipe: Pipeline, file: Path) -> str:
-    """Whether the libraries passed over a part of the LoRA, in words; they only log it."""
-    taken = sum(bool(getattr(module, "lora_A", None)) for name in networks(pipe)
-                for module in getattr(pipe, name).modules())
-    if not taken:
-        return "it has no layer of this model"
-    there = len(lora_headers.layers(file)) if file.suffix == ".safetensors" else taken
-    return f"this model has {taken} of its {there} layers" if taken < there else ""
+def does_not_fit(file: Path, why: str) -> Problem:
+    return Problem("the LoRA does not fit the base model", f"--lora {file}", why,
+                   "name the base model it was trained on with --base", "data")
+
+
+def names_of(pipe: Pipeline) -> FileNames:
+    from trainkit.families.file_names import SD_NAMES, xl_names
+
+    return xl_names(pipe.unet.config) if getattr(pipe, "text_encoder_2", None) is not None else SD_NAMES
+
+
+def module_at(pipe: Pipeline, place: Place) -> Module | None:
+    """The module of a pipeline that a file means; Transformers 5 has no "text_model" in some text encoders."""
+    from trainkit.families.file_names import TEXT_MODEL
+
+    network, path = place
+    part = getattr(pipe, network, None)
+    for name in (path, f"{TEXT_MODEL}{path}"):
+        try:
+            return part.get_submodule(name) if part is not None else None
+        except AttributeError:
+            continue
+    return None
+
+
+def modules_of(pipe: Pipeline, found: LoraFile, file: Path) -> dict[Place, Module]:
+    """UserError: the model lacks a part of the LoRA."""
+    modules = {place: module for place in found.layers if (module := module_at(pipe, place)) is not None}
+    if not modules:
+        refuse([does_not_fit(file, "it has no layer of this model")])
+    if len(modules) < len(found.layers):
+        refuse([does_not_fit(file, f"this model has {len(modules)} of its {len(found.layers)} layers")])
+    return modules
+
+
+def add_bundled(pipe: Pipeline, found: LoraFile) -> None:
+    """Embeddings inside of the LoRA file, as tokens of their names."""
+    parts = {"clip_l": (pipe.tokenizer, pipe.text_encoder)}
+    if getattr(pipe, "text_encoder_2", None) is not None:
+        parts["clip_g"] = (pipe.tokenizer_2, pipe.text_encoder_2)
+    for name, encoders in found.embeddings.items():
+        for encoder, rows in encoders.items():
+            tokenizer, text_encoder = parts[encoder]
+            if name not in tokenizer.get_vocab():
+                pipe.load_textual_inversion(rows, token=name, tokenizer=tokenizer, text_encoder=text_encoder)
 
 
 @contextmanager
 def fused_lora(pipe: Pipeline, file: Path, strength: float) -> Iterator[None]:
     """The LoRA is part of the weights inside: images take no longer than with the base alone."""
-    fuse_lora(pipe, file, strength)
+    before = fuse_lora(pipe, file, strength, keep=True)
     yield
-    pipe.unfuse_lora(components=networks(pipe))
-    pipe.unload_lora_weights()
+    for module, weight in before.items():
+        module.weight.data.copy_(weight)
 
 
 def add_new_tokens(pipe: Pipeline, file: Path) -> Callable[[str], str]:

@@ -3,6 +3,7 @@
     checkpoint-500/pytorch_lora_weights.safetensors   for Diffusers   checkpoint-500/dog_emb.safetensors   new tokens
     dog-step00000500.safetensors                      for WebUIs      dog-step00000500_emb.safetensors
     pytorch_lora_weights.safetensors, dog.safetensors, dog_emb.safetensors: the same at the end
+    dog_lycoris.safetensors, dog_svd.safetensors   a DoRA for other programs, where it was asked for, at the end
 """
 
 from __future__ import annotations
@@ -15,11 +16,22 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainkit.export import LoraFileFormat, file_bytes, verify, write_diffusers, write_kohya
+from trainkit.export import file_bytes, verify, write_diffusers, write_kohya, write_low_rank
 from trainkit.files import Json, tensor_bytes
+from trainkit.lora_file import Layout
 from trainkit.options.sizes import sides_of, size_of
+from trainkit.report import newest_preview
 from trainkit.report.facts import RunFacts
-from trainkit.runtime.weight_files import DIFFUSERS_FILE, KOHYA_FILE, run_name, step_files, step_name, weight_names
+from trainkit.runtime.weight_files import (
+    DIFFUSERS_FILE,
+    KOHYA_FILE,
+    low_rank_file,
+    lycoris_file,
+    run_name,
+    step_files,
+    step_name,
+    weight_names,
+)
 
 if TYPE_CHECKING:
     from trainkit.adapters import Adapters
@@ -45,7 +57,7 @@ class LoraFiles:
     ):
         self.folder, self.family, self.text = Path(options.output_dir), family, text
         self.num_images, self.averaged = num_images, averaged
-        self.keep, self.with_kohya_name = options.keep_loras, options.output_kohya_format
+        self.keep, self.with_kohya_name, self.options = options.keep_loras, options.output_kohya_format, options
         self.networks = [n for n in (adapters, *(text.networks if text else ())) if n.layers]
 
     def write(self, folder: Path, step: int) -> None:
@@ -70,12 +82,31 @@ class LoraFiles:
         ours, webui = (self.folder / name for name in weight_names(run.name))
         with self.averaged():
             embeddings = self.text.export(self.folder, run.name) if self.text else []
-            written = [*self._lora(ours, "diffusers", metadata), *self._lora(webui, "webui", metadata)]
+            written = self._lora(ours, "diffusers", metadata)
+            metadata |= thumbnail(self.folder, run.step)
+            written += self._lora(webui, "webui", metadata)
             if self.with_kohya_name:
                 written += self._lora(self.folder / KOHYA_FILE, "webui", metadata)
+            written += self._of_dora(run, metadata)
         for path, error in written:
             log.info("%s holds the trained weights (largest error %.1e of its largest entry)", path.name, error)
         return [*(path for path, _ in written), *embeddings]
+
+    def _of_dora(self, run: RunFacts, metadata: Mapping[str, str]) -> list[tuple[Path, float]]:
+        """A DoRA for the programs that compute it otherwise than ComfyUI, where they were asked for."""
+        if not any(network.decomposed for network in self.networks):
+            return []
+        written = []
+        if self.options.save_paper_dora:
+            written += self._lora(self.folder / lycoris_file(run.name), "lycoris", metadata)
+        if self.options.svd_rank:
+            path = self.folder / low_rank_file(run.name)
+            lost, error = write_low_rank(self.networks, self.family, path, metadata, rank=self.options.svd_rank,
+                                         level=self.options.metadata)
+            log.info("%s is the nearest LoRA of rank %d: it lacks %.1f %% of the DoRA's change of the weights",
+                     path.name, self.options.svd_rank, 100 * lost)
+            written.append((path, error))
+        return written
 
     def bytes_in(self) -> int:
         """About what a checkpoint's own files take."""
@@ -89,7 +120,7 @@ class LoraFiles:
         """The files beside the checkpoints, with the step of each."""
         return step_files(self.folder, run_name(self.folder))
 
-    def _lora(self, path: Path, layout: LoraFileFormat, metadata: Mapping[str, str], *, by_factors: bool = False
+    def _lora(self, path: Path, layout: Layout, metadata: Mapping[str, str], *, by_factors: bool = False
               ) -> list[tuple[Path, float]]:
         """Write a LoRA and read it back -> it, with its largest error; none where no network has adapters.
 
@@ -98,9 +129,9 @@ class LoraFiles:
         if not self.networks:
             return []
         if layout == "diffusers":
-            write_diffusers(self.networks, path, metadata)
+            write_diffusers(self.networks, path, metadata, level=self.options.metadata)
         else:
-            write_kohya(self.networks, self.family, path, metadata)
+            write_kohya(self.networks, self.family, path, metadata, layout=layout, level=self.options.metadata)
         return [(path, verify(path, self.networks, self.family, layout=layout, by_factors=by_factors))]
 
     def _embedding_bytes(self) -> int:
@@ -136,6 +167,12 @@ def header(run: RunFacts, *, num_images: int | None, step: int) -> dict[str, str
         "modelspec.tags": "lora, text-to-image",
     }
     return {key: str(value) for key, value in values.items() if value not in (None, "")}
+
+
+def thumbnail(folder: Path, step: int) -> dict[str, str]:
+    """ModelSpec's small image, about 256 pixels a side, from the last preview."""
+    image = newest_preview(folder, last=step, px=256)
+    return {"modelspec.thumbnail": image} if image else {}
 
 
 def packed(value: Json) -> str | None:

@@ -24,7 +24,7 @@ from trainkit.report.charts import number
 from trainkit.report.facts import RunFacts, public, sample_files
 from trainkit.report.usage import usage
 from trainkit.runtime import ranks
-from trainkit.runtime.weight_files import DIFFUSERS_FILE, KOHYA_FILE, run_name
+from trainkit.runtime.weight_files import DIFFUSERS_FILE, KOHYA_FILE, low_rank_file, lycoris_file, run_name
 
 if TYPE_CHECKING:
     from trainkit.adapters import Adapters
@@ -152,10 +152,11 @@ def write_card(folder: Path) -> Path:
 
 
 def purposes(run: RunFacts) -> dict[str, str]:
-    """What each file is for. A DoRA is another function in A1111, and nearly the same in ComfyUI: docs/adapters.md."""
+    """What each file is for. A DoRA is another function in A1111 and InvokeAI: docs/adapters.md."""
     return {run.embeddings_file: "Diffusers, ComfyUI, A1111, Forge", DIFFUSERS_FILE: "Diffusers",
             **dict.fromkeys((f"{run.name}.safetensors", KOHYA_FILE),
-                            "ComfyUI, Forge: see above" if run.is_dora else "ComfyUI, A1111, Forge")}
+                            "ComfyUI, Forge: see above" if run.is_dora else "ComfyUI, A1111, Forge, InvokeAI"),
+            lycoris_file(run.name): "LyCORIS", low_rank_file(run.name): "A1111, InvokeAI, SD.Next"}
 
 
 def title(run: RunFacts) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -169,7 +170,8 @@ def add_adapters(network: UNet2DConditionModel | PreTrainedModel, options: LoraO
         return collect()
     refuse(layer_targets.problems(network, options, targets=targets, in_blocks=in_unet))
     modules = layer_targets.target_modules(network, options, targets=targets, in_blocks=in_unet)
-    network.add_adapter(peft_config(options, alpha, modules), adapter_name=NAME)
+    with smaller_factor_first():
+        network.add_adapter(peft_config(options, alpha, modules), adapter_name=NAME)
     adapters = collect()
     for path, layer in adapters.layers.items():
         place = path if in_unet else f"{prefix}.{path}"
@@ -177,6 +179,22 @@ def add_adapters(network: UNet2DConditionModel | PreTrainedModel, options: LoraO
         lean_lora.install(layer, NAME)
     network.train()
     return adapters
+
+
+@contextmanager
+def smaller_factor_first() -> Iterator[None]:
+    """Inside, LoKr's small matrix is not larger than its block, as LyCORIS needs it to load the file.
+
+    PEFT takes the factor that it is given for the small matrix, also where a side has fewer than factor² entries.
+    """
+    from peft.tuners.lokr import layer as lokr
+
+    as_given = lokr.factorization
+    lokr.factorization = lambda *given: tuple(sorted(as_given(*given)))
+    try:
+        yield
+    finally:
+        lokr.factorization = as_given
 
 
 def peft_config(options: LoraOptions, alpha: float, modules: list[str]) -> PeftConfig:

@@ -3,6 +3,7 @@
     LoRA   ΔW = c · B A                              Hu et al. 2021, arXiv:2106.09685, eq. 3
     LoHa   ΔW = c · (B1 A1) ∘ (B2 A2)                Hyeon-Woo et al. 2021 (FedPara), arXiv:2108.06098, §2.2
     LoKr   ΔW = c · C ⊗ (B A)  or  c · C ⊗ D         Yeh et al. 2023 (LyCORIS), arXiv:2309.14859, §3
+    full   ΔW itself
     DoRA   ΔW = m V / ‖V‖ − W,  V = W + c · B A      Liu et al. 2024, arXiv:2402.09353, eq. 5; ‖·‖ of each row
 
 A factor is a Tensor, or anything with @, * and `kron`: the export reads files with numbers that carry their error.
@@ -37,7 +38,7 @@ class Update:
         """The same ΔW as one product of two factors, which every reader of LoRA files understands."""
         raise NotImplementedError
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Update:
+    def map(self, change: Callable[[Any], Factor]) -> Update:
         """`change` applied to every factor."""
         factors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "scale"}
         return replace(self, **{name: change(factor) for name, factor in factors.items() if factor is not None})
@@ -109,12 +110,34 @@ class Kronecker(Update):
             return LowRank(self.C.kron(A), unit(a, A).kron(B), self.scale)
         return LowRank(unit(c, A).kron(A), self.C.kron(B), self.scale)
 
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        if self.D is not None:
+            return tuple(self.D.shape)
+        assert self.B is not None and self.A is not None, "the block is D, or B and A"
+        return len(self.B), self.A.shape[1]
+
     def block(self) -> tuple[Tensor, Tensor]:
         """The block as B and A; where it is D, one of them is D and the other an identity."""
         if self.D is not None:
             return split(self.D)
         assert self.B is not None and self.A is not None, "the block is D, or B and A"
         return self.B, self.A
+
+
+@dataclass(frozen=True)
+class Whole(Update):
+    """ΔW itself, as LyCORIS's "full" has it."""
+
+    D: Factor  # [out,in]
+    scale: float = 1.0
+
+    def delta(self) -> Any:
+        return self.D * self.scale
+
+    def low_rank(self) -> LowRank:
+        B, A = split(self.D)
+        return LowRank(A, B, self.scale)
 
 
 def unit(n: int, like: Tensor) -> Tensor:
@@ -136,3 +159,23 @@ def decomposed(W: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
     """DoRA's ΔW from the base's weight [out,in], the low-rank update [out,in] and the rows' magnitudes [out]."""
     V = W + delta
     return V * (magnitude.view(-1, 1) / rows_norm(V)) - W
+
+
+def over_base(W: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
+    """What stands for m where a program divides by ‖W‖ and not by ‖V‖: m ‖W‖ / ‖V‖ of each row -> [out]"""
+    return magnitude.flatten() * (rows_norm(W) / rows_norm(W + delta)).flatten()
+
+
+def of_paper(W: Tensor, delta: Tensor, scale: Tensor) -> Tensor:
+    """m again from `over_base` -> [out]"""
+    return scale.flatten() * (rows_norm(W + delta) / rows_norm(W)).flatten()
+
+
+def decomposed_by_input(W: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
+    """ΔW of LyCORIS's older DoRA: one magnitude for each input [in], and the norm of each input's weights.
+
+    W, delta [out,in · kernel]
+    """
+    V = (W + delta).unflatten(1, (magnitude.numel(), -1))  # [out,in,kernel]
+    norm = torch.linalg.vector_norm(V, dim=(0, 2), keepdim=True)
+    return (V * (magnitude.view(1, -1, 1) / norm)).flatten(1) - W

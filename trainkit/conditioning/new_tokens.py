@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trainkit import rng
+from trainkit import lora_file, rng
 from trainkit.errors import Problem, UserError, counted, refuse
 from trainkit.families.tokenize import chunked, read_tokens
 from trainkit.files import disk_errors, load_tensors, save_tensors
@@ -287,10 +287,7 @@ def write_embeddings(path: Path, embeddings: Mapping[str, Tensor], header: Mappi
 
 def read_header(path: Path) -> EmbeddingsHeader:
     """The header of a file of embeddings; of another program's file, tokens <s0>… that stand for no word."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata() or {}
-        count = file.get_slice(ENCODERS[0]).get_shape()[0]
-    tokens = parse_json(header[TOKENS]) if TOKENS in header else {"": [f"<s{k}>" for k in range(count)]}
-    return EmbeddingsHeader(tokens, header.get(SETS_EOS) == "True")
+    header = lora_file.read_header(path)
+    count, said = header.shapes[ENCODERS[0]][0], header.metadata
+    tokens = parse_json(said[TOKENS]) if TOKENS in said else {"": [f"<s{k}>" for k in range(count)]}
+    return EmbeddingsHeader(tokens, said.get(SETS_EOS) == "True")

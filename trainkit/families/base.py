@@ -24,6 +24,7 @@ from trainkit.condition import Condition
 from trainkit.devices import empty_cache, upload, uses_tf32
 from trainkit.diffusion import Level, Schedule, ScheduleChange
 from trainkit.errors import Problem, UserError
+from trainkit.families.file_names import FileNames
 from trainkit.families.pretrained import (
     ANOTHER_VAE,
     MODEL_FLAG,
@@ -185,16 +186,10 @@ class Family(ABC):
     def pipeline_text(self, pipe: DiffusionPipeline, prompts: list[str], encode: EncodePrompts) -> dict[str, Tensor]:
         """Encoded prompts, and the unconditional text as the base was trained, as arguments of `pipe`."""
 
+    @property
     @abstractmethod
-    def webui_name(self, path: str, network: str = "unet") -> str:
-        """What WebUIs call the module `path` of a network."""
-
-    @abstractmethod
-    def read_webui_name(self, name: str, network: str) -> str | None:
-        """The path, joined with "_" and without "text_model", that a name means in a network; None for another one's.
-
-        The reader's own arithmetic, so that a file read back is evidence.
-        """
+    def names(self) -> FileNames:
+        """What LoRA files call the modules."""
 
     # What does not
 

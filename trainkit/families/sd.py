@@ -22,6 +22,7 @@ from trainkit.errors import Problem
 from trainkit.families import base, checks
 from trainkit.families.base import EncodePrompts, Family, ModelLayout
 from trainkit.families.checks import latents, native_resolution, skeleton
+from trainkit.families.file_names import SD_NAMES
 from trainkit.families.pretrained import CLASS_INPUTS, Config, Repo, part_class
 from trainkit.families.tokenize import chunked
 from trainkit.families.unet_targets import LORA_TARGETS, TEXT_LORA_TARGETS
@@ -37,7 +38,6 @@ __all__ = ["LAYOUT", "LORA_TARGETS", "SD", "TEXT_LORA_TARGETS", "latents", "load
 
 TEXT_ENCODER = "CLIPTextModel"
 OTHER_INPUTS = ("addition_embed_type", *CLASS_INPUTS)  # of a UNet, besides text
-WEBUI_HEADS = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
 
 
 def incompatible_parts(model: Repo, index: Config, unet: Config) -> Iterator[Problem]:
@@ -60,7 +60,7 @@ problems = partial(checks.problems, LAYOUT)
 class SD(Family):
     """The frozen base model. Nothing is pooled, so where a config puts the end token does not matter."""
 
-    layout, guidance_scale = LAYOUT, 7.5
+    layout, guidance_scale, names = LAYOUT, 7.5, SD_NAMES
 
     @property
     def is_v2(self) -> bool:
@@ -113,19 +113,6 @@ class SD(Family):
         empty = encode([""] * len(prompts))
         given, unconditional = equally_long([encode(prompts)["embeds"], empty["embeds"]])
         return {"prompt_embeds": given, "negative_prompt_embeds": unconditional}
-
-    def webui_name(self, path: str, network: str = "unet") -> str:
-        """What WebUIs call the module `path` of a network: the path as Diffusers has it, its parts joined by "_".
-
-        Source: kohya-ss/sd-scripts, networks/lora.py, which trains SD 1.x and 2.x on the Diffusers UNet.
-        """
-        head = ["lora_unet"] if network == self.layout.denoiser else ["lora_te", "text_model"]
-        return "_".join([*head, *path.removeprefix("text_model.").split(".")])
-
-    def read_webui_name(self, name: str, network: str) -> str | None:
-        """See Family."""
-        head = WEBUI_HEADS[network]
-        return name.removeprefix(head) if name.startswith(head) else None
 
 
 def encode(tokenizers: Sequence[CLIPTokenizer], encoder: PreTrainedModel, prompts: Sequence[str],

@@ -20,8 +20,8 @@ from trainkit.errors import Problem
 from trainkit.families import base, checks
 from trainkit.families.base import EncodePrompts, Family, ModelLayout
 from trainkit.families.checks import latents, native_resolution, skeleton
+from trainkit.families.file_names import FileNames, xl_names
 from trainkit.families.pretrained import CLASS_INPUTS, Config, Repo
-from trainkit.families.sgm import read_name, text_name, webui_name
 from trainkit.families.tokenize import chunked
 from trainkit.families.unet_targets import LORA_TARGETS, TEXT_LORA_TARGETS
 
@@ -126,13 +126,10 @@ class SDXL(Family):
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": given["pooled"],
                 "negative_prompt_embeds": unconditional, "negative_pooled_prompt_embeds": empty["pooled"]}
 
-    def webui_name(self, path: str, network: str = "unet") -> str:
-        """What WebUIs call the module `path` of a network."""
-        return webui_name(path, self.denoiser.config) if network == self.layout.denoiser else text_name(path, network)
-
-    def read_webui_name(self, name: str, network: str) -> str | None:
+    @property
+    def names(self) -> FileNames:
         """See Family."""
-        return read_name(name, network, self.denoiser.config)
+        return xl_names(self.denoiser.config)
 
 
 def encode(tokenizers: Sequence[CLIPTokenizer], encoders: Sequence[PreTrainedModel], prompts: Sequence[str],

@@ -73,19 +73,6 @@ def original_path(path: str, blocks: Mapping[str, str]) -> str:
     return f"{names[block]}.{rest}".strip(".")
 
 
-def text_name(path: str, encoder: str) -> str:
-    """The name of a text encoder's module in a WebUI LoRA file; `encoder` is what Diffusers calls it."""
-    return "_".join([TEXT_ENCODERS[encoder], "text_model", *path.removeprefix("text_model.").split(".")])
-
-
-def read_name(webui: str, network: str, config: Config) -> str | None:
-    """The path, joined with "_" and without "text_model", that a name means in a network; None for another one's."""
-    if network in TEXT_ENCODERS:
-        head = f"{TEXT_ENCODERS[network]}_text_model_"
-        return webui.removeprefix(head) if webui.startswith(head) else None
-    return module_name(webui, config) if webui.startswith(f"{PREFIX}_") else None
-
-
 def module_name(webui: str, config: Config) -> str:
     """The Diffusers path, joined with "_", of a name read from a WebUI LoRA file: the reader's own arithmetic."""
     name = webui.removeprefix(f"{PREFIX}_")
@@ -112,6 +99,8 @@ def row_name(side: str, index: int, part: int, rest: str, per_level: int) -> str
         return f"{block}_downsamplers_0_conv"
     if rest == "conv":
         return f"{block}_upsamplers_0_conv"
+    if part > 1:
+        return f"{block}_{part}_{rest}"  # no module's name
     return f"{block}_{('resnets', 'attentions')[part]}_{j}_{inner_name(rest)}"
 
 

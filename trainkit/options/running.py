@@ -128,6 +128,20 @@ class RunOptions(Concern):
     output_kohya_format: bool = opt(
         False, "The LoRA for WebUIs is also written as pytorch_lora_weights_kohya.safetensors.", resume="may change",
         differs="the same LoRA is always written as NAME.safetensors, too")
+    save_paper_dora: bool = opt(
+        False,
+        "Also write NAME_lycoris.safetensors, a DoRA with the magnitudes of the paper, for LyCORIS. Those in "
+        "NAME.safetensors suit ComfyUI and Forge.", resume="may change", read_with="use_dora")
+    svd_rank: int | None = opt(
+        None,
+        "Also write NAME_svd.safetensors, the plain LoRA of this rank that is nearest to the trained DoRA. A1111 and "
+        "InvokeAI need it. The log says how much is lost.", unit="rank", resume="may change", read_with="use_dora",
+        ge=1, le=4096, off=None)
+    metadata: Literal["full", "minimal", "none"] = opt(
+        "full",
+        "What the headers of the LoRA files say. full: the settings of the run, the trigger words and a small preview. "
+        "minimal: the title, the base model's family and the hashes. none: only what programs need to load the file.",
+        resume="may change")
     push_to_hub: bool = opt(
         False, "Upload the finished files to the Hub.", resume="may change")
     hub_model_id: str | None = opt(

@@ -208,11 +208,21 @@ def sample_image(path: Path) -> SampleImage:
     return SampleImage(f"samples/{path.name}", caption, size, data)
 
 
-def thumbnail(image: Image.Image) -> bytes:
+def thumbnail(image: Image.Image, px: int = EMBED_PX, file_format: str = "WEBP") -> bytes:
     small, buffer = image.convert("RGB"), io.BytesIO()
-    small.thumbnail((EMBED_PX, EMBED_PX), Image.Resampling.LANCZOS)
-    small.save(buffer, format="WEBP", quality=85)
+    small.thumbnail((px, px), Image.Resampling.LANCZOS)
+    small.save(buffer, format=file_format, quality=85)
     return buffer.getvalue()
+
+
+def newest_preview(folder: Path, *, last: int, px: int) -> str | None:
+    """The first image of the last preview up to step `last`, as a data URI; None without previews."""
+    found = [path for path, step in sorted(sample_files(folder).items(), key=lambda held: (-held[1], held[0].name))
+             if step <= last and (named := SAMPLE.fullmatch(path.name)) and named[2]]
+    if not found:
+        return None
+    with Image.open(found[0]) as image:
+        return data_uri("jpeg", thumbnail(image, px, "JPEG"))
 
 
 def data_uri(image_type: str, data: bytes) -> str:

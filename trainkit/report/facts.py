@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from trainkit import lora_file
 from trainkit.conditioning.new_tokens import EmbeddingsHeader, read_header
+from trainkit.errors import UserError
 from trainkit.files import Json, read_json, sha256, size_text
 from trainkit.options import MatchingOptions, OptimizerOptions
 from trainkit.options.rules import unread
 from trainkit.options.text_encoders import replace_words
 from trainkit.options.trainers import known_flags
 from trainkit.runtime.record import metric_rows
-from trainkit.runtime.weight_files import KOHYA_FILE, embeddings_file, weight_names
+from trainkit.runtime.weight_files import KOHYA_FILE, embeddings_file, low_rank_file, lycoris_file, weight_names
 
 SAMPLE = re.compile(r"step_(\d+)(?:_p(\d+)_s(\d+))?\.png")  # a single image, or without p and s a step's grid
 NOT_REPEATED = {"config", "preset", "print_config", "resume_from_checkpoint", "local_rank", "debug"}
@@ -265,7 +267,9 @@ class RunFacts:
     def files(self) -> list[WrittenFile]:
         """The run's own weight files, the one for Diffusers first; others in the folder are nobody's to describe."""
         kohya = [KOHYA_FILE] if self.option("output_kohya_format") else []
-        names = [*((*weight_names(self.name), *kohya) if self.has_lora else ()),
+        of_dora = [lycoris_file(self.name)] if self.setting("save_paper_dora") else []
+        of_dora += [low_rank_file(self.name)] if self.setting("svd_rank") else []
+        names = [*((*weight_names(self.name), *kohya, *of_dora) if self.has_lora else ()),
                  *([self.embeddings_file] if self.embeddings else ())]
         paths = [self.folder / name for name in names]
         return [WrittenFile(p.name, size_text(p.stat().st_size), sha256(p)) for p in paths if p.is_file()]
@@ -273,12 +277,9 @@ class RunFacts:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The header of a safetensors file; {} where there is none."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (FileNotFoundError, SafetensorError):
+        return dict(lora_file.read_header(path).metadata)
+    except UserError:
         return {}
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from trainkit.conditioning.new_tokens import ENCODERS, EOS_LINE
 from trainkit.diffusion import ScheduleChange, effective_config
 from trainkit.report.facts import RunFacts
-from trainkit.runtime.weight_files import DIFFUSERS_FILE
+from trainkit.runtime.weight_files import DIFFUSERS_FILE, low_rank_file
 
 PIPELINES = {"stable-diffusion": "StableDiffusionPipeline", "stable-diffusion-xl": "StableDiffusionXLPipeline"}
 YOUR_PROMPT = "your prompt"  # where the run was told none
@@ -136,8 +136,8 @@ def comfyui(run: RunFacts) -> Iterator[str]:
         yield (f"Connect a `Load VAE` node with the VAE {run.vae} to `VAE Decode`: it was trained and previewed with "
                "that one.")
     if run.is_dora:
-        yield ("Expect a DoRA a little stronger than it was trained: ComfyUI divides its rows by the norm of the "
-               "base's (Comfy-Org/ComfyUI#15458). Diffusers shows what was trained.")
+        yield (f"Keep the strength at 1 and the base model {run.base_model} if you want exactly what was trained: the "
+               "magnitudes of this DoRA are for ComfyUI's formula and this base's weights (Comfy-Org/ComfyUI#15458).")
     if run.embeddings:
         yield f"Put `{run.embeddings_file}` into `ComfyUI/models/embeddings/`."
     yield f"Write `{wording(run, f'embedding:{run.embeddings_stem}')}` in the positive prompt."
@@ -146,8 +146,8 @@ def comfyui(run: RunFacts) -> Iterator[str]:
 
 def webui(run: RunFacts) -> Iterator[str]:
     if run.is_dora:
-        yield "Take Forge, which reads a DoRA as ComfyUI does. A1111 cannot use it: it knows another kind of DoRA."
-    if run.has_lora:
+        yield from dora_in_webuis(run)
+    if run.has_lora and not run.is_dora:
         yield f"Put `{run.name}.safetensors` into `models/Lora/` and press Refresh in the Lora tab."
     if run.embeddings:
         yield f"Put `{run.embeddings_file}` into `embeddings/` and press Refresh in the Textual Inversion tab."
@@ -157,6 +157,16 @@ def webui(run: RunFacts) -> Iterator[str]:
     ending = f" <lora:{run.name}:1>" if run.has_lora else ""
     yield f"Prompt: `{wording(run, run.embeddings_stem)}{ending}`"
     yield from all_rows_at_once(run)
+
+
+def dora_in_webuis(run: RunFacts) -> Iterator[str]:
+    """Forge computes a DoRA as ComfyUI does; A1111 has another kind, and gets the plain LoRA where one was written."""
+    yield f"In Forge: put `{run.name}.safetensors` into `models/Lora/` and press Refresh in the Lora tab."
+    if run.setting("svd_rank"):
+        yield (f"In A1111: put `{low_rank_file(run.name)}` there, a plain LoRA near the trained DoRA, and write its "
+               "name in the prompt. A1111 knows another kind of DoRA.")
+    else:
+        yield "A1111 cannot use it: it knows another kind of DoRA. `--svd_rank=64` writes a plain LoRA for it."
 
 
 def wording(run: RunFacts, name: str) -> str:

@@ -15,6 +15,8 @@ from trainkit.runtime.weight_files import (
     DIFFUSERS_FILE,
     KOHYA_FILE,
     embeddings_file,
+    low_rank_file,
+    lycoris_file,
     run_name,
     step_files,
     weight_names,
@@ -55,7 +57,8 @@ def results_of(out_dir: Path, names: set[str]) -> Iterator[Path]:
     """Where results of a run of one of these names would be."""
     yield from (out_dir / name for name in RESULTS)
     for name in sorted(names):
-        yield from (out_dir / file for file in (weight_names(name)[1], embeddings_file(name)))
+        yield from (out_dir / file for file in (
+            weight_names(name)[1], embeddings_file(name), lycoris_file(name), low_rank_file(name)))
         yield from step_files(out_dir, name)
     yield from CheckpointFolders(out_dir).all()
 

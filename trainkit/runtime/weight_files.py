@@ -30,6 +30,16 @@ def weight_names(name: str) -> tuple[str, str]:
     return DIFFUSERS_FILE, f"{name}.safetensors"
 
 
+def lycoris_file(name: str) -> str:
+    """A DoRA with the paper's magnitudes (--save_paper_dora)."""
+    return f"{name}_lycoris.safetensors"
+
+
+def low_rank_file(name: str) -> str:
+    """A DoRA as the nearest plain LoRA (--svd_rank)."""
+    return f"{name}_svd.safetensors"
+
+
 def embeddings_file(name: str) -> str:
     """A name that ComfyUI finds behind `embedding:`, and WebUIs in a prompt: blanks and marks with a meaning end it."""
     return f"{re.sub(UNREADABLE, '_', name)}_emb.safetensors"
