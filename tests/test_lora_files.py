@@ -85,8 +85,8 @@ def test_a_checkpoint_whose_lora_does_not_hold_the_trained_weights_is_told(
         tiny_sdxl, checkpoint, monkeypatch, layout):
     family, write = load_sdxl(tiny_sdxl), getattr(lora_files, layout)
 
-    def damaged(*args) -> None:
-        write(*args)
+    def damaged(*args, **more) -> None:
+        write(*args, **more)
         path = next(arg for arg in args if isinstance(arg, Path))
         path.write_bytes(path.read_bytes()[:-2] + b"\x00\x7c")
 

@@ -261,8 +261,8 @@ def test_a_file_that_does_not_hold_the_trained_weights_ends_the_run_badly(family
     folder = make_run(tmp_path / "run")
     write = lora_files.write_kohya
 
-    def damaged(*args) -> None:
-        write(*args)
+    def damaged(*args, **more) -> None:
+        write(*args, **more)
         path = args[2]
         data = bytearray(path.read_bytes())
         data[-2:] = b"\x00\x7c"  # an infinity in the last tensor

@@ -31,6 +31,7 @@ TEXT_WORDS = (
     "layer_norm2", "embeddings", "token_embedding", "position_embedding", "final_layer_norm", "text_projection")
 WORD = re.compile("|".join(sorted((*UNET_WORDS, *TEXT_WORDS), key=len, reverse=True)) + r"|\d+")
 NUMBERED = re.compile(r"(input_blocks|middle_block|output_blocks|time_embed_[02]|label_emb|out_[02])(_|$)")  # SGM's
+PEFT = "base_model.model."  # what its checkpoints put before a path; the network, they do not say
 HEADS = {  # of a name -> the network
     "lora_unet_": "unet", "lycoris_": "unet", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2",
     "lora_te_": "text_encoder", "unet.": "unet", "text_encoder_2.": "text_encoder_2", "text_encoder.": "text_encoder",
@@ -83,6 +84,7 @@ def joined(path: str) -> str:
 
 
 def place_of(name: str, unet: Config) -> Place | None:
+    name = name.removeprefix(PEFT)
     head = next((head for head in HEADS if name.startswith(head)), "")
     rest = name.removeprefix(head)
     flat = rest.replace(".", "_")

@@ -100,7 +100,7 @@ def row_name(side: str, index: int, part: int, rest: str, per_level: int) -> str
     if rest == "conv":
         return f"{block}_upsamplers_0_conv"
     if part > 1:
-        return f"{block}_{part}_{rest}"  # no module's name
+        return f"{block}_part{part}_{rest}"  # no module's name
     return f"{block}_{('resnets', 'attentions')[part]}_{j}_{inner_name(rest)}"
 
 

@@ -63,7 +63,7 @@ def layer_at(place: Place, given: ModuleParts, configs: Configs, over_base: bool
              ) -> LayerUpdate:
     config = configs.get(place[0], configs.get("", {}))
     try:
-        return module_parts.layer_of(given, scaling_of(place[1], config), whole_scaled="" in configs,
+        return module_parts.layer_of(given, scaling_of(place[1], config), whole_rank=config.get("r", 0) if "" in configs else 0,
                                      over_base=over_base)
     except ValueError as error:
         raise damaged(file, where, ValueError(f"{place[1]} of {place[0]}: {error}")) from error
@@ -74,11 +74,16 @@ def scaling_of(path: str, config: Mapping[str, Any]) -> Scaling:
 
     Source: huggingface/peft, tuners/lora/layer.py (scaling), utils/other.py (a pattern is the end of a path).
     """
-    alphas = {stripped(key): value for key, value in (config.get("alpha_pattern") or {}).items()}
+    pattern = config.get("alpha_pattern") or {}
+    if not isinstance(pattern, Mapping):
+        raise ValueError("alpha_pattern in its config is no object")
+    alphas = {stripped(key): value for key, value in pattern.items()}
     near = alphas.get(path) or next((value for key, value in alphas.items() if path.endswith(f".{key}")), None)
     alpha = near or config.get("lora_alpha", config.get("alpha"))
-    if not isinstance(alpha, (int, float)):
+    if alpha is None:
         return lambda rank: 1.0
+    if not isinstance(alpha, (int, float)):
+        raise ValueError(f"alpha in its config is {alpha!r}")
     power = 0.5 if config.get("use_rslora") else 1.0
     return lambda rank: float(alpha) / rank**power
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trainkit.adapters.updates import Hadamard, Kronecker, LowRank, Update, Whole
-from trainkit.families.file_names import TEXT_MODEL, FileNames, Place, joined
+from trainkit.families.file_names import PEFT, TEXT_MODEL, FileNames, Place, joined
 from trainkit.lora_file.layer import LayerUpdate
 
 Layout = Literal["diffusers", "webui", "lycoris", "onetrainer", "peft"]
@@ -29,7 +29,7 @@ def stem_of(place: Place, layout: Layout, names: FileNames) -> str:
     network, path = place
     if layout in ("diffusers", "peft"):
         whole = path if network == "unet" else TEXT_MODEL + path
-        return f"{network}.{whole}" if layout == "diffusers" else f"base_model.model.{whole}"
+        return f"{network}.{whole}" if layout == "diffusers" else f"{PEFT}{whole}"
     return joined(path) if layout == "onetrainer" and network == "unet" else names.webui(path, network)
 
 

@@ -66,12 +66,12 @@ def described(name: str) -> str:
     return next((kind for pattern, kind in OTHERS.items() if re.search(pattern, name)), "")
 
 
-def layer_of(parts: ModuleParts, scaling: Scaling, *, whole_scaled: bool = False, over_base: bool = False
+def layer_of(parts: ModuleParts, scaling: Scaling, *, whole_rank: int = 0, over_base: bool = False
              ) -> LayerUpdate:
     """What the parts of a module say.
 
     scaling       where there is no alpha
-    whole_scaled  whether a LoKr of two whole factors has a scale too, as in PEFT
+    whole_rank    the rank of a LoKr of two whole factors, which has a scale too in PEFT; 0: it has none
     over_base     whether dora_scale is m ‖W‖ / ‖V‖
     Raises ValueError: a part is missing, or the parts do not fit one another.
     """
@@ -79,7 +79,7 @@ def layer_of(parts: ModuleParts, scaling: Scaling, *, whole_scaled: bool = False
     if "alpha" in parts:
         alpha = single(parts["alpha"])
         scaling = lambda rank: alpha / rank  # noqa: E731
-    update, kernel = update_of(given, scaling, whole_scaled)
+    update, kernel = update_of(given, scaling, whole_rank)
     return LayerUpdate(update, kernel, magnitude_of(parts, update, kernel, over_base))
 
 
@@ -89,14 +89,14 @@ def single(tensor: Tensor) -> float:
     return float(tensor)
 
 
-def update_of(given: ModuleParts, scaling: Scaling, whole_scaled: bool) -> tuple[Update, tuple[int, ...] | None]:
+def update_of(given: ModuleParts, scaling: Scaling, whole_rank: int) -> tuple[Update, tuple[int, ...] | None]:
     names = set(given)
     if {"down", "up"} <= names <= {"down", "up", "mid"}:
         return low_rank(given, scaling)
     if set(HADAMARD[:4]) <= names <= set(HADAMARD):
         return hadamard(given, scaling)
     if names <= set(KRONECKER) and names:
-        return kronecker(given, scaling, whole_scaled)
+        return kronecker(given, scaling, whole_rank)
     if names == {"diff"}:
         D = given["diff"]
         sized(*matrix(D, "diff").shape)
@@ -156,8 +156,8 @@ def hadamard(given: ModuleParts, scaling: Scaling) -> tuple[Update, tuple[int, .
     return Hadamard(B1, A1, B2, A2, scaling(len(A1))), kernel
 
 
-def kronecker(given: ModuleParts, scaling: Scaling, whole_scaled: bool) -> tuple[Update, tuple[int, ...] | None]:
-    C, rank = given.get("lokr_w1"), None
+def kronecker(given: ModuleParts, scaling: Scaling, whole_rank: int) -> tuple[Update, tuple[int, ...] | None]:
+    C, rank = given.get("lokr_w1"), 0
     if C is None:
         if not {"lokr_w1_a", "lokr_w1_b"} <= set(given):
             raise ValueError("lokr_w1 is missing")
@@ -167,7 +167,8 @@ def kronecker(given: ModuleParts, scaling: Scaling, whole_scaled: bool) -> tuple
     C = matrix(C, "lokr_w1")
     if "lokr_w2" in given:
         D = given["lokr_w2"]
-        scale = scaling(rank) if rank else scaling(1) if whole_scaled else 1.0
+        rank = rank or whole_rank
+        scale = scaling(rank) if rank else 1.0
         block = matrix(D, "lokr_w2")
         sized(*C.shape, *block.shape)
         return Kronecker(C, D=block, scale=scale), tuple(D.shape[2:])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainkit.adapters.updates import LowRank, Update, decomposed, rows_norm
-from trainkit.lora_file.layer import LayerUpdate
+from trainkit.lora_file.layer import LayerUpdate, Magnitude
 
 EXACT = torch.finfo(torch.float64).eps  # of the arithmetic in which files are compared
 Weight = Callable[[], Tensor]  # the base's W of a layer, [out,in] fp64, when it is needed
@@ -47,14 +47,14 @@ class Rounded:
         error = times(X, other.error).add_(times(self.error, Y.add_(other.error)))
         return Rounded(times(self.value, other.value), error)
 
-    def decomposed(self, W: Tensor, magnitude: Tensor) -> Rounded:
-        """DoRA's ΔW where this is the low-rank update; magnitudes [out] are exact.
+    def decomposed(self, W: Tensor, magnitude: Tensor, magnitude_error: float = 0.0) -> Rounded:
+        """DoRA's ΔW where this is the low-rank update; the magnitudes [out] have a relative error.
 
-        With s = m / ‖V‖ and e = ‖dV‖ / ‖V‖ of a row, s V is off by |s| (dV + e (|V| + dV)), and by the arithmetic.
+        With s = m / ‖V‖ and e = ‖dV‖ / ‖V‖ + dm of a row, s V is off by |s| (dV + e (|V| + dV)), and by the arithmetic.
         """
         V = W + self.value
         norm = rows_norm(V)
-        s, e = (magnitude.view(-1, 1) / norm).abs(), rows_norm(self.error) / norm
+        s, e = (magnitude.view(-1, 1) / norm).abs(), rows_norm(self.error) / norm + magnitude_error
         error = s * (self.error + e * (V.abs() + self.error)) + 4 * EXACT * (s * V.abs() + W.abs())
         return Rounded(decomposed(W, self.value, magnitude), error)
 
@@ -93,11 +93,18 @@ def compare(found: LayerUpdate, wanted: LayerUpdate, weight: Weight | None) -> t
     if stated.value.shape != target.shape:
         return math.inf, False
     if W is not None and found.magnitude is not None and not by_input:
-        scale = found.magnitude.value
-        stated = stated.over_base(W, scale) if found.magnitude.over_base else stated.decomposed(W, scale.double())
+        stated = decomposed_as(found.magnitude, stated, W, computed=wanted.magnitude)
     error = (stated.value - target).abs_()  # [out,in]
     largest, size = float(error.max()), float(target.abs().max())
     return largest / (size or 1.0), math.isfinite(largest) and bool((error <= stated.error).all())
+
+
+def decomposed_as(held: Magnitude, stated: Rounded, W: Tensor, computed: Magnitude | None) -> Rounded:
+    """ΔW by the form of the magnitudes that a file has, which were computed from those that are wanted."""
+    if held.over_base:
+        return stated.over_base(W, held.value)
+    changed = computed is not None and computed.over_base
+    return stated.decomposed(W, held.value.double(), 2 * torch.finfo(held.value.dtype).eps if changed else 0.0)
 
 
 def same_magnitudes(found: LayerUpdate, wanted: LayerUpdate, *, exactly: bool) -> bool:
