@@ -12,7 +12,6 @@ lycoris/modules (hada_*, lokr_*, dora_scale); Stability-AI/ModelSpec 1.0.1 (mode
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from trainkit.adapters.network import update_of
 from trainkit.families.file_names import Place, stripped
-from trainkit.lora_file import DORA_NORM, LayerUpdate, Layout, LoraFile, Magnitude, MetadataLevel, kept
+from trainkit.lora_file import DORA_NORM, LayerUpdate, Layout, LoraFile, Magnitude, MetadataLevel, hash_metadata, kept
 
 if TYPE_CHECKING:
     from trainkit.adapters import Adapters
@@ -99,21 +98,6 @@ def file_rank(network: Adapters) -> int:
 def file_alpha(network: Adapters, rank: int) -> float:
     """The alpha of a WebUI file: LoHa's and LoKr's scale is in their factors."""
     return float(network.scale * rank if network.adapter_type == "lora" else rank)
-
-
-def hash_metadata(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """The hashes model browsers look LoRAs up by: SHA-256 of the tensor bytes, and an older 8-digit one.
-
-    Both are taken of the file with the ss_* metadata alone, so that editing a title later does not change them
-    (kohya-ss/sd-scripts, library/train_util.py, precalculate_safetensors_hashes).
-    """
-    from safetensors.torch import save
-
-    data = save(dict(tensors), {k: v for k, v in metadata.items() if k.startswith("ss_")})
-    body = 8 + int.from_bytes(data[:8], "little")
-    digest = hashlib.sha256(data[body:]).hexdigest()
-    legacy = hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
-    return {"sshs_model_hash": digest, "sshs_legacy_hash": legacy, "modelspec.hash_sha256": f"0x{digest}"}
 
 
 def file_bytes(networks: Sequence[Adapters], layout: Layout) -> int:

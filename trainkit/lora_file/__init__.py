@@ -6,11 +6,13 @@ metadata.py · how much a header says; contents.py · what the tensors of a file
 rounding.py · whether a file holds what it should.
 """
 
+from trainkit.lora_file.base_weights import BaseWeights
 from trainkit.lora_file.file import CROSS, WIDTHS, LoraFile, Weights, released_names
 from trainkit.lora_file.header import Header, read_header
 from trainkit.lora_file.layer import LayerUpdate, Magnitude
 from trainkit.lora_file.layouts import DORA_NORM, Layout
-from trainkit.lora_file.metadata import MetadataLevel, kept
+from trainkit.lora_file.metadata import BASES, MetadataLevel, hash_metadata, kept, network_of
 
-__all__ = ["CROSS", "DORA_NORM", "WIDTHS", "Header", "LayerUpdate", "Layout", "LoraFile", "Magnitude",
-           "MetadataLevel", "Weights", "kept", "read_header", "released_names"]
+__all__ = ["BASES", "CROSS", "DORA_NORM", "WIDTHS", "BaseWeights", "Header", "LayerUpdate", "Layout", "LoraFile",
+           "Magnitude", "MetadataLevel", "Weights", "hash_metadata", "kept", "network_of", "read_header",
+           "released_names"]

@@ -63,8 +63,8 @@ def layer_at(place: Place, given: ModuleParts, configs: Configs, over_base: bool
              ) -> LayerUpdate:
     config = configs.get(place[0], configs.get("", {}))
     try:
-        return module_parts.layer_of(given, scaling_of(place[1], config), whole_rank=config.get("r", 0) if "" in configs else 0,
-                                     over_base=over_base)
+        return module_parts.layer_of(given, scaling_of(place[1], config), over_base=over_base,
+                                     whole_rank=rank_in(config) if "" in configs else 0)
     except ValueError as error:
         raise damaged(file, where, ValueError(f"{place[1]} of {place[0]}: {error}")) from error
 
@@ -86,6 +86,13 @@ def scaling_of(path: str, config: Mapping[str, Any]) -> Scaling:
         raise ValueError(f"alpha in its config is {alpha!r}")
     power = 0.5 if config.get("use_rslora") else 1.0
     return lambda rank: float(alpha) / rank**power
+
+
+def rank_in(config: Mapping[str, Any]) -> int:
+    rank = config.get("r", 0)
+    if not isinstance(rank, int) or rank < 0:
+        raise ValueError(f"r in its config is {rank!r}")
+    return rank
 
 
 def network_configs(metadata: Mapping[str, str], config: Mapping[str, Any] | None, file: Path, where: str) -> Configs:

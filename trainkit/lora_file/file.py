@@ -116,6 +116,7 @@ class LoraFile:
         weights   of the base, for a DoRA whose magnitudes must change
         metadata  the header of the tensors; else this file's own
         """
+        assert not (self.layers and self.embeddings and layout in ("diffusers", "peft")), "embeddings need another file"
         names, rank = self.names or released_names(self.family), whole_number(self.metadata.get("ss_network_dim"))
         each = {place: tensors_of(self._ready(place, layout, weights), layout, dtype=dtype, rank=rank)
                 for place in self.layers}
@@ -127,11 +128,10 @@ class LoraFile:
         header.pop(DORA_NORM, None)
         if layout == "webui" and self._over_base:
             header[DORA_NORM] = "base"
-        if layout == "diffusers":
+        header.pop(ADAPTER_METADATA, None)
+        if layout == "diffusers" and each:
             header[ADAPTER_METADATA] = json.dumps(diffusers_config(each))
-        else:
-            header.pop(ADAPTER_METADATA, None)
-            tensors |= bundled(self.embeddings)
+        tensors |= bundled(self.embeddings)
         with disk_errors(path):
             save_tensors(path, tensors, header)
 
@@ -152,6 +152,8 @@ class LoraFile:
         if missing or strange or (self.layers and layout_family(found.layout) != layout_family(layout)):
             listed = ", ".join(path for _, path in sorted(missing | strange)[:3])
             raise mismatch(path, f"{len(strange)} unknown and {len(missing)} missing modules: {listed}")
+        if not same_embeddings(found.embeddings, self.embeddings):
+            raise mismatch(path, "its embeddings differ")
         judge = compare_factors if by_factors else compare
         results = {place: judge(layer, self.layers[place], weights and partial(weights, place))
                    for place, layer in found.layers.items()}
@@ -197,7 +199,11 @@ class LoraFile:
         if weights is None:
             raise UserError(Problem("this DoRA needs its base model", place[1], "its magnitudes are for another norm "
                                     "in this layout, and the norms are those of the base's weights", "--base MODEL"))
-        return layer.over_base(weights(place)) if over else layer.of_paper(weights(place))
+        W = weights(place)
+        if tuple(W.shape) != (shape := module_parts.shape_of(layer.update)):
+            raise UserError(Problem("the base model is another one", place[1], f"its weight is {tuple(W.shape)}, and "
+                                    f"the LoRA's update is {shape}", "name the model it was trained on with --base"))
+        return layer.over_base(W) if over else layer.of_paper(W)
 
     def _save_peft(self, folder: Path, each: Mapping[Place, Tensors], names: FileNames) -> None:
         """One folder for each network: adapter_model.safetensors and adapter_config.json."""
@@ -236,9 +242,19 @@ def layout_family(layout: str) -> str:
 
 
 def bundled(embeddings: Mapping[str, Mapping[str, Tensor]]) -> Tensors:
-    """Embeddings as WebUIs and OneTrainer read them inside of a LoRA file; alone in it, as a file of embeddings."""
-    return {f"bundle_emb.{name}.{encoder}" if name else encoder: tensor
+    """Embeddings as WebUIs and OneTrainer read them inside of a LoRA file; one without a name as a file of its own.
+
+    A1111 knows one text encoder's as emb_params.
+    """
+    alone = {"clip_l": "emb_params"} if embeddings.get("", {}).keys() == {"clip_l"} else {}
+    return {f"bundle_emb.{name}.{encoder}" if name else alone.get(encoder, encoder): tensor
             for name, encoders in embeddings.items() for encoder, tensor in encoders.items()}
+
+
+def same_embeddings(found: Mapping[str, Mapping[str, Tensor]], wanted: Mapping[str, Mapping[str, Tensor]]) -> bool:
+    flat, other = ({(name, encoder): tensor for name, encoders in held.items() for encoder, tensor in encoders.items()}
+                   for held in (found, wanted))
+    return flat.keys() == other.keys() and all(torch.equal(flat[key], other[key]) for key in flat)
 
 
 def diffusers_config(each: Mapping[Place, Tensors]) -> dict[str, object]:

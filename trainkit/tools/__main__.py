@@ -8,6 +8,7 @@ PROGRAM = Program("lora-tools", "trainkit.tools", (
     Command("evaluate", "trainkit.tools.evaluate", "measure how far a LoRA moves the base model towards its style"),
     Command("caption-images", "trainkit.tools.caption_images", "write captions of training images with a model"),
     Command("plan", "trainkit.tools.plan", "show how much memory a training needs, and what makes it fit a card"),
+    Command("convert-lora", "trainkit.tools.convert_lora", "write a LoRA in the layout of another program"),
     Command("extract-clip-features", "trainkit.tools.extract_clip_features", "write the CLIP features of images"),
 ))
 
