@@ -106,6 +106,16 @@ KINDS = [  # every kind of adapter, what it stands on and how it starts
 ]
 
 
+@pytest.mark.parametrize("factor", [8, 4, -1])
+def test_lokrs_small_matrix_is_never_the_larger_one_so_that_lycoris_can_load_it(base, factor):
+    """PEFT would make it 8 × 8 next to a block of 2 × 2 where a layer has 16 inputs and outputs."""
+    adapters = lora(base, lora_type="lokr", lokr_factor=factor, lora_layers="attention+conv")
+    for path in adapters.layers:
+        update, (out, width, *_) = adapters.update(path), adapters.shape(path)
+        a, c = update.C.shape
+        assert a <= out // a and c <= width // c, path
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_kind_starts_at_the_base_in_any_precision(base, inputs, kind, dtype):

@@ -164,3 +164,16 @@ def test_every_layer_of_the_base_is_found_in_its_files():
         assert weights(names.read(name)).ndim == 2
     with pytest.raises(UserError, match="no module"):
         weights(("unet", "up_blocks.9.resnets.0.conv1"))
+
+
+def test_a_file_that_was_not_written_well_is_removed(tmp_path, monkeypatch):
+    from trainkit.lora_file import file as lora_file
+
+    def damaged(path: Path, tensors: dict[str, torch.Tensor], *more: object) -> None:
+        save_file({name: tensor * 1.1 for name, tensor in tensors.items()}, path)
+
+    kohya_file(tmp_path / "a.safetensors")
+    monkeypatch.setattr(lora_file, "save_tensors", damaged)
+    with pytest.raises(UserError, match="does not hold"):
+        run(tmp_path / "a.safetensors", "diffusers", tmp_path / "b.safetensors")
+    assert not (tmp_path / "b.safetensors").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 import shutil
 from pathlib import Path
@@ -9,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -21,7 +24,7 @@ from trainkit.adapters import Adapters, add_adapters
 from trainkit.errors import UserError
 from trainkit.export import verify
 from trainkit.inference import embeddings_of, fused_lora, load_pipeline, lora_file, lora_problems, missing_file
-from trainkit.lora_file import rounding
+from trainkit.lora_file import LoraFile, rounding
 from trainkit.lora_files import LoraFiles
 from trainkit.options import LoraOptions
 from trainkit.report.facts import RunFacts
@@ -103,6 +106,61 @@ def test_the_webui_file_comes_under_the_diffusers_scripts_name_too_where_it_is_a
     assert [p.name for p in written] == [DIFFUSERS_FILE, "dog.safetensors", *([KOHYA_FILE] if asked else [])]
     if asked:
         same_tensors(run / KOHYA_FILE, run / "dog.safetensors")
+
+
+def test_a_dora_comes_for_lycoris_and_as_a_plain_lora_where_it_is_asked_for(tiny_sdxl, checkpoint, caplog):
+    family, run = load_sdxl(tiny_sdxl), checkpoint.parent
+    adapters = trained(family, use_dora=True)
+    with caplog.at_level("INFO"):
+        written = LoraFiles(options(run, save_paper_dora=True, svd_rank=4), family, adapters).final()
+    assert [p.name for p in written] == [DIFFUSERS_FILE, "dog.safetensors", "dog_lycoris.safetensors",
+                                         "dog_svd.safetensors"]
+    paper, plain = (LoraFile.read(run / f"dog_{end}.safetensors", names=family.names) for end in ("lycoris", "svd"))
+    lost = [0.0, 0.0]
+    for path in adapters.layers:
+        place = ("unet", path)
+        assert torch.equal(paper.layers[place].magnitude_value, adapters.magnitude(path))
+        wanted = adapters.delta_weight(path)
+        found = plain.layers[place].update.map(lambda t: t.double()).delta()
+        assert torch.linalg.matrix_rank(found) <= 4 and plain.layers[place].magnitude is None
+        lost[0], lost[1] = lost[0] + float((wanted - found).square().sum()), lost[1] + float(wanted.square().sum())
+    said = re.search(r"rank 4: it lacks ([\d.]+) %", caplog.text)
+    assert said and float(said[1]) == pytest.approx(100 * (lost[0] / lost[1]) ** 0.5, abs=0.2)
+
+
+def test_a_plain_lora_has_no_files_of_a_dora(tiny_sdxl, checkpoint):
+    family, run = load_sdxl(tiny_sdxl), checkpoint.parent
+    written = LoraFiles(options(run, save_paper_dora=True, svd_rank=4), family, trained(family)).final()
+    assert [p.name for p in written] == [DIFFUSERS_FILE, "dog.safetensors"]
+
+
+@pytest.mark.parametrize("level, kept, left_out", [
+    ("full", ["ss_seed", "modelspec.trigger_phrase", "modelspec.thumbnail", "sshs_model_hash"], []),
+    ("minimal", ["modelspec.title", "sshs_model_hash", "ss_base_model_version"],
+     ["ss_seed", "modelspec.trigger_phrase", "modelspec.thumbnail", "modelspec.date", "ss_sd_model_name"]),
+    ("none", ["ss_base_model_version", "ss_network_dim", "format"], ["modelspec.title", "ss_output_name", "ss_seed"])])
+def test_the_headers_say_as_much_as_was_asked_for(tiny_sdxl, checkpoint, level, kept, left_out):
+    """Every file can be read whatever its header says; a DoRA's too, which needs to say its norm."""
+    family, run = load_sdxl(tiny_sdxl), checkpoint.parent
+    LoraFiles(options(run, metadata=level), family, trained(family, use_dora=True)).final()
+    for name in (DIFFUSERS_FILE, "dog.safetensors"):
+        with safe_open(run / name, "pt") as file:
+            said = file.metadata()
+        assert not said.keys() & {*left_out}
+        assert said.keys() >= {*kept} or name == DIFFUSERS_FILE
+    assert said["ss_dora_norm"] == "base"
+    assert RunFacts(run).base_series == "stable-diffusion-xl", "the model card needs no more than the least"
+
+
+def test_the_thumbnail_is_the_last_preview_made_small(tiny_sdxl, checkpoint):
+    family, run = load_sdxl(tiny_sdxl), checkpoint.parent
+    Image.new("RGB", (1024, 512), (240, 20, 20)).save(run / "samples" / "step_000030_p01_s0.png")
+    LoraFiles(options(run), family, trained(family)).final()
+    with safe_open(run / "dog.safetensors", "pt") as file:
+        kind, data = file.metadata()["modelspec.thumbnail"].split(",")
+    assert kind == "data:image/jpeg;base64"
+    image = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert image.size == (256, 128) and image.getpixel((9, 9))[0] > 200
 
 
 # ----------------------------------------------------------------------------------------------------------------------

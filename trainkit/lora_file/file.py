@@ -102,11 +102,16 @@ class LoraFile:
     # ------------------------------------------------------------------------------------------------------------------
     # Writing
 
-    def write(self, path: Path, layout: Layout, *, dtype: torch.dtype = torch.float16, weights: Weights | None = None
-              ) -> float:
-        """Write it in a layout, read it back and compare every ΔW -> the largest relative error."""
-        self.save(path, layout, dtype=dtype, weights=weights)
-        return self.check(path, layout, weights=weights)
+    def write(self, path: Path, layout: Layout, *, dtype: torch.dtype = torch.float16, weights: Weights | None = None,
+              metadata: Callable[[Tensors], Mapping[str, str]] | None = None) -> float:
+        """`save` and `check`; a file that does not hold what it should is removed -> the largest relative error."""
+        self.save(path, layout, dtype=dtype, weights=weights, metadata=metadata)
+        try:
+            return self.check(path, layout, weights=weights)
+        except UserError:
+            if path.is_file():
+                path.unlink()
+            raise
 
     def save(self, path: Path, layout: Layout, *, dtype: torch.dtype = torch.float16, weights: Weights | None = None,
              metadata: Callable[[Tensors], Mapping[str, str]] | None = None) -> None:
@@ -229,7 +234,7 @@ class LoraFile:
 def mismatch(path: Path, why: str) -> UserError:
     return UserError(Problem(
         f"{path.name} does not hold what was trained", str(path), why,
-        "check the disk, then --resume_from_checkpoint latest writes it again", kind="disk"))
+        "check the disk, then write it again: in a run, with --resume_from_checkpoint latest", kind="disk"))
 
 
 def released_names(family: FamilyName | None) -> FileNames:

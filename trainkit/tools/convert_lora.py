@@ -169,9 +169,7 @@ def write(args: argparse.Namespace, path: Path, part: LoraFile, weights: Weights
     def metadata(tensors: Mapping[str, Tensor]) -> Mapping[str, str]:
         return header_of(args, part, tensors)
 
-    dtype = getattr(torch, args.dtype)
-    part.save(path, args.to, dtype=dtype, weights=weights, metadata=metadata)
-    return part.check(path, args.to, weights=weights)
+    return part.write(path, args.to, dtype=getattr(torch, args.dtype), weights=weights, metadata=metadata)
 
 
 def header_of(args: argparse.Namespace, part: LoraFile, tensors: Mapping[str, Tensor]) -> Mapping[str, str]:
