@@ -17,6 +17,7 @@ from trainkit.errors import UserError
 from trainkit.families.file_names import xl_names
 from trainkit.lora_file import BaseWeights, LoraFile
 from trainkit.tools import convert_lora
+from trainkit.tools.checks import base_of
 
 XL, SD = ROOT / "assets/tiny-sdxl-icons", ROOT / "assets/tiny-sd-icons"
 STEM = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
@@ -101,7 +102,7 @@ def small_sd(file: Path) -> Path:
 def test_a_dora_of_diffusers_is_converted_with_the_weights_of_its_base(tmp_path):
     """And back; and to a plain LoRA, whose error is said."""
     path = "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
-    W = BaseWeights(convert_lora.base_of(parsed(tmp_path, XL)))(("unet", path))
+    W = BaseWeights(base_of(str(XL)))(("unet", path))
     g = torch.Generator().manual_seed(1)
     A, B = torch.randn(2, W.shape[1], generator=g) / 8, torch.randn(len(W), 2, generator=g) / 8
     m = W.norm(dim=1).float() * 1.2
@@ -119,10 +120,6 @@ def test_a_dora_of_diffusers_is_converted_with_the_weights_of_its_base(tmp_path)
     V = W + B.double() @ A.double()
     wanted = V * (m.double() / V.norm(dim=1)).unsqueeze(1) - W
     assert (plain.layers["unet", path].delta() - wanted).abs().max() < 1e-5
-
-
-def parsed(folder: Path, base: Path):
-    return convert_lora.parse([f"--lora={folder}", "--to=webui", f"--out={folder / 'x'}", f"--base={base}"])
 
 
 def test_embeddings_in_a_lora_come_beside_a_diffusers_file(tmp_path):
@@ -157,7 +154,7 @@ def test_a_file_never_replaces_itself(tmp_path):
 
 def test_every_layer_of_the_base_is_found_in_its_files():
     """With and without Transformers' text_model."""
-    weights = BaseWeights(convert_lora.base_of(parsed(Path("x"), XL)))
+    weights = BaseWeights(base_of(str(XL)))
     names = xl_names()
     for name in ("lora_te1_text_model_encoder_layers_0_self_attn_q_proj", "lora_unet_mid_block_attentions_0_proj_in",
                  "lora_te2_text_model_encoder_layers_0_mlp_fc1", "lora_unet_down_blocks_0_resnets_0_conv1"):

@@ -113,6 +113,7 @@ def test_a_model_too_large_for_memory_is_not_called_damaged(monkeypatch):
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "iso8859-5", "cp437"])
 @pytest.mark.parametrize("program", ["train_dreambooth_lora_sdxl_advanced.py", "train_text_to_image_lora.py",
                                      "scripts/generate.py", "scripts/evaluate.py", "scripts/convert_lora.py",
+                                     "scripts/inspect_lora.py",
                                      "scripts/extract_clip_features.py", "scripts/caption_images.py"])
 def test_help_goes_into_a_file_of_any_encoding(tmp_path, program, encoding):
     out = tmp_path / "help"

@@ -1,16 +1,25 @@
-"""What the tools check of their command lines alike: numbers, and the folder that the results go to."""
+"""What the tools check of their command lines alike: numbers, the folder for the results; and how they read a LoRA."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from trainkit.errors import IN_UTF8, Problem, refuse, unwritable
+from trainkit.errors import IN_UTF8, Problem, counted, refuse, unwritable
 from trainkit.tools import ASSETS
+
+if TYPE_CHECKING:
+    from trainkit.families.file_names import FileNames
+    from trainkit.families.pretrained import Repo
+    from trainkit.lora_file import LoraFile, Weights
+
+KINDS = {"LowRank": "LoRA", "Hadamard": "LoHa", "Kronecker": "LoKr", "Whole": "full"}  # of an update -> its name
 
 
 def number_problems(args: argparse.Namespace, *, counts: Sequence[str], reals: Sequence[str]) -> Iterator[Problem]:
@@ -71,3 +80,39 @@ def writing_to(out: Path) -> Iterator[None]:
     except OSError as error:
         refuse([Problem("the results cannot be written", f"--out {out}", f"{error}",
                         "free some space, or name a folder on another disk with --out", "disk")])
+
+
+def lora_and_base(args: argparse.Namespace) -> tuple[LoraFile, Weights | None]:
+    """What --lora names, any program's, and the weights of --base where it is given."""
+    from trainkit.lora_file import BaseWeights, LoraFile
+
+    base = base_of(args.base) if args.base else None
+    found = LoraFile.read(args.lora, names=names_of(base) if base else None, where=f"--lora {args.lora}")
+    return found, BaseWeights(base) if base else None
+
+
+def base_of(base: str) -> Repo:
+    from trainkit.families.pretrained import Repo
+
+    repo = Repo(base, "--base")
+    refuse(repo.unreachable("model_index.json"))
+    return repo
+
+
+def names_of(base: Repo) -> FileNames:
+    """What the modules of a model are called in files."""
+    from trainkit.families.file_names import SD_NAMES, xl_names
+
+    unet = base.glance("unet/config.json")
+    return xl_names(unet) if unet.get("addition_embed_type") == "text_time" else SD_NAMES
+
+
+def lora_line(found: LoraFile, path: Path) -> str:
+    """One line: what the file is."""
+    kinds = Counter(KINDS[type(layer.update).__name__] for layer in found.layers.values())
+    listed = ", ".join(f"{counted(n, 'layer')} of {kind}" for kind, n in kinds.items())
+    dora = " with DoRA's magnitudes" if found.needs_weights else ""
+    embeddings = f"{counted(len(found.embeddings), 'embedding')}" if found.embeddings else ""
+    what = ", ".join(filter(None, (listed + dora, embeddings))) or "nothing"
+    family = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL", None: "a base model of unknown family"}[found.family]
+    return f"{path}: {what}, for {family}"

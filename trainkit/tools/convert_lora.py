@@ -15,27 +15,23 @@ a tensor is not known, nothing is written, and the message names it.
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainkit.errors import Problem, counted, refuse
+from trainkit.errors import Problem, refuse
 from trainkit.inference import DTYPES, lora_file, missing_file
 from trainkit.process import own_settings, say
-from trainkit.tools.checks import text_problems
+from trainkit.tools.checks import lora_and_base, lora_line, text_problems
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainkit.families.file_names import FileNames
-    from trainkit.families.pretrained import Repo
     from trainkit.lora_file import LoraFile, Weights
 
 LAYOUTS = ("diffusers", "webui", "lycoris", "onetrainer", "peft")
 WITHOUT_EMBEDDINGS = ("diffusers", "peft")  # layouts whose LoRA files hold none
-KINDS = {"LowRank": "LoRA", "Hadamard": "LoHa", "Kronecker": "LoKr", "Whole": "full"}
 
 
 @own_settings()
@@ -45,13 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     refuse(problems(args))
 
     say("reading the LoRA")
-    from trainkit.lora_file import BaseWeights, LoraFile
-
-    base = base_of(args)
-    found = LoraFile.read(args.lora, names=names_of(base) if base else None, where=f"--lora {args.lora}")
-    weights = BaseWeights(base) if base else None
-    refuse(conversion_problems(args, found, has_base=base is not None))
-    print(described(found, args.lora))
+    found, weights = lora_and_base(args)
+    refuse(conversion_problems(args, found, has_base=weights is not None))
+    print(lora_line(found, args.lora))
     if args.svd_rank:
         found, lost = found.low_rank(args.svd_rank, weights)
         print(f"the nearest LoRA of rank {args.svd_rank} lacks {100 * lost:.2g} % of the change of the weights")
@@ -121,35 +113,6 @@ def conversion_problems(args: argparse.Namespace, found: LoraFile, *, has_base: 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Conversion
-
-
-def base_of(args: argparse.Namespace) -> Repo | None:
-    from trainkit.families.pretrained import Repo
-
-    if args.base is None:
-        return None
-    repo = Repo(args.base, "--base")
-    refuse(repo.unreachable("model_index.json"))
-    return repo
-
-
-def names_of(base: Repo) -> FileNames:
-    """What the modules of a model are called in files."""
-    from trainkit.families.file_names import SD_NAMES, xl_names
-
-    unet = base.glance("unet/config.json")
-    return xl_names(unet) if unet.get("addition_embed_type") == "text_time" else SD_NAMES
-
-
-def described(found: LoraFile, path: Path) -> str:
-    """One line: what the file is."""
-    kinds = Counter(KINDS[type(layer.update).__name__] for layer in found.layers.values())
-    listed = ", ".join(f"{counted(n, 'layer')} of {kind}" for kind, n in kinds.items())
-    dora = " with DoRA's magnitudes" if found.needs_weights else ""
-    embeddings = f"{counted(len(found.embeddings), 'embedding')}" if found.embeddings else ""
-    what = ", ".join(filter(None, (listed + dora, embeddings))) or "nothing"
-    family = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL", None: "a base model of unknown family"}[found.family]
-    return f"{path}: {what}, for {family}"
 
 
 def outputs(args: argparse.Namespace, found: LoraFile) -> Iterator[tuple[Path, LoraFile]]:
