@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from trainkit.adapters.network import update_of
-from trainkit.families.file_names import Place, stripped
+from trainkit.families.file_names import ModulePlace, stripped
 from trainkit.lora_file import DORA_NORM, LayerUpdate, Layout, LoraFile, Magnitude, MetadataLevel, hash_metadata, kept
 
 if TYPE_CHECKING:
@@ -32,29 +32,29 @@ if TYPE_CHECKING:
 NAME_BYTES = 150  # of a tensor in a header
 
 
-class TrainedLayers(Mapping[Place, LayerUpdate]):
+class TrainedLayers(Mapping[ModulePlace, LayerUpdate]):
     """What was trained, module by module, in fp64 on the CPU; computed when it is looked up, since all of it is large.
 
     A convolution's kernel is laid out in a row.
     """
 
     def __init__(self, networks: Sequence[Adapters]):
-        self.paths: dict[Place, tuple[Adapters, str]] = {
+        self.paths: dict[ModulePlace, tuple[Adapters, str]] = {
             (network.prefix, stripped(path)): (network, path) for network in networks for path in network.layers}
 
-    def __getitem__(self, place: Place) -> LayerUpdate:
+    def __getitem__(self, place: ModulePlace) -> LayerUpdate:
         network, path = self.paths[place]
         magnitude = network.magnitude(path)
         return LayerUpdate(network.update(path), tuple(network.shape(path)[2:]),
                      None if magnitude is None else Magnitude(magnitude))
 
-    def __iter__(self) -> Iterator[Place]:
+    def __iter__(self) -> Iterator[ModulePlace]:
         return iter(self.paths)
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def weight(self, place: Place) -> Tensor:
+    def weight(self, place: ModulePlace) -> Tensor:
         """The base's W -> [out,in] fp64."""
         network, path = self.paths[place]
         return network.weight(path)

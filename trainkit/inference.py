@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Generator, Tensor
 
-    from trainkit.families.file_names import FileNames, Place
+    from trainkit.families.file_names import FileNames, ModulePlace
     from trainkit.families.pretrained import Repo
     from trainkit.lora_file import LoraFile
 
@@ -240,7 +240,7 @@ def names_of(pipe: Pipeline) -> FileNames:
     return xl_names(pipe.unet.config) if getattr(pipe, "text_encoder_2", None) is not None else SD_NAMES
 
 
-def module_at(pipe: Pipeline, place: Place) -> Module | None:
+def module_at(pipe: Pipeline, place: ModulePlace) -> Module | None:
     """The module of a pipeline that a file means; Transformers 5 has no "text_model" in some text encoders."""
     from trainkit.families.file_names import TEXT_MODEL
 
@@ -254,7 +254,7 @@ def module_at(pipe: Pipeline, place: Place) -> Module | None:
     return None
 
 
-def modules_of(pipe: Pipeline, found: LoraFile, file: Path) -> dict[Place, Module]:
+def modules_of(pipe: Pipeline, found: LoraFile, file: Path) -> dict[ModulePlace, Module]:
     """UserError: the model lacks a part of the LoRA."""
     modules = {place: module for place in found.layers if (module := module_at(pipe, place)) is not None}
     if not modules:

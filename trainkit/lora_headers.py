@@ -14,7 +14,7 @@ from trainkit.lora_file.contents import group, stated_family, unread
 
 TEXT_WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
 TEXT_SIDES = ("down", "hada_w1_b")  # factors as wide as a module's input
-HALVES = {"down": {"lora_A": "lora_B", "down": "up"}, "up": {"lora_B": "lora_A", "up": "down"}}
+HALVES = {"lora_A": "lora_B", "lora_B": "lora_A", "down": "up", "up": "down"}  # what is left and right of a product
 ANOTHER_BASE = "name the base model it was trained on with --base"
 
 
@@ -49,12 +49,11 @@ def problems(file: Path, unet: Mapping[str, Any]) -> Iterator[Problem]:
 def missing_half(header: Header) -> str | None:
     """The tensor of the two of a LoRA layer that is not there, the first of them."""
     for name in header.shapes:
-        part, start = (module_parts.split(name) or ("", ""))[1], name.rfind("lora")
-        if part in HALVES:
-            words = HALVES[part]
-            missing = name[:start] + re.sub("lora_[AB]|down|up", lambda found, w=words: w[found[0]], name[start:])
-            if missing not in header.shapes:
-                return missing
+        found, start = module_parts.split(name), name.rfind("lora")
+        if found and found[1] in ("down", "up"):
+            other = name[:start] + re.sub("|".join(HALVES), lambda half: HALVES[half[0]], name[start:])
+            if other not in header.shapes:
+                return other
     return None
 
 

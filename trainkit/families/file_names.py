@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from trainkit.families import sgm
 from trainkit.families.pretrained import Config
 
-Place = tuple[str, str]  # network, and the path of a module in it, without "text_model"
+ModulePlace = tuple[str, str]  # network, and the path of a module in it, without "text_model"
 TEXT_MODEL = "text_model."  # Transformers 5 dropped this level from CLIPTextModel; files keep it, loaders know both
 UNET_WORDS = (
     "down_blocks", "mid_block", "up_blocks", "attentions", "resnets", "downsamplers", "upsamplers",
@@ -59,7 +59,7 @@ class FileNames:
             return "_".join([self.text[network], "text_model", *stripped(path).split(".")])
         return sgm.webui_name(path, self.unet) if self.unet else joined(path)
 
-    def read(self, name: str) -> Place | None:
+    def read(self, name: str) -> ModulePlace | None:
         """The module that a name in any layout means; None for one that means none."""
         return place_of(name, self.unet or RELEASED_XL)
 
@@ -83,7 +83,7 @@ def joined(path: str) -> str:
     return "_".join([sgm.PREFIX, *path.split(".")])
 
 
-def place_of(name: str, unet: Config) -> Place | None:
+def place_of(name: str, unet: Config) -> ModulePlace | None:
     name = name.removeprefix(PEFT)
     head = next((head for head in HEADS if name.startswith(head)), "")
     rest = name.removeprefix(head)
@@ -111,7 +111,7 @@ def with_dots(flat: str) -> str | None:
     return ".".join(words) if words and not flat.endswith("_") else None
 
 
-def kernel_of(place: Place, *, linear_projections: bool) -> tuple[int, ...]:
+def kernel_of(place: ModulePlace, *, linear_projections: bool) -> tuple[int, ...]:
     """A convolution's kernel, () of a linear map: for files that do not say it.
 
     linear_projections  whether proj_in and proj_out are linear maps, as in SDXL and SD 2.x

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from trainkit.errors import Problem, UserError
-from trainkit.families.file_names import TEXT_MODEL, Place
+from trainkit.families.file_names import TEXT_MODEL, ModulePlace
 from trainkit.families.pretrained import Repo, weight_name
 
 
@@ -22,7 +22,7 @@ class BaseWeights:
         self.repo = repo
         self._files = cache(self._find_files)
 
-    def __call__(self, place: Place) -> Tensor:
+    def __call__(self, place: ModulePlace) -> Tensor:
         from safetensors import safe_open
 
         network, path = place

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor
 
 from trainkit.errors import Problem, UserError, listing
-from trainkit.families.file_names import RELEASED_XL, Place, place_of, stripped
+from trainkit.families.file_names import RELEASED_XL, ModulePlace, place_of, stripped
 from trainkit.files import Json
 from trainkit.lora_file import parts as module_parts
 from trainkit.lora_file.header import damaged
@@ -31,13 +31,13 @@ WEBUI_STARTS = ("lora_", "lycoris_", "clip_", "bundle_emb.", "unet.input_", "une
 
 
 def group(tensors: Mapping[str, Held], unet: Mapping[str, Any] | None
-          ) -> tuple[dict[Place, dict[str, Held]], list[str]]:
+          ) -> tuple[dict[ModulePlace, dict[str, Held]], list[str]]:
     """The parts of each module, and the names that belong to none.
 
     tensors  or their shapes
     unet     the UNet's config, where its blocks are not numbered as the released ones
     """
-    grouped: dict[Place, dict[str, Held]] = {}
+    grouped: dict[ModulePlace, dict[str, Held]] = {}
     strange, config = [], {**RELEASED_XL, **(unet or {})}
     for name, tensor in tensors.items():
         found = module_parts.split(name)
@@ -59,7 +59,7 @@ def unread(file: Path, where: str, names: list[str]) -> UserError:
         "name another file; nothing was left out and nothing was written", "data"))
 
 
-def layer_at(place: Place, given: ModuleParts, configs: Configs, over_base: bool, file: Path, where: str
+def layer_at(place: ModulePlace, given: ModuleParts, configs: Configs, over_base: bool, file: Path, where: str
              ) -> LayerUpdate:
     config = configs.get(place[0], configs.get("", {}))
     try:

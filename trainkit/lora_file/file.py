@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trainkit.errors import Problem, UserError
-from trainkit.families.file_names import SD_NAMES, FileNames, Place, kernel_of, xl_names
+from trainkit.families.file_names import SD_NAMES, FileNames, ModulePlace, kernel_of, xl_names
 from trainkit.files import disk_errors, save_tensors, write_json
 from trainkit.lora_file import parts as module_parts
 from trainkit.lora_file.contents import (
@@ -35,7 +35,7 @@ from trainkit.lora_file.layer import LayerUpdate
 from trainkit.lora_file.layouts import DORA_NORM, Layout, Tensors, adapter_config, low_rank_of, stem_of, tensors_of
 from trainkit.lora_file.rounding import compare, compare_factors
 
-Weights = Callable[[Place], Tensor]  # the base's W of a module -> [out,in], in the precision to compute with
+Weights = Callable[[ModulePlace], Tensor]  # the base's W of a module -> [out,in], in the precision to compute with
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 WIDTHS: dict[int, FamilyName] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # of the text that attention is given
@@ -52,7 +52,7 @@ class LoraFile:
     names       what its base model's modules are called in files
     """
 
-    layers: Mapping[Place, LayerUpdate]
+    layers: Mapping[ModulePlace, LayerUpdate]
     embeddings: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     layout: Layout | Literal[""] = ""
@@ -179,7 +179,7 @@ class LoraFile:
             lost, whole = lost + error, whole + error + float((update.B @ update.A).square().sum())
         return replace(self, layers=layers, layout=""), (lost / whole) ** 0.5 if whole else 0.0
 
-    def kernel(self, place: Place) -> tuple[int, ...]:
+    def kernel(self, place: ModulePlace) -> tuple[int, ...]:
         held = self.layers[place].kernel
         return kernel_of(place, linear_projections=self.family != "sd1") if held is None else held
 
@@ -187,7 +187,7 @@ class LoraFile:
     def _over_base(self) -> bool:
         return any(layer.magnitude is not None and not layer.magnitude.by_input for layer in self.layers.values())
 
-    def _ready(self, place: Place, layout: Layout, weights: Weights | None) -> LayerUpdate:
+    def _ready(self, place: ModulePlace, layout: Layout, weights: Weights | None) -> LayerUpdate:
         """The layer with its kernel, and with the magnitudes that a layout has."""
         layer = replace(self.layers[place], kernel=self.kernel(place))
         held = layer.magnitude
@@ -210,7 +210,7 @@ class LoraFile:
                                     f"the LoRA's update is {shape}", "name the model it was trained on with --base"))
         return layer.over_base(W) if over else layer.of_paper(W)
 
-    def _save_peft(self, folder: Path, each: Mapping[Place, Tensors], names: FileNames) -> None:
+    def _save_peft(self, folder: Path, each: Mapping[ModulePlace, Tensors], names: FileNames) -> None:
         """One folder for each network: adapter_model.safetensors and adapter_config.json."""
         for network in dict.fromkeys(network for network, _ in each):
             held = {path: tensors for (other, path), tensors in each.items() if other == network}
@@ -262,7 +262,7 @@ def same_embeddings(found: Mapping[str, Mapping[str, Tensor]], wanted: Mapping[s
     return flat.keys() == other.keys() and all(torch.equal(flat[key], other[key]) for key in flat)
 
 
-def diffusers_config(each: Mapping[Place, Tensors]) -> dict[str, object]:
+def diffusers_config(each: Mapping[ModulePlace, Tensors]) -> dict[str, object]:
     """Each network's PEFT config, its keys after the network's name."""
     networks = dict.fromkeys(network for network, _ in each)
     return {f"{network}.{key}": value for network in networks for key, value in adapter_config(

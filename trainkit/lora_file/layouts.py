@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trainkit.adapters.updates import Hadamard, Kronecker, LowRank, Update, Whole
-from trainkit.families.file_names import PEFT, TEXT_MODEL, FileNames, Place, joined
+from trainkit.families.file_names import PEFT, TEXT_MODEL, FileNames, ModulePlace, joined
 from trainkit.lora_file.layer import LayerUpdate
 
 Layout = Literal["diffusers", "webui", "lycoris", "onetrainer", "peft"]
@@ -24,7 +24,7 @@ Tensors = dict[str, Tensor]
 DORA_NORM = "ss_dora_norm"  # in a header: which norm dora_scale is for, "base" or the paper's
 
 
-def stem_of(place: Place, layout: Layout, names: FileNames) -> str:
+def stem_of(place: ModulePlace, layout: Layout, names: FileNames) -> str:
     """What the module is called in a layout."""
     network, path = place
     if layout in ("diffusers", "peft"):
