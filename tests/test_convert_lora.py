@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support import ROOT
 from tests.support.loras import random_lora
+from tests.support.single_files import build_folder, write_single_file
 from trainkit.errors import UserError
 from trainkit.families.file_names import xl_names
 from trainkit.lora_file import BaseWeights, LoraFile
@@ -150,6 +151,22 @@ def test_a_file_never_replaces_itself(tmp_path):
     file = kohya_file(tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="replace itself"):
         run(file, "diffusers", file)
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("family", ["sdxl", "sd2"])
+def test_a_base_of_one_file_gives_the_weights_of_its_folder(tmp_path, family):
+    folder = build_folder(tmp_path / "model", family)
+    file = write_single_file(folder, tmp_path / "base.safetensors")
+    alone, whole = (BaseWeights(base_of(str(path))) for path in (file, folder))
+    places = [("unet", "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"),
+              ("unet", "mid_block.resnets.0.conv1"), ("text_encoder", "encoder.layers.0.self_attn.k_proj")]
+    if family == "sdxl":
+        places += [("text_encoder_2", f"encoder.layers.0.{end}") for end in ("mlp.fc2", "self_attn.v_proj")]
+    for place in places:
+        assert torch.equal(alone(place), whole(place)), place
+    with pytest.raises(UserError, match="no module"):
+        alone(("unet", "up_blocks.9.resnets.0.conv1"))
 
 
 def test_every_layer_of_the_base_is_found_in_its_files():

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,6 +157,17 @@ class Repo:
         """As checkpoints from before have it, see `sampled_digest`."""
         return sampled_digest(self.folder(component), variant)
 
+    def weight(self, component: str, name: str) -> Tensor | None:
+        """One tensor of a component, read alone; None where it has none of this name."""
+        from safetensors import safe_open
+
+        path = tensor_files(self.folder(component)).get(name)
+        if path is None:
+            return None
+        with safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
     def unsaid(self, prediction_type: str | None) -> Iterator[Problem]:
         """What the model does not say of itself and the user must; the configs of a folder say all of it."""
         yield from ()
@@ -213,6 +225,19 @@ def weight_files(folder: Path, variant: str | None) -> list[Path]:
     found = sorted(path for path in folder.iterdir() if weight_name(variant).fullmatch(path.name))
     assert found, f"{folder} was loaded from other files than these"
     return found
+
+
+@lru_cache(maxsize=8)
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Name of a tensor -> its file in a component's folder; of full precision where there is a choice."""
+    from safetensors import safe_open
+
+    names: dict[str, Path] = {}
+    for variant in ("fp16", None):
+        for path in (path for path in sorted(folder.iterdir()) if weight_name(variant).fullmatch(path.name)):
+            with safe_open(path, framework="pt") as file:
+                names |= dict.fromkeys(file.keys(), path)
+    return names
 
 
 def weights_digest(folder: Path, variant: str | None) -> str:

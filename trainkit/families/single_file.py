@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainkit.digests import remembered
 from trainkit.errors import Problem, UserError, refuse
@@ -145,6 +145,15 @@ class WeightFile(Repo):
     def sampled(self, folder: str, variant: str | None) -> str:
         return self.digest(folder, variant)
 
+    def weight(self, folder: str, name: str) -> Tensor | None:
+        from safetensors import safe_open
+
+        place = self._all_places.get(folder, {}).get(name)
+        if place is None:
+            return None
+        with safe_open(self.path, framework="pt") as file:
+            return place.take(file.get_tensor(place.name))
+
     def webui_hashes(self) -> tuple[str, str]:
         """WebUIs' short hash of old, and the SHA-256 whose first ten digits they show today.
 
@@ -206,6 +215,12 @@ class WeightFile(Repo):
         if self.kind.diffusers_names:
             return diffusers_vae_places(names, there, prefix)
         return vae_places(names, config, prefix)
+
+    @cached_property
+    def _all_places(self) -> dict[str, dict[str, TensorPlace]]:
+        """Where every tensor of every network lies, by its folder."""
+        return {folder: self._places(folder, skeleton(folder, self._config(folder)).state_dict())
+                for folder in self.kind.prefixes}
 
     def part(self, part_class: Any, folder: str, settings: Mapping[str, Any]) -> Any:
         """What `part_class.from_pretrained` would make of a folder."""

@@ -92,9 +92,9 @@ def lora_and_base(args: argparse.Namespace) -> tuple[LoraFile, Weights | None]:
 
 
 def base_of(base: str) -> Repo:
-    from trainkit.families.pretrained import Repo
+    from trainkit.families.single_file import model_at
 
-    repo = Repo(base, "--base")
+    repo = model_at(base, "--base")
     refuse(repo.unreachable("model_index.json"))
     return repo
 
