@@ -13,9 +13,9 @@ from trainkit.data import buckets, caption_changes
 from trainkit.data.batch import Listed, Row
 from trainkit.data.geometry import cut_away, enlargement
 from trainkit.data.images import content_digest
-from trainkit.data.sources.account import Account
+from trainkit.data.sources.account import Account, LeftOut
 from trainkit.data.sources.captions import METADATA
-from trainkit.data.sources.folder import IMAGES, list_image_folder
+from trainkit.data.sources.folder import IMAGES, list_image_folder, report_left_out
 from trainkit.data.sources.table import list_table
 from trainkit.data.sources.text import one_line
 from trainkit.data.verdicts import Verdict, judge
@@ -58,7 +58,12 @@ def read_rows(data: ImageOptions, captions: CaptionOptions | None = None, *, see
         return Rows(), [wrong]
     source = list_table(data) if data.dataset_name else list_image_folder(data, captions.extension(compat))
     where, problems = printable(f"{data.dataset_name or data.folder}"), source.problems
-    rows, unreadable = check(_sample(source.listed, data.max_images, seed), where=where)
+    listed = _sample(source.listed, data.max_images, seed)
+    rows, bad = _usable(listed)
+    skips = data.bad_images == "skip" and bool(rows)
+    skipped = tuple(LeftOut(found.id, one_line(verdict.refused)) for found, verdict in bad) if skips else ()
+    report_left_out(skipped)
+    unreadable = [] if skips or not bad else [_unreadable(bad, len(listed), where)]
     if not data.prompt and not problems:
         problems = list(_caption_problems(rows, data, where, captions.extension(compat)))
     prompted = [row if row.caption else replace(row, caption=data.prompt) for row in rows]
@@ -70,7 +75,8 @@ def read_rows(data: ImageOptions, captions: CaptionOptions | None = None, *, see
         _warn_cropped(repeated, data)
         buckets.warn_small_buckets(repeated, data)
     _warn_twins(rows)
-    repeated.account = replace(source.account, images=len(rows), in_all=len(source.listed))
+    repeated.account = replace(source.account, images=len(rows), in_all=len(source.listed) - len(skipped),
+                               left_out=(*source.account.left_out, *skipped))
     log.info("%s: %s", where, repeated.account)
     return repeated, [*problems, *unclear, *unreadable, *small]
 
@@ -151,12 +157,17 @@ def _warn_twins(rows: Sequence[Row]) -> None:
 
 def check(listed: Sequence[Listed], where: str) -> tuple[list[Row], list[Problem]]:
     """A row for every image that can be used, its captions in lines; all that cannot become one problem."""
+    rows, bad = _usable(listed)
+    return rows, [_unreadable(bad, len(listed), where)] if bad else []
+
+
+def _usable(listed: Sequence[Listed]) -> tuple[list[Row], list[tuple[Listed, Verdict]]]:
+    """(a row for every image that can be used, the others and why they cannot)."""
     judged = list(zip(listed, _judge_together(listed), strict=True))
     _warn_notes(judged)
-    bad = [(found, verdict) for found, verdict in judged if verdict.refused]
     rows = [Row(found.id, found.source, found.caption, verdict.size, verdict.digest, others=found.others)
             for found, verdict in judged if not verdict.refused]
-    return rows, [_unreadable(bad, len(listed), where)] if bad else []
+    return rows, [(found, verdict) for found, verdict in judged if verdict.refused]
 
 
 def _judge_together(listed: Sequence[Listed]) -> list[Verdict]:

@@ -10,13 +10,15 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TextIO
+from functools import partial
+from typing import TextIO, TypeVar
 
 import PIL
+from PIL import Image
 
 from trainkit import digests
 from trainkit.data import images
@@ -26,6 +28,7 @@ from trainkit.data.sources.text import one_line
 
 DECODERS = 4  # threads that check images at the start; Pillow decodes without the interpreter lock
 KIND = "image"  # of what is remembered of a file
+Seen = TypeVar("Seen")
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,36 @@ class Verdict:
 def judge(sources: Sequence[Source]) -> list[Verdict]:
     """A verdict on each image. Those that earlier runs found good, and that were not touched since, are not read."""
     places = [place_of(source) for source in sources]
-    memory = digests.FileMemory(KIND, filter(None, places), version=_version())
+    memory = _memory(places)
     known = {place: Verdict.unpack(text) for place, text in memory.values.items()}
     unknown = [(place, source) for place, source in zip(places, sources, strict=True) if place not in known]
-    read = _examine_all([source for _, source in unknown])
-    memory.keep({place: verdict.pack() for (place, _), verdict in zip(unknown, read, strict=True)
-                 if place and not verdict.refused})
+    read = [verdict for verdict, _ in _examine_all([source for _, source in unknown], _nothing)]
+    _keep(memory, [place for place, _ in unknown], read)
     new = iter(read)
     return [known[place] if place in known else next(new) for place in places]
+
+
+def judge_and_look(sources: Sequence[Source], look: Callable[[Image.Image], Seen],
+                   progress: Callable[[int], object] = lambda done: None) -> list[tuple[Verdict, Seen | None]]:
+    """A verdict on each image, read anew, and what `look` makes of its pixels; None of an image that is refused.
+
+    progress  takes how many images were read
+    """
+    places = [place_of(source) for source in sources]
+    memory = _memory(places)
+    found = _examine_all(sources, look, progress)
+    _keep(memory, places, [verdict for verdict, _ in found])
+    return found
+
+
+def _memory(places: Sequence[digests.Place | None]) -> digests.FileMemory:
+    return digests.FileMemory(KIND, filter(None, places), version=_version())
+
+
+def _keep(memory: digests.FileMemory, places: Sequence[digests.Place | None], verdicts: Sequence[Verdict]) -> None:
+    memory.keep({place: verdict.pack() for place, verdict in zip(places, verdicts, strict=True)
+                 if place and not verdict.refused})
+
 
 
 def _version() -> str:
@@ -70,11 +95,20 @@ def _version() -> str:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def _examine_all(sources: Sequence[Source]) -> list[Verdict]:
+def _nothing(image: Image.Image) -> None:
+    """A look that sees nothing."""
+
+
+def _examine_all(sources: Sequence[Source], look: Callable[[Image.Image], Seen],
+                 progress: Callable[[int], object] = lambda done: None) -> list[tuple[Verdict, Seen | None]]:
+    found: list[tuple[Verdict, Seen | None]] = []
     if not sources:
-        return []
+        return found
     with _notes_kept(), ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1)) as pool:
-        return list(pool.map(_examine, sources))
+        for result in pool.map(partial(_examine, look=look), sources):
+            found.append(result)
+            progress(len(found))
+    return found
 
 
 _now = threading.local()  # .notes: what is remarked of the image that this thread is looking at
@@ -95,17 +129,18 @@ def _notes_kept() -> Iterator[None]:
         yield
 
 
-def _examine(source: Source) -> Verdict:
+def _examine(source: Source, look: Callable[[Image.Image], Seen]) -> tuple[Verdict, Seen | None]:
     """Read and decode an image once."""
     _now.notes = []
     try:
         data = source.read_bytes()
         image = decode(data, note=warnings.warn)
-        return Verdict((image.height, image.width), content_digest(data), is_animated(data), _notes())
+        verdict = Verdict((image.height, image.width), content_digest(data), is_animated(data), _notes())
+        return verdict, look(image)
     except UnreadableImage as error:
-        return Verdict(refused=f"{error}", fix=error.fix, notes=_notes())
+        return Verdict(refused=f"{error}", fix=error.fix, notes=_notes()), None
     except OSError as error:
-        return Verdict(refused=f"{error}", notes=_notes())
+        return Verdict(refused=f"{error}", notes=_notes()), None
 
 
 def _notes() -> tuple[str, ...]:

@@ -47,9 +47,10 @@ class CaptionedFolder:
                 for image, files in caption_files(contents.images, contents.texts).items()}
 
 
-def read_captioned_folder(path: Path, flag: str, *, overwrite: bool) -> CaptionedFolder:
+def read_captioned_folder(path: Path, flag: str, *, overwrite: bool, caption_column: str | None = None
+                          ) -> CaptionedFolder:
     """What lies there. Captions that are not read as they lie are a problem, unless all captions are overwritten."""
-    where = Folder(path, flag, None, captioned=True)
+    where = Folder(path, flag, None, caption_column, captioned=True)
     try:
         tree = walk(path, subfolders=True)
     except OSError as error:

@@ -57,14 +57,14 @@ def make_parser(flags: Iterable[Flag], description: str, titles: Mapping[str, st
         usage="%(prog)s --flag VALUE ...", formatter_class=_Formatter,
     )
     for concern, members in groupby(flags, key=lambda flag: flag.concern):
-        _add_group(parser, titles[concern], members)
+        add_group(parser, titles[concern], members)
     return parser
 
 
 def flags_help(title: str, flags: Iterable[Flag]) -> str:
     """Help on these flags, as the parser's own."""
     parser = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS, formatter_class=_Formatter)
-    _add_group(parser, title, flags)
+    add_group(parser, title, flags)
     return parser.format_help()
 
 
@@ -92,7 +92,8 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         return f"{name} {action.metavar}" if action.metavar else ", ".join(action.option_strings)
 
 
-def _add_group(parser: argparse.ArgumentParser, title: str, flags: Iterable[Flag]) -> None:
+def add_group(parser: argparse.ArgumentParser, title: str, flags: Iterable[Flag]) -> None:
+    """A value that is missing behind its flag is read as MISSING."""
     group = parser.add_argument_group(title)
     for flag in flags:
         _add(group, flag)

@@ -84,6 +84,10 @@ class ImageOptions(Concern):
         "The column that holds the captions, one for each image. An image without a caption gets --instance_prompt. "
         "In a folder, the columns text, caption and prompt are found without this flag. In a data set, captions are "
         "read only with this flag.", unit="name", resume="in the data", min_length=1)
+    bad_images: Literal["error", "skip"] = opt(
+        "error",
+        "What happens if an image cannot be read. With error, the run does not start, and every such image is named. "
+        "With skip, these images are left out, and they are named and counted at the start.", resume="in the data")
     repeats: int = opt(
         1, "How often each image is used in one epoch. Each use has its own random crop and flip. With "
         "--cache_latents, the crop is one of the --cached_crops of the image.", unit="times", resume="in the data",

@@ -6,6 +6,7 @@ from trainkit.errors import exit_with_message
 PROGRAM = Program("lora-tools", "trainkit.tools", (
     Command("generate", "trainkit.tools.generate", "generate images with a base model and LoRAs"),
     Command("evaluate", "trainkit.tools.evaluate", "measure how far a LoRA moves the base model towards its style"),
+    Command("check-dataset", "trainkit.tools.check_dataset", "find what is wrong with training images and captions"),
     Command("caption-images", "trainkit.tools.caption_images", "write captions of training images with a model"),
     Command("plan", "trainkit.tools.plan", "show how much memory a training needs, and what makes it fit a card"),
     Command("convert-lora", "trainkit.tools.convert_lora", "write a LoRA in the layout of another program"),

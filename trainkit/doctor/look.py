@@ -1,0 +1,205 @@
+"""A data set as a training run reads it, and what the pixels of each image say."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from trainkit.data.batch import Row, Sample
+from trainkit.data.buckets import size_choices, with_sizes
+from trainkit.data.geometry import CropPolicy, resized_size
+from trainkit.data.sources.account import LeftOut
+from trainkit.data.sources.kohya import NUMBERED, kohya_problems
+from trainkit.data.verdicts import Verdict, judge_and_look
+from trainkit.data.written_captions import CaptionedFolder, read_captioned_folder
+from trainkit.errors import Problem, printable
+from trainkit.options.sizes import Size, size_of
+from trainkit.runtime.progress import watched
+
+if TYPE_CHECKING:
+    from trainkit.options import ImageOptions
+
+THUMBNAIL, MANY, SMALL_THUMBNAIL = 256, 1000, 144  # pixels; the small ones where there are many images
+TILE = 32  # pixels; sharpness is that of the sharpest tiles, so that a soft background does not count
+SHARPEST = 95  # percent of the tiles have less detail than what is measured
+COLOURS = 16  # pixels a side of the image that two images are compared by
+NO_HASHES = "near-duplicates are not looked for: pip install imagehash"
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the pixels of one image say."""
+
+    sharpness: float  # variance of the Laplacian, of the grey image at the size that it is trained at
+    phash: int | None  # 64 bits; None without the package imagehash
+    colours: np.ndarray  # [COLOURS, COLOURS, 3]
+    thumbnail: bytes  # WebP
+
+
+@dataclass(frozen=True)
+class DataImage:
+    """One image file, and what a run makes of it."""
+
+    name: str  # as messages name it
+    path: Path
+    folder: Path  # the data folder that it is in, as it was given
+    captions: tuple[str, ...]  # as trained on; () where it has none
+    caption_file: Path | None  # what holds its caption; None: nothing does
+    verdict: Verdict
+    look: Look | None  # None: it cannot be read
+    samples: tuple[Sample, ...] = ()  # how it is cut; one for each resolution
+    repeats: int = 1
+    sidecars: tuple[Path, ...] = ()  # its caption files, whether they are read or not
+
+    @property
+    def top(self) -> str:
+        """The folder right under the data folder, "" for an image that lies in the data folder itself."""
+        parts = self.path.relative_to(self.folder).parts
+        return parts[0] if len(parts) > 1 else ""
+
+    @property
+    def visits(self) -> int:
+        return self.repeats * len(self.samples)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """All that was found in the folders."""
+
+    options: ImageOptions
+    folders: tuple[Path, ...]
+    images: list[DataImage]
+    prompt: str = ""  # the caption of images without one
+    triggers: tuple[str, ...] = ()
+    problems: list[Problem] = field(default_factory=list)  # that no run would start with
+    left_out: list[LeftOut] = field(default_factory=list)
+
+    @cached_property
+    def sound(self) -> list[DataImage]:
+        return [image for image in self.images if image.look]
+
+    @cached_property
+    def visits(self) -> int:
+        """Uses of images in an epoch."""
+        return sum(image.visits for image in self.sound)
+
+
+def hashes_available() -> bool:
+    return find_spec("imagehash") is not None
+
+
+def read_data_set(folders: Sequence[Path], options: ImageOptions, *, prompt: str = "", triggers: Sequence[str] = ()
+                  ) -> DataSet:
+    """Everything in the folders, each image decoded once."""
+    found = DataSet(options, tuple(folders), [], prompt, tuple(triggers))
+    listed: list[tuple[CaptionedFolder, str, Path]] = []
+    for folder in folders:
+        read = read_captioned_folder(folder, "--train_data_dir", overwrite=False, caption_column=options.caption_column)
+        start = f"{folder.name}/" if len(folders) > 1 else ""
+        listed += [(read, printable(start + name), path) for name, path in read.images.items()]
+        found.problems.extend([*_kohya(read), *read.problems])
+        found.left_out.extend(read.left_out)
+    look = Looker(options, THUMBNAIL if len(listed) < MANY else SMALL_THUMBNAIL)
+    with watched("images", len(listed)) as show:
+        looks = judge_and_look([path for *_, path in listed], look, show)
+    sidecars = {read.path: read.caption_files() for read, *_ in listed}
+    for (read, name, path), (verdict, pixels) in zip(listed, looks, strict=True):
+        first, others = read.captions.of(path)
+        files = tuple(sidecars[read.path].get(path, ()))
+        captions = tuple(filter(None, (first, *others))) or tuple(filter(None, (prompt,)))
+        found.images.append(DataImage(
+            name, path, read.path, captions, _caption_file(read, path, files), verdict, pixels,
+            tuple(_samples(name, path, verdict, options)) if pixels else (), _repeats(read.path, path, options), files))
+    return found
+
+
+def _kohya(read: CaptionedFolder) -> list[Problem]:
+    parents = Counter(path.parent for path in read.images.values())
+    return kohya_problems(read.path, "--train_data_dir", parents, read.tree, captioned=True)
+
+
+def _caption_file(read: CaptionedFolder, image: Path, sidecars: Sequence[Path]) -> Path | None:
+    if read.captions.named.get(image):
+        folder = next(folder for folder in image.parents if (folder / read.captions.files[image]).is_file())
+        return folder / read.captions.files[image]
+    return sidecars[0] if sidecars else None
+
+
+def _repeats(folder: Path, image: Path, options: ImageOptions) -> int:
+    """--repeats, or the number in the name of a kohya folder."""
+    parts = image.relative_to(folder).parts
+    match = NUMBERED.fullmatch(parts[0] if len(parts) > 1 else folder.absolute().name)
+    return int(match[1]) if match and options.repeats == 1 else options.repeats
+
+
+def _samples(name: str, path: Path, verdict: Verdict, options: ImageOptions) -> Iterator[Sample]:
+    """How the image is cut at each resolution: out of the middle, as the mean of all random places."""
+    row = Row(name, path, "", verdict.size, verdict.digest)
+    policy = CropPolicy(resolution=options.resolution, center_crop=True)
+    for sized in with_sizes([row], options):
+        if not sized.cut or min(sized.cut) > 0:  # else it is smaller than the smallest bucket
+            yield policy.variants(sized, seed=0)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pixels
+
+
+@dataclass(frozen=True)
+class Looker:
+    """Measures an image that was decoded."""
+
+    options: ImageOptions
+    thumbnail: int
+
+    def __call__(self, image: Image.Image) -> Look:
+        return Look(sharpness(image, self._trained_size(image)), perceptual_hash(image),
+                    np.asarray(image.resize((COLOURS, COLOURS), Image.Resampling.BOX), np.float32),
+                    _thumbnail(image, self.thumbnail))
+
+    def _trained_size(self, image: Image.Image) -> Size:
+        size = (image.height, image.width)
+        cut = size_choices(self.options)[0](size) or size_of(self.options.resolution)
+        return resized_size(size, cut) if min(cut) > 0 else size
+
+
+def sharpness(image: Image.Image, size: Size) -> float:
+    """Variance of the Laplacian in the sharpest tiles, the image scaled down to `size` (h, w); it is never enlarged.
+
+    Source: Pech-Pacheco et al. 2000, "Diatom autofocusing in brightfield microscopy", doi:10.1109/ICPR.2000.903548.
+    """
+    grey = image.convert("L")
+    if size[0] < image.height:
+        grey = grey.resize((max(1, size[1]), size[0]), Image.Resampling.BOX, reducing_gap=2.0)
+    z = np.pad(np.asarray(grey, np.float32), 1, mode="edge")
+    laplacian = 4 * z[1:-1, 1:-1] - z[:-2, 1:-1] - z[2:, 1:-1] - z[1:-1, :-2] - z[1:-1, 2:]
+    h, w = (side // TILE * TILE for side in laplacian.shape)
+    if not (h and w):
+        return float(laplacian.var())
+    tiles = laplacian[:h, :w].reshape(h // TILE, TILE, w // TILE, TILE).var(axis=(1, 3))
+    return float(np.percentile(tiles, SHARPEST))
+
+
+def perceptual_hash(image: Image.Image) -> int | None:
+    """64 bits that are alike for images that look alike; None without the package imagehash."""
+    if not hashes_available():
+        return None
+    import imagehash
+
+    return int(str(imagehash.phash(image)), 16)
+
+
+def _thumbnail(image: Image.Image, side: int) -> bytes:
+    small, buffer = image.copy(), io.BytesIO()
+    small.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    small.save(buffer, format="WEBP", quality=70)
+    return buffer.getvalue()

@@ -1,0 +1,129 @@
+"""Find what is wrong with training images and captions before you train, and how to fix it.
+
+    python scripts/check_dataset.py my_images
+    python scripts/check_dataset.py my_images --enable_bucket --max_bucket_reso 2048 --html sheet.html
+
+The first command prints what it found: for each problem the images, what it does to training, and a command that fixes
+it. The second one also writes a page with all images, as they are cut and captioned in training. The page is one file
+and needs no internet. Give the flags that you will train with.
+
+The program changes nothing. The commands delete nothing: they move images into a folder beside yours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainkit.errors import EXIT_CODES, Problem, printable, refuse
+from trainkit.process import own_settings, say
+from trainkit.tools.checks import text_problems
+
+if TYPE_CHECKING:
+    from trainkit.options import ImageOptions
+    from trainkit.options.base import Flag
+
+log = logging.getLogger(__name__)
+
+DATA_FLAGS = ("resolution", "resolutions", "enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps",
+              "bucket_no_upscale", "caption_column", "repeats")
+
+
+@own_settings()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    refuse(text_problems(args))
+    options = read_options(args)
+    refuse(folder_problems(args.DIR))
+
+    say("reading the images")
+    from trainkit.doctor.checks import examine
+    from trainkit.doctor.look import NO_HASHES, hashes_available, read_data_set
+    from trainkit.doctor.page import write_page
+    from trainkit.doctor.text import as_json, counts, lines
+    from trainkit.files import atomic_write
+    from trainkit.runtime.trackers import quiet_libraries
+
+    quiet_libraries()
+    data = read_data_set(args.DIR, options, prompt=args.instance_prompt, triggers=args.trigger)
+    results = examine(data)
+    for line in lines(data, results, sys.stdout):
+        print(line)
+    if not hashes_available():
+        log.warning("%s", NO_HASHES)
+    with writing():
+        if args.json:
+            text = json.dumps(as_json(data, results), ensure_ascii=False, indent=1)
+            atomic_write(args.json, text.encode("utf-8", "backslashreplace"))
+        if args.html:
+            write_page(args.html, data, results)
+            print(f"the page: {printable(str(args.html))}")
+    if counts(results)["error"]:
+        sys.exit(EXIT_CODES["data"])
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    from trainkit.options.cli import add_group, underscored
+
+    described = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=described, allow_abbrev=False)
+    add = parser.add_argument
+    add("DIR", type=Path, nargs="+", help="A folder with images. Images in subfolders are checked, too.")
+    add("--html", type=Path, metavar="FILE", help="Write a page that shows every image with what was found.")
+    add("--json", type=Path, metavar="FILE", help="Write everything that was found as JSON.")
+    add("--trigger", action="append", default=[], metavar="WORD", help="The word that your LoRA shall learn. Captions "
+        "without it are named. You can give the flag several times. Then one of the words is enough.")
+    add("--instance_prompt", default="", metavar="TEXT", help="The caption of images that have none, as in training.")
+    add("--debug", action="store_true", help="Show a traceback with every error message.")
+    add_group(parser, "how the images are trained on, as in training", data_flags().values())
+    return parser.parse_args(underscored(sys.argv[1:] if argv is None else argv))
+
+
+def data_flags() -> dict[str, Flag]:
+    from trainkit.options import ImageOptions
+
+    flags = {flag.name: flag for flag in ImageOptions.flags("data")}
+    return {name: flags[name] for name in DATA_FLAGS}
+
+
+def read_options(args: argparse.Namespace) -> ImageOptions:
+    """The trainers' options of the images. UserError: a value is missing or cannot be used."""
+    from pydantic import ValidationError
+
+    from trainkit.options import ImageOptions
+    from trainkit.options.cli import MISSING
+
+    given = {name: getattr(args, name) for name in DATA_FLAGS if getattr(args, name) is not None}
+    refuse(Problem(f"--{name} has no value", "command line", data_flags()[name].help, f"--{name} VALUE")
+           for name, value in given.items() if value is MISSING)
+    try:
+        return ImageOptions(**given)
+    except ValidationError as error:
+        names = {str(each["loc"][0]): each["msg"].removeprefix("Value error, ") for each in error.errors()}
+        refuse(Problem(f"--{name} cannot be {given[name]!r}", f"--{name}", why, data_flags()[name].help)
+               for name, why in names.items())
+        raise
+
+
+def folder_problems(folders: Sequence[Path]) -> Iterator[Problem]:
+    for folder in folders:
+        if not folder.is_dir():
+            why = "it is a file, not a folder" if folder.exists() else "there is no such folder"
+            yield Problem("the image folder cannot be read", f"{folder}", why, "name a folder with images", "data")
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """A file that cannot be written ends in a problem of the kind "disk"."""
+    try:
+        yield
+    except OSError as error:
+        refuse([Problem(f"a file cannot be written: {error.strerror}", f"{error.filename}",
+                        "the disk is full, or the folder does not exist or is read-only", "name another file",
+                        "disk")])
