@@ -217,6 +217,15 @@ def test_the_program_writes_the_summary_json_and_one_offline_page(bad, tmp_path,
     assert 'M136.0 0.0v128.0h128.0v-128.0z' in page, "the crop of wide.png"
 
 
+@pytest.mark.parametrize("place", ["a.json", "images/a.json"], ids=["beside the folder", "in it"])
+def test_the_json_is_not_taken_for_captions_by_the_next_run(place, tmp_path):
+    folder = sound_folder(tmp_path / "images", 3)
+    save(folder, "bare.png", scene(22))
+    check_dataset.main([f"{folder}", f"--resolution={SIDE}", f"--json={tmp_path / place}"])
+    rows, problems = read_rows(data_options(instance_data_dir=folder))
+    assert not problems and len(rows) == 4
+
+
 def test_a_page_escapes_names_and_captions(tmp_path):
     folder = sound_folder(tmp_path / "a", 1)
     save(folder, "<b>x.png", scene(9), 'a "photo" of TOK <script>alert(1)</script> in the garden')

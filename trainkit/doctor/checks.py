@@ -6,6 +6,7 @@ beside the data folder.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -76,25 +77,37 @@ class Result:
 
     @property
     def fix(self) -> str:
-        """One command for the first SHOWN findings."""
+        """One command for the first SHOWN findings, or for all where they share one."""
         some = self.findings[:SHOWN]
         if self.check.fix_all is None:
             return "; ".join(dict.fromkeys(filter(None, (finding.fix for finding in some))))
         return self.check.fix_all([image for finding in some for image in finding.images])
 
+    @property
+    def fixes_some(self) -> bool:
+        """Whether `fix` is for the first findings alone."""
+        fix = self.fix
+        return any(finding.fix not in fix for finding in self.findings[SHOWN:])
+
 
 def examine(data: DataSet) -> list[Result]:
     """What the checks of the table found, the worst first; those that found nothing are left out."""
     results = [Result(check, list(check.find(data))) for check in CHECKS]
-    return sorted(filter(lambda result: result.findings, results), key=lambda result: SEVERITIES.index(result.check.severity))
+    found = [result for result in results if result.findings]
+    return sorted(found, key=lambda result: SEVERITIES.index(result.check.severity))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Commands
 
 
-def set_aside(images: Iterable[DataImage]) -> str:
-    """Move images and their caption files into a folder beside the data folder; their lines of metadata are deleted."""
+def set_aside(images: Sequence[DataImage]) -> str:
+    """Move images and their caption files into a folder beside the data folder; their lines of metadata are deleted.
+
+    "" where a line is in a table that no text tool edits.
+    """
+    if any(image.metadata and image.metadata.suffix == ".parquet" for image in images):
+        return ""
     by_folder: dict[tuple[Path, Path], list[DataImage]] = defaultdict(list)
     for image in images:
         by_folder[image.folder, image.path.parent].append(image)
@@ -110,17 +123,32 @@ def set_aside(images: Iterable[DataImage]) -> str:
 
 def _without_line(image: DataImage) -> str:
     """The command that deletes an image's line from metadata.jsonl or metadata.csv; "" where it has none."""
-    file = image.caption_file
-    if file is None or file in image.sidecars:
+    file = image.metadata
+    if file is None:
         return ""
-    name = re.sub(r"([/.*\[\]^$\\])", r"\\\1", image.path.relative_to(file.parent).as_posix())
-    pattern = rf'/"{name}"/d' if file.suffix == ".jsonl" else rf'/^"\{{0,1\}}{name}"\{{0,1\}},/d'
-    return f"sed -i.bak -e {shell_word(pattern)} {shell_word(file)}"
+    name = image.path.relative_to(file.parent).as_posix()
+    if file.suffix == ".jsonl":  # JSON may spell letters beyond ASCII as \\u00e9
+        patterns = [for_sed(json.dumps(name, ensure_ascii=ascii_only)) for ascii_only in (False, True)]
+    else:
+        patterns = [f'(^|[,;\t])"?{for_sed(name)}"?([,;\t]|$)']
+    return " ".join(["sed -E -i.bak", *(f"-e {shell_word(f'/{one}/d')}" for one in dict.fromkeys(patterns)),
+                     shell_word(file)])
+
+
+def for_sed(text: str) -> str:
+    """A text as an extended regular expression between slashes."""
+    return re.sub(r"([/.*+?()|{}\[\]^$\\])", r"\\\1", text)
+
+
+def text_files(images: Iterable[DataImage]) -> list[Path]:
+    """The files that hold these captions as text, each once."""
+    files = dict.fromkeys(image.caption_file for image in images)
+    return [file for file in files if file and file.suffix != ".parquet"]
 
 
 def edit(images: Iterable[DataImage]) -> str:
     """Open the files that hold these captions in the user's editor."""
-    files = dict.fromkeys(image.caption_file for image in images if image.caption_file)
+    files = text_files(images)
     return f'"${{EDITOR:-nano}}" {" ".join(map(shell_word, files))}' if files else ""
 
 
@@ -303,8 +331,9 @@ def words_in(image: DataImage, words: Iterable[str]) -> set[str]:
 
 
 def replaced(images: Iterable[DataImage], old: str, new: str) -> str:
-    files = dict.fromkeys(image.caption_file for image in images if image.caption_file)
-    command = rf"s/(?<!\w)\Q{old}\E(?!\w)/{new}/g"
+    files = text_files(images)
+    written = re.sub(r"([$@/\\])", r"\\\1", new)
+    command = rf"s/(?<!\w)\Q{old}\E(?!\w)/{written}/g"
     return f"perl -pi -e {shell_word(command)} {' '.join(map(shell_word, files))}" if files else ""
 
 

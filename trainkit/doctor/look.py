@@ -59,6 +59,7 @@ class DataImage:
     samples: tuple[Sample, ...] = ()  # how it is cut; one for each resolution
     repeats: int = 1
     sidecars: tuple[Path, ...] = ()  # its caption files, whether they are read or not
+    metadata: Path | None = None  # the metadata that names it
 
     @property
     def top(self) -> str:
@@ -102,23 +103,27 @@ def read_data_set(folders: Sequence[Path], options: ImageOptions, *, prompt: str
     """Everything in the folders, each image decoded once."""
     found = DataSet(options, tuple(folders), [], prompt, tuple(triggers))
     listed: list[tuple[CaptionedFolder, str, Path]] = []
+    sidecars: dict[Path, list[Path]] = {}
     for folder in folders:
         read = read_captioned_folder(folder, "--train_data_dir", overwrite=False, caption_column=options.caption_column)
         start = f"{folder.name}/" if len(folders) > 1 else ""
         listed += [(read, printable(start + name), path) for name, path in read.images.items()]
         found.problems.extend([*_kohya(read), *read.problems])
         found.left_out.extend(read.left_out)
+        sidecars |= read.caption_files()
     look = Looker(options, THUMBNAIL if len(listed) < MANY else SMALL_THUMBNAIL)
     with watched("images", len(listed)) as show:
         looks = judge_and_look([path for *_, path in listed], look, show)
-    sidecars = {read.path: read.caption_files() for read, *_ in listed}
     for (read, name, path), (verdict, pixels) in zip(listed, looks, strict=True):
         first, others = read.captions.of(path)
-        files = tuple(sidecars[read.path].get(path, ()))
+        files = tuple(sidecars.get(path, ()))
         captions = tuple(filter(None, (first, *others))) or tuple(filter(None, (prompt,)))
+        metadata = _metadata_file(read, path)
+        caption_file = metadata if read.captions.named.get(path) else next(iter(files), None)
         found.images.append(DataImage(
-            name, path, read.path, captions, _caption_file(read, path, files), verdict, pixels,
-            tuple(_samples(name, path, verdict, options)) if pixels else (), _repeats(read.path, path, options), files))
+            name, path, read.path, captions, caption_file, verdict, pixels,
+            tuple(_samples(name, path, verdict, options)) if pixels else (), _repeats(read.path, path, options),
+            files, metadata))
     return found
 
 
@@ -127,11 +132,9 @@ def _kohya(read: CaptionedFolder) -> list[Problem]:
     return kohya_problems(read.path, "--train_data_dir", parents, read.tree, captioned=True)
 
 
-def _caption_file(read: CaptionedFolder, image: Path, sidecars: Sequence[Path]) -> Path | None:
-    if read.captions.named.get(image):
-        folder = next(folder for folder in image.parents if (folder / read.captions.files[image]).is_file())
-        return folder / read.captions.files[image]
-    return sidecars[0] if sidecars else None
+def _metadata_file(read: CaptionedFolder, image: Path) -> Path | None:
+    file = read.captions.files.get(image)
+    return next(folder / file for folder in image.parents if (folder / file).is_file()) if file else None
 
 
 def _repeats(folder: Path, image: Path, options: ImageOptions) -> int:

@@ -92,7 +92,7 @@ def row_of(result: Result) -> CheckRow:
     check = result.check
     details = tuple(printable(" ".join(f.detail.split())) for f in result.findings if not f.images)
     return CheckRow(check.name, slug(check.name), check.severity, check.what, len(result.findings), check.consequence,
-               result.fix, len(result.findings) > SHOWN, details[:SHOWN])
+               result.fix, result.fixes_some, details[:SHOWN])
 
 
 def cards(data: DataSet, results: Sequence[Result]) -> Iterator[Card]:
@@ -100,8 +100,8 @@ def cards(data: DataSet, results: Sequence[Result]) -> Iterator[Card]:
     notes: dict[Path, list[CardFinding]] = defaultdict(list)
     for result in results:
         for finding in result.findings:
-            note = CardFinding(result.check.name, result.check.severity, printable(finding.detail), result.check.consequence,
-                        finding.fix)
+            note = CardFinding(result.check.name, result.check.severity, printable(finding.detail),
+                               result.check.consequence, finding.fix)
             for image in finding.images:
                 notes[image.path].append(note)
     unsorted = [card(image, data, notes[image.path]) for image in data.images]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 from trainkit import terminal
+from trainkit.data.sources.unread import REPORT_KEY
 from trainkit.doctor.checks import SEVERITIES, Result
 from trainkit.doctor.look import DataImage, DataSet
 from trainkit.errors import SHOWN, counted, printable
@@ -18,7 +19,8 @@ INDENT = " " * 9
 
 def counts(results: Sequence[Result]) -> dict[str, int]:
     """How many findings there are of each severity."""
-    return {severity: sum(len(result.findings) for result in results if result.check.severity == severity) for severity in SEVERITIES}
+    return {severity: sum(len(result.findings) for result in results if result.check.severity == severity)
+            for severity in SEVERITIES}
 
 
 def verdict(results: Sequence[Result]) -> str:
@@ -37,14 +39,14 @@ def lines(data: DataSet, results: Sequence[Result], stream: TextIO) -> Iterator[
     width = min(100, terminal.columns(stream)) if terminal.is_terminal(stream) else terminal.COLUMNS
     captioned = sum(bool(image.captions) for image in data.sound)
     yield from wrapped(f"{', '.join(printable(str(folder)) for folder in data.folders)}: "
-                       f"{counted(len(data.images), 'image')}, {captioned} with a caption; {how_trained(data)}; "
+                       f"{counted(len(data.images), 'image')}, {captioned:,} with a caption; {how_trained(data)}; "
                        f"an epoch is {counted(data.visits, 'visit')}", width, "")
     for result in results:
         yield ""
         yield from of_check(result, width, stream)
     yield ""
     clean = len(data.images) - len({image.path for result in results for image in result.images})
-    rest = f"; {clean} of {counted(len(data.images), 'image')} without a finding" if results else ""
+    rest = f"; {clean:,} of {counted(len(data.images), 'image')} without a finding" if results else ""
     yield f"{verdict(results)}{rest}"
 
 
@@ -52,7 +54,7 @@ def of_check(result: Result, width: int, stream: TextIO) -> Iterator[str]:
     """A heading, what it does to training, the first findings, and the command."""
     check, found = result.check, result.findings
     label = terminal.styled(f"{check.severity.upper():<9}", COLOURS[check.severity], stream=stream)
-    yield f"{label}{check.name}: {check.what} ({len(found)})"
+    yield f"{label}{check.name}: {check.what} ({len(found):,})"
     yield from wrapped(check.consequence, width, INDENT)
     for finding in found[:LISTED]:
         name = f"{finding.images[0].name}: " if len(finding.images) == 1 else ""
@@ -60,7 +62,7 @@ def of_check(result: Result, width: int, stream: TextIO) -> Iterator[str]:
     if len(found) > LISTED:
         yield f"{INDENT}- and {len(found) - LISTED:,} more: see --html or --json"
     if result.fix:
-        some = f" (the first {SHOWN}; then check again)" if len(found) > SHOWN else ""
+        some = f" (the first {SHOWN}; then check again)" if result.fixes_some else ""
         yield f"{INDENT}fix{some}:"
         yield result.fix
 
@@ -75,6 +77,7 @@ def wrapped(text: str, width: int, indent: str, hanging: str = "") -> list[str]:
 
 def as_json(data: DataSet, results: Sequence[Result]) -> dict[str, Any]:
     return {
+        REPORT_KEY: 1,
         "folders": [str(folder) for folder in data.folders], "counts": counts(results), "visits": data.visits,
         "findings": [
             {"check": result.check.name, "severity": result.check.severity, "images": [i.name for i in finding.images],

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DATA_FLAGS = ("resolution", "resolutions", "enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps",
-              "bucket_no_upscale", "caption_column", "repeats")
+              "bucket_no_upscale", "center_crop", "caption_column", "repeats")
 
 
 @own_settings()

@@ -34,6 +34,7 @@ ENDINGS = re.compile(r"[ _.-](?:captions?|caps?|tags?|te?xt|prompts?|desc(?:ript
                      r"| ?\(\d+\)$| - copy$", re.IGNORECASE)  # the last two are of what is downloaded or copied twice
 DOCUMENTS = {".rtf", ".docx", ".doc", ".odt", ".pdf", ".pages"}  # of word processors
 NOTES = {".md"}  # a data set's card may show a few of its images; one that has words about most holds the captions
+REPORT_KEY = "data_set_report"  # first in the JSON of check_dataset, which names images and describes none
 MOST_TABLES = 50  # files looked into for names of images
 MOST_BESIDE = 2000  # entries of the folder above that are looked at
 
@@ -236,11 +237,16 @@ def _table(folder: Path, path: Path, images: KnownImages) -> tuple[Problem | Non
 def _look(path: Path, images: KnownImages) -> Mentions:
     """What a file says about images; nothing where it is no text and no table of a known kind."""
     try:
-        if path.suffix.lower() not in TABLES and _is_binary(path):
+        if path.suffix.lower() not in TABLES and _is_binary(path) or _is_report(path):
             return Mentions()
         return mentions(path, images)
     except OSError:
         return Mentions()
+
+
+def _is_report(path: Path) -> bool:
+    with path.open("rb") as opened:
+        return REPORT_KEY.encode() in opened.read(40)
 
 
 def _is_binary(path: Path) -> bool:
