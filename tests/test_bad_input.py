@@ -66,6 +66,14 @@ def test_unreadable_images_are_all_named(tiny_sdxl, tmp_path):
     refused(done, 3, "p1.png", "p3.png", problems=done.output.count("next:"))
 
 
+def test_a_run_can_skip_unreadable_images(tiny_sdxl, tmp_path):
+    data = make_images(tmp_path / "data", captions=False)
+    (data / "p3.png").write_bytes(b"<html>not an image</html>")
+    done = forked(command(tiny_sdxl, data, tmp_path / "out", bad_images="skip"), log=tmp_path / "log")
+    assert done.code == 0, done.output
+    assert "p3.png" in done.output and "1 file not read" in done.output
+
+
 def test_a_model_without_a_unet_is_refused(tiny_sdxl, images, tmp_path):
     model = shutil.copytree(tiny_sdxl, tmp_path / "model")
     shutil.rmtree(model / "unet")

@@ -23,8 +23,9 @@ from trainkit.data.rows import read_rows
 from trainkit.doctor import look
 from trainkit.doctor.checks import BLURRED, CHECKS, Result, examine, style
 from trainkit.doctor.look import hashes_available, read_data_set, sharpness
-from trainkit.options import ImageOptions
+from trainkit.options import CaptionOptions, ImageOptions
 from trainkit.tools import caption_images, check_dataset
+from trainkit.tools.check_dataset import CAPTION_FLAGS
 
 pytestmark = pytest.mark.trains
 EXPECTED = {name: image for name, image in PLANTED.items() if name != "near-duplicate" or hashes_available()}
@@ -32,7 +33,9 @@ EXPECTED = {name: image for name, image in PLANTED.items() if name != "near-dupl
 
 def checked(*folders: Path, prompt: str = "", triggers: tuple[str, ...] = ("TOK",), **options: object
             ) -> dict[str, Result]:
-    data = read_data_set(folders, ImageOptions(**{"resolution": SIDE, **options}), prompt=prompt, triggers=triggers)
+    of_captions = {name: options.pop(name) for name in CAPTION_FLAGS if name in options}
+    data = read_data_set(folders, ImageOptions(**{"resolution": SIDE, **options}), CaptionOptions(**of_captions),
+                         prompt=prompt, triggers=triggers)
     return {result.check.name: result for result in examine(data)}
 
 
@@ -72,6 +75,15 @@ def test_buckets_leave_nothing_to_say_about_a_wide_image(bad):
 
 def test_an_image_without_a_caption_has_the_prompt(bad):
     assert "untagged" not in checked(bad, prompt="a photo of TOK")
+
+
+def test_captions_are_checked_as_they_are_trained_on(bad, tmp_path):
+    folder = sound_folder(tmp_path / "a", 2)
+    save(folder, "none.png", scene(9), "a garden in the snow of a cold morning")
+    assert "trigger" in checked(folder) and "trigger" not in checked(folder, caption_prefix="TOK")
+    assert named(checked(bad, max_token_length=225)).get("over-long", {"long.png"}) == {"long.png"}
+    (folder / "none.txt").rename(folder / "none.caption")
+    assert named(checked(folder, caption_extension=".caption"))["untagged"] == {"good0.png", "good1.png"}
 
 
 def test_images_below_the_smallest_bucket_are_named(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from trainkit.data.sources.account import LeftOut
-from trainkit.data.sources.captions import METADATA, caption_files, is_portable, metadata_files, read_metadata
+from trainkit.data.sources.captions import METADATA, SIDECARS, caption_files, is_portable, metadata_files, read_metadata
 from trainkit.data.sources.folder import Captions, Folder, no_images, read_all_captions, unreadable_folder
 from trainkit.data.sources.records import CAPTION_COLUMNS
 from trainkit.data.sources.text import decode_text
@@ -37,6 +37,7 @@ class CaptionedFolder:
     captions: Captions
     left_out: Sequence[LeftOut] = ()
     problems: Sequence[Problem] = ()
+    endings: Sequence[str] = SIDECARS  # of the caption files that are read
 
     def has_caption(self, image: Path) -> bool:
         return bool(self.captions.of(image)[0])
@@ -44,13 +45,16 @@ class CaptionedFolder:
     def caption_files(self) -> dict[Path, list[Path]]:
         """The caption files of each image; the first one is read."""
         return {image: files for contents in self.tree.read.values()
-                for image, files in caption_files(contents.images, contents.texts).items()}
+                for image, files in caption_files(contents.images, contents.texts, self.endings).items()}
 
 
-def read_captioned_folder(path: Path, flag: str, *, overwrite: bool, caption_column: str | None = None
-                          ) -> CaptionedFolder:
-    """What lies there. Captions that are not read as they lie are a problem, unless all captions are overwritten."""
-    where = Folder(path, flag, None, caption_column, captioned=True)
+def read_captioned_folder(path: Path, flag: str, *, overwrite: bool, caption_column: str | None = None,
+                          ending: str | None = None) -> CaptionedFolder:
+    """What lies there. Captions that are not read as they lie are a problem, unless all captions are overwritten.
+
+    ending  of the caption files that are read; None: SIDECARS
+    """
+    where = Folder(path, flag, None, caption_column, captioned=True, ending=ending)
     try:
         tree = walk(path, subfolders=True)
     except OSError as error:
@@ -61,7 +65,7 @@ def read_captioned_folder(path: Path, flag: str, *, overwrite: bool, caption_col
     unread = find_unread(path, tree, bare=bare, strange=captions.strange)
     nothing = [] if images else [no_images(where, tree)]
     return CaptionedFolder(path, tree, images, captions, (*unread.left_out, *not_followed(path, tree)),
-                           [*captions.problems, *unread.problems, *nothing])
+                           [*captions.problems, *unread.problems, *nothing], (ending,) if ending else SIDECARS)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

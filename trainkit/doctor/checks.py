@@ -305,7 +305,8 @@ def untagged(data: DataSet) -> Iterator[Finding]:
 
 def over_long(data: DataSet) -> Iterator[Finding]:
     pairs = [(image, text) for image in data.sound for text in image.captions]
-    lost = cut_off([text for _, text in pairs], [clip_tokenizer(pad_token=END, model_max_length=CONTEXT)])
+    tokenizer = clip_tokenizer(pad_token=END, model_max_length=CONTEXT)
+    lost = cut_off([text for _, text in pairs], [tokenizer], data.captions.max_chunks)
     for (image, _), words in zip(pairs, lost, strict=True):
         if words:
             yield Finding((image,), f"not learned: {short([words], 120)}", edit([image]))
@@ -415,8 +416,8 @@ CHECKS = (
           "Their common content is used more often than the rest, and is learned by heart.", near_duplicates),
     Check("untagged", "warning", "no caption",
           "It is trained on with an empty caption: what it shows appears without being asked for.", untagged, caption),
-    Check("over-long", "warning", "more tokens than CLIP reads (75)", "The words behind the limit are not learned.",
-          over_long, edit),
+    Check("over-long", "warning", "more tokens than are read (75, or --max_token_length)",
+          "The words behind the limit are not learned.", over_long, edit),
     Check("trigger", "warning", "another trigger, or none", "The trigger does not learn from this image.",
           other_trigger),
     Check("mixed style", "note", "tags and sentences",

@@ -16,6 +16,7 @@ from PIL import Image
 
 from trainkit.data.batch import Row, Sample
 from trainkit.data.buckets import size_choices, with_sizes
+from trainkit.data.caption_changes import finished
 from trainkit.data.geometry import CropPolicy, resized_size
 from trainkit.data.sources.account import LeftOut
 from trainkit.data.sources.kohya import NUMBERED, kohya_problems
@@ -26,7 +27,7 @@ from trainkit.options.sizes import Size, size_of
 from trainkit.runtime.progress import watched
 
 if TYPE_CHECKING:
-    from trainkit.options import ImageOptions
+    from trainkit.options import CaptionOptions, ImageOptions
 
 THUMBNAIL, MANY, SMALL_THUMBNAIL = 256, 1000, 144  # pixels; the small ones where there are many images
 TILE = 32  # pixels; sharpness is that of the sharpest tiles, so that a soft background does not count
@@ -77,6 +78,7 @@ class DataSet:
     """All that was found in the folders."""
 
     options: ImageOptions
+    captions: CaptionOptions
     folders: tuple[Path, ...]
     images: list[DataImage]
     prompt: str = ""  # the caption of images without one
@@ -98,33 +100,39 @@ def hashes_available() -> bool:
     return find_spec("imagehash") is not None
 
 
-def read_data_set(folders: Sequence[Path], options: ImageOptions, *, prompt: str = "", triggers: Sequence[str] = ()
-                  ) -> DataSet:
+def read_data_set(folders: Sequence[Path], options: ImageOptions, captions: CaptionOptions, *, prompt: str = "",
+                  triggers: Sequence[str] = ()) -> DataSet:
     """Everything in the folders, each image decoded once."""
-    found = DataSet(options, tuple(folders), [], prompt, tuple(triggers))
+    found = DataSet(options, captions, tuple(folders), [], prompt, tuple(triggers))
     listed: list[tuple[CaptionedFolder, str, Path]] = []
     sidecars: dict[Path, list[Path]] = {}
     for folder in folders:
-        read = read_captioned_folder(folder, "--train_data_dir", overwrite=False, caption_column=options.caption_column)
+        read = read_captioned_folder(folder, "--train_data_dir", overwrite=False, caption_column=options.caption_column,
+                                     ending=captions.caption_extension)
         start = f"{folder.name}/" if len(folders) > 1 else ""
         listed += [(read, printable(start + name), path) for name, path in read.images.items()]
         found.problems.extend([*_kohya(read), *read.problems])
-        found.left_out.extend(read.left_out)
+        found.left_out.extend([*read.left_out, *read.captions.spare])
         sidecars |= read.caption_files()
     look = Looker(options, THUMBNAIL if len(listed) < MANY else SMALL_THUMBNAIL)
     with watched("images", len(listed)) as show:
         looks = judge_and_look([path for *_, path in listed], look, show)
-    for (read, name, path), (verdict, pixels) in zip(listed, looks, strict=True):
-        first, others = read.captions.of(path)
+    rows, unclear = finished([_row(*each, verdict, prompt) for each, (verdict, _) in zip(listed, looks, strict=True)],
+                             captions)
+    found.problems.extend(unclear)
+    for (read, name, path), (verdict, pixels), row in zip(listed, looks, rows, strict=True):
         files = tuple(sidecars.get(path, ()))
-        captions = tuple(filter(None, (first, *others))) or tuple(filter(None, (prompt,)))
         metadata = _metadata_file(read, path)
         caption_file = metadata if read.captions.named.get(path) else next(iter(files), None)
         found.images.append(DataImage(
-            name, path, read.path, captions, caption_file, verdict, pixels,
-            tuple(_samples(name, path, verdict, options)) if pixels else (), _repeats(read.path, path, options),
-            files, metadata))
+            name, path, read.path, tuple(filter(None, row.all_captions)), caption_file, verdict, pixels,
+            tuple(_samples(row, options)) if pixels else (), _repeats(read.path, path, options), files, metadata))
     return found
+
+
+def _row(read: CaptionedFolder, name: str, path: Path, verdict: Verdict, prompt: str) -> Row:
+    first, others = read.captions.of(path)
+    return Row(name, path, first or prompt, verdict.size, verdict.digest, others=others)
 
 
 def _kohya(read: CaptionedFolder) -> list[Problem]:
@@ -144,9 +152,8 @@ def _repeats(folder: Path, image: Path, options: ImageOptions) -> int:
     return int(match[1]) if match and options.repeats == 1 else options.repeats
 
 
-def _samples(name: str, path: Path, verdict: Verdict, options: ImageOptions) -> Iterator[Sample]:
+def _samples(row: Row, options: ImageOptions) -> Iterator[Sample]:
     """How the image is cut at each resolution: out of the middle, as the mean of all random places."""
-    row = Row(name, path, "", verdict.size, verdict.digest)
     policy = CropPolicy(resolution=options.resolution, center_crop=True)
     for sized in with_sizes([row], options):
         if not sized.cut or min(sized.cut) > 0:  # else it is smaller than the smallest bucket

@@ -60,6 +60,7 @@ class CheckRow:
     consequence: str
     fix: str
     some: bool  # the command is for the first findings alone
+    has_images: bool
     details: tuple[str, ...]  # of findings about no image
 
 
@@ -92,7 +93,7 @@ def row_of(result: Result) -> CheckRow:
     check = result.check
     details = tuple(printable(" ".join(f.detail.split())) for f in result.findings if not f.images)
     return CheckRow(check.name, slug(check.name), check.severity, check.what, len(result.findings), check.consequence,
-               result.fix, result.fixes_some, details[:SHOWN])
+               result.fix, result.fixes_some, bool(result.images), details[:SHOWN])
 
 
 def cards(data: DataSet, results: Sequence[Result]) -> Iterator[Card]:

@@ -26,20 +26,21 @@ from trainkit.process import own_settings, say
 from trainkit.tools.checks import text_problems
 
 if TYPE_CHECKING:
-    from trainkit.options import ImageOptions
+    from trainkit.options import CaptionOptions, ImageOptions
     from trainkit.options.base import Flag
 
 log = logging.getLogger(__name__)
 
 DATA_FLAGS = ("resolution", "resolutions", "enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps",
               "bucket_no_upscale", "center_crop", "caption_column", "repeats")
+CAPTION_FLAGS = ("caption_extension", "caption_prefix", "caption_suffix", "enable_wildcard", "max_token_length")
 
 
 @own_settings()
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     refuse(text_problems(args))
-    options = read_options(args)
+    options, captions = read_options(args)
     refuse(folder_problems(args.DIR))
 
     say("reading the images")
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from trainkit.runtime.trackers import quiet_libraries
 
     quiet_libraries()
-    data = read_data_set(args.DIR, options, prompt=args.instance_prompt, triggers=args.trigger)
+    data = read_data_set(args.DIR, options, captions, prompt=args.instance_prompt, triggers=args.trigger)
     results = examine(data)
     for line in lines(data, results, sys.stdout):
         print(line)
@@ -81,29 +82,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "without it are named. You can give the flag several times. Then one of the words is enough.")
     add("--instance_prompt", default="", metavar="TEXT", help="The caption of images that have none, as in training.")
     add("--debug", action="store_true", help="Show a traceback with every error message.")
-    add_group(parser, "how the images are trained on, as in training", data_flags().values())
+    add_group(parser, "how images and captions are trained on", data_flags().values())
     return parser.parse_args(underscored(sys.argv[1:] if argv is None else argv))
 
 
 def data_flags() -> dict[str, Flag]:
-    from trainkit.options import ImageOptions
+    from trainkit.options import CaptionOptions, ImageOptions
 
-    flags = {flag.name: flag for flag in ImageOptions.flags("data")}
-    return {name: flags[name] for name in DATA_FLAGS}
+    flags = {flag.name: flag for flag in [*ImageOptions.flags("data"), *CaptionOptions.flags("captions")]}
+    return {name: flags[name] for name in (*DATA_FLAGS, *CAPTION_FLAGS)}
 
 
-def read_options(args: argparse.Namespace) -> ImageOptions:
-    """The trainers' options of the images. UserError: a value is missing or cannot be used."""
+def read_options(args: argparse.Namespace) -> tuple[ImageOptions, CaptionOptions]:
+    """The trainers' options of images and captions. UserError: a value is missing or cannot be used."""
     from pydantic import ValidationError
 
-    from trainkit.options import ImageOptions
+    from trainkit.options import CaptionOptions, ImageOptions
     from trainkit.options.cli import MISSING
 
-    given = {name: getattr(args, name) for name in DATA_FLAGS if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in data_flags() if getattr(args, name) is not None}
     refuse(Problem(f"--{name} has no value", "command line", data_flags()[name].help, f"--{name} VALUE")
            for name, value in given.items() if value is MISSING)
     try:
-        return ImageOptions(**given)
+        return (ImageOptions(**{name: value for name, value in given.items() if name in DATA_FLAGS}),
+                CaptionOptions(**{name: value for name, value in given.items() if name in CAPTION_FLAGS}))
     except ValidationError as error:
         names = {str(each["loc"][0]): each["msg"].removeprefix("Value error, ") for each in error.errors()}
         refuse(Problem(f"--{name} cannot be {given[name]!r}", f"--{name}", why, data_flags()[name].help)
