@@ -246,6 +246,12 @@ def test_a_page_escapes_names_and_captions(tmp_path):
     assert "<script>alert" not in page and "<b>x" not in page and "&lt;b&gt;x.png" in page
 
 
+def test_a_folder_may_follow_a_switch():
+    args = check_dataset.parse(["--enable-bucket", "my_images", "--no_center_crop"])
+    options, _ = check_dataset.read_options(args)
+    assert args.DIR == [Path("my_images")] and options.enable_bucket and not options.center_crop
+
+
 @pytest.mark.parametrize("words, said", [
     (["no/such"], "there is no such folder"), ([".", "--resolution=x"], "--resolution cannot be 'x'"),
     ([".", "--resolution"], "--resolution has no value"), ([".", "--min_bucket_reso=0"], "--min_bucket_reso"),

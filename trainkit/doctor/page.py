@@ -31,7 +31,7 @@ class CardFinding:
 
 
 @dataclass(frozen=True)
-class Card:
+class ImageCard:
     """One image. Places of the crop are in pixels of the image."""
 
     name: str
@@ -96,7 +96,7 @@ def row_of(result: Result) -> CheckRow:
                result.fix, result.fixes_some, bool(result.images), details[:SHOWN])
 
 
-def cards(data: DataSet, results: Sequence[Result]) -> Iterator[Card]:
+def cards(data: DataSet, results: Sequence[Result]) -> Iterator[ImageCard]:
     """All images, those with the worst findings first."""
     notes: dict[Path, list[CardFinding]] = defaultdict(list)
     for result in results:
@@ -109,14 +109,14 @@ def cards(data: DataSet, results: Sequence[Result]) -> Iterator[Card]:
     yield from sorted(unsorted, key=lambda one: SEVERITIES.index(one.severity) if one.severity else len(SEVERITIES))
 
 
-def card(image: DataImage, data: DataSet, notes: Sequence[CardFinding]) -> Card:
+def card(image: DataImage, data: DataSet, notes: Sequence[CardFinding]) -> ImageCard:
     height, width = image.verdict.size
     severities = [severity for severity in SEVERITIES if any(note.severity == severity for note in notes)]
     fraction = image.visits / data.visits if data.visits else 0
     even = 1 / max(1, len(data.sound))
     times = f", {fraction / even:.2g} × the mean" if abs(fraction / even - 1) > 0.05 else ""
     visits = "1 visit" if image.visits == 1 else f"{image.visits:,} visits"
-    return Card(
+    return ImageCard(
         image.name, data_uri("webp", image.look.thumbnail) if image.look else "", by(width, height), width, height,
         crop(image, image.samples[0]) if image.samples else None,
         "; ".join(cut_text(image, sample, bucket=data.options.enable_bucket) for sample in image.samples),

@@ -83,7 +83,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--instance_prompt", default="", metavar="TEXT", help="The caption of images that have none, as in training.")
     add("--debug", action="store_true", help="Show a traceback with every error message.")
     add_group(parser, "how images and captions are trained on", data_flags().values())
-    return parser.parse_args(underscored(sys.argv[1:] if argv is None else argv))
+    switches = {f"--{name}": f"--{name}=true" for name, flag in data_flags().items() if flag.is_switch}
+    words = underscored(sys.argv[1:] if argv is None else argv)
+    return parser.parse_args([switches.get(word, word) for word in words])  # a folder may follow a switch
 
 
 def data_flags() -> dict[str, Flag]:
