@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shlex
 import stat
@@ -71,6 +72,14 @@ def test_every_row_of_the_table_says_what_it_does_to_training():
 
 def test_buckets_leave_nothing_to_say_about_a_wide_image(bad):
     assert "odd" not in checked(bad, enable_bucket=True, max_bucket_reso=2 * SIDE, min_bucket_reso=64)
+
+
+def test_a_copy_without_a_caption_contradicts_nothing_and_is_the_one_that_goes(tmp_path):
+    folder = sound_folder(tmp_path / "a")
+    (folder / "again.png").write_bytes((folder / "good0.png").read_bytes())
+    results = checked(folder)
+    assert "contradictory" not in results and "again.png" in results["duplicate"].fix
+    assert "good0.png" not in results["duplicate"].fix
 
 
 def test_an_image_without_a_caption_has_the_prompt(bad):
@@ -153,6 +162,31 @@ def test_sharp_icons_are_not_blurred_and_blurred_ones_are():
     soft = [icon.filter(ImageFilter.GaussianBlur(3)) for icon in icons]
     assert len(icons) > 20 and min(sharpness(icon, (icon.height, icon.width)) for icon in icons) > BLURRED
     assert max(sharpness(icon, (icon.height, icon.width)) for icon in soft) < BLURRED
+
+
+NAMES = ["", " x", "é", "#%", "\U0001f600", "$(touch z)", "\n", '"q', "\u202e", "-"]
+
+
+def test_of_a_thousand_hostile_files_each_is_named_and_the_commands_move_them(tmp_path, monkeypatch):
+    """Cut, empty and random images and captions of random bytes, under names that a shell could misread."""
+    monkeypatch.chdir(tmp_path)
+    folder, chance = sound_folder(tmp_path / "h"), random.Random(1)
+    whole = (folder / "good0.png").read_bytes()
+    bad = {}
+    for i in range(1000):
+        contents = (whole[: chance.randrange(len(whole) // 2)], b"", chance.randbytes(99))
+        bad[f"{i}{NAMES[i % len(NAMES)]}.png"] = contents[i % 3]
+    for name, data in bad.items():
+        (folder / name).write_bytes(data)
+        (folder / name).with_suffix(".txt").write_bytes(b"a photo" if chance.random() < 0.9 else chance.randbytes(30))
+    os.mkfifo(folder / "pipe.png")
+    results = checked(Path("h"))
+    assert named(results)["unreadable"] == {*bad}
+    assert "start" in results, "captions that are no text"
+    subprocess.run(["bash", "-euc", results["unreadable"].fix], check=True)
+    left = {path.name for path in folder.iterdir()}
+    assert len({*bad} - left) == 20 and {path.name for path in (tmp_path / "h-left-out").glob("*.png")} == {*bad} - left
+    assert not (tmp_path / "z").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------ commands
@@ -249,7 +283,8 @@ def test_a_page_escapes_names_and_captions(tmp_path):
 def test_a_folder_may_follow_a_switch():
     args = check_dataset.parse(["--enable-bucket", "my_images", "--no_center_crop"])
     options, _ = check_dataset.read_options(args)
-    assert args.DIR == [Path("my_images")] and options.enable_bucket and not options.center_crop
+    folder, = args.DIR
+    assert folder == Path("my_images") and options.enable_bucket and not options.center_crop
 
 
 @pytest.mark.parametrize("words, said", [

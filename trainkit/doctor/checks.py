@@ -202,15 +202,19 @@ def equal_images(data: DataSet) -> list[list[DataImage]]:
     return [sorted(same, key=lambda image: not image.captions) for same in by_content.values() if len(same) > 1]
 
 
+def different_captions(images: Iterable[DataImage]) -> set[tuple[str, ...]]:
+    return {image.captions for image in images if image.captions}
+
+
 def duplicates(data: DataSet) -> Iterator[Finding]:
     for same in equal_images(data):
-        if len({image.captions for image in same}) == 1:
+        if len(different_captions(same)) < 2:
             yield Finding(tuple(same), f"the same file {len(same)} times: {names(same)}", set_aside(same[1:]))
 
 
 def contradictory(data: DataSet) -> Iterator[Finding]:
     for same in equal_images(data):
-        if len({image.captions for image in same}) > 1:
+        if len(different_captions(same)) > 1:
             said = "; ".join(f"{image.name}: {short(image.captions)}" for image in same)
             yield Finding(tuple(same), f"the same image with different captions: {said}", set_aside(same[1:]))
 

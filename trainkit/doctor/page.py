@@ -91,7 +91,8 @@ def slug(name: str) -> str:
 
 def row_of(result: Result) -> CheckRow:
     check = result.check
-    details = tuple(printable(" ".join(f.detail.split())) for f in result.findings if not f.images)
+    details = tuple("\n".join(printable(line.strip()) for line in finding.detail.split("\n"))
+                    for finding in result.findings if not finding.images)
     return CheckRow(check.name, slug(check.name), check.severity, check.what, len(result.findings), check.consequence,
                result.fix, result.fixes_some, bool(result.images), details[:SHOWN])
 

@@ -58,7 +58,12 @@ def of_check(result: Result, width: int, stream: TextIO) -> Iterator[str]:
     yield from wrapped(check.consequence, width, INDENT)
     for finding in found[:LISTED]:
         name = f"{finding.images[0].name}: " if len(finding.images) == 1 else ""
-        yield from wrapped(f"- {printable(name + ' '.join(finding.detail.split()))}", width, INDENT, "  ")
+        first, *others = [printable(line.strip()) for line in finding.detail.split("\n")]
+        yield from wrapped(f"- {name}{first}", width, INDENT, "  ")
+        for line in others[:LISTED]:
+            yield from wrapped(line, width, INDENT + "  ", "  ")
+        if len(others) > LISTED:
+            yield f"{INDENT}  ..."
     if len(found) > LISTED:
         yield f"{INDENT}- and {len(found) - LISTED:,} more: see --html or --json"
     if result.fix:
