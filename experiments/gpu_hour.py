@@ -81,7 +81,7 @@ register_optimizer_step_post_hook(lambda *a: (torch.cuda.synchronize(), times.ap
 out, sys.argv = sys.argv[1], sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 peak = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-open(out, "w").write(json.dumps({"times": times, "peak": peak}))
+open(out, "w", encoding="utf-8").write(json.dumps({"times": times, "peak": peak}))
 """
 
 
@@ -309,7 +309,7 @@ def card() -> dict[str, str]:
     facts = torch.cuda.get_device_properties(0)
     asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        driver = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+        driver = subprocess.run(asked, capture_output=True, encoding="utf-8", check=True).stdout.split("\n")[0]
     except (OSError, subprocess.CalledProcessError):
         driver = "unknown"
     return {"name": facts.name, "GiB": f"{facts.total_memory / GIB:.1f}", "driver": driver,

@@ -50,7 +50,7 @@ WAITS = {  # for the card in a step, by what for and the file that waits: how ma
     "item, gradients.py": 1,  # the loss and the gradients' norm
     "item, prodigy.py": 3,  # its sums, for each group
     "synchronize, eight_bit.py": 3,  # bitsandbytes, for each group
-    "device to host, devices.py": 8,  # in the step of the pivot: what the text encoders said last
+    "device to host, cached_text.py": 8,  # in the step of the pivot: what the text encoders said last
     "item, distribution_matching.py": 3,  # its report, and with a bank keys and weights; the bank's counts go up
     "host to device, distribution_matching.py": 1,
 }

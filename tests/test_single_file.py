@@ -48,6 +48,7 @@ from trainkit.options import ModelOptions, ObjectiveOptions, PriorOptions
 from trainkit.reading import read_tensor_header
 from trainkit.runtime.weight_files import DIFFUSERS_FILE
 from trainkit.training.doubt import Doubt
+from trainkit.training.step import TrainStep
 
 CAPTIONED, DREAMBOOTH = "train_text_to_image_lora", "train_dreambooth_lora_sdxl_advanced"
 CPU = torch.device("cpu")
@@ -332,7 +333,7 @@ def test_the_first_batch_warns_where_the_base_predicts_v(caplog, truth, level, w
     s = torch.full((2,), level).sqrt()
     at = Level((1 - s**2).sqrt(), s, cond=s, time=s)
     target = {"v": V(), "epsilon": Eps()}[truth].target(x0, n, at)
-    doubt = Doubt(SimpleNamespace(doubted=True, name="base.safetensors"))
+    doubt = Doubt(SimpleNamespace(name="base.safetensors"))
     for _ in range(2):
         doubt(0, target + 0.3 * error, x0=x0, n=n, level=at)
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
@@ -341,13 +342,18 @@ def test_the_first_batch_warns_where_the_base_predicts_v(caplog, truth, level, w
                           and "--prediction_type v_prediction" in warnings[0])
 
 
-def test_a_resumed_run_and_a_model_that_says_what_it_predicts_are_not_doubted(caplog):
+def test_a_resumed_run_is_not_doubted(caplog):
     x0, n = torch.randn(2, 1, 4, 8, 8)
     half = torch.full((1,), 0.5).sqrt()
     at = Level(half, half, cond=half, time=half)
-    for doubted, step in ((True, 400), (False, 0)):
-        Doubt(SimpleNamespace(doubted=doubted, name="base"))(step, V().target(x0, n, at), x0=x0, n=n, level=at)
+    Doubt(SimpleNamespace(name="base"))(400, V().target(x0, n, at), x0=x0, n=n, level=at)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("doubted", [True, False])
+def test_only_a_model_that_does_not_say_what_it_predicts_is_doubted(doubted):
+    step = TrainStep(SimpleNamespace(doubted=doubted), *[None] * 4)
+    assert [type(watch) for watch in step.watches] == [Doubt] * doubted
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -251,7 +251,8 @@ class Family(ABC):
         if mean is None or logvar is None:
             assert batch.pixels is not None, "a batch has pixels or a cached posterior"
             mean, logvar = self.encode_pixels(batch.pixels)
-            self._check_vae(mean, logvar)
+            if not self.vae_checked:
+                self._check_vae(mean, logvar)
         noise, = upload([rng.normal(mean.shape[1:], keys, name="posterior")], mean.device)
         sample = mean + (0.5 * logvar).exp() * noise
         return (sample - self.latent_mean) * self.vae.config.scaling_factor / self.latent_std
@@ -261,7 +262,7 @@ class Family(ABC):
 
         Raises UserError where the VAE gives NaN or infinity.
         """
-        if not (self.vae_checked or (mean.isfinite().all() and logvar.isfinite().all())):
+        if not (mean.isfinite().all() and logvar.isfinite().all()):
             raise UserError(nonfinite_vae("images", "the first batch"))
         self.vae_checked = True
 

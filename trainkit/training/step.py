@@ -53,9 +53,9 @@ class TrainStep:
                 yield self.losses(objective, batch, x0).sum() / batch.num_instance
 
     @cached_property
-    def doubt(self) -> Doubt:
-        """Looks at the first predictions of a base model that does not say what it predicts."""
-        return Doubt(self.family)
+    def watches(self) -> tuple[Doubt, ...]:
+        """What looks at the network's predictions: only where the base model does not say what it predicts."""
+        return (Doubt(self.family),) if self.family.doubted else ()
 
     def losses(self, objective: Objective, batch: Batch, x0: Tensor, *, observe: bool = True) -> Tensor:
         """-> losses [B] of one pass. Every draw is a function of (seed, step, slot in the global batch).
@@ -82,5 +82,6 @@ class TrainStep:
 
         with self.autocast():
             out = self.family.denoise(pred.model_input(z, level), level, condition)
-        self.doubt(batch.step, out, x0=x0, n=n, level=level)
+        for watch in self.watches:
+            watch(batch.step, out, x0=x0, n=n, level=level)
         return objective(out, x0=x0, z=z, n=n, level=level, batch=batch, condition=condition, observe=observe)
