@@ -117,22 +117,26 @@ def set_aside(images: Sequence[DataImage]) -> str:
         files = [path for image in members for path in (image.path, *image.sidecars)]
         commands += [f"mkdir -p -- {shell_word(target)}",
                      f"mv -n -- {' '.join(map(shell_word, files))} {shell_word(target)}/"]
-    lines = (_without_line(image) for image in images)
-    return " && ".join([*commands, *filter(None, lines)])
+    return " && ".join([*commands, *_without_lines(images)])
 
 
-def _without_line(image: DataImage) -> str:
-    """The command that deletes an image's line from metadata.jsonl or metadata.csv; "" where it has none."""
-    file = image.metadata
-    if file is None:
-        return ""
-    name = image.path.relative_to(file.parent).as_posix()
-    if file.suffix == ".jsonl":  # JSON may spell letters beyond ASCII as \\u00e9
-        patterns = [for_sed(json.dumps(name, ensure_ascii=ascii_only)) for ascii_only in (False, True)]
-    else:
-        patterns = [f'(^|[,;\t])"?{for_sed(name)}"?([,;\t]|$)']
-    return " ".join(["sed -E -i.bak", *(f"-e {shell_word(f'/{one}/d')}" for one in dict.fromkeys(patterns)),
-                     shell_word(file)])
+def _without_lines(images: Sequence[DataImage]) -> Iterator[str]:
+    """For each metadata.jsonl or metadata.csv of the images, the command that deletes their lines; .bak is the old."""
+    patterns: dict[Path, list[str]] = defaultdict(list)
+    for image in images:
+        if image.metadata is not None:
+            patterns[image.metadata] += _line_patterns(image.metadata, image.path)
+    for file, some in patterns.items():
+        yield " ".join(["sed -E -i.bak", *(f"-e {shell_word(f'/{one}/d')}" for one in dict.fromkeys(some)),
+                        shell_word(file)])
+
+
+def _line_patterns(metadata: Path, image: Path) -> list[str]:
+    """What only the line of an image has."""
+    name = image.relative_to(metadata.parent).as_posix()
+    if metadata.suffix == ".jsonl":  # JSON may spell letters beyond ASCII as \\u00e9
+        return [for_sed(json.dumps(name, ensure_ascii=ascii_only)) for ascii_only in (False, True)]
+    return [f'(^|[,;\t])"?{for_sed(name)}"?([,;\t]|$)']
 
 
 def for_sed(text: str) -> str:
