@@ -116,8 +116,10 @@ PRESET_STEPS = """\
 The 1000 steps of `style` are right for 25 images. For another number of images, add
 `--num_train_epochs=120`: what you type is stronger than the preset.
 
-The presets that are named after a card set only what decides memory ([memory.md](memory.md)). Several
-presets can be given, as in `--preset=style,sdxl-8gb`. If two of them set a flag, the later one wins."""
+The presets that are named after a card set only what decides memory ([memory.md](memory.md)).
+`illustrious`, `noobai-vpred` and `pony` set only what these base models need
+([recipes.md](recipes.md#illustrious-noobai-pony)). Several presets can be given, as in
+`--preset=style,sdxl-8gb`. If two of them set a flag, the later one wins."""
 
 INTRODUCTION = """\
 # Flags

@@ -163,8 +163,9 @@ class RunOptions(Concern):
         "(docs/from-kohya.md), and nothing else.")
     preset: str | None = opt(
         None,
-        "A name for several values at once: style and face are recipes, and sdxl-8gb, for example, is what fits a "
-        "card. Separate several names with commas. The later one wins. --preset list shows them all.", unit="names",
+        "A name for several values at once: style and face are recipes, sdxl-8gb, for example, is what fits a card, "
+        "and illustrious, noobai-vpred and pony are what a base model needs. Separate several names with commas. The "
+        "later one wins. --preset list shows them all.", unit="names",
         resume="in the data", min_length=1)
     config: str | None = opt(
         None,

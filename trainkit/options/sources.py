@@ -27,6 +27,12 @@ PRESET_USES = {
     "sd15-4gb": "SD 1.5 at 512 px on a card with 4 GB", "sd15-8gb": "SD 1.5 at 512 px on a card with 8 GB",
     "sdxl-8gb": "SDXL at 1024 px on a card with 8 GB", "sdxl-12gb": "SDXL at 1024 px on a card with 12 GB",
     "sdxl-16gb": "SDXL at 1024 px on a card with 16 GB", "sdxl-24gb": "SDXL at 1024 px on a card with 24 GB",
+    "illustrious": "Illustrious, with tags", "noobai-vpred": "NoobAI V-Pred, with tags", "pony": "Pony V6, with tags",
+}
+# What SDXL's descendants that are prompted with tags have in common: photos of every shape, and long lists of tags.
+OF_TAGS: dict[str, str | int | float | bool] = {
+    "resolution": 1024, "enable_bucket": True, "max_bucket_reso": 2048, "shuffle_caption": True, "keep_tokens": 1,
+    "max_token_length": 225,
 }
 PRESETS: dict[str, dict[str, str | int | float | bool]] = {
     # A style from about 25 images: a small rank and Prodigy finding the rate; larger ranks learn the images.
@@ -52,6 +58,11 @@ PRESETS: dict[str, dict[str, str | int | float | bool]] = {
                   "train_batch_size": 1},
     "sdxl-24gb": {"mixed_precision": "bf16", "cache_latents": True, "gradient_checkpointing": False,
                   "train_batch_size": 2},
+    # By base model, only what the base needs; so they go with a style or a face, and with a card.
+    "illustrious": OF_TAGS, "pony": OF_TAGS,
+    # Min-SNR's weight is 0 where the SNR is 0, so it would take away the very levels that zero-terminal SNR adds.
+    "noobai-vpred": {**OF_TAGS, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
+                     "snr_gamma": "none"},
 }
 
 
