@@ -12,7 +12,6 @@ from safetensors import safe_open
 from tests.support import ROOT
 from tests.support.single_files import build_folder, write_single_file
 from tests.support.trainers import forked
-from tests.test_readme import blocks
 from trainkit.options import PRESETS
 
 CAPTIONED, DREAMBOOTH = "train_text_to_image_lora", "train_dreambooth_lora_sdxl_advanced"
@@ -24,7 +23,8 @@ SMALL = ["--resolution=64", "--min_bucket_reso=32", "--max_bucket_reso=128", "--
 
 def recipe(name: str) -> list[str]:
     """The words of the command in docs/recipes.md, without the program."""
-    commands = [code for _, code in blocks(ROOT / "docs/recipes.md", "text") if f"--preset=style,{name} " in code]
+    blocks = (ROOT / "docs/recipes.md").read_text("utf-8").split("```")[1::2]
+    commands = [code.removeprefix("text") for code in blocks if f"--preset=style,{name} " in code]
     assert len(commands) == 1, name
     return shlex.split(commands[0].replace("\\\n", " "))[2:]
 
