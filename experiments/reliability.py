@@ -29,16 +29,16 @@ PAGE = ROOT / "docs" / "reliability.md"
 
 HEAD = """# How we tried to make a run lose its work
 
-[`experiments/reliability.py`](../experiments/reliability.py) writes this page, and you can run it yourself. It does to
-short runs what the table says, and then looks at what is left. All of it ran on Linux and on CPUs, with a small random
-SDXL. **Nothing on this page was tried on a GPU, on Windows or on macOS.**
+[`experiments/reliability.py`](../experiments/reliability.py) writes this page, and you can run it yourself. The program
+disturbs short runs in the ways that the table lists. Then it checks what is left. All of it ran on Linux and on CPUs,
+with a small random SDXL. **Nothing on this page was tried on a GPU, on Windows or on macOS.**
 
 An attempt ends in one of three ways:
 
 - *went on*: the run ended as it should. If it was stopped and continued, its weights are those of a run without a stop,
   bit for bit;
 - *refused*: the run stopped with a message that says what is wrong;
-- *lost*: neither of the two. Each is a defect. They are listed below the table.
+- *lost*: the attempt ended in another way. Every lost attempt is a defect, and is listed below the table.
 """
 
 TABLE = """\
@@ -55,8 +55,7 @@ ELSEWHERE = """\
 - The LoRA files hold the trained weights by the rules of Diffusers, ComfyUI and kohya:
   [`tests/test_export.py`](../tests/test_export.py). Every run also reads its files back and prints the largest error.
 - Mistakes of a user end in one message with what, where, why and the next command:
-  [`tests/test_bad_input.py`](../tests/test_bad_input.py).
-- There is no forecast of memory and time yet."""
+  [`tests/test_bad_input.py`](../tests/test_bad_input.py)."""
 
 
 def page_of(results: dict[str, Result]) -> str:

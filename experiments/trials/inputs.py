@@ -400,7 +400,8 @@ PLACES = ("--revision", "--hub_token", "--validation_prompt", "--instance_prompt
 
 def secrets(bench: Bench, result: Result) -> None:
     """A run that logs to TensorBoard gets eight kinds of secrets in six places. None may be in a file or on the
-    terminal. A W&B key is given with its name, because 40 hexadecimal digits alone may be a commit.
+    terminal. The W&B key stands beside its name, because 40 hexadecimal digits alone may be the number of a
+    commit.
     """
     for kind, secret in SECRETS.items():
         for place in PLACES:

@@ -149,25 +149,29 @@ here is computed, not measured on a card.** The page is generated, with
 .venv/bin/python scripts/plan.py sdxl 8gb --rank=32
 ```
 
-The first word is the base model: `sd15`, `sd21`, `sdxl`, a Diffusers folder or a name on the Hub. The
-second word is your card: its memory, or its name, such as `3060`. All flags of the trainers may follow.
-The program needs no GPU, no images and no weights. It shows
+The first word is the base model: `sd15`, `sd21`, `sdxl`, a Diffusers folder, one `.safetensors` file, or
+a name on the Hub. The second word is your card: its memory, or its name, such as `3060`. All flags of the
+trainers may follow. The program needs no GPU, no images and no weights. It shows
 
-- the memory of each phase of the run, by kind;
-- host memory, disk, and the work of an optimizer step;
-- which flags make the run fit, one after the other, with what each one costs. `✓` fits, and `✗` does not;
+- the memory of each phase of the run, and what takes it;
+- main memory (RAM), disk space, and the amount of computing in one step;
+- which flags make the run fit, and what each one costs (`✓` fits, `✗` does not);
 - for a card that it knows by name, about how long an optimizer step takes.
 
-Both trainers have `--plan` and `--plan=8gb` for a whole command line. The exit code is 0 if the run
-fits or no card is given, and 4 if nothing makes it fit. On a machine with a CUDA card, a run says at its
-start whether its memory will do. If a run dies because memory ran out, the message names the flags that
-should help.
+You can also add `--plan=8gb` to a command of a trainer. The command then shows its plan and does not
+train. `--plan` without a value takes the CUDA card of this machine, if there is one. The exit code is 4
+if nothing makes the run fit. Otherwise it is 0, also if the run fits only with more flags. On a machine
+with a CUDA card, each run says at its start whether the card has enough memory. If a run dies because
+memory ran out, the message names the flags that should help.
 
 ## The table
 
-The peak of the training in GiB, and the smallest usual card that should do. All rows have rank 16,
-attention layers, AdamW and `--cache_latents`. **Checkpointing** is `--gradient_checkpointing`. A star
-means that it is tight: with 0.3 GiB more, it would not fit.
+Each cell has the **peak**: the most memory, in GiB, that the training uses at one moment. After the arrow
+is the smallest usual card that should be enough. A card must have more than the peak free. We call this
+the **need**: 1.05 × peak + 0.6 GiB. `plan.py` prints both, and the
+[README](../README.md#does-it-fit-my-card) shows the need. All rows have rank 16, attention layers, AdamW
+and `--cache_latents`. **Checkpointing** is `--gradient_checkpointing`. A star means that the run only
+just fits: if it needed 0.3 GiB more, it would not fit.
 
 | model | size | precision | checkpointing | {batches} |
 |{line}
@@ -175,8 +179,9 @@ means that it is tight: with 0.3 GiB more, it would not fit.
 
 ## The recipes
 
-SDXL at 1024 px. The peak is that of the largest phase, and the **need** is what a card must have free for
-it, in GiB. Class images are in their folder already.
+All recipes are for SDXL at 1024 px. The peak is that of the largest phase. The need is what a card must
+have free. Both are in GiB. The table assumes that the folder of class images is full. If it is not, see
+[Other phases](#other-phases).
 
 | recipe | peak | need | card |
 |---|---|---|---|
@@ -184,7 +189,8 @@ it, in GiB. Class images are in their folder already.
 
 ## What you add
 
-How much the peak of the training rises, for SDXL at 1024 px, batch 1, bf16, gradient checkpointing.
+This table shows how much the peak of the training rises. It starts from SDXL at 1024 px, rank 16, batch
+1, bf16, AdamW, gradient checkpointing and `--cache_latents`.
 
 | what you add | more memory |
 |---|---|
@@ -192,50 +198,55 @@ How much the peak of the training rises, for SDXL at 1024 px, batch 1, bf16, gra
 
 ## Other phases
 
-SDXL at 1024 px, bf16, with gradient checkpointing. Phases do not add up: the largest one decides.
+This table is for SDXL at 1024 px, bf16, with gradient checkpointing. Phases do not add up: the largest
+one decides. In the phase **class images**, missing class images are generated. In **text**, captions are
+encoded, and in **caching**, images. In **publishing**, the LoRA is saved and checked.
 
 | phase | peak, GiB | card |
 |---|---|---|
 {phases}
 
-Class images are generated only where the folder has too few. `--sample_batch_size` images at a time are
-generated.
+The trainer generates class images only if the folder has too few. It generates `--sample_batch_size`
+images at a time. On a smaller card than in the table, put enough photos into the folder yourself. The run
+then leaves out this phase.
 
 ## Presets by card
 
-They set only what decides memory. `--preset=style,sdxl-8gb` takes several, and the later one wins.
+These presets set only the flags that decide memory. You can give several presets, such as
+`--preset=style,sdxl-8gb`. If two presets set the same flag, the later one counts.
 
 | preset | for | what it sets |
 |---|---|---|
 {presets}
 
-A preset that lowers the batch size makes an optimizer step smaller. Add
-`--gradient_accumulation_steps`, with the batch size that you had, to train on as many images in a step.
+Some presets lower the batch size. Each step then trains on fewer images. For example, if the batch size
+was 3 and is now 1, add `--gradient_accumulation_steps=3`. A step then trains on three images again.
 
 ## How it is computed
 
-The trainer's own code makes one optimizer step with tensors (arrays of numbers) that have a shape but no
-content: the model from its configs, the adapters, the loss and the backward pass. The peak is the
-largest sum of all tensors that are alive at one moment. For the optimizer's state, the optimizer makes a
-step on one small tensor of each shape. What distribution matching computes beside the network is left out:
-it is as small as the latents.
+The trainer's own code makes one optimizer step: the model from its configs, the adapters, the loss and
+the backward pass. Its tensors (arrays of numbers) have a shape but no content. So they take no memory.
+The peak is the largest sum of all tensors that are alive at one moment. For the optimizer's state, the
+optimizer makes a step on one small tensor of each shape. We leave out what distribution matching computes
+beside the network, because it is as small as the latents.
 
     need = 1.05 x peak + 0.6 GiB
 
-is what a card must have free. The second part is for CUDA itself, and the 5 % are for gaps between the
+The need is what a card must have free. The 0.6 GiB are for CUDA itself, and the 5 % are for gaps between the
 pieces of memory in use. **Both are assumed.** The 0.6 GiB may be 0.3 GiB too high or too low. A card of
 8 GB counts as 7.5 GiB here, because the desktop has some of it.
 
-**Measured on a CPU:** the peak of real optimizer steps of the two small models in `assets/`, from the
-events of PyTorch's allocator, in 13 configurations
+**Measured on a CPU.** We measured the peak of real optimizer steps of the two small models in `assets/`, in
+13 configurations. The numbers come from PyTorch's allocator
 (`.venv/bin/python -m pytest -m "slow or not slow" tests/test_plan_memory.py`). Without gradient
-checkpointing, the computed peak is within 1 % of it. With gradient checkpointing, it is up to 10 % lower,
-because kernels need memory of their own while they run, which is not computed. **Computed:** everything
-on this page. **Never tried:** any of it on a real card, and so the rule above, the memory that cuDNN
-takes, and the time of a step.
+checkpointing, the computed peak is within 1 % of the measured one. With gradient checkpointing, it is up to
+10 % too low: kernels need extra memory while they run, and we do not compute this memory.
+
+**Computed:** all tables on this page. **Never tried on a real card:** all tables, the rule above, the memory
+that cuDNN takes, and the time of a step.
 
 **Published figures.** kohya's sd-scripts train SDXL on 8 GB with half precision and gradient
-checkpointing: computed here are {eight} GiB. OneTrainer's 4.5 to 4.9 GB need weights in 8 bits, which
-this suite does not have yet. For other published figures, the settings are not known well enough to
-compare them.
+checkpointing. For these settings, we compute a need of {eight} GiB. OneTrainer's 4.5 to 4.9 GB need
+weights in 8 bits, which this suite does not have yet. For other published figures, the settings are not
+known well enough to compare them.
 """
