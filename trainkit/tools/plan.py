@@ -3,9 +3,10 @@
     python scripts/plan.py sdxl 8gb
     python scripts/plan.py sd15 "RTX 3060" --train_batch_size=4 --validation_prompt="a lighthouse"
 
-The first word is the base model: sd15, sd21, sdxl, a folder, or a name on the Hub. The second one is the card: its
-memory, or its name; without it, only the memory of each phase is shown. All flags of the trainers may follow. SDXL is
-planned for the DreamBooth trainer, and the others, or SDXL with --train_data_dir, for the text-to-image trainer.
+The first word is the base model: sd15, sd21, sdxl, a folder, one .safetensors file, or a name on the Hub. The second
+one is the card: its memory, or its name; without it, only the memory of each phase is shown. All flags of the trainers
+may follow. SDXL is planned for the DreamBooth trainer, and the others, or SDXL with --train_data_dir, for the
+text-to-image trainer.
 """
 
 from __future__ import annotations
