@@ -2,8 +2,9 @@
 
 TFLOPS are dense, with sums in fp32: NVIDIA's architecture whitepapers (Turing TU102, Ampere GA102, Ada, Blackwell RTX)
 and data sheets (T4, V100, A10, A100, L4, L40S, H100). For GeForce cards since Ampere they are twice the shader's fp32
-TFLOPS. How much of that a training reaches is assumed: SLOWEST is what one published run comes to (1.12 s a step of
-SDXL at 1024 px, batch 1, rank 32 on an RTX 3090 Ti, bmaltais/kohya_ss #827), FASTEST is usual for large models.
+TFLOPS. The rows of the RTX 3090, 4080 and 4090 were looked up; the others are from memory of those papers. How much of
+that a training reaches is assumed: SLOWEST is what one published run comes to (1.12 s a step of SDXL at 1024 px, batch
+1, rank 32 on an RTX 3090 Ti, bmaltais/kohya_ss #827), FASTEST is usual for large models.
 """
 
 from __future__ import annotations
