@@ -36,7 +36,6 @@ POLICY = CropPolicy(resolution=32, random_flip=True, cached_crops=2)
 
 @pytest.fixture(scope="module")
 def family(tiny_sdxl: Path) -> sdxl.SDXL:
-    torch.set_num_threads(1)
     return sdxl.load(ModelOptions(pretrained_model_name_or_path=f"{tiny_sdxl}"), device=torch.device("cpu"),
                      weight_dtype=torch.float32)
 
