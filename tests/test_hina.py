@@ -342,7 +342,7 @@ def numbers_with(threads: int) -> list[np.ndarray]:
 
 @pytest.mark.trains
 def test_threads_and_the_seeds_of_python_change_no_bit():
-    """H6, with states that are rounded at random. In a child: trainers are forked, which needs a process of one thread."""
+    """H6, with states that are rounded at random. In a child: trainers are forked from processes of one thread."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as child:
         one, two = (child.submit(numbers_with, threads).result() for threads in (1, 2))
     assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
