@@ -12,47 +12,33 @@ from typing import TYPE_CHECKING
 import torch
 
 from experiments import ROOT
+from trainkit.plan.models import SIZES
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTokenizer, PreTrainedModel
 
-UNET = dict(  # unet/config.json
-    sample_size=128, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(320, 640, 1280),
-    transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
-    use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816)
-VAE = dict(  # vae/config.json
-    block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4, sample_size=1024,
-    scaling_factor=0.13025, force_upcast=True)
-VOCABULARY = 49_408
-CLIP_L = dict(  # text_encoder/config.json
-    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, hidden_act="quick_gelu",
-    projection_dim=768)
-CLIP_G = dict(  # text_encoder_2/config.json
-    hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, hidden_act="gelu",
-    projection_dim=1280)
+SDXL = SIZES["sdxl"]  # config files by their place in a model folder
+VOCABULARY: int = SDXL["text_encoder/config.json"]["vocab_size"]
 WORDS = ROOT / "assets" / "tiny-sdxl-icons"  # whose tokenizers know fewer words; their numbers are below VOCABULARY
 
 
 def unet(**sizes: object) -> UNet2DConditionModel:
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel(**UNET | sizes)
+    return UNet2DConditionModel(**{**SDXL["unet/config.json"], **sizes})
 
 
 def vae(**sizes: object) -> AutoencoderKL:
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL(**VAE | sizes)
+    return AutoencoderKL(**{**SDXL["vae/config.json"], "force_upcast": True, **sizes})
 
 
-def text_encoders(vocabulary: int = VOCABULARY, **ids: object) -> tuple[PreTrainedModel, PreTrainedModel]:
+def text_encoders(**ids: object) -> tuple[PreTrainedModel, PreTrainedModel]:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    one, two = (CLIPTextConfig(vocab_size=vocabulary, **ids, **sizes) for sizes in (CLIP_L, CLIP_G))
+    one, two = (CLIPTextConfig(**{**SDXL[f"{name}/config.json"], **ids}) for name in ("text_encoder", "text_encoder_2"))
     return CLIPTextModel(one), CLIPTextModelWithProjection(two)
 
 

@@ -26,7 +26,7 @@ from trainkit.data.batch import Sample
 from trainkit.data.geometry import CropPolicy
 from trainkit.data.images import load_image
 from trainkit.errors import Problem, UserError, shell_word
-from trainkit.families.pretrained import ANOTHER_VAE
+from trainkit.families.base import nonfinite_vae
 from trainkit.files import Json, disk_errors, save_tensors
 from trainkit.rng import generator
 from trainkit.runtime import ranks
@@ -308,10 +308,7 @@ class _Views(Dataset["list[_View] | UserError"]):
 
 def _refuse_nonfinite(name: str, mean: Tensor, logvar: Tensor) -> None:
     if not (mean.isfinite().all() and logvar.isfinite().all()):
-        raise UserError(Problem(
-            f"the VAE turns image {name} into NaN or infinity", "--cache_latents",
-            "its weights are damaged, or their numbers overflow also in fp32, in which it runs; nothing was cached",
-            ANOTHER_VAE, kind="nonfinite"))
+        raise UserError(nonfinite_vae(f"image {name}", "--cache_latents", "; nothing was cached"))
 
 
 def _chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:

@@ -105,10 +105,10 @@ def in_tiles(vae: AutoencoderKL, factor: int) -> Iterator[None]:
         vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = before
 
 
-def nonfinite_vae(what: str, where: str) -> Problem:
+def nonfinite_vae(what: str, where: str, then: str = "") -> Problem:
     return Problem(f"the VAE turns {what} into NaN or infinity", where,
-                   "its weights are damaged, or their numbers overflow also in fp32, in which it runs", ANOTHER_VAE,
-                   "nonfinite")
+                   f"its weights are damaged, or their numbers overflow also in fp32, in which it runs{then}",
+                   ANOTHER_VAE, "nonfinite")
 
 
 def halvings(config: Config) -> int:

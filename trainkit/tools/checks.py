@@ -6,12 +6,13 @@ import argparse
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainkit.errors import IN_UTF8, Problem, counted, refuse, unwritable
+from trainkit.inference import lora_file
 from trainkit.tools import ASSETS
 
 if TYPE_CHECKING:
@@ -80,6 +81,24 @@ def writing_to(out: Path) -> Iterator[None]:
     except OSError as error:
         refuse([Problem("the results cannot be written", f"--out {out}", f"{error}",
                         "free some space, or name a folder on another disk with --out", "disk")])
+
+
+def add_lora(add: Callable[..., object]) -> None:
+    """The flag --lora of a program that reads one LoRA file of any program; `named_lora` gives the file."""
+    add("--lora", required=True, type=Path, metavar="FILE", help="The LoRA file, or the folder of a run or of a "
+        "checkpoint, or RUN@STEP, or the folder of a PEFT checkpoint (adapter_config.json).")
+
+
+def named_lora(lora: Path) -> Path:
+    """The file that --lora names, or the folder of a PEFT checkpoint."""
+    return lora if (lora / "adapter_config.json").is_file() else lora_file(lora)
+
+
+def no_parent(file: Path, flag: str, what: str) -> Iterator[Problem]:
+    """Is there no folder for a file to write?"""
+    if not file.parent.is_dir():
+        yield Problem(f"no folder {file.parent}", f"--{flag} {file}", f"the {what} is written into it",
+                      f"make it: mkdir -p {file.parent}")
 
 
 def lora_and_base(args: argparse.Namespace) -> tuple[LoraFile, Weights | None]:

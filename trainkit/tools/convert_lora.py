@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainkit.errors import Problem, refuse
-from trainkit.inference import DTYPES, lora_file, missing_file
+from trainkit.inference import DTYPES, missing_file
 from trainkit.process import own_settings, say
-from trainkit.tools.checks import lora_and_base, lora_line, text_problems
+from trainkit.tools.checks import add_lora, lora_and_base, lora_line, named_lora, no_parent, text_problems
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,8 +60,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     described = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=described, allow_abbrev=False)
     add = parser.add_argument
-    add("--lora", required=True, type=Path, metavar="FILE", help="The LoRA file, or the folder of a run or of a "
-        "checkpoint, or RUN@STEP, or the folder of a PEFT checkpoint (adapter_config.json).")
+    add_lora(add)
     add("--to", required=True, choices=LAYOUTS, help="The layout.")
     add("--out", required=True, type=Path, metavar="FILE", help="The file to write, or the folder with --to peft.")
     add("--base", metavar="MODEL", help="The base model's folder or its name on the Hub. It is needed for a DoRA whose "
@@ -76,8 +75,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dry_run", action="store_true", help="Say what the file is and what would be written, and write nothing.")
     add("--debug", action="store_true", help="Show a traceback with every error message.")
     args = parser.parse_args(argv)
-    if not (args.lora / "adapter_config.json").is_file():
-        args.lora = lora_file(args.lora)
+    args.lora = named_lora(args.lora)
     return args
 
 
@@ -91,9 +89,7 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
     if args.out.exists() and args.out.resolve() == args.lora.resolve():
         yield Problem("the file would replace itself", f"--out {args.out}", "it is the file that is read",
                       "give another name with --out")
-    if not args.out.parent.is_dir():
-        yield Problem(f"no folder {args.out.parent}", f"--out {args.out}", "the file is written into it",
-                      f"make it: mkdir -p {args.out.parent}")
+    yield from no_parent(args.out, "out", "file")
     if args.to == "peft" and args.out.is_file():
         yield Problem(f"{args.out} is a file", f"--out {args.out}", "a PEFT checkpoint is a folder", "name a folder")
     if args.to != "peft" and args.out.is_dir():

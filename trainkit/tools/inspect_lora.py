@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainkit.errors import Problem, refuse
-from trainkit.inference import lora_file, missing_file
+from trainkit.inference import missing_file
 from trainkit.process import own_settings, say
-from trainkit.tools.checks import lora_and_base, lora_line, text_problems
+from trainkit.tools.checks import add_lora, lora_and_base, lora_line, named_lora, no_parent, text_problems
 
 if TYPE_CHECKING:
     from trainkit.lora_file import LoraFile, Weights
@@ -73,25 +73,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     described = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=described, allow_abbrev=False)
     add = parser.add_argument
-    add("--lora", required=True, type=Path, metavar="FILE", help="The LoRA file, or the folder of a run or of a "
-        "checkpoint, or RUN@STEP, or the folder of a PEFT checkpoint (adapter_config.json).")
+    add_lora(add)
     add("--base", metavar="MODEL", help="The base model's folder or its name on the Hub. Only a DoRA needs it, and a "
         "model that is not as large as the released ones.")
     add("--json", action="store_true", help="Print everything as JSON.")
     add("--plot", type=Path, metavar="FILE", help="Also draw the sizes of the blocks into this PNG file.")
     add("--debug", action="store_true", help="Show a traceback with every error message.")
     args = parser.parse_args(argv)
-    if not (args.lora / "adapter_config.json").is_file():
-        args.lora = lora_file(args.lora)
+    args.lora = named_lora(args.lora)
     return args
 
 
 def problems(args: argparse.Namespace) -> Iterator[Problem]:
     if not args.lora.exists():
         yield missing_file("--lora", args.lora, "it is read first")
-    if args.plot and not args.plot.parent.is_dir():
-        yield Problem(f"no folder {args.plot.parent}", f"--plot {args.plot}", "the image is written into it",
-                      f"make it: mkdir -p {args.plot.parent}")
+    if args.plot:
+        yield from no_parent(args.plot, "plot", "image")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

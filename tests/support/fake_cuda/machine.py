@@ -28,6 +28,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from trainkit.plan.as_on_cuda import cuda_attention
+
 aten = torch.ops.aten
 MOST_READ = 1 << 22  # elements of a tensor that comes back from the card with made-up numbers; larger ones stay fake
 COPY, COPY_INTO = aten._to_copy.default, aten.copy_.default
@@ -179,21 +181,8 @@ def attention(
         query, key, value = (t.to(torch.get_autocast_dtype("cuda")) for t in (query, key, value))
     assert query.dtype == key.dtype == value.dtype, (
         f"Expected query, key, and value to have the same dtype: {query.dtype} {key.dtype} {value.dtype}")
-    width = query.shape[-1]
     with torch.autocast("cuda", enabled=False):
-        if query.dtype in (torch.float16, torch.bfloat16) and attn_mask is None and width <= 256:
-            padding = -width % 8
-            q, k, v = (functional.pad(t, (0, padding)) if padding else t for t in (query, key, value))
-            out = aten._scaled_dot_product_flash_attention(
-                q, k, v, dropout_p, is_causal, False, scale=scale or width**-0.5)[0]
-            return out[..., :width] if padding else out
-        bias = None
-        if attn_mask is not None:
-            same = torch.zeros_like(attn_mask, dtype=query.dtype) if attn_mask.dtype == torch.bool else attn_mask
-            bias = same.expand(*query.shape[:3], key.shape[2])
-        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-        return aten._scaled_dot_product_efficient_attention(
-            query, key, value, bias, needs_grad, dropout_p, is_causal, scale=scale)[0]
+        return cuda_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
 
 
 def _written_out(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
