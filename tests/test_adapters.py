@@ -12,8 +12,10 @@ from torch.nn import functional as F
 
 from tests.support.tiny_models import TEXT_WIDTHS, tiny_unet
 from trainkit import lean_lora
-from trainkit.adapters import BLORA_BLOCKS, NAME, Adapters, add_adapters, problems
+from trainkit.adapters import BLORA_BLOCKS, NAME, Adapters, add_adapters, patterns, problems
 from trainkit.errors import UserError
+from trainkit.families import sgm
+from trainkit.families.file_names import RELEASED_XL
 from trainkit.families.sdxl import LORA_TARGETS, TEXT_LORA_TARGETS
 from trainkit.lean_lora import DecomposedUpdate, LeanDora, LeanLinear, LeanLoha, LeanLokr, LowRankUpdate
 from trainkit.options import LoraOptions
@@ -545,3 +547,87 @@ def test_adapters_train_under_ddp(base, inputs, tmp_path):
             torch.testing.assert_close(parameter.grad, alone[name])
     finally:
         torch.distributed.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ranks, alphas and rates of single layers
+
+
+def ranks(adapters: Adapters) -> dict[str, int]:
+    return {path: len(adapters.factors(path)[0]) for path in adapters.layers}
+
+
+def test_the_first_key_that_fits_gives_a_layer_its_rank(base):
+    found = ranks(lora(base, rank=2, lora_rank_pattern="mid_block=7, attn2.to_k=3 down_blocks.1=5"))
+    assert set(found.values()) == {2, 3, 5, 7}
+    for path, rank in found.items():
+        expected = 7 if path.startswith("mid_block.") else 3 if path.endswith("attn2.to_k") else (
+            5 if path.startswith("down_blocks.1.") else 2)
+        assert rank == expected, path
+
+
+@pytest.mark.parametrize("adapter_type", ["lora", "loha", "lokr"])
+def test_an_alpha_that_nobody_gives_is_the_layers_rank(base, adapter_type):
+    adapters = lora(base, lora_type=adapter_type, rank=2, lora_rank_pattern="attn2=4", lora_alpha_pattern="attn1=1")
+    for path in adapters.layers:
+        assert adapters.scale_of(path) == (0.5 if ".attn1." in path else 1)
+        assert adapters.rank_of(path) == (4 if ".attn2." in path else 2)
+
+
+def test_a_given_alpha_stays_where_a_rank_changes(base):
+    adapters = lora(base, rank=2, lora_alpha=2, use_rslora=True, lora_rank_pattern="attn2=4")
+    assert {adapters.scale_of(p) for p in adapters.layers if ".attn2." in p} == {1.0}
+    train_a_little(adapters)
+    path = next(p for p in adapters.layers if ".attn2." in p)
+    A, B = adapters.factors(path)
+    assert torch.allclose(adapters.delta_weight(path), (B @ A).double(), rtol=1e-5)
+
+
+def test_blocks_are_named_as_webuis_number_them(base):
+    numbered = sgm.numbered(base.config)
+    unet = copy.deepcopy(base)
+    adapters = add_adapters(unet, LoraOptions(rank=2, lora_rank_pattern="MID=3 OUT01=4"), targets=LORA_TARGETS, seed=0,
+                            blocks=numbered)
+    found = ranks(adapters)
+    assert {path.split(".")[0] for path, rank in found.items() if rank == 3} == {"mid_block"}
+    assert {path.split(".attentions.")[0] + path.split(".")[3] for path, rank in found.items() if rank == 4} == {
+        "up_blocks.01"}
+
+
+def test_numbers_of_the_released_sdxls_blocks():
+    found = sgm.numbered(RELEASED_XL)
+    assert (found["down_blocks.1.attentions.0"], found["down_blocks.2.attentions.1"]) == ("IN04", "IN08")
+    assert (found["mid_block.attentions.0"], found["up_blocks.0.attentions.0"]) == ("MID", "OUT00")
+    assert found["up_blocks.1.attentions.2"] == "OUT05"
+
+
+def test_rates_of_layers_have_groups_of_their_own(base):
+    adapters = lora(base, rank=2, lora_lr_pattern="mid_block=0.5", loraplus_lr_ratio=4)
+    groups = {group["name"]: group for group in adapters.groups(lr=1e-3, weight_decay=0)}
+    assert {name: group["lr"] for name, group in groups.items()} == {
+        "unet": 1e-3, "unet.B": 4e-3, "unet[mid_block]": 5e-4, "unet[mid_block].B": 2e-3}
+    assert all(name.startswith("mid_block.") for name in groups["unet[mid_block]"]["names"])
+    assert sum(len(group["params"]) for group in groups.values()) == len(adapters.parameters())
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"lora_rank_pattern": "attn9=4"}, "no adapted layer of the UNet fits 'attn9'"),
+    ({"lora_rank_pattern": "IN04=4"}, "no adapted layer of the UNet fits 'IN04'"),
+    ({"lora_rank_pattern": "attn2"}, "cannot read 'attn2'"),
+    ({"lora_rank_pattern": "attn2=2.5"}, "cannot be '2.5'"),
+    ({"lora_rank_pattern": "attn2=0"}, "cannot be '0'"),
+    ({"lora_alpha_pattern": "attn2=nan"}, "cannot be 'nan'"),
+    ({"lora_lr_pattern": "attn2=-1"}, "cannot be '-1'"),
+    ({"lora_rank_pattern": "at(tn2=4"}, "is no regular expression"),
+    ({"lora_lr_pattern": " , "}, "names no layer"),
+])
+def test_patterns_that_say_nothing_are_named(base, options, words):
+    found = problems(base, LoraOptions(**options), targets=LORA_TARGETS)
+    assert [words in problem.what for problem in found] == [True], found
+
+
+def test_text_encoders_have_keys_of_their_own():
+    pattern = "text_encoder_2.layers.0=8 attn2=3 text_encoder.q_proj=6"
+    assert patterns.read(pattern, "unet") == {"attn2": 3}
+    assert patterns.read(pattern, "text_encoder") == {"q_proj": 6}
+    assert patterns.read(pattern, "text_encoder_2") == {"layers.0": 8}

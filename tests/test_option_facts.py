@@ -154,7 +154,7 @@ def test_the_card_tells_every_setting_by_a_name_of_its_own_and_no_place():
     labels = [flag.facts.card.label for flag in flags]
     assert len(labels) == len(set(labels)) > 40
     places = [flag.name for flag in flags if flag.facts.path]
-    assert places == ["pretrained_vae_model_name_or_path"], "shown by its last part (tests/test_repeat.py)"
+    assert places == ["pretrained_vae_model_name_or_path", "network_weights"], "their last parts: tests/test_repeat.py"
     assert not [flag.name for flag in flags if flag.secret]
     assert always("Rank").always and known_flags()["rank"].facts.card == always("Rank")
 

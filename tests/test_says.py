@@ -84,10 +84,11 @@ def test_no_mixed_precision_is_called_fp32():
     (dict(layers={"text_encoder": 12}),
      "LoRA rank 8 on 12 layers of the text encoders, 0.24 M parameters · prodigy, rate 1"),
     (dict(tokens=2), "LoRA rank 8 on 136 layers and 2 new tokens, 0.24 M parameters · prodigy, rate 1"),
+    (dict(ranks=(2, 16)), "LoRA ranks 2 to 16 on 136 layers, 0.24 M parameters · prodigy, rate 1"),
     (dict(layers={}, tokens=1, parameters=512), "1 new token, 512 parameters · prodigy, rate 1"),
 ])
 def test_what_learns_is_one_line(changes, told):
-    facts = dict(kind="LoRA", rank=8, layers={"unet": 136}, tokens=0, parameters=240_123, optimizer="prodigy",
+    facts = dict(kind="LoRA", ranks=(8, 8), layers={"unet": 136}, tokens=0, parameters=240_123, optimizer="prodigy",
                  rates={"unet": 1.0})
     assert lines(trainable_lines(Trainables(**facts | changes))) == {"Learning": told}
 

@@ -90,14 +90,15 @@ def network_metadata(networks: Sequence[Adapters]) -> dict[str, str]:
 
 
 def file_rank(network: Adapters) -> int:
-    """The rank that a WebUI file's factors have: PiSSA's and OLoRA's update is 2r wide."""
-    first = next(iter(network.layers))
-    return len(network.update(first).low_rank().A) if network.adapter_type == "lora" else network.rank
+    """The largest rank that a WebUI file's factors have: PiSSA's and OLoRA's update is 2r wide."""
+    widest = max(network.layers, key=network.rank_of)
+    return len(network.update(widest).low_rank().A) if network.adapter_type == "lora" else network.rank_of(widest)
 
 
 def file_alpha(network: Adapters, rank: int) -> float:
     """The alpha of a WebUI file: LoHa's and LoKr's scale is in their factors."""
-    return float(network.scale * rank if network.adapter_type == "lora" else rank)
+    return float(network.scale_of(max(network.layers, key=network.rank_of)) * rank
+                 if network.adapter_type == "lora" else rank)
 
 
 def file_bytes(networks: Sequence[Adapters], layout: Layout) -> int:
@@ -107,7 +108,8 @@ def file_bytes(networks: Sequence[Adapters], layout: Layout) -> int:
 
 def module_bytes(network: Adapters, module: str, layout: Layout) -> int:
     """Shapes are those of tensors without data, so products of factors cost nothing."""
-    update = update_of(network.layers[module], network.adapter_type, network.scale).map(lambda t: t.to("meta"))
+    update = update_of(network.layers[module], network.adapter_type, network.scale_of(module)).map(
+        lambda t: t.to("meta"))
     if layout == "diffusers" or network.adapter_type == "lora":
         update = update.low_rank()
     numbers = sum(part.numel() for part in vars(update).values() if isinstance(part, Tensor))

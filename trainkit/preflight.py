@@ -11,6 +11,8 @@ from trainkit import adapters, optim
 from trainkit.data.buckets import smallest
 from trainkit.diffusion import ScheduleChange
 from trainkit.errors import Problem, UserError, shell_word
+from trainkit.families import sgm
+from trainkit.lora_file import start
 from trainkit.losses import fourier_term
 from trainkit.runtime.startup import bring_back, leave_out
 
@@ -81,7 +83,9 @@ def check_model(opt: ModelCheckOptions, family: ModuleType) -> ModelCheck:
         return ModelCheck([*error.problems])
     height, width = smallest(opt.data)
     latents = family.latents(path, f"{width},{height}", vae_path=vae_path, revision=o.revision)
-    found = [*adapters.problems(network, opt.lora, targets=family.LORA_TARGETS),
+    found = [*start.problems(opt.lora, family.names_of(network), network, family.LORA_TARGETS),
+             *adapters.problems(network, opt.lora, targets=family.LORA_TARGETS,
+                                blocks=sgm.numbered(network.config)),
              *fourier_term.problems(opt.fourier_loss, opt.objective.loss_type, latents)]
     return ModelCheck(found, latents, network.config.cross_attention_dim)
 

@@ -213,12 +213,13 @@ def counted_parts(number: float, what: str) -> str:
 class Trainables:
     """What learns in a run, and by which rule.
 
+    ranks   the smallest and the largest of a layer
     layers  those with an adapter, by network
     rates   learning rate by parameter group
     """
 
     kind: str
-    rank: int
+    ranks: tuple[int, int]
     layers: Mapping[str, int]
     tokens: int
     parameters: int
@@ -229,16 +230,19 @@ class Trainables:
 def trainables(networks: Sequence[Adapters], optimizer: Optim) -> Trainables:
     networks = [network for network in networks if network.layers]
     kinds = {"DoRA" if network.decomposed else KINDS[network.adapter_type] for network in networks}
+    held = {network.rank_of(path) for network in networks for path in network.layers} or {0}
     tokens = [member.params[0].shape[0] for member in optimizer.members if member.name == "tokens"]
     return Trainables(
-        kind=" and ".join(sorted(kinds)), rank=networks[0].rank if networks else 0, tokens=sum(tokens),
+        kind=" and ".join(sorted(kinds)), ranks=(min(held), max(held)), tokens=sum(tokens),
         layers={network.prefix: len(network.layers) for network in networks},
         parameters=sum(p.numel() for p in optimizer.params), optimizer=optimizer.name,
         rates={member.name: member.base_lr for member in optimizer.members})
 
 
 def trainable_lines(facts: Trainables) -> Iterator[Line]:
-    network = f"{facts.kind} rank {facts.rank} on {layers(facts.layers)}" if facts.layers else ""
+    least, most = facts.ranks
+    rank = f"rank {most}" if least == most else f"ranks {least} to {most}"
+    network = f"{facts.kind} {rank} on {layers(facts.layers)}" if facts.layers else ""
     tokens = counted(facts.tokens, "new token") if facts.tokens else ""
     what = " and ".join(filter(None, [network, tokens]))
     yield Line("Learning", f"{what}, {parameters(facts.parameters)} · {facts.optimizer}, rate {rates(facts.rates)}")

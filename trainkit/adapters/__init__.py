@@ -1,7 +1,8 @@
 """Low-rank adapters: what is trained in the UNet and the text encoders, fp32 whatever the base's precision.
 
-network.py · the adapters of one network; targets.py · which layers get one; updates.py · each kind's ΔW as a formula;
-starts.py · initial values; movement.py · how far training has moved the weights.
+network.py · the adapters of one network; targets.py · which layers get one; patterns.py · ranks, alphas and rates of
+single layers; updates.py · each kind's ΔW as a formula; starts.py · initial values; movement.py · how far training has
+moved the weights.
 
 W a layer's weight, out × in, where in counts a convolution's kernel too; c the scale, α/r or α/√r.
 """

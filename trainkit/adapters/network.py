@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from trainkit.adapters import starts, updates
+from trainkit.adapters import patterns, starts, updates
 from trainkit.adapters import targets as layer_targets
+from trainkit.adapters.patterns import Blocks, Pattern
 from trainkit.adapters.targets import Targets
 from trainkit.adapters.updates import Update
 from trainkit.errors import Problem, UserError, refuse
@@ -36,19 +37,21 @@ class Adapters:
 
     prefix    what Diffusers calls the network
     adapter_type  what ΔW is made of; see updates.py
-    scale     c
+    rank, alpha, scale  r, α and c of a layer that no pattern names; `rank_of` and `scale_of` know each layer's own
     b_ratio   how many times A's learning rate B learns with (LoRA+)
     factor    of LoKr
+    rates     what the learning rate of layers is multiplied by, see patterns.py, which also explains `blocks`
     """
 
     def __init__(self, network: nn.Module, *, rank: int, alpha: float, prefix: Prefix = UNET,
                  adapter_type: AdapterType = "lora", scale: float | None = None, b_ratio: float = 1.0,
-                 factor: int | None = None):
+                 factor: int | None = None, rates: Pattern | None = None, blocks: Blocks | None = None):
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self.network, self.prefix, self.adapter_type = network, prefix, adapter_type
         self.rank, self.alpha, self.b_ratio, self.factor = rank, alpha, b_ratio, factor
         self.scale = alpha / rank if scale is None else scale
+        self.rates, self.blocks = rates or {}, blocks or {}
         self.layers: dict[str, BaseTunerLayer] = {
             path: module for path, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
 
@@ -71,16 +74,24 @@ class Adapters:
                 for name, parameter in starts.own_parameters(layer, NAME).items()}
 
     def groups(self, *, lr: float, weight_decay: float, stop: int | None = None) -> list[ParamGroup]:
-        """Parameter groups for the optimizer: one; with a LoRA+ ratio the Bs have their own; none without layers.
+        """Parameter groups for the optimizer: one; with a LoRA+ ratio the Bs have their own, and so has each key of
+        --lora_lr_pattern; none without layers.
 
         Source: Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv:2402.12354.
         """
+        rates: dict[str, float] = {}
+        members: dict[str, list[str]] = {}
         named = self.named_parameters()
-        fast = {name for name in named if self.b_ratio != 1 and name.endswith(".lora_B.weight")}
-        parts = ((self.prefix, lr, [n for n in named if n not in fast]),
-                 (f"{self.prefix}.B", lr * self.b_ratio, [n for n in named if n in fast]))
-        return [{"name": name, "params": [named[n] for n in members], "names": members, "lr": rate,
-                 "weight_decay": weight_decay, "stop": stop} for name, rate, members in parts if members]
+        for name in named:
+            group, rate = str(self.prefix), lr
+            if (key := patterns.key_for(name, self.rates, self.blocks)) is not None:
+                group, rate = f"{group}[{key}]", rate * self.rates[key]
+            if self.b_ratio != 1 and name.endswith(".lora_B.weight"):
+                group, rate = f"{group}.B", rate * self.b_ratio
+            rates[group] = rate
+            members.setdefault(group, []).append(name)
+        return [{"name": group, "params": [named[n] for n in members[group]], "names": members[group],
+                 "lr": rates[group], "weight_decay": weight_decay, "stop": stop} for group in sorted(members)]
 
     # ------------------------------------------------------------------------------------------------------------------
     # Checkpoints
@@ -114,6 +125,13 @@ class Adapters:
     # ------------------------------------------------------------------------------------------------------------------
     # What was trained
 
+    def rank_of(self, path: str) -> int:
+        return self.layers[path].r[NAME]
+
+    def scale_of(self, path: str) -> float:
+        """c of one layer."""
+        return self.layers[path].scaling[NAME]
+
     def shape(self, path: str) -> torch.Size:
         """[out,in] of one module's weight, or a convolution's [out,in,h,w]."""
         return self.layers[path].get_base_layer().weight.shape
@@ -124,7 +142,8 @@ class Adapters:
 
     def update(self, path: str) -> Update:
         """The factors of one module, fp64 on the CPU, a convolution's kernel laid out in a row."""
-        return update_of(self.layers[path], self.adapter_type, self.scale).map(lambda t: t.detach().cpu().double())
+        return update_of(self.layers[path], self.adapter_type, self.scale_of(path)).map(
+            lambda t: t.detach().cpu().double())
 
     def magnitude(self, path: str) -> Tensor | None:
         """DoRA's m -> [out] fp32 on the CPU, None for the other kinds."""
@@ -152,32 +171,35 @@ def update_of(layer: BaseTunerLayer, adapter_type: AdapterType, scale: float) ->
 
 
 def add_adapters(network: UNet2DConditionModel | PreTrainedModel, options: LoraOptions, *, targets: Targets, seed: int,
-                 prefix: Prefix = UNET) -> Adapters:
+                 prefix: Prefix = UNET, blocks: Blocks | None = None) -> Adapters:
     """Inject adapters into a frozen network; none into a UNet that is not to be trained (--train_unet_frac 0).
 
     targets  the family's table from --lora_layers to ends of module paths
     seed     decides the initial values together with the module's path
+    blocks   how WebUIs number the UNet's blocks, for patterns
     Raises UserError for what the network has not got.
     """
     from trainkit import lean_lora
 
-    in_unet = prefix == UNET
+    in_unet, blocks = prefix == UNET, blocks or {}
     alpha = options.rank if options.lora_alpha is None else options.lora_alpha
-    collect = partial(Adapters, network, rank=options.rank, alpha=alpha, prefix=prefix, adapter_type=options.lora_type,
-                      scale=alpha / (options.rank**0.5 if options.use_rslora else options.rank),
-                      b_ratio=options.loraplus_lr_ratio, factor=options.lokr_factor)
-    if in_unet and options.train_unet_frac == 0:
-        return collect()
-    refuse(layer_targets.problems(network, options, targets=targets, in_blocks=in_unet))
-    modules = layer_targets.target_modules(network, options, targets=targets, in_blocks=in_unet)
-    with smaller_factor_first():
-        network.add_adapter(peft_config(options, alpha, modules), adapter_name=NAME)
-    adapters = collect()
+    adapt = not (in_unet and options.train_unet_frac == 0)
+    if adapt:
+        refuse(layer_targets.problems(network, options, targets=targets, in_blocks=in_unet, blocks=blocks))
+        modules = layer_targets.target_modules(network, options, targets=targets, in_blocks=in_unet)
+        layer_sizes = {path: patterns.sizes(options, path, prefix, blocks) for path in modules}
+        with smaller_factor_first():
+            network.add_adapter(peft_config(options, alpha, layer_sizes), adapter_name=NAME)
+    adapters = Adapters(network, rank=options.rank, alpha=alpha, prefix=prefix, adapter_type=options.lora_type,
+                        scale=alpha / (options.rank**0.5 if options.use_rslora else options.rank),
+                        b_ratio=options.loraplus_lr_ratio, factor=options.lokr_factor,
+                        rates=patterns.read(options.lora_lr_pattern, prefix), blocks=blocks)
     for path, layer in adapters.layers.items():
         place = path if in_unet else f"{prefix}.{path}"
         starts.initialise(layer, NAME, seed=seed, path=place, how=options.init_lora_weights)
         lean_lora.install(layer, NAME)
-    network.train()
+    if adapt:
+        network.train()
     return adapters
 
 
@@ -197,10 +219,18 @@ def smaller_factor_first() -> Iterator[None]:
         lokr.factorization = as_given
 
 
-def peft_config(options: LoraOptions, alpha: float, modules: list[str]) -> PeftConfig:
+def peft_config(options: LoraOptions, alpha: float, layer_sizes: Mapping[str, tuple[int, float]]) -> PeftConfig:
+    """PEFT's words for a rank and an alpha of each module."""
     from peft import LoHaConfig, LoKrConfig, LoraConfig
 
-    shared = {"r": options.rank, "target_modules": modules}
+    ranks: dict[float, list[str]] = {}
+    alphas: dict[float, list[str]] = {}
+    for path, (rank, own_alpha) in layer_sizes.items():
+        ranks.setdefault(rank, []).append(re.escape(path))
+        alphas.setdefault(own_alpha, []).append(re.escape(path))
+    shared = {"r": options.rank, "target_modules": [*layer_sizes],
+              "rank_pattern": {"|".join(paths): rank for rank, paths in ranks.items() if rank != options.rank},
+              "alpha_pattern": {"|".join(paths): value for value, paths in alphas.items() if value != alpha}}
     if options.lora_type == "loha":
         return LoHaConfig(**shared, alpha=alpha)
     if options.lora_type == "lokr":

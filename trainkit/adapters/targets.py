@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from trainkit.adapters import patterns
+from trainkit.adapters.patterns import Blocks
 from trainkit.errors import Problem
 
 if TYPE_CHECKING:
@@ -19,14 +21,16 @@ Targets = Mapping[str, Sequence[str]]  # --lora_layers -> ends of module paths
 BLORA_BLOCKS = ("up_blocks.0.attentions.0", "up_blocks.0.attentions.1")
 
 
-def problems(network: nn.Module, options: LoraOptions, *, targets: Targets, in_blocks: bool = True) -> list[Problem]:
+def problems(network: nn.Module, options: LoraOptions, *, targets: Targets, in_blocks: bool = True,
+             blocks: Blocks | None = None) -> list[Problem]:
     """What this network has not got: blocks that were named, layers as wide as --rank asks; it may be on meta.
 
     in_blocks  whether --lora_unet_blocks and --use_blora speak of this network
+    blocks     how WebUIs number its blocks, for patterns
     """
     paths = list(layer_paths(network, targets[options.lora_layers]))
     assert paths, f"no layer of this network ends in {targets[options.lora_layers]}"
-    chosen = blocks(options) if in_blocks else []
+    chosen = chosen_blocks(options) if in_blocks else []
     if in_blocks and options.lora_unet_blocks is not None and not chosen:
         return [Problem("no block is named", f"--lora_unet_blocks {options.lora_unet_blocks!r}",
                         "the value holds nothing but commas and spaces",
@@ -37,10 +41,12 @@ def problems(network: nn.Module, options: LoraOptions, *, targets: Targets, in_b
                         f"this UNet has no layer to adapt in {', '.join(missing)}",
                         "name an SDXL model, or choose blocks with --lora_unet_blocks")]
     found = [unknown_block(block, network) for block in missing]
-    if options.init_lora_weights == "gaussian":
-        return found
     paths = target_modules(network, options, targets=targets, in_blocks=in_blocks)
-    return found + (convolutions(network, options, paths) or narrow_layers(network, options, paths))
+    if in_blocks and not found:
+        found = [*patterns.problems(options, paths, blocks or {})]
+    if options.init_lora_weights == "gaussian" or found:
+        return found
+    return convolutions(network, options, paths) or narrow_layers(network, options, paths, blocks or {})
 
 
 def convolutions(network: nn.Module, options: LoraOptions, paths: Iterable[str]) -> list[Problem]:
@@ -52,20 +58,23 @@ def convolutions(network: nn.Module, options: LoraOptions, paths: Iterable[str])
                     "--lora_layers attention+ff")] if found else []
 
 
-def narrow_layers(network: nn.Module, options: LoraOptions, paths: Iterable[str]) -> list[Problem]:
+def narrow_layers(network: nn.Module, options: LoraOptions, paths: Iterable[str], blocks: Blocks) -> list[Problem]:
     """PiSSA and OLoRA start from r directions of each weight, which has no more of them than its smaller side."""
     sides = {path: min(network.get_parameter(f"{path}.weight").shape) for path in paths}
-    narrowest = min(sides, key=lambda path: sides[path], default="")
-    if not sides or sides[narrowest] >= options.rank:
+    ranks = {path: patterns.sizes(options, path, "unet", blocks)[0] for path in sides}
+    narrowest = min(sides, key=lambda path: sides[path] - ranks[path], default="")
+    if not sides or sides[narrowest] >= ranks[narrowest]:
         return []
-    return [Problem(f"--rank {options.rank} is more than {narrowest} has directions", "--rank, --init_lora_weights",
-                    f"{options.init_lora_weights} starts from the {options.rank} main directions of every weight",
-                    f"--rank {sides[narrowest]} at most, or --init_lora_weights gaussian")]
+    rank = ranks[narrowest]
+    flag = "--rank" if rank == options.rank else "--lora_rank_pattern with"
+    return [Problem(f"{flag} {rank} is more than {narrowest} has directions", f"{flag}, --init_lora_weights",
+                    f"{options.init_lora_weights} starts from the {rank} main directions of every weight",
+                    f"{flag} {sides[narrowest]} at most, or --init_lora_weights gaussian")]
 
 
 def target_modules(network: nn.Module, options: LoraOptions, *, targets: Targets, in_blocks: bool = True) -> list[str]:
     """Full paths of the layers that get adapters."""
-    chosen = blocks(options) if in_blocks else []
+    chosen = chosen_blocks(options) if in_blocks else []
     return [path for path in layer_paths(network, targets[options.lora_layers])
             if not chosen or any(inside(path, block) for block in chosen)]
 
@@ -76,7 +85,7 @@ def layer_paths(network: nn.Module, ends: Iterable[str]) -> Iterator[str]:
             if isinstance(module, (nn.Linear, nn.Conv2d)) and path.endswith(dotted))
 
 
-def blocks(options: LoraOptions) -> list[str]:
+def chosen_blocks(options: LoraOptions) -> list[str]:
     """B-LoRA's two, or --lora_unet_blocks as module paths; a leading "unet." is allowed, as in published commands."""
     if options.use_blora:
         return list(BLORA_BLOCKS)

@@ -20,6 +20,7 @@ from trainkit.conditioning.new_tokens import NewTokens, unseen
 from trainkit.data.cache import Store
 from trainkit.devices import upload
 from trainkit.errors import refuse
+from trainkit.lora_file import start
 
 if TYPE_CHECKING:
     from trainkit.adapters import Adapters
@@ -62,9 +63,13 @@ class EncoderAdapters:
     embeddings: Mapping[str, Tensor] = {}
 
     def __init__(self, family: Family, options: LoraOptions, *, seed: int):
+        file = start.read(options, family.names)
         self.networks = [
-            adapters.add_adapters(encoder, options, prefix=prefix, targets=family.text_lora_targets, seed=seed)
+            adapters.add_adapters(encoder, start.sized(options, file), prefix=prefix, targets=family.text_lora_targets,
+                                  seed=seed)
             for prefix, encoder in zip(family.layout.text_encoders, family.text_encoders, strict=True)]
+        for network in self.networks:
+            start.begin(network, file, options)
 
     def rewrite(self, prompt: str) -> str:
         return prompt
@@ -245,7 +250,7 @@ def make_text(family: Family, prompts: Iterable[str] | None, store: Store | None
         learner = EncoderAdapters(family, lora, seed=seed)
         return LiveText(family, learner, prompts, store, text, stop=text.stop(total), also=also)
     assert prompts is not None, "new tokens are frozen in the run"
-    prompts, tokens = list(prompts), NewTokens(cast("SDXL", family), pivotal, seed=seed)
+    prompts, tokens = list(prompts), NewTokens(cast("SDXL", family), pivotal, seed=seed, lora=lora)
     refuse(unseen(tokens.names, family.tokenizers[0], [tokens.rewrite(prompt) for prompt in prompts],
                   family.max_chunks))
     return LiveText(family, tokens, prompts, store, text, stop=pivotal.stop(total), also=also)

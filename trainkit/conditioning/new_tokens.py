@@ -28,6 +28,7 @@ from trainkit import lora_file, rng
 from trainkit.errors import Problem, UserError, counted, refuse
 from trainkit.families.tokenize import chunked, read_tokens
 from trainkit.files import disk_errors, load_tensors, save_tensors
+from trainkit.lora_file import start
 from trainkit.reading import parse_json
 from trainkit.runtime.weight_files import embeddings_file
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from trainkit.data.batch import Row
     from trainkit.families.sdxl import SDXL
     from trainkit.optim import ParamGroup
-    from trainkit.options import PivotalOptions
+    from trainkit.options import LoraOptions, PivotalOptions
 
 log = logging.getLogger(__name__)
 
@@ -124,13 +125,14 @@ class NewTokens:
     """The new tokens of a run in both text encoders: what is trained, and how prompts name it.
 
     Adds the tokens to the family's tokenizers and puts TokenRows around the token embeddings of its text encoders.
+    lora  --network_weights names the file whose embeddings they start from
     seed  decides random rows together with a token's name, whatever other tokens there are
     Raises UserError where a tokenizer has one of the tokens already.
     """
 
     networks: tuple[()] = ()  # no adapters
 
-    def __init__(self, family: SDXL, options: PivotalOptions, *, seed: int) -> None:
+    def __init__(self, family: SDXL, options: PivotalOptions, *, seed: int, lora: LoraOptions | None = None) -> None:
         self.options = options
         self.names = [name for names in options.tokens.values() for name in names]
         self.base_model, self.architecture, self.sets_eos = family.name, family.architecture, family.sets_eos
@@ -138,8 +140,11 @@ class NewTokens:
         parts: list[tuple[str, Any, Any]] = list(zip(ENCODERS, family.tokenizers, family.text_encoders, strict=True))
         self.stds = [float(encoder.get_input_embeddings().weight.float().std()) for _, _, encoder in parts]
         self.rows: list[nn.Parameter] = []  # and no more of the encoders, which must be free to go at the pivot
+        widths = {name: encoder.get_input_embeddings().weight.shape[1] for name, _, encoder in parts}
+        given = start.embeddings(lora, family.names, {name: (len(self.names), D) for name, D in widths.items()})
         for (name, tokenizer, encoder), std in zip(parts, self.stds, strict=True):
-            rows = first_rows(options, tokenizer, encoder.get_input_embeddings().weight, std=std, key=(seed, name))
+            rows = given[name] if given else first_rows(
+                options, tokenizer, encoder.get_input_embeddings().weight, std=std, key=(seed, name))
             self.rows.append(overlay(tokenizer, encoder, self.names, rows).rows)
         self.last = [rows.detach().clone() for rows in self.rows]  # as the last update left them
 

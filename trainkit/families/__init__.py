@@ -1,6 +1,6 @@
 """The model families that can be trained.
 
-Each is a module with `problems`, `latents`, `native_resolution`, `skeleton`, `load` and `LORA_TARGETS`.
+Each is a module with `problems`, `latents`, `native_resolution`, `skeleton`, `load`, `names_of` and `LORA_TARGETS`.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from trainkit.condition import Condition
 from trainkit.devices import empty_cache, upload, uses_tf32
 from trainkit.diffusion import Level, Schedule, ScheduleChange
 from trainkit.errors import Problem, UserError
+from trainkit.families import sgm
 from trainkit.families.file_names import FileNames
 from trainkit.families.pretrained import (
     ANOTHER_VAE,
@@ -154,6 +155,11 @@ class Family(ABC):
         self.text_encoders = tuple(freeze(encoder) for encoder in text_encoders)
 
     # What differs from family to family
+
+    @property
+    def numbered_blocks(self) -> Mapping[str, str]:
+        """The UNet's blocks, as WebUIs number them."""
+        return sgm.numbered(self.denoiser.config)
 
     @property
     @abstractmethod

@@ -22,19 +22,19 @@ from trainkit.errors import Problem
 from trainkit.families import base, checks
 from trainkit.families.base import EncodePrompts, Family, ModelLayout
 from trainkit.families.checks import latents, native_resolution, skeleton
-from trainkit.families.file_names import SD_NAMES
+from trainkit.families.file_names import SD_NAMES, FileNames
 from trainkit.families.pretrained import CLASS_INPUTS, Config, Repo, part_class
 from trainkit.families.tokenize import chunked
 from trainkit.families.unet_targets import LORA_TARGETS, TEXT_LORA_TARGETS
 
 if TYPE_CHECKING:
-    from diffusers import SchedulerMixin, StableDiffusionPipeline
+    from diffusers import SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTokenizer, PreTrainedModel
 
     from trainkit.options import Compat, ModelOptions
 
 __all__ = ["LAYOUT", "LORA_TARGETS", "SD", "TEXT_LORA_TARGETS", "latents", "load", "native_resolution", "problems",
-           "skeleton"]
+           "names_of", "skeleton"]
 
 TEXT_ENCODER = "CLIPTextModel"
 OTHER_INPUTS = ("addition_embed_type", *CLASS_INPUTS)  # of a UNet, besides text
@@ -55,6 +55,11 @@ def incompatible_parts(model: Repo, index: Config, unet: Config) -> Iterator[Pro
 
 LAYOUT = ModelLayout("unet", ("tokenizer",), ("text_encoder",), incompatible_parts)
 problems = partial(checks.problems, LAYOUT)
+
+
+def names_of(unet: UNet2DConditionModel) -> FileNames:
+    """What LoRA files call its modules."""
+    return SD_NAMES
 
 
 class SD(Family):

@@ -26,13 +26,13 @@ from trainkit.families.tokenize import chunked
 from trainkit.families.unet_targets import LORA_TARGETS, TEXT_LORA_TARGETS
 
 if TYPE_CHECKING:
-    from diffusers import SchedulerMixin, StableDiffusionXLPipeline
+    from diffusers import SchedulerMixin, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTokenizer, PreTrainedModel
 
     from trainkit.options import Compat, ModelOptions
 
 __all__ = ["LAYOUT", "LORA_TARGETS", "SDXL", "TEXT_LORA_TARGETS", "latents", "load", "native_resolution", "problems",
-           "skeleton"]
+           "names_of", "skeleton"]
 
 PENULTIMATE = 2  # SDXL conditions on the last-but-one hidden state of both encoders
 
@@ -129,7 +129,12 @@ class SDXL(Family):
     @property
     def names(self) -> FileNames:
         """See Family."""
-        return xl_names(self.denoiser.config)
+        return names_of(self.denoiser)
+
+
+def names_of(unet: UNet2DConditionModel) -> FileNames:
+    """What LoRA files call its modules."""
+    return xl_names(unet.config)
 
 
 def encode(tokenizers: Sequence[CLIPTokenizer], encoders: Sequence[PreTrainedModel], prompts: Sequence[str],

@@ -57,6 +57,14 @@ def block_names(config: Config) -> dict[str, str]:
     return names
 
 
+def numbered(config: Config) -> dict[str, str]:
+    """Diffusers block -> as WebUIs number it where they weigh blocks: down_blocks.1.attentions.0 -> IN04."""
+    words = {"input_blocks": "IN", "output_blocks": "OUT"}
+    parts = {block: name.split(".") for block, name in block_names(config).items()}
+    return {block: f"{words[side]}{int(number):02d}" if side in words else "MID"
+            for block, (side, number, *_) in parts.items()}
+
+
 def webui_name(path: str, config: Config) -> str:
     """The name of a UNet module in a WebUI LoRA file."""
     return "_".join([PREFIX, *original_path(path, block_names(config)).split(".")])

@@ -29,11 +29,10 @@ INSTEAD = {  # their name: what to do here
     # Model and files
     "output_name": "the last part of --output_dir names the LoRA file: --output_dir runs/{value}",
     "network_module": "write --lora_type lora, loha or lokr; lora is the default",
-    "network_args": "write its parts as flags: conv_dim as --lora_layers all-linear+conv, algo as --lora_type, "
-                    "dora_wd as --use_dora, loraplus_lr_ratio as --loraplus_lr_ratio",
-    "conv_dim": "--lora_layers all-linear+conv adapts convolutions too, with the same --rank",
-    "conv_alpha": "--lora_layers all-linear+conv adapts convolutions too, with the same --lora_alpha",
-    "network_weights": "a LoRA cannot be trained on from its file yet; --resume_from_checkpoint takes checkpoints",
+    "network_args": "write its parts as flags: conv_dim as --lora_layers all-linear+conv and "
+                    "--lora_rank_pattern, algo as --lora_type, dora_wd as --use_dora, loraplus_lr_ratio as --loraplus_lr_ratio",
+    "conv_dim": "--lora_layers all-linear+conv --lora_rank_pattern resnets={value} for the convolutions",
+    "conv_alpha": "--lora_layers all-linear+conv --lora_alpha_pattern resnets={value} for the convolutions",
     "base_weights": "a LoRA cannot be merged into the base yet: merge it elsewhere and name that model",
     "save_model_as": "files are always safetensors: leave it out",
     "save_precision": "NAME.safetensors is always fp16, pytorch_lora_weights.safetensors fp32: leave it out",
@@ -70,11 +69,12 @@ INSTEAD = {  # their name: what to do here
     "rank_dropout": "--lora_dropout drops inputs of the LoRA; ranks are not dropped yet",
     "module_dropout": "--lora_dropout drops inputs of the LoRA; modules are not dropped yet",
     "scale_weight_norms": "--max_grad_norm limits each update; the LoRA's norm is not limited yet",
-    "block_dims": "--lora_unet_blocks chooses blocks; a rank for each is not there yet",
-    "block_lr": "--lora_unet_blocks chooses blocks; a rate for each is not there yet",
-    "down_lr_weight": "--lora_unet_blocks chooses blocks; a rate for each is not there yet",
-    "mid_lr_weight": "--lora_unet_blocks chooses blocks; a rate for each is not there yet",
-    "up_lr_weight": "--lora_unet_blocks chooses blocks; a rate for each is not there yet",
+    "block_dims": "--lora_rank_pattern names blocks and their ranks: IN04=8 MID=16",
+    "block_alphas": "--lora_alpha_pattern names blocks and their alphas: IN04=8 MID=16",
+    "block_lr": "--lora_lr_pattern names blocks and what their rates are multiplied by: IN04=0.5 MID=1",
+    "down_lr_weight": "--lora_lr_pattern names blocks and what their rates are multiplied by: IN04=0.5 MID=1",
+    "mid_lr_weight": "--lora_lr_pattern names blocks and what their rates are multiplied by: IN04=0.5 MID=1",
+    "up_lr_weight": "--lora_lr_pattern names blocks and what their rates are multiplied by: IN04=0.5 MID=1",
     "network_train_unet_only": "text encoders are frozen unless you write --train_text_encoder: leave it out",
     "network_train_text_encoder_only": "--train_text_encoder --train_unet_frac 0",
     # Optimizer and loss

@@ -29,6 +29,23 @@ class LoraOptions(Concern):
         False,
         "Multiply the update by lora_alpha / √rank instead of lora_alpha / rank. This suits high ranks (rsLoRA).",
         read_with=ADAPTS, card="rsLoRA")
+    lora_rank_pattern: str | None = opt(
+        None,
+        "Other ranks for some layers, as KEY=RANK, for example mid_block=16 attn2=8. A key is a part of a module's "
+        "path, or a regular expression for one. It can also be a block as WebUIs number it: IN04, MID, OUT03. The "
+        "first key that fits a layer counts. Keys that begin with text_encoder. or text_encoder_2. are for that text "
+        "encoder.",
+        unit="key=rank", many=True, read_with=ADAPTS, card="Ranks of layers", min_length=1)
+    lora_alpha_pattern: str | None = opt(
+        None,
+        "Another lora_alpha for some layers, as KEY=ALPHA, with keys as in --lora_rank_pattern. Without it and without "
+        "--lora_alpha, the alpha of every layer is its rank.", unit="key=alpha", many=True, read_with=ADAPTS,
+        card="Alphas of layers", min_length=1)
+    lora_lr_pattern: str | None = opt(
+        None,
+        "Another learning rate for some layers, as KEY=FACTOR, with keys as in --lora_rank_pattern. The learning rate "
+        "is multiplied by the factor.", unit="key=factor", many=True, read_with=ADAPTS, card="Rates of layers",
+        min_length=1)
     lokr_factor: int = opt(
         8,
         "The side of the small matrix of LoKr. If a layer's side is not divisible by it, the next smaller divisor is "
@@ -58,6 +75,15 @@ class LoraOptions(Concern):
         "How the matrices A and B of the LoRA start. gaussian: A is random and B is 0. pissa and olora: both start "
         "from the main directions of the weight. With all three, training starts exactly at the base model.",
         read_with=ADAPTS, card="Start")
+    network_weights: str | None = opt(
+        None,
+        "Start from this LoRA file instead of from the base model alone. The file can come from any trainer whose "
+        "files we read. For new tokens, the embeddings in the file or in NAME_emb.safetensors beside it are used.",
+        path=True, read_with=ADAPTS, card="Started from", min_length=1)
+    dim_from_weights: bool = opt(
+        False,
+        "Take the rank and the alpha of each layer from the file of --network_weights, instead of from --rank and "
+        "--lora_alpha.", read_with="network_weights", card="Rank from the file")
     loraplus_lr_ratio: float = opt(
         1.0, "The learning rate of B divided by the learning rate of A (LoRA+).", unit="times", read_with=ADAPTS,
         card="LoRA+ ratio", gt=0, off=1.0)

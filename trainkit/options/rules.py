@@ -142,6 +142,7 @@ _LYCORIS = {  # with --lora_type loha and lokr
 _STARTED = {  # with --init_lora_weights pissa and olora
     "use_dora": "DoRA's magnitudes are those of the weight, not of what such a start leaves of it",
     "lora_dropout": "with inputs dropped the start would not be the base model",
+    "network_weights": "each is where A and B start",
 }
 
 
@@ -163,6 +164,10 @@ def _other_adapter(values: Values) -> Iterator[Problem]:
     if values.get("use_blora") and values.get("lora_unet_blocks") is not None:
         yield Problem("--use_blora with --lora_unet_blocks", "--lora_unet_blocks",
                       "B-LoRA is a choice of blocks, too: SDXL's two of content and style", "leave out one of the two")
+    if values.get("dim_from_weights"):
+        yield from (Problem(f"--dim_from_weights with --{other}", f"--{other}", "the file says the ranks and alphas",
+                            "leave out one of the two")
+                    for other in ("lora_rank_pattern", "lora_alpha_pattern") if values.get(other))
     if values.get("lokr_factor") == 0:
         yield Problem("--lokr_factor 0", "--lokr_factor", "no matrix has a side of 0", "--lokr_factor 8, or -1")
 

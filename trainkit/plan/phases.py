@@ -33,6 +33,7 @@ from trainkit.devices import WEIGHT_DTYPES
 from trainkit.diffusion import Level, ScheduleChange, make_noise
 from trainkit.families import Family
 from trainkit.families.base import in_tiles
+from trainkit.lora_file import start
 from trainkit.losses.passes import Passes, always, plain_objective
 from trainkit.options import (
     Concern,
@@ -177,8 +178,8 @@ class Skeleton:
     def add_trainables(self) -> None:
         """As the trainer's `make_trainables` and `make_text` do."""
         opt, family = self.opt, self.family
-        self.lora = add_adapters(family.denoiser, opt.lora.model_copy(update={"init_lora_weights": "gaussian"}),
-                                 targets=family.lora_targets, seed=0)
+        self.lora = add_adapters(family.denoiser, planned(opt.lora, family),
+                                 targets=family.lora_targets, seed=0, blocks=family.numbered_blocks)
         self.started = start_elsewhere(self.lora) if opt.lora.init_lora_weights != "gaussian" else []
         if opt.precision.gradient_checkpointing:
             family.denoiser.enable_gradient_checkpointing()
@@ -353,10 +354,16 @@ def learns_text(opt: TracedOptions) -> bool:
     return opt.text.train_text_encoder or new_tokens(opt) > 0
 
 
+def planned(options: LoraOptions, family: Family) -> LoraOptions:
+    """The adapters' sizes without what fills them: --network_weights, PiSSA and OLoRA read weights."""
+    unfilled = {"init_lora_weights": "gaussian", "network_weights": None, "dim_from_weights": False}
+    return start.sized(options, start.read(options, family.names)).model_copy(update=unfilled)
+
+
 def learned_text(opt: TracedOptions, family: Family) -> list[Tensor]:
     """What trains in the text encoders, put into them as `trainkit.conditioning.live_text.make_text` does."""
     if not new_tokens(opt):
-        learner = EncoderAdapters(family, opt.lora, seed=0)
+        learner = EncoderAdapters(family, planned(opt.lora, family), seed=0)
         return [parameter for network in learner.networks for parameter in network.parameters()]
     found: list[Tensor] = []
     encoders: tuple[Any, ...] = family.text_encoders

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 from trainkit import files
-from trainkit.errors import Problem, UserError, refuse
+from trainkit.errors import Problem, UserError, refuse, shell_word
 from trainkit.runtime import manifest
-from trainkit.runtime.weight_files import at_step, step_of
+from trainkit.runtime.weight_files import DIFFUSERS_FILE, at_step, step_of
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,8 @@ def problems(out_dir: Path, which: str | None) -> list[Problem]:
     if any((path / name).exists() for name in FOREIGN):
         return [Problem(f"{flag} is a checkpoint of another trainer", str(path),
                         "its state is pickled, and belongs to another layout of the training", newest_or_anew(out_dir))]
+    if (lora := path / DIFFUSERS_FILE).is_file():
+        return [a_file(lora, flag)]
     why = f"it holds checkpoints: {there(path)}" if CheckpointFolders(path).all() else "it has no manifest.json"
     return [Problem(f"{flag} is a folder, and not a checkpoint", str(path), why, newest_or_anew(path, out_dir))]
 
@@ -72,10 +74,13 @@ def named_path(out_dir: Path, which: str) -> Path:
 def a_file(path: Path, flag: str) -> Problem:
     """Somebody has named a file where a folder is asked for."""
     what = "a file of weights" if path.suffix.lower() in WEIGHTS else "a file"
+    go_on = newest_or_anew(path.parent, path.parent.parent)
+    if path.suffix.lower() == ".safetensors":
+        go_on += f"; or --network_weights {shell_word(path)}, which starts a new run from the LoRA"
     return Problem(
         f"{flag} is {what}, and a run goes on from a checkpoint folder", str(path),
         "a LoRA file holds weights only: a run that goes on also needs the optimizer's state and its place in the data",
-        newest_or_anew(path.parent, path.parent.parent))
+        go_on)
 
 
 def there(folder: Path) -> str:

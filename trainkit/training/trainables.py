@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from trainkit import summary
 from trainkit.adapters import Adapters, add_adapters
+from trainkit.lora_file import start
 from trainkit.optim import Optim, make_optimizer
 
 if TYPE_CHECKING:
@@ -44,7 +45,12 @@ def make_trainables(
     keep_vae     whether the VAE encodes at every visit; else it makes room on the device
     total_steps  optimizer steps of the run: groups have rates, decays and last steps of their own
     """
-    lora = add_adapters(family.denoiser, opt.lora, targets=family.lora_targets, seed=run.seed)
+    file = start.read(opt.lora, family.names)
+    lora = add_adapters(family.denoiser, start.sized(opt.lora, file), targets=family.lora_targets, seed=run.seed,
+                        blocks=family.numbered_blocks)
+    start.begin(lora, file, opt.lora)
+    start.say_unused(file, {network.prefix for network in (lora, *text.networks) if network.layers},
+                     tokens=bool(text.embeddings))
     family.prepare_for_training(keep_vae=keep_vae, gradient_checkpointing=opt.precision.gradient_checkpointing)
     network = lora.groups(lr=opt.optimizer.base_lr(global_batch=run.global_batch),
                           weight_decay=opt.optimizer.adam_weight_decay, stop=opt.lora.stop(total_steps))

@@ -1,0 +1,114 @@
+"""Ranks, alphas and learning rates of single layers: what --lora_rank_pattern and its like say.
+
+    mid_block=16 attn2=8 IN04=4        KEY=VALUE, apart by spaces or commas; the first key that fits a layer counts
+
+A key is a regular expression for one or more whole parts of a module's path, as in PEFT's rank_pattern, or a block as
+WebUIs number it: IN04, MID, OUT03. Keys that begin with text_encoder. or text_encoder_2. speak of that encoder, and all
+others of the UNet.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from trainkit.errors import Problem
+
+if TYPE_CHECKING:
+    from trainkit.options import LoraOptions
+
+Pattern = Mapping[str, float]  # key -> value
+Blocks = Mapping[str, str]  # a block of the UNet, down_blocks.1.attentions.0 -> as WebUIs number it, IN04
+NUMBERED = re.compile(r"(IN|OUT)\d\d|MID")
+FLAGS = ("lora_rank_pattern", "lora_alpha_pattern", "lora_lr_pattern")
+
+
+def read(text: str | None, prefix: str) -> Pattern:
+    """The entries for one network, its name taken off their keys; `problems` has found no fault in them."""
+    entries = (entry.rpartition("=") for entry in (text or "").replace(",", " ").split())
+    return {key.removeprefix(f"{prefix}."): float(value) for key, _, value in entries if network_of(key) == prefix}
+
+
+def network_of(key: str) -> str:
+    head = key.partition(".")[0]
+    return head if head in ("text_encoder", "text_encoder_2") else "unet"
+
+
+def key_for(path: str, pattern: Pattern, blocks: Blocks) -> str | None:
+    """The first key that fits the module at `path`."""
+    return next((key for key in pattern if fits(key, path, blocks)), None)
+
+
+def fits(key: str, path: str, blocks: Blocks) -> bool:
+    if NUMBERED.fullmatch(key):
+        return any(name == key and path.startswith(f"{block}.") for block, name in blocks.items())
+    return re.fullmatch(rf"(.*\.)?(?:{key})(\..*)?", path) is not None
+
+
+def sizes(options: LoraOptions, path: str, prefix: str, blocks: Blocks) -> tuple[int, float]:
+    """Rank and alpha of the layer at `path`. An alpha that nobody gives is the rank, so that the scale is 1."""
+    ranks, alphas = read(options.lora_rank_pattern, prefix), read(options.lora_alpha_pattern, prefix)
+    key, alpha_key = key_for(path, ranks, blocks), key_for(path, alphas, blocks)
+    rank = options.rank if key is None else int(ranks[key])
+    if alpha_key is not None:
+        return rank, alphas[alpha_key]
+    return rank, float(rank) if options.lora_alpha is None else options.lora_alpha
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Before loading
+
+
+def problems(options: LoraOptions, paths: Iterable[str], blocks: Blocks) -> Iterator[Problem]:
+    """Entries that cannot be read, and keys that fit none of the UNet's adapted layers at `paths`."""
+    paths = list(paths)
+    for name in FLAGS:
+        text = getattr(options, name)
+        if text is None:
+            continue
+        entries = text.replace(",", " ").split()
+        bad = next((found for entry in entries if (found := fault(name, entry))), None) if entries else nothing(name)
+        if bad:
+            yield bad
+            continue
+        yield from (unknown(name, key, paths, blocks) for key in read(text, "unet")
+                    if not any(fits(key, path, blocks) for path in paths))
+
+
+def nothing(name: str) -> Problem:
+    return Problem(f"--{name} names no layer", f"--{name} ''", "the value holds nothing but commas and spaces",
+                   f"--{name} mid_block={EXAMPLES[name]}, for example")
+
+
+def fault(name: str, entry: str) -> Problem | None:
+    """What is wrong with one entry as it is written."""
+    key, _, value = entry.rpartition("=")
+    where, example = f"--{name} {entry}", f"--{name} mid_block={EXAMPLES[name]}, for example"
+    if not key:
+        return Problem(f"--{name} cannot read {entry!r}", where, "entries are KEY=VALUE, apart by spaces", example)
+    try:
+        re.compile(key)
+    except re.error as error:
+        return Problem(f"{key!r} is no regular expression", where, str(error), "a part of a path, such as attn2")
+    whole = name == "lora_rank_pattern"
+    try:
+        number = int(value) if whole else float(value)
+    except ValueError:
+        number = 0
+    if not 0 < number <= (4096 if whole else 1e6):
+        return Problem(f"--{name} cannot be {value!r}", where, "a rank is a whole number from 1 to 4096" if whole else
+                       "the value is a number above 0", example)
+    return None
+
+
+EXAMPLES = {"lora_rank_pattern": "16", "lora_alpha_pattern": "8", "lora_lr_pattern": "0.5"}
+
+
+def unknown(name: str, key: str, paths: list[str], blocks: Blocks) -> Problem:
+    parts = {part for path in paths for part in (path, *path.split("."), *blocks.values()) if not part.isdecimal()}
+    near = difflib.get_close_matches(key, parts, n=3, cutoff=0.0)
+    return Problem(f"no adapted layer of the UNet fits {key!r}", f"--{name}",
+                   "a key is a regular expression for whole parts of a module's path, or a block such as IN04",
+                   f"the nearest are {', '.join(near)}")
