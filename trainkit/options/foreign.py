@@ -30,7 +30,8 @@ INSTEAD = {  # their name: what to do here
     "output_name": "the last part of --output_dir names the LoRA file: --output_dir runs/{value}",
     "network_module": "write --lora_type lora, loha or lokr; lora is the default",
     "network_args": "write its parts as flags: conv_dim as --lora_layers all-linear+conv and "
-                    "--lora_rank_pattern, algo as --lora_type, dora_wd as --use_dora, loraplus_lr_ratio as --loraplus_lr_ratio",
+                    "--lora_rank_pattern, algo as --lora_type, dora_wd as --use_dora, loraplus_lr_ratio as "
+                    "--loraplus_lr_ratio",
     "conv_dim": "--lora_layers all-linear+conv --lora_rank_pattern resnets={value} for the convolutions",
     "conv_alpha": "--lora_layers all-linear+conv --lora_alpha_pattern resnets={value} for the convolutions",
     "base_weights": "a LoRA cannot be merged into the base yet: merge it elsewhere and name that model",
