@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         # The frozen model. Prompts become conditioning (cached, by new tokens or by LoRA), images become latents.
         family = sdxl.load(opt.model, device=run.device, weight_dtype=run.weight_dtype, compat=opt.run.compat,
                            schedule=ScheduleChange.from_options(opt.objective), max_chunks=opt.captions.max_chunks)
-        store = cache.open_store(opt.data.latent_cache_dir)
+        store = cache.open_store(opt.data.latent_cache_dir, run.out_dir)
         text = live_text.make_text(
             family, captions.announced(rows), store, also=preview.preview_prompts(opt.validation), text=opt.text,
             pivotal=opt.pivotal, lora=opt.lora, total=total, seed=run.seed,

@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         family = family_module.load(opt.model, device=run.device, weight_dtype=run.weight_dtype, compat=opt.run.compat,
                            schedule=ScheduleChange.from_options(opt.objective), max_chunks=opt.captions.max_chunks)
         token = clip_token.make_clip_token(opt.guidance, rows, family, captions)  # the image's own, where asked for
-        store = cache.open_store(opt.data.latent_cache_dir)
+        store = cache.open_store(opt.data.latent_cache_dir, run.out_dir)
         text = live_text.make_text(
             family, captions.announced(rows), store, also=preview.preview_prompts(opt.validation), text=opt.text,
             lora=opt.lora, total=total, seed=run.seed, gradient_checkpointing=opt.precision.gradient_checkpointing)

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
-from tests.support.images import marked, marked_folder, open_files, row_of
+from tests.support.caches import DAMAGE, encode, folder_rows
+from tests.support.images import marked, open_files, row_of
 from trainkit.data import cache
 from trainkit.data.batch import Row
 from trainkit.data.cache import DiskStore, Latents, Store, StoredTensors, cache_latents, content_key
@@ -27,21 +27,11 @@ from trainkit.errors import UserError, shell_word
 POLICY = CropPolicy(resolution=32, center_crop=True)
 
 
-def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Stands in for a VAE: 8x8 block means [B,3,4,4]."""
-    mean = torch.nn.functional.avg_pool2d(pixels, 8)
-    return mean, mean - 5
-
-
 def fill(rows: list[Row], store: Store, policy: CropPolicy = POLICY, **changes: object) -> tuple[Latents, int]:
     """(the latents, how many had to be encoded)."""
     counts = [0]
     how = dict(seed=0, identity="vae", progress=lambda done, total: counts.append(done)) | changes
     return cache_latents(rows, policy, encode, store, **how), counts[-1]
-
-
-def folder_rows(folder: Path, n: int = 5) -> list[Row]:
-    return [row_of(path) for path in sorted(marked_folder(folder, n).glob("*.png"))]
 
 
 @pytest.mark.parametrize("policy", [
@@ -113,15 +103,6 @@ def test_nan_and_infinity_are_never_cached(tmp_path: Path, bad: float) -> None:
     assert caught.value.problems[0].kind == "nonfinite" and not store
 
 
-DAMAGE = {
-    "empty": lambda data: b"",
-    "zeros": lambda data: b"\0" * 200,
-    "cut": lambda data: data[:-1],
-    "64 bytes of the payload overwritten": lambda data: data[:-64] + b"\xff" * 64,
-    "no digest": lambda data: save(load(data)),
-}
-
-
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_entry_is_rebuilt(tmp_path: Path, damage: str) -> None:
     rows, store = folder_rows(tmp_path / "d"), DiskStore(tmp_path / "cache")
@@ -134,14 +115,14 @@ def test_a_damaged_entry_is_rebuilt(tmp_path: Path, damage: str) -> None:
     assert fill(rows, store)[1] == 1
 
 
-def no_reading(store: DiskStore, path: Path) -> StoredTensors:
+def no_reading(path: Path) -> StoredTensors:
     raise AssertionError(f"{path} was read")
 
 
 def test_a_start_reads_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = folder_rows(tmp_path / "d")
     fill(rows[:3], DiskStore(tmp_path / "cache"))
-    monkeypatch.setattr(DiskStore, "_read", no_reading)
+    monkeypatch.setattr(cache, "read_entry", no_reading)
     assert fill(rows, DiskStore(tmp_path / "cache"))[1] == 2, "those that are not there"
 
 

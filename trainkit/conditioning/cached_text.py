@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trainkit.condition import UNCONDITIONAL, Condition, equally_long
-from trainkit.data.cache import Store, content_key, fill_together
+from trainkit.data.cache import Store, content_key, fill_together, refer
 from trainkit.devices import upload
 from trainkit.runtime import ranks
 
@@ -60,6 +60,7 @@ class FrozenText:
         distinct = sorted(set(prompts) - self.keys.keys())
         parts = (family.text_identity, self.clip_skip, *([state] if state else []))
         self.keys |= {prompt: content_key(ENTRIES, *parts, prompt) for prompt in distinct}
+        refer(self.store, bytes.fromhex("".join(self.keys[prompt] for prompt in distinct)))
         groups = _groups(distinct, family.chunk_counts(distinct))
         fill_together(self.store, groups, groups[ranks.rank() :: ranks.world()], partial(self._encode, family))
 

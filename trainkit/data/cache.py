@@ -9,8 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from trainkit.data.batch import Sample
+from trainkit.data.cache_uses import Use
 from trainkit.data.geometry import CropPolicy
 from trainkit.data.images import load_image
 from trainkit.errors import Problem, UserError, shell_word
@@ -37,9 +41,11 @@ if TYPE_CHECKING:
 VERSION = 2  # raise it when pixels or posteriors of the same key would come out differently
 STALE_SECONDS = 86_400  # unfinished files of a killed run are swept after a day: a live one is renamed within seconds
 SUFFIX = ".safetensors"
+PART, ENTRY = re.compile("[0-9a-f]{2}"), re.compile(r"[0-9a-f]{32}\.safetensors")  # names in a cache folder
 DIGEST = "blake2b"  # name of the digest in a file's metadata
 ENCODER = json.JSONEncoder(sort_keys=True)  # of keys, which a large set has many of
 SENT_AT_ONCE = 64  # entries; those of SDXL's captions take 40 MB
+WRITERS, MOST_PENDING = 4, 16  # threads that write entries, and entries that may wait for them
 VIEWS_AT_ONCE = 8  # of one image in memory; at 1024 pixels a view takes 12 MiB
 
 EncodeImages = Callable[[Tensor], tuple[Tensor, Tensor]]  # pixels [B,3,H,W] -> mean, logvar [B,C,h,w]
@@ -70,11 +76,16 @@ class DiskStore:
     no RAM.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, run_dir: Path | None = None):
+        """`run_dir` is the output folder of the run that uses the entries; its use is recorded in the folder."""
         self.folder = Path(folder)
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
+        self.use = Use(self.folder, run_dir) if run_dir else None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"folder": self.folder, "use": None}  # for data loader workers: they only read
 
     def keys(self) -> set[str]:
         """Of all entries that are there now, by one look into each folder."""
@@ -89,9 +100,9 @@ class DiskStore:
         """The entry. A damaged one is deleted, so that the next start writes it anew."""
         path, fix = self._path(key), "start the same command again: it is rebuilt"
         try:
-            return self._read(path)
-        except _Unreadable as error:
-            if isinstance(error, _Damaged) and not _deleted(path):
+            return read_entry(path)
+        except UnreadableEntry as error:
+            if isinstance(error, DamagedEntry) and not _deleted(path):
                 fix = f"rm -- {shell_word(path)}; {fix}"
             raise UserError(Problem("a cache entry is gone or damaged", f"{path}", f"{error}", fix,
                                     kind="disk")) from error
@@ -101,21 +112,6 @@ class DiskStore:
         with disk_errors(path):
             path.parent.mkdir(exist_ok=True)
             save_tensors(path, entry, {DIGEST: tensors_digest(entry)})
-
-    def _read(self, path: Path) -> StoredTensors:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-                written = (file.metadata() or {}).get(DIGEST)
-        except OSError as error:
-            raise _Unreadable(f"{error}") from error
-        except SafetensorError as error:
-            raise _Damaged(f"{error}") from error
-        if written != tensors_digest(tensors):
-            raise _Damaged("its content is not what was written")
-        return tensors
 
     def _path(self, key: object) -> Path:
         assert isinstance(key, str)
@@ -128,12 +124,47 @@ class DiskStore:
                     draft.unlink()
 
 
-class _Unreadable(Exception):
+class UnreadableEntry(Exception):
     """There is no file of that name, or it cannot be opened."""
 
 
-class _Damaged(_Unreadable):
+class DamagedEntry(UnreadableEntry):
     """The file is not the one that was written."""
+
+
+def read_entry(path: Path) -> StoredTensors:
+    """The tensors of an entry. Raises UnreadableEntry and DamagedEntry."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+            written = (file.metadata() or {}).get(DIGEST)
+    except OSError as error:
+        raise UnreadableEntry(f"{error}") from error
+    except SafetensorError as error:
+        raise DamagedEntry(f"{error}") from error
+    if written != tensors_digest(tensors):
+        raise DamagedEntry("its content is not what was written")
+    return tensors
+
+
+def refer(store: Store, keys: bytes | bytearray) -> bool:
+    """Tell those who delete entries of a folder that this run needs these, 16 bytes each -> whether there are any such.
+
+    What is there afterwards stays there, for the length of the run.
+    """
+    if not isinstance(store, DiskStore) or store.use is None:
+        return False
+    store.use.refer(keys)
+    return True
+
+
+def entry_paths(folder: Path) -> Iterator[Path]:
+    """All entries of a cache folder, one look into each of its folders at a time."""
+    for part in sorted(_names(folder)):
+        if PART.fullmatch(part) and (folder / part).is_dir():
+            yield from (folder / part / name for name in sorted(_names(folder / part)) if ENTRY.fullmatch(name))
 
 
 def _names(folder: Path) -> list[str]:
@@ -159,9 +190,9 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def open_store(folder: str | Path | None) -> Store:
+def open_store(folder: str | Path | None, run_dir: Path | None = None) -> Store:
     """Where latents and text embeddings are kept: a folder shared by runs, or this process's memory."""
-    return {} if folder is None else DiskStore(folder)
+    return {} if folder is None else DiskStore(folder, run_dir)
 
 
 def content_key(*parts: Json) -> str:
@@ -187,9 +218,9 @@ class Latents:
         entry = self.store[self.key(sample)]
         return entry["mean"].float(), entry["logvar"].float()
 
-    def put(self, key: str, mean: Tensor, logvar: Tensor) -> None:
+    def entry(self, mean: Tensor, logvar: Tensor) -> StoredTensors:
         posterior = {"mean": mean, "logvar": logvar}  # copied: a slice would keep its whole batch alive
-        self.store[key] = {k: v.detach().to("cpu", self.dtype, copy=True) for k, v in posterior.items()}
+        return {k: v.detach().to("cpu", self.dtype, copy=True) for k, v in posterior.items()}
 
 
 def cache_latents(
@@ -216,10 +247,20 @@ def _all_views(rows: Iterable[Row], latents: Latents, seed: int) -> Iterator[_Wa
             yield latents.key(sample), sample
 
 
-def _missing(views: Iterable[_Wanted], store: Store) -> list[_Wanted]:
-    """Those that the store lacks, each once; of the others nothing is kept."""
-    there = store.keys()
-    return list({key: sample for key, sample in views if key not in there}.items())
+def _missing(views: Callable[[], Iterable[_Wanted]], store: Store) -> list[_Wanted]:
+    """Those that the store lacks, each once; of the others nothing is kept but their keys, for the list of uses.
+
+    Looks again when another process has deleted entries before that list was written.
+    """
+    while True:
+        there, keys, missing = store.keys(), bytearray(), {}
+        for key, sample in views():
+            keys += bytes.fromhex(key)
+            if key not in there:
+                missing[key] = sample
+        shared = refer(store, keys)
+        if not shared or set(store.keys()).issuperset(there):
+            return [*missing.items()]
 
 
 def fill_together(store: Store, whole: Sequence[Item], part: Sequence[Item], fill: Callable[[Sequence[Item]], object],
@@ -260,18 +301,49 @@ def _encode_missing(
     rows: Sequence[Row], *, latents: Latents, seed: int, encode: EncodeImages, batch_size: int, num_workers: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    missing = _missing(_all_views(rows, latents, seed), latents.store)
+    missing = _missing(partial(_all_views, rows, latents, seed), latents.store)
     loader = DataLoader(_Views(latents.policy, missing), batch_size=None, collate_fn=_as_is, num_workers=num_workers,
                         generator=generator("latent cache"))  # its own: the global one must not move with the loader
     done, all_views = 0, chain.from_iterable(unguarded(loader))
     alike = (views for _, views in groupby(all_views, key=lambda view: view.pixels.shape))
-    for views in chain.from_iterable(_chunks(views, batch_size) for views in alike):
-        for view, mean, logvar in zip(views, *encode(torch.stack([view.pixels for view in views])), strict=True):
-            _refuse_nonfinite(view.name, mean, logvar)
-            latents.put(view.key, mean, logvar)
-        done += len(views)
-        if progress:
-            progress(done, len(missing))
+    with _Writer(latents.store) as write:
+        for views in chain.from_iterable(_chunks(views, batch_size) for views in alike):
+            for view, mean, logvar in zip(views, *encode(torch.stack([view.pixels for view in views])), strict=True):
+                _refuse_nonfinite(view.name, mean, logvar)
+                write(view.key, latents.entry(mean, logvar))
+            done += len(views)
+            if progress:
+                progress(done, len(missing))
+
+
+class _Writer:
+    """Puts entries into a store. A folder's are written by threads, while the next images are encoded: a disk may take
+    longer to flush an entry than the VAE takes to encode it.
+
+    Inside `with`; at its end all entries are written. An error of a thread is raised by a later call or by that end.
+    """
+
+    def __init__(self, store: Store):
+        self.store, self.pending = store, deque[Future[None]]()
+        self.pool = ThreadPoolExecutor(WRITERS) if isinstance(store, DiskStore) else None
+
+    def __call__(self, key: str, entry: StoredTensors) -> None:
+        if self.pool is None:
+            self.store[key] = entry
+            return
+        self.pending.append(self.pool.submit(self.store.__setitem__, key, entry))
+        while len(self.pending) > MOST_PENDING:
+            self.pending.popleft().result()
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if self.pool:
+            self.pool.shutdown(wait=True)
+        if error is None:
+            for future in self.pending:
+                future.result()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ PROGRAM = Program("lora-tools", "trainkit.tools", (
     Command("check-dataset", "trainkit.tools.check_dataset", "find what is wrong with training images and captions"),
     Command("caption-images", "trainkit.tools.caption_images", "write captions of training images with a model"),
     Command("plan", "trainkit.tools.plan", "show how much memory a training needs, and what makes it fit a card"),
+    Command("cache", "trainkit.tools.cache", "show, check and clean up folders of cached latents and captions"),
     Command("convert-lora", "trainkit.tools.convert_lora", "write a LoRA in the layout of another program"),
     Command("inspect-lora", "trainkit.tools.inspect_lora", "say what a LoRA file is, and what loads it"),
     Command("extract-clip-features", "trainkit.tools.extract_clip_features", "write the CLIP features of images"),
