@@ -71,6 +71,19 @@ def test_every_strength_is_drawn_from_the_same_noise_and_measured(tiny_sdxl, lor
     assert Image.open(tmp_path / "out" / "grid.png").width > 5 * 192
 
 
+def test_long_prompts_are_read_as_generate_reads_them(tiny_sdxl, tmp_path, monkeypatch):
+    """Two prompts that differ behind the 75th token only; without the flag they are one."""
+    pipe = load_pipeline(str(tiny_sdxl), "float32")
+    monkeypatch.setattr(evaluate, "load_pipeline", lambda *_: pipe)
+    wanted = [evaluate.Wanted("x", "cat " * 80 + end, 0) for end in ("dog", "fish")]
+    same = {}
+    for tokens in (75, 150):
+        settings = evaluate.GenerationSettings(str(tiny_sdxl), strengths=(0.0,), steps=1, max_token_length=tokens)
+        (_, (one, two)), = evaluate.generate(settings, wanted)
+        same[tokens] = np.array_equal(np.asarray(one), np.asarray(two))
+    assert same == {75: True, 150: False}
+
+
 @pytest.mark.trains
 def test_a_image_depends_on_its_noun_and_seed_not_on_the_others(tiny_sdxl, lora, icons, judged, tmp_path):
     evaluate.main(arguments(tiny_sdxl, lora, icons, tmp_path / "a", "--strengths=0"))

@@ -34,6 +34,7 @@ CONFIGURATIONS = {  # model, flags beside precision fp32, how far the computed p
     "SD 1.x": ("sd", ["--train_batch_size=4"], 0.01),
     "the VAE encodes in the step": ("sdxl", ["--train_batch_size=2", "--no_cache_latents"], 0.01),
     "LoRA on the text encoders": ("sdxl", ["--train_batch_size=2", "--train_text_encoder"], 0.01),
+    "225 tokens": ("sdxl", ["--train_batch_size=2", "--train_text_encoder", "--max_token_length=225"], 0.01),
     "checkpointing": ("sdxl", ["--train_batch_size=2", "--gradient_checkpointing"], 0.15),
     "checkpointing, batch 4": ("sdxl", ["--train_batch_size=4", "--gradient_checkpointing"], 0.15),
     "checkpointing, SD 1.x": ("sd", ["--train_batch_size=4", "--gradient_checkpointing"], 0.15),
@@ -69,10 +70,21 @@ def test_the_computed_peak_is_what_a_real_step_allocates(name):
     assert computed == pytest.approx(allocated_in_a_step(opt, family_module), rel=tolerance)
 
 
+@pytest.mark.parametrize("tokens, places", [(75, 77), (150, 154), (225, 231)])
+def test_long_captions_are_planned_as_long_as_they_may_be(tokens, places):
+    opt, _ = shipped("sdxl", f"--max_token_length={tokens}")
+    with phases.as_on_cuda(cpu_attention):
+        skeleton = phases.Skeleton(opt, models.read_configs(opt.model), block=CPU_BLOCK)
+        skeleton.encode_text()
+    assert skeleton.given["embeds"].shape[1] == places
+
+
 def allocated_in_a_step(opt, family_module) -> int:
     """Bytes at the peak of forward and backward pass, above what was there before, from the allocator's events."""
-    family = family_module.load(opt.model, device=torch.device("cpu"), weight_dtype=torch.float32)
-    prompts = [f"icon {place}" for place in range(opt.run.train_batch_size)]
+    family = family_module.load(opt.model, device=torch.device("cpu"), weight_dtype=torch.float32,
+                                max_chunks=opt.captions.max_chunks)
+    longer = " cat" * 75 * (opt.captions.max_chunks - 1)
+    prompts = [f"icon {place}{longer}" for place in range(opt.run.train_batch_size)]
     text = live_text.make_text(family, prompts, None, text=opt.text, pivotal=None, lora=opt.lora, total=10, seed=0)
     lora = adapters.add_adapters(family.denoiser, opt.lora, targets=family.lora_targets, seed=0)
     family.prepare_for_training(keep_vae=not opt.data.cache_latents,

@@ -348,16 +348,22 @@ def _encoded_in_chunks(pipe: Pipeline, prompts: Sequence[str], max_chunks: int) 
 
 
 def generate_images(pipe: Pipeline, prompts: Sequence[str], noise: Sequence[Generator], *, steps: int,
-                    guidance_scale: float, batch_size: int, show: Callable[[float], None] = unseen) -> list[Image]:
+                    guidance_scale: float, batch_size: int, max_chunks: int = 1,
+                    show: Callable[[float], None] = unseen) -> list[Image]:
     """An image of each prompt from its own starting noise, `batch_size` of them at once.
 
-    show  is told how many are done, a part of a batch after each denoising step
+    max_chunks  of tokens that a long prompt is read in, as in training
+    show        is told how many are done, a part of a batch after each denoising step
     """
+    import torch
+
     images: list[Image] = []
     for start in range(0, len(prompts), batch_size):
         some = slice(start, start + batch_size)
+        with torch.no_grad():
+            text = encode_prompts(pipe, prompts[some], None, max_chunks=max_chunks)
         images += finite_images(
-            pipe, prompt=list(prompts[some]), num_inference_steps=steps, guidance_scale=guidance_scale,
+            pipe, **text, num_inference_steps=steps, guidance_scale=guidance_scale,
             generator=list(noise[some]), callback_on_step_end=after_denoising_step(show, start, len(prompts[some])))
         show(len(images))
     return images

@@ -36,6 +36,7 @@ from trainkit.families.base import in_tiles
 from trainkit.lora_file import start
 from trainkit.losses.passes import Passes, always, plain_objective
 from trainkit.options import (
+    CaptionOptions,
     Concern,
     FourierOptions,
     ImageOptions,
@@ -70,6 +71,9 @@ class TracedOptions(Protocol):
 
     @property
     def data(self) -> ImageOptions: ...
+
+    @property
+    def captions(self) -> CaptionOptions: ...
 
     @property
     def text(self) -> TextOptions: ...
@@ -147,7 +151,8 @@ class Skeleton:
         self.opt, self.block = opt, block
         self.dtype = WEIGHT_DTYPES[opt.precision.mixed_precision or "no"]
         self.autocast = partial(Autocast, "meta", self.dtype, enabled=self.dtype != torch.float32)
-        self.family = family_on_meta(configs, self.dtype, ScheduleChange.from_options(opt.objective))
+        self.family = family_on_meta(configs, self.dtype, ScheduleChange.from_options(opt.objective),
+                                     max_chunks=opt.captions.max_chunks)
         self.frozen_text, self.vae = self.family.text_encoders, self.family.vae
         self.family.vae_checked = True  # there are no numbers to look at
         self.loaded = bytes_of(weights_of([self.family.denoiser, self.vae, *self.frozen_text]))

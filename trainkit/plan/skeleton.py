@@ -13,23 +13,34 @@ from trainkit import diffusion
 from trainkit.diffusion import ScheduleChange
 from trainkit.families import Family
 from trainkit.families.single_file import SCHEDULER_FILE
+from trainkit.families.tokenize import text_tokens
 from trainkit.plan.live_bytes import META
 from trainkit.plan.models import ModelConfigs
 
-TOKENS = 77  # of every prompt, to which CLIP's tokenizers pad
+TOKENS = 77  # of every chunk of a prompt, to which CLIP's tokenizers pad
 
 
 class NoWords:
-    """Stands for CLIP's tokenizer: every prompt is as many of the same token."""
+    """Stands for CLIP's tokenizer: every prompt is as many of the same token, and fills all chunks that are read."""
 
     model_max_length = TOKENS
+    bos_token_id = eos_token_id = pad_token_id = 0
+
+    def __init__(self, max_chunks: int):
+        self.max_chunks = max_chunks
 
     def __call__(self, prompts: Sequence[str], **settings: object) -> Any:
+        if settings.get("add_special_tokens") is False:  # of a prompt that is to be cut into chunks
+            return SimpleNamespace(input_ids=[[0] * (self.max_chunks * text_tokens(self)) for _ in prompts])
         ids = torch.zeros(len(prompts), TOKENS, dtype=torch.long)
         return SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids))
 
+    def get_vocab(self) -> dict[str, int]:
+        return {}
 
-def family_on_meta(configs: ModelConfigs, weight_dtype: torch.dtype, schedule: ScheduleChange) -> Family:
+
+def family_on_meta(configs: ModelConfigs, weight_dtype: torch.dtype, schedule: ScheduleChange, *, max_chunks: int = 1
+                   ) -> Family:
     """The base model as `families.sdxl.load` and `families.sd.load` assemble it, without its numbers."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -48,7 +59,8 @@ def family_on_meta(configs: ModelConfigs, weight_dtype: torch.dtype, schedule: S
     nn.Module.to(denoiser, weight_dtype)  # Diffusers' own `to` warns of what has no meaning without numbers
     parts: dict[str, Any] = {
         "denoiser": denoiser, "vae": vae, "text_encoders": texts, "scheduler_config": scheduler,
-        "schedule": diffusion.make_schedule(scheduler), "tokenizers": (NoWords(),) * len(texts),
+        "schedule": diffusion.make_schedule(scheduler), "tokenizers": (NoWords(max_chunks),) * len(texts),
+        "max_chunks": max_chunks,
         "path": configs.name, "revision": None, "identity": {}, "sampled_identity": {}, "device": META}
     return family_class(**parts)
 

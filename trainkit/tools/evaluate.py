@@ -39,6 +39,7 @@ from trainkit.inference import (
     lora_problems,
     missing_file,
 )
+from trainkit.options.captions import LENGTHS, TOKENS
 from trainkit.process import own_settings, say
 from trainkit.reading import parse_json, read_text
 from trainkit.tools import ASSETS
@@ -94,6 +95,7 @@ class GenerationSettings:
     batch_size: int = 25
     dtype: str = "float32"
     prediction_type: str | None = None
+    max_token_length: int = TOKENS
 
 
 @own_settings()
@@ -136,6 +138,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "CLIP model that measures the style. The default is the tiny CLIP in this repository.")
     add("--prompt", help='The prompt, with {noun} in it: "3d icon in the style of TOK, a {noun}". Without this flag, '
         "it is the caption of each real image.")
+    add("--max_token_length", type=int, choices=LENGTHS, default=TOKENS, help="As in training. The default is 75.")
     add("--strengths", type=numbers, default=GenerationSettings.strengths, metavar="A,B,..",
         help="The strengths of the LoRA. 0 is the base model. The default is 0,0.5,1.")
     add("--nouns", type=words, default=None, metavar="A,B,..", help="The nouns. Without this flag, "
@@ -145,8 +148,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=GenerationSettings.steps, help="Denoising steps. The default is 20.")
     add("--guidance_scale", type=float, default=GenerationSettings.guidance_scale, help="The strength of "
         "classifier-free guidance. The default is 4.")
-    add("--batch_size", type=int, default=GenerationSettings.batch_size, help="How many images are "
-        "generated at once. The default is 25.")
+    add("--batch_size", type=int, default=GenerationSettings.batch_size, help="Images at once. The default is 25.")
     add("--dtype", choices=DTYPES, default=GenerationSettings.dtype, help="The precision. The default is float32.")
     add("--out", required=True, type=Path, metavar="DIR", help="The folder for grid.png and evaluation.json.")
     add("--debug", action="store_true", help="Show a traceback with every error message.")
@@ -346,7 +348,8 @@ def images_of(pipe: Pipeline, settings: GenerationSettings, wanted: list[Wanted]
     noise = [rng.generator("evaluate", settings.seed, w.noun, w.copy) for w in wanted]
     with watched(f"strength {strength:g}: generating images", len(wanted)) as show:
         return generate_images(pipe, [w.prompt for w in wanted], noise, steps=settings.steps, show=show,
-                               guidance_scale=settings.guidance_scale, batch_size=settings.batch_size)
+                               guidance_scale=settings.guidance_scale, batch_size=settings.batch_size,
+                               max_chunks=settings.max_token_length // TOKENS)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
