@@ -3,7 +3,7 @@
     .venv/bin/python experiments/buckets.py [PICTURE]
 
 Makes photographs of four common shapes out of the shipped icons, and cuts each of them as a run at --resolution 1024
-with --center_crop does: without buckets, and with --enable_bucket --max_bucket_reso 2048. Then counts how many forward
+with --center_crop does: without buckets, and with --enable_bucket. Then counts how many forward
 passes a step has with images of random shapes: --train_batch_size 4 --gradient_accumulation_steps 4, which without
 buckets are 4. Ten seconds.
 """
@@ -23,7 +23,7 @@ SHAPES = {"3:2, a camera": (1500, 1000), "2:3, a portrait": (1000, 1500), "9:16,
           "5:2, a panorama": (2500, 1000)}  # width, height
 COLOURS = ("#dbe7f3", "#f3e4d3", "#dcecd8", "#eadcf0")
 SHOWN = 240  # pixels of the longest side in the picture
-FLAGS = dict(instance_prompt="a photo", resolution=1024, enable_bucket=True, max_bucket_reso=2048)
+FLAGS = dict(instance_prompt="a photo", resolution=1024, enable_bucket=True)
 STEPS, SIDES = 200, (600, 3000)
 
 

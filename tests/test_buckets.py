@@ -27,6 +27,7 @@ from trainkit.data.rows import read_rows
 from trainkit.data.sampler import BucketOrder, Order, Shard, make_order
 from trainkit.families import sdxl
 from trainkit.options import DataOptions, rules
+from trainkit.plan.phases import largest
 from trainkit.run_fingerprint import contents, several_sizes
 
 ALIKE = dict(deadline=None, database=None, derandomize=True, print_blob=False,
@@ -152,6 +153,31 @@ def test_compat_kohya_chooses_as_kohya_does(tmp_path):
     for compat, expected in ((None, (1216, 832)), ("diffusers", (1216, 832)), ("kohya", (1280, 768))):
         rows, _ = read_rows(options(**large), compat=compat)
         assert [row.cut for row in rows] == [expected]
+
+
+@pytest.mark.parametrize("given, compat, limit", [
+    (dict(resolution=1024), None, 2048), (dict(resolution=512), None, 1024), (dict(resolution=1024), "diffusers", 2048),
+    (dict(resolution="640,1024"), None, 2048), (dict(resolutions="768,512"), None, 1536),
+    (dict(resolution=1024), "kohya", 1024), (dict(resolution=512), "kohya", 1024),
+    (dict(resolution=1024, max_bucket_reso=1536), "kohya", 1536),
+])
+def test_the_longest_side_of_a_bucket_goes_with_the_resolution(given, compat, limit):
+    opt = options(**{"max_bucket_reso": None, "min_bucket_reso": 256, "bucket_reso_steps": 64, **given})
+    assert opt.longest_side(compat) == limit
+    sizes = {size for h, w in opt.sizes for size in buckets.buckets_of(opt, h * w, compat)}
+    assert max(map(max, sizes)) <= limit and max(map(math.prod, sizes)) <= math.prod(largest(opt)), (
+        "what is planned has room for every bucket")
+
+
+def test_a_photo_of_three_to_two_keeps_its_pixels_unless_kohyas_buckets_are_asked_for(tmp_path, caplog):
+    folder = folder_of(tmp_path / "d", [(100, 150)])
+    large = options(instance_data_dir=folder, resolution=1024, min_bucket_reso=256, max_bucket_reso=None,
+                    bucket_reso_steps=64)
+    for compat, cut, said in ((None, (832, 1216), False), ("kohya", (704, 1024), True)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            rows, _ = read_rows(large, compat=compat)
+        assert [row.cut for row in rows] == [cut] and ("69 % of them; --max_bucket_reso 2048" in caplog.text) == said
 
 
 def test_a_resolution_may_be_width_and_height(folder):

@@ -117,6 +117,17 @@ def test_rates_are_as_often_as_they_say(rate: float):
     assert all(near(left[tag], VISITS - dropped, 1 - rate) for tag in "abc")
 
 
+def test_whole_epochs_without_captions_are_those_that_kohya_counts_from_one():
+    options = CaptionOptions(caption_dropout_every_n_epochs=3)
+    changes, images = CaptionChanges(options, seed=0), [row("a cat"), replace(row("a dog"), id="y")]
+    dropped = {epoch for epoch in range(9) if {changes(image, epoch) for image in images} == {UNCONDITIONAL}}
+    assert dropped == {2, 5, 8} and changes(images[0], 1) == "a cat"
+    assert set(changes.announced(images) or ()) == {UNCONDITIONAL, "a cat", "a dog"}
+    both = CaptionChanges(CaptionOptions(caption_dropout_every_n_epochs=3, caption_dropout_rate=0.5), seed=0)
+    assert all(both(images[0], epoch) == UNCONDITIONAL for epoch in (2, 5, 8))
+    assert near(sum(both(images[0], epoch) == UNCONDITIONAL for epoch in range(0, 3 * VISITS, 3)), VISITS, 0.5)
+
+
 def test_a_text_of_which_every_tag_was_dropped_is_empty_and_not_a_dropped_caption():
     assert changed("a, b", CaptionOptions(caption_tag_dropout_rate=1.0)) == ""
 
@@ -277,7 +288,8 @@ def test_no_flag_no_change():
 
 
 @pytest.mark.parametrize(("flag", "value"), [
-    ("caption_dropout_rate", 1.2), ("caption_dropout_rate", -0.1), ("caption_tag_dropout_rate", 7), ("keep_tokens", -1),
+    ("caption_dropout_rate", 1.2), ("caption_dropout_rate", -0.1), ("caption_dropout_every_n_epochs", -1),
+    ("caption_tag_dropout_rate", 7), ("keep_tokens", -1),
     ("caption_variants", 0), ("max_token_length", 77), ("max_token_length", 300), ("caption_extension", "a/b"),
     ("caption_extension", ".a.txt")])
 def test_values_out_of_range_are_refused(flag: str, value: object):

@@ -336,5 +336,8 @@ def test_headers_have_width_and_height_and_count_the_epochs_of_all_resolutions(t
     assert lora_files.header(run, num_images=5, step=30).items() >= {
         "ss_enable_bucket": "True", "ss_min_bucket_reso": "256", "ss_max_bucket_reso": "2048",
         "ss_bucket_no_upscale": "False"}.items()
+    run = RunFacts(make_run(tmp_path / "default", enable_bucket=True, resolution="96,64",
+                            **limits | {"max_bucket_reso": None}))
+    assert lora_files.header(run, num_images=5, step=30)["ss_max_bucket_reso"] == "192"
     run = RunFacts(make_run(tmp_path / "none", enable_bucket=False, **limits))
     assert not [name for name in lora_files.header(run, num_images=5, step=30) if "bucket" in name]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from trainkit.export import file_bytes, verify, write_diffusers, write_kohya, write_low_rank
 from trainkit.files import Json, tensor_bytes
 from trainkit.lora_file import Layout
-from trainkit.options.sizes import sides_of, size_of
+from trainkit.options.sizes import bucket_limit, sides_of, size_of
 from trainkit.report import newest_preview
 from trainkit.report.facts import RunFacts
 from trainkit.runtime.weight_files import (
@@ -138,6 +138,15 @@ class LoraFiles:
         return tensor_bytes(self.text.embeddings) if self.text else 0
 
 
+def max_bucket_reso(run: RunFacts) -> int | None:
+    """The longest side of a bucket, in pixels; None where no bucket was limited."""
+    if run.setting("min_bucket_reso") is None:  # it is read together with the other limit
+        return None
+    several = run.option("resolutions")
+    sizes = [(side, side) for side in sides_of(several)] if several else [size_of(run.option("resolution"))]
+    return bucket_limit(run.option("max_bucket_reso"), sizes, run.option("compat"))
+
+
 def header(run: RunFacts, *, num_images: int | None, step: int) -> dict[str, str]:
     """What the files say about their run after `step` finished steps: strings only, no path.
 
@@ -148,7 +157,7 @@ def header(run: RunFacts, *, num_images: int | None, step: int) -> dict[str, str
     values = {
         "ss_output_name": run.name, "ss_sd_model_name": run.base_model, "ss_resolution": f"({width}, {height})",
         "ss_enable_bucket": run.option("enable_bucket") or None, "ss_min_bucket_reso": run.setting("min_bucket_reso"),
-        "ss_max_bucket_reso": run.setting("max_bucket_reso"),
+        "ss_max_bucket_reso": max_bucket_reso(run),
         "ss_bucket_no_upscale": run.setting("bucket_no_upscale"),
         "ss_num_train_images": num_images, "ss_steps": step, "ss_max_train_steps": run.total_steps,
         "ss_num_epochs": math.ceil(step * int(run.record["global_batch"]) / visits) if visits else None,

@@ -99,7 +99,7 @@ def size_choices(data: ImageOptions, compat: Compat | None = None) -> list[SizeC
         shrink = SHRINKING.get(compat or "", not_enlarged)
         return [partial(shrink, pixels=pixels, step=data.bucket_reso_steps) for pixels in budgets]
     distance = DISTANCES.get(compat, by_log_ratio)
-    return [partial(nearest, buckets=buckets_of(data, pixels), distance=distance) for pixels in budgets]
+    return [partial(nearest, buckets=buckets_of(data, pixels, compat), distance=distance) for pixels in budgets]
 
 
 def smallest(data: ImageOptions) -> Size:
@@ -117,8 +117,8 @@ def always(size: Size, *, cut: Size | None) -> Size | None:
     return cut
 
 
-def buckets_of(data: ImageOptions, pixels: int) -> list[Size]:
-    return bucket_sizes(pixels, shortest=data.min_bucket_reso, longest=data.max_bucket_reso,
+def buckets_of(data: ImageOptions, pixels: int, compat: Compat | None = None) -> list[Size]:
+    return bucket_sizes(pixels, shortest=data.min_bucket_reso, longest=data.longest_side(compat),
                         step=data.bucket_reso_steps)
 
 
@@ -143,15 +143,16 @@ def problems(rows: Sequence[Row], data: ImageOptions, where: str) -> Iterator[Pr
 LEAST = 0.85  # of the pixels of --resolution, below which a bucket is told
 
 
-def warn_small_buckets(rows: Sequence[Row], data: ImageOptions) -> None:
+def warn_small_buckets(rows: Sequence[Row], data: ImageOptions, compat: Compat | None = None) -> None:
     """Tell when --max_bucket_reso makes wide and tall images much smaller than square ones."""
     if not data.enable_bucket or data.bucket_no_upscale:
         return
-    pixels, limit = min(h * w for h, w in data.sizes), data.max_bucket_reso - data.bucket_reso_steps
+    longest, pixels = data.longest_side(compat), min(h * w for h, w in data.sizes)
+    limit = longest - data.bucket_reso_steps
     small = [row for row in rows if row.cut and max(row.cut) > limit and math.prod(row.cut) < LEAST * pixels]
     if small:
         h, w = min((row.cut for row in small if row.cut), key=math.prod)
         log.warning("--max_bucket_reso %d: %d of %d images are trained on with fewer pixels than --resolution has, the "
                     "smallest at %dx%d, %.0f %% of them; --max_bucket_reso %d lets them have as many",
-                    data.max_bucket_reso, len({row.id for row in small}), len({row.id for row in rows}), w, h,
+                    longest, len({row.id for row in small}), len({row.id for row in rows}), w, h,
                     100 * h * w / pixels, 2 * max(size_of(data.resolution)))

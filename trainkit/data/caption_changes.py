@@ -111,24 +111,29 @@ class CaptionChanges:
         caption = row.all_captions[place]
         if row.is_class:
             return caption
-        if self.options.caption_dropout_rate and \
-                rng.uniform([visit], "caption dropout").item() < self.options.caption_dropout_rate:
+        if self.options.drops and self._dropped(visit):
             return UNCONDITIONAL
         if self.limit is None:
             return changed(caption, self.options, *visit)
         return self._variant(row, place, self._number(row, epoch))
 
+    def _dropped(self, visit: tuple[int, int, str, int]) -> bool:
+        """Whether a visit (seed, epoch, ...) is without its caption. Epochs are counted from 1, as kohya does."""
+        every, rate = self.options.caption_dropout_every_n_epochs, self.options.caption_dropout_rate
+        whole_epoch = every > 0 and (visit[1] + 1) % every == 0
+        return whole_epoch or (rate > 0 and rng.uniform([visit], "caption dropout").item() < rate)
+
     @cached_property
     def some(self) -> bool:
         """Whether there is anything to be done at a visit."""
         o = self.options
-        return o.varies or o.caption_dropout_rate > 0 or bool(o.keep_tokens_separator or o.secondary_separator)
+        return o.varies or o.drops or bool(o.keep_tokens_separator or o.secondary_separator)
 
     def announced(self, rows: Iterable[Row]) -> list[str] | None:
         """Every text that visits of the rows may be given; None where they cannot be listed before the run."""
         if self.endless:
             return None
-        dropped = [UNCONDITIONAL] if self.options.caption_dropout_rate else []
+        dropped = [UNCONDITIONAL] if self.options.drops else []
         return dropped + [text for row in rows if row.repeat == 0 for text in self.examples(row)]
 
     @property

@@ -73,7 +73,7 @@ def read_rows(data: ImageOptions, captions: CaptionOptions | None = None, *, see
     if not small:
         warn_enlarged(repeated, data.resolution)
         _warn_cropped(repeated, data)
-        buckets.warn_small_buckets(repeated, data)
+        buckets.warn_small_buckets(repeated, data, compat)
     _warn_twins(rows)
     repeated.account = replace(source.account, images=len(rows), in_all=len(source.listed) - len(skipped),
                                left_out=(*source.account.left_out, *skipped))

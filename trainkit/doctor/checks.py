@@ -289,10 +289,9 @@ def fix_of_odd(data: DataSet, image: DataImage) -> str:
     """Buckets where they are off: the command shows what they leave. Where they do not help, the image is set aside."""
     if data.options.enable_bucket:
         return set_aside([image])
-    h, w = data.options.sizes[0]
     folders = " ".join(map(shell_word, data.folders))
     return (f"{tool('check_dataset')} {folders} --resolution {data.options.resolution} "
-            f"--enable_bucket --max_bucket_reso {2 * max(h, w)}")
+            "--enable_bucket")
 
 
 def blurred(data: DataSet) -> Iterator[Finding]:

@@ -32,6 +32,11 @@ class CaptionOptions(Concern):
         "The probability that an image is trained without its caption. Then the model gets what it is given without a "
         "prompt, so the LoRA also learns for the negative side of classifier-free guidance.", unit="0..1",
         card="Caption dropout", ge=0, le=1, off=0.0)
+    caption_dropout_every_n_epochs: int = opt(
+        0,
+        "In every Nth epoch, all images are trained without their captions. With 5, these are the epochs 5, 10, 15 and "
+        "so on, counted from 1.", unit="epochs", resume="in the data", card="Epochs between those without captions",
+        ge=0, off=0)
     shuffle_caption: bool = opt(
         False, "Put the tags of a caption into a new order each time its image is used. Tags are separated by "
         "--caption_separator.", card="Shuffled tags")
@@ -85,6 +90,11 @@ class CaptionOptions(Concern):
     def varies(self) -> bool:
         """Whether the text of a caption differs from visit to visit."""
         return self.shuffle_caption or self.caption_tag_dropout_rate > 0 or self.enable_wildcard
+
+    @property
+    def drops(self) -> bool:
+        """Whether an image is sometimes trained without its caption."""
+        return self.caption_dropout_rate > 0 or self.caption_dropout_every_n_epochs > 0
 
     @property
     def max_chunks(self) -> int:

@@ -56,10 +56,10 @@ INSTEAD = {  # their name: what to do here
     "random_crop": "crops are random unless you write --center_crop",
     "color_aug": "colours are not changed here yet: make the variants as images of their own",
     "face_crop_aug_range": "crops around faces are not made here yet: crop the images yourself",
-    "caption_dropout_every_n_epochs": "--caption_dropout_rate drops captions at random; whole epochs without them are "
-                                      "not there yet",
-    "token_warmup_min": "--caption_tag_dropout_rate drops tags; their number does not grow with the steps yet",
-    "token_warmup_step": "--caption_tag_dropout_rate drops tags; their number does not grow with the steps yet",
+    "token_warmup_min": "texts are encoded before the training, and a number of tags that grows with the steps would "
+                        "need others in each step; --caption_tag_dropout_rate drops tags at random",
+    "token_warmup_step": "texts are encoded before the training, and a number of tags that grows with the steps would "
+                         "need others in each step; --caption_tag_dropout_rate drops tags at random",
     "weighted_captions": "captions are plain text; weights of words are not read yet",
     "masked_loss": "the loss covers whole images; masks are not read yet",
     "alpha_mask": "the loss covers whole images; masks are not read yet",

@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from pydantic import field_validator
 
-from trainkit.options.base import Concern, always, opt, required
-from trainkit.options.sizes import Size, read_resolution, read_sides, sides_of, size_of
+from trainkit.options.base import Compat, Concern, always, opt, required
+from trainkit.options.sizes import Size, bucket_limit, read_resolution, read_sides, sides_of, size_of
 
 BUCKETED = "enable_bucket and no bucket_no_upscale"
 
@@ -109,10 +109,11 @@ class ImageOptions(Concern):
         card="Aspect buckets")
     min_bucket_reso: int = opt(
         256, "The shortest side of a bucket.", unit="pixels", resume="in the data", read_with=BUCKETED, ge=1)
-    max_bucket_reso: int = opt(
-        1024,
-        "The longest side of a bucket. At --resolution 1024, write 2048: with 1024, wide and tall images have fewer "
-        "pixels than square ones.", unit="pixels", resume="in the data", read_with=BUCKETED, ge=1)
+    max_bucket_reso: int | None = opt(
+        None,
+        "The longest side of a bucket. Without this flag, it is twice the longest side of --resolution, or of "
+        "--resolutions. With --compat kohya, it is 1024, as in kohya's scripts: then wide and tall images have fewer "
+        "pixels than square ones at --resolution 1024.", unit="pixels", resume="in the data", read_with=BUCKETED, ge=1)
     bucket_reso_steps: int = opt(
         64, "The sides of buckets are multiples of this number.", unit="pixels", resume="in the data",
         read_with="enable_bucket", ge=1)
@@ -163,6 +164,10 @@ class ImageOptions(Concern):
         if self.resolutions is None:
             return [size_of(self.resolution)]
         return [(side, side) for side in sides_of(self.resolutions)]
+
+    def longest_side(self, compat: Compat | None = None) -> int:
+        """Of a bucket, in pixels; compat is the trainer to choose like."""
+        return bucket_limit(self.max_bucket_reso, self.sizes, compat)
 
     @property
     def folder(self) -> str | None:

@@ -14,7 +14,7 @@ from trainkit.options.base import Flag, Value
 from trainkit.options.matching import MatchingOptions
 from trainkit.options.objective import SNR_CAPPED
 from trainkit.options.optimizer import EIGHT_BIT, averages_weights, estimates_step
-from trainkit.options.sizes import sides_of, size_of
+from trainkit.options.sizes import bucket_limit, sides_of, size_of
 
 Values = Mapping[str, Value]
 
@@ -43,11 +43,13 @@ def _no_buckets(values: Values) -> Iterator[Problem]:
     """Limits that leave no bucket of the size of --resolution."""
     if not values.get("enable_bucket"):
         return
-    step, low, high = (int(str(values[name])) for name in ("bucket_reso_steps", "min_bucket_reso", "max_bucket_reso"))
+    step, low = (int(str(values[name])) for name in ("bucket_reso_steps", "min_bucket_reso"))
     flag = "resolutions" if values["resolutions"] else "resolution"
     given, where = str(values[flag]), f"--{flag} {values[flag]}"
-    budgets = [side**2 for side in sides_of(given)] if values["resolutions"] else [math.prod(size_of(given))]
-    squares = [math.isqrt(pixels) // step * step for pixels in budgets]
+    sizes = [(side, side) for side in sides_of(given)] if values["resolutions"] else [size_of(given)]
+    limit, compat = values["max_bucket_reso"], values.get("compat")
+    high = bucket_limit(int(str(limit)) if limit is not None else None, sizes, str(compat))
+    squares = [math.isqrt(math.prod(size)) // step * step for size in sizes]
     if min(squares) < step:
         yield Problem(f"--bucket_reso_steps {step} is more than a side of --{flag} {given}", where,
                       "the sides of a bucket are multiples of it", "--bucket_reso_steps 64, or a larger resolution")
@@ -226,7 +228,8 @@ def _trains_text(values: Values) -> bool:
     return bool(values.get("train_text_encoder") or values.get("train_text_encoder_ti"))
 
 
-_CHANGES_CAPTIONS = ("shuffle_caption", "caption_tag_dropout_rate", "enable_wildcard", "caption_dropout_rate")
+_CHANGES_CAPTIONS = ("shuffle_caption", "caption_tag_dropout_rate", "enable_wildcard", "caption_dropout_rate",
+                     "caption_dropout_every_n_epochs")
 _STRENGTHS = ("dist_match", "dist_match_gain")
 _STATISTICS = {"dist_match": ("sum", "diagonal"), "dist_match_gain": ("u",)}
 _LEAST_FP32 = 2.0**-149  # above 0

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 Size = tuple[int, int]  # h, w in pixels
+KOHYAS_LIMIT = 1024  # pixels: kohya-ss/sd-scripts, library/config_util.py and train_util.py, max_bucket_reso
 SIZES = "a side in pixels such as 1024, or width and height such as 1024,768"
 
 
@@ -10,6 +13,16 @@ def size_of(resolution: int | str) -> Size:
     """Of 1024, or of "1024,768"."""
     sides = sides_of(resolution)
     return sides[-1], sides[0]
+
+
+def bucket_limit(given: int | None, sizes: Sequence[Size], compat: str | None) -> int:
+    """The longest side of a bucket, in pixels: as given, or else twice the longest side of `sizes`; of kohya's, 1024.
+
+    With kohya's default, a 3:2 photo at 1024 pixels is 1024x704, which is 69 % of the pixels of a square.
+    """
+    if given is not None:
+        return given
+    return KOHYAS_LIMIT if compat == "kohya" else 2 * max(max(size) for size in sizes)
 
 
 def sides_of(sides: int | str) -> list[int]:

@@ -31,7 +31,7 @@ PRESET_USES = {
 }
 # What SDXL's descendants that are prompted with tags have in common: photos of every shape, and long lists of tags.
 OF_TAGS: dict[str, str | int | float | bool] = {
-    "resolution": 1024, "enable_bucket": True, "max_bucket_reso": 2048, "shuffle_caption": True, "keep_tokens": 1,
+    "resolution": 1024, "enable_bucket": True, "shuffle_caption": True, "keep_tokens": 1,
     "max_token_length": 225,
 }
 PRESETS: dict[str, dict[str, str | int | float | bool]] = {

@@ -1,7 +1,7 @@
 """Find what is wrong with training images and captions before you train, and how to fix it.
 
     python scripts/check_dataset.py my_images
-    python scripts/check_dataset.py my_images --enable_bucket --max_bucket_reso 2048 --html sheet.html
+    python scripts/check_dataset.py my_images --enable_bucket --html sheet.html
 
 The first command prints what it found: for each problem the images, what it does to training, and a command that fixes
 it. The second one also writes a page with all images, as they are cut and captioned in training. The page is one file
