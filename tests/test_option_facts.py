@@ -101,7 +101,7 @@ def test_a_new_flag_without_effect_is_said_to_have_none(options):
 
 def test_a_new_flag_is_in_the_fingerprint_unless_it_says_otherwise(options):
     run = SimpleNamespace(global_batch=4, precision="no", world=1)
-    row = SimpleNamespace(id="a", digest="b", all_captions=("c",), repeat=0, is_class=False, cut=None)
+    row = SimpleNamespace(id="a", digest="b", all_captions=("c",), repeat=0, is_class=False, cut=None, mask=None)
     family = SimpleNamespace(identity={}, sampled_identity={}, vae_batch_size=1)
     one, other = (fingerprint(read(options, f"--lora_dummy={value}", f"--dummy_dir={value}"), [row], family, run, 10)
                   for value in (2, 3))

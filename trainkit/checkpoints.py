@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 
 DIGEST = re.compile(r"[0-9a-f]{16,}")
 CONTENTS = {  # in the fingerprint, known by digests: what may differ
-    "images": "the images, their captions, or their number", "class images": "the class images or their captions"}
+    "images": "the images, their captions, or their number", "class images": "the class images or their captions",
+    "masks": "the masks, or how they weigh the loss,"}
 UNKNOWN_BEFORE = "base model contents"  # in the fingerprint: what older checkpoints lack, and resume without
 Stage = Literal["preflight", "reserve", "write", "flush", "manifest", "publish", "point", "prune"]
 Packed = tuple[dict[str, Tensor], dict[str, Json]]

@@ -77,6 +77,7 @@ def fingerprint(
         "base model": family.sampled_identity, UNKNOWN_BEFORE: family.identity,
         "images": contents([row for row in rows if not row.is_class]),
         "class images": contents([row for row in rows if row.is_class]),
+        "masks": masks(rows, opt.data),
         "--prior_loss_weight": [row.loss_weight for row in rows if row.is_class][:1],
         "images in a step": run.global_batch,
         # Dropout's masks and the images of a step depend on the batch size, the latter where images have several sizes.
@@ -111,6 +112,12 @@ def contents(rows: Sequence[Row]) -> str | None:
     """Digest of images and captions; None without any."""
     return content_key(*[(row.id, row.digest, *row.all_captions, row.repeat, *(row.cut or ())) for row in rows]
                        ) if rows else None
+
+
+def masks(rows: Sequence[Row], data: ImageOptions) -> str | None:
+    """Digest of the masks and of how they weigh the loss; None without any, as in checkpoints of before."""
+    found = [(row.id, row.mask.digest, row.mask.alpha) for row in rows if row.mask]
+    return content_key(*found, data.unmasked_weight, data.normalize_masked_area_loss) if found else None
 
 
 def several_sizes(rows: Sequence[Row]) -> bool:

@@ -20,6 +20,7 @@ from trainkit.runtime.progress import clock
 if TYPE_CHECKING:
     from trainkit.adapters import Adapters
     from trainkit.data.rows import Rows
+    from trainkit.files import Json
     from trainkit.optim import Optim
     from trainkit.options import ImageOptions, RunOptions
 
@@ -53,6 +54,8 @@ class PlanRun(Protocol):
     @property
     def device_name(self) -> str: ...
 
+    def note(self, **facts: Json) -> None: ...
+
 
 @dataclass(frozen=True)
 class Line:
@@ -73,6 +76,8 @@ def log_lines(lines: Iterable[Line]) -> None:
 
 def log_plan(opt: PlanOptions, rows: Rows, run: PlanRun, *, steps: int, class_images: int = 0) -> None:
     log_lines(plan_lines(plan(opt, rows, run, steps=steps, class_images=class_images)))
+    if rows.account.masks:
+        run.note(masks={"images": rows.account.masks, "area": round(rows.account.mask_area, 4)})
 
 
 def log_trainables(networks: Sequence[Adapters], optimizer: Optim) -> None:

@@ -28,6 +28,16 @@ def place_of(source: Source) -> Place | None:
 
 
 @dataclass(frozen=True)
+class Mask:
+    """Which places of an image count in the loss: a grey image of its shape, or its own transparency."""
+
+    source: Source
+    digest: str  # of the file's content
+    alpha: bool = False  # the channel of that name is meant
+    area: float = 1.0  # mean over the whole image, 0 to 1
+
+
+@dataclass(frozen=True)
 class Row:
     """One image that an epoch visits once; a repeat is a row of its own, with its own crops."""
 
@@ -41,6 +51,7 @@ class Row:
     is_class: bool = False  # an image of the class, there to keep what the model knew of it
     others: tuple[str, ...] = ()  # further captions
     cut: tuple[int, int] | None = None  # h, w in pixels of what is cut out of it; None: as --resolution says
+    mask: Mask | None = None  # None: all places count
 
     @property
     def all_captions(self) -> tuple[str, ...]:
@@ -56,6 +67,7 @@ class Listed:
     source: Source
     caption: str
     others: tuple[str, ...] = ()
+    mask: Source | None = None  # what holds its mask: a file, or for its transparency the image itself
 
 
 class Slot(NamedTuple):
@@ -86,7 +98,7 @@ class Sample:
     pixels: Tensor | None = None  # [3,H,W] in -1..1
     mean: Tensor | None = None  # [C,h,w]
     logvar: Tensor | None = None  # [C,h,w]
-    mask: Tensor | None = None  # [1,h,w] weight of each place of the latent in the loss; None: all alike
+    mask: Tensor | None = None  # [1,h,w] factor on the loss of each place of the latent; None: 1 everywhere
 
 
 @dataclass(frozen=True, eq=False)

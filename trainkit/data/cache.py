@@ -235,7 +235,7 @@ def cache_latents(
     UserError naming the image when the VAE gives NaN or infinity.
     """
     latents = Latents(store, policy, identity=identity, dtype=dtype)
-    fill_together(store, rows, _own_part(rows), partial(
+    fill_together(store, rows, own_part(rows), partial(
         _encode_missing, latents=latents, seed=seed, encode=encode, batch_size=batch_size, num_workers=num_workers,
         progress=progress))
     return latents
@@ -289,7 +289,7 @@ def _exchange(store: dict[str, StoredTensors], new: Sequence[str]) -> None:
             store.update({key: entry for key, entry in entries.items() if key not in store})
 
 
-def _own_part(rows: Sequence[Row]) -> list[Row]:
+def own_part(rows: Sequence[Row]) -> list[Row]:
     """The rows of every world-th image, whether they are missing or not: while others are writing, ranks differ in what
     they find missing.
     """

@@ -98,16 +98,20 @@ class CropPolicy:
         """What is cut out of the images of rows that have no size of their own."""
         return size_of(self.resolution)
 
-    def views(self, image: Image.Image, samples: Sequence[Sample]) -> Tensor:
-        """Pixels of several samples of one image, resized once -> [V,3,H,W] in -1..1."""
+    def views(self, image: Image.Image, samples: Sequence[Sample], interpolation: str = "") -> Tensor:
+        """Pixels of several samples of one image, resized once -> [V,3,H,W] in -1..1; of a grey one [V,1,H,W].
+
+        interpolation  of INTERPOLATIONS, in place of the policy's own
+        """
         h, w = samples[0].resized
         assert {sample.resized for sample in samples} == {(h, w)}, "samples of different images"
-        resized, views = image.resize((w, h), INTERPOLATIONS[self.interpolation]), []
+        resized, views = image.resize((w, h), INTERPOLATIONS[interpolation or self.interpolation]), []
         for sample in samples:
             facing = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if sample.flip else resized
             left, top, (height, width) = sample.left, sample.top, sample.shape
             cut = facing.crop((left, top, left + width, top + height))
-            views.append(torch.from_numpy(np.array(cut)).permute(2, 0, 1).contiguous())  # [3,H,W] 0..255
+            pixels = torch.from_numpy(np.array(cut)).view(height, width, -1)
+            views.append(pixels.permute(2, 0, 1).contiguous())  # [3,H,W] 0..255
         return torch.stack(views).float().div(255).sub(0.5).div(0.5)
 
     def _corners(self, row: Row, resized: tuple[int, int], seed: int) -> list[tuple[int, int]]:

@@ -8,19 +8,20 @@ import warnings
 import zlib
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import MAX_TEXT_CHUNK, MAX_TEXT_MEMORY
 
 from trainkit.errors import Problem, UserError
 
 if TYPE_CHECKING:
-    from trainkit.data.batch import Row
+    from trainkit.data.batch import Row, Source
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # `rows.check` tells them once, with the image's name
 
+Decoded = TypeVar("Decoded")
 Note = Callable[[str], object]  # takes a remark about an image that can be used all the same
 
 FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF"]  # what photographs come in; 36 other openers stay shut
@@ -46,6 +47,7 @@ MAX_PROFILE = 16 * 2**20  # bytes of a colour profile; those of presses reach a 
 SAME = 2  # levels of 255: a profile that changes no colour by more says sRGB in other words
 SRGB = ImageCms.createProfile("sRGB")
 
+WIDE = "32 bits a channel have no agreed white level; convert it to 8 or 16 bits"
 HEIC = "pip install pillow-heif, then start again; or convert it: heif-convert -q 95 IN.heic OUT.jpg"
 CONVERT = "convert it to PNG or JPEG in the program that shows it"
 OTHERS: dict[bytes, tuple[str, str]] = {  # first bytes -> (what the file is, what to do); "?" stands for any byte
@@ -81,6 +83,24 @@ def decode(data: bytes, note: Note | None = None) -> Image.Image:
     Raises UnreadableImage, and nothing else, for content that cannot be used. Remarks about content that can be go to
     `note`.
     """
+    return _decoded(data, _as_rgb, note)
+
+
+def decode_mask(data: bytes, note: Note | None = None) -> Image.Image:
+    """A mask's red channel (L) in the same place as `decode` has the image's pixels; what is transparent is black.
+
+    The levels are those of the file: a mask has no colours that a profile would change. Raises as `decode` does.
+    """
+    return _decoded(data, _as_mask, note)
+
+
+def decode_alpha(data: bytes, note: Note | None = None) -> Image.Image | None:
+    """The opacity (L) of the image that `decode` gives; None where it has no transparency. Raises as `decode` does."""
+    return _decoded(data, _opacity, note)
+
+
+def _decoded(data: bytes, convert: Callable[[Image.Image, Note | None], Decoded], note: Note | None) -> Decoded:
+    """What `convert` makes of a file's first frame, upright."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size  # refused from the header alone, before any pixel is decoded
@@ -90,9 +110,7 @@ def decode(data: bytes, note: Note | None = None) -> Image.Image:
                 raise UnreadableImage(
                     f"{width} x {height} is longer than {MAX_ASPECT} times its short side; crop it")
             image.load()
-            upright = ImageOps.exif_transpose(image)
-            plain = upright.mode == "RGB" and not upright.has_transparency_data and not upright.info.get("icc_profile")
-            return upright if plain else _to_rgb(upright, note)
+            return convert(ImageOps.exif_transpose(image), note)
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
@@ -102,7 +120,7 @@ def decode(data: bytes, note: Note | None = None) -> Image.Image:
         if slim is not data:  # Pillow gives up on text and profiles beside the pixels that unpack to more than 1 MB
             if note:
                 note("text or a colour profile of more than 1 MB beside the pixels is not read")
-            return decode(slim, note)
+            return _decoded(slim, convert, note)
         raise UnreadableImage(f"{error}" or type(error).__name__) from error
 
 
@@ -157,13 +175,26 @@ def is_animated(data: bytes) -> bool:
 
 def load_image(row: Row) -> Image.Image:
     """The row's image, RGB and upright; UserError when it can no longer be read or is not what was listed."""
+    return _load(row.source, row.digest, f"image {row.id}", decode)
+
+
+def load_mask(row: Row) -> Image.Image:
+    """The row's mask, grey and upright; UserError as in `load_image`."""
+    assert row.mask is not None, f"{row.id} has no mask"
+    decoder = decode_alpha if row.mask.alpha else decode_mask
+    mask = _load(row.mask.source, row.mask.digest, f"the mask of image {row.id}", decoder)
+    assert mask is not None, f"{row.id} was listed with transparency"
+    return mask
+
+
+def _load(source: Source, digest: str, what: str, decoder: Callable[[bytes], Decoded]) -> Decoded:
     try:
-        data = row.source.read_bytes()
-        if content_digest(data) != row.digest:
+        data = source.read_bytes()
+        if content_digest(data) != digest:
             raise UnreadableImage("the file has changed since this run listed it")
-        return decode(data)
+        return decoder(data)
     except (OSError, UnreadableImage) as error:
-        problem = Problem(f"image {row.id} can no longer be read", f"{row.source}", f"{error}",
+        problem = Problem(f"{what} can no longer be read", f"{source}", f"{error}",
                           "put the image back and start the same command again", kind="data")
         raise UserError(problem) from error
 
@@ -171,11 +202,31 @@ def load_image(row: Row) -> Image.Image:
 # ------------------------------------------------------------------------------------------------------------- colours
 
 
+def _as_rgb(upright: Image.Image, note: Note | None) -> Image.Image:
+    plain = upright.mode == "RGB" and not upright.has_transparency_data and not upright.info.get("icc_profile")
+    return upright if plain else _to_rgb(upright, note)
+
+
+def _as_mask(image: Image.Image, note: Note | None) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return _from_16_bit(image).getchannel("R")
+    if image.mode in ("I", "F"):
+        raise UnreadableImage(WIDE)
+    levels = image.convert("RGB").getchannel("R")
+    if not image.has_transparency_data:
+        return levels
+    return ImageChops.multiply(levels, image.convert("RGBA").getchannel("A"))
+
+
+def _opacity(image: Image.Image, note: Note | None) -> Image.Image | None:
+    return image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+
+
 def _to_rgb(image: Image.Image, note: Note | None) -> Image.Image:
     if image.mode.startswith("I;16"):
         return _from_16_bit(image)
     if image.mode in ("I", "F"):
-        raise UnreadableImage("32 bits a channel have no agreed white level; convert it to 8 or 16 bits")
+        raise UnreadableImage(WIDE)
     profile = image.info.get("icc_profile")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")

@@ -18,6 +18,7 @@ from trainkit.data.cache import Latents, Store, cache_latents, unguarded
 from trainkit.data.caption_changes import CaptionChanges
 from trainkit.data.geometry import CropPolicy
 from trainkit.data.images import load_image
+from trainkit.data.masks import Masks
 from trainkit.data.sampler import WHOLE, Order, Shard
 from trainkit.errors import UserError
 from trainkit.options.captions import CaptionOptions
@@ -38,6 +39,10 @@ class Encoder(Protocol):
     vae_batch_size: int  # images that `encode_pixels` encodes at once
 
     @property
+    def vae_factor(self) -> int:
+        """Pixels a side of a place of the latent."""
+
+    @property
     def latents_identity(self) -> str: ...
 
     def encode_pixels(self, pixels: Tensor) -> tuple[Tensor, Tensor]: ...
@@ -50,8 +55,8 @@ class Images(Dataset["Sample | UserError"]):
     """
 
     def __init__(self, rows: Sequence[Row], policy: CropPolicy, *, seed: int, latents: Latents | None = None,
-                 captions: Callable[[Row, int], str] | None = None):
-        self.rows, self.policy, self.seed, self.latents = rows, policy, seed, latents
+                 captions: Callable[[Row, int], str] | None = None, masks: Masks | None = None):
+        self.rows, self.policy, self.seed, self.latents, self.masks = rows, policy, seed, latents, masks
         self.caption = captions or CaptionChanges(CaptionOptions(), seed)  # (row, epoch) -> what it is trained with
 
     @property
@@ -67,6 +72,7 @@ class Images(Dataset["Sample | UserError"]):
         sample = replace(self.policy.sample(row, seed=self.seed, epoch=slot.visit), slot=slot,
                          prompt=self.caption(row, slot.visit))
         try:
+            sample = replace(sample, mask=self.masks(sample)) if self.masks else sample
             if self.latents is None:
                 return replace(sample, pixels=self.policy.views(load_image(row), [sample])[0])
             mean, logvar = self.latents(sample)
@@ -85,15 +91,28 @@ def ready_images(
     captions  (row, epoch) -> what this visit is trained with; by default one of the row's captions
     """
     policy = CropPolicy.from_options(options)
-    if not options.cache_latents:
-        return Images(rows, policy, seed=seed, captions=captions)
-    if not policy.cacheable:
-        log.warning("--cached_crops 0: fresh random crops cannot be cached, so the VAE runs at every visit")
-        return Images(rows, policy, seed=seed, captions=captions)
+    caches = options.cache_latents and policy.cacheable
+    masks = _ready_masks(rows, options, policy, family, store if caches else None, seed=seed)
+    if not caches:
+        if options.cache_latents:
+            log.warning("--cached_crops 0: fresh random crops cannot be cached, so the VAE runs at every visit")
+        return Images(rows, policy, seed=seed, captions=captions, masks=masks)
     latents = cache_latents(rows, policy, family.encode_pixels, store, seed=seed, identity=family.latents_identity,
                             batch_size=family.vae_batch_size, dtype=DTYPES[options.latent_dtype],
                             num_workers=num_workers, progress=progress and partial(progress, "caching latents"))
-    return Images(rows, policy, seed=seed, latents=latents, captions=captions)
+    return Images(rows, policy, seed=seed, latents=latents, captions=captions, masks=masks)
+
+
+def _ready_masks(rows: Sequence[Row], options: ImageOptions, policy: CropPolicy, family: Encoder, store: Store | None,
+                 *, seed: int) -> Masks | None:
+    """The masks of the rows, kept in the store where there is one; None where the loss has none."""
+    if not options.masked:
+        return None
+    masks = Masks(policy, factor=family.vae_factor, least=options.unmasked_weight,
+                  normalized=options.normalize_masked_area_loss, store=store)
+    if store is not None:
+        masks.fill(rows, seed=seed)
+    return masks
 
 
 def micro_batches(

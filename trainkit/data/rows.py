@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import fmean
+from typing import TYPE_CHECKING, TypeVar
 
 from trainkit.data import buckets, caption_changes
-from trainkit.data.batch import Listed, Row
+from trainkit.data.batch import Listed, Row, Source
 from trainkit.data.geometry import cut_away, enlargement
 from trainkit.data.images import content_digest
+from trainkit.data.masks import judge_masks, with_masks
 from trainkit.data.sources.account import Account, LeftOut
 from trainkit.data.sources.captions import METADATA
 from trainkit.data.sources.folder import IMAGES, list_image_folder, report_left_out
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Judged = TypeVar("Judged")
 ENLARGED = 2.0  # an image enlarged by this factor or more is told: it teaches blur
 CROPPED = 0.15  # an image that loses more of its area than this is told
 NAMED = 3  # images that are named in a line
@@ -60,8 +64,11 @@ def read_rows(data: ImageOptions, captions: CaptionOptions | None = None, *, see
     where, problems = printable(f"{data.dataset_name or data.folder}"), source.problems
     listed = _sample(source.listed, data.max_images, seed)
     rows, bad = _usable(listed)
-    skips = data.bad_images == "skip" and bool(rows)
-    skipped = tuple(LeftOut(found.id, one_line(verdict.refused)) for found, verdict in bad) if skips else ()
+    together = partial(_together, partial(judge_masks, alpha=data.alpha_mask))
+    masked = with_masks(rows, mask_sources(listed, data), data, where, together)
+    rows, skips = masked.rows, data.bad_images == "skip" and bool(masked.rows)
+    skipped = (*(LeftOut(found.id, one_line(verdict.refused)) for found, verdict in bad),
+               *(LeftOut(row.id, why) for row, why in masked.bad)) if skips else ()
     report_left_out(skipped)
     unreadable = [] if skips or not bad else [_unreadable(bad, len(listed), where)]
     if not data.prompt and not problems:
@@ -75,10 +82,18 @@ def read_rows(data: ImageOptions, captions: CaptionOptions | None = None, *, see
         _warn_cropped(repeated, data)
         buckets.warn_small_buckets(repeated, data, compat)
     _warn_twins(rows)
+    areas = [mask.area for mask in masked.masks]
     repeated.account = replace(source.account, images=len(rows), in_all=len(source.listed) - len(skipped),
-                               left_out=(*source.account.left_out, *skipped))
+                               left_out=(*source.account.left_out, *skipped), masks=len(areas),
+                               mask_area=fmean(areas) if areas else 0.0)
     log.info("%s: %s", where, repeated.account)
-    return repeated, [*problems, *unclear, *unreadable, *small]
+    return repeated, [*problems, *unclear, *unreadable, *masked.problems, *small]
+
+
+def mask_sources(listed: Sequence[Listed], data: ImageOptions) -> dict[str, Source]:
+    """What holds the mask of each image, by the image's name: a file, or for its transparency the image itself."""
+    sources = {found.id: found.source if data.alpha_mask else found.mask for found in listed}
+    return {name: source for name, source in sources.items() if source is not None}
 
 
 def _source_problem(data: ImageOptions) -> Problem | None:
@@ -171,10 +186,14 @@ def _usable(listed: Sequence[Listed]) -> tuple[list[Row], list[tuple[Listed, Ver
 
 
 def _judge_together(listed: Sequence[Listed]) -> list[Verdict]:
+    return _together(judge, [found.id for found in listed], [found.source for found in listed])
+
+
+def _together(judge: Callable[[Sequence[Source]], list[Judged]], names: Sequence[str], sources: Sequence[Source]
+              ) -> list[Judged]:
     """Several processes judge a part each. If lists differ, they share no disk, and each judges all of its own."""
-    sources = [found.source for found in listed]
-    names = content_digest("\n".join(found.id for found in listed).encode(errors="surrogateescape"))
-    if len(set(ranks.gather(names))) > 1:
+    digest = content_digest("\n".join(names).encode(errors="surrogateescape"))
+    if len(set(ranks.gather(digest))) > 1:
         return judge(sources)
     parts = ranks.gather(judge(sources[ranks.rank() :: ranks.world()]))
     return [parts[i % len(parts)][i // len(parts)] for i in range(len(sources))]

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TextIO, TypeVar
+from typing import Protocol, TextIO, TypeVar
 
 import PIL
 from PIL import Image
@@ -51,15 +51,38 @@ class Verdict:
         return cls((h, w), digest, animated, tuple(notes))
 
 
+class Remembered(Protocol):
+    """What reading one file says."""
+
+    @property
+    def refused(self) -> str:
+        """Why the file cannot be used; then nothing is remembered."""
+
+    def pack(self) -> str: ...
+
+
+Said = TypeVar("Said", bound=Remembered)
+
+
 def judge(sources: Sequence[Source]) -> list[Verdict]:
     """A verdict on each image. Those that earlier runs found good, and that were not touched since, are not read."""
+    return recalled(sources, KIND, _version(), Verdict.unpack,
+                    lambda unknown: [verdict for verdict, _ in _examine_all(unknown, _nothing)])
+
+
+def recalled(sources: Sequence[Source], kind: str, version: str, unpack: Callable[[str], Said],
+             read: Callable[[Sequence[Source]], Sequence[Said]]) -> list[Said]:
+    """What `read` says of each source, or what it said of the same untouched file before.
+
+    kind, version  see `trainkit.digests.FileMemory`
+    """
     places = [place_of(source) for source in sources]
-    memory = _memory(places)
-    known = {place: Verdict.unpack(text) for place, text in memory.values.items()}
+    memory = digests.FileMemory(kind, filter(None, places), version=version)
+    known = {place: unpack(text) for place, text in memory.values.items()}
     unknown = [(place, source) for place, source in zip(places, sources, strict=True) if place not in known]
-    read = [verdict for verdict, _ in _examine_all([source for _, source in unknown], _nothing)]
-    _keep(memory, [place for place, _ in unknown], read)
-    new = iter(read)
+    found = read([source for _, source in unknown])
+    _keep(memory, [place for place, _ in unknown], found)
+    new = iter(found)
     return [known[place] if place in known else next(new) for place in places]
 
 
@@ -70,17 +93,13 @@ def judge_and_look(sources: Sequence[Source], look: Callable[[Image.Image], Seen
     progress  takes how many images were read
     """
     places = [place_of(source) for source in sources]
-    memory = _memory(places)
+    memory = digests.FileMemory(KIND, filter(None, places), version=_version())
     found = _examine_all(sources, look, progress)
     _keep(memory, places, [verdict for verdict, _ in found])
     return found
 
 
-def _memory(places: Sequence[digests.Place | None]) -> digests.FileMemory:
-    return digests.FileMemory(KIND, filter(None, places), version=_version())
-
-
-def _keep(memory: digests.FileMemory, places: Sequence[digests.Place | None], verdicts: Sequence[Verdict]) -> None:
+def _keep(memory: digests.FileMemory, places: Sequence[digests.Place | None], verdicts: Sequence[Remembered]) -> None:
     memory.keep({place: verdict.pack() for place, verdict in zip(places, verdicts, strict=True)
                  if place and not verdict.refused})
 

@@ -70,7 +70,7 @@ class FourierTerm:
         """-> [B], weighted like the ordinary loss: an error of the output counts what it counts there.
 
         In the space x0, errors are in units of σ_data, where |out − target|² is gain·σ_data² times as large, and count
-        by that.
+        by that. The loss multiplies latents by its mask, so with the norm l2 it gets the root of the batch's.
         """
         step, sigma = forward.batch.step, forward.level.sigma_data
         if self.loss.idle(step):
@@ -79,7 +79,8 @@ class FourierTerm:
         if self.loss.space == "x0":
             pair, power = (forward.x0_hat / sigma, clean), POWERS[self.loss.norm]
             factor = factor * (forward.pred.x0_gain(forward.level) * sigma**2) ** (power / 2)
-        part = self.loss(*pair, base=forward.losses, factor=factor, step=step, total_steps=self.total_steps,
+        mask = forward.batch.mask if forward.batch.mask is None else forward.batch.mask ** (1 / POWERS[self.loss.norm])
+        part = self.loss(*pair, mask=mask, base=forward.losses, factor=factor, step=step, total_steps=self.total_steps,
                          snr=forward.level.snr, clean=clean, gain=self.gain.value)
         if observe:
             self.rate = self.gain.value * self.loss.ramp(step)

@@ -25,14 +25,11 @@ if TYPE_CHECKING:
 
 
 def per_sample(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over everything but the batch: [B,...] -> [B]; with a mask [B,1,h,w], weighted by it place by place.
+    """Mean over everything but the batch: [B,...] -> [B]; with a mask [B,1,h,w], of x times the mask.
 
-    A sample whose mask is 0 everywhere has the mean 0.
+    So a sample counts by its mask's mean, and one whose mask is 0 everywhere not at all.
     """
-    if mask is None:
-        return x.flatten(1).mean(1)
-    weights = mask.expand_as(x).flatten(1)
-    return (x.flatten(1) * weights).sum(1) / weights.sum(1).clamp(min=torch.finfo(x.dtype).tiny)
+    return (x if mask is None else x * mask).flatten(1).mean(1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -179,7 +176,7 @@ class Samples(Protocol):
 
     @property
     def mask(self) -> Tensor | None:
-        """[B,1,h,w], the weight of each place in the mean error."""
+        """[B,1,h,w], a factor on the error of each place; None: 1 everywhere."""
 
     @property
     def counts(self) -> bool:

@@ -23,7 +23,7 @@ SAME_VALUE = {  # their name: ours
     "zero_terminal_snr": "rescale_betas_zero_snr", "dataset_repeats": "repeats", "config_file": "config",
     "num_repeats": "repeats", "num_epochs": "num_train_epochs", "grad_clip": "max_grad_norm",
     "output": "output_dir", "r": "rank", "prompt": "instance_prompt", "tokenizer_cache_dir": "cache_dir",
-    "caption_extention": "caption_extension",
+    "caption_extention": "caption_extension", "masked_training": "masked_loss", "mask_path": "conditioning_data_dir",
 }
 INSTEAD = {  # their name: what to do here
     # Model and files
@@ -61,8 +61,9 @@ INSTEAD = {  # their name: what to do here
     "token_warmup_step": "texts are encoded before the training, and a number of tags that grows with the steps would "
                          "need others in each step; --caption_tag_dropout_rate drops tags at random",
     "weighted_captions": "captions are plain text; weights of words are not read yet",
-    "masked_loss": "the loss covers whole images; masks are not read yet",
-    "alpha_mask": "the loss covers whole images; masks are not read yet",
+    "masked_prior_preservation_weight": "outside of masks the base model is not kept by a loss of its own yet; "
+                                        "--with_prior_preservation keeps it with images of the class",
+    "unmasked_probability": "masks are used at each visit; --unmasked_weight 0.1 lets the rest count a little",
     "cache_latents_to_disk": "--cache_latents --latent_cache_dir FOLDER",
     "cache_text_encoder_outputs": "done always where text encoders are frozen; --latent_cache_dir FOLDER keeps them",
     "cache_text_encoder_outputs_to_disk": "--latent_cache_dir FOLDER keeps them on disk",

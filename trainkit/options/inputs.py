@@ -7,9 +7,12 @@ from typing import ClassVar, Literal
 from pydantic import field_validator
 
 from trainkit.options.base import Compat, Concern, always, opt, required
+from trainkit.options.prerequisites import needs
 from trainkit.options.sizes import Size, bucket_limit, read_resolution, read_sides, sides_of, size_of
 
 BUCKETED = "enable_bucket and no bucket_no_upscale"
+MASK_FLAGS = ("conditioning_data_dir", "alpha_mask", "masked_loss")  # each switches masks on
+MASKED = " or ".join(MASK_FLAGS)
 
 
 class ModelOptions(Concern):
@@ -143,6 +146,32 @@ class ImageOptions(Concern):
         "A folder on disk for the encoded captions and, with --cache_latents, for the latents. Several runs can use "
         "the same folder. Without this flag, they are kept in memory.", path=True, resume="may change", min_length=1)
 
+    masked_loss: bool = opt(
+        False,
+        "Train only on a part of each image. A grey image says which part: white is trained on, black is not, and grey "
+        "counts in part. It lies beside the image, with its name and -masklabel: for cat.jpg, it is "
+        "cat-masklabel.png. An image without a mask is trained on as a whole.", resume="in the data",
+        card="Masked loss")
+    conditioning_data_dir: str | None = opt(
+        None,
+        "A folder with the masks. This flag switches --masked_loss on. A mask has the name of its image, with any "
+        "ending. Of a mask with colours, the red channel is read, as kohya's trainers do.", path=True,
+        resume="in the data", min_length=1)
+    alpha_mask: bool = opt(
+        False,
+        "Use the transparency of each image as its mask: what is transparent is not trained on. This flag switches "
+        "--masked_loss on.", resume="in the data", card="Transparency as mask")
+    unmasked_weight: float = opt(
+        0.0,
+        "The least weight of a place in the loss, also where the mask is black. With 0.1, the rest of the image is "
+        "learned a little, too.", unit="weight", resume="in the data", read_with=MASKED,
+        card="Weight outside of the mask", ge=0, le=1)
+    normalize_masked_area_loss: bool = opt(
+        False,
+        "Divide the loss of an image by the mean of its mask, so that an image with a small mask counts as much as "
+        "one with a large mask. Without this flag, it counts by the area of its mask.", resume="in the data",
+        read_with=MASKED, card="Loss normalized by the mask's area")
+
     @field_validator("image_interpolation_mode", mode="before")
     @classmethod
     def _pillow_has_one_nearest(cls, value: object) -> object:
@@ -168,6 +197,11 @@ class ImageOptions(Concern):
     def longest_side(self, compat: Compat | None = None) -> int:
         """Of a bucket, in pixels; compat is the trainer to choose like."""
         return bucket_limit(self.max_bucket_reso, self.sizes, compat)
+
+    @property
+    def masked(self) -> bool:
+        """Whether masks weigh the loss."""
+        return needs(MASKED).holds(dict(self))
 
     @property
     def folder(self) -> str | None:

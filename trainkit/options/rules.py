@@ -11,6 +11,7 @@ from collections.abc import Container, Iterator, Mapping
 
 from trainkit.errors import Problem
 from trainkit.options.base import Flag, Value
+from trainkit.options.inputs import MASK_FLAGS
 from trainkit.options.matching import MatchingOptions
 from trainkit.options.objective import SNR_CAPPED
 from trainkit.options.optimizer import EIGHT_BIT, averages_weights, estimates_step
@@ -25,6 +26,7 @@ def problems(values: Values) -> Iterator[Problem]:
     yield from _other_optimizer(values)
     yield from _other_adapter(values)
     yield from _no_buckets(values)
+    yield from _unclear_masks(values)
     if values.get("train_text_encoder") and values.get("train_text_encoder_ti"):
         yield Problem(
             "--train_text_encoder with --train_text_encoder_ti", "--train_text_encoder, --train_text_encoder_ti",
@@ -65,6 +67,24 @@ def _no_buckets(values: Values) -> Iterator[Problem]:
     elif high < max(squares):
         yield Problem(f"--max_bucket_reso {high} is less than --{flag} {given}", where,
                       f"a square bucket has {max(squares)} px a side there", f"--max_bucket_reso {2 * max(squares)}")
+
+
+def _unclear_masks(values: Values) -> Iterator[Problem]:
+    """Masks from two places or from none, and a loss that has no places to weigh."""
+    if values.get("alpha_mask") and values.get("conditioning_data_dir"):
+        yield Problem("--alpha_mask with --conditioning_data_dir", "--alpha_mask, --conditioning_data_dir",
+                      "an image has one mask: its own transparency, or a file of the folder",
+                      "leave out one of the two")
+    masked = next((f"--{flag}" for flag in MASK_FLAGS if values.get(flag)), "")
+    if masked and values.get("dataset_name") and not values.get("alpha_mask"):
+        yield Problem(f"{masked} with --dataset_name", f"{masked}, --dataset_name {values['dataset_name']}",
+                      "masks are files named as images are, and images of a table have no names",
+                      "--alpha_mask, or save the images into a folder")
+    if masked and _matches(values):
+        strength = next(f"--{flag}" for flag in _STRENGTHS if values.get(flag))
+        yield Problem(f"{strength} with {masked}", f"{strength}, {masked}",
+                      "distribution matching compares whole images with one another, and each mask leaves another part",
+                      "leave out one of the two")
 
 
 def _unclear_objective(values: Values) -> Iterator[Problem]:

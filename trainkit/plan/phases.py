@@ -233,6 +233,8 @@ class Skeleton:
         latent = torch.empty(rows, *self.latent_shape(self.size))
         pixels = {"pixels": torch.empty(rows, 3, *self.size)}
         content: dict[str, Any] = {"mean": latent, "logvar": latent} if caches(self.opt) else pixels
+        if self.opt.data.masked:
+            content["mask"] = torch.empty(rows, 1, *self.latent_shape(self.size)[1:])
         return Batch(
             step=0, keys=tuple((0, 0, place) for place in places), rows=tuple(places), prompts=("",) * rows,
             time_ids=torch.zeros(rows, 6), loss_weight=torch.ones(rows), is_class=torch.zeros(rows, dtype=torch.bool),

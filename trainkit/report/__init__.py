@@ -115,6 +115,8 @@ def resource_tiles(run: RunFacts) -> Iterator[Tile]:
     last = run.metrics[-1] if run.metrics else {}
     if "images" in last:
         yield Tile("Images seen", f"{last['images']:,.0f}", f"{last['images'] / max(1, run.step):.3g} a step")
+    if masks := run.record.get("masks"):
+        yield Tile("Images with a mask", f"{masks['images']:,}", f"{100 * masks['area']:.3g} % of their area counts")
     if last.get("skipped"):
         yield Tile("Skipped steps", f"{last['skipped']:.0f}", "loss or gradient not finite")
 

@@ -25,12 +25,16 @@ class Account:
     captions: Mapping[str, int] = field(default_factory=dict)  # {"metadata.jsonl": 22}: images by where theirs is from
     left_out: tuple[LeftOut, ...] = ()
     in_all: int = 0  # images there, where --max_train_samples takes some of them
+    masks: int = 0  # images with a mask
+    mask_area: float = 0.0  # the part of these images that their masks leave, 0 to 1: the mean
 
     def __str__(self) -> str:
         of = f" of {self.in_all}" if self.in_all > self.images else ""
         parts = [counted(self.images, "image") if not of else f"{self.images}{of} images"]
         sources = [f"{counted(count, 'caption')} from {source}" for source, count in self.captions.items()]
         parts += sources or ["no captions"]
+        if self.masks:
+            parts.append(f"{counted(self.masks, 'mask')} with {100 * self.mask_area:.3g} % of the area")
         if self.left_out:
             few = ", ".join(f"{one.name} ({one.why})" for one in self.left_out[:3])
             more = ", …" if len(self.left_out) > 3 else ""

@@ -22,7 +22,8 @@ from trainkit.data.sources.captions import (
 )
 from trainkit.data.sources.glimpse import HEIC, SUFFIXES
 from trainkit.data.sources.kohya import kohya_problems, number_notice
-from trainkit.data.sources.tree import HELD_OUT, Tree, walk
+from trainkit.data.sources.masks import MaskPlace, find_masks
+from trainkit.data.sources.tree import HELD_OUT, Tree, is_mask, lies_in, walk
 from trainkit.data.sources.unread import find_unread, not_followed
 from trainkit.errors import Problem, counted, listing, printable, shell_word
 
@@ -45,6 +46,7 @@ class Folder:
     image_column: str = "image"
     captioned: bool = False  # in the imagefolder layout: subfolders count, and an image may have several captions
     ending: str | None = None  # of the caption files that are read; None: SIDECARS
+    masks: MaskPlace | None = None  # None: masks are not used
 
 
 def list_image_folder(data: ImageOptions, ending: str | None = None) -> SourceListing:
@@ -53,10 +55,17 @@ def list_image_folder(data: ImageOptions, ending: str | None = None) -> SourceLi
     ending  of the caption files that are read; None: SIDECARS
     """
     where = Folder(Path(f"{data.folder}"), f"--{data.folder_flag}", data.prompt_flag and f"--{data.prompt_flag}",
-                   data.wanted_column, data.image_column, data.captioned, ending)
+                   data.wanted_column, data.image_column, data.captioned, ending, mask_place(data))
     if data.repeats == 1 and (notice := number_notice(where.path)):
         log.warning("%s", notice)
     return read_folder(where)
+
+
+def mask_place(data: ImageOptions) -> MaskPlace | None:
+    """Where the options say that mask files are."""
+    if data.alpha_mask or not data.masked:
+        return None
+    return MaskPlace(Path(data.conditioning_data_dir) if data.conditioning_data_dir else None)
 
 
 def list_folder(where: Folder, *, verbose: bool = True) -> tuple[list[Listed], list[Problem]]:
@@ -76,19 +85,29 @@ def read_folder(where: Folder, *, verbose: bool = True, empty_is_wrong: bool = T
         tree = walk(folder, subfolders=where.captioned, ending=where.ending)
     except OSError as error:
         return SourceListing([], [unreadable_folder(where, error)])
+    tree = without_masks(where, tree)
     there = tree.by_name()
     captions = read_all_captions(where, tree, there, verbose=verbose)
     images = dict(sorted((there | _named_only(captions, tree)).items()))  # a path under the folder: the image
-    listed = [Listed(printable(name), path, *captions.of(path)) for name, path in images.items()]
+    masks = find_masks(where.masks, where.flag, folder, tree, images)
+    listed = [Listed(printable(name), path, *captions.of(path), masks.of.get(path)) for name, path in images.items()]
     bare = [found.source for found in listed if not (found.caption or where.ending) and isinstance(found.source, Path)]
     unread = find_unread(folder, tree, bare=bare, strange=captions.strange)
-    problems = [*captions.problems, *unread.problems, *_images_below(where, tree, [*images.values()], empty_is_wrong)]
-    left_out = (*unread.left_out, *captions.spare, *(not_followed(folder, tree) if where.captioned else []))
+    problems = [*captions.problems, *unread.problems, *masks.problems,
+                *_images_below(where, tree, [*images.values()], empty_is_wrong)]
+    left_out = (*unread.left_out, *captions.spare, *masks.left_out,
+                *(not_followed(folder, tree) if where.captioned else []))
     account = Account(len(listed), captions.sources(images.values()), left_out)
     if verbose:
         captions.report(tree.images, prompt_flag=where.prompt_flag)
         report_left_out(left_out)
     return SourceListing(listed, problems, account)
+
+
+def without_masks(where: Folder, tree: Tree) -> Tree:
+    """The tree without the folder of masks, where that lies in it."""
+    folder = where.masks and where.masks.folder
+    return tree if not folder or lies_in(where.path, folder) else tree.without(folder)
 
 
 def _named_only(captions: Captions, tree: Tree) -> dict[str, Path]:
@@ -97,7 +116,8 @@ def _named_only(captions: Captions, tree: Tree) -> dict[str, Path]:
     """
     root, known = next(iter(tree.read)), {*tree.images}
     others = {path.relative_to(root).as_posix(): path for path in captions.named if path not in known}
-    return {name: path for name, path in others.items() if name.partition("/")[0] not in tree.held_out}
+    return {name: path for name, path in others.items() if name.partition("/")[0] not in tree.held_out
+            and not any(lies_in(path, folder) for folder in tree.masks)}
 
 
 # ----------------------------------------------------------------------------------------------------------- captions
@@ -160,7 +180,8 @@ def read_all_captions(where: Folder, tree: Tree, there: Mapping[str, Path], *, v
         known = there if folder == where.path else {image.name: image for image in contents.images}
         metadata = read_metadata(folder, where.caption_column, image_column=where.image_column,
                                  several=where.captioned, known=known, verbose=verbose)
-        nearer = {known.get(entry.name) or folder / entry.name: entry.captions for entry in metadata.entries}
+        entries = [entry for entry in metadata.entries if not is_mask(Path(entry.name))]
+        nearer = {known.get(entry.name) or folder / entry.name: entry.captions for entry in entries}
         found.twice += [path.name for path in nearer if found.named.get(path, nearer[path]) != nearer[path]]
         found.named |= nearer
         found.files |= dict.fromkeys(nearer, metadata.file)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from trainkit.data.batch import Listed
 from trainkit.data.images import UnreadableImage
-from trainkit.data.sources.account import Account, SourceListing
+from trainkit.data.sources.account import Account, LeftOut, SourceListing
 from trainkit.data.sources.captions import METADATA, BadEntry, read_captions
 from trainkit.data.sources.records import CAPTION_COLUMNS
 from trainkit.data.sources.text import one_line
-from trainkit.data.sources.tree import walk
+from trainkit.data.sources.tree import is_mask, walk
 from trainkit.data.sources.unread import find_unread
 from trainkit.digests import Place, TablePlace
 from trainkit.errors import Problem, counted, listing, printable, shell_word
@@ -92,16 +92,21 @@ def list_table(data: ImageOptions) -> SourceListing:
     images = table.select_columns([data.image_column]).cast_column(data.image_column, Image(decode=False))
     homes = homes_of(data.dataset_name or "", data.cache_dir)
     places = _places(images, data, homes)
-    found, bad = [], []
+    found, bad, masks = [], [], []
     for i, cell in enumerate(table[column] if column else [None] * len(table)):
+        place = places[i]
+        if isinstance(place, Path) and is_mask(place):
+            masks.append(LeftOut(printable(place.name), "a mask; masks beside images are read from a folder"))
+            continue
         try:
             caption, *others = read_captions(cell, several=data.captioned) or ("",)
-            image = TableCell(images, i, data.image_column, homes, places[i])
+            image = TableCell(images, i, data.image_column, homes, place)
             found.append(Listed(f"row {i}", image, caption, tuple(others)))
         except BadEntry as error:
             bad.append(f"row {i}: {column} {error}")
     captions = {f"column {column}": sum(bool(one.caption) for one in found)} if column else {}
-    return SourceListing(found, list(_row_problems(data, bad, empty=not len(table))), Account(len(found), captions))
+    return SourceListing(found, list(_row_problems(data, bad, empty=not len(table))),
+                         Account(len(found), captions, tuple(masks)))
 
 
 def _load(data: ImageOptions) -> Dataset:

@@ -17,6 +17,7 @@ TEXTS = {  # what tools write captions into beside an image; SIDECARS of these a
     ".label", ".labels", ".wd14",
 }
 HELD_OUT = {"test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"}  # folders beside train/
+MASK_ENDING = "-masklabel"  # of the stem of a mask beside its image, as OneTrainer has it
 JUNK = {"__MACOSX", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN", "@eaDir", "Icon\r"}
 APPLE_DOUBLE = "._"  # how macOS's companions of files begin, on disks of other systems
 MOST_BELOW = 20_000  # entries looked at in folders that are not read
@@ -27,6 +28,7 @@ class Contents:
     """One folder's entries by kind, each kind by name. Hidden ones are in none."""
 
     images: list[Path] = field(default_factory=list)
+    masks: list[Path] = field(default_factory=list)  # images named as masks are
     texts: list[Path] = field(default_factory=list)
     others: list[Path] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)
@@ -35,7 +37,7 @@ class Contents:
 
     @property
     def size(self) -> int:
-        return len(self.images) + len(self.texts) + len(self.others)
+        return len(self.images) + len(self.masks) + len(self.texts) + len(self.others)
 
 
 @dataclass
@@ -45,10 +47,17 @@ class Tree:
     read: dict[Path, Contents] = field(default_factory=dict)
     below: dict[Path, Contents] = field(default_factory=dict)  # subfolders and linked folders that are not read
     held_out: set[str] = field(default_factory=set)  # subfolders that hold other splits than train/, where there is one
+    masks: tuple[Path, ...] = ()  # folders that hold masks of the images
 
     @property
     def images(self) -> list[Path]:
         return [image for contents in self.read.values() for image in contents.images]
+
+    def without(self, folder: Path) -> Tree:
+        """The same without a folder of masks and what is below it."""
+        read, below = ({path: contents for path, contents in part.items() if not lies_in(path, folder)}
+                       for part in (self.read, self.below))
+        return Tree(read, below, self.held_out, (*self.masks, folder))
 
     def by_name(self) -> dict[str, Path]:
         """The images that are read, by their paths under the data folder with forward slashes."""
@@ -56,6 +65,15 @@ class Tree:
         starts = {folder: "" if folder == root else f"{folder.relative_to(root).as_posix()}/" for folder in self.read}
         return {starts[folder] + image.name: image for folder, contents in self.read.items()
                 for image in contents.images}
+
+
+def lies_in(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def is_mask(path: Path) -> bool:
+    """Whether an image's name says that it is a mask."""
+    return is_image(path) and path.stem.lower().endswith(MASK_ENDING)
 
 
 def is_image(path: Path) -> bool:
@@ -94,12 +112,17 @@ def _sort_in(found: Contents, entry: os.DirEntry[str], path: Path, endings: Cont
     except OSError:  # a circle of links
         is_file = is_folder = False
     if is_file:
-        kind = found.images if image else found.texts if suffix in endings else found.others
-        kind.append(path)
+        _kind_of(found, path, image=image, text=suffix in endings).append(path)
     elif is_folder:
         (found.links if entry.is_symlink() else found.folders).append(path)
     if not is_file and (named_as_file or not is_folder):
         found.special[path] = _no_file(entry, is_folder)
+
+
+def _kind_of(found: Contents, path: Path, *, image: bool, text: bool) -> list[Path]:
+    if image:
+        return found.masks if is_mask(path) else found.images
+    return found.texts if text else found.others
 
 
 def _no_file(entry: os.DirEntry[str], is_folder: bool) -> str:
