@@ -11,7 +11,15 @@ from typing import Protocol
 
 from trainkit.data.sources.account import LeftOut
 from trainkit.data.sources.captions import METADATA, SIDECARS, caption_files, is_portable, metadata_files, read_metadata
-from trainkit.data.sources.folder import Captions, Folder, no_images, read_all_captions, unreadable_folder
+from trainkit.data.sources.folder import (
+    Captions,
+    Folder,
+    no_images,
+    read_all_captions,
+    unreadable_folder,
+    without_masks,
+)
+from trainkit.data.sources.masks import MaskFiles, MaskPlace, find_masks
 from trainkit.data.sources.records import CAPTION_COLUMNS
 from trainkit.data.sources.text import decode_text
 from trainkit.data.sources.tree import Tree, walk
@@ -38,6 +46,7 @@ class CaptionedFolder:
     left_out: Sequence[LeftOut] = ()
     problems: Sequence[Problem] = ()
     endings: Sequence[str] = SIDECARS  # of the caption files that are read
+    masks: MaskFiles = field(default_factory=MaskFiles)
 
     def has_caption(self, image: Path) -> bool:
         return bool(self.captions.of(image)[0])
@@ -49,23 +58,28 @@ class CaptionedFolder:
 
 
 def read_captioned_folder(path: Path, flag: str, *, overwrite: bool, caption_column: str | None = None,
-                          ending: str | None = None) -> CaptionedFolder:
+                          ending: str | None = None, masks: MaskPlace | None = None) -> CaptionedFolder:
     """What lies there. Captions that are not read as they lie are a problem, unless all captions are overwritten.
 
     ending  of the caption files that are read; None: SIDECARS
+    masks   where masks are; None: beside the images, if there are any
     """
-    where = Folder(path, flag, None, caption_column, captioned=True, ending=ending)
+    where = Folder(path, flag, None, caption_column, captioned=True, ending=ending, masks=masks)
     try:
         tree = walk(path, subfolders=True)
     except OSError as error:
         return CaptionedFolder(path, Tree(), {}, Captions(), problems=[unreadable_folder(where, error)])
+    tree = without_masks(where, tree)
     images = dict(sorted(tree.by_name().items()))
+    found = find_masks(masks or MaskPlace(), flag, path, tree, images)
+    if masks is None:
+        found.problems.clear()
     captions = read_all_captions(where, tree, images, verbose=False)
     bare = [] if overwrite else [image for image in images.values() if not captions.of(image)[0]]
     unread = find_unread(path, tree, bare=bare, strange=captions.strange)
     nothing = [] if images else [no_images(where, tree)]
     return CaptionedFolder(path, tree, images, captions, (*unread.left_out, *not_followed(path, tree)),
-                           [*captions.problems, *unread.problems, *nothing], (ending,) if ending else SIDECARS)
+                           [*captions.problems, *unread.problems, *nothing], (ending,) if ending else SIDECARS, found)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

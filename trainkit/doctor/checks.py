@@ -18,6 +18,7 @@ import numpy as np
 
 from trainkit.conditioning.caption_length import cut_off
 from trainkit.data.geometry import cut_away, enlargement
+from trainkit.data.masks import refusal
 from trainkit.data.rows import CROPPED, ENLARGED
 from trainkit.data.sources.kohya import NUMBERED
 from trainkit.data.sources.text import one_line
@@ -114,10 +115,15 @@ def set_aside(images: Sequence[DataImage]) -> str:
     commands = []
     for (folder, parent), members in by_folder.items():
         target = folder.with_name(f"{folder.absolute().name}-left-out") / parent.relative_to(folder)
-        files = [path for image in members for path in (image.path, *image.sidecars)]
+        files = [path for image in members for path in (image.path, *image.sidecars, *_mask_beside(image))]
         commands += [f"mkdir -p -- {shell_word(target)}",
                      f"mv -n -- {' '.join(map(shell_word, files))} {shell_word(target)}/"]
     return " && ".join([*commands, *_without_lines(images)])
+
+
+def _mask_beside(image: DataImage) -> list[Path]:
+    beside = image.mask and image.mask != image.path and image.mask.parent == image.path.parent
+    return [image.mask] if image.mask and beside else []
 
 
 def _without_lines(images: Sequence[DataImage]) -> Iterator[str]:
@@ -301,6 +307,44 @@ def blurred(data: DataSet) -> Iterator[Finding]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Masks
+
+
+def bad_masks(data: DataSet) -> Iterator[Finding]:
+    """Where masks are asked for, those that a run refuses."""
+    return unusable_masks(data) if data.options.masked else iter(())
+
+
+def unusable_masks(data: DataSet) -> Iterator[Finding]:
+    for image in data.sound:
+        why = refusal(image.mask_verdict, image.verdict.size) if image.mask_verdict else ""
+        if why:
+            yield Finding((image,), why, set_aside([image]))
+
+
+def idle_masks(data: DataSet) -> Iterator[Finding]:
+    """Masks that do not do what masks are for; where none are asked for, those too that a run would refuse."""
+    if not data.options.masked:
+        yield from unusable_masks(data)
+    for image in data.sound:
+        if image.mask_verdict and not image.mask_verdict.refused and (words := image.mask_verdict.remark):
+            yield Finding((image,), f"its mask is {words}", "")
+
+
+def orphan_masks(data: DataSet) -> Iterator[Finding]:
+    for mask in data.spare_masks:
+        yield Finding((), f"{mask.name}: {mask.why}", "")
+
+
+def without_mask(data: DataSet) -> Iterator[Finding]:
+    """Images without a mask among others that have one."""
+    if any(image.mask_verdict for image in data.sound):
+        for image in data.sound:
+            if not image.mask_verdict:
+                yield Finding((image,), "it has no mask", "")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Captions
 
 
@@ -414,6 +458,15 @@ CHECKS = (
           "A run does not start. With --bad_images skip it starts without these images.", unreadable),
     Check("no bucket", "error", "too small for --bucket_no_upscale", "A run does not start.", too_small_for_a_bucket,
           set_aside),
+    Check("bad mask", "error", "masks that cannot be used",
+          "A run does not start. With --bad_images skip it starts without these images.", bad_masks, set_aside),
+    Check("mask", "warning", "masks that do not do what masks are for",
+          "With --masked_loss, all of the image is trained on, or nothing of it, or the run does not start.",
+          idle_masks),
+    Check("orphan mask", "warning", "masks that belong to no image",
+          "They are not used. If the name of a mask is wrong, its image is trained on as a whole.", orphan_masks),
+    Check("no mask", "note", "images without a mask, beside others with one", "They are trained on as a whole.",
+          without_mask),
     Check("contradictory", "warning", "one image with different captions",
           "What one caption teaches about the image, the other one unteaches.", contradictory, keep_first),
     Check("duplicate", "warning", "the same file more than once",

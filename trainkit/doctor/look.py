@@ -18,7 +18,10 @@ from trainkit.data.batch import Row, Sample
 from trainkit.data.buckets import size_choices, with_sizes
 from trainkit.data.caption_changes import finished
 from trainkit.data.geometry import CropPolicy, resized_size
+from trainkit.data.images import UnreadableImage, decode_alpha, decode_mask
+from trainkit.data.masks import MaskVerdict, judge_masks
 from trainkit.data.sources.account import LeftOut
+from trainkit.data.sources.folder import mask_place
 from trainkit.data.sources.kohya import NUMBERED, kohya_problems
 from trainkit.data.verdicts import Verdict, judge_and_look
 from trainkit.data.written_captions import CaptionedFolder, read_captioned_folder
@@ -61,6 +64,8 @@ class DataImage:
     repeats: int = 1
     sidecars: tuple[Path, ...] = ()  # its caption files, whether they are read or not
     metadata: Path | None = None  # the metadata that names it
+    mask: Path | None = None  # what holds its mask: another file, or with --alpha_mask itself
+    mask_verdict: MaskVerdict | None = None  # None: it has no mask
 
     @property
     def top(self) -> str:
@@ -85,6 +90,7 @@ class DataSet:
     triggers: tuple[str, ...] = ()
     problems: list[Problem] = field(default_factory=list)  # that no run would start with
     left_out: list[LeftOut] = field(default_factory=list)
+    spare_masks: list[LeftOut] = field(default_factory=list)  # masks of no image
 
     @cached_property
     def sound(self) -> list[DataImage]:
@@ -108,10 +114,11 @@ def read_data_set(folders: Sequence[Path], options: ImageOptions, captions: Capt
     sidecars: dict[Path, list[Path]] = {}
     for folder in folders:
         read = read_captioned_folder(folder, "--train_data_dir", overwrite=False, caption_column=options.caption_column,
-                                     ending=captions.caption_extension)
+                                     ending=captions.caption_extension, masks=mask_place(options))
         start = f"{folder.name}/" if len(folders) > 1 else ""
         listed += [(read, printable(start + name), path) for name, path in read.images.items()]
-        found.problems.extend([*_kohya(read), *read.problems])
+        found.problems.extend([*_kohya(read), *read.problems, *read.masks.problems])
+        found.spare_masks.extend(() if options.alpha_mask else read.masks.left_out)
         found.left_out.extend([*read.left_out, *read.captions.spare])
         sidecars |= read.caption_files()
     look = Looker(options, THUMBNAIL if len(listed) < MANY else SMALL_THUMBNAIL)
@@ -120,14 +127,26 @@ def read_data_set(folders: Sequence[Path], options: ImageOptions, captions: Capt
     rows, unclear = finished([_row(*each, verdict, prompt) for each, (verdict, _) in zip(listed, looks, strict=True)],
                              captions)
     found.problems.extend(unclear)
+    masks = _masks(listed, options)
     for (read, name, path), (verdict, pixels), row in zip(listed, looks, rows, strict=True):
         files = tuple(sidecars.get(path, ()))
         metadata = _metadata_file(read, path)
         caption_file = metadata if read.captions.named.get(path) else next(iter(files), None)
         found.images.append(DataImage(
             name, path, read.path, tuple(filter(None, row.all_captions)), caption_file, verdict, pixels,
-            tuple(_samples(row, options)) if pixels else (), _repeats(read.path, path, options), files, metadata))
+            tuple(_samples(row, options)) if pixels else (), _repeats(read.path, path, options), files, metadata,
+            *masks.get(path, (None, None))))
     return found
+
+
+def _masks(listed: Sequence[tuple[CaptionedFolder, str, Path]], options: ImageOptions
+           ) -> dict[Path, tuple[Path, MaskVerdict]]:
+    """What holds the mask of each image, and what reading it says; images without one are left out."""
+    sources = {path: path if options.alpha_mask else read.masks.of.get(path) for read, _, path in listed}
+    there = {path: source for path, source in sources.items() if source}
+    verdicts = judge_masks([*there.values()], alpha=options.alpha_mask)
+    return {path: (source, verdict) for (path, source), verdict in zip(there.items(), verdicts, strict=True)
+            if verdict.refused or any(verdict.size)}
 
 
 def _row(read: CaptionedFolder, name: str, path: Path, verdict: Verdict, prompt: str) -> Row:
@@ -206,6 +225,15 @@ def perceptual_hash(image: Image.Image) -> int | None:
     import imagehash
 
     return int(str(imagehash.phash(image)), 16)
+
+
+def mask_thumbnail(source: Path, *, alpha: bool) -> bytes:
+    """A mask as a WebP, small; nothing where it can no longer be read."""
+    try:
+        mask = (decode_alpha if alpha else decode_mask)(source.read_bytes())
+    except (OSError, UnreadableImage):
+        return b""
+    return _thumbnail(mask, SMALL_THUMBNAIL) if mask else b""
 
 
 def _thumbnail(image: Image.Image, side: int) -> bytes:

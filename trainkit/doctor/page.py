@@ -12,7 +12,7 @@ from markupsafe import Markup
 from trainkit.data.batch import Sample
 from trainkit.data.geometry import cut_away, enlargement
 from trainkit.doctor.checks import SEVERITIES, Result
-from trainkit.doctor.look import DataImage, DataSet
+from trainkit.doctor.look import DataImage, DataSet, mask_thumbnail
 from trainkit.doctor.text import counts, how_trained, verdict
 from trainkit.errors import SHOWN, printable
 from trainkit.files import atomic_write
@@ -41,6 +41,8 @@ class ImageCard:
     height: int
     crop: tuple[float, float, float, float] | None  # left, top, width, height; None where nothing is cut off
     cut: str
+    mask: str  # laid over the thumbnail; "" where the image has none
+    mask_text: str
     caption: str
     weight: str
     severity: str  # of the worst finding, "" without one
@@ -121,8 +123,18 @@ def card(image: DataImage, data: DataSet, notes: Sequence[CardFinding]) -> Image
         image.name, data_uri("webp", image.look.thumbnail) if image.look else "", by(width, height), width, height,
         crop(image, image.samples[0]) if image.samples else None,
         "; ".join(cut_text(image, sample, bucket=data.options.enable_bucket) for sample in image.samples),
-        printable(" ‖ ".join(image.captions)), f"{visits} of {data.visits:,}, {100 * fraction:.2g} %{times}",
+        *masked(image, data), printable(" ‖ ".join(image.captions)),
+        f"{visits} of {data.visits:,}, {100 * fraction:.2g} %{times}",
         severities[0] if severities else "", " ".join(dict.fromkeys(slug(note.check) for note in notes)), tuple(notes))
+
+
+def masked(image: DataImage, data: DataSet) -> tuple[str, str]:
+    """The mask as a small image, and the part of the area that it leaves; ("", "") without one."""
+    verdict = image.mask_verdict
+    if not (image.look and image.mask and verdict) or verdict.refused:
+        return "", ""
+    small = mask_thumbnail(image.mask, alpha=data.options.alpha_mask)
+    return data_uri("webp", small) if small else "", f"mask: {100 * verdict.area:.3g} % of the area counts"
 
 
 def crop(image: DataImage, sample: Sample) -> tuple[float, float, float, float] | None:

@@ -38,9 +38,11 @@ def how_trained(data: DataSet) -> str:
 def lines(data: DataSet, results: Sequence[Result], stream: TextIO) -> Iterator[str]:
     width = min(100, terminal.columns(stream)) if terminal.is_terminal(stream) else terminal.COLUMNS
     captioned = sum(bool(image.captions) for image in data.sound)
+    masks = sum(bool(image.mask_verdict) for image in data.sound)
+    masked = f", {masks:,} with a mask" if masks else ""
     yield from wrapped(f"{', '.join(printable(str(folder)) for folder in data.folders)}: "
-                       f"{counted(len(data.images), 'image')}, {captioned:,} with a caption; {how_trained(data)}; "
-                       f"an epoch is {counted(data.visits, 'visit')}", width, "")
+                       f"{counted(len(data.images), 'image')}, {captioned:,} with a caption{masked}; "
+                       f"{how_trained(data)}; an epoch is {counted(data.visits, 'visit')}", width, "")
     for result in results:
         yield ""
         yield from of_check(result, width, stream)
@@ -95,8 +97,9 @@ def as_json(data: DataSet, results: Sequence[Result]) -> dict[str, Any]:
 def json_of(image: DataImage, data: DataSet) -> dict[str, Any]:
     height, width = image.verdict.size
     look = {"sharpness": round(image.look.sharpness, 2)} if image.look else {}
+    mask = {"mask": image.mask_verdict.area} if image.mask_verdict and not image.mask_verdict.refused else {}
     cuts = [{"width": s.shape[1], "height": s.shape[0], "resized": list(s.resized[::-1]), "left": s.left, "top": s.top}
             for s in image.samples]
     weight = image.visits / data.visits if data.visits else 0.0
     return {"name": image.name, "width": width, "height": height, "captions": list(image.captions), "cuts": cuts,
-            "visits": image.visits, "weight": weight, **look}
+            "visits": image.visits, "weight": weight, **look, **mask}

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DATA_FLAGS = ("resolution", "resolutions", "enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps",
-              "bucket_no_upscale", "center_crop", "caption_column", "repeats")
+              "bucket_no_upscale", "center_crop", "caption_column", "repeats", "masked_loss", "conditioning_data_dir",
+              "alpha_mask")
 CAPTION_FLAGS = ("caption_extension", "caption_prefix", "caption_suffix", "enable_wildcard", "max_token_length")
 
 
