@@ -189,6 +189,63 @@ def test_of_a_thousand_hostile_files_each_is_named_and_the_commands_move_them(tm
     assert not (tmp_path / "z").exists()
 
 
+# --------------------------------------------------------------------------------------------------------------- masks
+
+
+def masked_folder(folder: Path) -> Path:
+    """good0 and good1 have sound masks, three others bad ones, good5 none; one mask is nobody's."""
+    sound_folder(folder)
+    half = Image.new("L", (SIDE, SIDE), 0)
+    half.paste(255, (0, 0, SIDE // 2, SIDE))
+    for i, mask in enumerate([half, half.resize((32, 32)), half.resize((SIDE, 32)), half.point(lambda _: 0)]):
+        mask.save(folder / f"good{i}-masklabel.png")
+    (folder / "good4-masklabel.png").write_bytes(b"no image")
+    half.save(folder / "nobody-masklabel.png")
+    return folder
+
+
+def test_masks_are_checked_as_a_run_reads_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    masked_folder(tmp_path / "d")
+    found = checked(Path("d"), masked_loss=True)
+    assert named(found) == {"bad mask": {"good2.png", "good4.png"}, "mask": {"good3.png"}, "no mask": {"good5.png"},
+                            "orphan mask": set()}
+    assert found["bad mask"].check.severity == "error"
+    assert "nobody-masklabel.png" in found["orphan mask"].findings[0].detail
+    without = checked(Path("d"))
+    assert named(without) == {"mask": {"good2.png", "good3.png", "good4.png"}, "no mask": {"good5.png"},
+                              "orphan mask": set()}
+    assert not any(result.check.severity == "error" for result in without.values()), "a run would start"
+    subprocess.run(["bash", "-euc", found["bad mask"].fix], check=True)
+    assert "bad mask" not in checked(Path("d"), masked_loss=True)
+    assert {"good2.txt", "good2-masklabel.png"} <= {path.name for path in (tmp_path / "d-left-out").iterdir()}
+
+
+def test_masks_of_a_folder_and_transparency_are_checked(tmp_path):
+    folder = sound_folder(tmp_path / "d", 2)
+    (tmp_path / "m").mkdir()
+    empty = checked(folder, conditioning_data_dir=f"{tmp_path / 'm'}")
+    assert "no image has a mask" in empty["start"].findings[0].detail
+    Image.new("L", (SIDE, SIDE), 255).save(tmp_path / "m" / "good0.png")
+    assert named(checked(folder, conditioning_data_dir=f"{tmp_path / 'm'}")) == {
+        "mask": {"good0.png"}, "no mask": {"good1.png"}}
+    image = scene(0).convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    image.save(folder / "good0.png")
+    assert named(checked(folder, alpha_mask=True)) == {"no mask": {"good1.png"}}
+
+
+def test_the_page_shows_masks(tmp_path):
+    folder = masked_folder(tmp_path / "d")
+    with pytest.raises(SystemExit):
+        check_dataset.main([f"{folder}", f"--resolution={SIDE}", "--masked_loss", f"--html={tmp_path / 'a.html'}",
+                            f"--json={tmp_path / 'a.json'}"])
+    page, found = (tmp_path / "a.html").read_text("utf-8"), json.loads((tmp_path / "a.json").read_text("utf-8"))
+    assert page.count('<img class="mask"') == 4 and page.count("mask: 50 % of the area counts") == 3
+    assert {image["name"]: image["mask"] for image in found["images"] if "mask" in image} == {
+        "good0.png": 0.5, "good1.png": 0.5, "good2.png": 0.5, "good3.png": 0.0}
+
+
 # ------------------------------------------------------------------------------------------------------------ commands
 
 

@@ -412,12 +412,16 @@ def test_masks_that_do_nothing_are_named(tmp_path, caplog):
 def test_a_place_without_any_mask_is_refused(tmp_path):
     folder = put(tmp_path / "d", "cat.jpg")
     assert "cat-masklabel.png" in refused(folder, "no image has a mask").why
+    put(folder, "dog-masklabel.png")
+    assert "there is dog-masklabel.png, and no image has its name" in refused(folder, "no image has a mask").why
     refused(folder, "there is no such folder", conditioning_data_dir=tmp_path / "nowhere")
     refused(folder, "it holds dog.png, and an image is called cat.jpg",
             conditioning_data_dir=put(tmp_path / "m", "dog.png"))
     refused(folder, "each image would be its own mask", conditioning_data_dir=folder)
     refused(folder, "the images lie in it", conditioning_data_dir=tmp_path)
     refused(folder, "no image has transparency", alpha_mask=True)
+    masks_alone = put(tmp_path / "alone", "cat-masklabel.png")
+    assert "it holds no other file" in refused(masks_alone, "cat-masklabel.png is a mask", masked_loss=False).why
 
 
 def test_lines_of_metadata_about_masks_make_no_images_of_them(tmp_path):

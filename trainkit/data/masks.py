@@ -151,7 +151,7 @@ def with_masks(rows: Sequence[Row], sources: Mapping[str, Source], data: ImageOp
         mask = Mask(sources[row.id], verdict.digest, data.alpha_mask, verdict.area) if any(verdict.size) else None
         found.rows.append(replace(row, mask=mask))
     found.problems = [*_problems(found, verdicts, data, where)]
-    if not found.problems:
+    if found.masks and not found.problems:
         _report(found, verdicts)
     return found
 

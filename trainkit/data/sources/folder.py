@@ -249,9 +249,10 @@ def no_images(where: Folder, tree: Tree) -> Problem:
     tables = [path.name for contents in (*tree.read.values(), *tree.below.values()) for path in contents.others
               if path.suffix in (".parquet", ".arrow")]
     special = [f"{printable(path.name)} is {why}" for path, why in top.special.items()]
-    others = [*special, *(printable(path.name) for path in top.others)]
+    masks = [f"{printable(path.name)} is a mask" for path in top.masks]
+    others = [*special, *masks, *(printable(path.name) for path in top.others)]
     there = f"; there are: {listing(others)}" if others else ""
-    why = f"it holds no file named {', '.join(sorted(SUFFIXES))}{there}"
+    why = f"it holds no {'other ' if masks else ''}file named {', '.join(sorted(SUFFIXES))}{there}"
     photos = any(path.suffix.lower() in HEIC for path in top.others)
     fix = "pip install pillow-heif, which reads HEIC" if photos else f"{where.flag} {IMAGES}"
     fix = f"--dataset_name {shell_word(where.path)}" if tables else fix

@@ -49,7 +49,9 @@ def find_masks(place: MaskPlace | None, flag: str, root: Path, tree: Tree, image
         found = _in_folder(place.folder, flag, root, images) if place and place.folder else MaskFiles()
         return MaskFiles(found.of, [*found.left_out, *idle], found.problems)
     found = _paired(images, beside)
-    return found if found.of or not images else MaskFiles(problems=[_none_beside(flag, root, images)])
+    if images and not found.of:
+        found.problems.append(_none_beside(flag, root, images, beside))
+    return found
 
 
 def _in_folder(folder: Path, flag: str, root: Path, images: Mapping[str, Path]) -> MaskFiles:
@@ -77,10 +79,12 @@ def _in_folder(folder: Path, flag: str, root: Path, images: Mapping[str, Path]) 
         f"call each mask as its image, with any ending, or give another folder: {FLAG} FOLDER_OF_MASKS", kind="data")])
 
 
-def _none_beside(flag: str, root: Path, images: Mapping[str, Path]) -> Problem:
+def _none_beside(flag: str, root: Path, images: Mapping[str, Path], beside: Mapping[str, Path]) -> Problem:
     name = Path(next(iter(images)))
+    there = f"; there is {printable(next(iter(beside)))}, and no image has its name" if beside else ""
+    wanted = f"{printable(name.stem)}{MASK_ENDING}.png, beside it"
     return Problem("no image has a mask", f"--masked_loss, {flag} {root}",
-                   f"the mask of {printable(name.name)} would be {printable(name.stem)}{MASK_ENDING}.png, beside it",
+                   f"the mask of {printable(name.name)} would be {wanted}{there}",
                    f"add the masks, or name their folder: {FLAG} FOLDER_OF_MASKS; or --alpha_mask, if what is not to "
                    "be trained on is transparent", kind="data")
 

@@ -72,8 +72,9 @@ def lies_in(path: Path, folder: Path) -> bool:
 
 
 def is_mask(path: Path) -> bool:
-    """Whether an image's name says that it is a mask."""
-    return is_image(path) and path.stem.lower().endswith(MASK_ENDING)
+    """Whether an image's name says that it is the mask of another one."""
+    stem = path.stem.lower()
+    return is_image(path) and stem.endswith(MASK_ENDING) and stem != MASK_ENDING
 
 
 def is_image(path: Path) -> bool:
