@@ -20,7 +20,9 @@ from torch.nn.functional import avg_pool2d
 from tests.support.images import data_options
 from tests.support.schedules import alphas
 from trainkit.data.batch import Batch, Row, collate
-from trainkit.data.cache import DiskStore
+from trainkit.data.cache import DiskStore, entry_paths
+from trainkit.data.cache_folders import CacheEntry, fault, kinds
+from trainkit.data.cache_uses import packed_keys
 from trainkit.data.images import decode, decode_alpha, decode_mask
 from trainkit.data.loader import Images, micro_batches, ready_images
 from trainkit.data.masks import Masks, has_another_shape
@@ -245,6 +247,19 @@ def test_masks_are_read_once_and_a_new_mask_makes_no_latent_anew(tmp_path, monke
     grey(*SIZES[1], seed=77).save(folder / "1-masklabel.png")
     assert ready(masked_loss=True) == (1, 0)
     assert ready(masked_loss=True, random_flip=True) == (4, 4)
+
+
+def test_the_tools_for_caches_know_masks_and_keep_those_of_a_run(tmp_path):
+    folder, cache, run = masked_folder(tmp_path / "d"), tmp_path / "cache", tmp_path / "run"
+    store = DiskStore(cache, run)
+    images = images_of(folder, store, cache_latents=True, center_crop=True)
+    entries = [CacheEntry(path, path.stat().st_size, 0) for path in entry_paths(cache)]
+    assert {name: group.entries for name, group in kinds(entries, lambda done: None).items()} == {
+        "latents": 4, "masks": 4}
+    assert not any(fault(entry.path) for entry in entries)
+    used = packed_keys(store.use.path.with_suffix(".keys"))
+    keys = {bytes(used[i : i + 16]).hex() for i in range(0, len(used), 16)}
+    assert {images.masks.key(images.policy.sample(row, seed=3, epoch=0)) for row in images.rows} <= keys
 
 
 def test_a_resumed_run_sees_the_masks_of_an_uninterrupted_one(tmp_path):

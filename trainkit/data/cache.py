@@ -247,7 +247,7 @@ def _all_views(rows: Iterable[Row], latents: Latents, seed: int) -> Iterator[_Wa
             yield latents.key(sample), sample
 
 
-def _missing(views: Callable[[], Iterable[_Wanted]], store: Store) -> list[_Wanted]:
+def missing_views(views: Callable[[], Iterable[_Wanted]], store: Store) -> list[_Wanted]:
     """Those that the store lacks, each once; of the others nothing is kept but their keys, for the list of uses.
 
     Looks again when another process has deleted entries before that list was written.
@@ -301,7 +301,7 @@ def _encode_missing(
     rows: Sequence[Row], *, latents: Latents, seed: int, encode: EncodeImages, batch_size: int, num_workers: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    missing = _missing(partial(_all_views, rows, latents, seed), latents.store)
+    missing = missing_views(partial(_all_views, rows, latents, seed), latents.store)
     loader = DataLoader(_Views(latents.policy, missing), batch_size=None, collate_fn=_as_is, num_workers=num_workers,
                         generator=generator("latent cache"))  # its own: the global one must not move with the loader
     done, all_views = 0, chain.from_iterable(unguarded(loader))

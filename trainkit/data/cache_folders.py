@@ -27,7 +27,7 @@ from trainkit.files import Json, read_object
 from trainkit.reading import parse_json
 
 POSTERIOR = ("mean", "logvar")  # tensors of an image's entry; a caption's are a network's condition
-TEXT = "embeds"
+TEXT, MASK = "embeds", "mask"
 MOST_HEADER = 2**20  # bytes
 
 ShowDone = Callable[[float], None]
@@ -136,7 +136,7 @@ class EntryGroup:
 
 
 def kinds(entries: Sequence[CacheEntry], show: ShowDone) -> dict[str, EntryGroup]:
-    """Latents, captions, and what is neither, by name; reads the headers alone."""
+    """Latents, captions, masks, and what is none of them, by name; reads the headers alone."""
     found: dict[str, EntryGroup] = {}
     for done, entry in enumerate(entries, 1):
         name, form = _kind(_header(entry.path))
@@ -158,12 +158,14 @@ def _header(path: Path) -> dict[str, Json]:
 
 
 def _kind(header: Mapping[str, Json]) -> tuple[str, str]:
-    name, first = ("latents", POSTERIOR[0]) if POSTERIOR[0] in header else ("captions", TEXT)
+    named = {POSTERIOR[0]: "latents", TEXT: "captions", MASK: "masks"}
+    first = next((tensor for tensor in named if tensor in header), TEXT)
+    name = named[first]
     tensor = header.get(first)
     if not isinstance(tensor, dict) or not isinstance(tensor.get("shape"), list):
         return "not readable", ""
-    shape = tensor["shape"][:0:-1] if name == "latents" else tensor["shape"][:1]
-    form = "x".join(map(str, shape)) + ("" if name == "latents" else " tokens")
+    shape = tensor["shape"][:1] if name == "captions" else tensor["shape"][:0:-1]
+    form = "x".join(map(str, shape)) + (" tokens" if name == "captions" else "")
     return name, f"{form} {str(tensor.get('dtype')).lower()}"
 
 
@@ -189,8 +191,8 @@ def _wrong_form(tensors: StoredTensors) -> str:
         mean, logvar = (tensors.get(name) for name in POSTERIOR)
         right = mean is not None and logvar is not None and mean.dim() == 3 and mean.shape == logvar.shape
         return "" if right else "mean and logvar should be two tensors [C,h,w]"
-    right = TEXT in tensors and tensors[TEXT].dim() == 2
-    return "" if right else "it holds neither a latent nor a caption"
+    dimensions = {name: tensors[name].dim() for name in (TEXT, MASK) if name in tensors}
+    return "" if dimensions in ({TEXT: 2}, {MASK: 3}) else "it holds no latent, no caption and no mask"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +26,7 @@ from torch.nn.functional import avg_pool2d
 from trainkit import digests
 from trainkit.data import images
 from trainkit.data.batch import Mask, Row, Sample, Source
-from trainkit.data.cache import Store, content_key, fill_together, own_part
+from trainkit.data.cache import Store, content_key, fill_together, missing_views, own_part
 from trainkit.data.geometry import CropPolicy
 from trainkit.data.images import UnreadableImage, content_digest, decode_alpha, decode_mask, load_mask
 from trainkit.data.sources.text import one_line
@@ -242,11 +243,11 @@ class Masks:
         fill_together(self.store, masked, own_part(masked), partial(self._fill, self.store, seed=seed))
 
     def _fill(self, store: Store, rows: Sequence[Row], *, seed: int) -> None:
-        there = set(store.keys())
-        for row in rows:
-            keyed = {self.key(sample): sample for sample in self.policy.variants(row, seed)}
-            missing = {key: sample for key, sample in keyed.items() if key not in there}
-            if missing:
-                for key, mask in zip(missing, self.means([*missing.values()]), strict=True):
-                    store[key] = {"mask": mask.clone()}  # else it would keep its whole batch alive
-                there |= missing.keys()
+        missing = missing_views(partial(self._all_views, rows, seed), store)
+        for _, views in groupby(missing, key=lambda view: (view[1].row.id, view[1].resized)):
+            keys, samples = zip(*views, strict=True)
+            for key, mask in zip(keys, self.means(samples), strict=True):
+                store[key] = {"mask": mask.clone()}  # else it would keep its whole batch alive
+
+    def _all_views(self, rows: Sequence[Row], seed: int) -> Iterator[tuple[str, Sample]]:
+        return ((self.key(sample), sample) for row in rows for sample in self.policy.variants(row, seed))
