@@ -26,7 +26,7 @@ BUILD = "import sys, setuptools.build_meta as back; getattr(back, f'build_{sys.a
 DREAMBOOTH, TEXT_TO_IMAGE = ("lora-train", "dreambooth-sdxl"), ("lora-train", "text-to-image")
 TOOLS = [("lora-tools", name) for name in (
     "generate", "evaluate", "check-dataset", "caption-images", "plan", "convert-lora", "inspect-lora",
-    "extract-clip-features")]
+    "merge-loras", "resize-lora", "extract-lora", "extract-clip-features")]
 
 
 def code_files() -> set[str]:

@@ -32,7 +32,7 @@ LAYERS = (
     {"conditioning", "training", "summary"},
     {"checkpoints", "export", "run_fingerprint", "plan"},
     {"lora_headers", "inference", "report"},
-    {"lora_files", "preview", "publish", "doctor"},
+    {"lora_files", "preview", "publish", "doctor", "merging"},
     {"run", "preflight"},
     {"tools", "train"},
 )

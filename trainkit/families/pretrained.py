@@ -168,6 +168,11 @@ class Repo:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
+    def tensor_names(self, component: str) -> set[str]:
+        """Names of the tensors of a component, as `weight` takes them; none where the model has no such component."""
+        folder = self.folder(component)
+        return {*tensor_files(folder)} if folder.is_dir() else set()
+
     def unsaid(self, prediction_type: str | None) -> Iterator[Problem]:
         """What the model does not say of itself and the user must; the configs of a folder say all of it."""
         yield from ()

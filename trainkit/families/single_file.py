@@ -154,6 +154,13 @@ class WeightFile(Repo):
         with safe_open(self.path, framework="pt") as file:
             return place.take(file.get_tensor(place.name))
 
+    def tensor_names(self, component: str) -> set[str]:
+        return {*self._all_places.get(component, {})}
+
+    def place_of(self, folder: str, name: str) -> TensorPlace:
+        """Where a tensor of a network lies in the file."""
+        return self._all_places[folder][name]
+
     def webui_hashes(self) -> tuple[str, str]:
         """WebUIs' short hash of old, and the SHA-256 whose first ten digits they show today.
 

@@ -4,7 +4,8 @@ file.py · LoraFile: read and write any layout; header.py · names, shapes and m
 module say; layouts.py · how each layout says it; layer.py · the update of a module, DoRA's magnitudes;
 metadata.py · how much a header says; contents.py · what the tensors of a file are;
 rounding.py · whether a file holds what it should;
-spectrum.py · how large an update is; programs.py · which programs load a file; base_weights.py · a base's weights.
+spectrum.py · how large an update is, and the best one of a smaller rank; programs.py · which programs load a file;
+base_weights.py · a base's weights.
 """
 
 from trainkit.lora_file.base_weights import BaseWeights

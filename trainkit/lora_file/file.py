@@ -32,8 +32,9 @@ from trainkit.lora_file.contents import (
 )
 from trainkit.lora_file.header import read_header, read_tensors
 from trainkit.lora_file.layer import LayerUpdate
-from trainkit.lora_file.layouts import DORA_NORM, Layout, Tensors, adapter_config, low_rank_of, stem_of, tensors_of
+from trainkit.lora_file.layouts import DORA_NORM, Layout, Tensors, adapter_config, stem_of, tensors_of
 from trainkit.lora_file.rounding import compare, compare_factors
+from trainkit.lora_file.spectrum import cut, svd
 
 Weights = Callable[[ModulePlace], Tensor]  # the base's W of a module -> [out,in], in the precision to compute with
 
@@ -172,11 +173,11 @@ class LoraFile:
         """The best plain LoRA of a rank -> it, and what is lost: ‖error‖ / ‖ΔW‖ of all modules together."""
         layers, lost, whole = {}, 0.0, 0.0
         for place, layer in self.layers.items():
-            ready = LayerUpdate(layer.update.map(lambda factor: factor.double()), self.kernel(place), layer.magnitude)
-            W = weights(place) if weights else torch.empty(0)
-            update, error = low_rank_of(ready, W, rank)
-            layers[place] = LayerUpdate(update, ready.kernel)
-            lost, whole = lost + error, whole + error + float((update.B @ update.A).square().sum())
+            W = weights(place) if weights and layer.magnitude is not None else None
+            found = svd(layer, W)
+            update, error = cut(found, rank)
+            layers[place] = LayerUpdate(update, self.kernel(place))
+            lost, whole = lost + error, whole + float(found[1].square().sum())
         return replace(self, layers=layers, layout=""), (lost / whole) ** 0.5 if whole else 0.0
 
     def kernel(self, place: ModulePlace) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trainkit.adapters.updates import Hadamard, Kronecker, LowRank, Update, Whole
+from trainkit.adapters.updates import Hadamard, Kronecker, Update, Whole
 from trainkit.families.file_names import PEFT, TEXT_MODEL, FileNames, ModulePlace, joined
 from trainkit.lora_file.layer import LayerUpdate
 
@@ -138,12 +138,3 @@ def adapter_config(products: dict[str, Tensors]) -> dict[str, object]:
     decomposed = any(".lora_magnitude_vector.weight" in tensors for tensors in products.values())
     return {"r": common, "lora_alpha": common, "rank_pattern": others, "alpha_pattern": others,
             "target_modules": [*ranks], "use_dora": decomposed}
-
-
-def low_rank_of(layer: LayerUpdate, W: Tensor, rank: int) -> tuple[LowRank, float]:
-    """The best product of a rank for the whole update [out,in] -> it, and ‖what is lost‖² (Eckart and Young 1936)."""
-    U, S, Vh = torch.linalg.svd(layer.delta(W), full_matrices=False)
-    kept = min(rank, len(S))
-    root = S[:kept].sqrt()
-    return LowRank(root.unsqueeze(1) * Vh[:kept], U[:, :kept] * root), float(S[kept:].square().sum())
-

@@ -12,6 +12,9 @@ PROGRAM = Program("lora-tools", "trainkit.tools", (
     Command("cache", "trainkit.tools.cache", "show, check and clean up folders of cached latents and captions"),
     Command("convert-lora", "trainkit.tools.convert_lora", "write a LoRA in the layout of another program"),
     Command("inspect-lora", "trainkit.tools.inspect_lora", "say what a LoRA file is, and what loads it"),
+    Command("merge-loras", "trainkit.tools.merge_loras", "merge LoRAs into one, or into a base model"),
+    Command("resize-lora", "trainkit.tools.resize_lora", "make a LoRA smaller, and say what is lost"),
+    Command("extract-lora", "trainkit.tools.extract_lora", "write the difference of two models as a LoRA"),
     Command("extract-clip-features", "trainkit.tools.extract_clip_features", "write the CLIP features of images"),
 ))
 

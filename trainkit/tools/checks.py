@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from trainkit.families.pretrained import Repo
     from trainkit.lora_file import LoraFile, Weights
 
+BLOCK = re.compile(r"((?:down|up)_blocks\.\d+|mid_block)(?:\.(attentions|resnets)\.\d+)?.*|(encoder\.layers)\..*")
 KINDS = {"LowRank": "LoRA", "Hadamard": "LoHa", "Kronecker": "LoKr", "Whole": "full"}  # of an update -> its name
 
 
@@ -110,10 +112,10 @@ def lora_and_base(args: argparse.Namespace) -> tuple[LoraFile, Weights | None]:
     return found, BaseWeights(base) if base else None
 
 
-def base_of(base: str) -> Repo:
+def base_of(base: str, flag: str = "--base") -> Repo:
     from trainkit.families.single_file import model_at
 
-    repo = model_at(base, "--base")
+    repo = model_at(base, flag)
     refuse(repo.unreachable("model_index.json"))
     return repo
 
@@ -124,6 +126,22 @@ def names_of(base: Repo) -> FileNames:
 
     unet = base.glance("unet/config.json")
     return xl_names(unet) if unet.get("addition_embed_type") == "text_time" else SD_NAMES
+
+
+def block_name(network: str, path: str) -> str:
+    """The block of the model that a module lies in."""
+    match = BLOCK.fullmatch(path)
+    if match is None:
+        return f"{network} {path}"
+    if match[3]:
+        return network
+    return f"{match[1]} {match[2]}" if match[2] else match[1]
+
+
+def block_order(name: str) -> tuple[int, str]:
+    """In the model's order, text encoders last."""
+    starts = ("down", "mid", "up", "unet", "text_encoder")
+    return next((k for k, start in enumerate(starts) if name.startswith(start)), len(starts)), name
 
 
 def lora_line(found: LoraFile, path: Path) -> str:

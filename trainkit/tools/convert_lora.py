@@ -15,23 +15,18 @@ a tensor is not known, nothing is written, and the message names it.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainkit.errors import Problem, refuse
-from trainkit.inference import DTYPES, missing_file
+from trainkit.inference import missing_file
 from trainkit.process import own_settings, say
-from trainkit.tools.checks import add_lora, lora_and_base, lora_line, named_lora, no_parent, text_problems
+from trainkit.tools.checks import add_lora, lora_and_base, lora_line, named_lora, text_problems
+from trainkit.tools.lora_output import LAYOUTS, add_output, family_problems, output_problems, write
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from trainkit.lora_file import LoraFile, Weights
-
-LAYOUTS = ("diffusers", "webui", "lycoris", "onetrainer", "peft")
-WITHOUT_EMBEDDINGS = ("diffusers", "peft")  # layouts whose LoRA files hold none
+    from trainkit.lora_file import LoraFile
 
 
 @own_settings()
@@ -50,10 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         print(f"it would be written to {args.out} for {args.to}; --dry_run writes nothing")
         return
-    for path, part in outputs(args, found):
-        error = write(args, path, part, weights)
-        print(f"{path}: every layer read back; the largest error is {error:.1e} of a layer's largest number"
-              if part.layers else f"{path}: embeddings, read back")
+    write(args, args.to, found, weights)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -66,14 +58,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--base", metavar="MODEL", help="The base model's folder or its name on the Hub. It is needed for a DoRA whose "
         "magnitudes must change, and for a model that is not as large as the released ones. Weights are read one by "
         "one.")
-    add("--dtype", choices=DTYPES, default="float16", help="The precision of the factors. Diffusers' and PEFT's "
-        "layouts are always in float32. The default is float16.")
     add("--svd_rank", type=int, metavar="R", help="Write the nearest plain LoRA of this rank, for a program that knows "
         "no other kind.")
-    add("--metadata", choices=("full", "minimal", "none"), default="full", help="How much of the header to keep. "
-        "minimal: the title and the base model's family. none: only what programs need. The default is full.")
-    add("--dry_run", action="store_true", help="Say what the file is and what would be written, and write nothing.")
-    add("--debug", action="store_true", help="Show a traceback with every error message.")
+    add_output(add, layout="")
     args = parser.parse_args(argv)
     args.lora = named_lora(args.lora)
     return args
@@ -86,59 +73,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def problems(args: argparse.Namespace) -> Iterator[Problem]:
     if not args.lora.exists():
         yield missing_file("--lora", args.lora, "it is read first")
-    if args.out.exists() and args.out.resolve() == args.lora.resolve():
-        yield Problem("the file would replace itself", f"--out {args.out}", "it is the file that is read",
-                      "give another name with --out")
-    yield from no_parent(args.out, "out", "file")
-    if args.to == "peft" and args.out.is_file():
-        yield Problem(f"{args.out} is a file", f"--out {args.out}", "a PEFT checkpoint is a folder", "name a folder")
-    if args.to != "peft" and args.out.is_dir():
-        yield Problem(f"{args.out} is a folder", f"--out {args.out}", "a file is written", "name a file in it")
+    yield from output_problems(args.out, args.to, {"--lora": args.lora})
     if args.svd_rank is not None and args.svd_rank < 1:
         yield Problem(f"--svd_rank {args.svd_rank}", "--svd_rank", "a rank is 1 or more", "--svd_rank 32")
 
 
 def conversion_problems(args: argparse.Namespace, found: LoraFile, *, has_base: bool) -> Iterator[Problem]:
-    if found.family is None and not has_base and args.to not in WITHOUT_EMBEDDINGS and found.layers:
-        yield Problem("the base model's family is not known", f"--lora {args.lora}", "names in this layout differ for "
-                      "SD 1.x and SDXL, and the file does not say which it is for", "--base MODEL")
+    yield from family_problems(found, args.to, f"--lora {args.lora}", has_base=has_base)
     if args.svd_rank and found.needs_weights and not has_base:
         yield Problem("a DoRA's update depends on the base model", f"--svd_rank {args.svd_rank}", "its weights are "
                       "needed to compute the update", "--base MODEL")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Conversion
-
-
-def outputs(args: argparse.Namespace, found: LoraFile) -> Iterator[tuple[Path, LoraFile]]:
-    """The files to write: embeddings come with the LoRA where the layout has a place for them."""
-    if not found.embeddings or not found.layers or args.to not in WITHOUT_EMBEDDINGS:
-        yield args.out, found
-        return
-    yield args.out, replace(found, embeddings={})
-    for name, encoders in found.embeddings.items():
-        yield (args.out.with_name(f"{args.out.stem}_{name or 'emb'}.safetensors"),
-               replace(found, layers={}, embeddings={"": encoders}))
-
-
-def write(args: argparse.Namespace, path: Path, part: LoraFile, weights: Weights | None) -> float:
-    import torch
-
-    def metadata(tensors: Mapping[str, Tensor]) -> Mapping[str, str]:
-        return header_of(args, part, tensors)
-
-    return part.write(path, args.to, dtype=getattr(torch, args.dtype), weights=weights, metadata=metadata)
-
-
-def header_of(args: argparse.Namespace, part: LoraFile, tensors: Mapping[str, Tensor]) -> Mapping[str, str]:
-    """The source's header, with what is said of the network and of the base model made true."""
-    from trainkit.lora_file import BASES, hash_metadata, kept, network_of
-
-    header = dict(part.metadata)
-    if part.layers and args.to not in WITHOUT_EMBEDDINGS:
-        base = BASES[part.family] if part.family else {}
-        header = {**base, "modelspec.sai_model_spec": "1.0.1", "modelspec.title": args.out.stem, **header,
-                  **network_of(part.layers)}
-        header |= hash_metadata(tensors, {"format": "pt", **header})
-    return kept(header, args.metadata)

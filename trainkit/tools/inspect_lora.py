@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,16 @@ from typing import TYPE_CHECKING
 from trainkit.errors import Problem, refuse
 from trainkit.inference import missing_file
 from trainkit.process import own_settings, say
-from trainkit.tools.checks import add_lora, lora_and_base, lora_line, named_lora, no_parent, text_problems
+from trainkit.tools.checks import (
+    add_lora,
+    block_name,
+    block_order,
+    lora_and_base,
+    lora_line,
+    named_lora,
+    no_parent,
+    text_problems,
+)
 
 if TYPE_CHECKING:
     from trainkit.lora_file import LoraFile, Weights
@@ -32,7 +40,6 @@ TRAINED = {  # keys of a header -> what to call them
     "ss_network_module": "network", "ss_network_dim": "rank", "ss_network_alpha": "alpha",
     "sshs_model_hash": "hash",
 }
-BLOCK = re.compile(r"((?:down|up)_blocks\.\d+|mid_block)(?:\.(attentions|resnets)\.\d+)?.*|(encoder\.layers)\..*")
 BAR = 24  # characters
 LONGEST = 60  # characters of a value
 
@@ -114,21 +121,7 @@ def blocks_of(found: LoraFile, weights: Weights | None) -> list[Block]:
         gathered.setdefault(block_name(*place), []).append((norm(values), rank, effective_rank(values)))
     return [Block(name, len(held), sum(size**2 for size, _, _ in held) ** 0.5, max(rank for _, rank, _ in held),
                   sum(directions for _, _, directions in held) / len(held))
-            for name, held in sorted(gathered.items(), key=lambda pair: order(pair[0]))]
-
-
-def block_name(network: str, path: str) -> str:
-    match = BLOCK.fullmatch(path)
-    if match is None:
-        return f"{network} {path}"
-    if match[3]:
-        return network
-    return f"{match[1]} {match[2]}" if match[2] else match[1]
-
-
-def order(name: str) -> tuple[int, str]:
-    starts = ("down", "mid", "up", "unet", "text_encoder")
-    return next((k for k, start in enumerate(starts) if name.startswith(start)), len(starts)), name
+            for name, held in sorted(gathered.items(), key=lambda pair: block_order(pair[0]))]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
