@@ -28,6 +28,7 @@ from trainkit.families.file_names import FileNames, ModulePlace, stripped
 from trainkit.lora_file.file import LoraFile
 from trainkit.lora_file.layer import LayerUpdate
 from trainkit.lora_file.parts import shape_of
+from trainkit.lora_file.spectrum import cut, svd
 from trainkit.runtime.weight_files import embeddings_file
 
 if TYPE_CHECKING:
@@ -205,14 +206,10 @@ def put(parameter: Tensor, rows: Tensor) -> None:
 
 def fitted(update: LowRank, rank: int) -> tuple[Tensor, Tensor, float]:
     """A [k,in] and B [out,k] with the scale in it, k ≤ rank, and ‖what is lost‖²."""
-    A, B = update.A, update.B * update.scale
-    if len(A) <= rank:
-        return A, B, 0.0
-    Q, R = torch.linalg.qr(B)
-    P, T = torch.linalg.qr(A.T)
-    U, S, Vh = torch.linalg.svd(R @ T.T)
-    root = S[:rank].sqrt()
-    return root.unsqueeze(1) * (Vh[:rank] @ P.T), (Q @ U[:, :rank]) * root, float(S[rank:].square().sum())
+    if len(update.A) <= rank:
+        return update.A, update.B * update.scale, 0.0
+    product, lost = cut(svd(LayerUpdate(update)), rank)
+    return product.A, product.B, lost
 
 
 def put_whole(parameters: Mapping[str, Tensor], update: Update, scale: float, path: str) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from trainkit.merging.methods import SPARSE, STACKED, MergeSettings, merged_delt
 FAMILIES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
 TRIGGER = "modelspec.trigger_phrase"
 NOISE = 1e-9  # of the largest singular value: below it are the rounding errors of fp64 arithmetic
-Embeddings = Mapping[str, Mapping[str, Tensor]]
+ByName = Mapping[str, Mapping[str, Tensor]]  # a textual inversion's name -> text encoder -> [K,D]
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def base_of(parts: Sequence[Part]) -> dict[str, str]:
 # Embeddings
 
 
-def embeddings_of(parts: Sequence[Part], *, first: int | None = None) -> tuple[Embeddings, list[Problem]]:
+def embeddings_of(parts: Sequence[Part], *, first: int | None = None) -> tuple[ByName, list[Problem]]:
     """The textual inversions of all, and the names that mean different ones.
 
     first  the LoRA, from 1, whose embedding is taken where names clash; 0: no embeddings at all; None: a problem

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainkit.errors import Problem, UserError
-from trainkit.files import sha256
 from trainkit.inference import DTYPES
 from trainkit.tools.checks import no_parent
 
@@ -107,6 +106,8 @@ def made_of(files: Sequence[tuple[Path, object]], key: str, **facts: object) -> 
     files  each with what it was used as, such as its strength
     key    of the record, a JSON object
     """
+    from trainkit.files import sha256
+
     sources = [{"name": path.name, "sha256": sha256(path)} | ({} if used is None else {"strength": used})
                for path, used in files]
     return {key: json.dumps({**facts, "from": sources}), "modelspec.merged_from": ", ".join(
