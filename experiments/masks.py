@@ -1,14 +1,15 @@
 #!/usr/bin/env python
 """Does a mask keep out what it covers? The left half of every training image is magenta, and a mask covers it.
 
-    .venv/bin/python experiments/masks.py                  nine runs; resumes: what is finished is not run again
+    .venv/bin/python experiments/masks.py                  twelve runs; resumes: what is finished is not run again
     .venv/bin/python experiments/masks.py --report         only table and image of what is there
 
-Three ways to train on 48 shipped 3-D icons, with three seeds each, from the same start and with the same noise:
+Four ways to train on 48 shipped 3-D icons, with three seeds each, from the same start and with the same noise:
 
     clean    the icons as they are
     painted  the left half of each is magenta
-    masked   the same images, and masks that are black on that half
+    filled   the same images, masks that are black on that half, and --fill_masked_area
+    masked   the same images and masks
 
 Then images of 50 other nouns are generated, 100 for each run, all runs with the same prompts and the same noise. The
 magenta of an image is the mean over its pixels of max(0, min(red, blue) - green), of 1: 1 for pure magenta, 0 for greys
@@ -18,8 +19,8 @@ and for pure colours but purple and pink. The small VAE cannot show magenta: an 
 Only the noisier half of the timesteps is trained on, at a high rate: there colours are decided, so a short run learns
 them. Images are generated without guidance, as they were learned.
 
-Writes tables.md, trained.png, examples.png and one folder a run into --out. Needs no network. Nine runs of a minute on
-one core.
+Writes tables.md, trained.png, examples.png and one folder a run into --out. Needs no network. Twelve runs of a
+minute on one core.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ if TYPE_CHECKING:
 
 TRAINER = ROOT / "train_dreambooth_lora_sdxl_advanced.py"
 ICONS, OTHERS = ROOT / "assets/icons-3d", ROOT / "assets/icons-3d-reference"
-ARMS = {"clean": (), "painted": (), "masked": ("--masked_loss",)}
+ARMS = {"clean": (), "painted": (), "filled": ("--masked_loss", "--fill_masked_area"), "masked": ("--masked_loss",)}
+MASKED = ("filled", "masked")
 SEEDS = (0, 1, 2)
 TAUGHT, NOUNS, COPIES, SHOWN = 48, 50, 2, 8  # training images; nouns that are generated, how often, and in examples.png
 STEPS, DENOISING_STEPS, GUIDANCE = 160, 5, 1.0
@@ -65,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     make_data(args.out / "data")
     training_images(args.out)
-    for seed in SEEDS:
-        for arm in ARMS:
+    for arm in ARMS:
+        for seed in SEEDS:
             folder = args.out / f"{arm}-seed{seed}"
             if not args.report and not (folder / "result.json").is_file():
                 train(args.out / "data", arm, seed, folder)
@@ -112,7 +114,8 @@ def make_data(folder: Path) -> None:
             (folder / arm).mkdir(parents=True, exist_ok=True)
             (icon if arm == "clean" else painted).save(folder / arm / f"{path.stem}.png")
             (folder / arm / f"{path.stem}.txt").write_text(caption, "utf-8")
-        mask.save(folder / "masked" / f"{path.stem}-masklabel.png")
+        for arm in MASKED:
+            mask.save(folder / arm / f"{path.stem}-masklabel.png")
 
 
 def train(data: Path, arm: str, seed: int, folder: Path) -> None:
@@ -210,7 +213,7 @@ def report(out: Path) -> None:
     for arm, values in found.items():
         width = half_width(excess[arm])
         more = "–" if arm == "clean" else f"{statistics.fmean(excess[arm]):.4f} ± {width or float('nan'):.4f}"
-        parts = [a / b for a, b in zip(excess[arm], excess["painted"], strict=True)] if arm == "masked" else []
+        parts = [a / b for a, b in zip(excess[arm], excess["painted"], strict=True)] if arm in MASKED else []
         part = ", ".join(f"{100 * part:.1f} %" for part in parts) or "–"
         lines.append(f"| {arm} | {statistics.fmean(values):.4f} | {more} | {part} |")
     text = "\n".join(lines)
@@ -241,7 +244,7 @@ def examples(out: Path) -> None:
     from trainkit.sheets import save_png, sheet
 
     names = {"painted": "trained on painted images", "masked": "the same, with masks",
-             "clean": "trained on clean images"}
+             "filled": "and with the masked area filled", "clean": "trained on clean images"}
     rows = [[Image.open(out / f"{arm}-seed{SEEDS[0]}" / f"example-{place}.png") for place in range(SHOWN)]
             for arm in names]
     page = sheet(rows, columns=[one.noun for one in wanted()[:SHOWN]], names=[*names.values()],

@@ -23,7 +23,7 @@ from trainkit.data.batch import Batch, Row, collate
 from trainkit.data.cache import DiskStore, entry_paths
 from trainkit.data.cache_folders import CacheEntry, fault, kinds
 from trainkit.data.cache_uses import packed_keys
-from trainkit.data.images import decode, decode_alpha, decode_mask
+from trainkit.data.images import decode, decode_alpha, decode_mask, load_image
 from trainkit.data.loader import Images, micro_batches, ready_images
 from trainkit.data.masks import Masks, has_another_shape
 from trainkit.data.rows import Rows, read_rows
@@ -491,3 +491,19 @@ def test_a_folder_that_is_read_as_a_table_has_no_masks_among_its_images(tmp_path
     rows, problems = read_rows(data_options(dataset_name=folder, cache_dir=tmp_path / "cache"))
     assert not problems and len(rows) == 2
     assert [one.name for one in rows.account.left_out] == ["cat-masklabel.png"]
+
+
+def test_a_filled_area_has_the_mean_colour_of_the_rest_and_latents_of_its_own(tmp_path):
+    """What the mask leaves out cannot reach the VAE."""
+    image = np.full((64, 64, 3), (200, 100, 0), np.uint8)
+    image[:, :32] = (255, 0, 255)
+    image[:16, 32:] = (100, 100, 200)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    Image.fromarray(np.repeat(np.uint8([[0] * 32 + [255] * 32]), 64, 0)).save(tmp_path / "a-masklabel.png")
+    (tmp_path / "a.txt").write_text("a")
+    plain, filled = (rows_of(tmp_path, masked_loss=True, fill_masked_area=fill)[0] for fill in (False, True))
+    assert np.array_equal(np.asarray(load_image(plain)), image)
+    pixels = np.asarray(load_image(filled))
+    assert np.array_equal(pixels[:, 32:], image[:, 32:])
+    assert (pixels[:, :32] == (175, 100, 50)).all()  # a quarter of the kept half is blue
+    assert filled.pixels_digest != plain.pixels_digest == plain.digest

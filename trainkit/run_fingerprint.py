@@ -116,7 +116,8 @@ def contents(rows: Sequence[Row]) -> str | None:
 
 def masks(rows: Sequence[Row], data: ImageOptions) -> str | None:
     """Digest of the masks and of how they weigh the loss; None without any, as in checkpoints of before."""
-    found = [(row.id, row.mask.digest, row.mask.alpha) for row in rows if row.mask]
+    found = [(row.id, row.mask.digest, row.mask.alpha, *(["filled"] if row.mask.fills else []))
+             for row in rows if row.mask]
     return content_key(*found, data.unmasked_weight, data.normalize_masked_area_loss) if found else None
 
 

@@ -35,6 +35,7 @@ class Mask:
     digest: str  # of the file's content
     alpha: bool = False  # the channel of that name is meant
     area: float = 1.0  # mean over the whole image, 0 to 1
+    fills: bool = False  # whether places where it is black are filled before the VAE reads the image
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ class Row:
     others: tuple[str, ...] = ()  # further captions
     cut: tuple[int, int] | None = None  # h, w in pixels of what is cut out of it; None: as --resolution says
     mask: Mask | None = None  # None: all places count
+
+    @property
+    def pixels_digest(self) -> str:
+        """Of what its pixels come from: the file, and the mask where it changes them."""
+        return f"{self.digest} {self.mask.digest} {self.mask.alpha}" if self.mask and self.mask.fills else self.digest
 
     @property
     def all_captions(self) -> tuple[str, ...]:

@@ -210,7 +210,7 @@ class Latents:
         crop = [*sample.resized, sample.top, sample.left, sample.flip]
         height, width = sample.shape
         size = height if height == width else [height, width]
-        content = [sample.row.digest, crop, size, self.policy.interpolation]
+        content = [sample.row.pixels_digest, crop, size, self.policy.interpolation]
         return content_key(VERSION, content, self.identity, str(self.dtype))
 
     def __call__(self, sample: Sample) -> tuple[Tensor, Tensor]:
@@ -293,8 +293,8 @@ def own_part(rows: Sequence[Row]) -> list[Row]:
     """The rows of every world-th image, whether they are missing or not: while others are writing, ranks differ in what
     they find missing.
     """
-    number = {digest: i for i, digest in enumerate(dict.fromkeys(row.digest for row in rows))}
-    return [row for row in rows if number[row.digest] % ranks.world() == ranks.rank()]
+    number = {digest: i for i, digest in enumerate(dict.fromkeys(row.pixels_digest for row in rows))}
+    return [row for row in rows if number[row.pixels_digest] % ranks.world() == ranks.rank()]
 
 
 def _encode_missing(
@@ -362,7 +362,7 @@ class _Views(Dataset["list[_View] | UserError"]):
     def __init__(self, policy: CropPolicy, missing: Iterable[_Wanted]):
         images: dict[object, list[_Wanted]] = {}
         for key, sample in missing:
-            images.setdefault((sample.row.digest, sample.resized, sample.shape), []).append((key, sample))
+            images.setdefault((sample.row.pixels_digest, sample.resized, sample.shape), []).append((key, sample))
         self.policy = policy
         self.items = [some for every in images.values() for some in _chunks(iter(every), VIEWS_AT_ONCE)]
 

@@ -174,8 +174,11 @@ def is_animated(data: bytes) -> bool:
 
 
 def load_image(row: Row) -> Image.Image:
-    """The row's image, RGB and upright; UserError when it can no longer be read or is not what was listed."""
-    return _load(row.source, row.digest, f"image {row.id}", decode)
+    """The row's image, RGB and upright, filled where its mask says so; UserError when it can no longer be read or is
+    not what was listed.
+    """
+    image = _load(row.source, row.digest, f"image {row.id}", decode)
+    return _filled(image, load_mask(row)) if row.mask and row.mask.fills else image
 
 
 def load_mask(row: Row) -> Image.Image:
@@ -185,6 +188,16 @@ def load_mask(row: Row) -> Image.Image:
     mask = _load(row.mask.source, row.mask.digest, f"the mask of image {row.id}", decoder)
     assert mask is not None, f"{row.id} was listed with transparency"
     return mask
+
+
+def _filled(image: Image.Image, mask: Image.Image) -> Image.Image:
+    """The image with the mean colour of what the mask keeps, weighed by its levels, in the places where it is black."""
+    levels = np.asarray(mask.resize(image.size, Image.Resampling.BILINEAR))
+    if not levels.any():
+        return image
+    pixels = np.array(image)
+    pixels[levels == 0] = np.average(pixels.reshape(-1, 3), axis=0, weights=levels.reshape(-1)).round()
+    return Image.fromarray(pixels)
 
 
 def _load(source: Source, digest: str, what: str, decoder: Callable[[bytes], Decoded]) -> Decoded:

@@ -149,7 +149,8 @@ def with_masks(rows: Sequence[Row], sources: Mapping[str, Source], data: ImageOp
         if why := refusal(verdict, row.size):
             found.bad.append((row, why))
             continue
-        mask = Mask(sources[row.id], verdict.digest, data.alpha_mask, verdict.area) if any(verdict.size) else None
+        mask = Mask(sources[row.id], verdict.digest, data.alpha_mask, verdict.area,
+                    fills=data.fill_masked_area) if any(verdict.size) else None
         found.rows.append(replace(row, mask=mask))
     found.problems = [*_problems(found, verdicts, data, where)]
     if found.masks and not found.problems:

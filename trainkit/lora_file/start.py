@@ -117,12 +117,14 @@ def other_kind(path: str, layer: LayerUpdate, options: LoraOptions, where: str) 
     """Why a layer's kind cannot be trained on with these options."""
     kind = KINDS.get(type(layer.update), "")
     if kind != options.lora_type:
-        fix = f"--lora_type {kind}" if kind else "convert_lora.py FILE OUT --svd_rank 16 makes a plain LoRA of it"
+        fix = f"--lora_type {kind}" if kind else (
+            "scripts/convert_lora.py --lora FILE --out OUT --svd_rank 16 makes a plain LoRA of it")
         return Problem(f"the file holds {kind or 'whole updates'}, and this run trains {options.lora_type}", where,
                        f"{path} has other factors", fix)
     if layer.magnitude is not None and layer.magnitude.by_input:
         return Problem("this DoRA cannot be trained on", where, "it has a magnitude for each input (LyCORIS's older "
-                       "form)", "convert_lora.py FILE OUT --svd_rank 16 --base MODEL makes a plain LoRA of it")
+                       "form)", "scripts/convert_lora.py --lora FILE --out OUT --svd_rank 16 --base MODEL makes a "
+                       "plain LoRA of it")
     if layer.magnitude is not None and not options.use_dora:
         return Problem("the file is a DoRA, and this run trains plain LoRA", where, "its magnitudes would be lost",
                        "add --use_dora")

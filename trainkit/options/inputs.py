@@ -171,6 +171,11 @@ class ImageOptions(Concern):
         "Divide the loss of an image by the mean of its mask, so that an image with a small mask counts as much as "
         "one with a large mask. Without this flag, it counts by the area of its mask.", resume="in the data",
         read_with=MASKED, card="Loss normalized by the mask's area")
+    fill_masked_area: bool = opt(
+        False,
+        "Before the VAE reads an image, fill the places where its mask is black with the mean colour of the rest. The "
+        "VAE spreads colours of what is masked out over its surroundings, which are learned. The model then does not "
+        "see what was there.", resume="in the data", read_with=MASKED, card="Masked area filled")
 
     @field_validator("image_interpolation_mode", mode="before")
     @classmethod

@@ -78,7 +78,8 @@ class LoraOptions(Concern):
     network_weights: str | None = opt(
         None,
         "Start from this LoRA file instead of from the base model alone. The file can come from any trainer whose "
-        "files we read. For new tokens, the embeddings in the file or in NAME_emb.safetensors beside it are used.",
+        "files we read. For new tokens, the embeddings in the file are used, or those in NAME_emb.safetensors in the "
+        "same folder.",
         path=True, read_with=ADAPTS, card="Started from", min_length=1)
     dim_from_weights: bool = opt(
         False,
