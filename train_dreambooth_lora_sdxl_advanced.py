@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
 
     instances = preflight(opt)  # every problem in one message
     with start_run(opt, "dreambooth-lora-sdxl") as run:
-        total, stop = opt.run.ends(len(instances), run.world)  # finished steps of the run, and of this session
+        total, stop = opt.run.ends(instances.per_epoch, run.world)  # finished steps of the run, and of this session
         summary.log_plan(opt, instances, run, steps=total, class_images=opt.prior.images)
         rows = [*instances, *class_images.class_rows(opt, run)]  # of its class with the prior, generated where missing
         stream = sampler.make_order(rows, run.global_batch, batch_size=opt.run.train_batch_size, seed=run.seed)
@@ -143,7 +143,7 @@ def preflight(opt: Options) -> Rows:
     preflight.leave_out_unused(opt.optimizer)
     ranks.join(os.environ)  # several processes share out the decoding of images
     model = preflight.check_model(opt, sdxl)
-    rows, data_problems = read_rows(opt.data, opt.captions, compat=opt.run.compat)
+    rows, data_problems = read_rows(opt.data, opt.captions, compat=opt.run.compat, prior=opt.prior)
     option_problems = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run),
                        *checkpoints.problems(opt.run)]
     token_problems = new_tokens.problems(opt.pivotal, [caption for row in rows for caption in row.all_captions])

@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     family_module = families.of(opt.model)  # SD 1.x and 2.x, or SDXL: what the file or folder holds
     rows = preflight(opt, family_module)  # every problem in one message
     with start_run(opt, "text-to-image-lora") as run:
-        total, stop = opt.run.ends(len(rows), run.world)  # finished steps of the run, and of this session
+        total, stop = opt.run.ends(rows.per_epoch, run.world)  # finished steps of the run, and of this session
         summary.log_plan(opt, rows, run, steps=total)
         stream = sampler.make_order(rows, run.global_batch, batch_size=opt.run.train_batch_size, seed=run.seed)
         captions = caption_changes.make_changes(opt.captions, rows, seed=run.seed, live=live_text.reads_anew(opt.text))

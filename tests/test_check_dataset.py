@@ -13,8 +13,10 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from PIL import Image, ImageFilter
+from pyarrow import parquet
 
 from tests.support import ROOT
 from tests.support.bad_data_set import PLANTED, SIDE, as_metadata, bad_folder, save, scene, sound_folder
@@ -135,10 +137,12 @@ def test_kohya_folders_of_very_different_weight_are_named_and_their_rename_balan
 
 
 def test_what_would_stop_a_run_is_an_error(tmp_path):
-    """Kohya's numbers, which the trainers refuse."""
+    """Kohya's numbers beside a folder without one, which the trainers refuse; alone they are read."""
     sound_folder(tmp_path / "k" / "10_dog")
+    assert "start" not in checked(tmp_path / "k")
+    sound_folder(tmp_path / "k" / "rest")
     start = checked(tmp_path / "k")["start"]
-    assert start.check.severity == "error" and "numbers in the names" in start.findings[0].detail
+    assert start.check.severity == "error" and "numbers of repeats" in start.findings[0].detail
 
 
 @pytest.mark.skipif(not hashes_available(), reason="imagehash is not installed")
@@ -392,3 +396,37 @@ def test_a_folder_of_bad_images_alone_is_refused_all_the_same(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     _, problems = read_rows(data_options(instance_data_dir=tmp_path, bad_images="skip"))
     assert any("cannot be read" in problem.what for problem in problems)
+
+
+# ------------------------------------------------------------------------------------------------------ other sources
+
+
+def test_the_command_for_images_in_a_parquet_metadata_file_takes_their_rows_out(tmp_path):
+    folder = tmp_path / "it's mine"
+    folder.mkdir()
+    for name, colour in (("a", 1), ("b", 1), ("c", 3)):
+        save(folder, f"{name}.png", scene(colour))
+    table = pa.table({"file_name": ["a.png", "b.png", "c.png"], "text": ["a TOK", "a TOK", "b TOK"]})
+    parquet.write_table(table, folder / "metadata.parquet")
+    fix = checked(folder)["duplicate"].fix
+    subprocess.run(["bash", "-c", fix.replace("python3", sys.executable)], check=True, cwd=tmp_path)
+    assert parquet.read_table(folder / "metadata.parquet")["file_name"].to_pylist() == ["a.png", "c.png"]
+    assert (folder / "metadata.parquet.bak").is_file() and "duplicate" not in checked(folder)
+
+
+def test_data_sets_and_files_of_several_sources_are_checked_as_folders_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set").mkdir()
+    for name in ("a", "b"):
+        save(tmp_path / "set", f"{name}.png", scene(5))
+    cells = [{"bytes": (tmp_path / "set" / "a.png").read_bytes(), "path": None}] * 2
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    (tmp_path / "tables").mkdir()
+    parquet.write_table(pa.table({"image": pa.array(cells, kind), "text": ["a TOK", "another TOK"]}),
+                        tmp_path / "tables" / "x.parquet")
+    result = checked(tmp_path / "tables")["contradictory"]
+    assert [image.name for image in result.images] == ["row 0", "row 1"] and result.fix == ""
+    (tmp_path / "d.toml").write_text("[[sources]]\nfolder = 'set'\nprompt = 'a TOK'\nrepeats = 3\n")
+    data = read_data_set([tmp_path / "d.toml"], ImageOptions(resolution=SIDE), CaptionOptions())
+    assert data.visits == 6 and [image.path.name for image in data.images] == ["a.png", "b.png"]
+    assert "mv -n -- set/b.png" in {result.check.name: result for result in examine(data)}["duplicate"].fix

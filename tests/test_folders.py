@@ -118,7 +118,7 @@ def test_a_cell_reads_no_file_outside_its_data_set(tmp_path: Path, path: str, mo
 
 OTHER_FILES = {  # what somebody may give as --dataset_name -> a word of what to do instead
     "captions.csv": "metadata.jsonl, metadata.csv", "captions.jsonl": "metadata.jsonl", "icons.zip": "unzip",
-    "icons.tar": "tar xf", "a.png": "metadata.jsonl",
+    "a.png": "metadata.jsonl",
 }
 
 

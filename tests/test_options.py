@@ -40,8 +40,8 @@ from trainkit.options import (
 from trainkit.options.cli import help_text
 from trainkit.options.config_text import markdown
 from trainkit.options.help import ESSENTIAL, answer
+from trainkit.options.names import nearest
 from trainkit.options.rules import trained_fractions, unread
-from trainkit.options.sources import nearest
 from trainkit.options.trainers import SCRIPTS as TRAINER_SCRIPTS
 
 # The flags of train_dreambooth_lora_sdxl_advanced.py (huggingface/diffusers): name -> (a value as typed, what it means,

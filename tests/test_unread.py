@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -432,16 +433,22 @@ def kohya(folder: Path, *names: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("names", [
-    ("10_TOK man", "1_reg"), ("10_TOK",), ("1_icons",), ("5_a", "10_b"), ("40_x", "rest")])
-def test_numbers_of_repeats_are_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("captioned", [False, True])
+@pytest.mark.parametrize("names", [("10_TOK man", "1_reg"), ("40_x", "rest")])
+def test_a_layout_of_kohya_that_may_mean_something_else_is_refused(
+        tmp_path: Path, names: tuple[str, ...], captioned: bool) -> None:
     folder = kohya(tmp_path / "img", *names)
-    problem, = read(folder, captioned=True)[1]
-    assert names[0] in problem.why and "--train_data_dir" in problem.fix and "--repeats" in problem.fix
-    problem, = read(folder)[1]
-    assert "--instance_data_dir" in problem.fix
-    assert any(f"--repeats {name.partition('_')[0]}" in problem.fix for name in names)
-    assert ("--class_data_dir" in problem.fix) == ("1_reg" in names)
+    problem, = read(folder, captioned=captioned)[1]
+    assert "--compat kohya" in problem.fix and ("--class_data_dir" in problem.fix) == ("1_reg" in names)
+
+
+@pytest.mark.parametrize("captioned", [False, True])
+@pytest.mark.parametrize("names", [("10_TOK man",), ("1_icons",), ("5_a", "10_b"), ("1_reg",)])
+def test_the_numbers_of_a_layout_of_kohya_are_repeats(tmp_path: Path, names: tuple[str, ...], captioned: bool) -> None:
+    rows, problems = read(kohya(tmp_path / "img", *names), captioned=captioned)
+    assert not problems and "kohya" in rows.note
+    assert Counter(row.id.partition("/")[0] for row in rows) == {
+        name: 2 * int(name.partition("_")[0]) for name in names}
 
 
 @pytest.mark.parametrize("names", [
@@ -455,12 +462,6 @@ def test_metadata_says_that_a_numbered_folder_is_a_folder(tmp_path: Path) -> Non
     folder = kohya(tmp_path / "img", "10_cats")
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "10_cats/0a.png", "text": "a cat"}))
     assert read(folder, captioned=True)[1] == []
-
-
-def test_the_class_images_of_kohya_are_given_by_their_folder(tmp_path: Path) -> None:
-    folder = kohya(tmp_path / "reg", "1_icon")
-    _, (problem,) = list_folder(Folder(folder, "--class_data_dir", "--class_prompt"))
-    assert problem.fix.startswith(f"--class_data_dir {folder / '1_icon'}") and "--repeats" not in problem.fix
 
 
 def test_a_numbered_folder_given_itself_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

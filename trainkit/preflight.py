@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Protocol
 
 from trainkit import adapters, optim
 from trainkit.data.buckets import smallest
+from trainkit.data.sources.parts import image_options
 from trainkit.diffusion import ScheduleChange
 from trainkit.errors import Problem, UserError, shell_word
 from trainkit.families import sgm
 from trainkit.lora_file import start
 from trainkit.losses import fourier_term
+from trainkit.options.dataset_config import FLAG, found_path, read_dataset_config
+from trainkit.options.sizes import sides_of
 from trainkit.runtime.startup import bring_back, leave_out
 
 if TYPE_CHECKING:
@@ -81,7 +84,7 @@ def check_model(opt: ModelCheckOptions, family: ModuleType) -> ModelCheck:
         network = family.skeleton(path, revision=o.revision)
     except UserError as error:
         return ModelCheck([*error.problems])
-    height, width = smallest(opt.data)
+    height, width = map(min, zip(*map(smallest, image_options(opt.data)), strict=True))
     latents = family.latents(path, f"{width},{height}", vae_path=vae_path, revision=o.revision)
     found = [*start.problems(opt.lora, family.names_of(network), network, family.LORA_TARGETS),
              *adapters.problems(network, opt.lora, targets=family.LORA_TARGETS,
@@ -92,9 +95,19 @@ def check_model(opt: ModelCheckOptions, family: ModuleType) -> ModelCheck:
 
 def further_sides(data: ImageOptions) -> dict[str, int | str]:
     """What else the sides of images come from, by flag."""
+    if data.dataset_config:
+        return {"dataset_config": ",".join(map(str, sorted({side for one in image_options(data)
+                                                            for side in sides_given(one)})))}
     if data.enable_bucket:
         return {"bucket_reso_steps": data.bucket_reso_steps}
     return {"resolutions": data.resolutions} if data.resolutions else {}
+
+
+def sides_given(data: ImageOptions) -> list[int]:
+    """What the sides of the images of one source have to be multiples of, or are."""
+    if data.enable_bucket:
+        return [data.bucket_reso_steps]
+    return sides_of(data.resolutions or data.resolution)
 
 
 def leave_out_unused(o: OptimizerOptions) -> None:
@@ -125,6 +138,7 @@ def output_problems(opt: FolderOptions) -> list[Problem]:
     out, data = Path(opt.run.output_dir), opt.data
     prior = getattr(opt, "prior", None)
     folders = {f"--{data.folder_flag}": data.folder, "--dataset_name": data.dataset_name,
+               **source_folders(data),
                "--class_data_dir": prior.class_data_dir if prior and prior.with_prior_preservation else None}
     problems = []
     for flag, name in folders.items():
@@ -140,6 +154,15 @@ def output_problems(opt: FolderOptions) -> list[Problem]:
             problems.append(_mixed("the images lie where the run writes its own files", out, f"{flag} {folder}",
                                    "--output_dir ANOTHER_FOLDER"))
     return problems
+
+
+def source_folders(data: ImageOptions) -> dict[str, str | None]:
+    """The folders that a file of sources names, by what a message calls them."""
+    if not data.dataset_config:
+        return {}
+    path = Path(data.dataset_config)
+    return {f"{FLAG} {path.name}, {source.name}": f"{found_path(source.image_dir, path)[0]}"
+            for source in read_dataset_config(path).sources if source.image_dir}
 
 
 def _mixed(what: str, out: Path, data: str, fix: str) -> Problem:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from trainkit.checkpoints import UNKNOWN_BEFORE
 from trainkit.data.cache import content_key
@@ -78,7 +78,7 @@ def fingerprint(
         "images": contents([row for row in rows if not row.is_class]),
         "class images": contents([row for row in rows if row.is_class]),
         "masks": masks(rows, opt.data),
-        "--prior_loss_weight": [row.loss_weight for row in rows if row.is_class][:1],
+        "--prior_loss_weight": class_weights(rows),
         "images in a step": run.global_batch,
         # Dropout's masks and the images of a step depend on the batch size, the latter where images have several sizes.
         "images in a micro-batch": opt.run.train_batch_size if opt.lora.lora_dropout or several_sizes(rows) else None,
@@ -110,8 +110,24 @@ def decisive_options(opt: FingerprintOptions) -> dict[str, object]:
 
 def contents(rows: Sequence[Row]) -> str | None:
     """Digest of images and captions; None without any."""
-    return content_key(*[(row.id, row.digest, *row.all_captions, row.repeat, *(row.cut or ())) for row in rows]
-                       ) if rows else None
+    return content_key(*[(row.id, row.digest, *row.all_captions, row.repeat, *(row.cut or ()), *of_source(row))
+                         for row in rows]) if rows else None
+
+
+def of_source(row: Row) -> list[Any]:
+    """What the source of a row decides, where it is not what the flags say."""
+    weight: list[Any] = [] if row.is_class or row.loss_weight == 1 else ["weight", row.loss_weight]
+    handling = row.handling
+    if handling is None:
+        return weight
+    return [*weight, handling.captions.model_dump(exclude_defaults=True), handling.random_flip, handling.center_crop,
+            handling.interpolation, handling.batch_size]
+
+
+def class_weights(rows: Sequence[Row]) -> list[float]:
+    """Of all class images, or where they differ of each."""
+    weights = [row.loss_weight for row in rows if row.is_class]
+    return weights if len(set(weights)) > 1 else weights[:1]
 
 
 def masks(rows: Sequence[Row], data: ImageOptions) -> str | None:

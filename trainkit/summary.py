@@ -19,7 +19,7 @@ from trainkit.runtime.progress import clock
 
 if TYPE_CHECKING:
     from trainkit.adapters import Adapters
-    from trainkit.data.rows import Rows
+    from trainkit.data.rows import Rows, SourceCount
     from trainkit.files import Json
     from trainkit.optim import Optim
     from trainkit.options import ImageOptions, RunOptions
@@ -103,6 +103,8 @@ class Plan:
     batch         images in a micro-batch; times accumulation and processes in an optimizer step
     sizes         images by the size (h, w) they are cut to, where each has its own; an image may have several
     passes        forward passes of a step on each process, where images have sizes of their own
+    sources       one line about each, where there are several
+    uses          of images in an epoch, where sources have repeats of their own
     """
 
     images: int
@@ -122,6 +124,8 @@ class Plan:
     processes: int = 1
     sizes: Mapping[Size, int] = field(default_factory=dict)
     passes: float = 1
+    sources: Sequence[str] = ()
+    uses: int = 0
 
     @property
     def global_batch(self) -> int:
@@ -130,7 +134,7 @@ class Plan:
     @property
     def visits(self) -> int:
         """Uses of images in an epoch."""
-        return self.repeats * (sum(self.sizes.values()) or self.images)
+        return self.uses or self.repeats * (sum(self.sizes.values()) or self.images)
 
     @property
     def epochs(self) -> float:
@@ -140,13 +144,20 @@ class Plan:
 def plan(opt: PlanOptions, rows: Rows, run: PlanRun, *, steps: int, class_images: int = 0) -> Plan:
     """The facts of a trainer's options and of the rows that were read, repeats included."""
     data, options = opt.data, opt.run
-    images = [row for row in rows if row.repeat == 0]
-    sizes = Counter(row.cut for row in rows if row.cut and row.repeat % data.repeats == 0)
+    instances = [row for row in rows if not row.is_class]
+    images = [row for row in instances if row.repeat == 0]
+    sizes = Counter(row.cut for row in instances if row.cut and row.repeat % data.repeats == 0)
+    if rows.sources:
+        sizes = Counter(cut for _, cut in dict.fromkeys((row.id, row.cut) for row in instances if row.cut))
     return Plan(
         sizes=sizes, passes=passes(opt, rows, run) if sizes else 1,
-        images=len(images), account=str(rows.account), source=printable(str(data.dataset_name or data.folder)),
+        images=len(images), account=str(rows.account),
+        source=", ".join(filter(None, [printable(data.source), rows.note])),
+        sources=[*map(source_line, rows.sources)], uses=len(instances) if rows.sources else 0,
         prompt=data.prompt, prompted=sum(row.caption == data.prompt for row in images) if data.prompt else 0,
-        repeats=data.repeats, class_images=class_images, resolution=data.resolution, batch=options.train_batch_size,
+        repeats=1 if rows.sources else data.repeats,
+        class_images=0 if any(one.is_class for one in rows.sources) else class_images,
+        resolution=data.resolution, batch=options.train_batch_size,
         accumulation=options.gradient_accumulation_steps, processes=run.world, steps=steps, device=run.device_name,
         precision=run.precision, folder=printable(str(run.out_dir)))
 
@@ -154,13 +165,19 @@ def plan(opt: PlanOptions, rows: Rows, run: PlanRun, *, steps: int, class_images
 def passes(opt: PlanOptions, rows: Rows, run: PlanRun) -> float:
     """Micro-batches of a step on each process, the mean over the first steps, class images aside."""
     shard = Shard(0, run.world, opt.run.gradient_accumulation_steps)
-    order = make_order(rows, opt.run.global_batch(run.world), batch_size=opt.run.train_batch_size, seed=opt.run.seed)
+    instances = [row for row in rows if not row.is_class]
+    order = make_order(instances, opt.run.global_batch(run.world), batch_size=opt.run.train_batch_size,
+                       seed=opt.run.seed)
     steps = min(order.steps_per_epoch, STEPS_COUNTED)
     return sum(order.micro_batches(step, shard) for step in range(steps)) / steps
 
 
 def plan_lines(facts: Plan) -> Iterator[Line]:
     yield Line("Images", "; ".join([f"{facts.account}; in {facts.source}", *prompts(facts), *visits(facts)]))
+    for line in facts.sources:
+        yield Line("Source", line)
+    if facts.sources:
+        yield Line("Epoch", counted(facts.visits, "image"))
     if facts.sizes:
         yield Line("Buckets", buckets(facts))
     yield Line("Training", " · ".join([f"{facts.resolution} px", batch(facts),
@@ -178,6 +195,15 @@ def buckets(facts: Plan) -> str:
     steps = counted_parts(facts.visits / facts.global_batch, "step")
     return (f"{', '.join([*listed, *more])}; an epoch is {counted(facts.visits, 'image')} = {steps} of "
             f"{facts.passes:.1f} forward passes each")
+
+
+def source_line(source: SourceCount) -> str:
+    """`10_sks dog: 12 images × 10 = 120 an epoch`."""
+    uses = source.rows / source.images if source.images else 0
+    line = f"{source.name}: {counted(source.images, 'image')} × {uses:g} = {source.rows} an epoch"
+    if source.is_class:
+        line += ", of the class: as many of them in each step as of your own"
+    return line + (f", weight {source.loss_weight:g}" if source.loss_weight != 1 else "")
 
 
 def prompts(facts: Plan) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from trainkit.devices import upload
 from trainkit.digests import Place
 from trainkit.errors import UserError
 from trainkit.rng import Key
+
+if TYPE_CHECKING:
+    from trainkit.options import CaptionOptions
 
 
 class Source(Protocol):
@@ -39,6 +42,17 @@ class Mask:
 
 
 @dataclass(frozen=True)
+class Handling:
+    """How the images of one source are trained on, where a run has several sources with settings of their own."""
+
+    captions: CaptionOptions
+    random_flip: bool = False
+    center_crop: bool = False
+    interpolation: str = "lanczos"
+    batch_size: int | None = None  # images of it in a forward pass at most; None: as many as the run has
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One image that an epoch visits once; a repeat is a row of its own, with its own crops."""
 
@@ -58,6 +72,7 @@ class Row:
     def pixels_digest(self) -> str:
         """Of what its pixels come from: the file, and the mask where it changes them."""
         return f"{self.digest} {self.mask.digest} {self.mask.alpha}" if self.mask and self.mask.fills else self.digest
+    handling: Handling | None = None  # of its source; None: as the flags say
 
     @property
     def all_captions(self) -> tuple[str, ...]:
@@ -65,7 +80,7 @@ class Row:
         return self.caption, *self.others
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Listed:
     """An image that is there by name; its content has not been read."""
 

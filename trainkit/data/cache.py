@@ -210,7 +210,7 @@ class Latents:
         crop = [*sample.resized, sample.top, sample.left, sample.flip]
         height, width = sample.shape
         size = height if height == width else [height, width]
-        content = [sample.row.pixels_digest, crop, size, self.policy.interpolation]
+        content = [sample.row.pixels_digest, crop, size, self.policy.of(sample.row).interpolation]
         return content_key(VERSION, content, self.identity, str(self.dtype))
 
     def __call__(self, sample: Sample) -> tuple[Tensor, Tensor]:
@@ -362,7 +362,8 @@ class _Views(Dataset["list[_View] | UserError"]):
     def __init__(self, policy: CropPolicy, missing: Iterable[_Wanted]):
         images: dict[object, list[_Wanted]] = {}
         for key, sample in missing:
-            images.setdefault((sample.row.pixels_digest, sample.resized, sample.shape), []).append((key, sample))
+            alike = sample.row.pixels_digest, sample.resized, sample.shape, policy.of(sample.row).interpolation
+            images.setdefault(alike, []).append((key, sample))
         self.policy = policy
         self.items = [some for every in images.values() for some in _chunks(iter(every), VIEWS_AT_ONCE)]
 

@@ -96,66 +96,75 @@ def _unbalanced(rows: Iterable[Row]) -> Iterator[Problem]:
 class CaptionChanges:
     """(row, epoch) -> the text that this visit is trained with, or UNCONDITIONAL; class images keep their captions.
 
-    limit  how many variants a caption has; None: each visit has its own
+    limit       how many variants a caption has; None: each visit has its own
+    of_sources  the options of sources that have their own
     """
 
     options: CaptionOptions
     seed: int
     limit: int | None = None
+    of_sources: tuple[CaptionOptions, ...] = ()
 
     def __call__(self, row: Row, epoch: int) -> str:
-        if not (row.others or self.some):
+        options = self.options_of(row)
+        if not (row.others or changes_something(options)):
             return row.caption
         visit = self.seed, epoch, row.id, row.repeat
         place = int(rng.permutation(len(row.all_captions), "caption", *visit)[0]) if row.others else 0
         caption = row.all_captions[place]
-        if row.is_class:
+        if self.keeps_captions(row):
             return caption
-        if self.options.drops and self._dropped(visit):
+        every = options.caption_dropout_every_n_epochs  # epochs count from 1, as in kohya's trainers
+        if every and (epoch + 1) % every == 0 or options.caption_dropout_rate and \
+                rng.uniform([visit], "caption dropout").item() < options.caption_dropout_rate:
             return UNCONDITIONAL
         if self.limit is None:
-            return changed(caption, self.options, *visit)
+            return changed(caption, options, *visit)
         return self._variant(row, place, self._number(row, epoch))
 
-    def _dropped(self, visit: tuple[int, int, str, int]) -> bool:
-        """Whether a visit (seed, epoch, ...) is without its caption. Epochs are counted from 1, as kohya does."""
-        every, rate = self.options.caption_dropout_every_n_epochs, self.options.caption_dropout_rate
-        whole_epoch = every > 0 and (visit[1] + 1) % every == 0
-        return whole_epoch or (rate > 0 and rng.uniform([visit], "caption dropout").item() < rate)
+    def options_of(self, row: Row) -> CaptionOptions:
+        return row.handling.captions if row.handling else self.options
+
+    def keeps_captions(self, row: Row) -> bool:
+        """Class images are captioned as they are, unless their source has settings of its own."""
+        return row.is_class and row.handling is None
 
     @cached_property
-    def some(self) -> bool:
-        """Whether there is anything to be done at a visit."""
-        o = self.options
-        return o.varies or o.drops or bool(o.keep_tokens_separator or o.secondary_separator)
+    def all_options(self) -> tuple[CaptionOptions, ...]:
+        return self.options, *self.of_sources
+
+    @property
+    def varies(self) -> bool:
+        """Whether the text of a caption differs from visit to visit."""
+        return any(options.varies for options in self.all_options)
 
     def announced(self, rows: Iterable[Row]) -> list[str] | None:
         """Every text that visits of the rows may be given; None where they cannot be listed before the run."""
         if self.endless:
             return None
-        dropped = [UNCONDITIONAL] if self.options.drops else []
+        dropped = [UNCONDITIONAL] if any(options.drops for options in self.all_options) else []
         return dropped + [text for row in rows if row.repeat == 0 for text in self.examples(row)]
 
     @property
     def endless(self) -> bool:
         """Whether each visit has a text of its own."""
-        return self.options.varies and self.limit is None
+        return self.varies and self.limit is None
 
     def examples(self, row: Row) -> list[str]:
         """The texts of a row, without its dropped caption: all of them, or where they are endless one a caption.
 
         Repeats of an image share its variants.
         """
-        captions = range(len(row.all_captions))
-        if row.is_class or not self.some:
+        captions, options = range(len(row.all_captions)), self.options_of(row)
+        if self.keeps_captions(row) or not changes_something(options):
             return [*row.all_captions]
         if self.limit is None:
-            return [changed(row.all_captions[place], self.options, self.seed, 0, row.id, 0) for place in captions]
+            return [changed(row.all_captions[place], options, self.seed, 0, row.id, 0) for place in captions]
         return list(dict.fromkeys(self._variant(row, place, number) for place in captions
                                   for number in range(self.limit)))
 
     def _variant(self, row: Row, place: int, number: int) -> str:
-        return changed(row.all_captions[place], self.options, self.seed, row.id, place, "variant", number)
+        return changed(row.all_captions[place], self.options_of(row), self.seed, row.id, place, "variant", number)
 
     def _number(self, row: Row, epoch: int) -> int:
         """Of the variant in this epoch: in `limit` epochs a row has each of them once."""
@@ -164,19 +173,27 @@ class CaptionChanges:
         return int(rng.permutation(self.limit, "caption variant", self.seed, turn, row.id, row.repeat)[place])
 
 
+def changes_something(options: CaptionOptions) -> bool:
+    """Whether there is anything to be done at a visit."""
+    return options.varies or options.drops or bool(options.keep_tokens_separator
+                                                            or options.secondary_separator)
+
+
 def make_changes(options: CaptionOptions, rows: Sequence[Row], *, seed: int, live: bool) -> CaptionChanges:
     """The changes of a run; says in the log into how many texts the captions turn.
 
     live  whether text encoders read each text when it is asked for, to the end of the run
     """
     limit = options.caption_variants or (None if live else VARIANTS)
-    changes = CaptionChanges(options, seed, limit if options.varies else None)
+    of_sources = tuple(dict.fromkeys(row.handling.captions for row in rows if row.handling))
+    varies = any(one.varies for one in (options, *of_sources))
+    changes = CaptionChanges(options, seed, limit if varies else None, of_sources)
     _log_variants(changes, rows)
     return changes
 
 
 def _log_variants(changes: CaptionChanges, rows: Sequence[Row]) -> None:
-    if not changes.options.varies:
+    if not changes.varies:
         return
     if changes.endless:
         log.info("captions differ at every visit: the text encoders in training read each of them anew")

@@ -26,6 +26,7 @@ from trainkit.data.batch import Listed, Row
 from trainkit.data.caption_changes import in_one_line
 from trainkit.data.rows import check, warn_enlarged
 from trainkit.data.sources.folder import Folder, list_folder
+from trainkit.data.sources.kohya import layout_in_use
 from trainkit.devices import empty_cache
 from trainkit.diffusion import AS_SAVED, ScheduleChange, rescheduled
 from trainkit.errors import Problem, UserError, refuse
@@ -88,10 +89,10 @@ def problems(opt: ClassImageOptions) -> list[Problem]:
     Flags that are missing are the options' own problem (options/rules.py) and not repeated here.
     """
     prior = opt.prior
-    if not (prior.with_prior_preservation and prior.class_data_dir and prior.class_prompt):
+    if not (prior.with_prior_preservation and prior.class_data_dir and prior.class_prompt) or in_sources(opt):
         return []
     folder = ClassFolder(Path(prior.class_data_dir), recipe(opt), wanted=prior.num_class_images)
-    if same_folder(folder.path, opt.data.instance_data_dir or opt.data.dataset_name):
+    if same_folder(folder.path, opt.data.source):
         return [Problem("class and instance images share a folder", f"{FLAG} {folder.path}",
                         "the instances would be trained on as images of the class too", f"{FLAG} ANOTHER_FOLDER")]
     listed, found = folder.read(verbose=False)
@@ -108,7 +109,7 @@ def class_rows(opt: ClassImageOptions, run: ClassImageRun) -> list[Row]:
     ones. Raises UserError: an image cannot be read, written or generated.
     """
     prior = opt.prior
-    if not prior.with_prior_preservation:
+    if not prior.with_prior_preservation or in_sources(opt):
         return []
     assert prior.class_data_dir and prior.class_prompt, "the options refuse the prior without them"
     folder = ClassFolder(Path(prior.class_data_dir), recipe(opt), wanted=prior.num_class_images)
@@ -125,6 +126,11 @@ def class_rows(opt: ClassImageOptions, run: ClassImageRun) -> list[Row]:
     warn_enlarged(rows, opt.data.resolution)
     return [replace(row, id=f"class/{row.id}", caption=row.caption or prior.class_prompt, is_class=True,
                     loss_weight=prior.prior_loss_weight) for row in map(in_one_line, rows)]
+
+
+def in_sources(opt: ClassImageOptions) -> bool:
+    """Whether the class images are sources of their own, in folders as kohya's trainers want them."""
+    return bool(layout_in_use(Path(opt.prior.class_data_dir or ""), always=opt.run.compat == "kohya"))
 
 
 def recipe(opt: ClassImageOptions) -> str:

@@ -7,8 +7,8 @@ PIL images, without needing torchvision.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +21,7 @@ from trainkit.data.batch import Sample
 from trainkit.options.sizes import Size, size_of
 
 if TYPE_CHECKING:
-    from trainkit.data.batch import Row
+    from trainkit.data.batch import Handling, Row
     from trainkit.options import ImageOptions
 
 INTERPOLATIONS = {
@@ -74,8 +74,15 @@ class CropPolicy:
         """Whether a row can be seen in finitely many ways, so that `variants` can list them."""
         return self.center_crop or self.cached_crops > 0
 
+    def of(self, row: Row) -> CropPolicy:
+        """The policy for a row, whose source may have settings of its own."""
+        return _of_source(self, row.handling) if row.handling else self
+
     def sample(self, row: Row, *, seed: int, epoch: int) -> Sample:
         """What this row (repeats differ) is seen as in this epoch: a pure function."""
+        return self.of(row)._sample(row, seed=seed, epoch=epoch)
+
+    def _sample(self, row: Row, *, seed: int, epoch: int) -> Sample:
         visit = (seed, epoch, row.id, row.repeat)
         cut = row.cut or self.size
         resized = resized_size(row.size, cut)
@@ -86,6 +93,9 @@ class CropPolicy:
 
     def variants(self, row: Row, seed: int) -> list[Sample]:
         """Everything `sample` may return for this row, each once."""
+        return self.of(row)._variants(row, seed)
+
+    def _variants(self, row: Row, seed: int) -> list[Sample]:
         assert self.cacheable, "a fresh random crop has no list of variants"
         cut = row.cut or self.size
         resized = resized_size(row.size, cut)
@@ -105,7 +115,8 @@ class CropPolicy:
         """
         h, w = samples[0].resized
         assert {sample.resized for sample in samples} == {(h, w)}, "samples of different images"
-        resized, views = image.resize((w, h), INTERPOLATIONS[interpolation or self.interpolation]), []
+        policy, views = self.of(samples[0].row), []
+        resized = image.resize((w, h), INTERPOLATIONS[interpolation or policy.interpolation])
         for sample in samples:
             facing = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if sample.flip else resized
             left, top, (height, width) = sample.left, sample.top, sample.shape
@@ -125,3 +136,9 @@ class CropPolicy:
             return places
         chosen = rng.permutation(len(places), "cached crops", seed, row.id, 0)[: self.cached_crops]
         return [places[i] for i in chosen.tolist()]
+
+
+@lru_cache(maxsize=256)
+def _of_source(policy: CropPolicy, handling: Handling) -> CropPolicy:
+    return replace(policy, center_crop=handling.center_crop, random_flip=handling.random_flip,
+                   interpolation=handling.interpolation)

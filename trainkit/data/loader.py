@@ -91,7 +91,7 @@ def ready_images(
     captions  (row, epoch) -> what this visit is trained with; by default one of the row's captions
     """
     policy = CropPolicy.from_options(options)
-    caches = options.cache_latents and policy.cacheable
+    caches = options.cache_latents and policy.cacheable and all(policy.of(row).cacheable for row in rows)
     masks = _ready_masks(rows, options, policy, family, store if caches else None, seed=seed)
     if not caches:
         if options.cache_latents:
@@ -106,7 +106,7 @@ def ready_images(
 def _ready_masks(rows: Sequence[Row], options: ImageOptions, policy: CropPolicy, family: Encoder, store: Store | None,
                  *, seed: int) -> Masks | None:
     """The masks of the rows, kept in the store where there is one; None where the loss has none."""
-    if not options.masked:
+    if not (options.masked or any(row.mask for row in rows)):  # a source may have masks of its own
         return None
     masks = Masks(policy, factor=family.vae_factor, least=options.unmasked_weight,
                   normalized=options.normalize_masked_area_loss, store=store)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -15,11 +15,11 @@ from trainkit.data import buckets, caption_changes
 from trainkit.data.batch import Listed, Row, Source
 from trainkit.data.geometry import cut_away, enlargement
 from trainkit.data.images import content_digest
-from trainkit.data.masks import judge_masks, with_masks
-from trainkit.data.sources.account import Account, LeftOut
+from trainkit.data.masks import MaskedRows, judge_masks, with_masks
+from trainkit.data.sources.account import Account, LeftOut, SourceListing
 from trainkit.data.sources.captions import METADATA
-from trainkit.data.sources.folder import IMAGES, list_image_folder, report_left_out
-from trainkit.data.sources.table import list_table
+from trainkit.data.sources.folder import IMAGES, report_left_out
+from trainkit.data.sources.parts import Part, SourcePlan, sources_of
 from trainkit.data.sources.text import one_line
 from trainkit.data.verdicts import Verdict, judge
 from trainkit.errors import SHOWN, Problem, counted, listing, printable, shell_word
@@ -29,91 +29,171 @@ from trainkit.rng import permutation
 from trainkit.runtime import ranks
 
 if TYPE_CHECKING:
-    from trainkit.options import Compat, ImageOptions
+    from trainkit.options import Compat, ImageOptions, PriorOptions
 
 log = logging.getLogger(__name__)
 
-Judged = TypeVar("Judged")
+Said = TypeVar("Said")
 ENLARGED = 2.0  # an image enlarged by this factor or more is told: it teaches blur
 CROPPED = 0.15  # an image that loses more of its area than this is told
 NAMED = 3  # images that are named in a line
 
 
+@dataclass(frozen=True)
+class SourceCount:
+    """What one of several sources gives to an epoch."""
+
+    name: str
+    images: int
+    rows: int  # uses of images
+    is_class: bool = False
+    loss_weight: float = 1.0
+
+
 class Rows(list[Row]):
-    """The rows of a data set, and the account of what they were read from."""
+    """The rows of a data set, class images of its sources last, and the account of what they were read from.
+
+    sources  what each gives, where there are several
+    note     how these were found
+    """
 
     account = Account()
+    sources: Sequence[SourceCount] = ()
+    note = ""
+
+    @property
+    def per_epoch(self) -> int:
+        """Uses of images in an epoch, class images aside."""
+        return sum(not row.is_class for row in self)
 
 
 def read_rows(data: ImageOptions, captions: CaptionOptions | None = None, *, seed: int = 0,
-              compat: Compat | None = None) -> tuple[Rows, list[Problem]]:
-    """(rows, problems) of the folder or --dataset_name; every image is decoded once to be sure it can be.
+              compat: Compat | None = None, prior: PriorOptions | None = None) -> tuple[Rows, list[Problem]]:
+    """(rows, problems) of everything that the flags name; every image is decoded once to be sure it can be.
 
-    Rows are in a fixed order (by name, or the data set's own), repeats of an image beside each other. With problems
-    the rows may be incomplete.
+    Rows are in a fixed order (of the sources, in each by name or the data set's own), repeats of an image beside each
+    other. With problems the rows may be incomplete.
 
     captions  what is made of the captions; by default nothing
     seed      decides which images --max_train_samples takes
     compat    the trainer whose choice of buckets and ending of caption files is asked for
+    prior     the weight of class images, and their folder where it is in kohya's layout
     """
     captions = captions or CaptionOptions()
     wrong = _source_problem(data)
     if wrong:
         return Rows(), [wrong]
-    source = list_table(data) if data.dataset_name else list_image_folder(data, captions.extension(compat))
-    where, problems = printable(f"{data.dataset_name or data.folder}"), source.problems
-    listed = _sample(source.listed, data.max_images, seed)
-    rows, bad = _usable(listed)
-    together = partial(_together, partial(judge_masks, alpha=data.alpha_mask))
-    masked = with_masks(rows, mask_sources(listed, data), data, where, together)
-    rows, skips = masked.rows, data.bad_images == "skip" and bool(masked.rows)
-    skipped = (*(LeftOut(found.id, one_line(verdict.refused)) for found, verdict in bad),
-               *(LeftOut(row.id, why) for row, why in masked.bad)) if skips else ()
+    plan = sources_of(data, captions, compat, prior)
+    listings = [part.read(compat) for part in plan.parts]
+    problems = [*plan.problems, *(problem for one in listings for problem in one.problems)]
+    listed = [replace(found, id=part.name + found.id) if part.name else found
+              for part, one in zip(plan.parts, listings, strict=True) for found in one.listed]
+    home = [place for place, one in enumerate(listings) for _ in one.listed]
+    chosen = _sample([i for i, place in enumerate(home) if not plan.parts[place].is_class], data.max_images, seed)
+    chosen += [i for i, place in enumerate(home) if plan.parts[place].is_class]
+    judged = _judged([listed[i] for i in chosen])
+    bad = [found for found in judged if found.refused]
+    masked = [_masked(part, [found for found, i in zip(judged, chosen, strict=True) if home[i] == place])
+              for place, part in enumerate(plan.parts)]
+    skips = data.bad_images == "skip" and any(one.rows for one in masked)
+    skipped = (*(LeftOut(found.listed.id, one_line(found.refused)) for found in bad),
+               *(LeftOut(row.id, why) for one in masked for row, why in one.bad)) if skips else ()
     report_left_out(skipped)
-    unreadable = [] if skips or not bad else [_unreadable(bad, len(listed), where)]
-    if not data.prompt and not problems:
-        problems = list(_caption_problems(rows, data, where, captions.extension(compat)))
-    prompted = [row if row.caption else replace(row, caption=data.prompt) for row in rows]
-    prompted, unclear = caption_changes.finished(prompted, captions)
-    repeated = Rows(buckets.with_sizes(prompted, data, compat, repeats=data.repeats))
-    small = list(buckets.problems(repeated, data, where))
-    if not small:
-        warn_enlarged(repeated, data.resolution)
-        _warn_cropped(repeated, data)
-        buckets.warn_small_buckets(repeated, data, compat)
+    problems += [] if skips or not bad else [_unreadable(bad, len(judged), printable(data.source))]
+    rows = Rows()
+    for part, one, of_part in zip(plan.parts, listings, masked, strict=True):
+        more, found = _rows_of(part, of_part.rows, compat, known=not one.problems)
+        problems += [*of_part.problems, *found]
+        rows += more
     _warn_twins(rows)
-    areas = [mask.area for mask in masked.masks]
-    repeated.account = replace(source.account, images=len(rows), in_all=len(source.listed) - len(skipped),
-                               left_out=(*source.account.left_out, *skipped), masks=len(areas),
-                               mask_area=fmean(areas) if areas else 0.0)
-    log.info("%s: %s", where, repeated.account)
-    return repeated, [*problems, *unclear, *unreadable, *masked.problems, *small]
+    rows.sort(key=lambda row: row.is_class)  # stable
+    rows.sources = _counts(plan.parts, rows) if plan.parts and plan.parts[0].name else ()
+    rows.note = plan.note
+    report_left_out(plan.left_out)
+    rows.account = _account(plan, listings, rows, skipped)
+    log.info("%s: %s", printable(data.source), rows.account)
+    return rows, problems
 
 
-def mask_sources(listed: Sequence[Listed], data: ImageOptions) -> dict[str, Source]:
-    """What holds the mask of each image, by the image's name: a file, or for its transparency the image itself."""
-    sources = {found.id: found.source if data.alpha_mask else found.mask for found in listed}
-    return {name: source for name, source in sources.items() if source is not None}
+def _masked(part: Part, judged: Sequence[Judged]) -> MaskedRows:
+    """The rows of one source that can be used, with their masks."""
+    sources = {found.listed.id: found.listed.source if part.data.alpha_mask else found.listed.mask for found in judged}
+    there = {name: source for name, source in sources.items() if source is not None}
+    together = partial(_together, partial(judge_masks, alpha=part.data.alpha_mask))
+    return with_masks([found.row for found in judged if not found.refused], there, part.data, part.place, together)
+
+
+def _rows_of(part: Part, rows: list[Row], compat: Compat | None, *, known: bool) -> tuple[list[Row], list[Problem]]:
+    """The rows of one source in all their uses, and what is wrong with them.
+
+    known  whether nothing is wrong with the source itself
+    """
+    problems: list[Problem] = []
+    if not part.prompt and known:
+        problems += _caption_problems(rows, part, part.captions.extension(compat))
+    _warn_wordless(rows)
+    prompted = [row if row.caption else replace(row, caption=part.prompt) for row in rows]
+    prompted, unclear = caption_changes.finished(prompted, part.captions)
+    sized = buckets.with_sizes(prompted, part.data, compat, repeats=part.data.repeats)
+    if part.name:  # beside sources of other sizes
+        sized = (row if row.cut else replace(row, cut=size_of(part.data.resolution)) for row in sized)
+    found = [*sized]
+    small = list(buckets.problems(found, part.data, part.place))
+    if not small:
+        warn_enlarged(found, part.data.resolution)
+        _warn_cropped(found, part.data)
+        buckets.warn_small_buckets(found, part.data, compat)
+    if part.settings or part.is_class or part.loss_weight != 1:
+        found = [replace(row, handling=part.settings, is_class=part.is_class, loss_weight=part.loss_weight)
+                 for row in found]
+    return found, [*problems, *unclear, *small]
+
+
+def _counts(parts: Sequence[Part], rows: Sequence[Row]) -> list[SourceCount]:
+    """Of each source, in the order of the plan."""
+    def name_of(row: Row) -> str:
+        return next(part.name for part in parts if row.id.startswith(part.name))
+
+    named = [name_of(row) for row in rows]
+    uses, images = Counter(named), Counter(name for name, row in zip(named, rows, strict=True) if not row.repeat)
+    return [SourceCount(part.name.rstrip("/"), images[part.name], uses[part.name], part.is_class, part.loss_weight)
+            for part in parts]
+
+
+def _account(plan: SourcePlan, listings: Sequence[SourceListing], rows: Rows, skipped: tuple[LeftOut, ...]) -> Account:
+    """Of all sources together; class images are counted among the sources alone."""
+    captions: Counter[str] = Counter()
+    parts = plan.parts
+    instances = [one for part, one in zip(parts, listings, strict=True) if not part.is_class]
+    for one in instances:
+        captions.update(one.account.captions)
+    left_out = tuple(LeftOut(part.name + file.name, file.why) for part, one in zip(parts, listings, strict=True)
+                     for file in one.account.left_out)
+    images = [row for row in rows if not (row.is_class or row.repeat)]
+    in_all = sum(len(one.listed) for one in instances)
+    areas = [row.mask.area for row in images if row.mask]
+    return Account(len(images), dict(captions), (*left_out, *plan.left_out, *skipped), in_all - len(skipped),
+                   masks=len(areas), mask_area=fmean(areas) if areas else 0.0)
 
 
 def _source_problem(data: ImageOptions) -> Problem | None:
     """That there is no source, or two where none goes first: with captions --dataset_name does."""
     flags = f"--{data.folder_flag}, --dataset_name"
-    if not (data.folder or data.dataset_name):
+    if not data.source:
         return Problem("no data source", flags, "there is nothing to train on", f"--{data.folder_flag} {IMAGES}")
-    if data.folder and data.dataset_name and not data.captioned:
+    if data.folder and data.dataset_name and not (data.captioned or data.dataset_config):
         return Problem("two data sources", flags, "a run trains on one of them", "drop one of the two flags")
     return None
 
 
-def _sample(listed: list[Listed], most: int | None, seed: int) -> list[Listed]:
+def _sample(listed: list[int], most: int | None, seed: int) -> list[int]:
     """`most` of the images, drawn by the seed, in the order they had."""
     if most is None or most >= len(listed):
         return listed
     return [listed[i] for i in sorted(permutation(len(listed), "max_train_samples", seed)[:most].tolist())]
 
 
-def _caption_problems(rows: Sequence[Row], data: ImageOptions, where: str, ending: str | None) -> Iterator[Problem]:
+def _caption_problems(rows: Sequence[Row], part: Part, ending: str | None) -> Iterator[Problem]:
     """That no image has a caption; where only some lack one, they are told."""
     missing = [row.id for row in rows if not row.caption]
     if not missing:
@@ -122,10 +202,20 @@ def _caption_problems(rows: Sequence[Row], data: ImageOptions, where: str, endin
         log.warning("%d of %d images have no caption and are trained on with an empty one: %s", len(missing),
                     len(rows), listing(missing))
         return
-    fix = "--caption_column COLUMN" if data.dataset_name else \
+    fix = "--caption_column COLUMN" if part.data.dataset_name else \
+        "class_tokens = 'sks dog' for this source, or a .txt file beside each image" if part.where else \
         f"--caption_extension .txt, or what the files end with: only {ending} files were read" if ending else \
         f"write {METADATA[0]} with file_name and text in every line, or a .txt file beside each image"
-    yield Problem("no image has a caption", where, listing(missing), fix, kind="data")
+    yield Problem("no image has a caption", part.place, listing(missing), fix, kind="data")
+
+
+def _warn_wordless(rows: Sequence[Row]) -> None:
+    """Tell which captions of tables, shards and metadata have no word; caption files are told with their names."""
+    odd = [row.id for row in rows if not isinstance(row.source, Path)
+           and any(text and not any(map(str.isalpha, text)) for text in row.all_captions)]
+    if odd:
+        log.warning("%s no word, only numbers and signs: %s", counted(len(odd), "caption has", "captions have"),
+                    listing(odd))
 
 
 def warn_enlarged(rows: Sequence[Row], resolution: int | str) -> None:
@@ -154,11 +244,11 @@ def _warn_cropped(rows: Sequence[Row], data: ImageOptions) -> None:
 
 
 def _warn_twins(rows: Sequence[Row]) -> None:
-    """Tell which files hold the very same image."""
-    by_content: dict[str, list[Row]] = defaultdict(list)
+    """Tell which files hold the very same image; one file in two sources is meant, such as at two sizes."""
+    by_content: dict[str, dict[object, Row]] = defaultdict(dict)
     for row in rows:
-        by_content[row.digest].append(row)
-    twins = [same for same in by_content.values() if len(same) > 1]
+        by_content[row.digest].setdefault(row.source if isinstance(row.source, Path) else row.id, row)
+    twins = [[*same.values()] for same in by_content.values() if len(same) > 1]
     if twins:
         log.warning("%s there more than once, and seen so much more often: %s",
                     counted(len(twins), "image is", "images are"),
@@ -170,27 +260,44 @@ def _warn_twins(rows: Sequence[Row]) -> None:
 # ------------------------------------------------------------------------------------------------------------- check
 
 
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A listed image and what reading it said."""
+
+    listed: Listed
+    verdict: Verdict
+
+    @property
+    def refused(self) -> str:
+        return self.verdict.refused
+
+    @property
+    def row(self) -> Row:
+        found, verdict = self.listed, self.verdict
+        return Row(found.id, found.source, found.caption, verdict.size, verdict.digest, others=found.others)
+
+
 def check(listed: Sequence[Listed], where: str) -> tuple[list[Row], list[Problem]]:
     """A row for every image that can be used, its captions in lines; all that cannot become one problem."""
-    rows, bad = _usable(listed)
+    judged = _judged(listed)
+    bad = [found for found in judged if found.refused]
+    rows = [found.row for found in judged if not found.refused]
     return rows, [_unreadable(bad, len(listed), where)] if bad else []
 
 
-def _usable(listed: Sequence[Listed]) -> tuple[list[Row], list[tuple[Listed, Verdict]]]:
-    """(a row for every image that can be used, the others and why they cannot)."""
-    judged = list(zip(listed, _judge_together(listed), strict=True))
-    _warn_notes(judged)
-    rows = [Row(found.id, found.source, found.caption, verdict.size, verdict.digest, others=found.others)
-            for found, verdict in judged if not verdict.refused]
-    return rows, [(found, verdict) for found, verdict in judged if verdict.refused]
+def _judged(listed: Sequence[Listed]) -> list[Judged]:
+    """Every image with what reading it said; what is remarkable is told."""
+    judged = [Judged(found, verdict) for found, verdict in zip(listed, _judge_together(listed), strict=True)]
+    _warn_notes([(one.listed, one.verdict) for one in judged])
+    return judged
 
 
 def _judge_together(listed: Sequence[Listed]) -> list[Verdict]:
     return _together(judge, [found.id for found in listed], [found.source for found in listed])
 
 
-def _together(judge: Callable[[Sequence[Source]], list[Judged]], names: Sequence[str], sources: Sequence[Source]
-              ) -> list[Judged]:
+def _together(judge: Callable[[Sequence[Source]], list[Said]], names: Sequence[str], sources: Sequence[Source]
+              ) -> list[Said]:
     """Several processes judge a part each. If lists differ, they share no disk, and each judges all of its own."""
     digest = content_digest("\n".join(names).encode(errors="surrogateescape"))
     if len(set(ranks.gather(digest))) > 1:
@@ -213,12 +320,13 @@ def _warn_notes(judged: Sequence[tuple[Listed, Verdict]]) -> None:
         log.warning("%s: %s: %s", counted(len(names), "image"), note, listing(sorted(names)))
 
 
-def _unreadable(bad: list[tuple[Listed, Verdict]], total: int, where: str) -> Problem:
+def _unreadable(bad: Sequence[Judged], total: int, where: str) -> Problem:
     """Images that another program reads are never to be moved away: their fix says how they can be read."""
-    broken = [shell_word(found.source) for found, verdict in bad if isinstance(found.source, Path) and not verdict.fix]
-    fixes = dict.fromkeys(verdict.fix for _, verdict in bad if verdict.fix)
+    paths = [(one.listed.source, one.verdict.fix) for one in bad]
+    broken = [shell_word(source) for source, fix in paths if isinstance(source, Path) and not fix]
+    fixes = dict.fromkeys(fix for _, fix in paths if fix)
     if broken:
         fixes[f'for f in {" ".join(broken[:SHOWN])}; do mv -- "$f" "$f.unreadable"; done'] = None
     return Problem(f"{len(bad)} of {total} images cannot be read", where,
-                   listing(f"{found.id}: {one_line(verdict.refused)}" for found, verdict in bad),
+                   listing(f"{one.listed.id}: {one_line(one.refused)}" for one in bad),
                    "; ".join(fixes) or "leave these rows out of the data set", kind="data")

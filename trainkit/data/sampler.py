@@ -6,16 +6,28 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from trainkit.data.batch import Slot
+from trainkit.options.sizes import Size
 from trainkit.rng import permutation
 
 if TYPE_CHECKING:
     from trainkit.data.batch import Row
 
 T = TypeVar("T")
+N = TypeVar("N")
 STREAMS = ("order", "class order")  # names of the shuffles: of instances, of class images
+
+
+class SmallBatch(NamedTuple):
+    """Rows of a size (h, w), whose source lets fewer of them than the run's batch into a forward pass."""
+
+    cut: Size | None
+    most: int
+
+
+SizeName = Size | SmallBatch | None
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,7 @@ class BucketOrder(Order):
 
     def __init__(self, rows: Sequence[Row], global_batch: int, *, batch_size: int, seed: int):
         super().__init__(rows, global_batch, seed=seed)
-        self.batch_size, self.cuts = batch_size, [row.cut for row in rows]
+        self.batch_size, self.cuts = batch_size, [name_of_size(row, batch_size) for row in rows]
         self.cached_shuffle = lru_cache(maxsize=4)(self.shuffle_by_size)
 
     def shuffle(self, stream: int, epoch: int) -> list[int]:
@@ -99,12 +111,15 @@ class BucketOrder(Order):
 
     def slots(self, step: int, shard: Shard = WHOLE) -> list[list[Slot]]:
         slots = [self.slot(step, index) for index in range(len(self.streams) * self.global_batch)]
-        size = self.batch_size * len(self.streams)
-        micros = [some for alike in grouped(slots, [self.cuts[slot.row] for slot in slots])
-                  for some in pieces(alike, size)]
+        micros = [some for name, alike in named_groups(slots, [self.cuts[slot.row] for slot in slots])
+                  for some in pieces(alike, self.most(name) * len(self.streams))]
         missing = -len(micros) % shard.world
         micros += [[micros[-1][0]._replace(counts=False)]] * missing
         return micros[shard.rank :: shard.world]
+
+    def most(self, name: SizeName) -> int:
+        """Rows of this size in a forward pass, class images aside."""
+        return name[1] if isinstance(name, SmallBatch) else self.batch_size
 
     def shuffle_by_size(self, stream: int, epoch: int) -> list[int]:
         rows, size = self.streams[stream], self.batch_size
@@ -129,17 +144,28 @@ class BucketOrder(Order):
 
 def make_order(rows: Sequence[Row], global_batch: int, *, batch_size: int, seed: int) -> Order:
     """The order of rows of one size, or of several."""
-    if len({row.cut for row in rows}) == 1:
+    if len({name_of_size(row, batch_size) for row in rows}) == 1:
         return Order(rows, global_batch, seed=seed)
     return BucketOrder(rows, global_batch, batch_size=batch_size, seed=seed)
 
 
-def grouped(items: Iterable[T], names: Iterable[object]) -> list[list[T]]:
+def name_of_size(row: Row, batch_size: int) -> SizeName:
+    """What rows have in common that are trained on together."""
+    most = row.handling.batch_size if row.handling else None
+    return row.cut if most is None or most >= batch_size else SmallBatch(row.cut, most)
+
+
+def named_groups(items: Iterable[T], names: Iterable[N]) -> Iterable[tuple[N, list[T]]]:
     """The items of one name together, names in the order in which they come first."""
-    groups: dict[object, list[T]] = {}
+    groups: dict[N, list[T]] = {}
     for item, name in zip(items, names, strict=True):
         groups.setdefault(name, []).append(item)
-    return [*groups.values()]
+    return groups.items()
+
+
+def grouped(items: Iterable[T], names: Iterable[object]) -> list[list[T]]:
+    """As `named_groups`, without the names."""
+    return [group for _, group in named_groups(items, names)]
 
 
 def pieces(items: Sequence[T], size: int) -> list[list[T]]:

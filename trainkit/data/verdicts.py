@@ -27,11 +27,12 @@ from trainkit.data.images import UnreadableImage, content_digest, decode, is_ani
 from trainkit.data.sources.text import one_line
 
 DECODERS = 4  # threads that check images at the start; Pillow decodes without the interpreter lock
+AT_ONCE = 20_000  # images whose verdicts are looked up together, where they lie in shards
 KIND = "image"  # of what is remembered of a file
 Seen = TypeVar("Seen")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """What reading one image says."""
 
@@ -65,9 +66,31 @@ Said = TypeVar("Said", bound=Remembered)
 
 
 def judge(sources: Sequence[Source]) -> list[Verdict]:
-    """A verdict on each image. Those that earlier runs found good, and that were not touched since, are not read."""
-    return recalled(sources, KIND, _version(), Verdict.unpack,
-                    lambda unknown: [verdict for verdict, _ in _examine_all(unknown, _nothing)])
+    """A verdict on each image. Those that earlier runs found good, and that were not touched since, are not read.
+
+    What is looked up of them takes more memory than what is kept, so shards are judged a few at a time.
+    """
+    found: list[Verdict] = []
+    start = 0
+    for end in _ends(sources):
+        found += recalled(sources[start:end], KIND, _version(), Verdict.unpack,
+                          lambda unknown: [verdict for verdict, _ in _examine_all(unknown, _nothing)])
+        start = end
+    return found
+
+
+def _ends(sources: Sequence[Source]) -> Iterator[int]:
+    """Where parts of AT_ONCE images or more end, each with whole shards."""
+    def home(source: Source) -> object:
+        place = place_of(source)
+        return place.table if isinstance(place, digests.TablePlace) else None
+
+    start = 0
+    for i in range(AT_ONCE, len(sources)):
+        if i - start >= AT_ONCE and home(sources[i]) is not None and home(sources[i]) != home(sources[i - 1]):
+            yield i
+            start = i
+    yield len(sources)
 
 
 def recalled(sources: Sequence[Source], kind: str, version: str, unpack: Callable[[str], Said],

@@ -20,11 +20,11 @@ from trainkit.conditioning.caption_length import cut_off
 from trainkit.data.geometry import cut_away, enlargement
 from trainkit.data.masks import refusal
 from trainkit.data.rows import CROPPED, ENLARGED
-from trainkit.data.sources.kohya import NUMBERED
 from trainkit.data.sources.text import one_line
 from trainkit.doctor.look import DataImage, DataSet
 from trainkit.errors import SHOWN, printable, shell_word
 from trainkit.families.vocabulary import END, clip_tokenizer
+from trainkit.options.numbered import NUMBERED
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
@@ -105,10 +105,9 @@ def examine(data: DataSet) -> list[Result]:
 def set_aside(images: Sequence[DataImage]) -> str:
     """Move images and their caption files into a folder beside the data folder; their lines of metadata are deleted.
 
-    "" where a line is in a table that no text tool edits.
+    "" for an image that is no file: a row of a table, or a member of a shard.
     """
-    if any(image.metadata and image.metadata.suffix == ".parquet" for image in images):
-        return ""
+    images = [image for image in images if image.is_file]
     by_folder: dict[tuple[Path, Path], list[DataImage]] = defaultdict(list)
     for image in images:
         by_folder[image.folder, image.path.parent].append(image)
@@ -127,14 +126,28 @@ def _mask_beside(image: DataImage) -> list[Path]:
 
 
 def _without_lines(images: Sequence[DataImage]) -> Iterator[str]:
-    """For each metadata.jsonl or metadata.csv of the images, the command that deletes their lines; .bak is the old."""
+    """For each metadata file of the images, the command that deletes their lines; .bak is the old file."""
     patterns: dict[Path, list[str]] = defaultdict(list)
+    rows: dict[Path, list[str]] = defaultdict(list)
     for image in images:
-        if image.metadata is not None:
+        if image.metadata is not None and image.metadata.suffix == ".parquet":
+            rows[image.metadata].append(image.path.relative_to(image.metadata.parent).as_posix())
+        elif image.metadata is not None:
             patterns[image.metadata] += _line_patterns(image.metadata, image.path)
+    for file, names in rows.items():
+        yield _without_rows(file, list(dict.fromkeys(names)))
     for file, some in patterns.items():
         yield " ".join(["sed -E -i.bak", *(f"-e {shell_word(f'/{one}/d')}" for one in dict.fromkeys(some)),
                         shell_word(file)])
+
+
+def _without_rows(file: Path, names: Sequence[str]) -> str:
+    """The command that writes a Parquet file without the rows of these images; .bak is the old file."""
+    program = (f"import os, pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq; f = {str(file)!r}; "
+               f"t = pq.read_table(f); c = next(n for n in t.column_names if n.endswith('file_name')); "
+               f"t = t.filter(pc.invert(pc.is_in(t[c], pa.array({list(names)!r})))); "
+               "os.replace(f, f + '.bak'); pq.write_table(t, f)")
+    return f"python3 -c {shell_word(program)}"
 
 
 def _line_patterns(metadata: Path, image: Path) -> list[str]:

@@ -14,18 +14,26 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from trainkit.data.batch import Row, Sample
+from trainkit.data.batch import Row, Sample, Source
 from trainkit.data.buckets import size_choices, with_sizes
 from trainkit.data.caption_changes import finished
 from trainkit.data.geometry import CropPolicy, resized_size
 from trainkit.data.images import UnreadableImage, decode_alpha, decode_mask
 from trainkit.data.masks import MaskVerdict, judge_masks
 from trainkit.data.sources.account import LeftOut
+from trainkit.data.sources.captions import SIDECARS
 from trainkit.data.sources.folder import mask_place
-from trainkit.data.sources.kohya import NUMBERED, kohya_problems
+from trainkit.data.sources.kohya import kohya_problems
+from trainkit.data.sources.parts import sources_of
+from trainkit.data.sources.shards import find_shards
+from trainkit.data.sources.table import FILES, SAVED
+from trainkit.data.sources.tree import is_image
 from trainkit.data.verdicts import Verdict, judge_and_look
 from trainkit.data.written_captions import CaptionedFolder, read_captioned_folder
 from trainkit.errors import Problem, printable
+from trainkit.options import CaptionedDataOptions
+from trainkit.options.dataset_config import PARSERS
+from trainkit.options.numbered import NUMBERED
 from trainkit.options.sizes import Size, size_of
 from trainkit.runtime.progress import watched
 
@@ -66,6 +74,7 @@ class DataImage:
     metadata: Path | None = None  # the metadata that names it
     mask: Path | None = None  # what holds its mask: another file, or with --alpha_mask itself
     mask_verdict: MaskVerdict | None = None  # None: it has no mask
+    is_file: bool = True  # False: a row of a table or a member of a shard; `path` only names it
 
     @property
     def top(self) -> str:
@@ -106,57 +115,110 @@ def hashes_available() -> bool:
     return find_spec("imagehash") is not None
 
 
+@dataclass(frozen=True)
+class _Found:
+    """An image that is there by name, with what is said about it."""
+
+    name: str
+    path: Path
+    folder: Path
+    source: Source
+    captions: tuple[str, ...]
+    repeats: int
+    caption_file: Path | None = None
+    sidecars: tuple[Path, ...] = ()
+    metadata: Path | None = None
+    mask: Path | None = None
+
+
+def is_data_set(path: Path) -> bool:
+    """Whether it is a table, shards or a file that names several sources, and no folder of image files."""
+    if path.suffix.lower() in PARSERS or find_shards(f"{path}"):
+        return True
+    tables = path.suffix.lower() in FILES or any((path / name).is_file() for name in SAVED)
+    return tables or path.is_dir() and any(path.glob("*.parquet")) and not any(map(is_image, path.iterdir()))
+
+
 def read_data_set(folders: Sequence[Path], options: ImageOptions, captions: CaptionOptions, *, prompt: str = "",
                   triggers: Sequence[str] = ()) -> DataSet:
-    """Everything in the folders, each image decoded once."""
+    """Everything in the folders and data sets, each image decoded once."""
     found = DataSet(options, captions, tuple(folders), [], prompt, tuple(triggers))
-    listed: list[tuple[CaptionedFolder, str, Path]] = []
-    sidecars: dict[Path, list[Path]] = {}
+    listed: list[_Found] = []
     for folder in folders:
-        read = read_captioned_folder(folder, "--train_data_dir", overwrite=False, caption_column=options.caption_column,
-                                     ending=captions.caption_extension, masks=mask_place(options))
-        start = f"{folder.name}/" if len(folders) > 1 else ""
-        listed += [(read, printable(start + name), path) for name, path in read.images.items()]
-        found.problems.extend([*_kohya(read), *read.problems, *read.masks.problems])
-        found.spare_masks.extend(() if options.alpha_mask else read.masks.left_out)
-        found.left_out.extend([*read.left_out, *read.captions.spare])
-        sidecars |= read.caption_files()
+        read = _from_sources if is_data_set(folder) else _from_folder
+        listed += read(folder, found, f"{folder.name}/" if len(folders) > 1 else "")
     look = Looker(options, THUMBNAIL if len(listed) < MANY else SMALL_THUMBNAIL)
     with watched("images", len(listed)) as show:
-        looks = judge_and_look([path for *_, path in listed], look, show)
-    rows, unclear = finished([_row(*each, verdict, prompt) for each, (verdict, _) in zip(listed, looks, strict=True)],
+        looks = judge_and_look([one.source for one in listed], look, show)
+    rows, unclear = finished([_row(one, verdict, prompt) for one, (verdict, _) in zip(listed, looks, strict=True)],
                              captions)
     found.problems.extend(unclear)
     masks = _masks(listed, options)
-    for (read, name, path), (verdict, pixels), row in zip(listed, looks, rows, strict=True):
-        files = tuple(sidecars.get(path, ()))
-        metadata = _metadata_file(read, path)
-        caption_file = metadata if read.captions.named.get(path) else next(iter(files), None)
+    for one, (verdict, pixels), row in zip(listed, looks, rows, strict=True):
+        mask, said = masks.get(one.name, (None, None))
         found.images.append(DataImage(
-            name, path, read.path, tuple(filter(None, row.all_captions)), caption_file, verdict, pixels,
-            tuple(_samples(row, options)) if pixels else (), _repeats(read.path, path, options), files, metadata,
-            *masks.get(path, (None, None))))
+            one.name, one.path, one.folder, tuple(filter(None, row.all_captions)), one.caption_file, verdict, pixels,
+            tuple(_samples(row, options)) if pixels else (), one.repeats, one.sidecars, one.metadata,
+            mask, said, isinstance(one.source, Path)))
     return found
 
 
-def _masks(listed: Sequence[tuple[CaptionedFolder, str, Path]], options: ImageOptions
-           ) -> dict[Path, tuple[Path, MaskVerdict]]:
-    """What holds the mask of each image, and what reading it says; images without one are left out."""
-    sources = {path: path if options.alpha_mask else read.masks.of.get(path) for read, _, path in listed}
-    there = {path: source for path, source in sources.items() if source}
+def _masks(listed: Sequence[_Found], options: ImageOptions) -> dict[str, tuple[Path, MaskVerdict]]:
+    """What holds the mask of each image, and what reading it says, by its name; images without one are left out."""
+    there = {one.name: one.mask for one in listed if one.mask}
     verdicts = judge_masks([*there.values()], alpha=options.alpha_mask)
-    return {path: (source, verdict) for (path, source), verdict in zip(there.items(), verdicts, strict=True)
+    return {name: (source, verdict) for (name, source), verdict in zip(there.items(), verdicts, strict=True)
             if verdict.refused or any(verdict.size)}
 
 
-def _row(read: CaptionedFolder, name: str, path: Path, verdict: Verdict, prompt: str) -> Row:
-    first, others = read.captions.of(path)
-    return Row(name, path, first or prompt, verdict.size, verdict.digest, others=others)
+def _from_folder(folder: Path, data: DataSet, start: str) -> list[_Found]:
+    read = read_captioned_folder(folder, "--train_data_dir", overwrite=False, ending=data.captions.caption_extension,
+                                 caption_column=data.options.caption_column, masks=mask_place(data.options))
+    alpha = data.options.alpha_mask
+    data.problems.extend([*_kohya(read), *read.problems, *read.masks.problems])
+    data.spare_masks.extend(() if alpha else read.masks.left_out)
+    data.left_out.extend([*read.left_out, *read.captions.spare])
+    sidecars, listed = read.caption_files(), []
+    for name, path in read.images.items():
+        first, others = read.captions.of(path)
+        files, metadata = tuple(sidecars.get(path, ())), _metadata_file(read, path)
+        caption_file = metadata if read.captions.named.get(path) else next(iter(files), None)
+        listed.append(_Found(printable(start + name), path, read.path, path, (first, *others),
+                             _repeats(read.path, path, data.options), caption_file, files, metadata,
+                             path if alpha else read.masks.of.get(path)))
+    return listed
+
+
+def _from_sources(path: Path, data: DataSet, start: str) -> list[_Found]:
+    """The images of a data set, or of a file that names several sources."""
+    flags = {name: getattr(data.options, name) for name in data.options.model_fields_set}
+    flag = "dataset_config" if path.suffix.lower() in PARSERS else "dataset_name"
+    plan = sources_of(CaptionedDataOptions(**flags | {flag: f"{path}"}), data.captions)
+    data.problems.extend(plan.problems)
+    listed = []
+    for part in plan.parts:
+        read = part.read(None)
+        data.problems.extend(read.problems)
+        data.left_out.extend(read.account.left_out)
+        for one in read.listed:
+            source = one.source if isinstance(one.source, Path) else None
+            folder = Path(part.data.folder) if part.data.folder else source.parent if source else path
+            files = tuple(file for ending in SIDECARS if source and (file := source.with_suffix(ending)).is_file())
+            mask = source if data.options.alpha_mask else one.mask
+            listed.append(_Found(start + part.name + one.id, source or folder / one.id, folder, one.source,
+                                 (one.caption or part.prompt, *one.others), part.data.repeats,
+                                 next(iter(files), None), files, mask=mask if isinstance(mask, Path) else None))
+    return listed
+
+
+def _row(one: _Found, verdict: Verdict, prompt: str) -> Row:
+    first, *others = one.captions
+    return Row(one.name, one.source, first or prompt, verdict.size, verdict.digest, others=tuple(others))
 
 
 def _kohya(read: CaptionedFolder) -> list[Problem]:
     parents = Counter(path.parent for path in read.images.values())
-    return kohya_problems(read.path, "--train_data_dir", parents, read.tree, captioned=True)
+    return kohya_problems(read.path, "--train_data_dir", parents, read.tree)
 
 
 def _metadata_file(read: CaptionedFolder, image: Path) -> Path | None:

@@ -155,8 +155,9 @@ class Flag:
 
     @property
     def prerequisites(self) -> Iterator[Prerequisite]:
-        """What the flag is read only with: first what its concern is, then what it is itself."""
-        if self.shared and self.name not in self.shared.flags:
+        """What the flag is read only with: first what its concern is, unless the flag names that, too; then its own."""
+        named = self.facts.read_with.flags if self.facts.read_with else set()
+        if self.shared and self.name not in self.shared.flags and not named & self.shared.flags:
             yield self.shared
         if self.facts.read_with:
             yield self.facts.read_with
@@ -165,8 +166,8 @@ class Flag:
     def overrules(self) -> set[str]:
         """Flags of weaker sources that give way to this one: those without which alone it is read."""
         needed = self.facts.read_with
-        alone = needed is not None and all(len(terms) == 1 and terms[0].sign == "no" for terms in needed.alternatives)
-        return needed.flags if needed and alone else set()
+        alone = needed.alternatives[0] if needed else ()
+        return {term.flag for term in alone} if all(term.sign == "no" for term in alone) else set()
 
     @property
     def value_type(self) -> object:

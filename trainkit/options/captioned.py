@@ -5,8 +5,13 @@ from __future__ import annotations
 from trainkit.options.base import Concern, changed, opt
 from trainkit.options.inputs import ImageOptions
 from trainkit.options.optimizer import OptimizerOptions
+from trainkit.options.prerequisites import needs
 from trainkit.options.running import OWN_ATTENTION, PrecisionOptions, RunOptions, ValidationOptions
 from trainkit.options.text_encoders import TextOptions
+
+WITHOUT_OTHERS = needs(  # a reader of the datasets library is no data set, and reads the folder
+    "no dataset_name and no dataset_config or dataset_name=parquet|arrow|imagefolder|webdataset",
+    "no --dataset_name and no --dataset_config")
 
 
 class TrainFolderOptions(Concern):
@@ -17,7 +22,7 @@ class TrainFolderOptions(Concern):
         "The folder with your images. Images in subfolders are also used. The captions are in metadata.jsonl, .csv "
         "or .parquet, or in .txt files next to the images. If there is a subfolder train, the subfolders test, val "
         "and dev are left out. If you also give --dataset_name, that data set is used and this folder is not read.",
-        path=True, resume="in the data", read_with="no dataset_name", min_length=1,
+        path=True, resume="in the data", read_with=WITHOUT_OTHERS, min_length=1,
         differs=".txt files are read, and test images are left out")
     max_train_samples: int | None = opt(
         None, "Train on this many of the images. --seed decides which ones. Without this flag, all images are used.",

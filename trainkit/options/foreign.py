@@ -50,17 +50,16 @@ INSTEAD = {  # their name: what to do here
     "wandb_run_name": "the last part of --output_dir names the run: --output_dir runs/{value}",
     "log_prefix": "the last part of --output_dir names the run: --output_dir runs/{value}",
     # Images and captions
-    "dataset_config": "several data sets with settings of their own are not read yet: put the images into one folder "
-                      "and name it with --instance_data_dir or --train_data_dir",
-    "in_json": "write captions into metadata.jsonl beside the images (file_name, text)",
+    "in_json": "name the file in --dataset_config: metadata_file = 'meta_cap.json', with image_dir beside it",
     "random_crop": "crops are random unless you write --center_crop",
-    "color_aug": "colours are not changed here yet: make the variants as images of their own",
-    "face_crop_aug_range": "crops around faces are not made here yet: crop the images yourself",
+    "color_aug": "colours are never changed here: make the variants as images of their own",
+    "face_crop_aug_range": "crops around faces are not made: crop the images yourself",
     "token_warmup_min": "texts are encoded before the training, and a number of tags that grows with the steps would "
                         "need others in each step; --caption_tag_dropout_rate drops tags at random",
     "token_warmup_step": "texts are encoded before the training, and a number of tags that grows with the steps would "
                          "need others in each step; --caption_tag_dropout_rate drops tags at random",
-    "weighted_captions": "captions are plain text; weights of words are not read yet",
+    "weighted_captions": "captions are plain text, in which (word:1.2) has no weight: repeat the image, or write "
+                         "loss_weight for its source in --dataset_config",
     "masked_prior_preservation_weight": "outside of masks the base model is not kept by a loss of its own yet; "
                                         "--with_prior_preservation keeps it with images of the class",
     "unmasked_probability": "masks are used at each visit; --unmasked_weight 0.1 lets the rest count a little",

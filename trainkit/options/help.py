@@ -15,7 +15,8 @@ from trainkit import __version__
 from trainkit.errors import Problem, UserError
 from trainkit.options.base import Flag
 from trainkit.options.cli import flags_help, make_parser, shown, underscored, wrapped
-from trainkit.options.sources import PRESET_USES, PRESETS, nearest
+from trainkit.options.names import nearest
+from trainkit.options.sources import PRESET_USES, PRESETS
 
 # What most runs set, in the order of the questions that a user has.
 ESSENTIAL = {

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import field_validator
 
 from trainkit.options.base import Compat, Concern, always, opt, required
+from trainkit.options.numbered import numbered_folders
 from trainkit.options.prerequisites import needs
 from trainkit.options.sizes import Size, bucket_limit, read_resolution, read_sides, sides_of, size_of
 
@@ -43,21 +46,31 @@ class InstanceOptions(Concern):
 
     instance_data_dir: str | None = opt(
         None,
-        "The folder with your images. A run with images in subfolders is refused. The captions are in .txt files next "
-        "to the images, or in metadata.jsonl, .csv or .parquet. Give either this flag or --dataset_name, not both.",
-        path=True, resume="in the data", min_length=1,
+        "The folder with your images. A run with images in subfolders is refused, unless they are named as kohya's "
+        "trainers want them, such as '10_sks dog'. The captions are in .txt files next to the images, or in "
+        "metadata.jsonl, .csv or .parquet. Give either this flag or --dataset_name, not both.",
+        path=True, resume="in the data", read_with="no dataset_config", min_length=1,
         differs="files that are not images are ignored, captions are read, and the order of the images is that of "
         "their names")
-    instance_prompt: str = required(
+    instance_prompt: str | None = required(
         "The caption of every image that has no caption of its own. Include the trigger word, for example 'a photo "
-        "of TOK dog'.", resume="in the data")
+        "of TOK dog'. It may be left out with --dataset_config, and with folders such as '10_sks dog', whose images "
+        "are captioned 'sks dog'.", resume="in the data")
 
     @field_validator("instance_prompt")
     @classmethod
-    def _says_something(cls, value: str) -> str:
-        if not value.strip():
+    def _says_something(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
             raise ValueError("it is blank, so an image without a caption would teach no word")
         return value
+
+    @classmethod
+    def shorthand(cls, value_of: Callable[[str], object]) -> tuple[str, Mapping[str, object]] | None:
+        """Sources that bring their prompts along need none."""
+        folder = value_of("instance_data_dir")
+        if value_of("dataset_config") or folder and numbered_folders(Path(str(folder))):
+            return "of the sources", {"instance_prompt": None}
+        return None
 
 
 class ImageOptions(Concern):
@@ -69,11 +82,20 @@ class ImageOptions(Concern):
 
     dataset_name: str | None = opt(
         None,
-        "A data set. It is a name on the Hub, or a local folder that the datasets library can load. Only its train "
-        "split is used.", path="or Hub name", resume="in the data", min_length=1)
+        "A data set. It is a name on the Hub, a local folder that the datasets library can load, a Parquet file, or a "
+        "WebDataset: a .tar file or a folder of them. Only its train split is used.", path="or Hub name",
+        resume="in the data", read_with="no dataset_config", min_length=1)
     dataset_config_name: str | None = opt(
         None, "The subset of the data set, if it has several.", unit="name", resume="in the data",
         read_with="dataset_name", min_length=1)
+    dataset_revision: str | None = opt(
+        None, "The branch, tag or commit of the data set on the Hub.", unit="name", resume="in the data",
+        read_with="dataset_name", min_length=1)
+    dataset_config: str | None = opt(
+        None,
+        "A .toml or .json file that names several sources of images, each with its own repeats, captions and sizes, as "
+        "kohya's trainers read it. What it says goes before other flags.", path=True, resume="in the data",
+        min_length=1)
     cache_dir: str | None = opt(
         None, "The folder in which the datasets library keeps its cache.", path=True, resume="may change",
         read_with="dataset_name", min_length=1)
@@ -216,7 +238,12 @@ class ImageOptions(Concern):
     @property
     def prompt(self) -> str:
         """The caption of an image that has none of its own."""
-        return getattr(self, self.prompt_flag) if self.prompt_flag else ""
+        return getattr(self, self.prompt_flag) or "" if self.prompt_flag else ""
+
+    @property
+    def source(self) -> str:
+        """What names the images: a file of several sources, a data set or a folder; "" where nothing does."""
+        return self.dataset_config or self.dataset_name or self.folder or ""
 
     @property
     def wanted_column(self) -> str | None:

@@ -15,7 +15,8 @@ from trainkit.options import help, rules
 from trainkit.options.base import Concern, Flag, Value, steps_of_fraction
 from trainkit.options.cli import shown
 from trainkit.options.config_text import config_text, readable_anywhere
-from trainkit.options.sources import Layer, given_again, nearest, read_layers
+from trainkit.options.names import nearest
+from trainkit.options.sources import Layer, given_again, overruled_by_data, read_layers
 from trainkit.redact import REDACTED
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class OptionSet(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
     _given_again: list[str] = PrivateAttr(default_factory=list)  # on the command line
+    _overruled: list[str] = PrivateAttr(default_factory=list)  # sentences about what --dataset_config replaces
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -65,7 +67,7 @@ class OptionSet(BaseModel):
         given = {name for concern in self.concerns() for name in getattr(self, concern).model_fields_set}
         again = [f"--{name} is given more than once: only the last one counts, {shown(values[name])}"
                  for name in self._given_again]
-        return [*again, *rules.notices(values, flags, chosen, given)]
+        return [*again, *self._overruled, *rules.notices(values, flags, chosen, given)]
 
 
 AnyOptions = TypeVar("AnyOptions", bound=OptionSet)
@@ -97,6 +99,7 @@ def parse(cls: type[AnyOptions], argv: Sequence[str] | None = None, *, descripti
     options = cls(**built)
     options._origins.update(origins)
     options._given_again.extend(given_again(words, flags))
+    options._overruled.extend(overruled_by_data(layers))
     if options.flat().get("print_config"):
         _print(readable_anywhere(config_text(options.flags(), options.flat(), options.origins)))
     return options

@@ -32,7 +32,8 @@ class PriorOptions(Concern):
         ge=1)
     prior_loss_weight: float = opt(
         1.0, "The factor on the loss of a class image. The loss of your own images has the factor 1.", unit="factor",
-        resume="in the data", card=always("Prior loss weight"), ge=0)
+        resume="in the data", read_with="with_prior_preservation or dataset_config", card=always("Prior loss weight"),
+        ge=0)
     sample_batch_size: int = opt(
         4, "How many class images are generated at once.", unit="images", resume="in the data", ge=1)
     prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = opt(

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterator, Mapping
+from pathlib import Path
 
 from trainkit.errors import Problem
 from trainkit.options.base import Flag, Value
+from trainkit.options.dataset_config import read_dataset_config
 from trainkit.options.inputs import MASK_FLAGS
 from trainkit.options.matching import MatchingOptions
 from trainkit.options.objective import SNR_CAPPED
@@ -25,7 +27,8 @@ def problems(values: Values) -> Iterator[Problem]:
     yield from _without_class(values)
     yield from _other_optimizer(values)
     yield from _other_adapter(values)
-    yield from _no_buckets(values)
+    if not values.get("dataset_config"):  # else each source has limits of its own
+        yield from bucket_problems(values)
     yield from _unclear_masks(values)
     if values.get("train_text_encoder") and values.get("train_text_encoder_ti"):
         yield Problem(
@@ -41,7 +44,7 @@ def problems(values: Values) -> Iterator[Problem]:
         yield from _unclear_matching(values)
 
 
-def _no_buckets(values: Values) -> Iterator[Problem]:
+def bucket_problems(values: Values) -> Iterator[Problem]:
     """Limits that leave no bucket of the size of --resolution."""
     if not values.get("enable_bucket"):
         return
@@ -80,6 +83,10 @@ def _unclear_masks(values: Values) -> Iterator[Problem]:
         yield Problem(f"{masked} with --dataset_name", f"{masked}, --dataset_name {values['dataset_name']}",
                       "masks are files named as images are, and images of a table have no names",
                       "--alpha_mask, or save the images into a folder")
+    if not masked and _matches(values) and values.get("dataset_config"):
+        config = read_dataset_config(Path(str(values["dataset_config"])))
+        masked = next((f"{flag} in --dataset_config" for source in config.sources for flag in MASK_FLAGS
+                       if source.images.get(flag)), "")
     if masked and _matches(values):
         strength = next(f"--{flag}" for flag in _STRENGTHS if values.get(flag))
         yield Problem(f"{strength} with {masked}", f"{strength}, {masked}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from argparse import ArgumentParser
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
@@ -13,7 +12,9 @@ from pathlib import Path
 from trainkit.errors import Problem, UserError
 from trainkit.options.base import Concern, Flag
 from trainkit.options.cli import MISSING, make_parser, one_dash, split_leftovers, underscored
+from trainkit.options.dataset_config import read_dataset_config
 from trainkit.options.foreign import INSTEAD, SAME_VALUE, advice
+from trainkit.options.names import nearest
 from trainkit.options.trainers import known_flags, only_script_with
 from trainkit.reading import parse_json, parse_toml, parse_yaml, read_text
 
@@ -97,6 +98,8 @@ def read_layers(
         problems += [_unknown_preset(name, layers) for name in chosen if name not in PRESETS]
         layers += [Layer(f"preset {name}", {k: v for k, v in PRESETS[name].items() if k in flags})
                    for name in reversed(chosen) if name in PRESETS]  # the later one wins
+    layers, more = with_dataset_config(layers, flags)
+    problems += more
     shorthands = [concern_class.shorthand(partial(first_value, layers)) for concern_class in concerns.values()]
     layers += [Layer(f"preset {name}", values) for name, values in filter(None, shorthands)]
     return without_overruled(layers, flags), problems
@@ -115,15 +118,31 @@ def without_overruled(layers: Sequence[Layer], flags: Mapping[str, Flag]) -> lis
     return found
 
 
+def with_dataset_config(layers: list[Layer], flags: Mapping[str, Flag]) -> tuple[list[Layer], list[Problem]]:
+    """What the file of --dataset_config says goes before everything else, as in kohya's trainers."""
+    path = first_value(layers, "dataset_config")
+    if path is None or path is MISSING:
+        return layers, []
+    config = read_dataset_config(Path(str(path)))
+    values = {name: _as_written(value) for name, value in config.run_values().items() if name in flags}
+    return [Layer(f"dataset_config {path}", values), *layers], [*config.problems]
+
+
+def _as_written(value: object) -> object:
+    return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
+def overruled_by_data(layers: Sequence[Layer]) -> list[str]:
+    """Flags of the command line whose value the file of --dataset_config replaces."""
+    first = layers[0] if layers and layers[0].origin.startswith("dataset_config ") else None
+    given = next((layer.values for layer in layers if layer.origin == "command line"), {})
+    return [f"--{name} {given[name]} is not used: {first.origin.partition(' ')[2]} says {first.values[name]}, and goes "
+            "first, as in kohya's trainers" for name in given
+            if first and name in first.values and f"{first.values[name]}" != f"{given[name]}"]
+
+
 def first_value(layers: Sequence[Layer], flag: str) -> object:
     return next((layer.values[flag] for layer in layers if flag in layer.values), None)
-
-
-def nearest(word: str, known: Sequence[str]) -> str | None:
-    """The known name `word` most likely means: the only one it begins, else the most alike."""
-    begun = [name for name in known if name.startswith(word)]
-    alike = begun if len(begun) == 1 else difflib.get_close_matches(word, known, n=1, cutoff=0.7)
-    return alike[0] if alike else None
 
 
 def _command_line(

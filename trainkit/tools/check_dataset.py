@@ -76,7 +76,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     described = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=described, allow_abbrev=False)
     add = parser.add_argument
-    add("DIR", type=Path, nargs="+", help="A folder with images. Images in subfolders are checked, too.")
+    add("DIR", type=Path, nargs="+", help="A folder with images, subfolders included; a data set in Parquet files or "
+        "shards; or a file for --dataset_config.")
     add("--html", type=Path, metavar="FILE", help="Write a page that shows every image with what was found.")
     add("--json", type=Path, metavar="FILE", help="Write everything that was found as JSON.")
     add("--trigger", action="append", default=[], metavar="WORD", help="The word that your LoRA shall learn. Captions "
@@ -117,8 +118,10 @@ def read_options(args: argparse.Namespace) -> tuple[ImageOptions, CaptionOptions
 
 
 def folder_problems(folders: Sequence[Path]) -> Iterator[Problem]:
+    from trainkit.doctor.look import is_data_set
+
     for folder in folders:
-        if not folder.is_dir():
+        if not folder.is_dir() and not (folder.exists() and is_data_set(folder)):
             why = "it is a file, not a folder" if folder.exists() else "there is no such folder"
             yield Problem("the image folder cannot be read", f"{folder}", why, "name a folder with images", "data")
 

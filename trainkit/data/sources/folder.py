@@ -47,6 +47,7 @@ class Folder:
     captioned: bool = False  # in the imagefolder layout: subfolders count, and an image may have several captions
     ending: str | None = None  # of the caption files that are read; None: SIDECARS
     masks: MaskPlace | None = None  # None: masks are not used
+    flat: bool = False  # subfolders are passed over, as kohya's trainers do, and what is in them is left out
 
 
 def list_image_folder(data: ImageOptions, ending: str | None = None) -> SourceListing:
@@ -82,7 +83,7 @@ def read_folder(where: Folder, *, verbose: bool = True, empty_is_wrong: bool = T
     """
     folder = where.path
     try:
-        tree = walk(folder, subfolders=where.captioned, ending=where.ending)
+        tree = walk(folder, subfolders=where.captioned and not where.flat, ending=where.ending)
     except OSError as error:
         return SourceListing([], [unreadable_folder(where, error)])
     tree = without_masks(where, tree)
@@ -95,8 +96,8 @@ def read_folder(where: Folder, *, verbose: bool = True, empty_is_wrong: bool = T
     unread = find_unread(folder, tree, bare=bare, strange=captions.strange)
     problems = [*captions.problems, *unread.problems, *masks.problems,
                 *_images_below(where, tree, [*images.values()], empty_is_wrong)]
-    left_out = (*unread.left_out, *captions.spare, *masks.left_out,
-                *(not_followed(folder, tree) if where.captioned else []))
+    passed = _passed_over(folder, tree) if where.flat else not_followed(folder, tree) if where.captioned else []
+    left_out = (*unread.left_out, *captions.spare, *masks.left_out, *passed)
     account = Account(len(listed), captions.sources(images.values()), left_out)
     if verbose:
         captions.report(tree.images, prompt_flag=where.prompt_flag)
@@ -221,13 +222,20 @@ def unreadable_folder(where: Folder, error: OSError) -> Problem:
 def _images_below(where: Folder, tree: Tree, images: list[Path], empty_is_wrong: bool) -> list[Problem]:
     """Images in folders that are not read, folders in kohya's layout, and that there is no image at all."""
     unread = {path: len({*contents.images} - {*images}) for path, contents in tree.below.items()}
-    unread = {} if where.captioned else {path: count for path, count in unread.items() if count}
+    reads_all = where.captioned or where.flat
+    unread = {} if reads_all else {path: count for path, count in unread.items() if count}
     read = Counter(path.parent for path in images)
-    if kohya := kohya_problems(where.path, where.flag, unread or read, tree, captioned=where.captioned):
+    if not where.flat and (kohya := kohya_problems(where.path, where.flag, unread or read, tree)):
         return kohya
     if unread:
         return [_subfolders(where, unread, images)]
     return [] if images or not empty_is_wrong else [no_images(where, tree)]
+
+
+def _passed_over(folder: Path, tree: Tree) -> list[LeftOut]:
+    """Subfolders with images, where only images right in the folder are read."""
+    return [LeftOut(f"{printable(os.path.relpath(path, folder))}/", f"a subfolder with {len(contents.images)} images")
+            for path, contents in tree.below.items() if contents.images]
 
 
 def _subfolders(where: Folder, unread: Mapping[Path, int], images: list[Path]) -> Problem:

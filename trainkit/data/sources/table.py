@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from trainkit.data.images import UnreadableImage
 from trainkit.data.sources.account import Account, LeftOut, SourceListing
 from trainkit.data.sources.captions import METADATA, BadEntry, read_captions
 from trainkit.data.sources.records import CAPTION_COLUMNS
+from trainkit.data.sources.shards import packed_problem
 from trainkit.data.sources.text import one_line
 from trainkit.data.sources.tree import is_mask, walk
 from trainkit.data.sources.unread import find_unread
@@ -27,8 +29,9 @@ if TYPE_CHECKING:
     from trainkit.options import ImageOptions
 
 FILES = {".parquet": "parquet", ".arrow": "arrow"}  # tables that are a data set by themselves
-PACKED = {".zip": "unzip {} -d {}", ".tar": "tar xf {} -C {}", ".gz": "tar xf {} -C {}", ".tgz": "tar xf {} -C {}"}
+PACKED = {".zip": "unzip {} -d {}", ".gz": "tar xf {} -C {}", ".tgz": "tar xf {} -C {}"}
 URLS = ("url", "image_url", "img_url", "urls")  # columns of sets that hold no images, only their addresses
+READERS = ("parquet", "arrow", "imagefolder", "webdataset")  # of the datasets library, each for a kind of files
 SAVED = ("state.json", "dataset_dict.json")  # what Dataset.save_to_disk leaves
 
 
@@ -77,7 +80,9 @@ def list_table(data: ImageOptions) -> SourceListing:
     from datasets.exceptions import DatasetsError
 
     quiet_imported()
-    if wrong := _another_file(data) or _folder_of_images(data):
+    if data.dataset_name in READERS and not Path(data.dataset_name).exists():
+        return SourceListing([], [_a_reader(data)])
+    if wrong := packed_problem(data.dataset_name or "") or _another_file(data) or _folder_of_images(data):
         return SourceListing([], [wrong])
     try:
         table = _load(data)
@@ -109,11 +114,21 @@ def list_table(data: ImageOptions) -> SourceListing:
                          Account(len(found), captions, tuple(masks)))
 
 
+def _a_reader(data: ImageOptions) -> Problem:
+    """That the name is of a reader of the datasets library, with which the Diffusers scripts read a folder."""
+    return Problem(f"{data.dataset_name} is the name of a reader, not of a data set",
+                   f"--dataset_name {data.dataset_name}", "no folder is named that it should read",
+                   "--dataset_name FOLDER, a folder of such files" if not data.captioned else
+                   f"--dataset_name {data.dataset_name} --train_data_dir FOLDER, or --dataset_name FOLDER", kind="data")
+
+
 def _load(data: ImageOptions) -> Dataset:
     """The train split of a Hub data set, of a folder in one of its layouts, saved by save_to_disk, or of one file."""
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     path = Path(data.dataset_name or "")
+    if glob.has_magic(f"{path}") and path.suffix.lower() in FILES and glob.glob(f"{path}"):  # noqa: PTH207
+        return load_dataset(FILES[path.suffix.lower()], data_files=f"{path}", cache_dir=data.cache_dir, split="train")
     if path.is_file() and path.suffix.lower() in FILES:
         return load_dataset(FILES[path.suffix.lower()], data_files=str(path), cache_dir=data.cache_dir, split="train")
     if any((path / name).is_file() for name in SAVED):
@@ -121,7 +136,8 @@ def _load(data: ImageOptions) -> Dataset:
         if isinstance(saved, DatasetDict) and "train" not in saved:
             raise ValueError(f"it holds the splits {', '.join(saved)}, and no train split")
         return saved["train"] if isinstance(saved, DatasetDict) else saved
-    return load_dataset(data.dataset_name, data.dataset_config_name, cache_dir=data.cache_dir, split="train")
+    return load_dataset(data.dataset_name, data.dataset_config_name, cache_dir=data.cache_dir, split="train",
+                        revision=data.dataset_revision)
 
 
 def _places(images: Dataset, data: ImageOptions, homes: Sequence[Path]) -> list[Place | None]:
@@ -217,8 +233,11 @@ def _no_table(data: ImageOptions, error: Exception) -> Problem:
         why, fix = "that is the address of its page", f"--dataset_name {name}"
     if "script" in why.lower():
         why += "; a loading script is a program, and the datasets library runs none any more"
-        fix = "take a version of the data set in Parquet (on the Hub often --dataset_config_name or the branch " \
-              f"refs/convert/parquet), or save its images and captions into a folder for --{data.folder_flag}"
+        local = Path(data.dataset_name or "").exists()
+        fix = f"save its images and captions into a folder for --{data.folder_flag}" if local else (
+            f"--dataset_name {shell_word(data.dataset_name or '')} --dataset_revision refs/convert/parquet, the branch "
+            "in which the Hub keeps many data sets as Parquet; or save its images and captions into a folder for "
+            f"--{data.folder_flag}")
     return Problem("the data set cannot be loaded", f"--dataset_name {data.dataset_name}", why, fix, kind="data")
 
 
