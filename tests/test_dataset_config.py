@@ -480,8 +480,8 @@ def test_a_subset_has_masks_of_its_own(project: Path) -> None:
         Image.new("L", Image.open(path).size, 128).save(masks / path.name)
     (project / "data.toml").write_text(
         "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'hoge'\nclass_tokens = 'x'\nconditioning_data_dir = 'masks'\n"
-        "[[datasets.subsets]]\nimage_dir = 'piyo'\nclass_tokens = 'y'\n", "utf-8")
+        "[[datasets.subsets]]\nimage_dir = 'fuga'\nclass_tokens = 'y'\n", "utf-8")
     rows, problems = read_rows(data_options(dataset_config="data.toml"))
     assert not problems
-    assert {row.id.partition("/")[0]: row.mask is not None for row in rows} == {"hoge": True, "piyo": False}
+    assert {row.id.partition("/")[0]: row.mask is not None for row in rows} == {"hoge": True, "fuga": False}
     assert (rows.account.masks, round(rows.account.mask_area, 1)) == (len(images), 0.5)

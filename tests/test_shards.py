@@ -261,8 +261,9 @@ def test_a_run_on_shards_resumes_to_the_bit(tiny_sd, tmp_path: Path) -> None:
 
 def test_many_images_are_judged_a_few_shards_at_a_time(tmp_path: Path, monkeypatch) -> None:
     parts: list[int] = []
-    plain = verdicts._judge
+    plain = verdicts.recalled
     monkeypatch.setattr(verdicts, "AT_ONCE", 4)
-    monkeypatch.setattr(verdicts, "_judge", lambda sources: parts.append(len(sources)) or plain(sources))
+    counting = lambda sources, *rest: parts.append(len(sources)) or plain(sources, *rest)  # noqa: E731
+    monkeypatch.setattr(verdicts, "recalled", counting)
     rows, problems = read(shards(tmp_path / "set", n=5))
     assert not problems and len(rows) == 15 and parts == [6, 6, 3]

@@ -15,7 +15,7 @@ from trainkit.diffusion import NoiseSchedule
 from trainkit.errors import UserError
 from trainkit.families.file_names import xl_names
 from trainkit.lora_file import LayerUpdate, LoraFile
-from trainkit.merging.merge import Part
+from trainkit.merging.merge import WeightedLora
 from trainkit.merging.zip_lora import Example, Mixture, ZipSettings, learn, merged, unet_factors
 from trainkit.tools import merge_loras
 
@@ -59,8 +59,9 @@ def lora(seed: int, *, conv: bool = True, kind: str = "lora") -> LoraFile:
     return LoraFile(layers, names=xl_names())
 
 
-def parts(*files: LoraFile) -> list[Part]:
-    return [Part(file, strength, f"{k}") for k, (file, strength) in enumerate(zip(files, (1.0, 0.8), strict=True))]
+def parts(*files: LoraFile) -> list[WeightedLora]:
+    weighted = zip(files, (1.0, 0.8), strict=True)
+    return [WeightedLora(file, strength, f"{k}") for k, (file, strength) in enumerate(weighted)]
 
 
 def with_delta(network: nn.Module, deltas: dict[str, torch.Tensor], z: torch.Tensor) -> torch.Tensor:
@@ -109,7 +110,7 @@ def examples() -> list[Example]:
 def test_learning_brings_the_merged_network_nearer_to_both():
     """The sum of one LoRA with itself is twice too strong; factors of a half are right."""
     file = lora(0, conv=False)
-    network, both = Small(), [Part(file, 1.0, "a"), Part(file, 1.0, "b")]
+    network, both = Small(), [WeightedLora(file, 1.0, "a"), WeightedLora(file, 1.0, "b")]
     family = Family(network)
     mixture = Mixture(network, unet_factors(network, both))
     settings = ZipSettings(("", ""), steps=150, rate=0.05, penalty=0.0)

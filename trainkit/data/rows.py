@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Said = TypeVar("Said")
+Judgement = TypeVar("Judgement")
 ENLARGED = 2.0  # an image enlarged by this factor or more is told: it teaches blur
 CROPPED = 0.15  # an image that loses more of its area than this is told
 NAMED = 3  # images that are named in a line
@@ -296,8 +296,8 @@ def _judge_together(listed: Sequence[Listed]) -> list[Verdict]:
     return _together(judge, [found.id for found in listed], [found.source for found in listed])
 
 
-def _together(judge: Callable[[Sequence[Source]], list[Said]], names: Sequence[str], sources: Sequence[Source]
-              ) -> list[Said]:
+def _together(judge: Callable[[Sequence[Source]], list[Judgement]], names: Sequence[str], sources: Sequence[Source]
+              ) -> list[Judgement]:
     """Several processes judge a part each. If lists differ, they share no disk, and each judges all of its own."""
     digest = content_digest("\n".join(names).encode(errors="surrogateescape"))
     if len(set(ranks.gather(digest))) > 1:

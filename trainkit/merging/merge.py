@@ -23,7 +23,7 @@ ByName = Mapping[str, Mapping[str, Tensor]]  # a textual inversion's name -> tex
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightedLora:
     """A LoRA to merge, how strongly, and how the user named it."""
 
     lora: LoraFile
@@ -39,7 +39,7 @@ class Merge:
     names    of the base's modules in files; None: those of the first LoRA
     """
 
-    parts: Sequence[Part]
+    parts: Sequence[WeightedLora]
     settings: MergeSettings
     weights: Weights | None = None
     names: FileNames | None = None
@@ -49,7 +49,7 @@ class Merge:
         """Of the modules of all, each once, in the order of the files."""
         return list(dict.fromkeys(place for part in self.parts for place in part.lora.layers))
 
-    def held(self, place: ModulePlace) -> list[tuple[Part, LayerUpdate]]:
+    def held(self, place: ModulePlace) -> list[tuple[WeightedLora, LayerUpdate]]:
         return [(part, part.lora.layers[place]) for part in self.parts if place in part.lora.layers]
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ class Merge:
             yield Problem("the LoRAs are for different base models", f"{wrong[0][1]} ({each})", f"{len(wrong)} of "
                           "their layers have different sizes", "merge LoRAs of one base model", "data")
 
-    def _dora(self, part: Part, *, into_base: bool) -> Iterator[Problem]:
+    def _dora(self, part: WeightedLora, *, into_base: bool) -> Iterator[Problem]:
         if self.settings.method == "ziplora":
             yield Problem(f"{part.name} is a DoRA", "--method ziplora", "ZipLoRA weights the columns of a LoRA, and a "
                           "DoRA's change has no such columns", f"lora-tools convert-lora --lora {part.name} --svd_rank "
@@ -132,7 +132,7 @@ class Merge:
         update, lost = cut(found, self._rank(held))
         return LayerUpdate(update, kernel), lost, float(found[1].square().sum())
 
-    def _stacked(self, held: Sequence[tuple[Part, LayerUpdate]]) -> Update:
+    def _stacked(self, held: Sequence[tuple[WeightedLora, LayerUpdate]]) -> Update:
         """A module of one file stays of its kind."""
         (part, layer), *others = held
         if not others:
@@ -140,7 +140,7 @@ class Merge:
         whole = stacked([(layer, part.strength) for part, layer in held])
         return whole if self.settings.method == "concat" else without_zeros(whole)
 
-    def _rank(self, held: Sequence[tuple[Part, LayerUpdate]]) -> int:
+    def _rank(self, held: Sequence[tuple[WeightedLora, LayerUpdate]]) -> int:
         return self.settings.rank or sum(len(layer.update.low_rank().A) for _, layer in held)
 
     def run(self, show: Callable[[float], None]) -> tuple[LoraFile, float]:
@@ -172,7 +172,7 @@ def without_zeros(product: LowRank) -> LowRank:
     return product if rank >= len(product.A) else cut(found, rank)[0]
 
 
-def base_of(parts: Sequence[Part]) -> dict[str, str]:
+def base_of(parts: Sequence[WeightedLora]) -> dict[str, str]:
     """What the headers say of the base model, where all that say anything of it say the same; and all trigger words."""
     keys = ("ss_v2", "ss_base_model_version", "ss_sd_model_name", "ss_sd_model_hash", "ss_new_sd_model_hash",
             "modelspec.architecture", "modelspec.implementation", "modelspec.resolution", "modelspec.prediction_type")
@@ -186,7 +186,7 @@ def base_of(parts: Sequence[Part]) -> dict[str, str]:
 # Embeddings
 
 
-def embeddings_of(parts: Sequence[Part], *, first: int | None = None) -> tuple[ByName, list[Problem]]:
+def embeddings_of(parts: Sequence[WeightedLora], *, first: int | None = None) -> tuple[ByName, list[Problem]]:
     """The textual inversions of all, and the names that mean different ones.
 
     first  the LoRA, from 1, whose embedding is taken where names clash; 0: no embeddings at all; None: a problem

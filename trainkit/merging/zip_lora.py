@@ -38,7 +38,7 @@ from trainkit.diffusion.sampling import by_time, uniform
 from trainkit.errors import Problem, UserError
 from trainkit.families.file_names import TEXT_MODEL, ModulePlace
 from trainkit.lora_file import LayerUpdate, LoraFile
-from trainkit.merging.merge import Part, base_of, stacked
+from trainkit.merging.merge import WeightedLora, base_of, stacked
 from trainkit.options import ModelOptions
 from trainkit.preview import sampler
 
@@ -146,7 +146,7 @@ def applied(module: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
 # Learning
 
 
-def zip_loras(parts: Sequence[Part], base: str, settings: ZipSettings, show: Callable[[float], None],
+def zip_loras(parts: Sequence[WeightedLora], base: str, settings: ZipSettings, show: Callable[[float], None],
               prediction_type: str | None = None) -> tuple[LoraFile, ZipReport]:
     """A subject LoRA and a style LoRA as one -> it without embeddings, and how near it is to both.
 
@@ -211,7 +211,7 @@ def distances(family: Family, mixture: Mixture, examples: Sequence[Example], see
             for k, one in enumerate(examples)]
 
 
-def merged(parts: Sequence[Part], mixture: Mixture) -> LoraFile:
+def merged(parts: Sequence[WeightedLora], mixture: Mixture) -> LoraFile:
     """Modules of one file as they are; those of the text encoders, which have no factors, side by side."""
     layers = {}
     for place in dict.fromkeys(place for part in parts for place in part.lora.layers):
@@ -226,7 +226,7 @@ def merged(parts: Sequence[Part], mixture: Mixture) -> LoraFile:
     return LoraFile(layers, metadata=base_of(parts), layout=first.layout, names=first.names)
 
 
-def unet_factors(network: nn.Module, parts: Sequence[Part]) -> dict[str, list[Factors | None]]:
+def unet_factors(network: nn.Module, parts: Sequence[WeightedLora]) -> dict[str, list[Factors | None]]:
     """Path of a module -> of each LoRA the factors, None where it does not change the module."""
     found: dict[str, list[Factors | None]] = {}
     for k, part in enumerate(parts):
@@ -239,7 +239,7 @@ def unet_factors(network: nn.Module, parts: Sequence[Part]) -> dict[str, list[Fa
     return found
 
 
-def fitting(network: nn.Module, path: str, shape: tuple[int, int], part: Part) -> nn.Module:
+def fitting(network: nn.Module, path: str, shape: tuple[int, int], part: WeightedLora) -> nn.Module:
     """The module at a path. UserError: there is none, or one of another size."""
     try:
         module = network.get_submodule(path)
@@ -257,7 +257,7 @@ def fitting(network: nn.Module, path: str, shape: tuple[int, int], part: Part) -
 # Examples
 
 
-def example(family: Family, mixture: Mixture, parts: Sequence[Part], k: int, settings: ZipSettings) -> Example:
+def example(family: Family, mixture: Mixture, parts: Sequence[WeightedLora], k: int, settings: ZipSettings) -> Example:
     prompt, folder = settings.prompts[k], settings.images[k]
     alone, both = (encoded(family, some, prompt) for some in ([parts[k]], parts))
     height, width = family.native_size
@@ -328,14 +328,14 @@ def image_files(folder: Path) -> list[Path]:
 
 
 @torch.no_grad()
-def encoded(family: Family, parts: Sequence[Part], prompt: str) -> Condition:
+def encoded(family: Family, parts: Sequence[WeightedLora], prompt: str) -> Condition:
     """A prompt by the text encoders with the changes of these LoRAs."""
     with changed_text(family, parts):
         return family.encode_prompts([prompt])
 
 
 @contextmanager
-def changed_text(family: Family, parts: Sequence[Part]) -> Iterator[None]:
+def changed_text(family: Family, parts: Sequence[WeightedLora]) -> Iterator[None]:
     before: list[tuple[Tensor, Tensor]] = []
     for part in parts:
         for place, layer in part.lora.layers.items():
@@ -353,7 +353,7 @@ def changed_text(family: Family, parts: Sequence[Part]) -> Iterator[None]:
             weight.copy_(held)
 
 
-def text_module(family: Family, place: ModulePlace, shape: tuple[int, int], part: Part) -> nn.Module:
+def text_module(family: Family, place: ModulePlace, shape: tuple[int, int], part: WeightedLora) -> nn.Module:
     network, path = place
     names = family.layout.text_encoders
     if network not in names:

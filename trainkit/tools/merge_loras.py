@@ -35,7 +35,7 @@ from trainkit.tools.lora_output import LAYOUTS, add_output, family_problems, mad
 if TYPE_CHECKING:
     from trainkit.families.pretrained import Repo
     from trainkit.lora_file import LoraFile
-    from trainkit.merging.merge import Merge, Part
+    from trainkit.merging.merge import Merge, WeightedLora
 
 METHODS = ("concat", "linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune", "ziplora")
 ROUNDING = 1e-9  # what fp64 arithmetic loses
@@ -181,19 +181,19 @@ def zip_problems(args: argparse.Namespace) -> Iterator[Problem]:
 
 def merge_of(args: argparse.Namespace) -> Merge:
     from trainkit.lora_file import BaseWeights, LoraFile
-    from trainkit.merging.merge import Merge, Part
+    from trainkit.merging.merge import Merge, WeightedLora
     from trainkit.merging.methods import MergeSettings
 
     named = args.into_base or args.base
     base = base_of(named) if named else None
     names = names_of(base) if base else None
-    parts = [Part(LoraFile.read(file, names=names, where=str(file)), strength, str(file))
+    parts = [WeightedLora(LoraFile.read(file, names=names, where=str(file)), strength, str(file))
              for file, strength in zip(args.files, args.strengths, strict=True)]
     settings = MergeSettings(args.method, args.rank, args.density, args.majority_sign_method, args.seed)
     return Merge(parts, settings, BaseWeights(base) if base else None, names)
 
 
-def embeddings_in(args: argparse.Namespace, parts: Sequence[Part]):  # type: ignore[no-untyped-def]
+def embeddings_in(args: argparse.Namespace, parts: Sequence[WeightedLora]):  # type: ignore[no-untyped-def]
     from trainkit.inference import own_embeddings
     from trainkit.merging.merge import embeddings_of
     from trainkit.runtime.weight_files import run_name
@@ -220,7 +220,7 @@ def record(args: argparse.Namespace) -> dict[str, str]:
                     if file.is_file()], RECORD, **facts)
 
 
-def zipped(args: argparse.Namespace, parts: Sequence[Part]) -> LoraFile:
+def zipped(args: argparse.Namespace, parts: Sequence[WeightedLora]) -> LoraFile:
     from trainkit.merging.zip_lora import ZipSettings, zip_loras
     from trainkit.runtime.progress import watched
 
@@ -258,13 +258,13 @@ def into_base(args: argparse.Namespace, merge: Merge, found: LoraFile | None, em
 
     from trainkit.lora_file.parts import shape_of
     from trainkit.merging.base_model import base_problems, write_base
-    from trainkit.merging.merge import Part
+    from trainkit.merging.merge import WeightedLora
     from trainkit.merging.methods import MergeSettings
     from trainkit.runtime.progress import watched
 
     base = base_of(args.into_base)
     if found is not None:
-        merge = replace(merge, parts=[Part(found, 1.0, "ZipLoRA")], settings=MergeSettings("linear"))
+        merge = replace(merge, parts=[WeightedLora(found, 1.0, "ZipLoRA")], settings=MergeSettings("linear"))
     refuse(base_problems(base, {place: shape_of(merge.held(place)[0][1].update) for place in merge.places}))
     if embeddings:
         print(f"the embeddings {', '.join(embeddings)} are no part of a base model and are left out: convert_lora "
