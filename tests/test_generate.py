@@ -7,6 +7,7 @@ import inspect
 import json
 import shutil
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from tests.support.loras import random_lora
 from tests.support.tiny_models import build_tiny_clip
 from trainkit.data.clip_features import load_clip
 from trainkit.errors import Problem, UserError
-from trainkit.inference import lora_name
+from trainkit.inference import Pipeline, fused_loras, load_pipeline, lora_and_strength, lora_name
 from trainkit.runtime.weight_files import DIFFUSERS_FILE
 from trainkit.tools import extract_clip_features, generate
 
@@ -102,6 +103,56 @@ def test_loras_are_drawn_at_their_strengths(tiny_sd, lora, tmp_path):
     assert np.abs(half - halves).max() < np.abs(half - full).max() / 10, "two of them add up, but for roundings"
     settings = Image.open(tmp_path / "3" / "p01_s0.png").info["parameters"]
     assert f"{lora.name}/{DIFFUSERS_FILE}:0.5" in settings and str(lora.parent) not in settings
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_two_loras_are_the_sum_of_their_updates(tiny_sd, use_dora, tmp_path):
+    """In one forward pass: as the weights W + Σ s ΔW, in both orders, and as Diffusers with both adapters."""
+    a = random_lora(tiny_sd, tmp_path / "a.safetensors", use_dora=use_dora)
+    b = random_lora(tiny_sd, tmp_path / "b.safetensors", "b")
+    strengths = {"a": 1.0, "b": -0.3}  # a DoRA is exact at 1
+    x, text = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.ones(1, 4, 24)
+
+    def seen(pipe: Pipeline) -> torch.Tensor:
+        with torch.no_grad():
+            return pipe.unet(x, 500, text).sample
+
+    pipe, outputs = load_pipeline(str(tiny_sd), "float32"), []
+    for files in ((a, b), (b, a), (a,), ()):
+        with fused_loras(pipe, [(file, strengths[file.stem]) for file in files]):
+            outputs.append(seen(pipe))
+    for file in (a, b):
+        pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=file.stem)
+    pipe.set_adapters([*strengths], [*strengths.values()])
+    for other in (outputs[1], seen(pipe)):
+        assert (outputs[0] - other).abs().max() < 1e-3  # fp32, of values up to 3
+    assert all((one - other).abs().max() > 0.1 for one, other in pairwise(outputs[1:]))
+
+
+def test_a_lora_names_its_strength(tmp_path):
+    """FILE:0.8, but a colon of a name that is there, or of a drive, is no strength."""
+    (there := tmp_path / "v:1").write_bytes(b"")
+    (run := tmp_path / "狐:2").mkdir()
+    for text, file, strength in (
+            (f"{tmp_path}/a.safetensors:0.8", tmp_path / "a.safetensors", 0.8), (f"{there}", there, None),
+            (f"{there}:-.5", there, -0.5), (f"{run}:0", run / DIFFUSERS_FILE, 0.0),
+            (f"{run}", run / DIFFUSERS_FILE, None),
+            ("C:\\loras\\a.safetensors", Path("C:\\loras\\a.safetensors"), None),
+            ("C:\\a.safetensors:1.", Path("C:\\a.safetensors"), 1.0), ("a:nan", Path("a:nan"), None),
+            ("runs/dog@500:2", Path("runs/dog/checkpoint-500") / DIFFUSERS_FILE, 2.0)):
+        assert lora_and_strength(text) == (file, strength), text
+
+
+@pytest.mark.trains
+def test_strengths_behind_loras_and_beside_them(tiny_sd, lora, tmp_path):
+    """--strength is for the LoRAs that name none."""
+    beside, behind, mixed = (drawn(tiny_sd, tmp_path / f"{i}", *flags)[0] for i, flags in enumerate((
+        (f"--lora={lora}", f"--lora={lora}", "--strength=0.5", "--strength=-0.25"),
+        (f"--lora={lora}:0.5", f"--lora={lora}:-0.25"), (f"--lora={lora}:-0.25", f"--lora={lora}", "--strength=0.5"))))
+    assert near(beside, behind) and near(beside, mixed)
+    problem, = refused(tiny_sd, tmp_path / "out", f"--lora={lora}:1", "--strength=1")
+    assert "0 LoRAs without one" in problem.what
 
 
 def test_a_lora_of_another_model_is_refused(tiny_sd, tiny_sdxl, tmp_path, capfd):

@@ -23,7 +23,7 @@ from trainkit import lora_files, rng
 from trainkit.adapters import Adapters, add_adapters
 from trainkit.errors import UserError
 from trainkit.export import verify
-from trainkit.inference import embeddings_of, fused_lora, load_pipeline, lora_file, lora_problems, missing_file
+from trainkit.inference import embeddings_of, fused_loras, load_pipeline, lora_file, lora_problems, missing_file
 from trainkit.lora_file import LoraFile, rounding
 from trainkit.lora_files import LoraFiles
 from trainkit.options import LoraOptions
@@ -229,7 +229,7 @@ def test_both_files_of_a_run_put_the_trained_weights_into_the_stock_pipeline(tin
         assert not [*lora_problems([path], str(tiny_sdxl))]
         pipe = load_pipeline(str(tiny_sdxl), "float32")
         before = {module: pipe.unet.get_submodule(module).weight.detach().clone() for module in adapters.layers}
-        with fused_lora(pipe, path, 0.5):
+        with fused_loras(pipe, [(path, 0.5)]):
             for module, W in before.items():
                 moved = (pipe.unet.get_submodule(module).weight - W).flatten(1).double()
                 wanted = 0.5 * adapters.delta_weight(module)

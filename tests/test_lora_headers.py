@@ -115,7 +115,7 @@ def test_another_family_is_told_by_metadata(tmp_path, metadata, unet, refused):
 def test_a_lora_of_unknown_or_too_many_layers_is_refused_in_our_words(tmp_path):
     pipe = inference.load_pipeline(str(XL), "float32")
     good = random_lora(XL, tmp_path / "good.safetensors")
-    inference.fuse_lora(pipe, good, 1.0)
+    inference.fuse_loras(pipe, [(good, 1.0)])
     tensors = load_file(good)
     strange = {"lora_unet_nowhere.lora_down.weight": (4, 8), "lora_unet_nowhere.lora_up.weight": (8, 4),
                "lora_unet_nowhere.alpha": ()}
@@ -127,7 +127,7 @@ def test_a_lora_of_unknown_or_too_many_layers_is_refused_in_our_words(tmp_path):
     for file, words in ((written(tmp_path, strange), "nowhere"), (tmp_path / "more.safetensors", "nowhere"),
                         (tmp_path / "elsewhere.safetensors", "does not fit the base model")):
         with pytest.raises(UserError, match=words):
-            inference.fuse_lora(pipe, file, 1.0)
+            inference.fuse_loras(pipe, [(file, 1.0)])
 
 
 @pytest.mark.trains

@@ -6,6 +6,7 @@ fast.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from trainkit.families.file_names import FileNames, ModulePlace
     from trainkit.families.pretrained import Repo
     from trainkit.lora_file import LoraFile
+    from trainkit.lora_file.layer import LayerUpdate
 
 Module = Any  # a torch Module with a weight
 Pipeline = Any  # StableDiffusionPipeline or StableDiffusionXLPipeline; importing them takes seconds
@@ -38,6 +40,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 NETWORKS = ("unet", "text_encoder", "text_encoder_2")  # of a pipeline, where a LoRA may train
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
 ANY_SIDE = 2**20  # pixels: any model halves it; the pipelines check the sides of the images
 
 
@@ -51,6 +54,17 @@ def lora_file(path: Path) -> Path:
     Where the checkpoint of that step is gone, the file for WebUIs that it left.
     """
     return of_step(path, lambda folder, name: folder / DIFFUSERS_FILE, "{}.safetensors")
+
+
+def lora_and_strength(text: str) -> tuple[Path, float | None]:
+    """What a user writes behind --lora: a file or folder as `lora_file` takes it, or that with :STRENGTH behind it.
+
+    The part behind the last colon is a strength where it is a number and there is no file or folder of the whole name.
+    """
+    name, colon, end = text.rpartition(":")
+    if colon and NUMBER.fullmatch(end) and not Path(text).exists() and not lora_file(Path(text)).exists():
+        return lora_file(Path(name)), float(end)
+    return lora_file(Path(text)), None
 
 
 def embeddings_of(path: Path) -> Path:
@@ -201,32 +215,41 @@ def networks(pipe: Pipeline) -> list[str]:
     return [name for name in NETWORKS if getattr(pipe, name, None) is not None]
 
 
-def fuse_lora(pipe: Pipeline, file: Path, strength: float, *, keep: bool = False) -> dict[Module, Tensor]:
-    """Make a LoRA part of the weights, W + strength · ΔW in fp32 -> with `keep`, the weights before it.
+def fuse_loras(pipe: Pipeline, loras: Sequence[tuple[Path, float]], *, keep: bool = False) -> dict[Module, Tensor]:
+    """Make LoRAs part of the weights, W + Σ strength · ΔW in fp32 -> with `keep`, the weights before it.
 
-    Any layout's file and any kind; a DoRA's ΔW is that of the weights as they are, so after LoRAs before it.
-    UserError: the file is damaged, or of another kind of model.
+    loras  files of any layout and any kind, each with its strength, which may be negative or 0
+    A DoRA's ΔW too is that of W as it is before all of them, so their order does not count.
+    UserError: a file is damaged, or of another kind of model.
     """
     import torch
 
     from trainkit.lora_file import LoraFile
 
-    found = LoraFile.read(file, names=names_of(pipe), where=f"--lora {file}")
-    modules = modules_of(pipe, found, file)
+    updates: dict[Module, list[tuple[Path, str, float, LayerUpdate]]] = {}
+    for file, strength in loras:
+        found = LoraFile.read(file, names=names_of(pipe), where=f"--lora {file}")
+        for place, module in modules_of(pipe, found, file).items():
+            updates.setdefault(module, []).append((file, place[1], strength, found.layers[place]))
+        add_bundled(pipe, found)
     before: dict[Module, Tensor] = {}
     with torch.no_grad():
-        for place, layer in found.layers.items():
-            weight = modules[place].weight
+        for module, changes in updates.items():
+            weight = module.weight
             W = weight.float().flatten(1)
-            delta = layer.like(W).delta(W)
-            if delta.shape != W.shape:
-                refuse([does_not_fit(file, f"{place[1]} is {tuple(W.shape)} in this model, and {tuple(delta.shape)} "
-                                           "in the file")])
+            deltas = [strength * delta_of(W, layer, file, path) for file, path, strength, layer in changes if strength]
             if keep:
-                before[modules[place]] = weight.detach().clone()
-            weight.copy_((W + strength * delta).view_as(weight))
-    add_bundled(pipe, found)
+                before[module] = weight.detach().clone()
+            weight.copy_(sum(deltas, W).view_as(weight))
     return before
+
+
+def delta_of(W: Tensor, layer: LayerUpdate, file: Path, path: str) -> Tensor:
+    """ΔW of a module's W [out,in] at strength 1. UserError: it has another shape."""
+    delta = layer.like(W).delta(W)
+    if delta.shape != W.shape:
+        refuse([does_not_fit(file, f"{path} is {tuple(W.shape)} in this model, and {tuple(delta.shape)} in the file")])
+    return delta
 
 
 def does_not_fit(file: Path, why: str) -> Problem:
@@ -277,9 +300,9 @@ def add_bundled(pipe: Pipeline, found: LoraFile) -> None:
 
 
 @contextmanager
-def fused_lora(pipe: Pipeline, file: Path, strength: float) -> Iterator[None]:
-    """The LoRA is part of the weights inside: images take no longer than with the base alone."""
-    before = fuse_lora(pipe, file, strength, keep=True)
+def fused_loras(pipe: Pipeline, loras: Sequence[tuple[Path, float]]) -> Iterator[None]:
+    """The LoRAs are part of the weights inside: images take no longer than with the base alone."""
+    before = fuse_loras(pipe, loras, keep=True)
     yield
     for module, weight in before.items():
         module.weight.data.copy_(weight)

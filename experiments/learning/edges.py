@@ -105,11 +105,11 @@ def measured(folder: Path, run: Path | None) -> dict[str, float]:
 def generated(run: Path | None) -> list[Image.Image]:
     """Wide images of nouns that were not taught, from the same noise for every run."""
     from trainkit import rng
-    from trainkit.inference import encode_prompts, finite_images, fuse_lora, load_pipeline, lora_file
+    from trainkit.inference import encode_prompts, finite_images, fuse_loras, load_pipeline, lora_file
 
     pipe = load_pipeline(str(BASE), "float32")
     if run:
-        fuse_lora(pipe, lora_file(run), 1.0)
+        fuse_loras(pipe, [(lora_file(run), 1.0)])
     lines = (ROOT / "assets/icons-3d-reference/metadata.jsonl").read_text("utf-8").splitlines()
     captions = [json.loads(line)["text"] for line in lines]
     images: list[Image.Image] = []

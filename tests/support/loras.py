@@ -13,15 +13,16 @@ from trainkit.families import sdxl
 from trainkit.options import LoraOptions
 
 
-def random_lora(base: Path, file: Path) -> Path:
-    """A LoRA that changes the images a lot."""
+def random_lora(base: Path, file: Path, key: str = "test", *, use_dora: bool = False) -> Path:
+    """A LoRA that changes the images a lot, another for another key."""
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
-    adapters = add_adapters(unet.requires_grad_(False), LoraOptions(rank=2), targets=sdxl.LORA_TARGETS, seed=0)
+    options = LoraOptions(rank=2, use_dora=use_dora)
+    adapters = add_adapters(unet.requires_grad_(False), options, targets=sdxl.LORA_TARGETS, seed=0)
     with torch.no_grad():
         for path in adapters.layers:
             B = adapters.factors(path)[1]
-            B.copy_(torch.randn(B.shape, generator=rng.generator("test", path)))
+            B.copy_(torch.randn(B.shape, generator=rng.generator(key, path)))
     write_diffusers([adapters], file, {})
     return file

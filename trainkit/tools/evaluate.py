@@ -32,7 +32,7 @@ from trainkit.inference import (
     add_new_tokens,
     base_problems,
     embeddings_of,
-    fused_lora,
+    fused_loras,
     generate_images,
     load_pipeline,
     lora_file,
@@ -337,7 +337,7 @@ def generate(settings: GenerationSettings, wanted: list[Wanted]) -> Iterator[tup
         renamed = add_new_tokens(pipe, settings.embeddings)
         wanted = [replace(w, prompt=renamed(w.prompt)) for w in wanted]
     for strength in filter(None, settings.strengths):
-        with fused_lora(pipe, settings.lora, strength) if settings.lora else nullcontext():
+        with fused_loras(pipe, [(settings.lora, strength)]) if settings.lora else nullcontext():
             yield strength, images_of(pipe, settings, wanted, strength)
 
 

@@ -34,9 +34,9 @@ from trainkit.inference import (
     embeddings_of,
     encode_prompts,
     finite_images,
-    fuse_lora,
+    fuse_loras,
     load_pipeline,
-    lora_file,
+    lora_and_strength,
     lora_name,
     lora_problems,
     missing_file,
@@ -95,9 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     say("loading PyTorch, Diffusers and the model")
     shots = plan(args)
     pipe = load_pipeline(args.base, args.dtype, args.prediction_type)
-    for file, strength in loras(args):
-        fuse_lora(pipe, file, strength)
-        pipe.unload_lora_weights()  # what was fused stays
+    fuse_loras(pipe, loras(args))
     if args.embeddings:
         renamed = add_new_tokens(pipe, args.embeddings)
         shots = [replace(shot, prompt=renamed(shot.prompt)) for shot in shots]
@@ -136,7 +134,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", required=True, type=Path, metavar="DIR", help="The folder for the images and sheet.png.")
     add("--debug", action="store_true", help="Show a traceback with every error message.")
     args = parser.parse_args(argv)
-    args.lora = [lora_file(path) for path in args.lora]
+    named = [lora_and_strength(text) for text in args.lora]
+    args.lora, args.own_strength = [file for file, _ in named], [strength for _, strength in named]
     args.embeddings = args.embeddings and embeddings_of(args.embeddings)
     return args
 
@@ -148,18 +147,20 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         ".safetensors file, a folder, or a name on the Hub.")
     add("--prediction_type", choices=PREDICTION_TYPES, help="What the base model predicts. Give this flag if you "
         "trained with it, or if a single file does not say it. Without this flag, the base model says it.")
-    add("--lora", type=Path, action="append", default=[], metavar="FILE", help="A LoRA file, or the folder of a run or "
-        "of a checkpoint, or RUN@STEP, such as runs/dog@500. Repeat this flag for several LoRAs.")
-    add("--strength", type=float, action="append", default=[], metavar="X", help="The strength of the LoRAs. Give one "
-        "for all of them, or repeat this flag for each in their order. The default is 1.")
+    add("--lora", action="append", default=[], metavar="FILE[:X]", help="A LoRA file, or the folder of a run or of a "
+        "checkpoint, or RUN@STEP, such as runs/dog@500. X is its strength, as in dog.safetensors:0.8. It may be "
+        "negative. Repeat this flag for several LoRAs. Their updates add up, in any order.")
+    add("--strength", type=float, action="append", default=[], metavar="X", help="The strength of the LoRAs that have "
+        "no :X. Give one for all of them, or repeat this flag for each in their order. The default is 1.")
     add("--embeddings", type=Path, metavar="FILE", help="The file NAME_emb.safetensors of a run with new tokens. "
         "It can also be a folder or RUN@STEP. The tokens then take the place of their words in the prompts.")
 
 
 def loras(args: argparse.Namespace) -> list[tuple[Path, float]]:
     """Each file with its strength."""
-    strengths = args.strength or [1.0]
-    return list(zip(args.lora, strengths if len(strengths) > 1 else strengths * len(args.lora), strict=True))
+    given = iter(args.strength * len(args.lora) if len(args.strength) == 1 else args.strength)
+    return [(file, next(given, 1.0) if own is None else own)
+            for file, own in zip(args.lora, args.own_strength, strict=True)]
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
@@ -177,9 +178,10 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
     named += [("--embeddings", args.embeddings)] if args.embeddings else []
     yield from (missing_file(flag, file, "it is read first") for flag, file in named if not file.is_file())
     yield from lora_problems(args.lora, args.base)
-    if args.strength and (not args.lora or len(args.strength) not in {1, len(args.lora)}):
-        yield Problem(f"{len(args.strength)} strengths for {len(args.lora)} LoRAs", "--strength",
-                      "it is one for all, or one for each", "give --strength once, or as often as --lora")
+    without = args.own_strength.count(None)
+    if args.strength and (not without or len(args.strength) not in {1, without}):
+        yield Problem(f"{counted(len(args.strength), 'strength')} for {without} LoRAs without one", "--strength",
+                      "it is one for all, or one for each", "give --strength once, or once for each --lora without :X")
     if len(args.guidance_image) not in (0, 1, len(args.prompt)):
         yield Problem(f"{len(args.guidance_image)} guidance images for {len(args.prompt)} prompts", "--guidance_image",
                       "it is one for all, or one for each", "give --guidance_image once, or as often as --prompt")
