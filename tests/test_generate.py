@@ -21,6 +21,7 @@ from tests.support.tiny_models import build_tiny_clip
 from trainkit.data.clip_features import load_clip
 from trainkit.errors import Problem, UserError
 from trainkit.inference import Pipeline, fused_loras, load_pipeline, lora_and_strength, lora_name
+from trainkit.options.prompt_lines import PromptLine, parse_line, read_prompt_lines
 from trainkit.runtime.weight_files import DIFFUSERS_FILE
 from trainkit.tools import extract_clip_features, generate
 
@@ -86,6 +87,63 @@ def test_of_a_long_prompt_as_much_is_read_as_in_training(model, request, tmp_pat
     read = drawn(base, tmp_path / "read", "--max_token_length=150", prompts=["a red dog", *ends])
     assert near(cut[0], read[0]), "whatever the batch is filled up to"
     assert near(cut[1], cut[2]) and not near(read[1], read[2])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A file of prompts, and schedulers
+
+
+@pytest.mark.trains
+def test_lines_of_a_file_are_generated_as_each_says(tiny_sd, tmp_path):
+    """Each line alone is what it is with flags; a line without options has those of the command."""
+    (file := tmp_path / "prömpts.txt").write_bytes(
+        "# 狐\r\n\r\na red dog --n blue --d 7 --w 96 --h 32 --l 2.5 --s 3\r\nthe moon\r\n".encode("utf-8-sig"))
+    generate.main([f"--base={tiny_sd}", f"--out={tmp_path}/all", "--steps=2", f"--prompts_file={file}", "--seeds=0,1",
+                   "--negative_prompt=green"])
+    assert sorted(p.name for p in (tmp_path / "all").iterdir()) == ["p01_s7.png", "p02_s0.png", "p02_s1.png",
+                                                                    "sheet.png"]
+    flags = ("--seeds=7", "--negative_prompt=blue", "--width=96", "--height=32", "--guidance_scale=2.5", "--steps=3")
+    alone, = drawn(tiny_sd, tmp_path / "alone", *flags)
+    image = Image.open(tmp_path / "all" / "p01_s7.png")
+    assert near(np.asarray(image).astype(int), alone)
+    said = image.info["parameters"].splitlines()
+    assert said[:2] == ["a red dog", "Negative prompt: blue"]
+    assert said[2].startswith("Steps: 3, ") and "CFG scale: 2.5, Seed: 7, Size: 96x32" in said[2]
+    plain = Image.open(tmp_path / "all" / "p02_s1.png").info["parameters"].splitlines()
+    assert plain[:2] == ["the moon", "Negative prompt: green"] and plain[2].startswith("Steps: 2, ")
+
+
+def test_a_prompt_line_is_kohyas(tmp_path):
+    line, faults = parse_line("a fox -- no, --W 64 --d 0 --n bad, --l -1.5 --SS Euler a")
+    assert faults == ["-- is not known"] and line.width == 64
+    line, faults = parse_line("a fox--w 64 --n  ugly, -- --d 3 --ss DPM++ 2M Karras --n")
+    assert faults == ["-- is not known", "--n stands there twice"]
+    assert (line.prompt, line.negative_prompt, line.seed, line.width) == ("a fox--w 64", "ugly,", 3, None)
+    assert line.scheduler == "dpmpp_2m_karras"
+    assert parse_line("--d 1") == (PromptLine("", seed=1), [])
+
+
+@pytest.mark.parametrize(("data", "said"), [
+    (b"", "no prompts"), ("\ufeff# only\n \n".encode(), "no prompts"), (b"caf\xe9", "it is not UTF-8"),
+    (b"ok\na --w 50\n\nb --q 1 --s 0\nc --l nan --d x --ss fast", "line 2: --w 50: it must be a multiple of 8 pixels; "
+     "line 4: --q is not known; line 4: --s 0: it must be 1 or more; line 5: --l nan: it must be finite; "
+     "line 5: --d x: it is no whole number; line 5: --ss fast: there is no scheduler 'fast'"),
+    (b"a\0b", "line 1: it holds a NUL"), (b"a --w", "line 1: --w has no value"),
+    (b"a --x 1\n" * 40, "line 10: --x is not known; and 30 more")])
+def test_what_is_wrong_in_a_file_of_prompts_is_said_in_one_message(data, said, tmp_path):
+    (file := tmp_path / "prompts.txt").write_bytes(data)
+    with pytest.raises(UserError) as caught:
+        read_prompt_lines(file, "--prompts_file")
+    problem, = caught.value.problems
+    assert said in f"{problem.what}: {problem.why}" and str(file) in problem.where and problem.kind == "data"
+    for no_file in (tmp_path / "none.txt", tmp_path):
+        with pytest.raises(UserError, match="cannot be read"):
+            read_prompt_lines(no_file, "--prompts_file")
+
+
+def test_lines_of_utf16_are_read(tmp_path):
+    (file := tmp_path / "p.txt").write_text("一只狐狸 --d 3\n", "utf-16")
+    assert read_prompt_lines(file, "--prompts_file") == [PromptLine("一只狐狸", seed=3)]
 
 
 def test_sizes_are_asked_for_or_the_models(tiny_sd, tmp_path):

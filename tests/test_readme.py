@@ -13,7 +13,7 @@ import pytest
 
 from tests.support import ROOT
 from tests.support.trainers import Done, forked_script, launched
-from trainkit.options import TRAINERS, parse
+from trainkit.options import TRAINERS, parse, prompt_lines
 from trainkit.train import PROGRAM
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -189,7 +189,8 @@ def test_every_flag_exists():
 def known_flags() -> set[str]:
     """Flags of the trainers, of our tools and experiments, and of the programs that our pages name."""
     flags = [flag for kinds in TRAINERS.values() for name, kind in kinds.items() for flag in kind.flags(name)]
-    known = OTHER_TOOLS | {"help", "help_all", "version", "print_completion", *(flag.name for flag in flags)}
+    known = OTHER_TOOLS | {*prompt_lines.OPTIONS}
+    known |= {"help", "help_all", "version", "print_completion", *(flag.name for flag in flags)}
     known |= {f"no_{flag.name}" for flag in flags if flag.is_switch}
     for program in [*(ROOT / "trainkit" / "tools").glob("*.py"), *(ROOT / "experiments").glob("**/*.py")]:
         known |= set(re.findall(r"\badd(?:_argument)?\(\s*\"--(\w+)\"", program.read_text("utf-8")))

@@ -26,6 +26,7 @@ from trainkit.runtime.weight_files import (
 )
 
 if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
     from PIL.Image import Image
     from torch import Generator, Tensor
 
@@ -209,6 +210,23 @@ def load_pipeline(base: str, dtype: str | None, prediction_type: str | None = No
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.enable_slicing()  # one image at a time: decoding takes most of the memory
     return pipe.to(device, getattr(torch, dtype or ("float32" if device.type in ("cpu", "mps") else "bfloat16")))
+
+
+def scheduler_of(pipe: Pipeline, name: str | None) -> SchedulerMixin:
+    """The pipeline's own, or that of a name of trainkit/options/samplers.py on the model's schedule."""
+    from trainkit.diffusion.samplers import sampler_on
+
+    return sampler_on(pipe.scheduler.config, name) if name else pipe.scheduler
+
+
+@contextmanager
+def sampled_by(pipe: Pipeline, name: str | None) -> Iterator[None]:
+    """The pipeline has the scheduler of this name inside."""
+    before, pipe.scheduler = pipe.scheduler, scheduler_of(pipe, name)
+    try:
+        yield
+    finally:
+        pipe.scheduler = before
 
 
 def networks(pipe: Pipeline) -> list[str]:
@@ -411,5 +429,5 @@ def finite_images(pipe: Pipeline, **settings: object) -> list[Image]:
         dtype = str(pipe.unet.dtype).removeprefix("torch.")
         refuse([Problem("the model generated images of NaN or infinity", f"--dtype {dtype}",
                         "activations overflow the number format, or the weights of the model or the LoRA are damaged; "
-                        "nothing was saved", "--dtype float32, a smaller strength, or another file", "nonfinite")])
+                        "they were not saved", "--dtype float32, a smaller strength, or another file", "nonfinite")])
     return pipe.numpy_to_pil(pipe.image_processor.pt_to_numpy(pixels))

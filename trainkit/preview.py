@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from trainkit import rng
 from trainkit.devices import empty_cache, free_memory
 from trainkit.diffusion import is_edm
+from trainkit.diffusion.samplers import scheduler_on
 from trainkit.errors import counted
 from trainkit.files import disk_errors
+from trainkit.options.samplers import webui_name
 from trainkit.options.sizes import size_of
 from trainkit.report.facts import sample_files
 from trainkit.sheets import is_of, png_parameters, save_png, sheet
@@ -170,8 +172,9 @@ class Previews:
         return sheet([images], columns=columns, names=[self.shots[0].prompt], title=f"step {step}")
 
     def _parameters(self, shot: PreviewImage, image: Image.Image) -> str:
+        sampled = webui_name(sampler_class(self.family), self.family.scheduler_config)
         return png_parameters(shot.prompt, {
-            "Steps": STEPS, "Sampler": sampler_class(self.family), "CFG scale": self.family.guidance_scale,
+            "Steps": STEPS, "Sampler": sampled, "CFG scale": self.family.guidance_scale,
             "Seed": shot.seed, "Size": f"{image.width}x{image.height}",
         })
 
@@ -189,12 +192,7 @@ def unless(stopping: Callable[[], bool], value: T) -> T:
 
 def sampler(family: Family) -> SchedulerMixin:
     """DPM-Solver++ on the levels the run trains on, as upstream validates; an EDM model's own scheduler."""
-    import diffusers
-
-    config = {k: v for k, v in family.scheduler_config.items()
-              if v is not None and k != "variance_type"}  # null is not given; learned variance: not here
-    scheduler_class = getattr(diffusers, sampler_class(family))
-    return scheduler_class.from_config(config, prediction_type=family.schedule.prediction_type)
+    return scheduler_on(family.scheduler_config, sampler_class(family), prediction_type=family.schedule.prediction_type)
 
 
 def sampler_class(family: Family) -> str:

@@ -13,10 +13,6 @@ from PIL.PngImagePlugin import PngInfo
 from trainkit.files import atomic_write
 from trainkit.redact import redact
 
-SAMPLER_NAMES = {  # as WebUIs call them
-    "DPMSolverMultistepScheduler": "DPM++ 2M", "EDMDPMSolverMultistepScheduler": "DPM++ 2M",
-    "EDMEulerScheduler": "Euler",
-}
 TILE_PX = (192, 512)  # a sheet shows no image smaller or larger than this
 
 
@@ -35,10 +31,9 @@ def save_png(path: Path, image: Image.Image, parameters: str) -> None:
 def png_parameters(prompt: str, settings: Mapping[str, str | int | float], *, negative: str | None = None) -> str:
     """The text that a WebUI's PNG-info tab reads: the prompt, the negative prompt, and the settings in the last line.
 
-    The scheduler's class under "Sampler" becomes the name WebUIs have for it. Empty settings are left out.
+    Empty settings are left out.
     """
-    named = {**settings, "Sampler": SAMPLER_NAMES.get(str(settings["Sampler"]), settings["Sampler"])}
-    line = ", ".join(f"{name}: {value}" for name, value in named.items() if value != "")
+    line = ", ".join(f"{name}: {value}" for name, value in settings.items() if value != "")
     return "\n".join([prompt, *([f"Negative prompt: {negative}"] if negative else []), line])
 
 
@@ -58,19 +53,20 @@ PAPER, INK, FAINT, EDGE = "#f4f5f7", "#16181d", "#5d6470", "#d5d9e0"
 GAP, MARGIN, NAME_CHARS, LINE = 10, 24, 24, 20  # pixels, pixels, characters a line, pixels a line
 
 
-def sheet(rows: Sequence[Sequence[Image.Image]], *, columns: Sequence[str], names: Sequence[str],
+def sheet(rows: Sequence[Sequence[Image.Image | None]], *, columns: Sequence[str], names: Sequence[str],
           title: str) -> Image.Image:
     """A labelled contact sheet: `names` on the left of `rows`, `columns` above, `title` on top.
 
-    rows     images, one list per row, each as long as `columns`
+    rows     images, one list per row, each as long as `columns`; None leaves a place empty
     Small images are enlarged and large ones reduced until a tile is within TILE_PX.
     """
     assert len(names) == len(rows) and all(len(row) == len(columns) for row in rows), "a label per row and column"
-    tile = tile_px(max(max(image.size) for row in rows for image in row))
+    tile = tile_px(max(max(image.size) for row in rows for image in row if image))
     labels = [textwrap.wrap(name, NAME_CHARS)[: tile // LINE] for name in names]
     left = MARGIN + (max(width_px(line) for label in labels for line in label) + 2 * GAP if any(labels) else 0)
     top = MARGIN + 3 * LINE + GAP
-    size = (left + len(columns) * (tile + GAP) - GAP + MARGIN, top + len(rows) * (tile + GAP) - GAP + MARGIN)
+    wide = max(left + len(columns) * (tile + GAP) - GAP, MARGIN + round(font(20).getlength(title)))
+    size = (wide + MARGIN, top + len(rows) * (tile + GAP) - GAP + MARGIN)
     page = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(page)
     draw.text((MARGIN, MARGIN), title, fill=INK, font=font(20))
@@ -80,7 +76,8 @@ def sheet(rows: Sequence[Sequence[Image.Image]], *, columns: Sequence[str], name
         y = top + r * (tile + GAP)
         draw.multiline_text((MARGIN, y + tile // 2), "\n".join(label), fill=INK, font=font(), anchor="lm")
         for c, image in enumerate(row):
-            paste(page, image, (left + c * (tile + GAP), y), tile)
+            if image is not None:
+                paste(page, image, (left + c * (tile + GAP), y), tile)
     return page
 
 

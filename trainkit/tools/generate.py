@@ -21,6 +21,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,9 +41,13 @@ from trainkit.inference import (
     lora_name,
     lora_problems,
     missing_file,
+    sampled_by,
+    scheduler_of,
     tokenizers,
 )
 from trainkit.options.captions import LENGTHS, TOKENS
+from trainkit.options.prompt_lines import SEEDS, SIDE_STEP, PromptLine, read_prompt_lines
+from trainkit.options.samplers import SAMPLERS, sampler_named, sampler_problems, webui_name
 from trainkit.process import own_settings, say
 from trainkit.tools import ASSETS
 from trainkit.tools.checks import (
@@ -62,46 +67,64 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SEEDS = range(-(2**63), 2**64)  # that torch.manual_seed takes
-SIDE_STEP = 8  # pixels: the stock pipelines take no other sides
+ROWS = 25  # of a sheet: more would be more pixels than many programs open
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an image is generated; None is the default of the model or of the pipeline.
+
+    loras          each with its strength
+    width, height  in pixels
+    scheduler      a name of trainkit/options/samplers.py
+    """
+
+    loras: tuple[tuple[Path, float], ...]
+    width: int | None
+    height: int | None
+    steps: int
+    guidance_scale: float | None
+    scheduler: str | None
 
 
 @dataclass(frozen=True)
 class Shot:
     """One image to generate.
 
-    typed_prompt  the prompt as the user wrote it, `prompt` with the names of learned tokens
-    features      [D] of its guidance image, scaled, if it has one
+    line              what the user wrote
+    prompt, negative  the same with the names of learned tokens; no negative prompt is None
+    features          [D] of its guidance image, scaled, if it has one
     """
 
     number: int  # of the prompt, from 1
-    typed_prompt: str
+    file_name: str
+    line: PromptLine
     prompt: str
+    negative: str | None
     seed: int
+    settings: Settings
     image: Path | None = None
     features: Tensor | None = None
-
-    @property
-    def file_name(self) -> str:
-        return f"p{self.number:02d}_s{self.seed}.png"
 
 
 @own_settings()
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     refuse(text_problems(args))
+    args.lines = prompt_lines(args)
     refuse(problems(args))
     refuse(make_out(args.out))
     say("loading PyTorch, Diffusers and the model")
     shots = plan(args)
     pipe = load_pipeline(args.base, args.dtype, args.prediction_type)
-    fuse_loras(pipe, loras(args))
     if args.embeddings:
         renamed = add_new_tokens(pipe, args.embeddings)
-        shots = [replace(shot, prompt=renamed(shot.prompt)) for shot in shots]
+        shots = [replace(shot, prompt=renamed(shot.prompt), negative=shot.negative and renamed(shot.negative))
+                 for shot in shots]
     warn_of_full(pipe, shots, args.max_token_length // TOKENS)
     images = generate_images(pipe, args, shots)
-    write(pipe, args, shots, images)
+    sheets = write_sheets(pipe, args, shots, images)
+    print(f"{counted(len(images), 'image')} and {' and '.join(sheets)} in {args.out}")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -109,13 +132,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=described, allow_abbrev=False)
     add = parser.add_argument
     add_models(parser)
-    add("--prompt", action="append", required=True, metavar="TEXT", help="The prompt. Repeat this flag for several "
-        "prompts.")
-    add("--negative_prompt", metavar="TEXT", help="A negative prompt for all prompts.")
+    add_prompts(parser)
     add("--max_token_length", type=int, choices=LENGTHS, default=TOKENS, help="As in training. The default is 75.")
     add("--seeds", type=whole_numbers, default=(0,), metavar="A,B,..", help="The seeds. Each "
         "prompt gets one image for each seed. The default is 0.")
     add("--steps", type=int, default=25, help="The number of denoising steps. The default is 25.")
+    add("--scheduler", type=scheduler, metavar="NAME", help=f"How to denoise: {', '.join(SAMPLERS)}. The names of "
+        "WebUIs are read too, such as 'DPM++ 2M Karras'. Without this flag, it is the scheduler of the base model.")
     add("--guidance_scale", type=float, help="The strength of classifier-free guidance. Without this flag, it is "
         "the default of the pipeline.")
     add("--width", type=int, metavar="PIXELS", help="The width. The default is that of the model.")
@@ -134,10 +157,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", required=True, type=Path, metavar="DIR", help="The folder for the images and sheet.png.")
     add("--debug", action="store_true", help="Show a traceback with every error message.")
     args = parser.parse_args(argv)
+    if not args.prompt and not args.prompts_file:
+        parser.error("there is no prompt: give --prompt TEXT or --prompts_file FILE")
     named = [lora_and_strength(text) for text in args.lora]
-    args.lora, args.own_strength = [file for file, _ in named], [strength for _, strength in named]
+    args.lora, args.named_strength = [file for file, _ in named], [strength for _, strength in named]
     args.embeddings = args.embeddings and embeddings_of(args.embeddings)
     return args
+
+
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+    """The flags of what is asked for."""
+    add = parser.add_argument
+    add("--prompt", action="append", default=[], metavar="TEXT", help="The prompt. Repeat this flag for several "
+        "prompts.")
+    add("--prompts_file", type=Path, metavar="FILE", help="A text file with one prompt a line. Lines that begin with # "
+        "are comments. Behind a prompt, options can stand as in kohya's trainer: --n NEGATIVE_PROMPT, --w WIDTH, "
+        "--h HEIGHT, --d SEED, --l GUIDANCE_SCALE, --s STEPS, --ss SCHEDULER. They replace the flags for this line.")
+    add("--negative_prompt", metavar="TEXT", help="A negative prompt for all prompts without one of their own.")
 
 
 def add_models(parser: argparse.ArgumentParser) -> None:
@@ -159,8 +195,15 @@ def add_models(parser: argparse.ArgumentParser) -> None:
 def loras(args: argparse.Namespace) -> list[tuple[Path, float]]:
     """Each file with its strength."""
     given = iter(args.strength * len(args.lora) if len(args.strength) == 1 else args.strength)
-    return [(file, next(given, 1.0) if own is None else own)
-            for file, own in zip(args.lora, args.own_strength, strict=True)]
+    return [(file, next(given, 1.0) if named is None else named)
+            for file, named in zip(args.lora, args.named_strength, strict=True)]
+
+
+def scheduler(text: str) -> str:
+    try:
+        return sampler_named(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}") from error
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
@@ -172,18 +215,19 @@ def whole_numbers(text: str) -> tuple[int, ...]:
 
 
 def problems(args: argparse.Namespace) -> Iterator[Problem]:
-    yield from base_problems(args.base, args.embeddings, sized=not (args.width and args.height),
-                             prediction_type=args.prediction_type)
+    sized = all((line.width or args.width) and (line.height or args.height) for line in args.lines)
+    found = base_problems(args.base, args.embeddings, sized=not sized, prediction_type=args.prediction_type)
+    yield from found or scheduler_problems(args)
     named = [("--lora", file) for file in args.lora] + [("--guidance_image", file) for file in args.guidance_image]
     named += [("--embeddings", args.embeddings)] if args.embeddings else []
     yield from (missing_file(flag, file, "it is read first") for flag, file in named if not file.is_file())
     yield from lora_problems(args.lora, args.base)
-    without = args.own_strength.count(None)
+    without = args.named_strength.count(None)
     if args.strength and (not without or len(args.strength) not in {1, without}):
         yield Problem(f"{counted(len(args.strength), 'strength')} for {without} LoRAs without one", "--strength",
                       "it is one for all, or one for each", "give --strength once, or once for each --lora without :X")
-    if len(args.guidance_image) not in (0, 1, len(args.prompt)):
-        yield Problem(f"{len(args.guidance_image)} guidance images for {len(args.prompt)} prompts", "--guidance_image",
+    if len(args.guidance_image) not in (0, 1, len(args.lines)):
+        yield Problem(f"{len(args.guidance_image)} guidance images for {len(args.lines)} prompts", "--guidance_image",
                       "it is one for all, or one for each", "give --guidance_image once, or as often as --prompt")
     for flag in ("guidance_features", "guidance_both_branches"):
         if getattr(args, flag) and not args.guidance_image:
@@ -203,13 +247,43 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
     yield from out_problems(args.out)
 
 
+def scheduler_problems(args: argparse.Namespace) -> list[Problem]:
+    """Schedulers that cannot denoise with the base model; one problem for each."""
+    from trainkit.families.single_file import model_at
+
+    config = model_at(args.base, "--base").glance("scheduler/scheduler_config.json")
+    asked = [(line.scheduler or args.scheduler, line.steps or args.steps) for line in args.lines]
+    found = [problem for name, steps in dict.fromkeys(asked) if name
+             for problem in sampler_problems(name, config, steps, "--scheduler")]
+    return list({problem.where: problem for problem in found}.values())
+
+
+def prompt_lines(args: argparse.Namespace) -> list[PromptLine]:
+    """What --prompt and the lines of --prompts_file say. UserError: the file has no prompts, or unknown options."""
+    lines = [PromptLine(prompt) for prompt in args.prompt]
+    return lines + (read_prompt_lines(args.prompts_file, "--prompts_file") if args.prompts_file else [])
+
+
 def plan(args: argparse.Namespace) -> list[Shot]:
     """Every prompt from every seed, each prompt's shots with the features of its own guidance image."""
-    images = args.guidance_image * (len(args.prompt) if len(args.guidance_image) == 1 else 1)
+    images = args.guidance_image * (len(args.lines) if len(args.guidance_image) == 1 else 1)
     features = guidance_features(args) if images else {}
-    beside = images or [None] * len(args.prompt)
-    return [Shot(number, prompt, prompt, seed, image, features.get(image))
-            for number, (prompt, image) in enumerate(zip(args.prompt, beside, strict=True), 1) for seed in args.seeds]
+    digits = max(2, len(str(len(args.lines))))
+    shots = []
+    for number, (line, image) in enumerate(zip(args.lines, images or [None] * len(args.lines), strict=True), 1):
+        negative = args.negative_prompt if line.negative_prompt is None else line.negative_prompt
+        for seed in args.seeds if line.seed is None else [line.seed]:
+            name = f"p{number:0{digits}d}_s{seed}.png"
+            shots.append(Shot(number, name, line, line.prompt, negative, seed, settings_of(args, line), image,
+                              features.get(image)))
+    return shots
+
+
+def settings_of(args: argparse.Namespace, line: PromptLine) -> Settings:
+    """The flags, and what a line replaces of them."""
+    guidance_scale = args.guidance_scale if line.guidance_scale is None else line.guidance_scale
+    return Settings(tuple(loras(args)), line.width or args.width, line.height or args.height, line.steps or args.steps,
+                    guidance_scale, line.scheduler or args.scheduler)
 
 
 def guidance_features(args: argparse.Namespace) -> dict[Path, Tensor]:
@@ -254,8 +328,11 @@ def computed(args: argparse.Namespace) -> dict[Path, Tensor]:
 # Drawing
 
 
-def chunks(shots: Sequence[Shot], size: int) -> Iterator[Sequence[Shot]]:
-    yield from (shots[start : start + size] for start in range(0, len(shots), size))
+def batches(shots: Sequence[Shot], size: int) -> Iterator[Sequence[Shot]]:
+    """Neighbours that the pipeline can generate at once, `size` of them at most."""
+    for _, alike in groupby(shots, key=lambda shot: (shot.settings, shot.negative is None)):
+        together = list(alike)
+        yield from (together[start : start + size] for start in range(0, len(together), size))
 
 
 def warn_of_full(pipe: Pipeline, shots: Sequence[Shot], max_chunks: int) -> None:
@@ -276,7 +353,7 @@ def encode(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) -> d
     from trainkit.conditioning.clip_token import with_token
     from trainkit.families.tokenize import has_free_place, prompt_lengths
 
-    negative = None if args.negative_prompt is None else [args.negative_prompt] * len(shots)
+    negative = None if shots[0].negative is None else [shot.negative or "" for shot in shots]
     most = args.max_token_length // TOKENS
     text = encode_prompts(pipe, [shot.prompt for shot in shots], negative, max_chunks=most)
     if shots[0].features is None:
@@ -292,14 +369,29 @@ def encode(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) -> d
 
 
 def generate_images(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) -> list[Image]:
-    """Every image, with a line that tells how far it is."""
+    """Write every image as soon as it is done, with a line that tells how far it is -> them as small as on a sheet."""
     from trainkit.runtime.progress import watched
 
     images: list[Image] = []
     with watched("generating images", len(shots)) as show:
-        for some in chunks(shots, args.batch_size):
-            images += run_pipeline(pipe, args, some, after_denoising_step(show, len(images), len(some)))
-            show(len(images))
+        for loras, alike in groupby(shots, key=lambda shot: shot.settings.loras):
+            fuse_loras(pipe, loras)
+            for some in batches(list(alike), args.batch_size):
+                images += written(pipe, args, some, after_denoising_step(show, len(images), len(some)))
+                show(len(images))
+    return images
+
+
+def written(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot], after_step: Callable[..., dict]
+            ) -> list[Image]:
+    """Generate and write some images -> them as small as on a sheet."""
+    from trainkit.sheets import TILE_PX, save_png
+
+    images = run_pipeline(pipe, args, shots, after_step)
+    with writing_to(args.out):
+        for shot, image in zip(shots, images, strict=True):
+            save_png(args.out / shot.file_name, image, parameters(pipe, args, shot, image))
+            image.thumbnail((TILE_PX[1], TILE_PX[1]))
     return images
 
 
@@ -307,65 +399,82 @@ def run_pipeline(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]
                  ) -> list[Image]:
     import torch
 
+    settings = shots[0].settings
     with torch.no_grad():
         text = encode(pipe, args, shots)
     noise = [torch.Generator().manual_seed(shot.seed) for shot in shots]
-    width, height = size(pipe, args)
-    return finite_images(pipe, **text, height=height, width=width, num_inference_steps=args.steps,
-                         guidance_scale=scale(pipe, args), generator=noise, callback_on_step_end=after_step)
+    width, height = size(pipe, settings)
+    with sampled_by(pipe, settings.scheduler):
+        return finite_images(pipe, **text, height=height, width=width, num_inference_steps=settings.steps,
+                             guidance_scale=scale(pipe, settings), generator=noise, callback_on_step_end=after_step)
 
 
-def size(pipe: Pipeline, args: argparse.Namespace) -> tuple[int, int]:
+def size(pipe: Pipeline, settings: Settings) -> tuple[int, int]:
     """Width and height in pixels; the stock pipelines would overlook one that is asked for alone."""
     default = pipe.unet.config.sample_size
     high, wide = default if isinstance(default, (list, tuple)) else (default, default)
-    return args.width or wide * pipe.vae_scale_factor, args.height or high * pipe.vae_scale_factor
+    return settings.width or wide * pipe.vae_scale_factor, settings.height or high * pipe.vae_scale_factor
 
 
-def scale(pipe: Pipeline, args: argparse.Namespace) -> float:
+def scale(pipe: Pipeline, settings: Settings) -> float:
     default = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
-    return default if args.guidance_scale is None else args.guidance_scale
+    return default if settings.guidance_scale is None else settings.guidance_scale
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
 
 
-def write(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot], images: Sequence[Image]) -> None:
+def write_sheets(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot], images: Sequence[Image]
+                 ) -> list[str]:
+    """sheet.png, and more of them for many prompts -> their names."""
     from trainkit.sheets import save_png
 
-    page = contact_sheet(args, shots, images)
-    with writing_to(args.out):
-        for shot, image in zip(shots, images, strict=True):
-            save_png(args.out / shot.file_name, image, parameters(pipe, args, shot, image))
-        save_png(args.out / "sheet.png", page, parameters(pipe, args, shots[0], images[0]))
-    print(f"{counted(len(images), 'image')} and sheet.png in {args.out}")
+    rows = [list(row) for _, row in groupby(zip(shots, images, strict=True), key=lambda pair: pair[0].number)]
+    names = []
+    for start in range(0, len(rows), ROWS):
+        some = rows[start : start + ROWS]
+        names.append(f"sheet_{start // ROWS + 1:02d}.png" if start else "sheet.png")
+        with writing_to(args.out):
+            first = some[0][0]
+            save_png(args.out / names[-1], contact_sheet(args, some), parameters(pipe, args, *first))
+    return names
 
 
-def contact_sheet(args: argparse.Namespace, shots: Sequence[Shot], images: Sequence[Image]) -> Image:
+def contact_sheet(args: argparse.Namespace, rows: Sequence[Sequence[tuple[Shot, Image]]]) -> Image:
     """Rows: prompts, columns: seeds, and the guidance image last where there is one."""
     from trainkit.data.images import decode
     from trainkit.sheets import sheet
 
-    across = len(args.seeds)
-    rows = [list(images[start : start + across]) for start in range(0, len(images), across)]
-    columns = [f"seed {seed}" for seed in args.seeds]
-    if args.guidance_image:
-        columns.append("guidance image")
-        for row, shot in zip(rows, shots[::across], strict=True):
-            assert shot.image is not None, "every shot has one, or none"
-            row.append(decode(shot.image.read_bytes()))
+    across = max(len(row) for row in rows)
+    seeds = {tuple(shot.seed for shot, _ in row) for row in rows}
+    columns = [f"seed {seed}" for seed in next(iter(seeds))] if len(seeds) == 1 else [""] * across
+    names, tiles = [], []
+    for row in rows:
+        shot = row[0][0]
+        names.append(shot.line.prompt if len(seeds) == 1 else f"{shot.line.prompt} (seed {listing_of_seeds(row)})")
+        tiles.append([image for _, image in row] + [None] * (across - len(row)))
+        if shot.image:
+            tiles[-1].append(decode(shot.image.read_bytes()))
+    columns += ["guidance image"] if args.guidance_image else []
     title = " + ".join([Path(args.base).name, *map(lora_name, args.lora)])
-    return sheet(rows, columns=columns, names=args.prompt, title=title)
+    return sheet(tiles, columns=columns, names=names, title=title)
+
+
+def listing_of_seeds(row: Sequence[tuple[Shot, Image]]) -> str:
+    return ", ".join(str(shot.seed) for shot, _ in row)
 
 
 def parameters(pipe: Pipeline, args: argparse.Namespace, shot: Shot, image: Image) -> str:
     """The text of the PNG file."""
     from trainkit.sheets import png_parameters
 
-    return png_parameters(shot.typed_prompt, {
-        "Steps": args.steps, "Sampler": type(pipe.scheduler).__name__, "CFG scale": scale(pipe, args),
-        "Seed": shot.seed, "Size": f"{image.width}x{image.height}", "Model": Path(args.base).name,
-        "LoRA": " ".join(f"{file.parent.name}/{file.name}:{strength:g}" for file, strength in loras(args)),
+    settings = shot.settings
+    used = scheduler_of(pipe, settings.scheduler)
+    return png_parameters(shot.line.prompt, {
+        "Steps": settings.steps, "Sampler": webui_name(type(used).__name__, used.config),
+        "CFG scale": scale(pipe, settings), "Seed": shot.seed, "Size": f"{image.width}x{image.height}",
+        "Model": Path(args.base).name,
+        "LoRA": " ".join(f"{file.parent.name}/{file.name}:{strength:g}" for file, strength in settings.loras),
         "Guidance image": shot.image.name if shot.image else "",
-    }, negative=args.negative_prompt)
+    }, negative=args.negative_prompt if shot.line.negative_prompt is None else shot.line.negative_prompt)
