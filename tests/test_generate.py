@@ -20,7 +20,16 @@ from tests.support.loras import random_lora
 from tests.support.tiny_models import build_tiny_clip
 from trainkit.data.clip_features import load_clip
 from trainkit.errors import Problem, UserError
-from trainkit.inference import Pipeline, fused_loras, load_pipeline, lora_and_strength, lora_name
+from trainkit.families import sd
+from trainkit.inference import (
+    Pipeline,
+    add_embedding,
+    encode_prompts,
+    fused_loras,
+    load_pipeline,
+    lora_and_strength,
+    lora_name,
+)
 from trainkit.options.prompt_lines import PromptLine, parse_line, read_prompt_lines
 from trainkit.runtime.weight_files import DIFFUSERS_FILE
 from trainkit.tools import extract_clip_features, generate
@@ -230,6 +239,41 @@ def test_learned_words_are_drawn(tiny_sdxl, tiny_sd, tmp_path):
     assert Image.open(tmp_path / "1" / "p01_s0.png").info["parameters"].startswith("a TOK dog\n")
     problem, = refused(tiny_sd, tmp_path / "out", f"--embeddings={file}")
     assert "--embeddings" in problem.where and "SDXL" in problem.why
+
+
+@pytest.mark.trains
+def test_an_embedding_of_another_program_counts_in_both_prompts(tiny_sd, lora, tmp_path):
+    """Its word is the file's name; the token is the row, and the word elsewhere stays a word."""
+    from safetensors.torch import save_file
+
+    save_file({"emb_params": torch.ones(2, 24)}, file := tmp_path / "bad-hands.v1.safetensors")
+    pipe = load_pipeline(str(tiny_sd), "float32")
+    renamed = add_embedding(pipe, file)
+    assert renamed("bad-hands.v1, bad-hands.v12") == "<bad-hands.v1-0><bad-hands.v1-1>, bad-hands.v12"
+    ids = pipe.tokenizer(renamed("bad-hands.v1")).input_ids[1:3]
+    assert torch.equal(pipe.text_encoder.get_input_embeddings().weight[ids], torch.ones(2, 24))
+    flags = (f"--embedding={file}", "--negative_prompt=bad-hands.v1")
+    plain, taught = (drawn(tiny_sd, tmp_path / f"{i}", *more)[0] for i, more in enumerate((flags[1:], flags)))
+    assert not near(plain, taught)
+    said = Image.open(tmp_path / "1" / "p01_s0.png").info["parameters"]
+    assert "\nNegative prompt: bad-hands.v1\n" in said
+    save_file({"emb_params": torch.ones(2, 32)}, other := tmp_path / "other.safetensors")
+    (torn := tmp_path / "torn.pt").write_bytes(b"PK")
+    for wrong, words in ((other, "32 wide"), (lora / DIFFUSERS_FILE, "it is a LoRA"), (torn, "torn.pt")):
+        problem, = refused(tiny_sd, tmp_path / "out", f"--embedding={wrong}")
+        assert words in f"{problem.what} {problem.why} {problem.where}"
+
+
+@pytest.mark.trains
+def test_clip_skip_is_that_of_the_training(tiny_sd):
+    pipe, given = load_pipeline(str(tiny_sd), "float32"), {}
+    with torch.no_grad():
+        for skip in (None, 0, 1):
+            given[skip] = encode_prompts(pipe, ["a dog"], None, clip_skip=skip)["prompt_embeds"]
+        trained = sd.encode([pipe.tokenizer], pipe.text_encoder, ["a dog"], 1)
+    torch.testing.assert_close(given[1], trained)
+    torch.testing.assert_close(given[0], given[None])
+    assert not torch.allclose(given[1], given[0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -7,13 +7,14 @@ fast.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainkit.errors import Problem, UserError, refuse
+from trainkit.options.text_encoders import replace_words
 from trainkit.runtime.weight_files import (
     DIFFUSERS_FILE,
     STEP,
@@ -330,7 +331,6 @@ def add_new_tokens(pipe: Pipeline, file: Path) -> Callable[[str], str]:
     """Give the pipeline the new tokens of an embeddings file -> what puts their names for their words in a prompt."""
     from trainkit.conditioning.new_tokens import ENCODERS, read_header
     from trainkit.files import load_tensors
-    from trainkit.options.text_encoders import replace_words
 
     header, rows = read_header(file), load_tensors(file)
     pairs = ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2))
@@ -342,6 +342,53 @@ def add_new_tokens(pipe: Pipeline, file: Path) -> Callable[[str], str]:
     return lambda prompt: replace_words(prompt, table)
 
 
+def add_embedding(pipe: Pipeline, file: Path) -> Callable[[str], str]:
+    """Give the pipeline the embedding of any program's file -> what puts its tokens for its word in a prompt.
+
+    The word is the file's name without its ending, as in WebUIs, or the name that the file gives it. A file of a run
+    of ours has its own words. UserError: it holds no embedding, or one of another kind of model.
+    """
+    from trainkit.conditioning.new_tokens import TOKENS, read_header
+    from trainkit.lora_file import LoraFile
+
+    where = f"--embedding {file}"
+    found = LoraFile.read(file, where=where)
+    if found.layers or not found.embeddings:
+        refuse([Problem(f"{file.name} is no file of embeddings", where, "it is a LoRA" if found.layers else
+                        "it has no rows for a text encoder", "name it with --lora" if found.layers else
+                        "name another file", "data")])
+    if TOKENS in found.metadata and "" in found.embeddings:
+        table = {word: "".join(names) for word, names in read_header(file).tokens.items()}
+        named = [(read_header(file).names, found.embeddings[""])]
+    else:
+        named = [(token_names(name or file.stem, rows), rows) for name, rows in found.embeddings.items()]
+        table = {name or file.stem: "".join(tokens)
+                 for name, (tokens, _) in zip(found.embeddings, named, strict=True)}
+    for tokens, rows in named:
+        load_rows(pipe, tokens, rows, file)
+    return lambda prompt: replace_words(prompt, table)
+
+
+def token_names(word: str, rows: Mapping[str, Tensor]) -> list[str]:
+    return [f"<{word}-{k}>" for k in range(len(next(iter(rows.values()))))]
+
+
+def load_rows(pipe: Pipeline, tokens: list[str], rows: Mapping[str, Tensor], file: Path) -> None:
+    """New tokens for each text encoder of the pipeline. UserError: they are for other text encoders."""
+    parts = {"clip_l": (pipe.tokenizer, pipe.text_encoder)}
+    if getattr(pipe, "text_encoder_2", None) is not None:
+        parts["clip_g"] = (pipe.tokenizer_2, pipe.text_encoder_2)
+    wanted = {name: encoder.config.hidden_size for name, (_, encoder) in parts.items()}
+    widths = {name: tensor.shape[-1] for name, tensor in rows.items()}
+    if widths != wanted:
+        refuse([Problem("the embedding does not fit the base model", f"--embedding {file}", f"its rows are "
+                        f"{' and '.join(map(str, widths.values()))} wide, and the text encoders are "
+                        f"{' and '.join(map(str, wanted.values()))} wide", "name the base model it was made for with "
+                        "--base, or leave it out", "data")])
+    for name, (tokenizer, encoder) in parts.items():
+        pipe.load_textual_inversion(rows[name], token=tokens, tokenizer=tokenizer, text_encoder=encoder)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Prompts
 
@@ -350,14 +397,15 @@ def tokenizers(pipe: Pipeline) -> list:
     return [one for one in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if one is not None]
 
 
-def encode_prompts(pipe: Pipeline, prompts: Sequence[str], negative: Sequence[str] | None, *, max_chunks: int = 1
-                   ) -> dict[str, Tensor]:
+def encode_prompts(pipe: Pipeline, prompts: Sequence[str], negative: Sequence[str] | None, *, max_chunks: int = 1,
+                   clip_skip: int | None = None) -> dict[str, Tensor]:
     """Prompts as those arguments of the pipeline that take them encoded.
 
     negative    None: what the pipeline takes without a negative prompt
     max_chunks  of tokens that a long prompt is read in, as in training; with one, the pipeline itself encodes
+    clip_skip   layers of the text encoders that are left out, as in training
     """
-    if max_chunks == 1:
+    if max_chunks == 1 and clip_skip is None:  # Diffusers 0.42 cannot leave out layers with Transformers 5
         return dict(zip(EMBEDS, pipe.encode_prompt(
             prompt=list(prompts), device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=True,
             negative_prompt=negative and list(negative)), strict=False))  # SD has the first two
@@ -365,23 +413,24 @@ def encode_prompts(pipe: Pipeline, prompts: Sequence[str], negative: Sequence[st
 
     from trainkit.condition import equally_long
 
-    given = _encoded_in_chunks(pipe, prompts, max_chunks)
+    given = _encoded_in_chunks(pipe, prompts, max_chunks, clip_skip)
     if negative is None and pipe.config.get("force_zeros_for_empty_prompt"):
         absent = [torch.zeros_like(tensor) for tensor in given]
     else:
-        absent = _encoded_in_chunks(pipe, negative or [""] * len(prompts), max_chunks)
+        absent = _encoded_in_chunks(pipe, negative or [""] * len(prompts), max_chunks, clip_skip)
     embeds = equally_long([given[0], absent[0]])
     return dict(zip(EMBEDS, [*embeds, *given[1:], *absent[1:]], strict=False))
 
 
-def _encoded_in_chunks(pipe: Pipeline, prompts: Sequence[str], max_chunks: int) -> list[Tensor]:
+def _encoded_in_chunks(pipe: Pipeline, prompts: Sequence[str], max_chunks: int, clip_skip: int | None
+                       ) -> list[Tensor]:
     """-> [embeds [B,T,D]], and of SDXL the pooled text [B,P]."""
     from trainkit.families import sd, sdxl
 
     if hasattr(pipe, "text_encoder_2"):
         encoders = (pipe.text_encoder, pipe.text_encoder_2)
-        return [*sdxl.encode(tokenizers(pipe), encoders, prompts, max_chunks=max_chunks)]
-    return [sd.encode(tokenizers(pipe), pipe.text_encoder, prompts, max_chunks=max_chunks)]
+        return [*sdxl.encode(tokenizers(pipe), encoders, prompts, clip_skip, max_chunks)]
+    return [sd.encode(tokenizers(pipe), pipe.text_encoder, prompts, clip_skip, max_chunks)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

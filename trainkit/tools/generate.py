@@ -29,6 +29,7 @@ from trainkit.errors import Problem, counted, refuse
 from trainkit.inference import (
     DTYPES,
     PREDICTION_TYPES,
+    add_embedding,
     add_new_tokens,
     after_denoising_step,
     base_problems,
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MOST_SKIPPED = 10  # layers: CLIP-L, the smallest released text encoder, has 12
 ROWS = 25  # of a sheet: more would be more pixels than many programs open
 
 
@@ -117,8 +119,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     say("loading PyTorch, Diffusers and the model")
     shots = plan(args)
     pipe = load_pipeline(args.base, args.dtype, args.prediction_type)
-    if args.embeddings:
-        renamed = add_new_tokens(pipe, args.embeddings)
+    added = [add_embedding(pipe, file) for file in dict.fromkeys(args.embedding)]
+    added += [add_new_tokens(pipe, args.embeddings)] if args.embeddings else []
+    for renamed in added:
         shots = [replace(shot, prompt=renamed(shot.prompt), negative=shot.negative and renamed(shot.negative))
                  for shot in shots]
     warn_of_full(pipe, shots, args.max_token_length // TOKENS)
@@ -136,6 +139,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max_token_length", type=int, choices=LENGTHS, default=TOKENS, help="As in training. The default is 75.")
     add("--seeds", type=whole_numbers, default=(0,), metavar="A,B,..", help="The seeds. Each "
         "prompt gets one image for each seed. The default is 0.")
+    add("--clip_skip", type=int, metavar="N", help="How many of the last layers of the text encoders are left out, as "
+        "in training. What WebUIs call clip skip 2 is 1 here.")
     add("--steps", type=int, default=25, help="The number of denoising steps. The default is 25.")
     add("--scheduler", type=scheduler, metavar="NAME", help=f"How to denoise: {', '.join(SAMPLERS)}. The names of "
         "WebUIs are read too, such as 'DPM++ 2M Karras'. Without this flag, it is the scheduler of the base model.")
@@ -190,6 +195,9 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         "no :X. Give one for all of them, or repeat this flag for each in their order. The default is 1.")
     add("--embeddings", type=Path, metavar="FILE", help="The file NAME_emb.safetensors of a run with new tokens. "
         "It can also be a folder or RUN@STEP. The tokens then take the place of their words in the prompts.")
+    add("--embedding", type=Path, action="append", default=[], metavar="FILE", help="An embedding of any program, in "
+        "safetensors: A1111's, Diffusers' or ours. In prompts and negative prompts, write the file's name without its "
+        "ending. Repeat this flag for several embeddings.")
 
 
 def loras(args: argparse.Namespace) -> list[tuple[Path, float]]:
@@ -220,6 +228,7 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
     yield from found or scheduler_problems(args)
     named = [("--lora", file) for file in args.lora] + [("--guidance_image", file) for file in args.guidance_image]
     named += [("--embeddings", args.embeddings)] if args.embeddings else []
+    named += [("--embedding", file) for file in args.embedding]
     yield from (missing_file(flag, file, "it is read first") for flag, file in named if not file.is_file())
     yield from lora_problems(args.lora, args.base)
     without = args.named_strength.count(None)
@@ -238,6 +247,9 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
         if side is not None and (side < SIDE_STEP or side % SIDE_STEP):
             yield Problem(f"--{flag} {side}", f"--{flag}", f"sides are multiples of {SIDE_STEP} pixels",
                           f"--{flag} {max(SIDE_STEP, round(side / SIDE_STEP) * SIDE_STEP)}")
+    if args.clip_skip is not None and not 0 <= args.clip_skip <= MOST_SKIPPED:
+        yield Problem(f"--clip_skip {args.clip_skip}", "--clip_skip", "text encoders have no such layer",
+                      f"--clip_skip 0 to {MOST_SKIPPED}")
     yield from number_problems(args, counts=("steps", "batch_size"),
                                reals=("strength", "guidance_scale", "guidance_token_scale"))
     yield from (Problem(f"seed {seed}", "--seeds", "it is no number of 64 bits", f"{SEEDS[0]} to {SEEDS[-1]}")
@@ -355,7 +367,8 @@ def encode(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) -> d
 
     negative = None if shots[0].negative is None else [shot.negative or "" for shot in shots]
     most = args.max_token_length // TOKENS
-    text = encode_prompts(pipe, [shot.prompt for shot in shots], negative, max_chunks=most)
+    text = encode_prompts(pipe, [shot.prompt for shot in shots], negative, max_chunks=most,
+                          clip_skip=args.clip_skip)
     if shots[0].features is None:
         return text
     tokens = torch.stack([shot.features for shot in shots if shot.features is not None])  # [B,D], row i for image i
@@ -474,7 +487,7 @@ def parameters(pipe: Pipeline, args: argparse.Namespace, shot: Shot, image: Imag
     return png_parameters(shot.line.prompt, {
         "Steps": settings.steps, "Sampler": webui_name(type(used).__name__, used.config),
         "CFG scale": scale(pipe, settings), "Seed": shot.seed, "Size": f"{image.width}x{image.height}",
-        "Model": Path(args.base).name,
+        "Clip skip": "" if args.clip_skip is None else args.clip_skip + 1, "Model": Path(args.base).name,
         "LoRA": " ".join(f"{file.parent.name}/{file.name}:{strength:g}" for file, strength in settings.loras),
         "Guidance image": shot.image.name if shot.image else "",
     }, negative=args.negative_prompt if shot.line.negative_prompt is None else shot.line.negative_prompt)
