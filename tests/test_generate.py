@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import inspect
 import json
@@ -28,11 +29,13 @@ from trainkit.inference import (
     fused_loras,
     load_pipeline,
     lora_and_strength,
+    lora_file,
     lora_name,
 )
 from trainkit.options.prompt_lines import PromptLine, parse_line, read_prompt_lines
 from trainkit.runtime.weight_files import DIFFUSERS_FILE
 from trainkit.tools import extract_clip_features, generate
+from trainkit.tools.grids import axis, labelled
 
 LONG = "a cat " * 60  # fills the context
 
@@ -155,6 +158,53 @@ def test_lines_of_utf16_are_read(tmp_path):
     assert read_prompt_lines(file, "--prompts_file") == [PromptLine("一只狐狸", seed=3)]
 
 
+@pytest.mark.trains
+def test_each_image_of_a_grid_is_what_its_flags_alone_make(tiny_sd, lora, tmp_path):
+    """The base's weights come back between LoRAs, and the columns are the first axis."""
+    for step in (1, 2):
+        (tmp_path / "run" / f"checkpoint-{step}").mkdir(parents=True)
+        random_lora(tiny_sd, tmp_path / "run" / f"checkpoint-{step}" / DIFFUSERS_FILE, f"{step}")
+    run = f"--lora={tmp_path}/run"
+    generate.main([f"--base={tiny_sd}", f"--out={tmp_path}/grid", "--steps=2", "--prompt=a dog", run,
+                   f"--lora={lora}:0.5", "--grid=step=1,2", "--grid=strength=0,0.5,-1"])
+    names = sorted(path.name for path in (tmp_path / "grid").iterdir())
+    assert names == [f"r{row:02d}_c{column:02d}_s0.png" for row in (1, 2, 3) for column in (1, 2)] + ["sheet.png"]
+    for row, column, strength, step in ((1, 2, 0, 2), (2, 1, 0.5, 1), (3, 2, -1, 2)):
+        alone, = drawn(tiny_sd, tmp_path / f"{row}{column}", f"{run}@{step}:{strength}", f"--lora={lora}:0.5",
+                       prompts=["a dog"])
+        image = Image.open(tmp_path / "grid" / f"r{row:02d}_c{column:02d}_s0.png")
+        assert near(np.asarray(image).astype(int), alone)
+        assert f"checkpoint-{step}/{DIFFUSERS_FILE}:{strength}" in image.info["parameters"]
+
+
+def test_the_axes_of_a_grid_are_read_and_labelled():
+    lines = [PromptLine("a fox"), PromptLine("")]
+    assert labelled(axis("strength=0, .5,1,1"), lines) == [
+        ("strength 0", {"strength": 0.0}), ("strength 0.5", {"strength": 0.5}), ("strength 1", {"strength": 1.0})]
+    assert labelled(axis("scheduler=Euler a,dpm++ 2m karras"), lines) == [
+        ("Euler a", {"scheduler": "euler_a"}), ("DPM++ 2M Karras", {"scheduler": "dpmpp_2m_karras"})]
+    assert [label for label, _ in labelled(axis("prompt"), lines)] == ["a fox", "(no prompt)"]
+    for text, words in (("size=1", "none of strength"), ("seed", "no values"), ("seed=", "no values"),
+                        ("seed=x", "x is no"), ("prompt=a", "with --prompt"), ("strength=nan", "finite"),
+                        ("strength=a", "a is no list of numbers"), ("step=x", "x is no whole number"),
+                        ("step=0", "1 or more"), ("scheduler=fast", "no scheduler 'fast'")):
+        with pytest.raises(argparse.ArgumentTypeError, match=words):
+            axis(text)
+
+
+def test_what_does_not_go_with_a_grid_is_refused(tiny_sd, lora, tmp_path):
+    for flags, words in (
+            (("--grid=seed=1", "--grid=seed=2"), "two different axes"),
+            (("--grid=strength=1",), "whose strength is open"),
+            ((f"--lora={lora}:1", "--grid=strength=1"), "whose strength is open"),
+            (("--grid=seed=1", "--grid=scheduler=euler", "--prompt=b"), "2 prompts in a grid"),
+            (("--grid=scheduler=euler", "--seeds=1,2"), "2 seeds in a grid"), ((f"--grid=seed={2**64}",), "64 bits"),
+            (("--grid=step=1",), "without the folder of a run"), ((f"--lora={lora}", "--grid=step=9"), "checkpoint-9"),
+            (("--grid=scheduler=edm_euler",), "does not fit")):
+        problem, = refused(tiny_sd, tmp_path / "out", *flags)
+        assert words in f"{problem.what}: {problem.why}"
+
+
 def test_sizes_are_asked_for_or_the_models(tiny_sd, tmp_path):
     assert drawn(tiny_sd, tmp_path, "--width=96", "--height=32")[0].shape == (32, 96, 3)
     assert drawn(tiny_sd, tmp_path / "wide", "--width=96")[0].shape == (64, 96, 3), "the other side is the model's"
@@ -208,7 +258,8 @@ def test_a_lora_names_its_strength(tmp_path):
             ("C:\\loras\\a.safetensors", Path("C:\\loras\\a.safetensors"), None),
             ("C:\\a.safetensors:1.", Path("C:\\a.safetensors"), 1.0), ("a:nan", Path("a:nan"), None),
             ("runs/dog@500:2", Path("runs/dog/checkpoint-500") / DIFFUSERS_FILE, 2.0)):
-        assert lora_and_strength(text) == (file, strength), text
+        path, named = lora_and_strength(text)
+        assert (lora_file(path), named) == (file, strength), text
 
 
 @pytest.mark.trains

@@ -65,8 +65,8 @@ def lora_and_strength(text: str) -> tuple[Path, float | None]:
     """
     name, colon, end = text.rpartition(":")
     if colon and NUMBER.fullmatch(end) and not Path(text).exists() and not lora_file(Path(text)).exists():
-        return lora_file(Path(name)), float(end)
-    return lora_file(Path(text)), None
+        return Path(name), float(end)
+    return Path(text), None
 
 
 def embeddings_of(path: Path) -> Path:

@@ -51,6 +51,7 @@ def is_of(path: Path, prompt: str) -> bool:
 
 PAPER, INK, FAINT, EDGE = "#f4f5f7", "#16181d", "#5d6470", "#d5d9e0"
 GAP, MARGIN, NAME_CHARS, LINE = 10, 24, 24, 20  # pixels, pixels, characters a line, pixels a line
+CHAR, HEAD_LINES = 8, 4  # pixels of a character, lines above a column
 
 
 def sheet(rows: Sequence[Sequence[Image.Image | None]], *, columns: Sequence[str], names: Sequence[str],
@@ -62,16 +63,19 @@ def sheet(rows: Sequence[Sequence[Image.Image | None]], *, columns: Sequence[str
     """
     assert len(names) == len(rows) and all(len(row) == len(columns) for row in rows), "a label per row and column"
     tile = tile_px(max(max(image.size) for row in rows for image in row if image))
-    labels = [textwrap.wrap(name, NAME_CHARS)[: tile // LINE] for name in names]
+    labels = [textwrap.wrap(name, NAME_CHARS, max_lines=tile // LINE, placeholder=" …") for name in names]
+    heads = [textwrap.wrap(name, tile // CHAR, max_lines=HEAD_LINES, placeholder=" …") for name in columns]
     left = MARGIN + (max(width_px(line) for label in labels for line in label) + 2 * GAP if any(labels) else 0)
-    top = MARGIN + 3 * LINE + GAP
+    top = MARGIN + (2 + max(1, *map(len, heads))) * LINE + GAP
     wide = max(left + len(columns) * (tile + GAP) - GAP, MARGIN + round(font(20).getlength(title)))
     size = (wide + MARGIN, top + len(rows) * (tile + GAP) - GAP + MARGIN)
     page = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(page)
     draw.text((MARGIN, MARGIN), title, fill=INK, font=font(20))
-    for c, column in enumerate(columns):
-        draw.text((left + c * (tile + GAP) + tile // 2, top - GAP), column, fill=FAINT, font=font(), anchor="ms")
+    for c, head in enumerate(heads):
+        x = left + c * (tile + GAP) + tile // 2
+        for above, line in enumerate(reversed(head)):
+            draw.text((x, top - GAP - above * LINE), line, fill=FAINT, font=font(), anchor="ms")
     for r, (row, label) in enumerate(zip(rows, labels, strict=True)):
         y = top + r * (tile + GAP)
         draw.multiline_text((MARGIN, y + tile // 2), "\n".join(label), fill=INK, font=font(), anchor="lm")

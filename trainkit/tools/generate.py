@@ -20,6 +20,7 @@ import argparse
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -37,8 +38,10 @@ from trainkit.inference import (
     encode_prompts,
     finite_images,
     fuse_loras,
+    fused_loras,
     load_pipeline,
     lora_and_strength,
+    lora_file,
     lora_name,
     lora_problems,
     missing_file,
@@ -59,6 +62,7 @@ from trainkit.tools.checks import (
     text_problems,
     writing_to,
 )
+from trainkit.tools.grids import axis, cells, grid_problems, loras_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -136,18 +140,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add_models(parser)
     add_prompts(parser)
-    add("--max_token_length", type=int, choices=LENGTHS, default=TOKENS, help="As in training. The default is 75.")
-    add("--seeds", type=whole_numbers, default=(0,), metavar="A,B,..", help="The seeds. Each "
-        "prompt gets one image for each seed. The default is 0.")
-    add("--clip_skip", type=int, metavar="N", help="How many of the last layers of the text encoders are left out, as "
-        "in training. What WebUIs call clip skip 2 is 1 here.")
-    add("--steps", type=int, default=25, help="The number of denoising steps. The default is 25.")
-    add("--scheduler", type=scheduler, metavar="NAME", help=f"How to denoise: {', '.join(SAMPLERS)}. The names of "
-        "WebUIs are read too, such as 'DPM++ 2M Karras'. Without this flag, it is the scheduler of the base model.")
-    add("--guidance_scale", type=float, help="The strength of classifier-free guidance. Without this flag, it is "
-        "the default of the pipeline.")
-    add("--width", type=int, metavar="PIXELS", help="The width. The default is that of the model.")
-    add("--height", type=int, metavar="PIXELS", help="The height. The default is that of the model.")
+    add_sampling(parser)
+    add("--grid", type=axis, action="append", default=[], metavar="AXIS=A,B,..", help="Make one labelled grid. Its "
+        "columns are strength=0,0.5,1 or step=500,1000 or seed=0,1 or scheduler=euler,ddim or prompt. Give it a second "
+        "time for the rows, which else are the prompts.")
     add("--guidance_image", type=Path, action="append", default=[], metavar="FILE", help="An image to show to the "
         "model in addition to the prompt. Give one for all prompts, or repeat this flag for each prompt.")
     add("--clip", default=str(ASSETS / "tiny-clip-icons"), metavar="MODEL", help="The CLIP model whose "
@@ -165,7 +161,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if not args.prompt and not args.prompts_file:
         parser.error("there is no prompt: give --prompt TEXT or --prompts_file FILE")
     named = [lora_and_strength(text) for text in args.lora]
-    args.lora, args.named_strength = [file for file, _ in named], [strength for _, strength in named]
+    args.runs = [path for path, _ in named]
+    args.lora, args.named_strength = [lora_file(path) for path in args.runs], [strength for _, strength in named]
     args.embeddings = args.embeddings and embeddings_of(args.embeddings)
     return args
 
@@ -179,6 +176,23 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
         "are comments. Behind a prompt, options can stand as in kohya's trainer: --n NEGATIVE_PROMPT, --w WIDTH, "
         "--h HEIGHT, --d SEED, --l GUIDANCE_SCALE, --s STEPS, --ss SCHEDULER. They replace the flags for this line.")
     add("--negative_prompt", metavar="TEXT", help="A negative prompt for all prompts without one of their own.")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """The flags of how the images are made."""
+    add = parser.add_argument
+    add("--max_token_length", type=int, choices=LENGTHS, default=TOKENS, help="As in training. The default is 75.")
+    add("--seeds", type=whole_numbers, default=(0,), metavar="A,B,..", help="The seeds. Each "
+        "prompt gets one image for each seed. The default is 0.")
+    add("--clip_skip", type=int, metavar="N", help="How many of the last layers of the text encoders are left out, as "
+        "in training. What WebUIs call clip skip 2 is 1 here.")
+    add("--steps", type=int, default=25, help="The number of denoising steps. The default is 25.")
+    add("--scheduler", type=scheduler, metavar="NAME", help=f"How to denoise: {', '.join(SAMPLERS)}. The names of "
+        "WebUIs are read too, such as 'DPM++ 2M Karras'. Without this flag, it is the scheduler of the base model.")
+    add("--guidance_scale", type=float, help="The strength of classifier-free guidance. Without this flag, it is "
+        "the default of the pipeline.")
+    add("--width", type=int, metavar="PIXELS", help="The width. The default is that of the model.")
+    add("--height", type=int, metavar="PIXELS", help="The height. The default is that of the model.")
 
 
 def add_models(parser: argparse.ArgumentParser) -> None:
@@ -226,7 +240,9 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
     sized = all((line.width or args.width) and (line.height or args.height) for line in args.lines)
     found = base_problems(args.base, args.embeddings, sized=not sized, prediction_type=args.prediction_type)
     yield from found or scheduler_problems(args)
-    named = [("--lora", file) for file in args.lora] + [("--guidance_image", file) for file in args.guidance_image]
+    by_step = any(axis.name == "step" for axis in args.grid)  # then the first is the folder of a run
+    named = [("--lora", file) for file in args.lora[by_step:]]
+    named += [("--guidance_image", file) for file in args.guidance_image]
     named += [("--embeddings", args.embeddings)] if args.embeddings else []
     named += [("--embedding", file) for file in args.embedding]
     yield from (missing_file(flag, file, "it is read first") for flag, file in named if not file.is_file())
@@ -250,6 +266,7 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
     if args.clip_skip is not None and not 0 <= args.clip_skip <= MOST_SKIPPED:
         yield Problem(f"--clip_skip {args.clip_skip}", "--clip_skip", "text encoders have no such layer",
                       f"--clip_skip 0 to {MOST_SKIPPED}")
+    yield from grid_problems(args)
     yield from number_problems(args, counts=("steps", "batch_size"),
                                reals=("strength", "guidance_scale", "guidance_token_scale"))
     yield from (Problem(f"seed {seed}", "--seeds", "it is no number of 64 bits", f"{SEEDS[0]} to {SEEDS[-1]}")
@@ -265,6 +282,8 @@ def scheduler_problems(args: argparse.Namespace) -> list[Problem]:
 
     config = model_at(args.base, "--base").glance("scheduler/scheduler_config.json")
     asked = [(line.scheduler or args.scheduler, line.steps or args.steps) for line in args.lines]
+    asked += [(name, line.steps or args.steps) for axis in args.grid if axis.name == "scheduler"
+              for name in axis.values for line in args.lines]
     found = [problem for name, steps in dict.fromkeys(asked) if name
              for problem in sampler_problems(name, config, steps, "--scheduler")]
     return list({problem.where: problem for problem in found}.values())
@@ -278,6 +297,8 @@ def prompt_lines(args: argparse.Namespace) -> list[PromptLine]:
 
 def plan(args: argparse.Namespace) -> list[Shot]:
     """Every prompt from every seed, each prompt's shots with the features of its own guidance image."""
+    if args.grid:
+        return grid_shots(args)
     images = args.guidance_image * (len(args.lines) if len(args.guidance_image) == 1 else 1)
     features = guidance_features(args) if images else {}
     digits = max(2, len(str(len(args.lines))))
@@ -288,6 +309,22 @@ def plan(args: argparse.Namespace) -> list[Shot]:
             name = f"p{number:0{digits}d}_s{seed}.png"
             shots.append(Shot(number, name, line, line.prompt, negative, seed, settings_of(args, line), image,
                               features.get(image)))
+    return shots
+
+
+def grid_shots(args: argparse.Namespace) -> list[Shot]:
+    """The images of a grid, row after row; a shot's number is that of its row."""
+    shots = []
+    for number, (_, row) in enumerate(cells(args)[1], 1):
+        for column, cell in enumerate(row, 1):
+            line = cell.line
+            negative = args.negative_prompt if line.negative_prompt is None else line.negative_prompt
+            seed = next(seed for seed in (cell.seed, line.seed, args.seeds[0]) if seed is not None)
+            plain = settings_of(args, line)
+            settings = replace(plain, loras=loras_of(args, cell, plain.loras),
+                               scheduler=cell.scheduler or plain.scheduler)
+            shots.append(Shot(number, f"r{number:02d}_c{column:02d}_s{seed}.png", line, line.prompt, negative, seed,
+                              settings))
     return shots
 
 
@@ -385,19 +422,26 @@ def generate_images(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Sh
     """Write every image as soon as it is done, with a line that tells how far it is -> them as small as on a sheet."""
     from trainkit.runtime.progress import watched
 
-    images: list[Image] = []
+    images: dict[str, Image] = {}
+    different = list(dict.fromkeys(shot.settings.loras for shot in shots))
     with watched("generating images", len(shots)) as show:
-        for loras, alike in groupby(shots, key=lambda shot: shot.settings.loras):
-            fuse_loras(pipe, loras)
-            for some in batches(list(alike), args.batch_size):
-                images += written(pipe, args, some, after_denoising_step(show, len(images), len(some)))
-                show(len(images))
-    return images
+        for loras in different:
+            with fused_loras(pipe, loras) if len(different) > 1 else nullcontext(fuse_loras(pipe, loras)):
+                generate_alike(pipe, args, [shot for shot in shots if shot.settings.loras == loras], images, show)
+    return [images[shot.file_name] for shot in shots]
+
+
+def generate_alike(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot], images: dict[str, Image],
+                   show: Callable[[float], None]) -> None:
+    """Write the images that have the same LoRAs, and put them into `images` under their file names."""
+    for some in batches(shots, args.batch_size):
+        images |= written(pipe, args, some, after_denoising_step(show, len(images), len(some)))
+        show(len(images))
 
 
 def written(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot], after_step: Callable[..., dict]
-            ) -> list[Image]:
-    """Generate and write some images -> them as small as on a sheet."""
+            ) -> dict[str, Image]:
+    """Generate and write some images -> name of the file -> the image, as small as on a sheet."""
     from trainkit.sheets import TILE_PX, save_png
 
     images = run_pipeline(pipe, args, shots, after_step)
@@ -405,7 +449,7 @@ def written(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot], aft
         for shot, image in zip(shots, images, strict=True):
             save_png(args.out / shot.file_name, image, parameters(pipe, args, shot, image))
             image.thumbnail((TILE_PX[1], TILE_PX[1]))
-    return images
+    return {shot.file_name: image for shot, image in zip(shots, images, strict=True)}
 
 
 def run_pipeline(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot], after_step: Callable[..., dict]
@@ -459,6 +503,11 @@ def contact_sheet(args: argparse.Namespace, rows: Sequence[Sequence[tuple[Shot, 
     from trainkit.data.images import decode
     from trainkit.sheets import sheet
 
+    title = " + ".join([Path(args.base).name, *map(lora_name, args.lora)])
+    if args.grid:
+        columns, labelled_rows = cells(args)
+        names = [labelled_rows[row[0][0].number - 1][0] for row in rows]
+        return sheet([[image for _, image in row] for row in rows], columns=columns, names=names, title=title)
     across = max(len(row) for row in rows)
     seeds = {tuple(shot.seed for shot, _ in row) for row in rows}
     columns = [f"seed {seed}" for seed in next(iter(seeds))] if len(seeds) == 1 else [""] * across
@@ -470,7 +519,6 @@ def contact_sheet(args: argparse.Namespace, rows: Sequence[Sequence[tuple[Shot, 
         if shot.image:
             tiles[-1].append(decode(shot.image.read_bytes()))
     columns += ["guidance image"] if args.guidance_image else []
-    title = " + ".join([Path(args.base).name, *map(lora_name, args.lora)])
     return sheet(tiles, columns=columns, names=names, title=title)
 
 
