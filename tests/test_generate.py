@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import errno
+import hashlib
 import inspect
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from itertools import pairwise
@@ -31,6 +33,7 @@ from trainkit.inference import (
     lora_and_strength,
     lora_file,
     lora_name,
+    model_hash,
 )
 from trainkit.options.prompt_lines import PromptLine, parse_line, read_prompt_lines
 from trainkit.runtime.weight_files import DIFFUSERS_FILE
@@ -99,6 +102,27 @@ def test_of_a_long_prompt_as_much_is_read_as_in_training(model, request, tmp_pat
     read = drawn(base, tmp_path / "read", "--max_token_length=150", prompts=["a red dog", *ends])
     assert near(cut[0], read[0]), "whatever the batch is filled up to"
     assert near(cut[1], cut[2]) and not near(read[1], read[2])
+
+
+@pytest.mark.trains
+def test_webuis_read_the_settings_of_an_image_or_none(tiny_sd, lora, tmp_path):
+    """By A1111's own pattern for the last line (modules/infotext_utils.py); the hash is that of the tensors alone."""
+    (file := tmp_path / "fox, red.safetensors").write_bytes(data := (lora / DIFFUSERS_FILE).read_bytes())
+    drawn(tiny_sd, tmp_path / "out", f"--lora={file}:0.5", "--negative_prompt=blurry, bad: all", "--scheduler=Euler a")
+    *prompts, line = Image.open(tmp_path / "out" / "p01_s0.png").info["parameters"].split("\n")
+    assert prompts == ["a red dog", "Negative prompt: blurry, bad: all"]
+    read = dict(re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', line))
+    digest = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+    assert read == {
+        "Steps": "2", "Sampler": "Euler a", "CFG scale": "7.5", "Seed": "0", "Size": "64x64", "Model": tiny_sd.name,
+        "Lora hashes": f'"fox, red: {digest[:12]}"', "LoRA": f'"{tmp_path.name}/{file.name}:0.5"'}
+    drawn(tiny_sd, tmp_path / "bare", "--no_metadata")
+    assert not any(Image.open(path).info for path in (tmp_path / "bare").glob("*.png"))
+
+
+def test_the_hash_of_a_base_of_one_file_is_that_of_webuis(tmp_path):
+    (file := tmp_path / "base.safetensors").write_bytes(b"weights")
+    assert model_hash(str(file)) == hashlib.sha256(b"weights").hexdigest()[:10] and model_hash(str(tmp_path)) == ""
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -6,13 +6,16 @@ fast.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainkit.digests import remembered
 from trainkit.errors import Problem, UserError, refuse
 from trainkit.options.text_encoders import replace_words
 from trainkit.runtime.weight_files import (
@@ -67,6 +70,30 @@ def lora_and_strength(text: str) -> tuple[Path, float | None]:
     if colon and NUMBER.fullmatch(end) and not Path(text).exists() and not lora_file(Path(text)).exists():
         return Path(name), float(end)
     return Path(text), None
+
+
+@cache
+def lora_hash(file: Path) -> str:
+    """What WebUIs write of a LoRA file: 12 digits of the SHA-256 of its tensors, without the header.
+
+    Source: AUTOMATIC1111/stable-diffusion-webui, modules/hashes.py and extensions-builtin/Lora/network.py.
+    """
+    return remembered(file, "sha256 of tensors", digest_behind_header)[:12]
+
+
+def digest_behind_header(file: Path) -> str:
+    with file.open("rb") as opened:
+        if file.suffix == ".safetensors":
+            opened.seek(8 + int.from_bytes(opened.read(8), "little"))
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+@cache
+def model_hash(base: str) -> str:
+    """What WebUIs write of a base model of one file: 10 digits of its SHA-256; "" for a folder."""
+    from trainkit.files import sha256
+
+    return remembered(Path(base), "sha256", sha256)[:10] if Path(base).is_file() else ""
 
 
 def embeddings_of(path: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,9 +22,10 @@ TILE_PX = (192, 512)  # a sheet shows no image smaller or larger than this
 
 
 def save_png(path: Path, image: Image.Image, parameters: str) -> None:
-    """A PNG with its prompt and seed in the text chunk `parameters`; readers never see half a file."""
+    """A PNG with its prompt and seed in the text chunk `parameters`, or "" for none; readers never see half a file."""
     info, buffer = PngInfo(), io.BytesIO()
-    info.add_text("parameters", redact(parameters))
+    if parameters:
+        info.add_text("parameters", redact(parameters))
     image.save(buffer, format="PNG", pnginfo=info)
     atomic_write(path, buffer.getvalue())
 
@@ -31,10 +33,16 @@ def save_png(path: Path, image: Image.Image, parameters: str) -> None:
 def png_parameters(prompt: str, settings: Mapping[str, str | int | float], *, negative: str | None = None) -> str:
     """The text that a WebUI's PNG-info tab reads: the prompt, the negative prompt, and the settings in the last line.
 
-    Empty settings are left out.
+    Empty settings are left out. Source: AUTOMATIC1111/stable-diffusion-webui, modules/infotext_utils.py (quote).
     """
-    line = ", ".join(f"{name}: {value}" for name, value in settings.items() if value != "")
+    line = ", ".join(f"{name}: {quoted(value)}" for name, value in settings.items() if value != "")
     return "\n".join([prompt, *([f"Negative prompt: {negative}"] if negative else []), line])
+
+
+def quoted(value: str | int | float) -> str:
+    """A value as JSON where a reader would take a part of it for the next setting."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
 
 
 def is_of(path: Path, prompt: str) -> bool:

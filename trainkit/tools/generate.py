@@ -42,9 +42,11 @@ from trainkit.inference import (
     load_pipeline,
     lora_and_strength,
     lora_file,
+    lora_hash,
     lora_name,
     lora_problems,
     missing_file,
+    model_hash,
     sampled_by,
     scheduler_of,
     tokenizers,
@@ -156,6 +158,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch_size", type=int, default=4, help="How many images are generated at once. The default is 4.")
     add("--dtype", choices=DTYPES, help="The precision. The default is bfloat16 on GPUs except Apple's.")
     add("--out", required=True, type=Path, metavar="DIR", help="The folder for the images and sheet.png.")
+    add("--no_metadata", action="store_true", help="Write no prompt and no settings into the PNG files.")
     add("--debug", action="store_true", help="Show a traceback with every error message.")
     args = parser.parse_args(argv)
     if not args.prompt and not args.prompts_file:
@@ -527,15 +530,19 @@ def listing_of_seeds(row: Sequence[tuple[Shot, Image]]) -> str:
 
 
 def parameters(pipe: Pipeline, args: argparse.Namespace, shot: Shot, image: Image) -> str:
-    """The text of the PNG file."""
+    """The text of the PNG file, as WebUIs read it."""
     from trainkit.sheets import png_parameters
 
+    if args.no_metadata:
+        return ""
     settings = shot.settings
     used = scheduler_of(pipe, settings.scheduler)
     return png_parameters(shot.line.prompt, {
         "Steps": settings.steps, "Sampler": webui_name(type(used).__name__, used.config),
         "CFG scale": scale(pipe, settings), "Seed": shot.seed, "Size": f"{image.width}x{image.height}",
-        "Clip skip": "" if args.clip_skip is None else args.clip_skip + 1, "Model": Path(args.base).name,
+        "Clip skip": "" if args.clip_skip is None else args.clip_skip + 1, "Model hash": model_hash(args.base),
+        "Model": Path(args.base).name,
+        "Lora hashes": ", ".join(f"{lora_name(file)}: {lora_hash(file)}" for file, _ in settings.loras),
         "LoRA": " ".join(f"{file.parent.name}/{file.name}:{strength:g}" for file, strength in settings.loras),
         "Guidance image": shot.image.name if shot.image else "",
     }, negative=args.negative_prompt if shot.line.negative_prompt is None else shot.line.negative_prompt)
