@@ -28,7 +28,7 @@ from trainkit.data.images import UnreadableImage, decode
 from trainkit.errors import EXIT_CODES, UserError
 from trainkit.tools import generate
 
-HOSTILE, NAMES = 1_000, 60
+HOSTILE, NAMES = 10_000, 60
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Images
@@ -90,7 +90,8 @@ MAKERS: dict[str, Callable[[random.Random], bytes]] = {
 
 
 def hostile_images(bench: Bench, result: Result) -> None:
-    """1,000 image files have 15 kinds of damage. Each must be decoded to a plain RGB image, or refused in one sentence.
+    """10,000 image files have 15 kinds of damage. Each must be decoded to a plain RGB image, or refused in one
+    sentence.
     """
     chance, kinds = random.Random(2), [*MAKERS]
     for number in range(HOSTILE):

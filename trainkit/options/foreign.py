@@ -34,7 +34,7 @@ INSTEAD = {  # their name: what to do here
                     "--loraplus_lr_ratio",
     "conv_dim": "--lora_layers all-linear+conv --lora_rank_pattern resnets={value} for the convolutions",
     "conv_alpha": "--lora_layers all-linear+conv --lora_alpha_pattern resnets={value} for the convolutions",
-    "base_weights": "a LoRA cannot be merged into the base yet: merge it elsewhere and name that model",
+    "base_weights": "merge the LoRA into the base with scripts/merge_loras.py --into_base, and name that model",
     "save_model_as": "files are always safetensors: leave it out",
     "save_precision": "NAME.safetensors is always fp16, pytorch_lora_weights.safetensors fp32: leave it out",
     "save_every_n_epochs": "--checkpointing_steps counts optimizer steps: images / batch x {value}",
