@@ -2,9 +2,9 @@
 
     mid_block=16 attn2=8 IN04=4        KEY=VALUE, apart by spaces or commas; the first key that fits a layer counts
 
-A key is a regular expression for one or more whole parts of a module's path, as in PEFT's rank_pattern, or a block as
-WebUIs number it: IN04, MID, OUT03. Keys that begin with text_encoder. or text_encoder_2. speak of that encoder, and all
-others of the UNet.
+A key is a regular expression for one or more whole parts of a module's path, as in PEFT's rank_pattern, or for blocks
+as WebUIs number them: IN04, MID, OUT0[0-3]. Keys that begin with text_encoder. or text_encoder_2. speak of that
+encoder, and all others of the UNet.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 Pattern = Mapping[str, float]  # key -> value
 Blocks = Mapping[str, str]  # a block of the UNet, down_blocks.1.attentions.0 -> as WebUIs number it, IN04
-NUMBERED = re.compile(r"(IN|OUT)\d\d|MID")
 FLAGS = ("lora_rank_pattern", "lora_alpha_pattern", "lora_lr_pattern")
 
 
@@ -42,9 +41,9 @@ def key_for(path: str, pattern: Pattern, blocks: Blocks) -> str | None:
 
 
 def fits(key: str, path: str, blocks: Blocks) -> bool:
-    if NUMBERED.fullmatch(key):
-        return any(name == key and path.startswith(f"{block}.") for block, name in blocks.items())
-    return re.fullmatch(rf"(.*\.)?(?:{key})(\..*)?", path) is not None
+    if re.fullmatch(rf"(.*\.)?(?:{key})(\..*)?", path):
+        return True
+    return any(re.fullmatch(key, name) and path.startswith(f"{block}.") for block, name in blocks.items())
 
 
 def sizes(options: LoraOptions, path: str, prefix: str, blocks: Blocks) -> tuple[int, float]:
