@@ -584,13 +584,13 @@ def test_a_given_alpha_stays_where_a_rank_changes(base):
 
 
 def test_blocks_are_named_as_webuis_number_them(base):
-    options = LoraOptions(rank=2, lora_rank_pattern="MID=3 OUT01=4 OUT0[23]=5")
+    options = LoraOptions(rank=2, lora_rank_pattern="MID=3 OUT01=4 IN0[1-3]=5")
     adapters = add_adapters(copy.deepcopy(base), options, targets=LORA_TARGETS, seed=0,
                             blocks=sgm.numbered(base.config))
     for path, rank in ranks(adapters).items():
         block = ".".join(path.split(".")[:4])
         assert rank == (3 if path.startswith("mid_block.") else 4 if block == "up_blocks.0.attentions.1" else
-                        5 if block.startswith("up_blocks.1.") else 2), path
+                        5 if block.startswith("down_blocks.1.") else 2), path
 
 
 def test_numbers_of_the_released_sdxls_blocks():
