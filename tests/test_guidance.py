@@ -315,7 +315,8 @@ CAPTIONS = ("a red dog", "a cat " * 60, "the moon")  # the second fills the cont
 
 def rows_of(captions: Sequence[str] = CAPTIONS) -> list[SimpleNamespace]:
     return [SimpleNamespace(id=f"p{i}.png", source=Path(f"/data/sub {i}/p.png"), digest=f"{i:032x}", caption=caption,
-                            all_captions=(caption,), repeat=0, is_class=False) for i, caption in enumerate(captions)]
+                            all_captions=(caption,), repeat=0, is_class=False, handling=None)
+            for i, caption in enumerate(captions)]
 
 
 def written(folder: Path, rows: Sequence[SimpleNamespace], width: int = CLIP_WIDTH) -> Path:

@@ -25,7 +25,7 @@ NOT_IN_WHEELS = {"__pycache__"}
 BUILD = "import sys, setuptools.build_meta as back; getattr(back, f'build_{sys.argv[1]}')(sys.argv[2])"
 DREAMBOOTH, TEXT_TO_IMAGE = ("lora-train", "dreambooth-sdxl"), ("lora-train", "text-to-image")
 TOOLS = [("lora-tools", name) for name in (
-    "generate", "evaluate", "check-dataset", "caption-images", "plan", "convert-lora", "inspect-lora",
+    "generate", "evaluate", "check-dataset", "caption-images", "plan", "cache", "convert-lora", "inspect-lora",
     "merge-loras", "resize-lora", "extract-lora", "extract-clip-features")]
 
 

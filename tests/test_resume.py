@@ -120,8 +120,8 @@ WAYS = {"one process, Ctrl-C": (1, signal.SIGINT, 130), "two processes, SIGTERM"
 
 def slow_down(stage: str, out: Path, patch: pytest.MonkeyPatch) -> None:
     """Make a stage take a minute, or leave a mark when it is reached."""
-    generate, verify, encode, put = (preview.Previews.generate, lora_files.verify, cached_text.FrozenText._encode_group,
-                                 cache.Latents.put)
+    generate, verify, entry = preview.Previews.generate, lora_files.verify, cache.Latents.entry
+    encode = cached_text.FrozenText._encode_group
 
     def slow_previews(previews, step, watch):
         previews.shots *= 200 if step == 2 else 1
@@ -136,9 +136,9 @@ def slow_down(stage: str, out: Path, patch: pytest.MonkeyPatch) -> None:
         (out.parent / "encoding").touch()
         time.sleep(60)
 
-    def marked_put(*args):
-        put(*args)
+    def marked_entry(*args):
         (out.parent / "cached").touch()
+        return entry(*args)
 
     if stage == "previews":
         patch.setattr(preview.Previews, "generate", slow_previews)
@@ -147,7 +147,7 @@ def slow_down(stage: str, out: Path, patch: pytest.MonkeyPatch) -> None:
     if stage == "captions":
         patch.setattr(cached_text.FrozenText, "_encode_group", slow_encode)
     if "latents" in stage:
-        patch.setattr(cache.Latents, "put", marked_put)
+        patch.setattr(cache.Latents, "entry", marked_entry)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -15,6 +15,7 @@ from tests.support.files import edit_json
 from tests.support.tiny_models import build_tiny_sdxl, latents_of, tiny_vae
 from trainkit.condition import Condition
 from trainkit.conditioning.cached_text import FrozenText
+from trainkit.data import cache
 from trainkit.data.cache import DiskStore
 from trainkit.diffusion import ScheduleChange
 from trainkit.errors import UserError
@@ -125,7 +126,7 @@ def test_a_start_reads_no_encoded_caption_and_a_damaged_one_is_encoded_anew(tiny
     before, damaged = text(PROMPTS), text.store._path(text.keys[PROMPTS[0]])
     damaged.write_bytes(damaged.read_bytes()[:-1])
     with monkeypatch.context() as patch:
-        patch.setattr(DiskStore, "_read", lambda store, path: pytest.fail("read at the start"))
+        patch.setattr(cache, "read_entry", lambda path: pytest.fail("read at the start"))
         text = FrozenText(family, PROMPTS, DiskStore(folder))
     with pytest.raises(UserError, match="damaged"):
         text(PROMPTS)

@@ -105,7 +105,7 @@ def order(folder: Path) -> int:
 
 
 def len_of(folder: Path) -> int:
-    return int((folder / "images").read_text())
+    return int((folder / "images").read_text("utf-8"))
 
 
 def options(folder: Path, name: Path):  # type: ignore[no-untyped-def]
@@ -145,7 +145,7 @@ def main() -> None:
         return measure(Path(given[1]), given[2])
     images, folder = int(given[0]) if given else IMAGES, Path(given[1] if len(given) > 1 else FOLDER).absolute()
     make(folder, images)
-    (folder / "images").write_text(f"{images}")
+    (folder / "images").write_text(f"{images}", "utf-8")
     environment = os.environ | {"XDG_CACHE_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
     for stage in given[2:] or STAGES:
         subprocess.run([sys.executable, __file__, "--stage", str(folder), stage], env=environment, check=True)

@@ -171,7 +171,7 @@ class ImageOptions(Concern):
     masked_loss: bool = opt(
         False,
         "Train only on a part of each image. A grey image says which part: white is trained on, black is not, and grey "
-        "counts in part. It lies beside the image, with its name and -masklabel: for cat.jpg, it is "
+        "counts in part. It lies next to the image, with its name and -masklabel: for cat.jpg, it is "
         "cat-masklabel.png. An image without a mask is trained on as a whole.", resume="in the data",
         card="Masked loss")
     conditioning_data_dir: str | None = opt(

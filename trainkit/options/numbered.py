@@ -13,7 +13,7 @@ def numbered_folders(folder: Path) -> dict[Path, re.Match[str]]:
     """Those right below a folder, by name; none where it cannot be read."""
     try:
         below = sorted(path for path in folder.iterdir() if path.is_dir())
-    except OSError:
+    except (OSError, ValueError):  # a name that no folder can have is told elsewhere
         return {}
     return {path: match for path in below if (match := NUMBERED.fullmatch(path.name))}
 
