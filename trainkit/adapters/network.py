@@ -187,7 +187,7 @@ def add_adapters(network: UNet2DConditionModel | PreTrainedModel, options: LoraO
     if adapt:
         refuse(layer_targets.problems(network, options, targets=targets, in_blocks=in_unet, blocks=blocks))
         modules = layer_targets.target_modules(network, options, targets=targets, in_blocks=in_unet)
-        layer_sizes = {path: patterns.sizes(options, path, prefix, blocks) for path in modules}
+        layer_sizes = patterns.sizes(options, modules, prefix, blocks)
         with smaller_factor_first():
             network.add_adapter(peft_config(options, alpha, layer_sizes), adapter_name=NAME)
     adapters = Adapters(network, rank=options.rank, alpha=alpha, prefix=prefix, adapter_type=options.lora_type,

@@ -46,14 +46,16 @@ def fits(key: str, path: str, blocks: Blocks) -> bool:
     return any(re.fullmatch(key, name) and path.startswith(f"{block}.") for block, name in blocks.items())
 
 
-def sizes(options: LoraOptions, path: str, prefix: str, blocks: Blocks) -> tuple[int, float]:
-    """Rank and alpha of the layer at `path`. An alpha that nobody gives is the rank, so that the scale is 1."""
+def sizes(options: LoraOptions, paths: Iterable[str], prefix: str, blocks: Blocks) -> dict[str, tuple[int, float]]:
+    """Rank and alpha of the layers at `paths`. An alpha that nobody gives is the rank, so that the scale is 1."""
     ranks, alphas = read(options.lora_rank_pattern, prefix), read(options.lora_alpha_pattern, prefix)
-    key, alpha_key = key_for(path, ranks, blocks), key_for(path, alphas, blocks)
-    rank = options.rank if key is None else int(ranks[key])
-    if alpha_key is not None:
-        return rank, alphas[alpha_key]
-    return rank, float(rank) if options.lora_alpha is None else options.lora_alpha
+    found = {}
+    for path in paths:
+        key, alpha_key = key_for(path, ranks, blocks), key_for(path, alphas, blocks)
+        rank = options.rank if key is None else int(ranks[key])
+        alpha = float(rank) if options.lora_alpha is None else options.lora_alpha
+        found[path] = rank, alpha if alpha_key is None else alphas[alpha_key]
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------

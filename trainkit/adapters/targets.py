@@ -61,7 +61,7 @@ def convolutions(network: nn.Module, options: LoraOptions, paths: Iterable[str])
 def narrow_layers(network: nn.Module, options: LoraOptions, paths: Iterable[str], blocks: Blocks) -> list[Problem]:
     """PiSSA and OLoRA start from r directions of each weight, which has no more of them than its smaller side."""
     sides = {path: min(network.get_parameter(f"{path}.weight").shape) for path in paths}
-    ranks = {path: patterns.sizes(options, path, "unet", blocks)[0] for path in sides}
+    ranks = {path: rank for path, (rank, _) in patterns.sizes(options, sides, "unet", blocks).items()}
     narrowest = min(sides, key=lambda path: sides[path] - ranks[path], default="")
     if not sides or sides[narrowest] >= ranks[narrowest]:
         return []

@@ -55,15 +55,21 @@ def sized(options: LoraOptions, file: LoraFile | None) -> LoraOptions:
     if not options.dim_from_weights or not sizes:
         return options
     common = max(sizes.values(), key=[*sizes.values()].count)
-    ranks, alphas = (" ".join(f"{key_of(place)}={size[which]!r}" for place, size in sizes.items()
-                              if size[which] != common[which]) for which in (0, 1))
+    ranks, alphas = (others({place: size[which] for place, size in sizes.items()}, common[which]) for which in (0, 1))
     return options.model_copy(update={"rank": common[0], "lora_alpha": common[1], "lora_rank_pattern": ranks or None,
                                       "lora_alpha_pattern": alphas or None, "use_rslora": False})
 
 
-def key_of(place: ModulePlace) -> str:
-    network, path = place
-    return path if network == "unet" else f"{network}.{path}"
+def others(values: Mapping[ModulePlace, float], common: float) -> str:
+    """The pattern of all modules with another value: one key for each network and value, since a file that was resized
+    may have hundreds of ranks.
+    """
+    paths: dict[tuple[str, float], list[str]] = {}
+    for (network, path), value in values.items():
+        if value != common:
+            paths.setdefault((network, value), []).append(path)
+    return " ".join(f"{'' if network == 'unet' else network + '.'}(?:{'|'.join(held)})={value!r}"
+                    for (network, value), held in paths.items())
 
 
 def size_of(layer: LayerUpdate) -> tuple[int, float] | None:
@@ -89,7 +95,7 @@ def problems(options: LoraOptions, names: FileNames | None, network: nn.Module, 
     if not file.layers:
         return [Problem("the file holds no LoRA", where, "it has embeddings only" if file.embeddings else "it is empty",
                         f"name a LoRA file with {FLAG}, or leave the flag out")]
-    adapted = {stripped(path): path for path in target_modules(network, options, targets=targets)}
+    adapted = {*map(stripped, target_modules(network, options, targets=targets))}
     for path, layer in given.items():
         if (found := mismatch(path, layer, options, network, where)) is not None:
             return [found]
@@ -102,15 +108,14 @@ def mismatch(path: str, layer: LayerUpdate, options: LoraOptions, network: nn.Mo
     try:
         module: Any = network.get_submodule(path)
         weight = getattr(module, "base_layer", module).weight
+        shape, why = (len(weight), weight[0].numel()), ""
     except AttributeError:
-        return Problem("the LoRA was made for another base model", where, f"this one has no layer {path}",
-                       "name the base model that the LoRA was trained on, or one of its family")
-    shape = (len(weight), weight[0].numel())
-    if shape_of(layer.update) != shape:
-        return Problem("the LoRA was made for another base model", where, f"its update of {path} is "
-                       f"{shape_of(layer.update)}, and the weight is {shape}",
-                       "name the base model that the LoRA was trained on, or one of its family")
-    return other_kind(path, layer, options, where)
+        why = f"this one has no layer {path}"
+    if not why and shape_of(layer.update) != shape:
+        why = f"its update of {path} is {shape_of(layer.update)}, and the weight is {shape}"
+    return other_kind(path, layer, options, where) if not why else Problem(
+        "the LoRA was made for another base model", where, why,
+        "name the base model that the LoRA was trained on, or one of its family")
 
 
 def other_kind(path: str, layer: LayerUpdate, options: LoraOptions, where: str) -> Problem | None:
