@@ -35,7 +35,7 @@ def test_a_renamed_flag_is_named_with_its_value(theirs):
 def test_a_flag_without_a_twin_says_what_to_do(theirs):
     assert theirs not in FLAGS
     fix = refused([f"--{theirs}", "7"])[f"unknown flag --{theirs}"]
-    named = set(re.findall(r"--(\w+)", fix))
+    named = set(re.findall(r"--(\w+)", re.sub(r"scripts/\w+\.py --\w+", "", fix)))  # a tool has flags of its own
     assert named <= FLAGS.keys(), f"no flags: {named - FLAGS.keys()}"
     assert "VALUE" not in fix and "remove it" not in fix
 

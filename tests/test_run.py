@@ -21,11 +21,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image, ImageOps
 from torch import nn
 
 from tests.support.trainers import free_port
 from trainkit import files, run
 from trainkit.checkpoints import Checkpoints
+from trainkit.data.images import decode
 from trainkit.errors import Problem, UserError, exit_with_message
 from trainkit.process import own_settings
 from trainkit.redact import redact
@@ -960,6 +962,30 @@ def test_a_second_ctrl_c_ends_at_once():
         os.kill(os.getpid(), signal.SIGINT)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+
+
+@pytest.mark.parametrize("number, kind", [(signal.SIGTERM, "preempted"), (signal.SIGINT, "stopped")])
+def test_a_signal_while_an_image_is_decoded_is_no_damaged_image(number, kind, out, tmp_path, monkeypatch):
+    """`decode` makes every error of Pillow an unreadable image: what a signal raises must pass it."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.setattr(ImageOps, "exif_transpose", lambda image: os.kill(os.getpid(), number))
+    with pytest.raises(UserError) as caught, start_run(options(out)):
+        decode((tmp_path / "a.png").read_bytes())
+    assert caught.value.problems[0].kind == kind and "ended by" in str(caught.value)
+
+
+def test_a_signal_between_start_and_run_has_its_exit_code(capsys):
+    def main():
+        signals = Signals()
+        signals.install()
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            signals.restore()
+
+    with pytest.raises(SystemExit) as ended:
+        exit_with_message(main)
+    assert ended.value.code == 75 and "start the same command again" in capsys.readouterr().err
 
 
 def test_a_wish_is_no_workers_business():

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Literal, NoReturn, TextIO
 
 from trainkit.redact import redact
 from trainkit.terminal import BOLD, RED, YELLOW, folded, styled
@@ -181,6 +181,17 @@ class UserError(Exception):
                           *(f"  {i}. {p}" for i, p in enumerate(self.problems, 1))])
 
 
+class EndedBySignal(KeyboardInterrupt):
+    """What a signal raises where it ends the run at once. No `except Exception` on the way out can swallow it.
+
+    error  the UserError that says what ended, where, and what is next
+    """
+
+    def __init__(self, error: UserError):
+        super().__init__(str(error))
+        self.error = error
+
+
 def refuse(problems: Iterable[Problem]) -> None:
     """Raise one UserError naming every problem; do nothing when there is none."""
     found = tuple(problems)
@@ -216,6 +227,10 @@ def exit_with_message(main: Callable[[], None]) -> None:
         logging.lastResort.setLevel(logging.WARNING if rank == "0" else logging.ERROR)
     try:
         naming_memory_errors(main)
+    except EndedBySignal as ended:  # outside a run, which makes it a UserError itself
+        if debugging():
+            raise
+        _exit_reporting(ended.error, rank)
     except KeyboardInterrupt:
         if debugging():
             raise
@@ -224,10 +239,14 @@ def exit_with_message(main: Callable[[], None]) -> None:
     except UserError as error:
         if debugging():
             raise
-        first = error.problems[0]
-        brief = f"rank {rank}: {readable(first.what)}; next: {readable(first.fix)}"
-        print(error.report(sys.stderr) if rank == "0" else brief, file=sys.stderr)
-        sys.exit(error.exit_code)
+        _exit_reporting(error, rank)
+
+
+def _exit_reporting(error: UserError, rank: str) -> NoReturn:
+    first = error.problems[0]
+    brief = f"rank {rank}: {readable(first.what)}; next: {readable(first.fix)}"
+    print(error.report(sys.stderr) if rank == "0" else brief, file=sys.stderr)
+    sys.exit(error.exit_code)
 
 
 def naming_memory_errors(main: Callable[[], None]) -> None:

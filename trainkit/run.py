@@ -446,8 +446,11 @@ class Run:
             raise explained from error
 
     def _explained(self, error: BaseException) -> BaseException:
-        """`error`, as a UserError where memory or disk ran out, or where a library hid the one a signal raised."""
-        if self.signals.wish is not None and not self.signals.patient and not isinstance(error, UserError):
+        """`error`, as a UserError where memory or disk ran out, or a signal ended the run.
+
+        Libraries make errors of their own of what a signal raises.
+        """
+        if self.signals.wish is not None and not self.signals.patient:
             return self.signals.error()
         if is_out_of_memory(error):
             return out_of_memory(error, describe_device(self.device), self._what_saves_memory())

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal
 
-from trainkit.errors import EXIT_CODES, Problem, UserError
+from trainkit.errors import EXIT_CODES, EndedBySignal, Problem, UserError
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Signals:
         self.check()
 
     def check(self) -> None:
-        """End the run where a signal asked for it: a library may have swallowed the error that `_handle` raised."""
+        """End the run where a signal asked for it: a library may have swallowed what `_handle` raised."""
         if self.wish is not None and not self.patient:
             raise self.error()
 
@@ -99,7 +99,7 @@ class Signals:
         if self.wish is None:
             self.wish, self.name = WISHES[name], "Ctrl-C" if name == "SIGINT" else name
         if not self.patient:
-            raise self.error()
+            raise EndedBySignal(self.error())
         log.warning("%s: finishing this step, then saving%s", self.name,
                     "; Ctrl-C again ends at once" if name == "SIGINT" else "")
 
