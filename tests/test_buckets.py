@@ -409,6 +409,19 @@ def test_images_that_lose_much_of_their_area_are_named_with_the_flag_that_keeps_
     assert not found if said is None else len(found) == 1 and found[0].startswith(said)
 
 
+@pytest.mark.parametrize("sides, limits, advice", [
+    ((20, 72), (64, 128), "--min_bucket_reso 32 allows narrower buckets; to choose what stays, crop it yourself"),
+    ((20, 144), (16, 96), "--max_bucket_reso 192 allows longer buckets; to choose what stays, crop it yourself"),
+    ((20, 144), (16, 512), "Crop it yourself")])
+def test_an_image_that_no_bucket_is_narrow_enough_for_is_named_with_the_flag_that_allows_one(
+        tmp_path, caplog, sides, limits, advice):
+    folder = folder_of(tmp_path / "d", [(64, 64), sides])
+    with caplog.at_level(logging.WARNING):
+        read_rows(options(instance_data_dir=folder, min_bucket_reso=limits[0], max_bucket_reso=limits[1]))
+    told = [r.getMessage() for r in caplog.records if "of the area" in r.getMessage()]
+    assert len(told) == 1 and told[0].endswith(f" %. {advice}")
+
+
 def test_images_that_have_many_fewer_pixels_than_asked_for_are_told(tmp_path, caplog):
     folder = folder_of(tmp_path / "d", [(64, 64), (50, 200)])
     opt = options(instance_data_dir=folder, max_bucket_reso=64)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -138,6 +138,18 @@ def problems(rows: Sequence[Row], data: ImageOptions, where: str) -> Iterator[Pr
             f"{len(small)} of {len({row.id for row in rows})} images are smaller than the smallest bucket", where,
             f"--bucket_no_upscale enlarges none, and a bucket has {data.bucket_reso_steps} px a side at least: "
             f"{listing(small)}", "take these images out, or leave out --bucket_no_upscale", kind="data")
+
+
+def keeps_more(cuts: Iterable[Size | None], data: ImageOptions) -> str:
+    """The flag that would cut less off images which are cut to these sizes, and what it does; "" where none would."""
+    if not data.enable_bucket:
+        return "--enable_bucket keeps the shape of images"
+    sides, step, longest = [side for cut in cuts if cut for side in cut], data.bucket_reso_steps, data.longest_side()
+    if data.bucket_no_upscale:
+        return ""
+    if step <= data.min_bucket_reso // 2 and min(sides) < data.min_bucket_reso + step:
+        return f"--min_bucket_reso {data.min_bucket_reso // 2} allows narrower buckets"
+    return f"--max_bucket_reso {2 * longest} allows longer buckets" if max(sides) > longest - step else ""
 
 
 LEAST = 0.85  # of the pixels of --resolution, below which a bucket is told

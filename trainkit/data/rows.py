@@ -236,8 +236,8 @@ def _warn_cropped(rows: Sequence[Row], data: ImageOptions) -> None:
         named = [f"{name} {100 * lost[name]:.0f} %" for name in odd[:NAMED]]
         more = [f"{len(odd) - NAMED} more"] if len(odd) > NAMED else []
         them = "it" if len(odd) == 1 else "them"
-        advice = f"Crop {them} yourself" if data.enable_bucket else (
-            f"--enable_bucket keeps the shape of images; to choose what stays, crop {them} yourself")
+        keeps = buckets.keeps_more((row.cut for row in rows if row.id in odd), data)
+        advice = (f"{keeps}; to choose what stays, crop {them} yourself" if keeps else f"Crop {them} yourself")
         log.warning("%s more than %.0f %% of the area in each %scrop: %s. %s",
                     counted(len(odd), "image loses", "images lose"), 100 * CROPPED,
                     "" if data.enable_bucket else "square ", ", ".join([*named, *more]), advice)
