@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from trainkit.families.pretrained import Repo
     from trainkit.lora_file import LoraFile
     from trainkit.lora_file.layer import LayerUpdate
+    from trainkit.options.prompt_weights import WeightedText
 
 Module = Any  # a torch Module with a weight
 Pipeline = Any  # StableDiffusionPipeline or StableDiffusionXLPipeline; importing them takes seconds
@@ -447,6 +448,28 @@ def encode_prompts(pipe: Pipeline, prompts: Sequence[str], negative: Sequence[st
         absent = _encoded_in_chunks(pipe, negative or [""] * len(prompts), max_chunks, clip_skip)
     embeds = equally_long([given[0], absent[0]])
     return dict(zip(EMBEDS, [*embeds, *given[1:], *absent[1:]], strict=False))
+
+
+def encode_weighted(pipe: Pipeline, prompts: Sequence[WeightedText], negative: Sequence[WeightedText] | None, *,
+                    max_chunks: int = 1, clip_skip: int | None = None) -> dict[str, Tensor]:
+    """As `encode_prompts`, with the weights of words. What has no weights is the same, and so is the pooled text."""
+    import torch
+
+    from trainkit.condition import equally_long
+    from trainkit.families import sd, sdxl
+
+    plain = [one.text for one in negative] if negative else None
+    given = encode_prompts(pipe, [prompt.text for prompt in prompts], plain, max_chunks=max_chunks,
+                           clip_skip=clip_skip)
+    encoders = networks(pipe)[1:]
+    encode, parts = (sd.encode_weighted, pipe.text_encoder) if len(encoders) == 1 else (
+        sdxl.encode_weighted, (pipe.text_encoder, pipe.text_encoder_2))
+    for name, branch in zip(EMBEDS, (prompts, negative or ()), strict=False):
+        if any(prompt.is_weighted for prompt in branch):
+            rows = [encode(tokenizers(pipe), parts, prompt, clip_skip, max_chunks)[0].to(as_is) if prompt.is_weighted
+                    else as_is for prompt, as_is in zip(branch, given[name], strict=True)]
+            given[name] = torch.stack(equally_long(rows))
+    return given | dict(zip(EMBEDS, equally_long([given[name] for name in EMBEDS[:2]]), strict=False))
 
 
 def _encoded_in_chunks(pipe: Pipeline, prompts: Sequence[str], max_chunks: int, clip_skip: int | None

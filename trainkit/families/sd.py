@@ -24,14 +24,16 @@ from trainkit.families.base import EncodePrompts, Family, ModelLayout
 from trainkit.families.checks import latents, native_resolution, skeleton
 from trainkit.families.file_names import SD_NAMES, FileNames
 from trainkit.families.pretrained import CLASS_INPUTS, Config, Repo, part_class
-from trainkit.families.tokenize import chunked
+from trainkit.families.tokenize import chunk_counts, chunked
 from trainkit.families.unet_targets import LORA_TARGETS, TEXT_LORA_TARGETS
+from trainkit.families.weighted_text import Chunking, weighted_states
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTokenizer, PreTrainedModel
 
     from trainkit.options import Compat, ModelOptions
+    from trainkit.options.prompt_weights import WeightedText
 
 __all__ = ["LAYOUT", "LORA_TARGETS", "SD", "TEXT_LORA_TARGETS", "latents", "load", "native_resolution", "problems",
            "names_of", "skeleton"]
@@ -129,12 +131,24 @@ def encode(tokenizers: Sequence[CLIPTokenizer], encoder: PreTrainedModel, prompt
     chunks = chunked(tokenizers, prompts, max_chunks)
     ids, attended = upload([chunks.ids[0], chunks.attended[0]], encoder.device)  # [N,T] each
     mask = attended if masks_padding(encoder.config) else None
-    out = encoder(ids, attention_mask=mask, output_hidden_states=clip_skip is not None)
-    embeds = out.last_hidden_state
-    if clip_skip is not None:
-        body = getattr(encoder, "text_model", encoder)  # a level that Transformers 5 has dropped
-        embeds = body.final_layer_norm(out.hidden_states[-(clip_skip + 1)])
-    return chunks.joined(embeds)
+    return chunks.joined(hidden_states(encoder, ids, mask, clip_skip))
+
+
+def hidden_states(encoder: PreTrainedModel, ids: Tensor, attended: Tensor | None, clip_skip: int | None) -> Tensor:
+    """Of chunks of tokens, ids [N,T] -> [N,T,D]."""
+    out = encoder(ids, attention_mask=attended, output_hidden_states=clip_skip is not None)
+    if clip_skip is None:
+        return out.last_hidden_state
+    body = getattr(encoder, "text_model", encoder)  # a level that Transformers 5 has dropped
+    return body.final_layer_norm(out.hidden_states[-(clip_skip + 1)])
+
+
+def encode_weighted(tokenizers: Sequence[CLIPTokenizer], encoder: PreTrainedModel, prompt: WeightedText,
+                    clip_skip: int | None = None, max_chunks: int = 1) -> Tensor:
+    """What the text encoder says of a prompt with weights -> embeds [1,T,D]."""
+    (chunks,) = chunk_counts(tokenizers, [prompt.text], max_chunks)
+    cut = Chunking(tokenizers[0], chunks, max_chunks, masks_padding(encoder.config))
+    return weighted_states(cut, encoder, partial(hidden_states, encoder, clip_skip=clip_skip), prompt)
 
 
 def masks_padding(config: object) -> bool:

@@ -22,14 +22,16 @@ from trainkit.families.base import EncodePrompts, Family, ModelLayout
 from trainkit.families.checks import latents, native_resolution, skeleton
 from trainkit.families.file_names import FileNames, xl_names
 from trainkit.families.pretrained import CLASS_INPUTS, Config, Repo
-from trainkit.families.tokenize import chunked
+from trainkit.families.tokenize import chunk_counts, chunked
 from trainkit.families.unet_targets import LORA_TARGETS, TEXT_LORA_TARGETS
+from trainkit.families.weighted_text import Chunking, weighted_states
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTokenizer, PreTrainedModel
 
     from trainkit.options import Compat, ModelOptions
+    from trainkit.options.prompt_weights import WeightedText
 
 __all__ = ["LAYOUT", "LORA_TARGETS", "SDXL", "TEXT_LORA_TARGETS", "latents", "load", "native_resolution", "problems",
            "names_of", "skeleton"]
@@ -144,12 +146,30 @@ def encode(tokenizers: Sequence[CLIPTokenizer], encoders: Sequence[PreTrainedMod
     clip_skip k takes layer −(k+2). The pooled vector is the second encoder's, projected, at the true end token, and
     of a long prompt that of its first chunk.
     """
-    layer = -(PENULTIMATE + (clip_skip or 0))
     chunks = chunked(tokenizers, prompts, max_chunks)
     ids = upload(chunks.ids, encoders[0].device)  # 2 × [N,T]
     outs = [encoder(i, output_hidden_states=True) for encoder, i in zip(encoders, ids, strict=True)]
-    embeds = torch.cat([out.hidden_states[layer] for out in outs], dim=-1)
+    embeds = torch.cat([out.hidden_states[layer(clip_skip)] for out in outs], dim=-1)
     return chunks.joined(embeds), chunks.first(outs[-1].text_embeds)
+
+
+def layer(clip_skip: int | None) -> int:
+    """Which of an encoder's hidden states is read."""
+    return -(PENULTIMATE + (clip_skip or 0))
+
+
+def encode_weighted(tokenizers: Sequence[CLIPTokenizer], encoders: Sequence[PreTrainedModel], prompt: WeightedText,
+                    clip_skip: int | None = None, max_chunks: int = 1) -> Tensor:
+    """What both text encoders say of a prompt with weights -> embeds [1,T,D]; weights do not count for pooled text."""
+    (chunks,) = chunk_counts(tokenizers, [prompt.text], max_chunks)
+
+    def of(tokenizer: CLIPTokenizer, encoder: PreTrainedModel) -> Tensor:
+        def hidden(ids: Tensor, attended: Tensor | None) -> Tensor:
+            return encoder(ids, attention_mask=attended, output_hidden_states=True).hidden_states[layer(clip_skip)]
+
+        return weighted_states(Chunking(tokenizer, chunks, max_chunks), encoder, hidden, prompt)
+
+    return torch.cat([of(*pair) for pair in zip(tokenizers, encoders, strict=True)], dim=-1)
 
 
 def load(options: ModelOptions, *, device: torch.device, weight_dtype: torch.dtype,

@@ -79,7 +79,7 @@ def chunked(tokenizers: Sequence[CLIPTokenizer], prompts: Sequence[str], most: i
     counts = [max(map(len, of_prompt)) for of_prompt in zip(*parts, strict=True)]
     filled = [[part for of_prompt, count in zip(of_tokenizer, counts, strict=True)
                for part in (*of_prompt, *[[]] * (count - len(of_prompt)))] for of_tokenizer in parts]
-    given = [_framed(tokenizer, chunks) for tokenizer, chunks in zip(tokenizers, filled, strict=True)]
+    given = [framed(tokenizer, chunks) for tokenizer, chunks in zip(tokenizers, filled, strict=True)]
     return TokenChunks([ids for ids, _ in given], [attended for _, attended in given], counts)
 
 
@@ -141,7 +141,7 @@ def _parts(tokenizer: CLIPTokenizer, prompts: Sequence[str], most: int) -> list[
     return [[ids[start:end] for start, end in chunk_spans(ids, size, comma, most)] for ids in given]
 
 
-def _framed(tokenizer: CLIPTokenizer, chunks: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def framed(tokenizer: CLIPTokenizer, chunks: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Ids and attention mask [N,T] of chunks: BOS, text, EOS, padding."""
     size, rows, masks = tokenizer.model_max_length, [], []
     for chunk in chunks:

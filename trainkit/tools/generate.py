@@ -22,6 +22,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +36,7 @@ from trainkit.inference import (
     after_denoising_step,
     base_problems,
     embeddings_of,
-    encode_prompts,
+    encode_weighted,
     finite_images,
     fuse_loras,
     fused_loras,
@@ -53,6 +54,7 @@ from trainkit.inference import (
 )
 from trainkit.options.captions import LENGTHS, TOKENS
 from trainkit.options.prompt_lines import SEEDS, SIDE_STEP, PromptLine, read_prompt_lines
+from trainkit.options.prompt_weights import WeightedText, escaped, read_weights, unweighted, weight_problems
 from trainkit.options.samplers import SAMPLERS, sampler_named, sampler_problems, webui_name
 from trainkit.process import own_settings, say
 from trainkit.tools import ASSETS
@@ -100,15 +102,15 @@ class Shot:
     """One image to generate.
 
     line              what the user wrote
-    prompt, negative  the same with the names of learned tokens; no negative prompt is None
+    prompt, negative  the same with weights, and with the names of learned tokens; no negative prompt is None
     features          [D] of its guidance image, scaled, if it has one
     """
 
     number: int  # of the prompt, from 1
     file_name: str
     line: PromptLine
-    prompt: str
-    negative: str | None
+    prompt: WeightedText
+    negative: WeightedText | None
     seed: int
     settings: Settings
     image: Path | None = None
@@ -128,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     added = [add_embedding(pipe, file) for file in dict.fromkeys(args.embedding)]
     added += [add_new_tokens(pipe, args.embeddings)] if args.embeddings else []
     for renamed in added:
-        shots = [replace(shot, prompt=renamed(shot.prompt), negative=shot.negative and renamed(shot.negative))
+        shots = [replace(shot, prompt=shot.prompt.changed(renamed), negative=shot.negative and
+                         shot.negative.changed(renamed))
                  for shot in shots]
     warn_of_full(pipe, shots, args.max_token_length // TOKENS)
     images = generate_images(pipe, args, shots)
@@ -179,6 +182,8 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
         "are comments. Behind a prompt, options can stand as in kohya's trainer: --n NEGATIVE_PROMPT, --w WIDTH, "
         "--h HEIGHT, --d SEED, --l GUIDANCE_SCALE, --s STEPS, --ss SCHEDULER. They replace the flags for this line.")
     add("--negative_prompt", metavar="TEXT", help="A negative prompt for all prompts without one of their own.")
+    add("--no_prompt_weights", action="store_true", help="Read (word:1.2), (word) and [word] as they stand there. "
+        "Without this flag, they are weights, as in WebUIs, and \\( is a bracket.")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -269,6 +274,7 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
     if args.clip_skip is not None and not 0 <= args.clip_skip <= MOST_SKIPPED:
         yield Problem(f"--clip_skip {args.clip_skip}", "--clip_skip", "text encoders have no such layer",
                       f"--clip_skip 0 to {MOST_SKIPPED}")
+    yield from prompt_problems(args)
     yield from grid_problems(args)
     yield from number_problems(args, counts=("steps", "batch_size"),
                                reals=("strength", "guidance_scale", "guidance_token_scale"))
@@ -298,6 +304,30 @@ def prompt_lines(args: argparse.Namespace) -> list[PromptLine]:
     return lines + (read_prompt_lines(args.prompts_file, "--prompts_file") if args.prompts_file else [])
 
 
+def negative_of(args: argparse.Namespace, line: PromptLine) -> str | None:
+    return args.negative_prompt if line.negative_prompt is None else line.negative_prompt
+
+
+def texts_of(args: argparse.Namespace, line: PromptLine) -> tuple[WeightedText, WeightedText | None]:
+    """The prompt and the negative prompt of a line, with their weights."""
+    read, negative = unweighted if args.no_prompt_weights else read_weights, negative_of(args, line)
+    return read(line.prompt), None if negative is None else read(negative)
+
+
+def prompt_problems(args: argparse.Namespace) -> Iterator[Problem]:
+    """What of the syntax of WebUIs is not read here; one problem for each text."""
+    if args.no_prompt_weights:
+        return
+    texts = [("--prompts_file" if line.prompt not in args.prompt else "--prompt", line.prompt) for line in args.lines]
+    texts += [("--negative_prompt" if line.negative_prompt is None else "--prompts_file", negative_of(args, line) or "")
+              for line in args.lines]
+    for where, text in dict.fromkeys(texts):
+        yield from weight_problems(text, where)
+    if any(read_weights(text).is_weighted for _, text in texts) and find_spec("compel") is None:
+        yield Problem("prompts with weights need compel", "--prompt", "it is not installed",
+                      "pip install compel, or --no_prompt_weights, which reads the brackets as text")
+
+
 def plan(args: argparse.Namespace) -> list[Shot]:
     """Every prompt from every seed, each prompt's shots with the features of its own guidance image."""
     if args.grid:
@@ -307,10 +337,9 @@ def plan(args: argparse.Namespace) -> list[Shot]:
     digits = max(2, len(str(len(args.lines))))
     shots = []
     for number, (line, image) in enumerate(zip(args.lines, images or [None] * len(args.lines), strict=True), 1):
-        negative = args.negative_prompt if line.negative_prompt is None else line.negative_prompt
         for seed in args.seeds if line.seed is None else [line.seed]:
             name = f"p{number:0{digits}d}_s{seed}.png"
-            shots.append(Shot(number, name, line, line.prompt, negative, seed, settings_of(args, line), image,
+            shots.append(Shot(number, name, line, *texts_of(args, line), seed, settings_of(args, line), image,
                               features.get(image)))
     return shots
 
@@ -321,13 +350,12 @@ def grid_shots(args: argparse.Namespace) -> list[Shot]:
     for number, (_, row) in enumerate(cells(args)[1], 1):
         for column, cell in enumerate(row, 1):
             line = cell.line
-            negative = args.negative_prompt if line.negative_prompt is None else line.negative_prompt
             seed = next(seed for seed in (cell.seed, line.seed, args.seeds[0]) if seed is not None)
             plain = settings_of(args, line)
             settings = replace(plain, loras=loras_of(args, cell, plain.loras),
                                scheduler=cell.scheduler or plain.scheduler)
-            shots.append(Shot(number, f"r{number:02d}_c{column:02d}_s{seed}.png", line, line.prompt, negative, seed,
-                              settings))
+            name = f"r{number:02d}_c{column:02d}_s{seed}.png"
+            shots.append(Shot(number, name, line, *texts_of(args, line), seed, settings))
     return shots
 
 
@@ -391,7 +419,7 @@ def warn_of_full(pipe: Pipeline, shots: Sequence[Shot], max_chunks: int) -> None
     """Say which prompts leave no place for the features."""
     from trainkit.families.tokenize import has_free_place
 
-    prompts = list(dict.fromkeys(shot.prompt for shot in shots if shot.features is not None))
+    prompts = list(dict.fromkeys(shot.prompt.text for shot in shots if shot.features is not None))
     free_places = has_free_place(tokenizers(pipe), prompts, max_chunks) if prompts else []
     for prompt in (prompt for prompt, free_place in zip(prompts, free_places, strict=True) if not free_place):
         log.warning("this prompt fills the text encoder's whole context; its image is generated without the guidance "
@@ -405,16 +433,15 @@ def encode(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]) -> d
     from trainkit.conditioning.clip_token import with_token
     from trainkit.families.tokenize import has_free_place, prompt_lengths
 
-    negative = None if shots[0].negative is None else [shot.negative or "" for shot in shots]
+    negative = None if shots[0].negative is None else [shot.negative or unweighted("") for shot in shots]
     most = args.max_token_length // TOKENS
-    text = encode_prompts(pipe, [shot.prompt for shot in shots], negative, max_chunks=most,
-                          clip_skip=args.clip_skip)
+    text = encode_weighted(pipe, [shot.prompt for shot in shots], negative, max_chunks=most, clip_skip=args.clip_skip)
     if shots[0].features is None:
         return text
     tokens = torch.stack([shot.features for shot in shots if shot.features is not None])  # [B,D], row i for image i
-    branches = {"prompt_embeds": [shot.prompt for shot in shots]}
+    branches = {"prompt_embeds": [shot.prompt.text for shot in shots]}
     if args.guidance_both_branches:
-        branches["negative_prompt_embeds"] = negative or [""] * len(shots)
+        branches["negative_prompt_embeds"] = [text.text for text in negative or [unweighted("")] * len(shots)]
     known = tokenizers(pipe)
     guided = {name: with_token(text[name], tokens, torch.tensor(has_free_place(known, prompts, most)),
                                prompt_lengths(known, prompts, most)) for name, prompts in branches.items()}
@@ -537,7 +564,8 @@ def parameters(pipe: Pipeline, args: argparse.Namespace, shot: Shot, image: Imag
         return ""
     settings = shot.settings
     used = scheduler_of(pipe, settings.scheduler)
-    return png_parameters(shot.line.prompt, {
+    written, negative = escaped if args.no_prompt_weights else str, negative_of(args, shot.line)
+    return png_parameters(written(shot.line.prompt), {
         "Steps": settings.steps, "Sampler": webui_name(type(used).__name__, used.config),
         "CFG scale": scale(pipe, settings), "Seed": shot.seed, "Size": f"{image.width}x{image.height}",
         "Clip skip": "" if args.clip_skip is None else args.clip_skip + 1, "Model hash": model_hash(args.base),
@@ -545,4 +573,4 @@ def parameters(pipe: Pipeline, args: argparse.Namespace, shot: Shot, image: Imag
         "Lora hashes": ", ".join(f"{lora_name(file)}: {lora_hash(file)}" for file, _ in settings.loras),
         "LoRA": " ".join(f"{file.parent.name}/{file.name}:{strength:g}" for file, strength in settings.loras),
         "Guidance image": shot.image.name if shot.image else "",
-    }, negative=args.negative_prompt if shot.line.negative_prompt is None else shot.line.negative_prompt)
+    }, negative=None if negative is None else written(negative))
