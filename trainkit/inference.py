@@ -509,13 +509,15 @@ def generate_images(pipe: Pipeline, prompts: Sequence[str], noise: Sequence[Gene
     return images
 
 
-def after_denoising_step(show: Callable[[float], None], done: int, size: int) -> Callable[..., dict[str, object]]:
+def after_denoising_step(show: Callable[[float], None], done: int, size: int, *, passes: int = 1, before: int = 0
+                         ) -> Callable[..., dict[str, object]]:
     """The pipeline's callback after each denoising step: with `done` images before, how far the batch of `size` is.
 
+    passes  over each image, of which `before` are done
     The decoding that follows the last step counts as one step more.
     """
     def after_step(pipe: Pipeline, step: int, timestep: object, tensors: dict[str, object]) -> dict[str, object]:
-        show(done + size * (step + 1) / (pipe.num_timesteps + 1))
+        show(done + size * (before + (step + 1) / (pipe.num_timesteps + 1)) / passes)
         return {}
 
     return after_step

@@ -29,6 +29,7 @@ class PromptLine:
 
     width, height  in pixels
     scheduler      a name of trainkit/options/samplers.py
+    strength       of a second pass
     """
 
     prompt: str
@@ -39,6 +40,7 @@ class PromptLine:
     guidance_scale: float | None = None
     steps: int | None = None
     scheduler: str | None = None
+    strength: float | None = None
 
 
 def side(text: str) -> int:
@@ -57,6 +59,10 @@ def finite(text: str) -> float:
     return within(float(text), "finite", math.isfinite)
 
 
+def part(text: str) -> float:
+    return within(float(text), "above 0, and 1 at most", lambda x: 0 < x <= 1)
+
+
 def within(number: Quantity, wanted: str, good: Callable[[Quantity], bool]) -> Quantity:
     if not good(number):
         raise ValueError(f"it must be {wanted}")
@@ -66,9 +72,10 @@ def within(number: Quantity, wanted: str, good: Callable[[Quantity], bool]) -> Q
 OPTIONS: dict[str, tuple[str, Callable[[str], object]]] = {  # kohya's letter -> the field, and its value from text
     "n": ("negative_prompt", str), "w": ("width", side), "h": ("height", side), "d": ("seed", seed),
     "l": ("guidance_scale", finite), "s": ("steps", steps), "ss": ("scheduler", sampler_named),
+    "t": ("strength", part),
 }
 WHOLE = "whole number"
-NUMBERS = {"guidance_scale": "number"}
+NUMBERS = {"guidance_scale": "number", "strength": "number"}
 KNOWN = ", ".join(f"--{letter}" for letter in OPTIONS)
 
 

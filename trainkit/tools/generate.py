@@ -67,6 +67,13 @@ from trainkit.tools.checks import (
     writing_to,
 )
 from trainkit.tools.grids import axis, cells, grid_problems, loras_of
+from trainkit.tools.second_pass import (
+    SecondPass,
+    add_second_pass,
+    enlarged,
+    second_pass_of,
+    second_pass_problems,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -87,6 +94,7 @@ class Settings:
     loras          each with its strength
     width, height  in pixels
     scheduler      a name of trainkit/options/samplers.py
+    second_pass    over an enlarged image, if there is one
     """
 
     loras: tuple[tuple[Path, float], ...]
@@ -95,6 +103,7 @@ class Settings:
     steps: int
     guidance_scale: float | None
     scheduler: str | None
+    second_pass: SecondPass | None
 
 
 @dataclass(frozen=True)
@@ -180,7 +189,8 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
         "prompts.")
     add("--prompts_file", type=Path, metavar="FILE", help="A text file with one prompt a line. Lines that begin with # "
         "are comments. Behind a prompt, options can stand as in kohya's trainer: --n NEGATIVE_PROMPT, --w WIDTH, "
-        "--h HEIGHT, --d SEED, --l GUIDANCE_SCALE, --s STEPS, --ss SCHEDULER. They replace the flags for this line.")
+        "--h HEIGHT, --d SEED, --l GUIDANCE_SCALE, --s STEPS, --ss SCHEDULER, --t HIRES_STRENGTH. They replace the "
+        "flags for this line.")
     add("--negative_prompt", metavar="TEXT", help="A negative prompt for all prompts without one of their own.")
     add("--no_prompt_weights", action="store_true", help="Read (word:1.2), (word) and [word] as they stand there. "
         "Without this flag, they are weights, as in WebUIs, and \\( is a bracket.")
@@ -201,6 +211,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         "the default of the pipeline.")
     add("--width", type=int, metavar="PIXELS", help="The width. The default is that of the model.")
     add("--height", type=int, metavar="PIXELS", help="The height. The default is that of the model.")
+    add_second_pass(add)
 
 
 def add_models(parser: argparse.ArgumentParser) -> None:
@@ -275,6 +286,7 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
         yield Problem(f"--clip_skip {args.clip_skip}", "--clip_skip", "text encoders have no such layer",
                       f"--clip_skip 0 to {MOST_SKIPPED}")
     yield from prompt_problems(args)
+    yield from second_pass_problems(args)
     yield from grid_problems(args)
     yield from number_problems(args, counts=("steps", "batch_size"),
                                reals=("strength", "guidance_scale", "guidance_token_scale"))
@@ -290,8 +302,8 @@ def scheduler_problems(args: argparse.Namespace) -> list[Problem]:
     from trainkit.families.single_file import model_at
 
     config = model_at(args.base, "--base").glance("scheduler/scheduler_config.json")
-    asked = [(line.scheduler or args.scheduler, line.steps or args.steps) for line in args.lines]
-    asked += [(name, line.steps or args.steps) for axis in args.grid if axis.name == "scheduler"
+    asked = [(line.scheduler or args.scheduler, most_steps(args, line)) for line in args.lines]
+    asked += [(name, most_steps(args, line)) for axis in args.grid if axis.name == "scheduler"
               for name in axis.values for line in args.lines]
     found = [problem for name, steps in dict.fromkeys(asked) if name
              for problem in sampler_problems(name, config, steps, "--scheduler")]
@@ -302,6 +314,13 @@ def prompt_lines(args: argparse.Namespace) -> list[PromptLine]:
     """What --prompt and the lines of --prompts_file say. UserError: the file has no prompts, or unknown options."""
     lines = [PromptLine(prompt) for prompt in args.prompt]
     return lines + (read_prompt_lines(args.prompts_file, "--prompts_file") if args.prompts_file else [])
+
+
+def most_steps(args: argparse.Namespace, line: PromptLine) -> int:
+    """Of a pass over the images of a line."""
+    steps = line.steps or args.steps
+    second = None if [*second_pass_problems(args)] else second_pass_of(args, line, steps)
+    return steps if second is None else max(steps, second.all_steps)
 
 
 def negative_of(args: argparse.Namespace, line: PromptLine) -> str | None:
@@ -362,8 +381,9 @@ def grid_shots(args: argparse.Namespace) -> list[Shot]:
 def settings_of(args: argparse.Namespace, line: PromptLine) -> Settings:
     """The flags, and what a line replaces of them."""
     guidance_scale = args.guidance_scale if line.guidance_scale is None else line.guidance_scale
-    return Settings(tuple(loras(args)), line.width or args.width, line.height or args.height, line.steps or args.steps,
-                    guidance_scale, line.scheduler or args.scheduler)
+    steps = line.steps or args.steps
+    return Settings(tuple(loras(args)), line.width or args.width, line.height or args.height, steps,
+                    guidance_scale, line.scheduler or args.scheduler, second_pass_of(args, line, steps))
 
 
 def guidance_features(args: argparse.Namespace) -> dict[Path, Tensor]:
@@ -465,25 +485,30 @@ def generate_alike(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Sho
                    show: Callable[[float], None]) -> None:
     """Write the images that have the same LoRAs, and put them into `images` under their file names."""
     for some in batches(shots, args.batch_size):
-        images |= written(pipe, args, some, after_denoising_step(show, len(images), len(some)))
+        passes = 2 if some[0].settings.second_pass else 1
+        after = [after_denoising_step(show, len(images), len(some), passes=passes, before=k) for k in range(passes)]
+        images |= written(pipe, args, some, after)
         show(len(images))
 
 
-def written(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot], after_step: Callable[..., dict]
+def written(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot], after_steps: Sequence[Callable[..., dict]]
             ) -> dict[str, Image]:
-    """Generate and write some images -> name of the file -> the image, as small as on a sheet."""
+    """Generate and write some images -> name of the file -> the image, as small as on a sheet.
+
+    after_steps  the pipeline's callback in each pass
+    """
     from trainkit.sheets import TILE_PX, save_png
 
-    images = run_pipeline(pipe, args, shots, after_step)
+    images = run_pipeline(pipe, args, shots, after_steps)
     with writing_to(args.out):
         for shot, image in zip(shots, images, strict=True):
-            save_png(args.out / shot.file_name, image, parameters(pipe, args, shot, image))
+            save_png(args.out / shot.file_name, image, parameters(pipe, args, shot))
             image.thumbnail((TILE_PX[1], TILE_PX[1]))
     return {shot.file_name: image for shot, image in zip(shots, images, strict=True)}
 
 
-def run_pipeline(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot], after_step: Callable[..., dict]
-                 ) -> list[Image]:
+def run_pipeline(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot],
+                 after_steps: Sequence[Callable[..., dict]]) -> list[Image]:
     import torch
 
     settings = shots[0].settings
@@ -491,9 +516,13 @@ def run_pipeline(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]
         text = encode(pipe, args, shots)
     noise = [torch.Generator().manual_seed(shot.seed) for shot in shots]
     width, height = size(pipe, settings)
+    guidance, second = scale(pipe, settings), settings.second_pass
     with sampled_by(pipe, settings.scheduler):
-        return finite_images(pipe, **text, height=height, width=width, num_inference_steps=settings.steps,
-                             guidance_scale=scale(pipe, settings), generator=noise, callback_on_step_end=after_step)
+        images = finite_images(pipe, **text, height=height, width=width, num_inference_steps=settings.steps,
+                               guidance_scale=guidance, generator=noise, callback_on_step_end=after_steps[0])
+        return images if second is None else enlarged(
+            pipe, images, second, text, [shot.seed for shot in shots], guidance_scale=guidance,
+            callback_on_step_end=after_steps[1])
 
 
 def size(pipe: Pipeline, settings: Settings) -> tuple[int, int]:
@@ -523,8 +552,8 @@ def write_sheets(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]
         some = rows[start : start + ROWS]
         names.append(f"sheet_{start // ROWS + 1:02d}.png" if start else "sheet.png")
         with writing_to(args.out):
-            first = some[0][0]
-            save_png(args.out / names[-1], contact_sheet(args, some), parameters(pipe, args, *first))
+            first, _ = some[0][0]
+            save_png(args.out / names[-1], contact_sheet(args, some), parameters(pipe, args, first))
     return names
 
 
@@ -556,18 +585,19 @@ def listing_of_seeds(row: Sequence[tuple[Shot, Image]]) -> str:
     return ", ".join(str(shot.seed) for shot, _ in row)
 
 
-def parameters(pipe: Pipeline, args: argparse.Namespace, shot: Shot, image: Image) -> str:
+def parameters(pipe: Pipeline, args: argparse.Namespace, shot: Shot) -> str:
     """The text of the PNG file, as WebUIs read it."""
     from trainkit.sheets import png_parameters
 
     if args.no_metadata:
         return ""
-    settings = shot.settings
+    settings, (width, height) = shot.settings, size(pipe, shot.settings)
     used = scheduler_of(pipe, settings.scheduler)
     written, negative = escaped if args.no_prompt_weights else str, negative_of(args, shot.line)
     return png_parameters(written(shot.line.prompt), {
         "Steps": settings.steps, "Sampler": webui_name(type(used).__name__, used.config),
-        "CFG scale": scale(pipe, settings), "Seed": shot.seed, "Size": f"{image.width}x{image.height}",
+        "CFG scale": scale(pipe, settings), "Seed": shot.seed, "Size": f"{width}x{height}",
+        **(settings.second_pass.facts() if settings.second_pass else {}),
         "Clip skip": "" if args.clip_skip is None else args.clip_skip + 1, "Model hash": model_hash(args.base),
         "Model": Path(args.base).name,
         "Lora hashes": ", ".join(f"{lora_name(file)}: {lora_hash(file)}" for file, _ in settings.loras),
