@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -262,10 +262,12 @@ def networks(pipe: Pipeline) -> list[str]:
     return [name for name in NETWORKS if getattr(pipe, name, None) is not None]
 
 
-def fuse_loras(pipe: Pipeline, loras: Sequence[tuple[Path, float]], *, keep: bool = False) -> dict[Module, Tensor]:
+def fuse_loras(pipe: Pipeline, loras: Sequence[tuple[Path, float]], *, blocks: Sequence[str] = (), keep: bool = False
+               ) -> dict[Module, Tensor]:
     """Make LoRAs part of the weights, W + Σ strength · ΔW in fp32 -> with `keep`, the weights before it.
 
-    loras  files of any layout and any kind, each with its strength, which may be negative or 0
+    loras   files of any layout and any kind, each with its strength, which may be negative or 0
+    blocks  of each LoRA the factors on its strength, MID=0 IN04=0.5, see adapters/patterns.py; "" has none
     A DoRA's ΔW too is that of W as it is before all of them, so their order does not count.
     UserError: a file is damaged, or of another kind of model.
     """
@@ -274,10 +276,12 @@ def fuse_loras(pipe: Pipeline, loras: Sequence[tuple[Path, float]], *, keep: boo
     from trainkit.lora_file import LoraFile
 
     updates: dict[Module, list[tuple[Path, str, float, LayerUpdate]]] = {}
-    for file, strength in loras:
+    for (file, strength), text in zip(loras, blocks or [""] * len(loras), strict=True):
         found = LoraFile.read(file, names=names_of(pipe), where=f"--lora {file}")
+        factors = block_factors(pipe, text, found.layers)
         for place, module in modules_of(pipe, found, file).items():
-            updates.setdefault(module, []).append((file, place[1], strength, found.layers[place]))
+            changes = updates.setdefault(module, [])
+            changes.append((file, place[1], strength * factors.get(place, 1.0), found.layers[place]))
         add_bundled(pipe, found)
     before: dict[Module, Tensor] = {}
     with torch.no_grad():
@@ -289,6 +293,20 @@ def fuse_loras(pipe: Pipeline, loras: Sequence[tuple[Path, float]], *, keep: boo
                 before[module] = weight.detach().clone()
             weight.copy_(sum(deltas, W).view_as(weight))
     return before
+
+
+def block_factors(pipe: Pipeline, text: str, places: Iterable[ModulePlace]) -> dict[ModulePlace, float]:
+    """The factors that a text such as MID=0 IN04=0.5 puts on the strength of layers; others have 1."""
+    from trainkit.adapters import patterns
+    from trainkit.families import sgm
+
+    numbered, found = sgm.numbered(pipe.unet.config), {}
+    for network, path in places if text else ():
+        pattern = patterns.read(text, network)
+        key = patterns.key_for(path, pattern, numbered if network == "unet" else {})
+        if key is not None:
+            found[network, path] = pattern[key]
+    return found
 
 
 def delta_of(W: Tensor, layer: LayerUpdate, file: Path, path: str) -> Tensor:
@@ -347,9 +365,9 @@ def add_bundled(pipe: Pipeline, found: LoraFile) -> None:
 
 
 @contextmanager
-def fused_loras(pipe: Pipeline, loras: Sequence[tuple[Path, float]]) -> Iterator[None]:
+def fused_loras(pipe: Pipeline, loras: Sequence[tuple[Path, float]], blocks: Sequence[str] = ()) -> Iterator[None]:
     """The LoRAs are part of the weights inside: images take no longer than with the base alone."""
-    before = fuse_loras(pipe, loras, keep=True)
+    before = fuse_loras(pipe, loras, blocks=blocks, keep=True)
     yield
     for module, weight in before.items():
         module.weight.data.copy_(weight)

@@ -1,17 +1,18 @@
-"""Ranks, alphas and learning rates of single layers: what --lora_rank_pattern and its like say.
+"""Ranks, alphas, learning rates and strengths of single layers: what --lora_rank_pattern and its like say.
 
     mid_block=16 attn2=8 IN04=4        KEY=VALUE, apart by spaces or commas; the first key that fits a layer counts
 
 A key is a regular expression for one or more whole parts of a module's path, as in PEFT's rank_pattern, or for blocks
 as WebUIs number them: IN04, MID, OUT0[0-3]. Keys that begin with text_encoder. or text_encoder_2. speak of that
-encoder, and all others of the UNet.
+encoder, and all others of the UNet. text_encoder alone is the whole encoder.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from trainkit.errors import Problem
@@ -22,17 +23,20 @@ if TYPE_CHECKING:
 Pattern = Mapping[str, float]  # key -> value
 Blocks = Mapping[str, str]  # a block of the UNet, down_blocks.1.attentions.0 -> as WebUIs number it, IN04
 FLAGS = ("lora_rank_pattern", "lora_alpha_pattern", "lora_lr_pattern")
+STRENGTHS = "lora_block_weights"  # of generate
+NETWORKS = ("text_encoder", "text_encoder_2")  # that keys can name
 
 
 def read(text: str | None, prefix: str) -> Pattern:
     """The entries for one network, its name taken off their keys; `problems` has found no fault in them."""
     entries = (entry.rpartition("=") for entry in (text or "").replace(",", " ").split())
-    return {key.removeprefix(f"{prefix}."): float(value) for key, _, value in entries if network_of(key) == prefix}
+    return {".*" if key == prefix else key.removeprefix(f"{prefix}."): float(value) for key, _, value in entries
+            if network_of(key) == prefix}
 
 
 def network_of(key: str) -> str:
     head = key.partition(".")[0]
-    return head if head in ("text_encoder", "text_encoder_2") else "unet"
+    return head if head in NETWORKS else "unet"
 
 
 def key_for(path: str, pattern: Pattern, blocks: Blocks) -> str | None:
@@ -69,13 +73,43 @@ def problems(options: LoraOptions, paths: Iterable[str], blocks: Blocks) -> Iter
         text = getattr(options, name)
         if text is None:
             continue
-        entries = text.replace(",", " ").split()
-        bad = next((found for entry in entries if (found := fault(name, entry))), None) if entries else nothing(name)
-        if bad:
+        if bad := first_fault(name, text):
             yield bad
             continue
         yield from (unknown(name, key, paths, blocks) for key in read(text, "unet")
                     if not any(fits(key, path, blocks) for path in paths))
+
+
+def strength_problems(text: str, layers: Collection[tuple[str, str]], blocks: Blocks, lora: str) -> Iterator[Problem]:
+    """What is wrong with the strengths of blocks of a LoRA.
+
+    layers  of the LoRA: network and path
+    lora    its name
+    """
+    if bad := first_fault(STRENGTHS, text):
+        yield bad
+        return
+    for network in ("unet", *NETWORKS):
+        paths = [path for place, path in layers if place == network]
+        for key in read(text, network):
+            if not any(fits(key, path, blocks if network == "unet" else {}) for path in paths):
+                asked = key if network == "unet" else network if key == ".*" else f"{network}.{key}"
+                yield Problem(f"no layer of {lora} fits {asked!r}", f"--{STRENGTHS} {text!r}",
+                              "a key is a block such as IN04, MID or text_encoder, or parts of a module's path",
+                              f"its blocks are {', '.join(blocks_of(layers, blocks))}")
+
+
+def blocks_of(layers: Iterable[tuple[str, str]], blocks: Blocks) -> list[str]:
+    """What the blocks are called that layers lie in, IN, MID, OUT and the text encoders."""
+    found = {path if network == "unet" else network: None for network, path in sorted(layers)}
+    named = [name for block, name in blocks.items() if any(path.startswith(f"{block}.") for path in found)]
+    return [*sorted(set(named)), *(network for network in NETWORKS if network in found)]
+
+
+def first_fault(name: str, text: str) -> Problem | None:
+    """What is wrong with the first bad entry as it is written."""
+    entries = text.replace(",", " ").split()
+    return next((found for entry in entries if (found := fault(name, entry))), None) if entries else nothing(name)
 
 
 def nothing(name: str) -> Problem:
@@ -93,18 +127,20 @@ def fault(name: str, entry: str) -> Problem | None:
         re.compile(key)
     except re.error as error:
         return Problem(f"{key!r} is no regular expression", where, str(error), "a part of a path, such as attn2")
-    whole = name == "lora_rank_pattern"
+    kind, least, most, why = VALUES.get(name, ABOVE_0)
     try:
-        number = int(value) if whole else float(value)
+        number = kind(value)
     except ValueError:
-        number = 0
-    if not 0 < number <= (4096 if whole else 1e6):
-        return Problem(f"--{name} cannot be {value!r}", where, "a rank is a whole number from 1 to 4096" if whole else
-                       "the value is a number above 0", example)
-    return None
+        number = math.nan
+    return None if least <= number <= most else Problem(f"--{name} cannot be {value!r}", where, why, example)
 
 
-EXAMPLES = {"lora_rank_pattern": "16", "lora_alpha_pattern": "8", "lora_lr_pattern": "0.5"}
+EXAMPLES = {"lora_rank_pattern": "16", "lora_alpha_pattern": "8", "lora_lr_pattern": "0.5", STRENGTHS: "0.5"}
+ABOVE_0: tuple[type, float, float, str] = (float, math.ulp(0), 1e6, "the value is a number above 0")
+VALUES: dict[str, tuple[type, float, float, str]] = {  # type, least, most
+    "lora_rank_pattern": (int, 1, 4096, "a rank is a whole number from 1 to 4096"),
+    STRENGTHS: (float, -1e6, 1e6, "the value is a number"),
+}
 
 
 def unknown(name: str, key: str, paths: list[str], blocks: Blocks) -> Problem:

@@ -59,7 +59,9 @@ from trainkit.options.samplers import SAMPLERS, sampler_named, sampler_problems,
 from trainkit.process import own_settings, say
 from trainkit.tools import ASSETS
 from trainkit.tools.checks import (
+    base_of,
     make_out,
+    names_of,
     number_problems,
     out_problems,
     shipped_problems,
@@ -179,6 +181,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.runs = [path for path, _ in named]
     args.lora, args.named_strength = [lora_file(path) for path in args.runs], [strength for _, strength in named]
     args.embeddings = args.embeddings and embeddings_of(args.embeddings)
+    if args.lora and len(args.lora_block_weights) < 2:
+        args.lora_block_weights = (args.lora_block_weights or [""]) * len(args.lora)
     return args
 
 
@@ -226,6 +230,9 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         "negative. Repeat this flag for several LoRAs. Their updates add up, in any order.")
     add("--strength", type=float, action="append", default=[], metavar="X", help="The strength of the LoRAs that have "
         "no :X. Give one for all of them, or repeat this flag for each in their order. The default is 1.")
+    add("--lora_block_weights", action="append", default=[], metavar="BLOCK=X,..", help="Factors on the strength in "
+        "parts of the model, as in 'MID=0 IN04=0.5 OUT0[3-5]=0.2 text_encoder=0'. Blocks that are not named keep the "
+        "strength. Give it once for all LoRAs, or once for each in their order; '' is for a LoRA without factors.")
     add("--embeddings", type=Path, metavar="FILE", help="The file NAME_emb.safetensors of a run with new tokens. "
         "It can also be a folder or RUN@STEP. The tokens then take the place of their words in the prompts.")
     add("--embedding", type=Path, action="append", default=[], metavar="FILE", help="An embedding of any program, in "
@@ -266,6 +273,7 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
     named += [("--embedding", file) for file in args.embedding]
     yield from (missing_file(flag, file, "it is read first") for flag, file in named if not file.is_file())
     yield from lora_problems(args.lora, args.base)
+    yield from block_problems(args)
     without = args.named_strength.count(None)
     if args.strength and (not without or len(args.strength) not in {1, without}):
         yield Problem(f"{counted(len(args.strength), 'strength')} for {without} LoRAs without one", "--strength",
@@ -277,14 +285,7 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
         if getattr(args, flag) and not args.guidance_image:
             yield Problem(f"--{flag} without --guidance_image", f"--{flag}", "there is no image to show to the model",
                           f"add --guidance_image FILE, or leave --{flag} out")
-    for flag in ("width", "height"):
-        side = getattr(args, flag)
-        if side is not None and (side < SIDE_STEP or side % SIDE_STEP):
-            yield Problem(f"--{flag} {side}", f"--{flag}", f"sides are multiples of {SIDE_STEP} pixels",
-                          f"--{flag} {max(SIDE_STEP, round(side / SIDE_STEP) * SIDE_STEP)}")
-    if args.clip_skip is not None and not 0 <= args.clip_skip <= MOST_SKIPPED:
-        yield Problem(f"--clip_skip {args.clip_skip}", "--clip_skip", "text encoders have no such layer",
-                      f"--clip_skip 0 to {MOST_SKIPPED}")
+    yield from size_problems(args)
     yield from prompt_problems(args)
     yield from second_pass_problems(args)
     yield from grid_problems(args)
@@ -295,6 +296,38 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
     if args.guidance_image and not args.guidance_features:
         yield from shipped_problems(args, "clip")
     yield from out_problems(args.out)
+
+
+def size_problems(args: argparse.Namespace) -> Iterator[Problem]:
+    for flag in ("width", "height"):
+        side = getattr(args, flag)
+        if side is not None and (side < SIDE_STEP or side % SIDE_STEP):
+            yield Problem(f"--{flag} {side}", f"--{flag}", f"sides are multiples of {SIDE_STEP} pixels",
+                          f"--{flag} {max(SIDE_STEP, round(side / SIDE_STEP) * SIDE_STEP)}")
+    if args.clip_skip is not None and not 0 <= args.clip_skip <= MOST_SKIPPED:
+        yield Problem(f"--clip_skip {args.clip_skip}", "--clip_skip", "text encoders have no such layer",
+                      f"--clip_skip 0 to {MOST_SKIPPED}")
+
+
+def block_problems(args: argparse.Namespace) -> Iterator[Problem]:
+    """Strengths of blocks that cannot be read, or that name none of a LoRA's. Without a mistake before, it is read."""
+    from trainkit.adapters.patterns import strength_problems
+    from trainkit.families import sgm
+    from trainkit.lora_file import LoraFile
+
+    given, flag = args.lora_block_weights, "--lora_block_weights"
+    if given and len(given) != len(args.lora):
+        yield Problem(f"{counted(len(given), 'list')} of block weights for {counted(len(args.lora), 'LoRA')}", flag,
+                      "it is one for all, or one for each", f"give {flag} once, or once for each --lora")
+        return
+    if not any(given) or [*base_problems(args.base, None)] or not all(file.is_file() for file in args.lora):
+        return
+    base = base_of(args.base)
+    names, blocks = names_of(base), sgm.numbered(base.glance("unet/config.json"))
+    for file, text in zip(args.lora, given, strict=True):
+        if text:
+            layers = LoraFile.read(file, names=names, where=f"--lora {file}").layers
+            yield from strength_problems(text, layers, blocks, lora_name(file))
 
 
 def scheduler_problems(args: argparse.Namespace) -> list[Problem]:
@@ -476,7 +509,8 @@ def generate_images(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Sh
     different = list(dict.fromkeys(shot.settings.loras for shot in shots))
     with watched("generating images", len(shots)) as show:
         for loras in different:
-            with fused_loras(pipe, loras) if len(different) > 1 else nullcontext(fuse_loras(pipe, loras)):
+            with (fused_loras(pipe, loras, args.lora_block_weights) if len(different) > 1 else
+                  nullcontext(fuse_loras(pipe, loras, blocks=args.lora_block_weights))):
                 generate_alike(pipe, args, [shot for shot in shots if shot.settings.loras == loras], images, show)
     return [images[shot.file_name] for shot in shots]
 
@@ -601,6 +635,7 @@ def parameters(pipe: Pipeline, args: argparse.Namespace, shot: Shot) -> str:
         "Clip skip": "" if args.clip_skip is None else args.clip_skip + 1, "Model hash": model_hash(args.base),
         "Model": Path(args.base).name,
         "Lora hashes": ", ".join(f"{lora_name(file)}: {lora_hash(file)}" for file, _ in settings.loras),
-        "LoRA": " ".join(f"{file.parent.name}/{file.name}:{strength:g}" for file, strength in settings.loras),
+        "LoRA": " ".join(f"{file.parent.name}/{file.name}:{strength:g}{blocks and f'({blocks})'}"
+                         for (file, strength), blocks in zip(settings.loras, args.lora_block_weights, strict=True)),
         "Guidance image": shot.image.name if shot.image else "",
     }, negative=None if negative is None else written(negative))
