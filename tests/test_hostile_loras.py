@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import torch
 from safetensors.torch import save
 
 from tests.support.lora_layouts import write_lora
-from trainkit.errors import UserError
-from trainkit.tools import convert_lora, merge_loras, resize_lora
+from trainkit.errors import UserError, refuse
+from trainkit.inference import lora_problems, read_embedding, unreadable
+from trainkit.tools import convert_lora, generate, merge_loras, resize_lora
 
 STEM = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
 DOWN, UP, ALPHA = f"{STEM}.lora_down.weight", f"{STEM}.lora_up.weight", f"{STEM}.alpha"
@@ -90,6 +92,48 @@ def test_a_hostile_file_is_named_and_nothing_is_written(tmp_path, tool):
         bad.unlink()
         assert [path.name for path in tmp_path.iterdir()] == ["good.safetensors"], name
     assert "run code" in told["pickle"] and "git lfs pull" in told["git lfs"] and "finite" in told["NaN"]
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("flag", ["--lora", "--embedding"])
+def test_generate_names_a_hostile_file_before_a_model_is_loaded(tiny_sdxl, tmp_path, monkeypatch, flag):
+    """Each in one message; not even the folder for the images is made."""
+    monkeypatch.setattr(generate, "load_pipeline", None)
+    more = {"a LoRA of SD 1.x": save({f"{STEM}.lora_down.weight": torch.ones(2, 768), UP: B}),
+            "狐 und (Fuchs)": b"", "of another width": save({DOWN: torch.ones(2, 77), UP: B})}
+    if flag == "--lora":
+        more["an embedding"] = save({"emb_params": torch.ones(2, 24)})
+    else:
+        more["a LoRA"] = save(GOOD)
+        more |= {"an embedding": HOSTILE["NaN"], "embedding of NaN": save({"emb_params": torch.full((1, 9), math.nan)})}
+    by_main = {"pickle", "huge header", "NaN", *more}  # each takes a third of a second
+    for name, content in (HOSTILE | more).items():
+        (bad := tmp_path / f"bad {name}.safetensors").write_bytes(content)
+        with pytest.raises(UserError) as caught:
+            if name in by_main:
+                generate.main([f"--base={tiny_sdxl}", "--prompt=a", f"{flag}={bad}", f"--out={tmp_path / 'out'}"])
+            of = ([bad], []) if flag == "--lora" else ([], [bad])
+            refuse([*lora_problems(of[0], str(tiny_sdxl))] or unreadable(*of, str(tiny_sdxl)))
+        problem, = caught.value.problems
+        assert bad.name in f"{problem.what} {problem.where} {problem.why}" and problem.fix, name
+        bad.unlink()
+        assert not [*tmp_path.iterdir()], name
+    (folder := tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(UserError, match=r"folder.safetensors"):
+        generate.main([f"--base={tiny_sdxl}", "--prompt=a", f"{flag}={folder}", f"--out={tmp_path / 'out'}"])
+
+
+def test_a_pickled_embedding_comes_with_the_command_that_converts_it(tiny_sd, tmp_path, monkeypatch):
+    """The command itself works on a file as A1111 writes it."""
+    torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": torch.nn.Parameter(torch.ones(2, 24))},
+                "name": "bad", "step": 9}, file := tmp_path / "bad.pt")
+    with pytest.raises(UserError) as caught:
+        generate.main([f"--base={tiny_sd}", "--prompt=a", f"--embedding={file}", f"--out={tmp_path / 'out'}"])
+    problem, = caught.value.problems
+    code = problem.fix.partition('"')[2].removesuffix('"')
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})  # what the command runs
+    assert read_embedding(tmp_path / "bad.safetensors").embeddings[""]["clip_l"].shape == (2, 24)
 
 
 def test_a_file_that_was_there_stays_when_a_merge_fails(tmp_path):

@@ -18,11 +18,13 @@ from trainkit.adapters import add_adapters
 from trainkit.condition import Condition
 from trainkit.conditioning.cached_text import FrozenText
 from trainkit.errors import UserError
-from trainkit.families import sdxl
+from trainkit.export import write_diffusers
+from trainkit.families import Family, sd, sdxl
 from trainkit.families.pretrained import Repo
 from trainkit.options import LoraOptions, ValidationOptions
 from trainkit.preview import Previews, evaluating, preview_prompts
 from trainkit.sheets import sheet, tile_px
+from trainkit.tools import generate
 
 PROMPT = "3d icon in the style of TOK, a red dog"
 SIDE = 32  # pixels
@@ -32,10 +34,10 @@ def options(*, prompt: str | None = PROMPT, images: int = 2) -> SimpleNamespace:
     return SimpleNamespace(validation_prompt=prompt, num_validation_images=images)
 
 
-def load(folder: Path, *, dtype: torch.dtype = torch.float32) -> sdxl.SDXL:
+def load(folder: Path, *, dtype: torch.dtype = torch.float32, module=sdxl) -> Family:
     model = SimpleNamespace(pretrained_model_name_or_path=str(folder), pretrained_vae_model_name_or_path=None,
                             revision=None, variant=None, vae_batch_size=1)
-    return sdxl.load(model, device=torch.device("cpu"), weight_dtype=dtype)
+    return module.load(model, device=torch.device("cpu"), weight_dtype=dtype)
 
 
 @pytest.fixture(autouse=True)
@@ -148,12 +150,44 @@ def test_previews_are_what_the_stock_pipeline_draws(tiny_sdxl, tmp_path, zeros):
     stock.register_to_config(force_zeros_for_empty_prompt=zeros)
     stock.save_config(folder)
     stock.scheduler = DPMSolverMultistepScheduler.from_config(stock.scheduler.config)
-    noise = rng.normal((4, SIDE // 4, SIDE // 4), [(42, 1)], name="preview")
     size = {"height": SIDE, "width": SIDE}
-    expected = stock(PROMPT, latents=noise, num_inference_steps=3, guidance_scale=5.0, **size).images[0]
+    expected = stock(PROMPT, generator=torch.Generator().manual_seed(42), num_inference_steps=3, guidance_scale=5.0,
+                     **size).images[0]
     family = load(folder)
     drawn = first(make(family, FrozenText(family, preview_prompts(options())), tmp_path, images=1).generate(1))
     assert np.abs(pixels(drawn).astype(int) - np.asarray(expected).astype(int)).max() <= 1
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("module", [sd, sdxl], ids=["sd", "sdxl"])
+def test_a_preview_generate_and_the_stock_pipeline_are_one_image(module, tiny_sd, tiny_sdxl, tmp_path):
+    """Of one prompt, seed, size, number of steps, guidance, scheduler and LoRA."""
+    from diffusers import AutoPipelineForText2Image, DPMSolverMultistepScheduler
+
+    base = tiny_sdxl if module is sdxl else tiny_sd
+    family = load(base, module=module)
+    adapters = add_adapters(family.denoiser, LoraOptions(rank=2), targets=family.lora_targets, seed=0)
+    with torch.no_grad():
+        for path in adapters.layers:
+            B = adapters.factors(path)[1]
+            B.copy_(torch.randn(B.shape, generator=rng.generator("test", path)) / 10)
+    write_diffusers([adapters], file := tmp_path / "a.safetensors", {})
+    encoded = FrozenText(family, preview_prompts(options()))
+    ours = [pixels(path) for path in make(family, encoded, tmp_path).generate(1)][:2]
+    generate.main([f"--base={base}", f"--lora={file}", f"--prompt={PROMPT}", "--seeds=42,43", "--steps=3",
+                   "--scheduler=dpmpp_2m", f"--width={SIDE}", f"--height={SIDE}", f"--out={tmp_path / 'out'}"])
+    stock = AutoPipelineForText2Image.from_pretrained(base)
+    stock.scheduler = DPMSolverMultistepScheduler.from_config(stock.scheduler.config)
+    plain, _ = (stock(PROMPT, generator=torch.Generator().manual_seed(seed), num_inference_steps=3, height=SIDE,
+                      width=SIDE).images[0] for seed in (42, 43))
+    stock.load_lora_weights(file.parent, weight_name=file.name)
+    theirs = [stock(PROMPT, generator=torch.Generator().manual_seed(seed), num_inference_steps=3, height=SIDE,
+                    width=SIDE).images[0] for seed in (42, 43)]
+    for preview_of, seed, stocks in zip(ours, (42, 43), theirs, strict=True):
+        generated = pixels(tmp_path / "out" / f"p01_s{seed}.png")
+        for other in (generated, stocks):
+            assert np.abs(preview_of.astype(int) - np.asarray(other).astype(int)).max() <= 1
+    assert np.abs(ours[0].astype(int) - ours[1]).max() > 8 and np.abs(ours[0].astype(int) - np.asarray(plain)).max() > 8
 
 
 def test_half_precision_bases_are_drawn_too(tiny_sdxl, tmp_path):

@@ -47,6 +47,10 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 NETWORKS = ("unet", "text_encoder", "text_encoder_2")  # of a pipeline, where a LoRA may train
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
+PICKLED = (".pt", ".bin", ".ckpt", ".pth")
+CONVERSION = (  # of an embedding of A1111
+    "python -c \"import torch, safetensors.torch as s; e = torch.load(r'{}', weights_only=True)['string_to_param']; "
+    "s.save_file({{'emb_params': e['*'].detach().float().contiguous()}}, r'{}.safetensors')\"")
 ANY_SIDE = 2**20  # pixels: any model halves it; the pipelines check the sides of the images
 
 
@@ -395,14 +399,8 @@ def add_embedding(pipe: Pipeline, file: Path) -> Callable[[str], str]:
     of ours has its own words. UserError: it holds no embedding, or one of another kind of model.
     """
     from trainkit.conditioning.new_tokens import TOKENS, read_header
-    from trainkit.lora_file import LoraFile
 
-    where = f"--embedding {file}"
-    found = LoraFile.read(file, where=where)
-    if found.layers or not found.embeddings:
-        refuse([Problem(f"{file.name} is no file of embeddings", where, "it is a LoRA" if found.layers else
-                        "it has no rows for a text encoder", "name it with --lora" if found.layers else
-                        "name another file", "data")])
+    found = read_embedding(file)
     if TOKENS in found.metadata and "" in found.embeddings:
         table = {word: "".join(names) for word, names in read_header(file).tokens.items()}
         named = [(read_header(file).names, found.embeddings[""])]
@@ -413,6 +411,40 @@ def add_embedding(pipe: Pipeline, file: Path) -> Callable[[str], str]:
     for tokens, rows in named:
         load_rows(pipe, tokens, rows, file)
     return lambda prompt: replace_words(prompt, table)
+
+
+def read_embedding(file: Path) -> LoraFile:
+    """UserError: it cannot be read, or holds no embedding."""
+    from trainkit.lora_file import LoraFile
+
+    where = f"--embedding {file}"
+    if file.suffix in PICKLED:
+        refuse([Problem(f"{file.name} is a pickled file", where, "such files could run code when they are read",
+                        f"convert it, then name {file.stem}.safetensors: {CONVERSION.format(file, file.stem)}",
+                        "data")])
+    found = LoraFile.read(file, where=where)
+    if found.layers or not found.embeddings:
+        refuse([Problem(f"{file.name} is no file of embeddings", where, "it is a LoRA" if found.layers else
+                        "it has no rows for a text encoder", "name it with --lora" if found.layers else
+                        "name another file", "data")])
+    return found
+
+
+def unreadable(loras: Sequence[Path], embeddings: Sequence[Path], base: str) -> Iterator[Problem]:
+    """Files of LoRAs and embeddings that cannot be used, before a model is loaded for minutes."""
+    from trainkit.families.file_names import SD_NAMES, xl_names
+    from trainkit.families.single_file import model_at
+    from trainkit.lora_file import LoraFile
+
+    unet = model_at(base, "--base").glance("unet/config.json")
+    names = xl_names(unet) if unet.get("addition_embed_type") == "text_time" else SD_NAMES
+    for read, files in ((lambda file: LoraFile.read(file, names=names, where=f"--lora {file}"), loras),
+                        (read_embedding, embeddings)):
+        for file in dict.fromkeys(files):
+            try:
+                read(file)
+            except UserError as error:
+                yield from error.problems
 
 
 def token_names(word: str, rows: Mapping[str, Tensor]) -> list[str]:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
-from trainkit import rng
 from trainkit.devices import empty_cache, free_memory
 from trainkit.diffusion import is_edm
 from trainkit.diffusion.samplers import scheduler_on
@@ -69,6 +68,7 @@ class Previews:
 
     The stock pipeline is put together from the training run's own network; text comes encoded, because the encoders
     are gone. Starting noise depends on the image's seed alone, so two steps differ by what was learned in between.
+    It is that of the stock pipeline with `torch.Generator().manual_seed(seed)`, and so is the image.
     No global random state is read or advanced, and the UNet's modes are as before afterwards.
 
     averaged  context of the weights to look at, where they are not those that train (Optim.averaged)
@@ -158,12 +158,13 @@ class Previews:
         """One finished latent -> [1,C,h,w]; one at a time, so that a preview never needs more memory than training."""
         height, width = self.size
         shape = self.family.latent_channels, height // self.family.vae_factor, width // self.family.vae_factor
-        noise = rng.normal(shape, [(shot.seed, shot.number)], name="preview")
+        noise = torch.Generator().manual_seed(shot.seed)  # as in generate and in the stock pipeline
+        latents = torch.randn(1, *shape, generator=noise)  # in fp32, whatever the text's precision
         return pipe(
-            **self.family.pipeline_text(pipe, [shot.prompt], self.encode), latents=noise.to(self.family.device),
+            **self.family.pipeline_text(pipe, [shot.prompt], self.encode), latents=latents.to(self.family.device),
             height=height, width=width, num_inference_steps=STEPS,
             guidance_scale=self.family.guidance_scale,
-            generator=rng.generator("preview-step", shot.seed, shot.number), output_type="latent",
+            generator=noise, output_type="latent",
             callback_on_step_end=lambda pipe, step, timestep, now: unless(stopping, now),
         ).images
 

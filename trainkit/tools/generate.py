@@ -51,6 +51,7 @@ from trainkit.inference import (
     sampled_by,
     scheduler_of,
     tokenizers,
+    unreadable,
 )
 from trainkit.options.captions import LENGTHS, TOKENS
 from trainkit.options.prompt_lines import SEEDS, SIDE_STEP, PromptLine, read_prompt_lines
@@ -272,7 +273,11 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
     named += [("--embeddings", args.embeddings)] if args.embeddings else []
     named += [("--embedding", file) for file in args.embedding]
     yield from (missing_file(flag, file, "it is read first") for flag, file in named if not file.is_file())
-    yield from lora_problems(args.lora, args.base)
+    by_header = [] if found else [*lora_problems(args.lora, args.base)]
+    yield from by_header
+    if not found and not by_header:
+        yield from unreadable([file for file in args.lora if file.is_file()],
+                              [file for file in args.embedding if file.is_file()], args.base)
     yield from block_problems(args)
     without = args.named_strength.count(None)
     if args.strength and (not without or len(args.strength) not in {1, without}):
