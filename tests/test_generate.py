@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Sequence
 from itertools import pairwise
@@ -227,6 +228,23 @@ def test_what_does_not_go_with_a_grid_is_refused(tiny_sd, lora, tmp_path):
             (("--grid=scheduler=edm_euler",), "does not fit")):
         problem, = refused(tiny_sd, tmp_path / "out", *flags)
         assert words in f"{problem.what}: {problem.why}"
+
+
+@pytest.mark.trains
+def test_the_worked_examples_of_the_help_run(tiny_sd, lora, monkeypatch, tmp_path):
+    """On a small model, in few steps."""
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(lora, tmp_path / "runs" / "mine")
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets" / "tiny-sd-icons").symlink_to(tiny_sd)
+    monkeypatch.chdir(tmp_path)
+    text = str(generate.__doc__).replace("\\\n", " ")
+    first, grid, _ = re.findall(r"^    python scripts/generate\.py (.+)$", text, re.MULTILINE)
+    for command in (first, grid):
+        generate.main([*shlex.split(command), "--steps=1"])
+    assert len([*(tmp_path / "runs" / "mine" / "images").glob("p01_s*.png")]) == 3
+    large = Image.open(tmp_path / "runs" / "mine" / "grid" / "r01_c03_s0.png")
+    assert large.size == (128, 128) and "a (red:1.3) fox" in large.info["parameters"]
 
 
 def test_sizes_are_asked_for_or_the_models(tiny_sd, tmp_path):

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainkit.errors import Problem, refuse
 from trainkit.inference import missing_file
 from trainkit.process import own_settings, say
 from trainkit.tools.checks import add_lora, lora_and_base, lora_line, named_lora, text_problems
-from trainkit.tools.lora_output import LAYOUTS, add_output, family_problems, output_problems, write
+from trainkit.tools.lora_output import LAYOUTS, add_out, add_output, family_problems, output_problems, write
 
 if TYPE_CHECKING:
     from trainkit.lora_file import LoraFile
@@ -54,7 +53,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add_lora(add)
     add("--to", required=True, choices=LAYOUTS, help="The layout.")
-    add("--out", required=True, type=Path, metavar="FILE", help="The file to write, or the folder with --to peft.")
+    add_out(add)
     add("--base", metavar="MODEL", help="The base model's folder or its name on the Hub. It is needed for a DoRA whose "
         "magnitudes must change, and for a model that is not as large as the released ones. Weights are read one by "
         "one.")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from trainkit.errors import Problem, counted, refuse
 from trainkit.process import own_settings, say
 from trainkit.tools.checks import base_of, names_of, text_problems
-from trainkit.tools.lora_output import add_output, output_problems, write
+from trainkit.tools.lora_output import add_out, add_output, output_problems, rank_problems, write
 
 if TYPE_CHECKING:
     from trainkit.families.pretrained import Repo
@@ -55,8 +55,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--base", "--model_org", required=True, metavar="MODEL", help="The base model.")
     add("--tuned", "--model_tuned", required=True, metavar="MODEL", help="The model that was trained from it.")
-    add("--out", "--save_to", required=True, type=Path, metavar="FILE", help="The file to write, or the folder with "
-        "--to peft.")
+    add_out(add, "--save_to")
     add("--rank", "--dim", required=True, type=int, metavar="R", help="The rank.")
     add("--conv_dim", type=int, metavar="R", help="The rank of convolutions, resnets and samplers. Without this flag, "
         "they are left out.")
@@ -69,9 +68,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def problems(args: argparse.Namespace) -> Iterator[Problem]:
-    for flag in ("rank", "conv_dim"):
-        if (rank := getattr(args, flag)) is not None and rank < 1:
-            yield Problem(f"--{flag} {rank}", f"--{flag}", "a rank is 1 or more", f"--{flag} 32")
+    yield from rank_problems(args, "rank", "conv_dim")
     if not 0 < args.clamp_quantile <= 1:
         yield Problem(f"--clamp_quantile {args.clamp_quantile}", "--clamp_quantile", "it is a part of the entries",
                       "--clamp_quantile 0.99, or leave it out")

@@ -3,6 +3,11 @@
     python scripts/generate.py --base assets/tiny-sd-icons --lora runs/mine --prompt "a fox, 3d icon" --seeds 0,1,2 \\
         --out runs/mine/images
 
+A grid over the strength of the LoRA, with a weight on a word, in two passes, the second twice as large:
+
+    python scripts/generate.py --base assets/tiny-sd-icons --lora runs/mine --prompt "a (red:1.3) fox, 3d icon" \\
+        --grid strength=0,0.5,1 --scheduler dpmpp_2m --hires_scale 2 --out runs/mine/grid
+
 If a LoRA was trained with --guidance_token, you can show it an image in addition to the prompt. The CLIP features of
 the image take the place of the last padding token of the prompt, as in training:
 

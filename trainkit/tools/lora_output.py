@@ -22,6 +22,21 @@ LAYOUTS = ("diffusers", "webui", "lycoris", "onetrainer", "peft")
 WITHOUT_EMBEDDINGS = ("diffusers", "peft")  # layouts whose LoRA files hold none
 
 
+def add_out(add: Callable[..., object], *also: str, folder: str = "with --to peft") -> None:
+    """The flag of the file that is written.
+
+    also    other names of the flag
+    folder  when it is a folder
+    """
+    add("--out", *also, required=True, type=Path, metavar="FILE", help=f"The file to write, or the folder {folder}.")
+
+
+def rank_problems(args: argparse.Namespace, *flags: str) -> Iterator[Problem]:
+    for flag in flags:
+        if (rank := getattr(args, flag)) is not None and rank < 1:
+            yield Problem(f"--{flag} {rank}", f"--{flag}", "a rank is 1 or more", f"--{flag} 16")
+
+
 def add_output(add: Callable[..., object], *, layout: str) -> None:
     """The flags of the file that is written. layout: which one it has without --to, in words; "" where none is one."""
     if layout:

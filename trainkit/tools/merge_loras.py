@@ -30,7 +30,16 @@ from trainkit.errors import Problem, counted, refuse
 from trainkit.inference import PREDICTION_TYPES, missing_file
 from trainkit.process import own_settings, say
 from trainkit.tools.checks import base_of, lora_line, named_lora, names_of, number_problems, text_problems
-from trainkit.tools.lora_output import LAYOUTS, add_output, family_problems, made_of, output_problems, write
+from trainkit.tools.lora_output import (
+    LAYOUTS,
+    add_out,
+    add_output,
+    family_problems,
+    made_of,
+    output_problems,
+    rank_problems,
+    write,
+)
 
 if TYPE_CHECKING:
     from trainkit.families.pretrained import Repo
@@ -76,8 +85,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("loras", nargs="+", metavar="FILE:STRENGTH", help="A LoRA file, or the folder of a run or of a checkpoint, or "
         "RUN@STEP, or the folder of a PEFT checkpoint, and its strength, which may be negative.")
     add("--method", choices=METHODS, default="concat", help="How the changes are merged. The default is concat.")
-    add("--out", required=True, type=Path, metavar="FILE", help="The file to write; with --to peft, or with a base "
-        "model that is a folder, the folder to write.")
+    add_out(add, folder="with --to peft, or with a base model that is a folder")
     add("--base", metavar="MODEL", help="The base model's folder, its .safetensors file or its name on the Hub. It is "
         "needed for ZipLoRA, for a DoRA, and for a model that is not as large as the released ones.")
     add("--into_base", metavar="MODEL", help="Write this base model with the merged change in its weights.")
@@ -141,8 +149,7 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
             yield Problem(f"the strength of {text}", "the command line", "it is no finite number", "write FILE:0.8")
     if not 0 < args.density <= 1:
         yield Problem(f"--density {args.density}", "--density", "it is a part of the entries", "--density 0.5")
-    if args.rank is not None and args.rank < 1:
-        yield Problem(f"--rank {args.rank}", "--rank", "a rank is 1 or more", "--rank 32")
+    yield from rank_problems(args, "rank")
     if args.rank and (args.into_base or args.method in ("concat", "linear", "ziplora")):
         yield Problem(f"--rank {args.rank} has no effect", "--rank", "a base model has no rank" if args.into_base else
                       f"--method {args.method} loses nothing", "leave --rank out, or take --method svd")

@@ -19,14 +19,21 @@ import argparse
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainkit.errors import Problem, counted, refuse
 from trainkit.inference import missing_file
 from trainkit.process import own_settings, say
 from trainkit.tools.checks import add_lora, block_name, block_order, lora_and_base, lora_line, named_lora, text_problems
-from trainkit.tools.lora_output import add_output, family_problems, made_of, output_problems, write
+from trainkit.tools.lora_output import (
+    add_out,
+    add_output,
+    family_problems,
+    made_of,
+    output_problems,
+    rank_problems,
+    write,
+)
 
 if TYPE_CHECKING:
     from trainkit.lora_file import LoraFile
@@ -69,7 +76,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=described, allow_abbrev=False)
     add = parser.add_argument
     add_lora(add)
-    add("--out", required=True, type=Path, metavar="FILE", help="The file to write, or the folder with --to peft.")
+    add_out(add)
     add("--new_rank", required=True, type=int, metavar="R", help="The rank; with --dynamic_method, the largest one.")
     add("--new_conv_rank", type=int, metavar="R", help="The same for convolutions larger than 1 × 1. The default is "
         "--new_rank.")
@@ -86,9 +93,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def problems(args: argparse.Namespace) -> Iterator[Problem]:
     if not args.lora.exists():
         yield missing_file("--lora", args.lora, "it is read first")
-    for flag in ("new_rank", "new_conv_rank"):
-        if (rank := getattr(args, flag)) is not None and rank < 1:
-            yield Problem(f"--{flag} {rank}", f"--{flag}", "a rank is 1 or more", f"--{flag} 16")
+    yield from rank_problems(args, "new_rank", "new_conv_rank")
     q = args.dynamic_param
     if (args.dynamic_method is None) != (q is None):
         yield Problem("half of a rule", "--dynamic_method, --dynamic_param", "the two belong together",
