@@ -120,7 +120,7 @@ def card(image: DataImage, data: DataSet, notes: Sequence[CardFinding]) -> Image
     times = f", {fraction / even:.2g} × the mean" if abs(fraction / even - 1) > 0.05 else ""
     visits = "1 visit" if image.visits == 1 else f"{image.visits:,} visits"
     return ImageCard(
-        image.name, data_uri("webp", image.look.thumbnail) if image.look else "", by(width, height), width, height,
+        image.name, data_uri("webp", image.thumbnail) if image.look else "", by(width, height), width, height,
         crop(image, image.samples[0]) if image.samples else None,
         "; ".join(cut_text(image, sample, bucket=data.options.enable_bucket) for sample in image.samples),
         *masked(image, data), printable(" ‖ ".join(image.captions)),
