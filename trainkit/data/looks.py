@@ -196,7 +196,8 @@ def sheet_command(data: ImageOptions) -> str:
     """The command that shows all images with what was found; "" for a data set that is no file of this machine."""
     if not Path(data.source).exists():
         return ""
-    values = {name: getattr(data, name) for name in CHECKED_FLAGS if name in type(data).model_fields}
+    given = {*data.model_fields_set, "resolution"}  # whose default each trainer has of its own
+    values = {name: getattr(data, name) for name in CHECKED_FLAGS if name in given}
     flags = ["--" + name if value is True else f"--{name}={shell_word(f'{value}')}" for name, value in values.items()
              if value != ImageOptions.model_fields[name].default]
     return " ".join([tool("check_dataset"), shell_word(Path(data.source)), *flags, "--html=sheet.html"])

@@ -302,8 +302,9 @@ def _warn_looks(judged: Sequence[Judged], warn: Warn) -> None:
     if alike:
         groups = [" = ".join([*names[:NAMED], *([f"{len(names) - NAMED} more"] if len(names) > NAMED else [])])
                   for names in alike]
-        warn("%s look alike, and are learned by heart: %s",
-             counted(len(alike), "group of images", "groups of images"), _first(groups))
+        warn("%s learned by heart: %s",
+             counted(len(alike), "group of images looks alike, and is", "groups of images look alike, and are"),
+             _first(groups))
 
 
 def _first(names: Sequence[str]) -> str:
