@@ -145,9 +145,10 @@ def preflight(opt: Options, family_module: ModuleType) -> Rows:
     ranks.join(os.environ)  # several processes share out the decoding of images
     model = preflight.check_model(opt, family_module)
     rows, data_problems = read_rows(opt.data, opt.captions, seed=opt.run.seed, compat=opt.run.compat)
+    captions = {row.digest: row.caption for row in rows if not row.is_class}
     input_problems = [] if model.latents is None else [
         *clip_token.problems(opt.guidance, rows, model.text_width),
-        *matching_term.problems(opt.matching, {row.digest: row.caption for row in rows}, model.latents)]
+        *matching_term.problems(opt.matching, captions, model.latents)]
     option_problems = [*opt.problems(), *optim.problems(opt.optimizer), *publish.problems(opt.run),
                        *checkpoints.problems(opt.run)]
     refuse([*option_problems, *model.problems, *input_problems, *data_problems, *preflight.output_problems(opt)])

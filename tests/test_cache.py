@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import pickle
 import signal
@@ -83,6 +85,12 @@ def test_a_code_change_that_matters_rebuilds_all(tmp_path: Path, monkeypatch: py
     fill(rows, store)
     monkeypatch.setattr(cache, "VERSION", cache.VERSION + 1)
     assert fill(rows, store)[1] == 5
+
+
+@pytest.mark.parametrize("parts", [(), ("a",), ("é\n", 1, None, [1, 2.5, {"b": 1, "a": 2}]), (("x", 1, ()), ("y",))])
+def test_a_content_key_is_the_digest_of_all_its_parts_as_one_json_list(parts) -> None:
+    whole = json.dumps(parts, sort_keys=True).encode()
+    assert content_key(*parts) == hashlib.blake2b(whole, digest_size=16).hexdigest()
 
 
 def test_content_keys_tell_parts_apart() -> None:

@@ -21,11 +21,12 @@ from pyarrow import parquet
 from tests.support import ROOT
 from tests.support.bad_data_set import PLANTED, SIDE, as_metadata, bad_folder, save, scene, sound_folder
 from tests.support.images import data_options
+from trainkit.data import looks
 from trainkit.data.images import decode
+from trainkit.data.looks import BLURRED, hashes_available, sharpness
 from trainkit.data.rows import read_rows
-from trainkit.doctor import look
-from trainkit.doctor.checks import BLURRED, CHECKS, Result, examine, style
-from trainkit.doctor.look import hashes_available, read_data_set, sharpness
+from trainkit.doctor.checks import CHECKS, Result, examine, style
+from trainkit.doctor.look import read_data_set
 from trainkit.options import CaptionOptions, ImageOptions
 from trainkit.tools import caption_images, check_dataset
 from trainkit.tools.check_dataset import CAPTION_FLAGS
@@ -359,10 +360,10 @@ def test_a_bad_command_is_refused_with_what_to_write(words, said):
 
 
 def test_a_missing_package_of_hashes_is_named_once(bad, monkeypatch, caplog):
-    monkeypatch.setattr(look, "find_spec", lambda name: None)
+    monkeypatch.setattr(looks, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         check_dataset.main([f"{bad}", f"--resolution={SIDE}"])
-    assert [r.message for r in caplog.records if "imagehash" in r.message] == [look.NO_HASHES]
+    assert [r.message for r in caplog.records if "imagehash" in r.message] == [looks.NO_HASHES]
 
 
 def test_a_thousand_images_take_bounded_time_and_a_small_page(tmp_path):

@@ -348,3 +348,30 @@ def test_the_memory_page_has_every_row_and_preset():
     text = MEMORY_PAGE.read_text("utf-8")
     assert len(re.findall(r"^\| SD", text, re.MULTILINE)) == len(tables.ROWS)
     assert all(line in text for line in tables.presets())
+
+
+# -- several sources ---------------------------------------------------------------------------------------------------
+
+
+def with_sources(tmp_path, *sources: str):
+    config = tmp_path / "data.toml"
+    config.write_text("".join(f"[[sources]]\nfolder = 'a{i}'\nprompt = 'TOK'\n{said}\n"
+                              for i, said in enumerate(sources)), "utf-8")
+    return of_sdxl(f"--dataset_config={config}", "--resolution=512")
+
+
+def test_of_sources_of_several_sizes_the_largest_is_planned(tmp_path):
+    opt = with_sources(tmp_path, "resolution = 768", "resolution = 1024", "")
+    assert phases.largest(opt.data) == (1024, 1024)
+    assert phases.largest(with_sources(tmp_path, "", "resolution = 256").data) == (512, 512)
+
+
+def test_a_smaller_resolution_is_advised_only_where_the_flag_decides(tmp_path):
+    assert ladder.smaller(512)(with_sources(tmp_path, "resolution = 1024"), EIGHT_GB) == {}
+    assert ladder.smaller(256)(with_sources(tmp_path, "", "resolution = 256"), EIGHT_GB)["resolution"] == 256
+
+
+def test_class_images_of_a_source_are_planned_beside_the_others(tmp_path):
+    opt = with_sources(tmp_path, "", "is_class = true")
+    assert phases.has_class_images(opt) and not phases.makes_class_images(opt)
+    assert not phases.has_class_images(with_sources(tmp_path, "", ""))

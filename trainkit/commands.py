@@ -60,3 +60,9 @@ class Program:
         rows = [f"  {command.name:<{width}}  {command.summary}" for command in self.commands]
         return "\n".join([f"usage: {program} NAME --flag VALUE ...", "", *rows, "",
                           f"{program} NAME --help lists the flags. {program} --version prints the version.", ""])
+
+
+def tool(name: str) -> str:
+    """How one of our tools is called here, by its file name: in a clone `python scripts/NAME.py`."""
+    face = Path(__file__).resolve().parents[1] / "scripts" / f"{name}.py"
+    return f"python scripts/{name}.py" if face.is_file() else f"lora-tools {name.replace('_', '-')}"

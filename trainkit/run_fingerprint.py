@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trainkit.checkpoints import UNKNOWN_BEFORE
-from trainkit.data.cache import content_key
+from trainkit.data.cache import content_key, content_key_of
 from trainkit.optim.table import decisive_arguments
 from trainkit.options.rules import trained_fractions
 
@@ -110,8 +110,8 @@ def decisive_options(opt: FingerprintOptions) -> dict[str, object]:
 
 def contents(rows: Sequence[Row]) -> str | None:
     """Digest of images and captions; None without any."""
-    return content_key(*[(row.id, row.digest, *row.all_captions, row.repeat, *(row.cut or ()), *of_source(row))
-                         for row in rows]) if rows else None
+    return content_key_of((row.id, row.digest, *row.all_captions, row.repeat, *(row.cut or ()), *of_source(row))
+                          for row in rows) if rows else None
 
 
 def of_source(row: Row) -> list[Any]:

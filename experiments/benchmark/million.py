@@ -11,6 +11,8 @@ where they are not there already. Then every stage runs in a process of its own 
     again    the same once more: what was read is remembered
     parquet  as `first`, from the Parquet file
     order    the shuffle of two epochs
+    prepare  what follows after the images are listed, none of them decoded: the order of the first step, dropout of
+             captions, the captions to encode, and the fingerprint of the data set
 """
 
 from __future__ import annotations
@@ -104,6 +106,33 @@ def order(folder: Path) -> int:
     return len([_shuffle(len_of(folder), "order", 0, epoch) for epoch in range(2)][0])
 
 
+def prepare(folder: Path) -> int:
+    from trainkit.data import caption_changes, sampler
+    from trainkit.data.batch import Row
+    from trainkit.data.sources.shards import find_shards, list_shards
+    from trainkit.options import CaptionOptions
+    from trainkit.run_fingerprint import contents
+
+    shards, stages = folder / "shards", []
+    listed = list_shards(options(folder, shards), find_shards(str(shards))).listed
+    stages.append(("listed", peak_mib(), time.process_time()))
+    rows = [Row(one.id, one.source, one.caption, (2, 2), f"{i:032x}") for i, one in enumerate(listed)]
+    del listed
+    captions = CaptionOptions(caption_dropout_rate=0.1)
+    rows, _ = caption_changes.finished(rows, captions)
+    stages.append(("rows", peak_mib(), time.process_time()))
+    order = sampler.make_order(rows, 4, batch_size=4, seed=0)
+    next(iter(order.slots(0, sampler.Shard(0, 1))))
+    stages.append(("order", peak_mib(), time.process_time()))
+    changes = caption_changes.make_changes(captions, rows, seed=0, live=False)
+    len([*changes.announced(rows)])
+    stages.append(("captions", peak_mib(), time.process_time()))
+    contents(rows)
+    stages.append(("fingerprint", peak_mib(), time.process_time()))
+    print(json.dumps(stages), flush=True)
+    return len(rows)
+
+
 def len_of(folder: Path) -> int:
     return int((folder / "images").read_text("utf-8"))
 
@@ -117,7 +146,7 @@ def options(folder: Path, name: Path):  # type: ignore[no-untyped-def]
 
 STAGES: dict[str, Callable[[Path], int]] = {
     "scan": scan, "list": listed, "first": rows, "again": rows, "parquet": lambda folder: rows(folder, "set.parquet"),
-    "order": order,
+    "order": order, "prepare": prepare,
 }
 
 

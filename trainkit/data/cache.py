@@ -197,7 +197,16 @@ def open_store(folder: str | Path | None, run_dir: Path | None = None) -> Store:
 
 def content_key(*parts: Json) -> str:
     """128-bit hex digest of plain data: equal parts, equal key, on every machine and in every run."""
-    return hashlib.blake2b(ENCODER.encode(parts).encode(), digest_size=16).hexdigest()
+    return content_key_of(parts)
+
+
+def content_key_of(parts: Iterable[Json]) -> str:
+    """`content_key` of parts that are made one by one, so that never all of them are in memory."""
+    digest = hashlib.blake2b(b"[", digest_size=16)
+    for i, part in enumerate(parts):
+        digest.update(f"{ENCODER.item_separator if i else ''}{ENCODER.encode(part)}".encode())
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 class Latents:

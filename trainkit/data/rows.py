@@ -11,10 +11,20 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, TypeVar
 
+from trainkit.commands import tool
 from trainkit.data import buckets, caption_changes
 from trainkit.data.batch import Listed, Row, Source
 from trainkit.data.geometry import cut_away, enlargement
 from trainkit.data.images import content_digest
+from trainkit.data.looks import (
+    NO_HASHES,
+    Look,
+    fitting_resolution,
+    hashes_available,
+    judge_with_looks,
+    look_alikes,
+    sheet_command,
+)
 from trainkit.data.masks import MaskedRows, judge_masks, with_masks
 from trainkit.data.sources.account import Account, LeftOut, SourceListing
 from trainkit.data.sources.captions import METADATA
@@ -37,6 +47,24 @@ Judgement = TypeVar("Judgement")
 ENLARGED = 2.0  # an image enlarged by this factor or more is told: it teaches blur
 CROPPED = 0.15  # an image that loses more of its area than this is told
 NAMED = 3  # images that are named in a line
+MOST_LOOKED = 10_000  # images; of more, none is looked at for blur and copies at a start
+Warn = Callable[..., object]  # takes what logging.warning takes
+
+
+class Remarks:
+    """Tells what is remarkable about images, and in the end which command shows it all."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, text: str, *values: object) -> None:
+        self.count += 1
+        log.warning(text, *values)
+
+    def show_all(self, data: ImageOptions) -> None:
+        command = sheet_command(data)
+        if self.count and command:
+            log.warning("to see all these images, with what each does to training: %s", command)
 
 
 @dataclass(frozen=True)
@@ -91,10 +119,11 @@ def read_rows(data: ImageOptions, captions: CaptionOptions | None = None, *, see
     home = [place for place, one in enumerate(listings) for _ in one.listed]
     chosen = _sample([i for i, place in enumerate(home) if not plan.parts[place].is_class], data.max_images, seed)
     chosen += [i for i, place in enumerate(home) if plan.parts[place].is_class]
-    judged = _judged([listed[i] for i in chosen])
+    warn = Remarks()
+    by_part = _judged_parts(plan.parts, [(home[i], listed[i]) for i in chosen], warn)
+    judged = [found for of_part in by_part for found in of_part]
     bad = [found for found in judged if found.refused]
-    masked = [_masked(part, [found for found, i in zip(judged, chosen, strict=True) if home[i] == place])
-              for place, part in enumerate(plan.parts)]
+    masked = [_masked(part, of_part) for part, of_part in zip(plan.parts, by_part, strict=True)]
     skips = data.bad_images == "skip" and any(one.rows for one in masked)
     skipped = (*(LeftOut(found.listed.id, one_line(found.refused)) for found in bad),
                *(LeftOut(row.id, why) for one in masked for row, why in one.bad)) if skips else ()
@@ -102,10 +131,11 @@ def read_rows(data: ImageOptions, captions: CaptionOptions | None = None, *, see
     problems += [] if skips or not bad else [_unreadable(bad, len(judged), printable(data.source))]
     rows = Rows()
     for part, one, of_part in zip(plan.parts, listings, masked, strict=True):
-        more, found = _rows_of(part, of_part.rows, compat, known=not one.problems)
+        more, found = _rows_of(part, of_part.rows, compat, warn, known=not one.problems)
         problems += [*of_part.problems, *found]
         rows += more
-    _warn_twins(rows)
+    _warn_twins(rows, warn)
+    warn.show_all(data)
     rows.sort(key=lambda row: row.is_class)  # stable
     rows.sources = _counts(plan.parts, rows) if plan.parts and plan.parts[0].name else ()
     rows.note = plan.note
@@ -123,7 +153,8 @@ def _masked(part: Part, judged: Sequence[Judged]) -> MaskedRows:
     return with_masks([found.row for found in judged if not found.refused], there, part.data, part.place, together)
 
 
-def _rows_of(part: Part, rows: list[Row], compat: Compat | None, *, known: bool) -> tuple[list[Row], list[Problem]]:
+def _rows_of(part: Part, rows: list[Row], compat: Compat | None, warn: Remarks, *, known: bool
+             ) -> tuple[list[Row], list[Problem]]:
     """The rows of one source in all their uses, and what is wrong with them.
 
     known  whether nothing is wrong with the source itself
@@ -140,8 +171,8 @@ def _rows_of(part: Part, rows: list[Row], compat: Compat | None, *, known: bool)
     found = [*sized]
     small = list(buckets.problems(found, part.data, part.place))
     if not small:
-        warn_enlarged(found, part.data.resolution)
-        _warn_cropped(found, part.data)
+        warn_enlarged(found, part.data.resolution, warn)
+        _warn_cropped(found, part.data, warn)
         buckets.warn_small_buckets(found, part.data, compat)
     if part.settings or part.is_class or part.loss_weight != 1:
         found = [replace(row, handling=part.settings, is_class=part.is_class, loss_weight=part.loss_weight)
@@ -218,43 +249,67 @@ def _warn_wordless(rows: Sequence[Row]) -> None:
                     listing(odd))
 
 
-def warn_enlarged(rows: Sequence[Row], resolution: int | str) -> None:
-    """Tell which images are far smaller than what they are trained at."""
+def warn_enlarged(rows: Sequence[Row], resolution: int | str, warn: Warn = log.warning) -> None:
+    """Tell which images are far smaller than what they are trained at, and the resolution that fits if most are."""
     factors = {row.id: enlargement(row.size, row.cut or size_of(resolution)) for row in rows}
     small = sorted((name for name in factors if factors[name] >= ENLARGED), key=lambda name: -factors[name])
+    fits = fitting_resolution([*factors.values()], resolution)
+    advice = f". {fits}" if fits else ""
     if small:
-        log.warning("%s far smaller than --resolution %s; enlarging teaches blur: %s",
-                    counted(len(small), "image is", "images are"), resolution,
-                    listing(f"{name}, {factors[name]:.3g} times" for name in small))
+        warn("%s far smaller than --resolution %s; enlarging teaches blur%s: %s",
+             counted(len(small), "image is", "images are"), resolution, advice,
+             _first([f"{name} {factors[name]:.3g} times" for name in small]))
+    elif fits:
+        warn("most images are smaller than --resolution %s; enlarging teaches blur%s", resolution, advice)
 
 
-def _warn_cropped(rows: Sequence[Row], data: ImageOptions) -> None:
+def _warn_cropped(rows: Sequence[Row], data: ImageOptions, warn: Warn) -> None:
     """Tell which images have another shape than what is cut out of them, of which the network sees only a part."""
     lost = {row.id: cut_away(row.size, row.cut or size_of(data.resolution)) for row in rows}
     odd = sorted((name for name in lost if lost[name] > CROPPED), key=lambda name: -lost[name])
     if odd:
-        named = [f"{name} {100 * lost[name]:.0f} %" for name in odd[:NAMED]]
-        more = [f"{len(odd) - NAMED} more"] if len(odd) > NAMED else []
+        named = _first([f"{name} {100 * lost[name]:.0f} %" for name in odd])
         them = "it" if len(odd) == 1 else "them"
         keeps = buckets.keeps_more((row.cut for row in rows if row.id in odd), data)
         advice = (f"{keeps}; to choose what stays, crop {them} yourself" if keeps else f"Crop {them} yourself")
-        log.warning("%s more than %.0f %% of the area in each %scrop: %s. %s",
-                    counted(len(odd), "image loses", "images lose"), 100 * CROPPED,
-                    "" if data.enable_bucket else "square ", ", ".join([*named, *more]), advice)
+        warn("%s more than %.0f %% of the area in each %scrop: %s. %s",
+             counted(len(odd), "image loses", "images lose"), 100 * CROPPED,
+             "" if data.enable_bucket else "square ", named, advice)
 
 
-def _warn_twins(rows: Sequence[Row]) -> None:
+def _warn_twins(rows: Sequence[Row], warn: Warn) -> None:
     """Tell which files hold the very same image; one file in two sources is meant, such as at two sizes."""
     by_content: dict[str, dict[object, Row]] = defaultdict(dict)
     for row in rows:
         by_content[row.digest].setdefault(row.source if isinstance(row.source, Path) else row.id, row)
     twins = [[*same.values()] for same in by_content.values() if len(same) > 1]
     if twins:
-        log.warning("%s there more than once, and seen so much more often: %s",
-                    counted(len(twins), "image is", "images are"),
-                    listing(" = ".join(row.id for row in same)
-                            + (" (with different captions)" if len({row.all_captions for row in same}) > 1 else "")
-                            for same in twins))
+        warn("%s there more than once, and seen so much more often: %s",
+             counted(len(twins), "image is", "images are"),
+             _first([" = ".join(row.id for row in same)
+                     + (" (with different captions)" if len({row.all_captions for row in same}) > 1 else "")
+                     for same in twins]))
+
+
+def _warn_looks(judged: Sequence[Judged], warn: Warn) -> None:
+    """Tell which images look blurred, and which look alike without being the same file."""
+    looks = [*{one.verdict.digest: (one.listed.id, one.look) for one in judged if one.look}.values()]
+    blurred = [name for name, look in looks if look.is_blurred]
+    if blurred:
+        warn("%s blurred, and teaches blur: %s" if len(blurred) == 1 else "%s blurred, and teach blur: %s",
+             counted(len(blurred), "image looks", "images look"), _first(blurred))
+    alike = [[looks[i][0] for i in cluster] for cluster in look_alikes([look for _, look in looks])]
+    if alike:
+        groups = [" = ".join([*names[:NAMED], *([f"{len(names) - NAMED} more"] if len(names) > NAMED else [])])
+                  for names in alike]
+        warn("%s learned by heart: %s",
+             counted(len(alike), "group of images looks alike, and is", "groups of images look alike, and are"),
+             _first(groups))
+
+
+def _first(names: Sequence[str]) -> str:
+    more = [f"{len(names) - NAMED} more"] if len(names) > NAMED else []
+    return ", ".join([*names[:NAMED], *more])
 
 
 # ------------------------------------------------------------------------------------------------------------- check
@@ -266,6 +321,7 @@ class Judged:
 
     listed: Listed
     verdict: Verdict
+    look: Look | None = None  # of class images and very large data sets, none is taken
 
     @property
     def refused(self) -> str:
@@ -285,15 +341,41 @@ def check(listed: Sequence[Listed], where: str) -> tuple[list[Row], list[Problem
     return rows, [_unreadable(bad, len(listed), where)] if bad else []
 
 
-def _judged(listed: Sequence[Listed]) -> list[Judged]:
-    """Every image with what reading it said; what is remarkable is told."""
-    judged = [Judged(found, verdict) for found, verdict in zip(listed, _judge_together(listed), strict=True)]
-    _warn_notes([(one.listed, one.verdict) for one in judged])
+def _judged_parts(parts: Sequence[Part], chosen: Sequence[tuple[int, Listed]], warn: Remarks) -> list[list[Judged]]:
+    """For each part, every image with what reading it said; what is remarkable is told.
+
+    chosen  the place of its part and the image
+    """
+    by_part: list[list[Listed]] = [[] for _ in parts]
+    for place, found in chosen:
+        by_part[place].append(found)
+    total = sum(len(listed) for part, listed in zip(parts, by_part, strict=True) if not part.is_class)
+    looks = total <= MOST_LOOKED
+    judged = [_judged(listed, part.data if looks and not part.is_class else None)
+              for part, listed in zip(parts, by_part, strict=True)]
+    _warn_looks([one for of_part in judged for one in of_part], warn)
+    if looks and total > 1 and not hashes_available():
+        log.info("%s", NO_HASHES)
+    if not looks:
+        log.info("blurred images and near-duplicates are not looked for among more than %s images: %s does that",
+                 f"{MOST_LOOKED:,}", tool("check_dataset"))
     return judged
 
 
-def _judge_together(listed: Sequence[Listed]) -> list[Verdict]:
-    return _together(judge, [found.id for found in listed], [found.source for found in listed])
+def _judged(listed: Sequence[Listed], looked_at: ImageOptions | None = None) -> list[Judged]:
+    """Every image with what reading it said; what is remarkable is told.
+
+    looked_at  also take a look of each, at the sizes that these options ask for
+    """
+    names, sources = [found.id for found in listed], [found.source for found in listed]
+    found: Sequence[tuple[Verdict, Look | None]]
+    if looked_at is None:
+        found = [(verdict, None) for verdict in _together(judge, names, sources)]
+    else:
+        found = _together(partial(judge_with_looks, options=looked_at), names, sources)
+    judged = [Judged(one, verdict, look) for one, (verdict, look) in zip(listed, found, strict=True)]
+    _warn_notes([(one.listed, one.verdict) for one in judged])
+    return judged
 
 
 def _together(judge: Callable[[Sequence[Source]], list[Judgement]], names: Sequence[str], sources: Sequence[Source]

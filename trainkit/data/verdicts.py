@@ -122,10 +122,31 @@ def judge_and_look(sources: Sequence[Source], look: Callable[[Image.Image], Seen
     return found
 
 
+def judge_and_remember(sources: Sequence[Source], look: Callable[[Image.Image], Said], kind: str, version: str,
+                       unpack: Callable[[str], Said]) -> list[tuple[Verdict, Said | None]]:
+    """A verdict on each image, and what `look` says of its pixels; only images that lack one of the two are read.
+
+    kind, version  of what `look` says, see `trainkit.digests.FileMemory`
+    """
+    places = [place_of(source) for source in sources]
+    there = [place for place in places if place is not None]
+    verdicts = digests.FileMemory(KIND, there, version=_version())
+    looks = digests.FileMemory(kind, there, version=f"{_version()} {version}")
+    known = {place: (Verdict.unpack(verdicts.values[place]), unpack(text)) for place, text in looks.values.items()
+             if place in verdicts.values}
+    unknown = [(place, source) for place, source in zip(places, sources, strict=True) if place not in known]
+    found = _examine_all([source for _, source in unknown], look)
+    read = [place for place, _ in unknown]
+    _keep(verdicts, read, [verdict for verdict, _ in found])
+    measured = [(place, said) for place, (_, said) in zip(read, found, strict=True) if said is not None]
+    _keep(looks, [place for place, _ in measured], [said for _, said in measured])
+    new = iter(found)
+    return [known[place] if place in known else next(new) for place in places]
+
+
 def _keep(memory: digests.FileMemory, places: Sequence[digests.Place | None], verdicts: Sequence[Remembered]) -> None:
     memory.keep({place: verdict.pack() for place, verdict in zip(places, verdicts, strict=True)
                  if place and not verdict.refused})
-
 
 
 def _version() -> str:

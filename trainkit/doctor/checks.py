@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
+from trainkit.commands import tool
 from trainkit.conditioning.caption_length import cut_off
+from trainkit.data import looks
 from trainkit.data.geometry import cut_away, enlargement
 from trainkit.data.masks import refusal
 from trainkit.data.rows import CROPPED, ENLARGED
@@ -29,8 +29,6 @@ from trainkit.options.numbered import NUMBERED
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
-BLURRED = 20.0  # variance of the Laplacian in the sharpest tiles, on 8-bit grey
-ALIKE_BITS, ALIKE_COLOURS = 8, 24.0  # of 64 bits of the hash; root mean square difference of colours, of 255
 CONTEXT = 77  # tokens of CLIP, start and end included
 UNBALANCED = 2.0  # times as many visits as the folder with the fewest
 MIXED = 0.1  # of the captions are written in the other way, at least
@@ -175,12 +173,6 @@ def edit(images: Iterable[DataImage]) -> str:
     return f'"${{EDITOR:-nano}}" {" ".join(map(shell_word, files))}' if files else ""
 
 
-def tool(name: str) -> str:
-    """How one of our programs is called here."""
-    face = Path(__file__).resolve().parents[2] / "scripts" / f"{name}.py"
-    return f"python scripts/{name}.py" if face.is_file() else f"lora-tools {name.replace('_', '-')}"
-
-
 def caption(images: Iterable[DataImage]) -> str:
     folders = dict.fromkeys(image.folder for image in images)
     return "; ".join(f"{tool('caption_images')} {shell_word(folder)} --model florence-community/Florence-2-base"
@@ -251,30 +243,9 @@ def near_duplicates(data: DataSet) -> Iterator[Finding]:
 
 def look_alikes(data: DataSet) -> list[list[DataImage]]:
     """Clusters of images that look alike, each file content once."""
-    images = list({image.verdict.digest: image for image in data.sound
-                   if image.look and image.look.phash is not None}.values())
-    hashes = np.array([image.look.phash for image in images if image.look], dtype=np.uint64)
-    parent = list(range(len(images)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
-    for i in range(len(images) - 1):
-        near = np.flatnonzero(np.bitwise_count(hashes[i + 1 :] ^ hashes[i]) <= ALIKE_BITS) + i + 1
-        for j in near.tolist():
-            if colour_difference(images[i], images[j]) <= ALIKE_COLOURS:
-                parent[root(j)] = root(i)
-    clusters: dict[int, list[DataImage]] = defaultdict(list)
-    for i, image in enumerate(images):
-        clusters[root(i)].append(image)
-    return [cluster for cluster in clusters.values() if len(cluster) > 1]
-
-
-def colour_difference(one: DataImage, other: DataImage) -> float:
-    assert one.look and other.look
-    return float(np.sqrt(np.square(one.look.colours - other.look.colours).mean()))
+    images = list({image.verdict.digest: image for image in data.sound}.values())
+    clusters = looks.look_alikes([image.look for image in images if image.look])
+    return [[images[i] for i in cluster] for cluster in clusters]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -286,6 +257,17 @@ def too_small_for_a_bucket(data: DataSet) -> Iterator[Finding]:
         if not image.samples:
             h, w = image.verdict.size
             yield Finding((image,), f"{w}x{h} is smaller than the smallest bucket", set_aside([image]))
+
+
+def too_small(data: DataSet) -> Iterator[Finding]:
+    """That most images are smaller than --resolution, with one that fits."""
+    factors = [max(enlargement(image.verdict.size, sample.shape) for sample in image.samples)
+               for image in data.sound if image.samples]
+    advice = looks.fitting_resolution(factors, data.options.resolution)
+    if advice and not data.options.resolutions:
+        flag = advice.partition(" ")[0]
+        folders = " ".join(map(shell_word, data.folders))
+        yield Finding((), advice, f"{tool('check_dataset')} {folders} {flag}" if flag.startswith("--") else "")
 
 
 def tiny(data: DataSet) -> Iterator[Finding]:
@@ -315,8 +297,9 @@ def fix_of_odd(data: DataSet, image: DataImage) -> str:
 
 def blurred(data: DataSet) -> Iterator[Finding]:
     for image in data.sound:
-        if image.look and image.look.sharpness < BLURRED:
-            yield Finding((image,), f"sharpness {image.look.sharpness:.1f}, below {BLURRED:.0f}", set_aside([image]))
+        if image.look and image.look.is_blurred:
+            detail = f"sharpness {image.look.sharpness:.1f}, below {looks.BLURRED:.0f}"
+            yield Finding((image,), detail, set_aside([image]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -495,6 +478,8 @@ CHECKS = (
           other_trigger),
     Check("mixed style", "note", "tags and sentences",
           "A prompt in one style does not reach what was learned in the other.", mixed_styles, edit),
+    Check("too small", "warning", "most images are smaller than --resolution",
+          "The adapter learns the blur of enlarging. Train with the smaller --resolution, too.", too_small),
     Check("tiny", "warning", f"enlarged {ENLARGED:g} times or more", "The adapter learns the blur of enlarging.", tiny,
           set_aside),
     Check("odd", "warning", f"more than {100 * CROPPED:.0f} % of the area is cut off",

@@ -7,18 +7,17 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image
 
 from trainkit.data.batch import Row, Sample, Source
-from trainkit.data.buckets import size_choices, with_sizes
+from trainkit.data.buckets import with_sizes
 from trainkit.data.caption_changes import finished
-from trainkit.data.geometry import CropPolicy, resized_size
+from trainkit.data.geometry import CropPolicy
 from trainkit.data.images import UnreadableImage, decode_alpha, decode_mask
+from trainkit.data.looks import Look, Looker
 from trainkit.data.masks import MaskVerdict, judge_masks
 from trainkit.data.sources.account import LeftOut
 from trainkit.data.sources.captions import SIDECARS
@@ -34,27 +33,12 @@ from trainkit.errors import Problem, printable
 from trainkit.options import CaptionedDataOptions
 from trainkit.options.dataset_config import PARSERS
 from trainkit.options.numbered import NUMBERED
-from trainkit.options.sizes import Size, size_of
 from trainkit.runtime.progress import watched
 
 if TYPE_CHECKING:
     from trainkit.options import CaptionOptions, ImageOptions
 
 THUMBNAIL, MANY, SMALL_THUMBNAIL = 256, 1000, 144  # pixels; the small ones where there are many images
-TILE = 32  # pixels; sharpness is that of the sharpest tiles, so that a soft background does not count
-SHARPEST = 95  # percent of the tiles have less detail than what is measured
-COLOURS = 16  # pixels a side of the image that two images are compared by
-NO_HASHES = "near-duplicates are not looked for: pip install imagehash"
-
-
-@dataclass(frozen=True)
-class Look:
-    """What the pixels of one image say."""
-
-    sharpness: float  # variance of the Laplacian, of the grey image at the size that it is trained at
-    phash: int | None  # 64 bits; None without the package imagehash
-    colours: np.ndarray  # [COLOURS, COLOURS, 3]
-    thumbnail: bytes  # WebP
 
 
 @dataclass(frozen=True)
@@ -68,6 +52,7 @@ class DataImage:
     caption_file: Path | None  # what holds its caption; None: nothing does
     verdict: Verdict
     look: Look | None  # None: it cannot be read
+    thumbnail: bytes = b""  # WebP
     samples: tuple[Sample, ...] = ()  # how it is cut; one for each resolution
     repeats: int = 1
     sidecars: tuple[Path, ...] = ()  # its caption files, whether they are read or not
@@ -111,10 +96,6 @@ class DataSet:
         return sum(image.visits for image in self.sound)
 
 
-def hashes_available() -> bool:
-    return find_spec("imagehash") is not None
-
-
 @dataclass(frozen=True)
 class _Found:
     """An image that is there by name, with what is said about it."""
@@ -147,18 +128,19 @@ def read_data_set(folders: Sequence[Path], options: ImageOptions, captions: Capt
     for folder in folders:
         read = _from_sources if is_data_set(folder) else _from_folder
         listed += read(folder, found, f"{folder.name}/" if len(folders) > 1 else "")
-    look = Looker(options, THUMBNAIL if len(listed) < MANY else SMALL_THUMBNAIL)
+    look = Shower(Looker(options), THUMBNAIL if len(listed) < MANY else SMALL_THUMBNAIL)
     with watched("images", len(listed)) as show:
         looks = judge_and_look([one.source for one in listed], look, show)
     rows, unclear = finished([_row(one, verdict, prompt) for one, (verdict, _) in zip(listed, looks, strict=True)],
                              captions)
     found.problems.extend(unclear)
     masks = _masks(listed, options)
-    for one, (verdict, pixels), row in zip(listed, looks, rows, strict=True):
+    for one, (verdict, shown), row in zip(listed, looks, rows, strict=True):
         mask, said = masks.get(one.name, (None, None))
+        pixels, thumbnail = shown or (None, b"")
         found.images.append(DataImage(
             one.name, one.path, one.folder, tuple(filter(None, row.all_captions)), one.caption_file, verdict, pixels,
-            tuple(_samples(row, options)) if pixels else (), one.repeats, one.sidecars, one.metadata,
+            thumbnail, tuple(_samples(row, options)) if pixels else (), one.repeats, one.sidecars, one.metadata,
             mask, said, isinstance(one.source, Path)))
     return found
 
@@ -246,47 +228,14 @@ def _samples(row: Row, options: ImageOptions) -> Iterator[Sample]:
 
 
 @dataclass(frozen=True)
-class Looker:
-    """Measures an image that was decoded."""
+class Shower:
+    """Measures an image that was decoded, and makes it small."""
 
-    options: ImageOptions
-    thumbnail: int
+    look: Looker
+    side: int
 
-    def __call__(self, image: Image.Image) -> Look:
-        return Look(sharpness(image, self._trained_size(image)), perceptual_hash(image),
-                    np.asarray(image.resize((COLOURS, COLOURS), Image.Resampling.BOX), np.float32),
-                    _thumbnail(image, self.thumbnail))
-
-    def _trained_size(self, image: Image.Image) -> Size:
-        size = (image.height, image.width)
-        cut = size_choices(self.options)[0](size) or size_of(self.options.resolution)
-        return resized_size(size, cut) if min(cut) > 0 else size
-
-
-def sharpness(image: Image.Image, size: Size) -> float:
-    """Variance of the Laplacian in the sharpest tiles, the image scaled down to `size` (h, w); it is never enlarged.
-
-    Source: Pech-Pacheco et al. 2000, "Diatom autofocusing in brightfield microscopy", doi:10.1109/ICPR.2000.903548.
-    """
-    grey = image.convert("L")
-    if size[0] < image.height:
-        grey = grey.resize((max(1, size[1]), size[0]), Image.Resampling.BOX, reducing_gap=2.0)
-    z = np.pad(np.asarray(grey, np.float32), 1, mode="edge")
-    laplacian = 4 * z[1:-1, 1:-1] - z[:-2, 1:-1] - z[2:, 1:-1] - z[1:-1, :-2] - z[1:-1, 2:]
-    h, w = (side // TILE * TILE for side in laplacian.shape)
-    if not (h and w):
-        return float(laplacian.var())
-    tiles = laplacian[:h, :w].reshape(h // TILE, TILE, w // TILE, TILE).var(axis=(1, 3))
-    return float(np.percentile(tiles, SHARPEST))
-
-
-def perceptual_hash(image: Image.Image) -> int | None:
-    """64 bits that are alike for images that look alike; None without the package imagehash."""
-    if not hashes_available():
-        return None
-    import imagehash
-
-    return int(str(imagehash.phash(image)), 16)
+    def __call__(self, image: Image.Image) -> tuple[Look, bytes]:
+        return self.look(image), _thumbnail(image, self.side)
 
 
 def mask_thumbnail(source: Path, *, alpha: bool) -> bytes:

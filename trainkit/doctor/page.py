@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from trainkit.data.batch import Sample
 from trainkit.data.geometry import cut_away, enlargement
-from trainkit.doctor.checks import SEVERITIES, Result
+from trainkit.doctor.checks import SEVERITIES, Finding, Result
 from trainkit.doctor.look import DataImage, DataSet, mask_thumbnail
 from trainkit.doctor.text import counts, how_trained, verdict
 from trainkit.errors import SHOWN, printable
@@ -63,7 +63,7 @@ class CheckRow:
     fix: str
     some: bool  # the command is for the first findings alone
     has_images: bool
-    details: tuple[str, ...]  # of findings about no image
+    details: tuple[str, ...]  # of the first findings
 
 
 def write_page(path: Path, data: DataSet, results: Sequence[Result]) -> None:
@@ -93,10 +93,15 @@ def slug(name: str) -> str:
 
 def row_of(result: Result) -> CheckRow:
     check = result.check
-    details = tuple("\n".join(printable(line.strip()) for line in finding.detail.split("\n"))
-                    for finding in result.findings if not finding.images)
+    details = tuple(named(finding) for finding in result.findings)
     return CheckRow(check.name, slug(check.name), check.severity, check.what, len(result.findings), check.consequence,
                result.fix, result.fixes_some, bool(result.images), details[:SHOWN])
+
+
+def named(finding: Finding) -> str:
+    """A finding in words, with the image that it is about."""
+    name = f"{finding.images[0].name}: " if len(finding.images) == 1 else ""
+    return name + "\n".join(printable(line.strip()) for line in finding.detail.split("\n"))
 
 
 def cards(data: DataSet, results: Sequence[Result]) -> Iterator[ImageCard]:
@@ -120,7 +125,7 @@ def card(image: DataImage, data: DataSet, notes: Sequence[CardFinding]) -> Image
     times = f", {fraction / even:.2g} × the mean" if abs(fraction / even - 1) > 0.05 else ""
     visits = "1 visit" if image.visits == 1 else f"{image.visits:,} visits"
     return ImageCard(
-        image.name, data_uri("webp", image.look.thumbnail) if image.look else "", by(width, height), width, height,
+        image.name, data_uri("webp", image.thumbnail) if image.look else "", by(width, height), width, height,
         crop(image, image.samples[0]) if image.samples else None,
         "; ".join(cut_text(image, sample, bucket=data.options.enable_bucket) for sample in image.samples),
         *masked(image, data), printable(" ‖ ".join(image.captions)),

@@ -73,6 +73,12 @@ class InstanceOptions(Concern):
         return None
 
 
+# Flags of images that scripts/check_dataset.py takes, too
+CHECKED_FLAGS = ("resolution", "resolutions", "enable_bucket", "min_bucket_reso", "max_bucket_reso",
+                 "bucket_reso_steps", "bucket_no_upscale", "center_crop", "caption_column", "repeats", "masked_loss",
+                 "conditioning_data_dir", "alpha_mask")
+
+
 class ImageOptions(Concern):
     """What every trainer takes of its images; the class variables say what a trainer's own flags mean."""
 

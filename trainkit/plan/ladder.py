@@ -14,7 +14,7 @@ from trainkit.options.base import Value
 from trainkit.plan.cards import Card
 from trainkit.plan.models import ModelConfigs
 from trainkit.plan.need import Need
-from trainkit.plan.phases import PlannedOptions, Trace, TracedOptions, class_images, largest, trace, with_flags
+from trainkit.plan.phases import PlannedOptions, Trace, TracedOptions, largest, makes_class_images, trace, with_flags
 
 Flags = Mapping[str, Value]
 HELPS = 0.99  # of what was needed before: a rung that leaves more is left out
@@ -60,13 +60,15 @@ def no_previews(opt: TracedOptions, card: Card) -> Flags:
 
 def fewer_class_images(opt: TracedOptions, card: Card) -> Flags:
     prior: Any = getattr(opt, "prior", None)
-    return {"sample_batch_size": 1} if class_images(opt) and prior.sample_batch_size > 1 else {}
+    return {"sample_batch_size": 1} if makes_class_images(opt) and prior.sample_batch_size > 1 else {}
 
 
 def smaller(side: int) -> Callable[[TracedOptions, Card], Flags]:
     def flags(opt: TracedOptions, card: Card) -> Flags:
         several: Flags = {"resolutions": None} if opt.data.resolutions else {}
-        return {"resolution": side, **several} if math.prod(largest(opt.data)) > side**2 else {}
+        change: Flags = {"resolution": side, **several}
+        before, after = (math.prod(largest(data)) for data in (opt.data, opt.data.model_copy(update=change)))
+        return change if after < before else {}  # a source may have a size of its own, which no flag changes
 
     return flags
 

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
@@ -29,6 +30,7 @@ from trainkit.conditioning.live_text import EncoderAdapters, prepare_to_learn
 from trainkit.conditioning.new_tokens import TokenRows
 from trainkit.data.batch import Batch
 from trainkit.data.geometry import CropPolicy
+from trainkit.data.sources.parts import image_options
 from trainkit.devices import WEIGHT_DTYPES
 from trainkit.diffusion import Level, ScheduleChange, make_noise
 from trainkit.families import Family
@@ -51,6 +53,7 @@ from trainkit.options import (
     TextOptions,
     ValidationOptions,
 )
+from trainkit.options.dataset_config import read_dataset_config
 from trainkit.options.sizes import Size, size_of
 from trainkit.plan import optimizer_state
 from trainkit.plan.as_on_cuda import Attention, Autocast, as_on_cuda, cuda_attention
@@ -228,7 +231,7 @@ class Skeleton:
         return self.given.take(torch.tensor(rows, device=META))
 
     def batch(self) -> Batch:
-        rows = self.opt.run.train_batch_size * (2 if class_images(self.opt) else 1)
+        rows = self.opt.run.train_batch_size * (2 if has_class_images(self.opt) else 1)
         places = range(rows)
         latent = torch.empty(rows, *self.latent_shape(self.size))
         pixels = {"pixels": torch.empty(rows, 3, *self.size)}
@@ -285,7 +288,7 @@ def trace(opt: TracedOptions, configs: ModelConfigs, *, known: Mapping[str, Peak
         found.append(Phase(name, known[name] if name in known else work()))
 
     with as_on_cuda(attention):
-        if class_images(opt):
+        if makes_class_images(opt):
             add("class images", partial(generate_class_images, opt, configs, block=block))
         skeleton = Skeleton(opt, configs, block=block)
         found.append(Phase("text", skeleton.encode_text()))
@@ -334,8 +337,8 @@ def generate_class_images(opt: TracedOptions, configs: ModelConfigs, *, block: i
 
 
 def largest(data: ImageOptions) -> Size:
-    """(h, w) in pixels of the largest images that are trained on."""
-    return max(data.sizes, key=math.prod)
+    """(h, w) in pixels of the largest images that are trained on, of whichever source."""
+    return max((size for source in image_options(data) for size in source.sizes), key=math.prod)
 
 
 def caches(opt: TracedOptions) -> bool:
@@ -343,8 +346,15 @@ def caches(opt: TracedOptions) -> bool:
     return opt.data.cache_latents and CropPolicy.from_options(opt.data).cacheable
 
 
-def class_images(opt: TracedOptions) -> bool:
-    """Whether each image brings one of the class along, which may have to be generated first."""
+def has_class_images(opt: TracedOptions) -> bool:
+    """Whether each image brings one of the class along."""
+    config = opt.data.dataset_config
+    return makes_class_images(opt) or bool(config) and any(
+        source.is_class for source in read_dataset_config(Path(f"{config}")).sources)
+
+
+def makes_class_images(opt: TracedOptions) -> bool:
+    """Whether there are class images that may have to be generated first."""
     prior: PriorOptions | None = getattr(opt, "prior", None)
     return prior is not None and prior.with_prior_preservation
 

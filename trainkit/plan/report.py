@@ -17,7 +17,7 @@ from trainkit.plan.cards import Card
 from trainkit.plan.ladder import Step, climb
 from trainkit.plan.models import ModelConfigs, read_configs
 from trainkit.plan.need import GIB, Need
-from trainkit.plan.phases import PlannedOptions, TracedOptions, class_images, largest, learns_text, trace
+from trainkit.plan.phases import PlannedOptions, TracedOptions, has_class_images, largest, learns_text, trace
 from trainkit.process import say
 
 log = logging.getLogger(__name__)
@@ -81,12 +81,12 @@ def at_start(opt: PlannedOptions, run: StartingRun) -> None:
 def at_most(opt: TracedOptions, configs: ModelConfigs) -> int:
     """A cheap bound on what a run needs, in bytes, from the widths of its UNet, the batch and the precision."""
     widths = configs.of("unet/config.json")["block_out_channels"]
-    images = opt.run.train_batch_size * (2 if class_images(opt) else 1)
+    images = opt.run.train_batch_size * (2 if has_class_images(opt) else 1)
     graph = MOST_GRAPH * widths[0] / NARROWEST * images * math.prod(largest(opt.data)) / 1e6
     graph *= CHECKPOINTED if opt.precision.gradient_checkpointing else 1
     bound = graph + MOST_WEIGHTS * (max(widths) / WIDEST) ** 2
     half = (opt.precision.mixed_precision or "no") != "no"
-    unusual = opt.lora.lora_layers != "attention" or opt.lora.rank > 64 or learns_text(opt) or class_images(opt)
+    unusual = opt.lora.lora_layers != "attention" or opt.lora.rank > 64 or learns_text(opt) or has_class_images(opt)
     return Need(int(bound * (1 if half else 2) * (UNUSUAL if unusual else 1))).bytes
 
 

@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DATA_FLAGS = ("resolution", "resolutions", "enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps",
-              "bucket_no_upscale", "center_crop", "caption_column", "repeats", "masked_loss", "conditioning_data_dir",
-              "alpha_mask")
 CAPTION_FLAGS = ("caption_extension", "caption_prefix", "caption_suffix", "enable_wildcard", "max_token_length")
 
 
@@ -45,8 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     refuse(folder_problems(args.DIR))
 
     say("reading the images")
+    from trainkit.data.looks import NO_HASHES, hashes_available
     from trainkit.doctor.checks import examine
-    from trainkit.doctor.look import NO_HASHES, hashes_available, read_data_set
+    from trainkit.doctor.look import read_data_set
     from trainkit.doctor.page import write_page
     from trainkit.doctor.text import as_json, counts, lines
     from trainkit.files import atomic_write
@@ -92,9 +90,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def data_flags() -> dict[str, Flag]:
     from trainkit.options import CaptionOptions, ImageOptions
+    from trainkit.options.inputs import CHECKED_FLAGS
 
     flags = {flag.name: flag for flag in [*ImageOptions.flags("data"), *CaptionOptions.flags("captions")]}
-    return {name: flags[name] for name in (*DATA_FLAGS, *CAPTION_FLAGS)}
+    return {name: flags[name] for name in (*CHECKED_FLAGS, *CAPTION_FLAGS)}
 
 
 def read_options(args: argparse.Namespace) -> tuple[ImageOptions, CaptionOptions]:
@@ -103,12 +102,13 @@ def read_options(args: argparse.Namespace) -> tuple[ImageOptions, CaptionOptions
 
     from trainkit.options import CaptionOptions, ImageOptions
     from trainkit.options.cli import MISSING
+    from trainkit.options.inputs import CHECKED_FLAGS
 
     given = {name: getattr(args, name) for name in data_flags() if getattr(args, name) is not None}
     refuse(Problem(f"--{name} has no value", "command line", data_flags()[name].help, f"--{name} VALUE")
            for name, value in given.items() if value is MISSING)
     try:
-        return (ImageOptions(**{name: value for name, value in given.items() if name in DATA_FLAGS}),
+        return (ImageOptions(**{name: value for name, value in given.items() if name in CHECKED_FLAGS}),
                 CaptionOptions(**{name: value for name, value in given.items() if name in CAPTION_FLAGS}))
     except ValidationError as error:
         names = {str(each["loc"][0]): each["msg"].removeprefix("Value error, ") for each in error.errors()}
