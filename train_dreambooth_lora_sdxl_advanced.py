@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         store = cache.open_store(opt.data.latent_cache_dir, run.out_dir)
         text = live_text.make_text(
             family, captions.announced(rows), store, also=preview.preview_prompts(opt.validation), text=opt.text,
-            pivotal=opt.pivotal, lora=opt.lora, total=total, seed=run.seed,
+            pivotal=opt.pivotal, lora=opt.lora, total=total, seed=run.seed, progress=run.show_task,
             gradient_checkpointing=opt.precision.gradient_checkpointing)
         caption_length.warn_cut(rows, text.rewrite, family, captions.examples, opt.validation.validation_prompt)
         images = loader.ready_images(rows, opt.data, family, store, seed=run.seed, progress=run.show_task,

@@ -86,9 +86,9 @@ def main(argv: list[str] | None = None) -> None:
                            schedule=ScheduleChange.from_options(opt.objective), max_chunks=opt.captions.max_chunks)
         token = clip_token.make_clip_token(opt.guidance, rows, family, captions)  # the image's own, where asked for
         store = cache.open_store(opt.data.latent_cache_dir, run.out_dir)
-        text = live_text.make_text(
-            family, captions.announced(rows), store, also=preview.preview_prompts(opt.validation), text=opt.text,
-            lora=opt.lora, total=total, seed=run.seed, gradient_checkpointing=opt.precision.gradient_checkpointing)
+        text = live_text.make_text(family, captions.announced(rows), store, progress=run.show_task, text=opt.text,
+                                   also=preview.preview_prompts(opt.validation), lora=opt.lora, total=total,
+                                   seed=run.seed, gradient_checkpointing=opt.precision.gradient_checkpointing)
         caption_length.warn_cut(rows, text.rewrite, family, captions.examples, opt.validation.validation_prompt)
         images = loader.ready_images(rows, opt.data, family, store, seed=run.seed, progress=run.show_task,
                                      num_workers=opt.run.dataloader_num_workers, captions=captions)

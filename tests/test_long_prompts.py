@@ -297,3 +297,10 @@ def test_a_cut_prompt_is_told_with_the_flag_that_reads_more(tiny_sdxl: Path, cap
             warn_cut([row], lambda prompt: prompt, SimpleNamespace(tokenizers=tokenizers, max_chunks=chunks))
         message = caplog.records[0].getMessage()
         assert limit in message and ("--max_token_length 225" in message) == (chunks < 3)
+
+
+def test_a_run_with_many_captions_tells_how_many_are_encoded(tiny_sd: Path):
+    told: list[tuple[str, int, int]] = []
+    FrozenText(load("sd", tiny_sd), [f"{number} dog" for number in range(40)], also=["a preview"],
+               progress=lambda *now: told.append(now))
+    assert told == [("encoding captions", done, 40) for done in (16, 32, 40)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from trainkit.optim import ParamGroup
     from trainkit.options import OptimizerOptions
 
+Progress = Callable[[str, int, int], None]  # (what, done, total)
 PROMPTS_AT_ONCE = 16
 ENTRIES = "condition"  # part of the keys; another word when entries would hold other tensors
 
@@ -36,6 +37,7 @@ class FrozenText:
     store     where embeddings are kept (a disk store keeps memory flat); host memory by default
     also      other prompts, those of previews: they must not change a bit of what is trained
     state     what the encoders' answers depend on besides the family: trained weights, their precision
+    progress  is told what is being done, for how many prompts it is done, and of how many, where they are many
 
     Prompts are sorted and encoded in groups that depend on the set of prompts alone, `also` in groups of its own, and a
     group is encoded whole or not at all: matrix products may round differently in batches of other sizes, and a
@@ -48,27 +50,32 @@ class FrozenText:
     embeddings: Mapping[str, Tensor] = {}
 
     def __init__(self, family: Family, prompts: Iterable[str], store: Store | None = None, clip_skip: int | None = None,
-                 *, also: Iterable[str] = (), state: str = ""):
+                 *, also: Iterable[str] = (), state: str = "", progress: Progress | None = None):
         self.device, self.clip_skip = family.device, clip_skip
         self.store: Store = {} if store is None else store
         self.keys: dict[str, str] = {}
-        for part in (prompts, also):
-            self._add(family, part, state)
+        self._add(family, prompts, state, progress)
+        self._add(family, also, state)
 
     @torch.no_grad()
-    def _add(self, family: Family, prompts: Iterable[str], state: str) -> None:
+    def _add(self, family: Family, prompts: Iterable[str], state: str, progress: Progress | None = None) -> None:
         distinct = sorted(set(prompts) - self.keys.keys())
         parts = (family.text_identity, self.clip_skip, *([state] if state else []))
         self.keys |= {prompt: content_key(ENTRIES, *parts, prompt) for prompt in distinct}
         refer(self.store, bytes.fromhex("".join(self.keys[prompt] for prompt in distinct)))
         groups = _groups(distinct, family.chunk_counts(distinct))
-        fill_together(self.store, groups, groups[ranks.rank() :: ranks.world()], partial(self._encode, family))
+        mine = groups[ranks.rank() :: ranks.world()]
+        fill_together(self.store, groups, mine, partial(self._encode, family, progress))
 
-    def _encode(self, family: Family, groups: Sequence[Sequence[str]]) -> None:
+    def _encode(self, family: Family, progress: Progress | None, groups: Sequence[Sequence[str]]) -> None:
         there = self.store.keys()
-        for prompts in groups:
-            if any(self.keys[prompt] not in there for prompt in prompts):
-                self._encode_group(family, prompts)
+        missing = [prompts for prompts in groups if any(self.keys[prompt] not in there for prompt in prompts)]
+        done, total = 0, sum(map(len, missing))
+        for prompts in missing:
+            self._encode_group(family, prompts)
+            done += len(prompts)
+            if progress and len(missing) > 1:
+                progress("encoding captions", done, total)
 
     def _encode_group(self, family: Family, prompts: Sequence[str]) -> None:
         condition = family.encode_prompts(prompts, self.clip_skip)

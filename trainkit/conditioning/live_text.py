@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trainkit import adapters
 from trainkit.condition import Condition
-from trainkit.conditioning.cached_text import FrozenText
+from trainkit.conditioning.cached_text import FrozenText, Progress
 from trainkit.conditioning.new_tokens import NewTokens, unseen
 from trainkit.data.cache import Store
 from trainkit.devices import upload
@@ -114,7 +114,7 @@ class LiveText:
     """
 
     def __init__(self, family: Family, learner: Learner, prompts: Iterable[str] | None, store: Store | None,
-                 options: TextOptions, *, stop: int, also: Iterable[str] = ()):
+                 options: TextOptions, *, stop: int, also: Iterable[str] = (), progress: Progress | None = None):
         self.family, self.learner, self.options, self.stop = family, learner, options, stop
         self.endless = prompts is None
         texts, others = ([learner.rewrite(prompt) for prompt in part] for part in (prompts or (), also))
@@ -122,7 +122,8 @@ class LiveText:
         (learned, plain), (other_learned, other_plain) = self._parted(texts), self._parted(others)
         self.learned = learned, other_learned
         self._train_mode(False)
-        self.table = FrozenText(family, plain, store, options.clip_skip, also=other_plain, state=self._precision)
+        self.table = FrozenText(family, plain, store, options.clip_skip, also=other_plain, state=self._precision,
+                                progress=progress)
         self.frozen_tokens: FrozenText | None = None
 
     @property
@@ -228,19 +229,20 @@ def reads_anew(text: TextOptions) -> bool:
 
 def make_text(family: Family, prompts: Iterable[str] | None, store: Store | None, *, text: TextOptions,
               pivotal: PivotalOptions | None = None, lora: LoraOptions, total: int, seed: int, also: Iterable[str] = (),
-              gradient_checkpointing: bool = False) -> Text:
+              gradient_checkpointing: bool = False, progress: Progress | None = None) -> Text:
     """The text of a run of `total` optimizer steps: frozen, with new tokens, or with LoRA on the encoders.
 
     prompts  every prompt to train on: the captions; None, as only `reads_anew` allows: they come with the steps
     also     every other the run will need encoded: those of previews
     pivotal  None in a trainer without new tokens
+    progress  is told how many prompts are encoded, see FrozenText
     Frozen encoders are freed here, those in training stay on the device.
     Raises UserError where the base model has the new tokens already, or every caption is cut before one of them.
     """
     learns_tokens = pivotal is not None and pivotal.train_text_encoder_ti
     if not (text.train_text_encoder or learns_tokens):
         assert prompts is not None, "frozen encoders are asked before the run"
-        frozen = FrozenText(family, prompts, store, text.clip_skip, also=also)
+        frozen = FrozenText(family, prompts, store, text.clip_skip, also=also, progress=progress)
         family.free_text_encoders()
         return frozen
     prepare_to_learn(family, gradient_checkpointing=gradient_checkpointing)
@@ -248,12 +250,14 @@ def make_text(family: Family, prompts: Iterable[str] | None, store: Store | None
         log.warning("--text_encoder_2_lr has no effect: %s has one text encoder", family.name)
     if pivotal is None or not learns_tokens:
         learner = EncoderAdapters(family, lora, seed=seed)
-        return LiveText(family, learner, prompts, store, text, stop=text.stop(total), also=also)
+        return LiveText(family, learner, prompts, store, text, stop=text.stop(total), also=also,
+                        progress=progress)
     assert prompts is not None, "new tokens are frozen in the run"
     prompts, tokens = list(prompts), NewTokens(cast("SDXL", family), pivotal, seed=seed, lora=lora)
     refuse(unseen(tokens.names, family.tokenizers[0], [tokens.rewrite(prompt) for prompt in prompts],
                   family.max_chunks))
-    return LiveText(family, tokens, prompts, store, text, stop=pivotal.stop(total), also=also)
+    return LiveText(family, tokens, prompts, store, text, stop=pivotal.stop(total), also=also,
+                    progress=progress)
 
 
 def prepare_to_learn(family: Family, *, gradient_checkpointing: bool) -> None:

@@ -28,12 +28,14 @@ from typing import Any
 from tests.support import trainers
 
 Row = dict[str, Any]
+DENOISING_STEPS = 3  # of a preview instead of 25: the steps are alike, and slow where each operation is watched
 FOR_GOOD = ExitStack()  # a child keeps its card until it ends
 
 
 def watch(file: Path, device: str, full_size: bool) -> None:
     """In a child: the card is there from now on, and the waits of each optimizer step and preview go to `file`."""
     from tests.support.fake_cuda.machine import machine
+    from trainkit import preview
     from trainkit.optim import Optim
     from trainkit.preview import Previews
     from trainkit.run import Run
@@ -63,6 +65,7 @@ def watch(file: Path, device: str, full_size: bool) -> None:
         write("previews")
         return images
 
+    preview.STEPS = DENOISING_STEPS
     Run._agree = lambda run, votes: None  # type: ignore[method-assign]  # made-up votes would be a signal to stop
     Optim.begin, Run.log, Previews.generate = at_begin, at_log, at_preview  # type: ignore[method-assign]
 
