@@ -54,7 +54,7 @@ WAITS = {  # for the card in a step, by what for and the file that waits: how ma
     "item, distribution_matching.py": 3,  # its report, and with a bank keys and weights; the bank's counts go up
     "host to device, distribution_matching.py": 1,
 }
-WAITS_OF_A_PREVIEW = 550  # nearly all are those of the VAE's tensors (248 in SDXL), which come to the card and go back
+WAITS_OF_A_PREVIEW = 320  # up to 314 were counted; 248 are those of the VAE of SDXL, which comes to the card and goes
 
 
 def named(row: tuple[int, ...]) -> str:
