@@ -352,7 +352,9 @@ def test_an_embedding_of_another_program_counts_in_both_prompts(tiny_sd, lora, t
     assert "\nNegative prompt: bad-hands.v1\n" in said
     save_file({"emb_params": torch.ones(2, 32)}, other := tmp_path / "other.safetensors")
     (torn := tmp_path / "torn.pt").write_bytes(b"PK")
-    for wrong, words in ((other, "32 wide"), (lora / DIFFUSERS_FILE, "it is a LoRA"), (torn, "torn.pt")):
+    (cut := tmp_path / "cut.safetensors").write_bytes(other.read_bytes()[:-4])
+    for wrong, words in ((other, "32 wide"), (lora / DIFFUSERS_FILE, "it is a LoRA"), (torn, "torn.pt"),
+                         (cut, "the embedding cut.safetensors cannot be read")):
         problem, = refused(tiny_sd, tmp_path / "out", f"--embedding={wrong}")
         assert words in f"{problem.what} {problem.why} {problem.where}"
 

@@ -30,6 +30,7 @@ from trainkit.runtime.weight_files import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import SchedulerMixin
     from PIL.Image import Image
     from torch import Generator, Tensor
@@ -219,16 +220,17 @@ def lora_problems(files: Sequence[Path], base: str) -> Iterator[Problem]:
 # The pipeline, and what is put on it
 
 
-def load_pipeline(base: str, dtype: str | None, prediction_type: str | None = None) -> Pipeline:
+def load_pipeline(base: str, dtype: str | None, prediction_type: str | None = None, *, aside: bool = False
+                  ) -> Pipeline:
     """The stock pipeline of a base model, without what would paint over its images: watermark and safety checker.
 
     dtype            one of DTYPES; None: bfloat16 on a GPU, float32 on a CPU and on Apple's GPUs
     prediction_type  what the user says that it predicts; None: what its scheduler's config says
+    aside            whether it stays in the memory of the machine, and its parts come to the GPU when they work
     """
     from trainkit.runtime.trackers import quiet_libraries
 
     quiet_libraries()
-    import torch
     from diffusers import AutoPipelineForText2Image
 
     from trainkit.devices import present
@@ -242,7 +244,14 @@ def load_pipeline(base: str, dtype: str | None, prediction_type: str | None = No
     pipe.scheduler = rescheduled(pipe.scheduler, ScheduleChange(prediction_type))
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.enable_slicing()  # one image at a time: decoding takes most of the memory
-    return pipe.to(device, getattr(torch, dtype or ("float32" if device.type in ("cpu", "mps") else "bfloat16")))
+    return pipe.to("cpu" if aside else device, dtype_on(device, dtype), silence_dtype_warnings=aside)
+
+
+def dtype_on(device: torch.device, name: str | None) -> torch.dtype:
+    """One of DTYPES; None: bfloat16 on a GPU, float32 on a CPU and on Apple's GPUs."""
+    import torch
+
+    return getattr(torch, name or ("float32" if device.type in ("cpu", "mps") else "bfloat16"))
 
 
 def scheduler_of(pipe: Pipeline, name: str | None) -> SchedulerMixin:
@@ -422,7 +431,11 @@ def read_embedding(file: Path) -> LoraFile:
         refuse([Problem(f"{file.name} is a pickled file", where, "such files could run code when they are read",
                         f"convert it, then name {file.stem}.safetensors: {CONVERSION.format(file, file.stem)}",
                         "data")])
-    found = LoraFile.read(file, where=where)
+    try:
+        found = LoraFile.read(file, where=where)
+    except UserError as error:
+        raise UserError(*(replace(problem, what=f"the embedding {file.name} cannot be read")
+                          for problem in error.problems)) from error
     if found.layers or not found.embeddings:
         refuse([Problem(f"{file.name} is no file of embeddings", where, "it is a LoRA" if found.layers else
                         "it has no rows for a text encoder", "name it with --lora" if found.layers else

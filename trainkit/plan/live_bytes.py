@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -171,6 +171,11 @@ def is_plain(output: Any) -> bool:
         return False
     like = torch.empty_strided(output.shape, output.stride(), dtype=output.dtype, device=META)
     return like.untyped_storage().nbytes() == output.untyped_storage().nbytes() and output.storage_offset() == 0
+
+
+def weights_of(networks: Iterable[nn.Module]) -> list[Tensor]:
+    """Parameters and buffers."""
+    return [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

@@ -13,14 +13,14 @@ What kernels need inside, cuDNN's workspaces for example, is not seen here: `nee
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainkit import lean_lora
 from trainkit.adapters import Adapters, add_adapters
@@ -32,9 +32,8 @@ from trainkit.data.batch import Batch
 from trainkit.data.geometry import CropPolicy
 from trainkit.data.sources.parts import image_options
 from trainkit.devices import WEIGHT_DTYPES
-from trainkit.diffusion import Level, ScheduleChange, make_noise
+from trainkit.diffusion import ScheduleChange, make_noise
 from trainkit.families import Family
-from trainkit.families.base import in_tiles
 from trainkit.lora_file import start
 from trainkit.losses.passes import Passes, always, plain_objective
 from trainkit.options import (
@@ -57,13 +56,24 @@ from trainkit.options.dataset_config import read_dataset_config
 from trainkit.options.sizes import Size, size_of
 from trainkit.plan import optimizer_state
 from trainkit.plan.as_on_cuda import Attention, Autocast, as_on_cuda, cuda_attention
-from trainkit.plan.live_bytes import ADAPTERS, BLOCK, GRADIENTS, META, OPTIMIZER, WEIGHTS, LiveBytes, Peak, bytes_of
+from trainkit.plan.drawing import GUIDED, denoised, draw, in_dtype, latent_shape
+from trainkit.plan.live_bytes import (
+    ADAPTERS,
+    BLOCK,
+    GRADIENTS,
+    META,
+    OPTIMIZER,
+    WEIGHTS,
+    LiveBytes,
+    Peak,
+    bytes_of,
+    weights_of,
+)
 from trainkit.plan.models import ModelConfigs
 from trainkit.plan.skeleton import family_on_meta
 from trainkit.training.step import TrainStep
 
 NOTHING: Mapping[str, Peak] = {}
-GUIDED = 2  # rows of the UNet for each image that is generated with guidance
 
 
 class TracedOptions(Protocol):
@@ -245,7 +255,7 @@ class Skeleton:
 
     def latent_shape(self, size: Size) -> tuple[int, int, int]:
         """(C,h,w) of the latents of an image of that size"""
-        return self.family.latent_channels, size[0] // self.family.vae_factor, size[1] // self.family.vae_factor
+        return latent_shape(self.family, size)
 
     # Beside and after training
 
@@ -257,18 +267,9 @@ class Skeleton:
             known[WEIGHTS] = known[WEIGHTS] + weights_of([self.vae])
         with self.live(known) as live, torch.no_grad():
             with self.autocast():
-                latents = self.denoised(GUIDED)
+                latents = denoised(self.family, self.given, GUIDED, size_of(self.opt.data.resolution))
             self.family.decode_pixels(latents[:1])
         return live.peak
-
-    def denoised(self, rows: int) -> Tensor:
-        """The network's answer to so many rows of --resolution -> [B,C,h,w]"""
-        z = torch.empty(rows, *self.latent_shape(size_of(self.opt.data.resolution)), device=META)
-        scale = torch.empty(rows, device=META)
-        level = Level(scale, scale, cond=torch.zeros(rows, dtype=torch.long, device=META), time=scale)
-        given = Condition({name: tensor[:1].expand(rows, *tensor.shape[1:]) for name, tensor in self.given.items()},
-                          time_ids=torch.empty(rows, 6, device=META))
-        return self.family.denoise(z, level, given)
 
     def published(self) -> Peak:
         live = self.live(self.resident)
@@ -319,17 +320,8 @@ def generate_class_images(opt: TracedOptions, configs: ModelConfigs, *, block: i
     prior: Any = getattr(opt, "prior", None)
     precision = {"fp32": "no", None: "fp16"}.get(prior.prior_generation_precision, prior.prior_generation_precision)
     skeleton = Skeleton(with_flags(opt, {"mixed_precision": precision}), configs, block=block)
-    for encoder in skeleton.frozen_text:
-        nn.Module.to(encoder, skeleton.dtype)
-    rows = GUIDED * prior.sample_batch_size
-    known = weights_of([skeleton.family.denoiser, skeleton.vae, *skeleton.frozen_text])
-    with skeleton.live({WEIGHTS: known}) as live, torch.no_grad():
-        skeleton.given = skeleton.family.encode_prompts([""] * rows, None)
-        latents = skeleton.denoised(rows)[: prior.sample_batch_size].float()
-        skeleton.vae.enable_slicing()  # as trainkit.data.class_images does
-        with in_tiles(skeleton.vae, skeleton.family.vae_factor):
-            skeleton.vae.decode(latents)
-    return live.peak
+    family = in_dtype(skeleton.family, skeleton.dtype, vae=torch.float32)
+    return draw(family, prior.sample_batch_size, size_of(opt.data.resolution), tiles=True, block=block)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -399,11 +391,6 @@ def start_elsewhere(lora: Adapters) -> list[Tensor]:
     for layer in layers:
         lean_lora.start_here(layer)
     return [tensor for layer in layers for tensor in layer.start().values()]
-
-
-def weights_of(networks: Iterable[nn.Module]) -> list[Tensor]:
-    """Parameters and buffers."""
-    return [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
 
 
 def with_flags(opt: PlannedOptions, values: Mapping[str, object]) -> PlannedOptions:

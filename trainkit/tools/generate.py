@@ -75,6 +75,7 @@ from trainkit.tools.checks import (
     writing_to,
 )
 from trainkit.tools.grids import axis, cells, grid_problems, loras_of
+from trainkit.tools.memory import Batch, Way, add_memory, way_for
 from trainkit.tools.second_pass import (
     SecondPass,
     add_second_pass,
@@ -143,7 +144,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     refuse(make_out(args.out))
     say("loading PyTorch, Diffusers and the model")
     shots = plan(args)
-    pipe = load_pipeline(args.base, args.dtype, args.prediction_type)
+    args.way = way_of(args, shots)
+    pipe = load_pipeline(args.base, args.dtype, args.prediction_type, aside=args.way.aside)
     added = [add_embedding(pipe, file) for file in dict.fromkeys(args.embedding)]
     added += [add_new_tokens(pipe, args.embeddings)] if args.embeddings else []
     for renamed in added:
@@ -177,6 +179,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--guidance_both_branches", action="store_true", help="Also show the guidance image with the negative prompt.")
     add("--batch_size", type=int, default=4, help="How many images are generated at once. The default is 4.")
     add("--dtype", choices=DTYPES, help="The precision. The default is bfloat16 on GPUs except Apple's.")
+    add_memory(add)
     add("--out", required=True, type=Path, metavar="DIR", help="The folder for the images and sheet.png.")
     add("--no_metadata", action="store_true", help="Write no prompt and no settings into the PNG files.")
     add("--debug", action="store_true", help="Show a traceback with every error message.")
@@ -471,6 +474,22 @@ def computed(args: argparse.Namespace) -> dict[Path, Tensor]:
 # Drawing
 
 
+def by_loras(shots: Sequence[Shot]) -> dict[tuple[tuple[Path, float], ...], list[Shot]]:
+    """The shots by the LoRAs that are in the weights."""
+    found: dict[tuple[tuple[Path, float], ...], list[Shot]] = {}
+    for shot in shots:
+        found.setdefault(shot.settings.loras, []).append(shot)
+    return found
+
+
+def way_of(args: argparse.Namespace, shots: Sequence[Shot]) -> Way:
+    """How the pipeline is on the card, by --memory and by what is generated at once."""
+    groups = by_loras(shots)
+    at_once = {(len(some), some[0].settings) for group in groups.values() for some in batches(group, args.batch_size)}
+    return way_for(args, [Batch(count, one.width, one.height, one.second_pass) for count, one in at_once],
+                   copies=len(groups) > 1)
+
+
 def batches(shots: Sequence[Shot], size: int) -> Iterator[Sequence[Shot]]:
     """Neighbours that the pipeline can generate at once, `size` of them at most."""
     for _, alike in groupby(shots, key=lambda shot: (shot.settings, shot.negative is None)):
@@ -516,12 +535,12 @@ def generate_images(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Sh
     from trainkit.runtime.progress import watched
 
     images: dict[str, Image] = {}
-    different = list(dict.fromkeys(shot.settings.loras for shot in shots))
+    groups = by_loras(shots)
     with watched("generating images", len(shots)) as show:
-        for loras in different:
-            with (fused_loras(pipe, loras, args.lora_block_weights) if len(different) > 1 else
+        for loras, some in groups.items():
+            with (fused_loras(pipe, loras, args.lora_block_weights) if len(groups) > 1 else
                   nullcontext(fuse_loras(pipe, loras, blocks=args.lora_block_weights))):
-                generate_alike(pipe, args, [shot for shot in shots if shot.settings.loras == loras], images, show)
+                generate_alike(pipe, args, some, images, show)
     return [images[shot.file_name] for shot in shots]
 
 
@@ -556,12 +575,12 @@ def run_pipeline(pipe: Pipeline, args: argparse.Namespace, shots: Sequence[Shot]
     import torch
 
     settings = shots[0].settings
-    with torch.no_grad():
+    with torch.no_grad(), args.way.reading(pipe):
         text = encode(pipe, args, shots)
     noise = [torch.Generator().manual_seed(shot.seed) for shot in shots]
     width, height = size(pipe, settings)
     guidance, second = scale(pipe, settings), settings.second_pass
-    with sampled_by(pipe, settings.scheduler):
+    with sampled_by(pipe, settings.scheduler), args.way.drawing(pipe):
         images = finite_images(pipe, **text, height=height, width=width, num_inference_steps=settings.steps,
                                guidance_scale=guidance, generator=noise, callback_on_step_end=after_steps[0])
         return images if second is None else enlarged(
