@@ -103,7 +103,7 @@ def test_a_new_flag_is_in_the_fingerprint_unless_it_says_otherwise(options):
     run = SimpleNamespace(global_batch=4, precision="no", world=1)
     row = SimpleNamespace(id="a", digest="b", all_captions=("c",), repeat=0, is_class=False, cut=None, mask=None,
                           loss_weight=1.0, handling=None)
-    family = SimpleNamespace(identity={}, sampled_identity={}, vae_batch_size=1)
+    family = SimpleNamespace(identity={}, sampled_identity={}, vae_batch_size=1, storage=SimpleNamespace(name=""))
     one, other = (fingerprint(read(options, f"--lora_dummy={value}", f"--dummy_dir={value}"), [row], family, run, 10)
                   for value in (2, 3))
     assert (one["--lora_dummy"], other["--lora_dummy"]) == (2.0, 3.0)

@@ -36,7 +36,7 @@ def options(*, prompt: str | None = PROMPT, images: int = 2) -> SimpleNamespace:
 
 def load(folder: Path, *, dtype: torch.dtype = torch.float32, module=sdxl) -> Family:
     model = SimpleNamespace(pretrained_model_name_or_path=str(folder), pretrained_vae_model_name_or_path=None,
-                            revision=None, variant=None, vae_batch_size=1)
+                            revision=None, variant=None, vae_batch_size=1, base_precision=None)
     return module.load(model, device=torch.device("cpu"), weight_dtype=dtype)
 
 

@@ -48,7 +48,7 @@ def publish(options: SimpleNamespace, family: sdxl.SDXL, adapters: Adapters) -> 
 @pytest.fixture(scope="module")
 def family(tiny_sdxl: Path) -> sdxl.SDXL:
     model = SimpleNamespace(pretrained_model_name_or_path=str(tiny_sdxl), pretrained_vae_model_name_or_path=None,
-                            revision=None, variant=None, vae_batch_size=1)
+                            revision=None, variant=None, vae_batch_size=1, base_precision=None)
     return sdxl.load(model, device=torch.device("cpu"), weight_dtype=torch.float32)
 
 

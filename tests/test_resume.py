@@ -37,6 +37,7 @@ MODES = {
     "captions that vary, and new tokens": dict(
         shuffle_caption=True, caption_dropout_rate=0.4, caption_tag_dropout_rate=0.3, keep_tokens=1, caption_variants=3,
         max_token_length=150, caption_suffix=", red, blue", train_text_encoder_ti=True),
+    "a base model in int8": dict(base_precision="int8", train_text_encoder=True, gradient_checkpointing=True),
     "captions read anew": dict(
         shuffle_caption=True, caption_dropout_rate=0.3, caption_suffix=", red, blue", train_text_encoder=True),
 }

@@ -30,15 +30,17 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from trainkit.devices import in_fp64
+from trainkit.frozen_weights import BaseWeight, StoredLinear, frozen_weight, product_dtype
 
 MERGE_UP_TO = 2**16  # entries of W; measured on a CPU, larger layers are faster without forming W + c · B A
 
 
 class Context(Protocol):
-    """autograd's context of a call, with what our forward passes keep in it: `c`, `x_shape` and `x_dtype`."""
+    """autograd's context of a call, with what our forward passes keep in it besides tensors."""
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
+    W: BaseWeight
     c: float
     x_shape: torch.Size
     x_dtype: torch.dtype
@@ -51,15 +53,16 @@ class LowRankUpdate(torch.autograd.Function):
 
         dx = dy W + g A,   g = c · dy B,   dA = gᵀ x,   dB = c · dyᵀ h,   h = x Aᵀ
 
-    x [..., in]   W [out,in]   b [out] or None   A [r,in]   B [out,r]   c the scale   returns [..., out]
+    x [..., in]   W [out,in], a tensor or stored   b [out] or None   A [r,in]   B [out,r]   c the scale
+    returns [..., out]
     Products run in autocast's dtype, or x's without autocast; gradients come back in their parameter's dtype.
     """
 
     @staticmethod
-    def forward(ctx: Context, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, c: float) -> Tensor:
+    def forward(ctx: Context, x: Tensor, W: BaseWeight, b: Tensor | None, A: Tensor, B: Tensor, c: float) -> Tensor:
         y, rows, h = products(x, W, b, A, B, c)
-        ctx.save_for_backward(rows, h, W, A, B)
-        ctx.c, ctx.x_shape, ctx.x_dtype = c, x.shape, x.dtype
+        ctx.save_for_backward(rows, h, A, B)
+        ctx.W, ctx.c, ctx.x_shape, ctx.x_dtype = W, c, x.shape, x.dtype
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -69,17 +72,17 @@ class LowRankUpdate(torch.autograd.Function):
         return dx, None, None, dA, dB, None
 
 
-def products(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, c: float) -> tuple[Tensor, Tensor, Tensor]:
+def products(x: Tensor, W: BaseWeight, b: Tensor | None, A: Tensor, B: Tensor, c: float
+             ) -> tuple[Tensor, Tensor, Tensor]:
     """-> y [n,out], the rows of x [n,in] and h = x Aᵀ [n,r], in the dtype that products run in."""
-    device_type = x.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+    dtype = product_dtype(x)
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     y = F.linear(rows, W.to(dtype), None if b is None else b.to(dtype))
     h = rows @ A.to(dtype).t()
     return y.addmm_(h, B.to(dtype).t(), alpha=c), rows, h
 
 
-def update_gradients(ctx: Context, dz: Tensor, rows: Tensor, h: Tensor, W: Tensor, A: Tensor, B: Tensor
+def update_gradients(ctx: Context, dz: Tensor, rows: Tensor, h: Tensor, A: Tensor, B: Tensor
                      ) -> tuple[Tensor | None, Tensor, Tensor]:
     """dx (where it is asked for), dA and dB of z = x Wᵀ + c · (x Aᵀ) Bᵀ from dz [..., out].
 
@@ -90,7 +93,7 @@ def update_gradients(ctx: Context, dz: Tensor, rows: Tensor, h: Tensor, W: Tenso
     dA, dB = g.t() @ rows, (dz.t() @ h).mul_(ctx.c)
     dx = None
     if ctx.needs_input_grad[0]:
-        dx = (dz @ W.to(dz.dtype)).addmm_(g, A.to(dz.dtype)).view(ctx.x_shape).to(ctx.x_dtype)
+        dx = (dz @ ctx.W.to(dz.dtype)).addmm_(g, A.to(dz.dtype)).view(ctx.x_shape).to(ctx.x_dtype)
     return dx, dA.to(A.dtype), dB.to(B.dtype)
 
 
@@ -103,11 +106,11 @@ class DecomposedUpdate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Context, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: Tensor, c: float
+    def forward(ctx: Context, x: Tensor, W: BaseWeight, b: Tensor | None, A: Tensor, B: Tensor, s: Tensor, c: float
                 ) -> Tensor:
         z, rows, h = products(x, W, None, A, B, c)
-        ctx.save_for_backward(rows, h, W, A, B, z, s)
-        ctx.c, ctx.x_shape, ctx.x_dtype = c, x.shape, x.dtype
+        ctx.save_for_backward(rows, h, A, B, z, s)
+        ctx.W, ctx.c, ctx.x_shape, ctx.x_dtype = W, c, x.shape, x.dtype
         y = z * s.to(z.dtype)
         return (y if b is None else y.add_(b.to(z.dtype))).view(*x.shape[:-1], -1)
 
@@ -145,9 +148,9 @@ class LeanLinear(Linear):
         return self.lora_A[self.lean_adapter].weight, self.lora_B[self.lean_adapter].weight
 
     def _short(self, x: Tensor) -> Tensor:
-        W, b, c = self.base_layer.weight, self.base_layer.bias, self.scaling[self.lean_adapter]
+        W, b, c = frozen_weight(self.base_layer), self.base_layer.bias, self.scaling[self.lean_adapter]
         A, B = self.low_rank()
-        if should_merge(x, W):
+        if isinstance(W, Tensor) and should_merge(x, W):
             return F.linear(x, torch.addmm(W, B, A, alpha=c), b)
         return LowRankUpdate.apply(x, W, b, A, B, c)
 
@@ -157,7 +160,7 @@ class LeanLinear(Linear):
         dropout = self.lora_dropout[name]
         return (self.active_adapters == [name] and not self.disable_adapters and not self.merged
                 and not (isinstance(dropout, nn.Dropout) and dropout.training)
-                and "forward" not in vars(self.base_layer) and not self.base_layer.weight.requires_grad)
+                and "forward" not in vars(self.base_layer) and not frozen_weight(self.base_layer).requires_grad)
 
 
 class LeanDora(LeanLinear):
@@ -166,13 +169,13 @@ class LeanDora(LeanLinear):
     squares: Tensor  # ‖w‖² of each row of the frozen base [out]
 
     def _short(self, x: Tensor) -> Tensor:
-        W, b, c = self.base_layer.weight, self.base_layer.bias, self.scaling[self.lean_adapter]
+        W, b, c = frozen_weight(self.base_layer), self.base_layer.bias, self.scaling[self.lean_adapter]
         m, (A, B) = self.lora_magnitude_vector[self.lean_adapter].weight, self.low_rank()
-        if should_merge(x, W):
+        if isinstance(W, Tensor) and should_merge(x, W):
             V = torch.addmm(W, B, A, alpha=c)
             return F.linear(x, V * (m / torch.linalg.vector_norm(V.detach(), dim=1)).unsqueeze(1), b)
         with torch.no_grad():
-            norms = row_norms(W, A, B, c, self.squares)
+            norms = row_norms(W.to(W.dtype), A, B, c, self.squares)
         return DecomposedUpdate.apply(x, W, b, A, B, m / norms, c)
 
 
@@ -199,7 +202,7 @@ class StartedLinear(LeanLinear):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What PEFT merges into the base."""
         A, B = self.low_rank()
-        return (B @ A).mul_(self.scaling[adapter]).to(self.base_layer.weight.dtype)
+        return (B @ A).mul_(self.scaling[adapter]).to(frozen_weight(self.base_layer).dtype)
 
     def _plain(self) -> bool:
         assert self.disable_adapters or self.merged or super()._plain(), "PEFT's own way knows no start"
@@ -224,8 +227,8 @@ class LeanWhole:
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         base, name = self.base_layer, self.lean_adapter
         plain = (self.active_adapters == [name] and not self.disable_adapters and not self.merged
-                 and x.dtype == base.weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-                 and "forward" not in vars(base))
+                 and x.dtype == frozen_weight(base).dtype == torch.float32
+                 and not torch.is_autocast_enabled(x.device.type) and "forward" not in vars(base))
         if args or kwargs or not plain:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # PEFT's
         return F.linear(x, base.weight + self.get_delta_weight(name), base.bias)
@@ -239,6 +242,7 @@ class LeanLokr(LeanWhole, lokr.Linear):
     pass
 
 
+PLAIN = (nn.Linear, StoredLinear)
 WHOLE = {loha.Linear: LeanLoha, lokr.Linear: LeanLokr}
 
 
@@ -253,10 +257,10 @@ def install(layer: BaseTunerLayer, adapter: str) -> bool:
 
     Only the class changes: parameters, state dict and PEFT's own switches stay what they were.
     """
-    if type(layer) in WHOLE and type(layer.base_layer) is nn.Linear:
+    if type(layer) in WHOLE and type(layer.base_layer) in PLAIN:
         layer.__class__, layer.lean_adapter = WHOLE[type(layer)], adapter
         return True
-    if type(layer) is not Linear or type(layer.base_layer) is not nn.Linear or layer.fan_in_fan_out:
+    if type(layer) is not Linear or type(layer.base_layer) not in PLAIN or layer.fan_in_fan_out:
         return False
     variant = layer.lora_variant.get(adapter)
     if layer.lora_bias[adapter] or not (variant is None or type(variant) is DoraLinearVariant):

@@ -83,6 +83,7 @@ def fingerprint(
         # Dropout's masks and the images of a step depend on the batch size, the latter where images have several sizes.
         "images in a micro-batch": opt.run.train_batch_size if opt.lora.lora_dropout or several_sizes(rows) else None,
         "images that the VAE encodes at once": family.vae_batch_size if family.vae_batch_size > 1 else None,
+        "--base_precision": family.storage.name or None,
         "cached latents": "bf16" if rounded_latents(opt) else None,
         "images matched with one another": opt.run.train_batch_size * run.world if matched else None,
         "steps": total if depends_on_length(opt) else None,

@@ -16,6 +16,7 @@ from trainkit.adapters.patterns import Blocks, Pattern
 from trainkit.adapters.targets import Targets
 from trainkit.adapters.updates import Update
 from trainkit.errors import Problem, UserError, refuse
+from trainkit.frozen_weights import frozen_weight
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -134,10 +135,10 @@ class Adapters:
 
     def shape(self, path: str) -> torch.Size:
         """[out,in] of one module's weight, or a convolution's [out,in,h,w]."""
-        return self.layers[path].get_base_layer().weight.shape
+        return frozen_weight(self.layers[path].get_base_layer()).shape
 
     def weight(self, path: str) -> Tensor:
-        """The base's W of one module -> [out,in] fp64 on the CPU."""
+        """The base's W of one module, as its layer computes with it -> [out,in] fp64 on the CPU."""
         return self.layers[path].get_base_layer().weight.detach().cpu().double().flatten(1)
 
     def update(self, path: str) -> Update:

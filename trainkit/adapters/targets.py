@@ -11,6 +11,7 @@ from torch import nn
 from trainkit.adapters import patterns
 from trainkit.adapters.patterns import Blocks
 from trainkit.errors import Problem
+from trainkit.frozen_weights import frozen_weight
 
 if TYPE_CHECKING:
     from trainkit.options import LoraOptions
@@ -60,7 +61,7 @@ def convolutions(network: nn.Module, options: LoraOptions, paths: Iterable[str])
 
 def narrow_layers(network: nn.Module, options: LoraOptions, paths: Iterable[str], blocks: Blocks) -> list[Problem]:
     """PiSSA and OLoRA start from r directions of each weight, which has no more of them than its smaller side."""
-    sides = {path: min(network.get_parameter(f"{path}.weight").shape) for path in paths}
+    sides = {path: min(frozen_weight(network.get_submodule(path)).shape) for path in paths}
     ranks = {path: rank for path, (rank, _) in patterns.sizes(options, sides, "unet", blocks).items()}
     narrowest = min(sides, key=lambda path: sides[path] - ranks[path], default="")
     if not sides or sides[narrowest] >= ranks[narrowest]:

@@ -261,9 +261,10 @@ def make_text(family: Family, prompts: Iterable[str] | None, store: Store | None
 
 
 def prepare_to_learn(family: Family, *, gradient_checkpointing: bool) -> None:
-    """The text encoders on the device, in the weight dtype, as they are while anything in them trains."""
+    """The text encoders on the device, in the weight dtype or as the run stores it, while anything in them trains."""
     for encoder in family.text_encoders:
         encoder.to(family.device, family.weight_dtype)
+        family.storage.store(encoder)
         if gradient_checkpointing:  # called gradient_checkpointing_enable before Transformers 5.23
             part: Any = encoder
             enable = getattr(part, "activation_checkpointing_enable", None) or part.gradient_checkpointing_enable

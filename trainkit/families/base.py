@@ -41,6 +41,7 @@ from trainkit.families.pretrained import (
 from trainkit.families.single_file import model_at, vae_place
 from trainkit.families.tokenize import chunk_counts
 from trainkit.families.unet_targets import LORA_TARGETS, TEXT_LORA_TARGETS
+from trainkit.frozen_weights import AS_LOADED, Storage, make_storage
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
@@ -127,7 +128,8 @@ class Family(ABC):
     file_metadata  what LoRA files say of the files of models that are one file, and of zero-terminal SNR
     doubted        whether what the denoiser predicts is not said anywhere and taken to be ε
 
-    The denoiser, a UNet here, is in the weight dtype. The VAE is in fp32, because it overflows in fp16. Text encoders
+    The denoiser, a UNet here, is in the weight dtype, or kept by `storage`.
+    The VAE is in fp32, because it overflows in fp16. Text encoders
     are in fp32, because they run once and their rounding would stay in every step; what they return is cast to the
     weight dtype. Each part moves to the device when it is first asked, the denoiser in `prepare_for_training`, so that
     no part waits there for its turn.
@@ -141,10 +143,12 @@ class Family(ABC):
                  tokenizers: tuple[CLIPTokenizer, ...], text_encoders: tuple[PreTrainedModel, ...],
                  schedule: Schedule, scheduler_config: Config, identity: Mapping[str, str],
                  sampled_identity: Mapping[str, str], device: torch.device, vae_batch_size: int = 1,
-                 file_metadata: Mapping[str, str] = NOTHING, doubted: bool = False, max_chunks: int = 1):
+                 file_metadata: Mapping[str, str] = NOTHING, doubted: bool = False, max_chunks: int = 1,
+                 storage: Storage = AS_LOADED):
         self.path, self.revision, self.file_metadata, self.doubted = path, revision, dict(file_metadata), doubted
         self.schedule, self.scheduler_config = schedule, dict(scheduler_config)
         self.tokenizers, self.device, self.weight_dtype = tokenizers, device, denoiser.dtype
+        self.storage = storage  # of the denoiser's weights, and of text encoders in which something trains
         self.max_chunks = max_chunks  # that a long prompt is read in
         self.identity, self.sampled_identity = dict(identity), dict(sampled_identity)
         self.denoiser: UNet2DConditionModel = freeze(denoiser)
@@ -352,13 +356,15 @@ class Parts:
     weights: dict[str, str]
     sampled: dict[str, str]
     file_metadata: dict[str, str]
+    storage: Storage
 
 
 def load_parts(options: ModelOptions, layout: ModelLayout, encoders: Sequence[type[PreTrainedModel]], *,
-               weight_dtype: torch.dtype) -> Parts:
+               weight_dtype: torch.dtype, device: torch.device) -> Parts:
     """Every part, from safetensors only. Revision and variant are the base model's, not another VAE's.
 
     encoders  the classes of the layout's text encoders
+    device    that the run is on
     """
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTokenizer
@@ -366,9 +372,11 @@ def load_parts(options: ModelOptions, layout: ModelLayout, encoders: Sequence[ty
     model = model_at(str(options.pretrained_model_name_or_path), MODEL_FLAG, options.revision)
     other, variant = options.pretrained_vae_model_name_or_path, options.variant
     (vae_repo, vae_folder), vae_variant = vae_place(model, other), None if other else variant
+    storage = make_storage(options.base_precision, weight_dtype, torch.device(device))
     files, full = {"variant": variant, "use_safetensors": True}, torch.float32
     with quiet_loading():
         denoiser = load_part(model, UNet2DConditionModel, layout.denoiser, torch_dtype=weight_dtype, **files)
+        storage.store(denoiser)
         vae = load_part(vae_repo, AutoencoderKL, vae_folder, torch_dtype=full, variant=vae_variant,
                         use_safetensors=True)
         texts = tuple(load_part(model, encoder_class, folder, dtype=full, **files)
@@ -382,7 +390,7 @@ def load_parts(options: ModelOptions, layout: ModelLayout, encoders: Sequence[ty
     return Parts(model, denoiser, vae, tokenizers, texts,
                  weights={name: repo.digest(folder, files) for name, (repo, folder, files) in places.items()},
                  sampled={name: repo.sampled(folder, files) for name, (repo, folder, files) in places.items()},
-                 file_metadata={**model.file_metadata(), **vae_repo.file_metadata()})
+                 file_metadata={**model.file_metadata(), **vae_repo.file_metadata()}, storage=storage)
 
 
 def assemble(family: type[AnyFamily], parts: Parts, *, device: torch.device, schedule: ScheduleChange,
@@ -401,7 +409,7 @@ def assemble(family: type[AnyFamily], parts: Parts, *, device: torch.device, sch
                 identity=identity(parts, family.layout, scheduler_config=config, text_detail=text_detail),
                 sampled_identity=identity(parts, family.layout, scheduler_config=config, text_detail=text_detail,
                                           sampled=True),
-                device=torch.device(device), file_metadata={**parts.file_metadata, **zero_snr},
+                device=torch.device(device), storage=parts.storage, file_metadata={**parts.file_metadata, **zero_snr},
                 doubted=parts.model.assumes and not schedule.prediction_type, **more)
 
 

@@ -167,7 +167,8 @@ def load(options: ModelOptions, *, device: torch.device, weight_dtype: torch.dty
     """
     from transformers import CLIPTextModel
 
-    parts = base.load_parts(options, LAYOUT, (CLIPTextModel,), weight_dtype=weight_dtype)
+    parts = base.load_parts(options, LAYOUT, (CLIPTextModel,), weight_dtype=weight_dtype,
+                            device=device)
     return base.assemble(SD, parts, device=device, schedule=schedule, vae_batch_size=options.vae_batch_size,
                          max_chunks=max_chunks,
                          text_detail=masks_padding(parts.text_encoders[0].config))

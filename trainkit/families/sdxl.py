@@ -185,7 +185,8 @@ def load(options: ModelOptions, *, device: torch.device, weight_dtype: torch.dty
     """
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    parts = base.load_parts(options, LAYOUT, (CLIPTextModel, CLIPTextModelWithProjection), weight_dtype=weight_dtype)
+    parts = base.load_parts(options, LAYOUT, (CLIPTextModel, CLIPTextModelWithProjection), weight_dtype=weight_dtype,
+                            device=device)
     second, end = parts.text_encoders[1].text_model, parts.tokenizers[1].eos_token_id
     sets_eos = compat != "diffusers" and second.eos_token_id != end
     if sets_eos:

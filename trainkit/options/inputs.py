@@ -39,6 +39,12 @@ class ModelOptions(Concern):
         1,
         "How many images the VAE encodes at once. With 1, the latent of an image does not depend on other images. "
         "Latents that were cached with another number are not used.", unit="images", resume="in the data", ge=1)
+    base_precision: Literal["fp32", "fp16", "bf16", "fp8", "int8", "nf4"] | None = opt(
+        None,
+        "How the frozen weights of linear layers and convolutions are kept in memory. With int8 or fp8, the base model "
+        "needs about half the memory that it needs with bf16, and with nf4 about a third. It computes in the precision "
+        "of --mixed_precision, as before. Text encoders are kept in the same way if they train. Without this flag, the "
+        "weights are kept in the precision of --mixed_precision.", resume="in the data", card="Base model kept in")
 
 
 class InstanceOptions(Concern):

@@ -26,6 +26,7 @@ CONFIGS = {".toml": parse_toml, ".json": parse_json, ".yaml": parse_yaml, ".yml"
 PRESET_USES = {
     "style": "a style from about 25 images", "face": "a face from about six photographs",
     "sd15-4gb": "SD 1.5 at 512 px on a card with 4 GB", "sd15-8gb": "SD 1.5 at 512 px on a card with 8 GB",
+    "sdxl-6gb": "SDXL at 1024 px on a card with 6 GB",
     "sdxl-8gb": "SDXL at 1024 px on a card with 8 GB", "sdxl-12gb": "SDXL at 1024 px on a card with 12 GB",
     "sdxl-16gb": "SDXL at 1024 px on a card with 16 GB", "sdxl-24gb": "SDXL at 1024 px on a card with 24 GB",
     "illustrious": "Illustrious, with tags", "noobai-vpred": "NoobAI V-Pred, with tags", "pony": "Pony V6, with tags",
@@ -51,6 +52,8 @@ PRESETS: dict[str, dict[str, str | int | float | bool]] = {
                  "train_batch_size": 1},
     "sd15-8gb": {"mixed_precision": "bf16", "cache_latents": True, "gradient_checkpointing": False,
                  "train_batch_size": 4},
+    "sdxl-6gb": {"mixed_precision": "fp16", "base_precision": "int8", "cache_latents": True,
+                 "gradient_checkpointing": True, "train_batch_size": 1},
     "sdxl-8gb": {"mixed_precision": "bf16", "cache_latents": True, "gradient_checkpointing": True,
                  "train_batch_size": 1},
     "sdxl-12gb": {"mixed_precision": "bf16", "cache_latents": True, "gradient_checkpointing": True,

@@ -54,6 +54,10 @@ def one_at_a_time(opt: TracedOptions, card: Card) -> Flags:
     return {} if batch == 1 else {"train_batch_size": 1, "gradient_accumulation_steps": batch * batches}
 
 
+def eight_bits(opt: TracedOptions, card: Card) -> Flags:
+    return {} if opt.model.base_precision in ("int8", "fp8", "nf4") else {"base_precision": "int8"}
+
+
 def no_previews(opt: TracedOptions, card: Card) -> Flags:
     return {"validation_prompt": None} if opt.validation.validation_prompt else {}
 
@@ -80,6 +84,7 @@ RUNGS = (
          "an image is seen in --cached_crops crops only"),
     Rung(checkpointing, ("training",), "the same gradients"),
     Rung(one_at_a_time, ("training",), "the same gradients, except for rounding; slower"),
+    Rung(eight_bits, ("training", "previews", "publishing"), "the base model is rounded to 8 bits"),
     Rung(no_previews, ("previews",), "no images during the run"),
     Rung(fewer_class_images, ("class images",), "class images are generated one by one"),
     Rung(smaller(768), EVERY, "less detail is learned"),

@@ -34,6 +34,7 @@ from trainkit.data.sources.parts import image_options
 from trainkit.devices import WEIGHT_DTYPES
 from trainkit.diffusion import ScheduleChange, make_noise
 from trainkit.families import Family
+from trainkit.frozen_weights import make_storage
 from trainkit.lora_file import start
 from trainkit.losses.passes import Passes, always, plain_objective
 from trainkit.options import (
@@ -165,6 +166,7 @@ class Skeleton:
         self.dtype = WEIGHT_DTYPES[opt.precision.mixed_precision or "no"]
         self.autocast = partial(Autocast, "meta", self.dtype, enabled=self.dtype != torch.float32)
         self.family = family_on_meta(configs, self.dtype, ScheduleChange.from_options(opt.objective),
+                                     storage=make_storage(opt.model.base_precision, self.dtype, META),
                                      max_chunks=opt.captions.max_chunks)
         self.frozen_text, self.vae = self.family.text_encoders, self.family.vae
         self.family.vae_checked = True  # there are no numbers to look at

@@ -14,6 +14,7 @@ from trainkit.diffusion import ScheduleChange
 from trainkit.families import Family
 from trainkit.families.single_file import SCHEDULER_FILE
 from trainkit.families.tokenize import text_tokens
+from trainkit.frozen_weights import AS_LOADED, Storage
 from trainkit.plan.live_bytes import META
 from trainkit.plan.models import ModelConfigs
 
@@ -39,8 +40,8 @@ class NoWords:
         return {}
 
 
-def family_on_meta(configs: ModelConfigs, weight_dtype: torch.dtype, schedule: ScheduleChange, *, max_chunks: int = 1
-                   ) -> Family:
+def family_on_meta(configs: ModelConfigs, weight_dtype: torch.dtype, schedule: ScheduleChange, *,
+                   storage: Storage = AS_LOADED, max_chunks: int = 1) -> Family:
     """The base model as `families.sdxl.load` and `families.sd.load` assemble it, without its numbers."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -57,10 +58,11 @@ def family_on_meta(configs: ModelConfigs, weight_dtype: torch.dtype, schedule: S
                       for encoder_class, folder in zip(encoders, family_class.layout.text_encoders, strict=True))
     scheduler = diffusion.effective_config(configs.of(SCHEDULER_FILE), schedule)
     nn.Module.to(denoiser, weight_dtype)  # Diffusers' own `to` warns of what has no meaning without numbers
+    storage.store(denoiser)
     parts: dict[str, Any] = {
         "denoiser": denoiser, "vae": vae, "text_encoders": texts, "scheduler_config": scheduler,
         "schedule": diffusion.make_schedule(scheduler), "tokenizers": (NoWords(max_chunks),) * len(texts),
-        "max_chunks": max_chunks,
+        "max_chunks": max_chunks, "storage": storage,
         "path": configs.name, "revision": None, "identity": {}, "sampled_identity": {}, "device": META}
     return family_class(**parts)
 
