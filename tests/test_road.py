@@ -7,7 +7,7 @@ import pytest
 from tests.support import ROOT
 from tests.support.trainers import forked_script
 
-CLASSES, FUNCTIONS = 17, 52  # reached; before the road was rebuilt there were 26 and 70
+CLASSES, FUNCTIONS = 17, 53  # reached; before the road was rebuilt there were 26 and 70
 
 
 @pytest.mark.trains
