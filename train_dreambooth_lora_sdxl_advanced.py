@@ -85,10 +85,10 @@ def main(argv: list[str] | None = None) -> None:
         family = sdxl.load(opt.model, device=run.device, weight_dtype=run.weight_dtype, compat=opt.run.compat,
                            schedule=ScheduleChange.from_options(opt.objective), max_chunks=opt.captions.max_chunks)
         store = cache.open_store(opt.data.latent_cache_dir, run.out_dir)
-        text = live_text.make_text(
-            family, captions.announced(rows), store, also=preview.preview_prompts(opt.validation), text=opt.text,
-            pivotal=opt.pivotal, lora=opt.lora, total=total, seed=run.seed, progress=run.show_task,
-            gradient_checkpointing=opt.precision.gradient_checkpointing)
+        text = live_text.make_text(family, captions.announced(rows), store, progress=run.show_task, text=opt.text,
+                                   also=preview.preview_prompts(opt.validation), lora=opt.lora, total=total,
+                                   pivotal=opt.pivotal, seed=run.seed,
+                                   gradient_checkpointing=opt.precision.gradient_checkpointing)
         caption_length.warn_cut(rows, text.rewrite, family, captions.examples, opt.validation.validation_prompt)
         images = loader.ready_images(rows, opt.data, family, store, seed=run.seed, progress=run.show_task,
                                      num_workers=opt.run.dataloader_num_workers, captions=captions)

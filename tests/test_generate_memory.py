@@ -22,7 +22,7 @@ from trainkit.plan.cards import Card, find
 from trainkit.plan.need import GIB, Need
 from trainkit.runtime.weight_files import DIFFUSERS_FILE
 from trainkit.tools import generate, memory
-from trainkit.tools.memory import LOW, NORMAL, Batch, Way
+from trainkit.tools.memory import LOW, NORMAL, Drawing, Way
 from trainkit.tools.second_pass import SecondPass
 
 TWO_PASSES = ("--steps=2", "--hires_scale=1.5", "--hires_steps=2", "--batch_size=2")
@@ -67,7 +67,7 @@ def test_parts_that_come_one_after_the_other_give_the_same_images(tiny_sdxl, tmp
 
 def test_the_first_way_that_fits_is_taken(monkeypatch, capsys, caplog):
     """The numbers are those of `needs`; a card of one byte less takes the next way."""
-    args, batches = asked(), [Batch(1, 512, 512), Batch(1, 1024, 768)]
+    args, batches = asked(), [Drawing(1, 512, 512), Drawing(1, 1024, 768)]
     computed = {way: Need(peak).bytes for way, peak in memory.needs(args, batches)}
     normal, tiles, low = computed.values()
     assert [*computed] == [NORMAL, Way(tiles=True), LOW] and normal > tiles > low
@@ -89,21 +89,21 @@ def test_the_first_way_that_fits_is_taken(monkeypatch, capsys, caplog):
 
 def test_copies_of_the_weights_count_on_the_card_only(tiny_sd):
     args = asked(f"{tiny_sd}")
-    alone, kept = (dict(memory.needs(args, [Batch(1, None, None)], copies=copies)) for copies in (False, True))
+    alone, kept = (dict(memory.needs(args, [Drawing(1, None, None)], copies=copies)) for copies in (False, True))
     weights = sum(file.stat().st_size for name in ("unet", "text_encoder") for file in tiny_sd.glob(f"{name}/*tensors"))
     assert kept[NORMAL] - alone[NORMAL] == pytest.approx(weights / 2, rel=0.2), "16 bits, in blocks of 512 bytes"
     assert kept[LOW] == alone[LOW]
 
 
 def test_the_largest_pass_decides():
-    assert Batch(1, None, 256).size((512, 640)) == (256, 640)
-    assert Batch(1, 512, 256, SecondPass(2, 0.5, 1)).size((64, 64)) == (512, 1024)
+    assert Drawing(1, None, 256).size((512, 640)) == (256, 640)
+    assert Drawing(1, 512, 256, SecondPass(2, 0.5, 1)).size((64, 64)) == (512, 1024)
 
 
 @pytest.mark.slow
 def test_sdxl_fits_cards_that_people_have():
     """One image of 1024 px: 8 GB are enough for the parts one after the other, 12 GB for all of them."""
-    needed = {way: Need(peak).bytes for way, peak in memory.needs(asked("sdxl"), [Batch(1, None, None)])}
+    needed = {way: Need(peak).bytes for way, peak in memory.needs(asked("sdxl"), [Drawing(1, None, None)])}
     assert needed[LOW] <= find("8gb").free < needed[NORMAL] <= find("12gb").free
 
 

@@ -233,10 +233,11 @@ def test_small_images_and_twins_are_told(tmp_path: Path, caplog: pytest.LogCaptu
         marked(7, 40, 40).save(tmp_path / name)
         (tmp_path / name).with_suffix(".txt").write_text(caption)
     assert not read_rows(data_options(instance_data_dir=tmp_path))[1]
-    bare, small, twins = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    bare, blurred, small, twins, shown = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert "3 images have no caption file: --instance_prompt is used: eight.png" in bare
-    assert "one.png, 32 times" in small and "eight.png, 4 times" in small and "fine.png" not in small
+    assert "one.png 32 times" in small and "eight.png 4 times" in small and "fine.png" not in small
     assert "again.png = copy.png (with different captions)" in twins
+    assert "look blurred" in blurred and "check_dataset" in shown
 
 
 @pytest.mark.parametrize("name, data", {

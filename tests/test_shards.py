@@ -263,6 +263,7 @@ def test_many_images_are_judged_a_few_shards_at_a_time(tmp_path: Path, monkeypat
     parts: list[int] = []
     plain = verdicts.recalled
     monkeypatch.setattr(verdicts, "AT_ONCE", 4)
+    monkeypatch.setattr("trainkit.data.rows.MOST_LOOKED", 14)  # fewer are looked at, too, which is done at once
     counting = lambda sources, *rest: parts.append(len(sources)) or plain(sources, *rest)  # noqa: E731
     monkeypatch.setattr(verdicts, "recalled", counting)
     rows, problems = read(shards(tmp_path / "set", n=5))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from trainkit.optim import ParamGroup
     from trainkit.options import OptimizerOptions
 
-Progress = Callable[[str, int, int], None]  # (what, done, total)
+OnProgress = Callable[[str, int, int], None]  # (what, done, total)
 PROMPTS_AT_ONCE = 16
 ENTRIES = "condition"  # part of the keys; another word when entries would hold other tensors
 
@@ -50,7 +50,7 @@ class FrozenText:
     embeddings: Mapping[str, Tensor] = {}
 
     def __init__(self, family: Family, prompts: Iterable[str], store: Store | None = None, clip_skip: int | None = None,
-                 *, also: Iterable[str] = (), state: str = "", progress: Progress | None = None):
+                 *, also: Iterable[str] = (), state: str = "", progress: OnProgress | None = None):
         self.device, self.clip_skip = family.device, clip_skip
         self.store: Store = {} if store is None else store
         self.keys: dict[str, str] = {}
@@ -58,7 +58,7 @@ class FrozenText:
         self._add(family, also, state)
 
     @torch.no_grad()
-    def _add(self, family: Family, prompts: Iterable[str], state: str, progress: Progress | None = None) -> None:
+    def _add(self, family: Family, prompts: Iterable[str], state: str, progress: OnProgress | None = None) -> None:
         distinct = sorted(set(prompts) - self.keys.keys())
         parts = (family.text_identity, self.clip_skip, *([state] if state else []))
         self.keys |= {prompt: content_key(ENTRIES, *parts, prompt) for prompt in distinct}
@@ -67,7 +67,7 @@ class FrozenText:
         mine = groups[ranks.rank() :: ranks.world()]
         fill_together(self.store, groups, mine, partial(self._encode, family, progress))
 
-    def _encode(self, family: Family, progress: Progress | None, groups: Sequence[Sequence[str]]) -> None:
+    def _encode(self, family: Family, progress: OnProgress | None, groups: Sequence[Sequence[str]]) -> None:
         there = self.store.keys()
         missing = [prompts for prompts in groups if any(self.keys[prompt] not in there for prompt in prompts)]
         done, total = 0, sum(map(len, missing))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trainkit import adapters
 from trainkit.condition import Condition
-from trainkit.conditioning.cached_text import FrozenText, Progress
+from trainkit.conditioning.cached_text import FrozenText, OnProgress
 from trainkit.conditioning.new_tokens import NewTokens, unseen
 from trainkit.data.cache import Store
 from trainkit.devices import upload
@@ -114,7 +114,7 @@ class LiveText:
     """
 
     def __init__(self, family: Family, learner: Learner, prompts: Iterable[str] | None, store: Store | None,
-                 options: TextOptions, *, stop: int, also: Iterable[str] = (), progress: Progress | None = None):
+                 options: TextOptions, *, stop: int, also: Iterable[str] = (), progress: OnProgress | None = None):
         self.family, self.learner, self.options, self.stop = family, learner, options, stop
         self.endless = prompts is None
         texts, others = ([learner.rewrite(prompt) for prompt in part] for part in (prompts or (), also))
@@ -229,7 +229,7 @@ def reads_anew(text: TextOptions) -> bool:
 
 def make_text(family: Family, prompts: Iterable[str] | None, store: Store | None, *, text: TextOptions,
               pivotal: PivotalOptions | None = None, lora: LoraOptions, total: int, seed: int, also: Iterable[str] = (),
-              gradient_checkpointing: bool = False, progress: Progress | None = None) -> Text:
+              gradient_checkpointing: bool = False, progress: OnProgress | None = None) -> Text:
     """The text of a run of `total` optimizer steps: frozen, with new tokens, or with LoRA on the encoders.
 
     prompts  every prompt to train on: the captions; None, as only `reads_anew` allows: they come with the steps

@@ -16,7 +16,7 @@ from trainkit.families.base import in_tiles
 from trainkit.options.sizes import Size
 from trainkit.plan.live_bytes import BLOCK, GRAPH, META, WEIGHTS, LiveBytes, Peak, weights_of
 
-Result = TypeVar("Result")
+StepResult = TypeVar("StepResult")
 GUIDED = 2  # rows of the UNet for each image that is generated with guidance
 
 
@@ -40,7 +40,7 @@ def draw(family: Family, images: int, size: Size, *, tiles: bool, aside: bool = 
     peaks: list[Peak] = []
     encoders, parts = family.text_encoders, [family.denoiser, family.vae]
 
-    def work(networks: Sequence[nn.Module], alive: Iterable[Tensor], step: Callable[[], Result]) -> Result:
+    def work(networks: Sequence[nn.Module], alive: Iterable[Tensor], step: Callable[[], StepResult]) -> StepResult:
         there = weights_of(networks if aside else [*parts, *encoders])
         with LiveBytes("meta", {WEIGHTS: there, GRAPH: alive}, block=block) as live, torch.no_grad():
             result = step()

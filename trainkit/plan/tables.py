@@ -208,7 +208,7 @@ CPU, with eight icons and the SDXL model in `assets/`. A cosine of 1 means the s
 | format | cosine | relative error |
 |---|---|---|
 | `int8` | 0.9998 | 2 % |
-| `fp8` | 0.999 | 5 % |
+| `fp8` | 0.9988 | 5 % |
 | `nf4` | 0.985 | 18 % |
 
 Start with `int8`. It is as small as `fp8` and nearer. With `fp8` and `nf4`, convolutions are kept in int8,

@@ -75,7 +75,7 @@ from trainkit.tools.checks import (
     writing_to,
 )
 from trainkit.tools.grids import axis, cells, grid_problems, loras_of
-from trainkit.tools.memory import Batch, Way, add_memory, way_for
+from trainkit.tools.memory import Drawing, Way, add_memory, way_for
 from trainkit.tools.second_pass import (
     SecondPass,
     add_second_pass,
@@ -486,7 +486,7 @@ def way_of(args: argparse.Namespace, shots: Sequence[Shot]) -> Way:
     """How the pipeline is on the card, by --memory and by what is generated at once."""
     groups = by_loras(shots)
     at_once = {(len(some), some[0].settings) for group in groups.values() for some in batches(group, args.batch_size)}
-    return way_for(args, [Batch(count, one.width, one.height, one.second_pass) for count, one in at_once],
+    return way_for(args, [Drawing(count, one.width, one.height, one.second_pass) for count, one in at_once],
                    copies=len(groups) > 1)
 
 

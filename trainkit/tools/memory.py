@@ -25,7 +25,7 @@ MODES = ("auto", "normal", "low")
 
 
 @dataclass(frozen=True)
-class Batch:
+class Drawing:
     """What is generated at once.
 
     width, height  in pixels, of the first pass; None is the model's
@@ -107,7 +107,7 @@ def add_memory(add: Callable[..., object]) -> None:
         "neither. On a CPU it changes nothing.")
 
 
-def way_for(args: argparse.Namespace, batches: Iterable[Batch], copies: bool) -> Way:
+def way_for(args: argparse.Namespace, batches: Iterable[Drawing], copies: bool) -> Way:
     """What --memory asks for on this machine, in a line for the user.
 
     batches  those that may need most
@@ -126,7 +126,7 @@ def way_for(args: argparse.Namespace, batches: Iterable[Batch], copies: bool) ->
     return NORMAL if card is None else fitting(args, card, batches, copies=copies)
 
 
-def fitting(args: argparse.Namespace, card: Card, batches: Iterable[Batch], *, copies: bool = False) -> Way:
+def fitting(args: argparse.Namespace, card: Card, batches: Iterable[Drawing], *, copies: bool = False) -> Way:
     """The first way that fits what is free on the card, or else the last."""
     from trainkit.plan.need import GIB, Need
 
@@ -148,7 +148,7 @@ def fitting(args: argparse.Namespace, card: Card, batches: Iterable[Batch], *, c
     return way
 
 
-def needs(args: argparse.Namespace, batches: Iterable[Batch], *, copies: bool = False) -> Iterator[tuple[Way, int]]:
+def needs(args: argparse.Namespace, batches: Iterable[Drawing], *, copies: bool = False) -> Iterator[tuple[Way, int]]:
     """Each way with the bytes of tensors on the card at its peak, from shapes alone."""
     import torch
 
